@@ -32,7 +32,7 @@ Settings = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run."""
+    """Result of a finished run: synthetic set, accuracies and report."""
 
     name: str
     """Name of the recipe, and of the run's folder within the output folder."""

@@ -122,7 +122,7 @@ class Artifact:
     held_transform: Transform | KeptTransform
     """Transform of the set, or the place of the transform's file. Use `transform` to get it."""
     recipe: Mapping[str, Any]
-    """Configuration of the run."""
+    """Configuration of the run that made the set, as plain data: section -> key -> value."""
     provenance: Mapping[str, Any]
     """Versions, hardware, data set and experts of the run."""
     place: str = ""
@@ -265,7 +265,7 @@ def _with_context(
 def keep_transform(transform: Transform, transforms: Location) -> Location | None:
     """Write a transform above `INLINE_BYTES` into the folder, unless it is there.
 
-    Returns the location of its file, or `None` for a smaller transform, which needs no file.
+    Returns the location of the transform's file, or `None` for a smaller transform, which needs no file.
     """
     if transform.nbytes <= INLINE_BYTES:
         return None

@@ -24,7 +24,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_control_groups(root: Path) -> list[int]:
-    """Bytes left by the limit of the process's control group, and of each group above it; empty without limits."""
+    """Free bytes below the memory limit of the process's control group, and of each group above; empty if unlimited."""
     left = []
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():

@@ -63,7 +63,9 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         self._epoch.fill_(epoch)
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Views [b c h w] and logits [b k] of some images, on the images' device. This is faster than a loader.
+        """Views [b c h w] and logits [b k] of the images with these indices, on the images' device.
+
+        Calling this method is faster than a loader.
 
         Raises:
             IndexError: the set has no such image.
@@ -76,14 +78,14 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         return apply_views(self.images, views_of(chosen, records)), logits.to(self.images.device)
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (view [c h w], logits [k]) of some images. Loaders call this once per batch."""
+        """Pairs (view [c h w], logits [k]) of the images with these indices. Loaders call this once per batch."""
         return list(zip(*self.batch(rows), strict=True))
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """Pair (view [c h w], logits [k]) of one image."""
+        """Pair (view [c h w], logits [k]) of the image with index `row`."""
         return self.__getitems__([row])[0]
 
 
 def views_of(rows: NDArray[np.int64], records: LabelRecords) -> Views:
-    """Views of the images with numbers `rows`, as their records describe them."""
+    """Views of the images with indices `rows`, whose crops, flips and mixtures the records describe."""
     return Views(rows, records.boxes, records.flips, records.partners, records.lambdas, records.mix_boxes)

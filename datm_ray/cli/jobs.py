@@ -189,7 +189,10 @@ def job_stop(number: JobId, address: Dashboard) -> None:
 
 
 def _follow(jobs: Jobs, number: str) -> None:
-    """Show a job's log and end with its exit code. Ctrl-C does not stop the job."""
+    """Show a job's log until the job ends, then end this process with the job's exit code.
+
+    Ctrl-C ends this process, not the job.
+    """
     try:
         job = jobs.follow(
             number,

@@ -49,7 +49,10 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _group_facts(group: ExpertGroup) -> dict[str, Any]:
-    """Group of experts as plain data. Epochs and precision are `None` if it has no expert or its first is damaged."""
+    """Facts of a group of experts as plain data.
+
+    Epochs and precision are `None` if the group has no expert, or if its first expert is damaged.
+    """
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import PRIOR_FILE
 

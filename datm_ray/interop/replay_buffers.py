@@ -214,7 +214,12 @@ class _Network:
         return changes if other.difference(trajectory) is None else []
 
     def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
-        """Store one trajectory whose shapes were checked, unless it is stored already."""
+        """Store one trajectory whose shapes were checked, unless it is stored already.
+
+        Args:
+            trajectory: snapshots by epoch.
+            origin: facts on the trajectory's file, for the expert's info.
+        """
         epochs = self._config.kept_epochs
         vectors = [_vector(trajectory[epoch]) for epoch in epochs]
         digest = sha256(b"".join(sha256(vector.tobytes()).digest() for vector in vectors)).hexdigest()
@@ -249,7 +254,7 @@ class _Network:
                 )
 
     def _imported(self) -> dict[str, int]:
-        """Expert numbers of the trajectories imported into the group, by digest."""
+        """Digest of each trajectory that was imported into the group -> number of its expert."""
         if self._known is None:
             recipes = {expert: self._group.read_info(expert).recipe for expert in self._group.experts()}
             self._known = {

@@ -85,7 +85,7 @@ def crop_matrix(first: float, share: float, side: int) -> Tensor:
 
 
 def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, iterations: int) -> View:
-    """Draw the view of an iteration.
+    """Draw the crop, flip and shift that an iteration applies to all images of a block.
 
     Args:
         seed: seed of the run.

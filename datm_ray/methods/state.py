@@ -102,7 +102,7 @@ class State(Generic[Record]):
     chosen: SyntheticSet | None = None
     """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
-    """Number of iterations after which the set was `chosen`."""
+    """Number of iterations after which the set was `chosen`; 0 before the first validation."""
     averaged: Tensor | None = None
     """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update."""
     image_rate: float | None = None

@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     def finish(self, task: Task) -> None:
-        """End a task's curves."""
+        """Close a task's curves, after the last values of the task."""
         ...
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class Logger:
         self._backend, self._on_failure = backend, on_failure
 
     def event(self, task: Task, event: Event) -> None:
-        """Log an event's measurements."""
+        """Log the measurements of a `Progress`, and close a task's curves at its `Finished`. Ignore other events."""
         if isinstance(event, Progress) and (values := _curves(event)):
             self._do(lambda backend: backend.log(task, event.done, values))
         elif isinstance(event, Finished):
@@ -186,7 +186,10 @@ def _safe_name(name: str) -> str:
 
 
 def _curves(event: Progress) -> dict[str, float]:
-    """Values for curves: finite gauges and histograms, without the prefix datm_ray_. Counters get no curve."""
+    """Name of a curve -> value, for finite gauges and histograms. Names lack the metrics' prefix "datm_ray_".
+
+    Counters get no curve.
+    """
     return {
         name.removeprefix("datm_ray_"): value
         for name, value in event.metrics.items()

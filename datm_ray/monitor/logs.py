@@ -25,7 +25,7 @@ from datm_ray.errors import DatmError, one_line
 LOG = "log.txt"
 """Name of the log file in a run's folder."""
 LARGEST = 8 * 2**20
-"""Size of a log in bytes after which it is renamed to `log.txt.1`. An earlier `log.txt.1` is replaced."""
+"""Size in bytes above which a log file is renamed to `log.txt.1`. An earlier `log.txt.1` is replaced."""
 KEPT = 1000
 """Number of records that a worker keeps for the driver. Older ones are dropped."""
 REPEAT_AFTER = 20.0
@@ -123,12 +123,12 @@ class Collector(QueueHandler):
         _ROOT.setLevel(level)
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
+        """Keep a record until `take`. If `KEPT` records are kept already, the oldest is dropped."""
         record.node, record.worker = _NODE, self._worker
         self.queue.append(record)
 
     def take(self) -> list[logging.LogRecord]:
-        """Return the records since the last call, and forget them. Safe to call from several threads."""
+        """Return the records kept since the last call of `take`, and forget them. Several threads may call this."""
         with self.lock or nullcontext():  # held while a record is added, too
             taken = list(self.queue)
             self.queue.clear()

@@ -187,7 +187,7 @@ class Readings:
         return list(self._worker_counts())
 
     def take(self, task: Task, event: Event, rank: int = 0) -> list[Sample]:
-        """Samples of an event.
+        """Translate a task's event into samples of metrics.
 
         Args:
             task: task of the event.

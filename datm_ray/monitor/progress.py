@@ -232,7 +232,7 @@ class Tracker:
 
 
 class _LineStage:
-    """Display of a stage by lines: at its start and end, every `LINE_INTERVAL` seconds, and at a `Lost` or `Failed`."""
+    """Display of a stage by lines: at start and end, every `LINE_INTERVAL` seconds, and for events such as `Lost`."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task]) -> None:
         self._reporter, self._title = reporter, title
@@ -311,7 +311,7 @@ class _LineStage:
         _log.info("progress %s", fields(stage=self._title, **values), extra=_SHOWN)
 
     def _summary(self, now: float) -> str:
-        """Numbers of finished and running tasks, estimated time left, and the slowest task."""
+        """Text with the numbers of finished and running tasks, the estimated time left, and the slowest task."""
         tracker, slowest, left = self._tracker, self._tracker.slowest(now), self._tracker.seconds_left(now)
         done = f"{self._title}: {tracker.finished}/{tracker.tasks}{TASKS_DONE[0]}"
         parts = [done, f"{len(tracker.running)} running"]

@@ -54,7 +54,7 @@ class Spent:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Spent:
-        """Cost from the data of `to_json`."""
+        """Restore a cost from the data that `to_json` returned."""
         return cls(**{each.name: float(value[each.name]) for each in dataclasses.fields(cls)})
 
 
@@ -93,7 +93,7 @@ class Account:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Reset the record of peak memory, if the system supports it."""
+    """Reset the record of peak memory, of the GPU or else of this process, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.init()  # resetting statistics before CUDA is initialised is an error
         torch.cuda.reset_peak_memory_stats(device)

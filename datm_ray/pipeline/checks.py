@@ -111,7 +111,10 @@ def require_names(runs: Runs) -> None:
 
 
 def _check_scoring(config: RunConfig) -> None:
-    """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or too many epochs of labels."""
+    """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or labels for too many epochs.
+
+    `evaluate.keep_labels` may not exceed the number of epochs that networks train for.
+    """
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.has_teacher:
         teacher_of(config)
@@ -140,7 +143,7 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 
 
 def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
-    """Raise a `RunDirectoryError` if results of the output folder are of experts with other weights than the store's.
+    """Raise a `RunDirectoryError` if results in the output folder come from experts with other weights in the store.
 
     Args:
         of_all: True to check all runs of the folder, because runs share the scores of networks trained on random real
@@ -162,7 +165,7 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
 
 
 def _noted_experts(folder: Location) -> Mapping[str, str]:
-    """Experts of the results in a folder, see `DataNote`; empty for a folder without results or a readable note."""
+    """Experts that a folder's results were made from, as in `DataNote.experts`; empty without results or note."""
     with suppress(CorruptFileError):
         if (folder / RECIPE).exists() and has_results(folder):
             note = DataNote.read(folder)
@@ -237,7 +240,12 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
 def _check_network(
     runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
 ) -> nn.Module:
-    """Build a network for the run's images. Raises a `ConfigError` naming `key` if it is impossible or lacks maps."""
+    """Build a network for the run's images.
+
+    Raises:
+        ConfigError: the network is impossible, or lacks class activation maps while `has_maps`. The error names `key`,
+            the setting that gives the network.
+    """
     raw = runs.raw(config)
     spec = network.for_images(raw.channels, raw.size, raw.classes)
     try:

@@ -90,7 +90,7 @@ class Pipeline:
 
     @property
     def out(self) -> Location:
-        """Output folder."""
+        """Output folder of the runs."""
         return self.runs.out
 
     @property

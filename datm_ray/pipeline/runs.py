@@ -87,7 +87,7 @@ class Runs:
         return self._raw
 
     def raw(self, config: RunConfig) -> RawDataset:
-        """Images of a run, as they were read."""
+        """Images of a run as they were read, without any transform."""
         return self._raw[config.dataset]
 
     def shape(self, config: RunConfig) -> DataShape:
@@ -160,7 +160,7 @@ class Runs:
         return found
 
     def _transform_note(self, dataset: DatasetConfig) -> Location:
-        """Note with the file name of a data set's large transform."""
+        """Location of the note that holds the file name of a data set's large transform."""
         return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:

@@ -52,7 +52,7 @@ DatasetTask = tuple[DatasetConfig, Task]
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[DatasetTask]:
-    """Make a task for every stack, experts that are trained together, with experts that are missing in the store.
+    """Make a task for every stack, a group of experts trained together, that has experts missing in the store.
 
     Args:
         workers: number of workers that train at the same time.
@@ -341,7 +341,7 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[Ru
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
-    """Tasks for the epochs of finished sets whose labels the recipe stores and which are missing.
+    """Make tasks that label finished sets: for each epoch whose labels the recipe stores and are missing.
 
     Args:
         workers: number of workers that label at the same time. The epochs of each set are divided among them.

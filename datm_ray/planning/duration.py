@@ -71,7 +71,7 @@ class Proposal:
 
     @functools.cached_property
     def tasks(self) -> dict[str, list[list[Work]]]:
-        """Stage -> its tasks."""
+        """Stage -> its tasks, each a list of the task's `Work`."""
         tasks = {"experts": self._experts(), "distillation": self._distillation(), "validation": self._validation()}
         if labels := self._labels:
             tasks["labels"] = [[("scoring", teacher_of(self.config), labels.images)]] * labels.keep

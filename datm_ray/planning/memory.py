@@ -112,7 +112,7 @@ class DistillationPlan:
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
     def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`: the worker needs more memory than it may take. `remedies` are named first in it."""
+        """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = PARTS[name]
@@ -223,7 +223,11 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
     """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free.
 
-    Infinite for GPUs that this process cannot see. The workers of a machine share its memory and the data set.
+    The result is infinite for GPUs that this process cannot see.
+
+    Args:
+        data_bytes: size of the data set; the workers of a machine share one copy.
+        sharing: number of workers that share the machine's main memory.
     """
     cluster = config.cluster
     if cluster.memory_bytes is not None:

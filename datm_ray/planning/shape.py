@@ -65,7 +65,7 @@ KNOWN_SHAPES = {
     "cifar100": DataShape((3, 32, 32), 100, 50_000, 10_000),
     "tiny-imagenet": DataShape((3, 64, 64), 200, 100_000, 10_000),
 }
-"""Sources whose shape is known without their files."""
+"""`dataset.source` -> shape of the data, for sources of a fixed shape, whose files need not be read."""
 
 
 def parse_shape(text: str) -> DataShape:

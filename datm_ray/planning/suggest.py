@@ -82,7 +82,7 @@ MARGIN = 0.85
 SMALLEST_PICTURE = 24
 """Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
-"""Pairs (evaluation protocol, networks per row), in the order of trying them."""
+"""Pairs (evaluation protocol, networks for each row of the accuracy table), in the order of trying them."""
 VALIDATIONS, CHECKPOINTS = 5, 20
 """Number of validations and number of checkpoints in a distillation."""
 
@@ -237,7 +237,7 @@ class _Draft:
         self.values[key], self.reasons[key] = value, reason
 
     def config(self, values: dict[str, Any] | None = None) -> RunConfig:
-        """Make a recipe from the values chosen so far; `values` come on top of them or replace them."""
+        """Make a recipe from the values chosen so far and from `values`, which replace chosen values of equal keys."""
         return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
@@ -408,7 +408,7 @@ def _evaluation(draft: _Draft, values: dict[str, Any], time: float) -> dict[str,
 
 
 def _numbers(draft: _Draft, values: dict[str, Any], time: float, workers: int, stack: int) -> dict[str, int]:
-    """Numbers of experts and iterations that fill the time in seconds. Experts are cut before iterations.
+    """Numbers of experts and iterations that fill `time` seconds. If it is short, experts are cut before iterations.
 
     Args:
         workers: number of the machine's workers. A round of experts has one expert per worker.

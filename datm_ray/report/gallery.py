@@ -27,7 +27,7 @@ class Gallery:
     source: str
     alt: str
     class_names: Sequence[str]
-    """Class names, one per row."""
+    """Names of the classes, one for each row of the picture."""
     width: int
     """Width in CSS pixels, a multiple of the picture's width."""
     enlarged: bool
@@ -55,7 +55,10 @@ def _gallery(title: str, artifact: Artifact) -> Gallery:
 
 
 def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
-    """Draw the set's images as one RGBA picture [h w 4]. Returns the picture, its rows and its columns of images."""
+    """Draw the set's images as one RGBA picture [h w 4].
+
+    Returns the picture, the number of rows of images, and the number of columns of images.
+    """
     rows = _shown_rows(artifact)
     columns = max(map(len, rows))
     flat = [index for row in rows for index in row]

@@ -90,14 +90,14 @@ def _run_view(run: Run) -> dict[str, Any]:
 
 
 def _costs(lines: Sequence[CostLine]) -> Table | None:
-    """Table of costs; `None` without any."""
+    """Table of a run's costs, one row for each line; `None` without lines."""
     cells = [_cost_cells(line) for line in lines]
     rows = [Line(line.title, [*map(Cell, each.values())]) for line, each in zip(lines, cells, strict=True)]
     return Table(["part", *cells[0]], rows) if cells else None
 
 
 def _cost_cells(line: CostLine) -> dict[str, str]:
-    """Cells of a cost line by heading."""
+    """Heading of the table of costs -> text of this line's cell."""
     spent, known = line.spent, line.complete
     kind = "GPU" if spent.gpu_seconds else "CPU"
     return {

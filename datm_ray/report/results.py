@@ -51,7 +51,7 @@ class RunSummary:
     has_experts: bool = True
     """False if the run's method trains no experts, so that no row of the accuracy table has experts' soft labels."""
     iterations: int | None = None
-    """Iterations of the run's method; 0 if the initial set is the result. `None` takes the recipe's number."""
+    """Iterations of the whole run; 0 if the initial set is the result. `None` takes `distill.iterations`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Maps:
     networks: Sequence[str]
     """Names of the networks, the backbone first."""
     rows: Sequence[int]
-    """Indices of the images in the set."""
+    """Indices in the set of the images whose maps are drawn."""
     scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
     """Maps [m b h w] in [0, 1] of the initial images, then of the distilled images."""
     ratios: tuple[float, float]
@@ -120,7 +120,7 @@ class Run:
     initial: Artifact | None
     synthetic: Artifact | None
     history: Mapping[str, NDArray[Any]] | None
-    """Columns of the checkpoint; None if it is missing or has no iteration."""
+    """Name -> column of the checkpoint's history; `None` if the checkpoint is missing or has no iteration."""
     maps: Maps | None = None
     """Maps of MetaDD's networks; None without MetaDD, or before the distillation is finished."""
 
@@ -162,7 +162,7 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """Number of iterations done, from the checkpoint; 0 without one."""
+        """Number of iterations done, from the checkpoint; 0 without a checkpoint."""
         return 0 if self.history is None else len(self.history["history.iteration"])
 
     @property

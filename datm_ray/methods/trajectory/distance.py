@@ -95,11 +95,14 @@ class Distance:
         return f"that is {times}: try distill.initial_step_size=null, or about {self.likely_step_size:.1g}"
 
     def lines(self) -> list[str]:
-        """Text for the user: both distances in one line, and the advice, if any, in a second line."""
+        """Lines for the user: the expert's and the student's distance, then the advice if there is any."""
         return [str(self), *([self.advice] if self.advice else [])]
 
     def to_json(self) -> dict[str, float | None]:
-        """Both distances as plain data. "student" is None if the step size is found before the first iteration."""
+        """Distances "expert" and "student" as plain data.
+
+        "student" is `None` if the step size is found before the first iteration.
+        """
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "expert": self.expert,

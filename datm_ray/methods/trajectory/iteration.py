@@ -92,7 +92,7 @@ class IterationRecord:
     expert: int
     start: int
     loss: float
-    """Normalised matching loss."""
+    """Normalised matching loss before the update; 1 means that the student came no closer to the target."""
     step_size: float
     """The student's step size after the update."""
     skipped: bool

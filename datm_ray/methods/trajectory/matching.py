@@ -48,12 +48,12 @@ class StudentStep:
     rows: NDArray[np.int64]
     """[b] indices of the images in the synthetic set, without repetition."""
     augmentation: Augmentation
-    """Augmentation of these images, in the same order."""
+    """Augmentation of the images in `rows`, in the same order."""
     global_batch: int
     """Number of images in the whole minibatch, over all shards; the loss is a mean over them."""
 
     def held_by(self, first: int, last: int) -> StudentStep:
-        """Part of the minibatch for a shard that holds rows [first, last) of the set. Row `first` becomes row 0."""
+        """Part of the minibatch for a shard that holds images [first, last) of the set. Image `first` has index 0."""
         held = np.flatnonzero((self.rows >= first) & (self.rows < last))
         return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
 
@@ -92,11 +92,11 @@ class MatchingGradient:
     loss: float
     """Normalised matching loss; 1 means that the student came no closer to the target."""
     images: Tensor
-    """[n c h w] gradient in the images."""
+    """[n c h w] gradient of the loss in the images."""
     soft_labels: Tensor
-    """[n k] gradient in the soft-label logits."""
+    """[n k] gradient of the loss in the soft labels' logits."""
     step_size: Tensor
-    """[] gradient in the student's step size."""
+    """[] gradient of the loss in the student's step size."""
 
 
 def matching_gradient(
@@ -171,7 +171,7 @@ class _Piece:
     """Part of a minibatch for one call of the step functions, on the device."""
 
     rows: Tensor
-    """[b] indices of the images among the rows that this shard holds."""
+    """[b] indices of the images among the images that this shard holds."""
     operation: str
     uniform: Tensor
     """[b w] parameters of the augmentation in [0, 1): w numbers for each image, see `Augmentation.parameters`."""
@@ -190,7 +190,7 @@ class PlacedSteps:
         return len(self.pieces)
 
     def __getitem__(self, part: slice) -> PlacedSteps:
-        """Student steps of a slice."""
+        """Part of the student steps: those that the slice `part` selects."""
         return PlacedSteps(self.pieces[part])
 
 
@@ -229,7 +229,7 @@ def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype
 
 
 class _Sweep:
-    """Runner of the student's steps: calls the step functions for each minibatch, piece by piece."""
+    """Runner of the student's steps: calls the step functions for each minibatch, at most `chunk` images at a time."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class _Sweep:
         return total
 
     def _filled_up(self, x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights of a piece, padded to the chunk size with images of weight 0."""
+        """Images, soft labels and weights of part of a minibatch, padded to the chunk size with images of weight 0."""
         y = self._synthetic.soft_labels[piece.rows]
         if missing := len(piece.weights) - len(x):  # padding by nothing would copy
             x, y = pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing))
