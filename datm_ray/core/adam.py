@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 EPS = 1e-8
-"""Number that keeps the division finite."""
+"""Constant added to the denominator of the update, so that the division stays finite."""
 
 
 def adam_step(

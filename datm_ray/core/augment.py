@@ -32,14 +32,15 @@ SCALE_RATIO = 1.2
 ROTATE_DEGREES = 15.0
 """Largest angle of `rotate` in degrees, in either direction."""
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
-"""Widths of the ranges from which `color` draws brightness, saturation and contrast."""
+"""Ranges of `color`: brightness moves by up to half of `BRIGHTNESS` in either direction, saturation is multiplied by a
+factor in [0, `SATURATION`), and contrast by a factor in [`CONTRAST`, 1 + `CONTRAST`)."""
 
 NO_AUGMENTATION = ""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One operation with its parameters for each sample."""
+    """One augmentation operation with its parameters for each sample of a batch."""
 
     operation: str
     """Name of the operation, or several names joined by "+", applied one after another; "" for no operation."""
@@ -47,7 +48,7 @@ class Augmentation:
     """[b w] numbers in [0, 1), whose meaning depends on the operation; w is `width(operation)`."""
 
     def take(self, rows: NDArray[np.int64]) -> Augmentation:
-        """Select the samples at these indices, with the operation unchanged."""
+        """Copy with only the samples at these indices of the batch, in this order."""
         return Augmentation(self.operation, self.parameters[rows])
 
 
@@ -66,7 +67,7 @@ def width(operation: str) -> int:
 
 
 def parse_strategy(strategy: str) -> list[str]:
-    """Split a strategy such as "crop+flip_color" into its operations "crop+flip" and "color"; "" means none.
+    """Split a strategy such as "crop+flip_color" into its operations ["crop+flip", "color"]; "" gives an empty list.
 
     Raises:
         ConfigError: the strategy names an operation that does not exist.
@@ -91,7 +92,11 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
 
 
 def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
-    """Apply an operation to images [b c h w] with parameters [b w] on their device, see `Augmentation`."""
+    """Apply an operation to images [b c h w]; "" returns them unchanged.
+
+    Args:
+        uniform: [b w] numbers in [0, 1), the operation's parameters for each image, on the images' device.
+    """
     if operation == NO_AUGMENTATION:
         return images
     parts = operation.split("+")
@@ -101,7 +106,7 @@ def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
 
 
 def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:
-    """Apply to each batch its own augmentation. All batches with the same operation share one call.
+    """Apply to each batch its own augmentation, in one call for all batches with the same operation.
 
     The result equals that of `augment` for each batch, because no operation mixes samples.
     """
@@ -126,7 +131,7 @@ def _color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift images by a whole number of pixels. Zeros fill the border."""
+    """Shift each image vertically and horizontally by a random whole number of pixels. Zeros fill the border."""
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
         reach = int(side * CROP_RATIO + 0.5)
@@ -166,7 +171,7 @@ def _flip(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _scale(images: Tensor, uniform: Tensor) -> Tensor:
-    """Stretch height and width of each image independently around its centre."""
+    """Stretch height and width of each image around its centre, by two independent random factors."""
     factors = uniform[:, :2] * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO
     zero = torch.zeros_like(factors[:, 0])
     matrix = _matrix([[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
@@ -174,14 +179,14 @@ def _scale(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
-    """Rotate each image around its centre."""
+    """Rotate each image around its centre by a random angle."""
     angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATE_DEGREES)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return resampled(images, _matrix([[cos, -sin, zero], [sin, cos, zero]]), align_corners=True, is_turned=True)
 
 
 def _matrix(rows: list[list[Tensor]]) -> Tensor:
-    """Stack rows of numbers [b] into matrices [b 2 3]."""
+    """Stack two rows of three tensors [b] into one matrix per sample, [b 2 3]."""
     return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
@@ -235,4 +240,4 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "resized": _resized,
 }
 USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
-"""Usual number of an operation's parameters for one sample, and the numbers of operations with more."""
+"""Number of parameters of an operation for one sample, and operation -> number for those with another number."""

@@ -24,7 +24,7 @@ BLOCK_BYTES = 2**24
 
 
 class ImageReader(Protocol):
-    """Images that are read whenever they are asked for, such as `datm_ray.data.streamed.StreamedImages`."""
+    """Images that are read from their files when they are indexed, such as `datm_ray.data.streamed.StreamedImages`."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -33,11 +33,11 @@ class ImageReader(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: NDArray[np.int64] | slice, /) -> NDArray[np.float32]:
-        """Read the images [m c h w] of some rows."""
+        """Read the m images at these indices, as [m c h w]."""
 
 
 Images = Tensor | ImageReader
-"""Normalised images [n c h w]: a tensor, or images that are read whenever they are asked for."""
+"""Normalised images [n c h w]: a tensor, or a reader that loads images when they are indexed."""
 
 
 class Batch(NamedTuple):
@@ -104,14 +104,18 @@ def batches(
 
 
 def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[int, bool]]:
-    """Number of each batch in an epoch, from 0, and True for the last. `rows`: the epoch's images, or their count."""
+    """Yield for each batch of an epoch its number, from 0, and whether it is the last.
+
+    Args:
+        rows: indices of the epoch's images, or their count.
+    """
     count = rows if isinstance(rows, int) else len(rows)
     batches = -(-count // batch_size)
     return ((number, number == batches - 1) for number in range(batches))
 
 
 def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:
-    """Copy rows of images to the device. From main memory they are copied to a GPU through pinned memory."""
+    """Copy the images at the indices `rows` to the device; from main memory to a GPU through pinned memory."""
     if not isinstance(images, Tensor):
         return torch.from_numpy(images[rows.numpy()]).to(device)
     if images.device == device:

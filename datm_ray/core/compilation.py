@@ -130,7 +130,7 @@ def _with_traced_strides(owner: fx.Node) -> None:
 
 
 def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
-    """Give all arguments at these places the memory order that the last of them had in tracing."""
+    """Give all arguments at these positions the memory order that the last of them had in tracing."""
     last = node.args[places[-1]]
     assert isinstance(last, fx.Node)
     order = torch.contiguous_format if last.meta["val"].is_contiguous() else torch.channels_last
@@ -228,6 +228,6 @@ _ATEN = torch.ops.aten
 _READS_STRIDES = (_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default)
 """Operations whose result depends on the strides of their input."""
 _SAME_ORDER = {_ATEN.native_group_norm.default: (0,), _ATEN.native_group_norm_backward.default: (0, 1)}
-"""Operation -> places of the arguments that must all have the same memory order: channels innermost, or outermost.
+"""Operation -> positions of the arguments that must all have one memory order: channels innermost, or outermost.
 
 With different orders torch 2.11 computes a wrong gradient, without an error."""

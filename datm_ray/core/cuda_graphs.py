@@ -38,7 +38,7 @@ class Replayed:
 
     @property
     def is_recorded(self) -> bool:
-        """True if calls replay a graph."""
+        """True if calls replay a recorded graph; False before the first call, and if recording failed."""
         return self._graph is not None
 
     def __call__(self, *arguments: Tensor) -> Any:

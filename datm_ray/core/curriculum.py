@@ -18,14 +18,14 @@ from datm_ray.config import CurriculumConfig
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Real images from easy to hard, and when experts see them."""
+    """Real images of each class ordered from easy to hard, and which share of them experts see in an epoch."""
 
     settings: CurriculumConfig
     by_class: Sequence[NDArray[np.int64]]
-    """Rows of each class's images, the easiest first."""
+    """For each class, the indices of its images in the data set, the easiest first."""
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Rows of the images that experts see in an epoch, counted from 0: at least one of each class."""
+        """Indices of the images that experts see in an epoch, counted from 0: at least one of each class."""
         first, last = self.settings.bounds(epoch)
         return np.concatenate([own[_part(len(own), first, last)] for own in self.by_class])
 

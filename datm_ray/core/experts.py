@@ -32,7 +32,7 @@ SMALLEST_NORM = 1e-12
 
 @dataclass
 class ExpertState:
-    """State of a stack of experts in training: everything that the next step depends on."""
+    """State of s experts that are trained together: everything that the next step depends on."""
 
     parameters: Tensor
     """Flat parameters of every expert [s p]."""
@@ -61,7 +61,7 @@ def train_experts(
     state: ExpertState,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor]:
-    """Train the stack from its current state to the end. Yields the mean losses [s] of every epoch.
+    """Train s experts together, from their current state to the last epoch. Yields the mean losses [s] of every epoch.
 
     Args:
         images: [n c h w] normalised images; they may lie in main memory, see `core.batches`.
@@ -86,7 +86,7 @@ def train_stack(
     rates: Sequence[float] | None = None,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor]:
-    """Train a stack of networks, each on its own images. See `train_experts`.
+    """Train s networks together, each on its own images, as `train_experts` does. Yields the losses [s] of every epoch.
 
     Args:
         images: images [n c h w] of each network.
@@ -125,7 +125,11 @@ def train_stack(
 
 
 def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curriculum | None = None) -> int:
-    """Number of steps in the first `epochs` epochs of a training on `count` images."""
+    """Number of steps in the first `epochs` epochs of a training on `count` images.
+
+    Args:
+        curriculum: which images an epoch has; `None` for all images in every epoch.
+    """
     if curriculum is None:
         return epochs * -(-count // settings.batch_size)
     return sum(-(-len(curriculum.rows(epoch)) // settings.batch_size) for epoch in range(epochs))
@@ -140,7 +144,11 @@ def _step(
     labels: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """Run one step of every expert. Returns the losses [s] before the step."""
+    """Update `state` in place by one step of every expert. Returns the losses [s] before the step.
+
+    Args:
+        weights: [b] weights of the images in the loss.
+    """
     parameters = state.parameters
     losses, gradient, state.buffers = functions(parameters, state.buffers, images, labels, weights)
     if settings.optimiser == "gsam":
@@ -159,7 +167,10 @@ def _step(
 
 
 def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> Tensor:
-    """Parameters [s p] minus each network's rate times its gradient [s p], with the same bits as for one alone."""
+    """Parameters [s p] minus each network's rate times its gradient [s p].
+
+    Each network gets the same bits as if it were computed alone.
+    """
     if len(set(rates)) == 1:
         return torch.sub(parameters, gradient, alpha=rates[0])
     after = torch.empty_like(parameters)

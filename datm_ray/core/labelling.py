@@ -56,7 +56,7 @@ class Views:
         return len(self.rows)
 
     def take(self, places: slice | NDArray[np.int64]) -> Views:
-        """Select the views at these places."""
+        """Copy with only the views at these positions."""
         return Views(*(getattr(self, each.name)[places] for each in fields(self)))
 
 
@@ -100,7 +100,7 @@ def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tup
 
 
 def apply_views(images: Tensor, views: Views) -> Tensor:
-    """Make the views [n c h w] of a set's images [m c h w], on their device."""
+    """Make the views [n c h w] of a set's images [m c h w], on the images' device."""
     boxes, flips = (torch.from_numpy(each).to(images.device) for each in (views.boxes, views.flips))
     shown = _cropped(images, views.rows, boxes, flips)
     mixed = np.flatnonzero(views.mix_boxes[:, 2:].all(axis=1))
@@ -119,7 +119,7 @@ def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -
 
 
 def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
-    """Make masks [n 1 h w], True for the pixels in each box [n 4]."""
+    """Make masks [n 1 h w], True for the pixels of the image that lie in each box [n 4]."""
     top, left, height, width = torch.from_numpy(mix_boxes.astype(np.int64)).to(images.device)[:, :, None].unbind(1)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     vertical, horizontal = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
@@ -170,7 +170,7 @@ def pack_logits(
 
 
 def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], classes: int) -> Tensor:
-    """Restore logits [n k], as float32 on the CPU, from the values and classes that `pack_logits` returns."""
+    """Restore logits [n k], as float32 on the CPU, from the values and classes that `pack_logits` returned."""
     kept = torch.from_numpy(values.astype(np.float32))
     if indices.shape[1] == 0:
         return kept

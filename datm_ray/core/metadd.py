@@ -250,11 +250,13 @@ def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
-    """MetaDD's invariance term: cross-entropy and weighted divergence from the backbone, summed over the auxiliaries.
+    """MetaDD's invariance term [], a mean over images, summed over all networks but the backbone.
+
+    Each network adds its cross-entropy, and `divergence` times its KL divergence from the backbone.
 
     Args:
         logits: [m b k], the backbone's first.
-        divergence: weight of the divergence.
+        divergence: weight of the KL divergence; a negative value rewards it.
     """
     ours, others = logits[0].log_softmax(dim=1), logits[1:].log_softmax(dim=2)
     classified = sum((cross_entropy(each, labels) for each in logits[1:]), logits.new_zeros(()))

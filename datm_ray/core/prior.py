@@ -50,7 +50,7 @@ MIDDLE = 0.5
 
 
 def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) of maps from `size` on, each half of the one before, rounded up."""
+    """Sizes (height, width) of halvings + 1 maps: `size`, then each half of the one before, rounded up."""
     sizes = [size]
     for _ in range(halvings):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -158,7 +158,9 @@ def latent_shape(decoder: nn.Module) -> tuple[int, ...]:
 
 
 def micro_batch(cost: ImageCost) -> int:
-    """Number of images that pass through a decoder together; the same on every machine.
+    """Number of images that pass through a decoder together: as many as `MICRO_BATCH_BYTES` allows, at least one.
+
+    The number is the same on every machine.
 
     Args:
         cost: cost of one image in the decoder.
@@ -168,7 +170,7 @@ def micro_batch(cost: ImageCost) -> int:
 
 @dataclass(frozen=True)
 class Prior:
-    """A decoder as distillation uses it: latents to normalised images, and gradients back."""
+    """Decoder as a distillation uses it: maps latents to normalised images, and gradients of images back to latents."""
 
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
@@ -211,7 +213,7 @@ class Prior:
         return torch.cat(found)
 
     def invert(self, images: Tensor, latents: Tensor, steps: int, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Latents whose images are near the given ones: Adam on the squared error, from the given latents.
+        """Latents [n l a b] whose images are near the given ones: Adam on the squared error, from the given latents.
 
         Args:
             images: [n c h w] normalised images.
@@ -234,7 +236,7 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw the latents of a whole set, from which an inversion starts: independent standard normal numbers."""
+    """Draw the latents of a whole set where an inversion starts: independent standard normal numbers of this shape."""
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
 
@@ -271,7 +273,7 @@ def train_autoencoder(
 
     Args:
         network: architecture; its own parameters are not read.
-        pixels: function that returns images [b c h w] of given rows, 0 for black and 1 for white.
+        pixels: function from indices of training images to these images [b c h w], 0 for black and 1 for white.
         count: number of training images.
         seed: seed of the run.
         state: parameters and moments, on the device that computes.

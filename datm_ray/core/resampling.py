@@ -59,18 +59,26 @@ class _InOrder(torch.autograd.Function):
 
 
 def _places(coordinates: Tensor, side: int, *, align_corners: bool) -> Tensor:
-    """Turn coordinates in [-1, 1] into numbers of pixels, from 0 to side - 1 inclusive."""
+    """Turn coordinates into positions in pixels; 0 and side - 1 are the centres of the outermost pixels.
+
+    Args:
+        coordinates: horizontal or vertical coordinates, from -1 to 1 within the image.
+        align_corners: True if -1 and 1 are these centres. False if they are the image's borders; positions beyond the
+            centres are then moved to the nearest centre.
+    """
     if align_corners:
         return (coordinates + 1) / 2 * (side - 1)
     return (((coordinates + 1) * side - 1) / 2).clamp(0, side - 1)
 
 
 def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient [b c h w] in the images by matrix products, if x depends on the column alone, and y on the row alone.
+    """Gradient [b c h w] in the sampled images, computed by two matrix products.
+
+    The horizontal position must depend on the column alone, and the vertical one on the row alone.
 
     Args:
-        along: [b c h w] gradient in the read images.
-        x, y: [b h w] places that were read, in pixels.
+        along: [b c h w] gradient in the result of the sampling.
+        x, y: [b h w] horizontal and vertical positions that were read, in pixels.
     """
     columns, rows = _interpolation(x[:, 0]), _interpolation(y[:, :, 0])
     with tf32_products(False, along.device):
@@ -78,13 +86,18 @@ def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _interpolation(places: Tensor) -> Tensor:
-    """Matrix [b side side]: weight of each pixel of a line in the values read at `places` [b side]."""
+    """Matrix [b side side]: weight of each pixel of a line in the values read at the positions `places` [b side]."""
     distance = places[:, :, None] - torch.arange(places.shape[1], device=places.device)
     return (1 - distance.abs()).clamp(min=0)
 
 
 def _scattered(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient [b c h w] in the images for places of any kind, see `_multiplied`. Each place adds to four pixels."""
+    """Gradient [b c h w] in the sampled images for any positions. Each read value adds to four pixels.
+
+    Args:
+        along: [b c h w] gradient in the result of the sampling.
+        x, y: [b h w] horizontal and vertical positions that were read, in pixels.
+    """
     height, width = along.shape[2:]
     left, top = x.floor(), y.floor()
     indices, weights = [], []

@@ -31,7 +31,7 @@ class LabelRobust:
 
     Lower is better."""
     ior: float
-    """Improvement over random images with labels of the same kind, in [-1, 1]."""
+    """Improvement over random, in [-1, 1]: accuracy of the set minus that of random images, both with soft labels."""
     score: float
     """LRS in [0, 1]; higher is better."""
 
@@ -41,7 +41,7 @@ class AugmentationRobust:
     """Augmentation-robust score (ARS) and its one part."""
 
     beta: float
-    """Mean improvement over random images, with and without augmentation, in [-1, 1]."""
+    """Accuracy of the set minus that of random images, in [-1, 1]: weighted mean with and without augmentation."""
     score: float
     """ARS in [0, 1]; higher is better."""
 
@@ -54,8 +54,8 @@ def label_robust(
     Args:
         real_hard: accuracy with all real data and hard labels. All accuracies are in [0, 1].
         distilled_hard: accuracy with the distilled images and hard labels.
-        distilled: accuracy with the distilled images and their own labels.
-        random_soft: accuracy with random real images and labels of the same kind.
+        distilled: accuracy with the distilled images and the soft labels of the set.
+        random_soft: accuracy with random real images and soft labels.
         weight: weight of the improvement over random, in [0, 1]; the hard-label recovery has 1 - weight.
 
     Raises:
@@ -69,11 +69,11 @@ def label_robust(
 def augmentation_robust(
     *, distilled: float, random: float, distilled_plain: float, random_plain: float, weight: float = WEIGHT
 ) -> AugmentationRobust:
-    """Compute the augmentation-robust score.
+    """Compute the augmentation-robust score from accuracies with soft labels.
 
     Args:
-        distilled, random: accuracies with augmentation and labels of the same kind, in [0, 1].
-        distilled_plain, random_plain: accuracies without augmentation, in [0, 1].
+        distilled, random: accuracies of distilled and of random real images with augmentation, in [0, 1].
+        distilled_plain, random_plain: the two accuracies without augmentation, in [0, 1].
         weight: weight of the difference with augmentation, in [0, 1]; the difference without has 1 - weight.
 
     Raises:

@@ -1,7 +1,7 @@
 """The synthetic set: its learned variables, and functions that choose its first images and labels.
 
-Rows are ordered by class, so that a class shard is a range of rows. Shapes: n images, k classes, a backbones, c h w
-image.
+Images are ordered by class, so that some neighbouring classes (a class shard) are a range of indices. Shapes: n images,
+k classes, a backbones, c h w image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import DatasetError
 
 AllSum = Callable[[Tensor], Tensor]
-"""Function that adds a tensor over all class shards and gives every shard the sum."""
+"""Function that adds a tensor over all class shards (workers with some of the classes) and gives each the sum."""
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -48,7 +48,10 @@ class SyntheticSet:
         return self.step_sizes[0]
 
     def variable(self, name: str) -> Tensor:
-        """Learned variable by name. That of "images" is their latents if there are any, otherwise their pixels."""
+        """Learned variable "images", "soft_labels" or "step_sizes".
+
+        For "images" these are the latents if the set has a prior, otherwise the pixels.
+        """
         learned: Tensor = self.latents if name == "images" and self.latents is not None else getattr(self, name)
         return learned
 
@@ -69,7 +72,7 @@ class SyntheticSet:
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
-    """Choose the rows of `ipc` random images of each class, class by class.
+    """Indices of `ipc` random images of each class, without repetition, class by class.
 
     Raises:
         DatasetError: a class has fewer than `ipc` images.
@@ -80,7 +83,12 @@ def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.in
 
 
 def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, label: int) -> NDArray[np.int64]:
-    """Draw `count` of a class's rows for an iteration, without repetition; all rows if there are fewer."""
+    """Draw `count` of the indices `rows`, without repetition; all of them, in random order, if there are fewer.
+
+    Args:
+        rows: indices of the images of the class `label`.
+        iteration: number of the iteration, from 0; each iteration has its own draw.
+    """
     return generator(seed, Purpose.REAL_BATCH, iteration, label).permutation(rows)[:count]
 
 
@@ -93,7 +101,7 @@ def correct_rows(
     predict: Callable[[int, NDArray[np.int64]], NDArray[np.int64]],
     classes: range | None = None,
 ) -> NDArray[np.int64]:
-    """Choose the rows of `ipc` images of each class that an expert classifies correctly, class by class.
+    """Indices of `ipc` images of each class that an expert classifies correctly, class by class.
 
     Images are taken in shuffled order, as published: first images that expert 0 classifies correctly, then, for classes
     with too few, images that expert 1 classifies correctly, and so on. A class with too few after all experts is filled
@@ -102,7 +110,7 @@ def correct_rows(
     Args:
         labels: [n] classes of the real training images.
         experts: number of experts to use at most.
-        predict: function (expert, rows) -> predicted classes of those images; called for no more rows than needed.
+        predict: function (expert, indices) -> predicted classes of those images; called for no more images than needed.
         classes: classes to choose images for; None for all.
 
     Raises:

@@ -87,7 +87,7 @@ class Labels(Protocol):
         ...
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Views [b c h w] and logits [b k] of some images."""
+        """Views [b c h w] of the images at these indices in the chosen epoch, and logits [b k] of the views."""
         ...
 
 
@@ -123,7 +123,7 @@ class CutMix:
     rows: slice
     columns: slice
     partners: NDArray[np.int64]
-    """[b] permutation: number of the image from which each image gets its box."""
+    """[b] permutation: position in the batch of the image from which each image gets its box."""
 
 
 def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.random.Generator) -> CutMix:
@@ -138,11 +138,11 @@ def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.rand
 
 
 def box_side(length: int, kept: float, centre: int) -> slice:
-    """Rows or columns of a box, cut at the image's border. The whole box has a share 1 - `kept` of the image's area.
+    """Slice of rows or columns of a box, cut at the image's border.
 
     Args:
-        length: the image's height or width.
-        kept: share of the image that no box replaces.
+        length: the image's height or width in pixels.
+        kept: share of the image's area outside the box, in [0, 1], before the border cuts the box.
         centre: row or column in the middle of the box.
     """
     side = int(length * math.sqrt(1 - kept))
@@ -151,7 +151,7 @@ def box_side(length: int, kept: float, centre: int) -> slice:
 
 
 def mix(images: Tensor, drawn: CutMix) -> Tensor:
-    """Copy of images [b c h w], each with the box of its partner."""
+    """Copy of images [b c h w] in which each box shows the same place of the image's partner."""
     mixed, box = images.clone(), (slice(None), slice(None), drawn.rows, drawn.columns)
     mixed[box] = images[box][torch.from_numpy(drawn.partners).to(images.device)]
     return mixed

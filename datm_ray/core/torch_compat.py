@@ -20,7 +20,7 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """Operation in graphs: a view of a value that nothing else uses."""
 
 ZEROS_LIKE_VALUE = torch.ops.aten._new_zeros_with_same_feature_meta.default
-"""Operation in graphs: zeros in the memory order of a value. Forward differentiation copies a tangent into them."""
+"""Operation in graphs: zeros in the memory order of a given value. Forward differentiation fills in a tangent."""
 
 
 def shapes_only() -> AbstractContextManager[Any]:
@@ -69,7 +69,7 @@ def add_biases_apart(graph: fx.GraphModule) -> None:
 
 
 def schema_of(node: fx.Node) -> Any:
-    """Signature of the node's operation, with its aliases and in-place changes; `None` for no tensor operation."""
+    """Signature of the node's operation, with its aliases and in-place changes; `None` if it is no tensor operation."""
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
 
 

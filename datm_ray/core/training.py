@@ -45,11 +45,11 @@ class Schedule:
     """Training schedule of a network that is scored: SGD or AdamW, with a rate that falls once or along a cosine."""
 
     epochs: int
-    """Passes over the images."""
+    """Number of passes over the images."""
     batch_size: int
-    """Images per step; the last, smaller batch is kept."""
+    """Images per step. The last batch of an epoch may be smaller; it is not dropped."""
     learning_rate: float
-    """Step size of the updates."""
+    """Highest learning rate of the training; `decay_epoch`, `cosine` and `warmup_epochs` lower it."""
     momentum: float = 0.0
     """SGD's momentum; 0 for none."""
     weight_decay: float = 0.0
@@ -64,7 +64,7 @@ class Schedule:
     cosine: bool = False
     """True if the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: int = 0
-    """Epochs in which the learning rate grows from a hundredth, step by step."""
+    """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
     temperature: float | None = None
     """Temperature of a teacher, whose logits of every batch replaced the set's labels; `None` if there was none."""
 
@@ -76,12 +76,15 @@ class Schedule:
         return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
 
     def with_adamw(self, weight_decay: float | None = None) -> Schedule:
-        """Copy of the schedule with AdamW. A weight decay of `None` becomes `ADAMW_WEIGHT_DECAY`."""
+        """Copy of the schedule with AdamW. The weight decay is the given one; `None` takes `ADAMW_WEIGHT_DECAY`."""
         decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
         return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
-        """Learning rate of a step, counted from 0 over all epochs. By default, `step` is the number of an epoch."""
+        """Learning rate of a step, counted from 0 over all epochs.
+
+        With `steps_per_epoch` 1, `step` is the number of an epoch.
+        """
         is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
         rate = self.learning_rate / 10 if is_late else self.learning_rate
         steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
@@ -99,14 +102,18 @@ PROTOCOLS: dict[str, Schedule] = {
     "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
-"""Evaluation protocols by name; learning rate and augmentation are replaced by the run's own."""
+"""Evaluation protocol -> training schedule; a run replaces its learning rate and augmentation."""
 
 ADAMW_WEIGHT_DECAY = 0.05
 """Weight decay of AdamW, a usual value for transformers."""
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
-    """Training schedule of networks that are scored: the protocol, changed by the settings of the section.
+    """Training schedule of networks that are scored: that of the protocol, changed by the keys of `evaluate`.
+
+    Args:
+        settings: section `evaluate` of the recipe.
+        learning_rate: highest learning rate.
 
     Raises:
         ConfigError: the warm-up takes all epochs.
@@ -134,7 +141,7 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
 
 
 def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
-    """Schedule of a recipe's `evaluate` section as plain data, which may lack any key."""
+    """Schedule that a recipe's `evaluate` section describes, given as plain data. Missing keys have their defaults."""
     known = {key: scored[key] for key in SCORING_KEYS if key in scored}
     name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
     settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
@@ -298,7 +305,8 @@ COMPILED_WORK = 5e10
 """Least expected work for which networks are trained together, in operations of forward passes: about seven seconds of
 a CPU core if they are trained one after another. One compilation serves all stacks of one size in a run."""
 WIDE_MAP_BYTES = 3 * 2**20
-"""Size in bytes of a batch's largest map from which one network keeps a CPU busy, up to `CACHED_MAP_BYTES`.
+"""Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
+another, unless the map reaches `CACHED_MAP_BYTES`.
 
 Measured for images of 32x32 on two cores, time of five networks one after another, divided by their time together
 (benchmarks/LOG.md): maps of 2.6 MB 1.7, of 5.2 MB 0.86, of 10.5 MB 0.9 to 1.2, of 52 MB, far beyond the cache, 1.8."""
@@ -342,9 +350,10 @@ def are_trained_together(
 
 
 def stack_sizes(networks: int) -> list[int]:
-    """Sizes of the stacks in which networks are trained together: equal if possible, because each size is compiled.
+    """Sizes of the groups (stacks) in which `networks` networks are trained together; the sum is `networks`.
 
-    There are at least two networks in a stack, if there are two, and at most `LARGEST_STACK`.
+    Sizes are equal if possible, because each size is compiled. Each is at most `LARGEST_STACK`, and at least two unless
+    there is one network only.
     """
     for size in range(min(networks, LARGEST_STACK), 2, -1):
         if networks % size == 0:
@@ -368,10 +377,10 @@ class Training:
 
 
 class Trainer:
-    """Trains several networks of one kind, together if this is faster, otherwise one after another.
+    """Trains several networks of one architecture, together if this is faster, otherwise one after another.
 
-    Together means one compiled call for all networks of a stack in every step. Each network has the same images, order
-    and augmentation as alone, and its result does not depend on the other networks. Sums round differently than alone.
+    Together means one compiled call for all networks of a group (stack) in every step. Each network has the images,
+    order and augmentation that it has alone, and its result does not depend on the others. Sums round differently.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -379,14 +388,14 @@ class Trainer:
         """Reason why networks that should be trained together are not compiled; "" if there is none."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
-        """Compiled functions, shared by all trainings of this worker: kind and number of networks -> functions."""
+        """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
 
     def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
-        """Divide networks into those that are trained at the same time: stacks, or one network each.
+        """Divide networks into groups that are trained at the same time; each is a group of its own if this is faster.
 
         Args:
-            trainings: networks of one kind, with as many images each, and schedules that differ in their rates alone.
-            lessons: see `train`; networks that have some are trained one after another.
+            trainings: networks of one architecture and equally many images; their schedules differ in the rate alone.
+            lessons: a teacher's images and logits, see `train`; networks with lessons are trained one after another.
         """
         first, sizes = trainings[0], [1] * len(trainings)
         count, *image = first.images.shape
@@ -407,11 +416,13 @@ class Trainer:
     def train(
         self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
     ) -> Iterator[TrainingState]:
-        """Train networks in place. Yields the state after every epoch. Networks get new parameters after the last.
+        """Train networks in place. Yields the state after every epoch.
+
+        The networks hold their trained parameters only after the last epoch.
 
         Args:
-            stack: one of `stacks`.
-            lessons: see `train`; `None` for a stack of several.
+            stack: one of the groups that `stacks` returned.
+            lessons: a teacher's images and logits, see `train`; `None` for several networks.
             saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. It
                 is not kept.
         """
@@ -427,7 +438,7 @@ class Trainer:
             yield state
 
     def train_all(self, trainings: Sequence[Training]) -> Iterator[int]:
-        """Train networks of one kind in place. Yields the number of epochs done, over all of them."""
+        """Train networks of one architecture in place. Yields the epochs done so far, summed over all networks."""
         done = 0
         for stack in self.stacks(trainings):
             for state in self.train(stack):
@@ -444,16 +455,17 @@ class Trainer:
 
 @functools.cache
 def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
-    """Trainer of this process with these settings. It keeps its compiled functions."""
+    """The process's only trainer with these settings, which keeps its compiled functions between calls."""
     return Trainer(compile_=compile_, channels_last=channels_last)
 
 
 def train_together(
     functions: StackFunctions, stack: Sequence[Training], saved: TrainingState | None = None
 ) -> Iterator[ExpertState]:
-    """Train several networks of one kind in place by SGD, each as `train` would; see `Trainer.train` for arguments.
+    """Train several networks of one architecture in place by SGD, each as `train` would.
 
-    Yields the state after every epoch. The networks get their new parameters after the last epoch.
+    Yields the state after every epoch. The networks get their new parameters after the last epoch. Arguments: see
+    `Trainer.train`.
     """
     state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
     if saved is not None:
@@ -504,12 +516,12 @@ def predict_logits(
 
 
 def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
-    """Share of the images [n c h w] that are classified as their labels [n], in [0, 1]."""
+    """Fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n]."""
     return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
 
 
 def train_to_end(network: nn.Module, images: Images, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
-    """Train for the whole schedule. Returns the last epoch."""
+    """Train the network in place for the whole schedule. Returns the record of the last epoch."""
     epoch = Epoch(0, 0, float("nan"))
     for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
         pass

@@ -46,12 +46,15 @@ class Rows:
 
     @classmethod
     def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Rows of a shard's classes. If `shards` does not divide `classes`, the first shards have one class more."""
+        """Rows of a shard's classes in a set with `ipc` images per class.
+
+        If `shards` does not divide `classes`, the first shards have one class more.
+        """
         bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
         return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
 
     def classes(self, ipc: int) -> range:
-        """Classes that the rows belong to."""
+        """Classes of the images in the rows, in a set with `ipc` images per class."""
         return range(self.first // ipc, self.last // ipc)
 
 
@@ -74,7 +77,7 @@ class Attempt:
     token: int
     """Number that no other attempt has. File names of parts contain it."""
     resumed_at: int = -1
-    """Iteration of the checkpoint from which the attempt resumes; -1 without a checkpoint."""
+    """Iteration of the checkpoint from which the attempt resumes; -1 if there was no checkpoint."""
 
     @classmethod
     def start(cls, folder: Location, mesh: Mesh) -> Attempt:
@@ -98,9 +101,14 @@ def save_checkpoint(
     recipe: Mapping[str, Any],
     computed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the state. All workers call this together.
+    """Write a checkpoint of the distillation. All its workers call this together.
 
     Args:
+        attempt: attempt at the set, which must still own the folder.
+        state: state of this worker's rows, and what all workers share.
+        rows: rows of the set that this worker holds.
+        mesh: workers of the distillation.
+        recipe: settings that decide the result, which the file names.
         computed: how student steps were computed, see `read_computed`.
     """
     held, shared = state.to_arrays()
@@ -119,7 +127,16 @@ def save_checkpoint(
 def load_checkpoint(
     kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
 ) -> AnyState | None:
-    """Read some rows of the last saved state, whichever shards wrote them. Returns `None` without a checkpoint.
+    """Read the state of the last checkpoint for some rows of the set; the rows may differ from those of its writers.
+
+    Returns `None` if there is no checkpoint.
+
+    Args:
+        kind: class of the state.
+        folder: folder of the set.
+        rows: rows of the set that this worker holds.
+        settings: section `distill` of the recipe.
+        device: device that gets the tensors.
 
     Raises:
         CorruptFileError: a part is missing, damaged or does not fit the checkpoint.
@@ -151,9 +168,10 @@ def _load(
 
 
 def read_computed(folder: Location) -> list[dict[str, Any]]:
-    """Settings of student steps up to the checkpoint: an entry for every change, with its first iteration.
+    """How student steps were computed up to the checkpoint, such as their precision.
 
-    Empty if there is no checkpoint, or if an earlier version of this package wrote it.
+    The list has an entry for every change, with its first iteration. It is empty if there is no checkpoint, or if an
+    earlier version of this package wrote it.
 
     Raises:
         CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
@@ -176,9 +194,10 @@ def read_iteration(folder: Location) -> int:
 
 
 def read_curves(folder: Location) -> dict[str, Any]:
-    """Columns of the history, of MetaDD and of validation in a run's checkpoint, by name.
+    """Curves of a distillation from its checkpoint: column name -> values, such as "history.loss".
 
-    If the history has several backbones, its columns hold only the rows of the first backbone.
+    The columns describe iterations ("history."), validations ("validation.") and MetaDD ("meta."). If several
+    backbones are matched, "history." holds the first backbone only.
     """
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
     if not {"history.iteration", "history.loss", "history.skipped"} <= arrays.keys():
@@ -190,7 +209,7 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
-    """Read the arrays of some rows (images) of the set. They are cut from the part files and joined."""
+    """Read the arrays of some rows (images) of the set, by name. They are cut from the part files and joined."""
     pieces: list[dict[str, NDArray[Any]]] = []
     found = rows.first
     for part, name in sorted((_part_rows(folder, name), name) for name in names):
@@ -210,7 +229,10 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
 
 
 def _require_shapes(folder: Location, state: State[Any]) -> None:
-    """Raise a `CorruptFileError` unless the arrays of each set fit in shape and hold floats. Checksums do not tell."""
+    """Raise a `CorruptFileError` unless the arrays of the state's sets fit in shape and hold floats.
+
+    Checksums do not find such a fault.
+    """
     for held in (state.synthetic, state.chosen or state.synthetic, state.result):
         shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
         floats = all(each.is_floating_point() for each in (held.images, held.soft_labels, held.step_sizes))
@@ -248,9 +270,10 @@ def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
 
 
 def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
-    """Delete this attempt's parts of earlier iterations, and other attempts' parts up to the iteration of its start.
+    """Delete this attempt's parts of earlier iterations, and other attempts' parts up to where this attempt resumed.
 
-    The checkpoint of another attempt may name its later parts, so they stay. The next attempt deletes them.
+    The checkpoint of another attempt may name later parts of that attempt, so these stay. The next attempt deletes
+    them.
     """
     parts = attempt.folder / PARTS
     for name in parts.list():

@@ -17,12 +17,12 @@ KIND = "difficulty"
 
 
 def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum | None:
-    """Curriculum of a run's experts; `None` if its experts see all images in every epoch.
+    """Curriculum of a run's experts (which images they see in an epoch); `None` if they see all in every epoch.
 
     Images with equal scores are in a random order, drawn for the class by the run's seed.
 
     Args:
-        scoring: group of the networks whose scores order the images, see `RunConfig.scoring_run`.
+        scoring: folder of the networks whose scores order the images, see `RunConfig.scoring_run`.
 
     Raises:
         MissingExpertsError: the scores are not stored.

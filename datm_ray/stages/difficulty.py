@@ -29,15 +29,15 @@ from datm_ray.store.tensors import write_tensors
 
 
 def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
-    """Store every training image's mean EL2N score over the scoring networks, which are in the store.
+    """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if it is stored.
 
     Args:
         worker: worker with the data set, whose device computes.
-        config: run of the scoring networks, see `RunConfig.scoring_run`.
+        config: run that trained the scoring networks, see `RunConfig.scoring_run`.
         store_uri: store of the networks and the scores.
 
     Raises:
-        MissingExpertsError: a network is missing.
+        MissingExpertsError: the store lacks a scoring network.
     """
     dataset, settings, meter = worker.dataset, config.experts, Meter(worker.device)
     group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)

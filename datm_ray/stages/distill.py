@@ -76,7 +76,7 @@ LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
 FOUND = "found"
-"""Key of a set's provenance: settings of `distill` that the recipe leaves open -> values that the run found."""
+"""Key, in a set's provenance, of a mapping: setting of `distill` that the recipe leaves open -> value found."""
 VALIDATING = "validating the set"
 CHOOSING = "choosing the first images"
 
@@ -84,7 +84,7 @@ _log = logging.getLogger(__name__)
 
 
 class DistillWorker:
-    """Distils synthetic sets from one data set and its experts, alone or with others."""
+    """Distils synthetic sets from one data set and its experts, alone or together with other workers."""
 
     method: type[Method] | None = None
     """Method that changes the set; `None` takes the recipe's method. Benchmarks may set another one."""
@@ -108,13 +108,13 @@ class DistillWorker:
 
         Args:
             sharing: number of distilling workers that may run on this machine at the same time.
-            validation: task that validates a set on any worker, if its arguments are completed by an iteration. The
-                last of such tasks writes the result. With `None`, this worker validates and writes the result.
+            validation: task that lets any worker validate a set, once the set's iteration is added to its arguments.
+                The last of these tasks writes the result. With `None`, this worker validates and writes the result.
             worker_rank: this worker's rank among the workers of the recipe; `None` if it works alone.
 
         Raises:
             MissingExpertsError: the store lacks experts of the recipe.
-            DivergenceError: too many iterations in a row diverged; the set of the last update is in the checkpoint.
+            DivergenceError: too many iterations in a row diverged. The checkpoint holds the set of the last update.
             ThresholdError: the first matching losses exceed the threshold, or the losses of many iterations in a row.
             StoreError: an expert has the same parameters in its first and last epochs.
             PeerLostError: another worker of the mesh died.
@@ -140,9 +140,10 @@ class DistillWorker:
                 yield from Distillation(part, folder, method, account, validation).events()
 
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
-        """Validate a candidate of a distillation. After the last missing result, also write the final set.
+        """Validate a candidate: a set that an unfinished distillation wrote after some iterations.
 
-        Does nothing if the candidate's file is gone, because the distillation then has its result.
+        After the last missing result, also write the final set. Do nothing if the candidate's file is gone, because the
+        distillation then has its result.
 
         Args:
             iteration: number of iterations that were done when the candidate was written.
@@ -170,7 +171,9 @@ class DistillWorker:
         yield Finished(metrics=meter.measure())
 
     def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> None:
-        """Write the final set, unless the result of a candidate is missing.
+        """Write the final set if all candidates (sets of single iterations) have a validation result.
+
+        Otherwise write nothing.
 
         Args:
             rows: all rows of the set.
@@ -210,7 +213,7 @@ class DistillWorker:
 
 
 def _of_iteration(validation: Task, iteration: int) -> Task:
-    """Task that validates the candidate of an iteration."""
+    """Copy of a validation task for the set after `iteration` iterations: added to its name and arguments."""
     arguments = (*validation.arguments, iteration)
     return dataclasses.replace(validation, name=f"{validation.name} {iteration}", arguments=arguments)
 
@@ -218,14 +221,17 @@ def _of_iteration(validation: Task, iteration: int) -> Task:
 def _record(
     state: State[Any], iteration: int, accuracy: float, dataset: Dataset, candidates: Candidates, rows: Rows
 ) -> None:
-    """Record the validation accuracy of the set of `iteration`, which is the state's iteration or an earlier one."""
+    """Record in the state the validation accuracy of the set after `iteration` iterations.
+
+    If the state is of a later iteration, the set is read from its file in `candidates`.
+    """
     device = state.synthetic.images.device
     earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
     state.record_validation(accuracy, standard_error(accuracy, dataset), earlier)
 
 
 class Distillation:
-    """One worker's part in the distillation of one set, or of one piece of it."""
+    """One worker's part in the distillation of one set, or of one piece (some images of some classes) of a set."""
 
     def __init__(self, part: Part, folder: Location, method: Method, account: Account, validation: Task | None) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
@@ -237,7 +243,7 @@ class Distillation:
         self._prior = None if config.prior is None else PriorOfSet(part)
         self._validation, self._candidates = validation, Candidates(self._attempt.folder)
         self._has_joined = False
-        """True if the state has results of candidates that the checkpoint lacks."""
+        """True if validation results were recorded in the state since the last checkpoint."""
         self._spent_before = read_cost(folder)
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
@@ -366,7 +372,10 @@ class Distillation:
             _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
 
     def _join(self, state: State[Any]) -> None:
-        """Record results of candidates in order, up to the first missing one. All workers record the same results."""
+        """Record the results of validations by other tasks, in order of iterations, up to the first missing one.
+
+        All workers record the same results.
+        """
         iterations = unvalidated(self._config.distill, state)
         if not iterations:
             return
@@ -471,9 +480,12 @@ class Distillation:
             )
 
     def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
-        """Train fresh networks on the whole set, and return their mean validation accuracy.
+        """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1].
 
         A worker without peers yields phases as its heartbeat. Workers with peers exchange heartbeats in the mesh.
+
+        Args:
+            held: this worker's rows of the set.
         """
         whole = self._whole(held)
         if isinstance(self._mesh, Alone):
@@ -492,7 +504,11 @@ class Distillation:
         return self._mesh.from_first(work)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
-        """Set with the rows of all shards on the first worker; `None` on other workers."""
+        """Set joined from the rows of all workers, on the first worker; `None` on other workers.
+
+        Args:
+            held: this worker's rows of the set.
+        """
         images, soft_labels, labels = (self._mesh.gather(part) for part in (held.images, held.soft_labels, held.labels))
         if images is None or soft_labels is None or labels is None:
             return None

@@ -24,14 +24,14 @@ class DistributionMatching(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Last epoch, which MetaDD and labels use."""
+        """Epochs of each expert that a run reads: the last one alone, for MetaDD and for labels."""
         return (config.experts.epochs,)
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration: real and synthetic images pass once for the means.
+        """Work and memory of an iteration, for the worker with the most classes.
 
-        Synthetic images pass once more for the gradient.
+        Its real and synthetic images pass the network once for the means, synthetic images once more for the gradient.
         """
         settings, own = config.distill, -(-classes // shards)
         passes = {"scoring": own * (settings.real_batch + settings.ipc), "training": own * settings.ipc}
@@ -39,7 +39,7 @@ class DistributionMatching(Method):
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Numbers of iterations, synthetic images and real images in words, for plans."""
+        """Text for plans: the numbers of iterations, synthetic images and real images."""
         settings, real = config.distill, config.distill.real_batch * images // config.distill.ipc
         through = f"{images:,} synthetic and up to {real:,} real images through a fresh network"
         return f"{settings.iterations:,} iterations of {through}, in micro-batches of {chunk:,}"
@@ -50,7 +50,7 @@ class DistributionMatching(Method):
         self._chunks = {number: plan.chunk for number, plan in self._plans.items()}
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """On a GPU, find by trial how many images of a micro-batch fit into its memory."""
+        """On a GPU, find by trial how many images of a micro-batch fit into its memory. On a CPU, do nothing."""
         for number, plan in self._plans.items():
             network = self.fresh_network(0, number).requires_grad_(False)
 
@@ -63,7 +63,10 @@ class DistributionMatching(Method):
             heartbeat()
 
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
-        """Compute the weighted distances of this worker's classes, summed over its backbones, and their gradient."""
+        """Compute the weighted distances of this worker's classes, summed over its backbones, and their gradient.
+
+        The gradient is in the images [n c h w] of the worker's classes.
+        """
         config, settings, images = self.part.config, self.part.config.distill, synthetic.images
         labels = self.part.rows.classes(settings.ipc)
         real = [self.real_images(label, settings.real_batch, iteration) for label in labels]

@@ -104,22 +104,23 @@ FAIR_ROWS = {
 """Further rows for DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
-"""Keys of `ROWS` and `FAIR_ROWS` whose networks are trained on distilled images."""
+"""Keys of the rows of `ROWS` and `FAIR_ROWS` whose networks are trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
-"""Keys of `FAIR_ROWS` whose networks are trained without augmentation."""
+"""Keys of the rows of `FAIR_ROWS` whose networks are trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
-"""Keys of the rows with soft labels. A teacher may give these labels."""
+"""Keys of the rows of the accuracy table with soft labels. A teacher may give these labels."""
 
 ON_OTHERS = ("random-soft", "distilled")
-"""Keys of the rows scored on every network of `evaluate.networks`."""
+"""Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks`."""
 
 UNLABELLED_ON_OTHERS = ("random-hard", "distilled")
-"""Keys of the rows scored on every network of `evaluate.networks` if no experts can label random images."""
+"""Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks` if no experts exist
+to label random images."""
 
 CONTROLS = "controls"
-"""Folder of the rows that the runs of an output folder share."""
+"""Name of the folder, in an output folder, with results that do not depend on a distilled set. Runs share them."""
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
@@ -141,7 +142,7 @@ class EvaluateWorker:
         self._experts: dict[str, ExpertNetworks] = {}
         self._teachers: dict[str, nn.Module] = {}
         self._has_noted = False
-        """True once a note on compilation was given."""
+        """True once the worker has yielded its note on compilation, which it yields only once."""
 
     def evaluate(
         self,
@@ -153,7 +154,9 @@ class EvaluateWorker:
         numbers: Sequence[int],
         network: NetworkConfig | None = None,
     ) -> Iterator[Progress | Note | Finished]:
-        """Score one row with some seeds. A result's file is written last, so an existing file is complete.
+        """Train and test the networks of one row of the accuracy table, for some seeds.
+
+        A result's file is written last, so an existing file is complete.
 
         Args:
             config: recipe of the run.
@@ -204,7 +207,14 @@ class EvaluateWorker:
         yield Finished(results, meter.measure())
 
     def _result(self, chosen: _Trial, of_test: float, with_learned: float | None, spent: Spent) -> dict[str, Any]:
-        """Part of a result that is its network's own, see `_tested` for the first arguments."""
+        """Part of a result file that describes one network: accuracies, step size, cost and provenance.
+
+        Args:
+            chosen: trial with the best validation accuracy.
+            of_test: test accuracy of this trial, in [0, 1].
+            with_learned: test accuracy with the learned step size; `None` if no step size was learned.
+            spent: cost of the result.
+        """
         return {
             "test_accuracy": of_test,
             "test_accuracy_with_learned_step_size": with_learned,
@@ -223,9 +233,13 @@ class EvaluateWorker:
             _log.info("network scored %s %s", scored, fields(**values))
 
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
-        """Returns the trial best on validation data, its test accuracy, and the first trial's test accuracy.
+        """Choose the trial with the best validation accuracy, and test it on the test images.
 
-        The last value is `None` if `learns` is False. If it is True, the first trial has the learned step size.
+        Returns the trial, its test accuracy, and the test accuracy of the first trial.
+
+        Args:
+            trials: networks trained with one candidate step size each.
+            learns: True if the first trial has the learned step size; False makes the last result `None`.
         """
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
         tested = self._test_accuracy(chosen)
@@ -240,7 +254,10 @@ class EvaluateWorker:
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
     ) -> tuple[Images, Tensor, float | None]:
-        """Return (images, targets, step size). The step size is `None` if it must be chosen on validation data."""
+        """Make the training set of a row of the accuracy table: images, labels, and the step size learned with them.
+
+        The step size is `None` if none was learned, so that it must be chosen on validation data.
+        """
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
@@ -261,11 +278,13 @@ class EvaluateWorker:
         return self._experts[config.name]
 
     def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Images) -> Lessons | None:
-        """Teacher of a row's networks; `None` if they learn from their set's own labels. `PLAIN` rows have no CutMix.
+        """Labels of a teacher for networks of a row of the accuracy table; `None` if they learn from the set's labels.
+
+        Rows in `PLAIN` have no CutMix.
 
         Args:
             folder: folder of the run.
-            images: the row's images.
+            images: the images on which the networks are trained.
         """
         if not is_taught(config, row):
             return None
@@ -286,17 +305,23 @@ class EvaluateWorker:
 
 
 def is_taught(config: RunConfig, row: str) -> bool:
-    """True if a teacher gives the labels of a row."""
+    """True if a teacher labels the images of this row of the accuracy table; False if the set has its own labels."""
     return config.evaluate.has_teacher and row in SOFT
 
 
 def is_stored(config: RunConfig, row: str) -> bool:
-    """True if the labels of a row are stored beside the set. Other taught rows ask the teacher during training."""
+    """True if a teacher's labels for this row of the accuracy table are stored beside the set.
+
+    False if the teacher is asked during training, or does not label the row.
+    """
     return config.evaluate.stores_labels and row == "distilled"
 
 
 def has_learned_step_size(config: RunConfig, row: str) -> bool:
-    """True if a row uses the step size learned with the set, alone or as one of several candidates."""
+    """True if networks of this row of the accuracy table are trained with the step size learned with the set.
+
+    The learned step size may be one of several candidates; validation chooses one.
+    """
     is_given = row in SOFT and config.evaluate.learning_rate is not None
     is_replaced = is_given or is_taught(config, row)
     is_there = method_of(config).gives_step_size and config.evaluate.optimiser == "sgd"
@@ -304,10 +329,10 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
 
 
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
-    """Candidate schedules of a row, which differ in the step size alone. Validation chooses one.
+    """Candidate schedules for networks of a row of the accuracy table, with different step sizes.
 
-    There is one candidate if the step size was learned with this network and these labels. For rows with soft labels,
-    there is also one candidate if `evaluate.learning_rate` is given.
+    Validation chooses one. There is one candidate if the step size was learned with this network and these labels. For
+    rows with soft labels, there is also one candidate if `evaluate.learning_rate` is given.
 
     Args:
         learned: step size that was learned with the set, if any.
@@ -326,7 +351,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
 
 
 def row_schedule(config: RunConfig, row: str) -> Schedule:
-    """Training schedule of a row's networks, except for the step size."""
+    """Training schedule for networks of a row of the accuracy table; its learning rate is a placeholder."""
     if row == "full":
         config = config.model_copy(update={"evaluate": _by_protocol(config.evaluate)})
     schedule = evaluation_schedule(config, 0.0)
@@ -341,13 +366,13 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 
 def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy of the settings with the protocol's training: all `SCORING_KEYS` have their defaults."""
+    """Copy of the settings with the training of the protocol: all `SCORING_KEYS` have their defaults."""
     fields = EvaluateConfig.model_fields
     return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-    """Rows that a run is scored on, each with its network; `None` for the backbone."""
+    """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
     is_labelled, is_full = bool(trained_backbones(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += FAIR_ROWS if config.evaluate.fair else ()
@@ -357,7 +382,9 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
 
 
 def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
-    """Number of networks that are trained for a row with one seed, and their schedule without its step size.
+    """Number of networks trained for one row of the accuracy table and one seed, and their schedule.
+
+    The schedule's step size is a placeholder; each network is trained with another candidate.
 
     Args:
         network: scored network; `None` for the backbone.
@@ -369,9 +396,10 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
 def seeds_of_tasks(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, least: int
 ) -> list[tuple[int, ...]]:
-    """Numbers of the seeds in each task of a row: one seed, or several if their networks can be trained in stacks.
+    """Divide the seeds of a row of the accuracy table into tasks. Returns the numbers of each task's seeds.
 
-    The number of tasks is a multiple of `least` if there are enough seeds, so that as many workers get equal work.
+    A task has one seed, or several if their networks can be trained together. The number of tasks is a multiple of
+    `least` if there are enough seeds, so that as many workers get equal work.
 
     Args:
         network: scored network; `None` for the backbone.
@@ -386,7 +414,9 @@ def seeds_of_tasks(
 
 
 def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
-    """Fewest tasks of each row, so that no worker is idle and no task exceeds a worker's share of the work.
+    """Fewest tasks into which each row of the accuracy table is divided, so that all workers get equal work.
+
+    No worker is idle, and no task has more than the total work divided by `workers`.
 
     Args:
         works: expected work of each row, in any unit.
@@ -399,9 +429,12 @@ def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
 def largest_stack(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
 ) -> int:
-    """Largest number of networks that a task with `seeds` seeds of a row trains at the same time.
+    """Largest number of networks that one task of a row of the accuracy table trains at the same time.
 
-    See `seeds_of_tasks` for the other arguments.
+    Arguments: see `seeds_of_tasks`.
+
+    Args:
+        seeds: number of seeds in the task.
     """
     count, schedule = training_of(config, row, network)
     may_stack = config.cluster.compile and not is_taught(config, row)
@@ -417,7 +450,9 @@ def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Sched
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
-    """Expected work of training the networks of a row with one seed, in operations of forward passes.
+    """Expected work for one row of the accuracy table and one seed: training its networks.
+
+    The unit is a floating-point operation of a forward pass.
 
     Args:
         network: scored network; `None` for the backbone.
@@ -432,7 +467,7 @@ def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Network trained with one of the candidate learning rates."""
+    """Network after its training with one of the candidate learning rates."""
 
     network: nn.Module
     step_size: float
@@ -454,7 +489,7 @@ def result_location(
     number: int,
     network: NetworkConfig | None = None,
 ) -> Location:
-    """File of the result of one row and seed.
+    """File of the result for one row of the accuracy table and one seed.
 
     Controls do not depend on the distillation, so runs share them. Runs with the same network share the row on all real
     data. Runs share rows on random images if they also have the same experts and number of images per class. Training
@@ -487,7 +522,10 @@ def result_location(
 
 
 def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
-    """Training settings of a row that differ from the protocol's, and the fingerprint of its teacher's experts."""
+    """Settings that decide the training of a row of the accuracy table and differ from the protocol's.
+
+    If a teacher labels the row, the fingerprint of the teacher's experts is added. Empty if nothing differs.
+    """
     identity = scoring_identity(config)
     if row == "full":
         return {}

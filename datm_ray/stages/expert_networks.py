@@ -38,7 +38,9 @@ class ExpertNetworks:
             )
 
     def restored(self, expert: int, epoch: int | None = None) -> nn.Module:
-        """Network with an expert's snapshot. Every call returns the same module with other parameters.
+        """Network with the parameters of an expert after an epoch.
+
+        Every call returns the same module with other parameters.
 
         Args:
             epoch: a stored epoch; `None` for the last.
@@ -56,5 +58,8 @@ class ExpertNetworks:
         return predict_logits(self.restored(expert), images, heartbeat)
 
     def soft_labels(self, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Soft labels [n k]: mean logits over the experts that classify an image correctly."""
+        """Soft labels [n k] of images [n c h w]: for each, the mean logits of the experts that classify it correctly.
+
+        An image that no expert classifies correctly gets the mean over all experts.
+        """
         return mean_correct_logits((self.logits(expert, images, heartbeat) for expert in range(self.count)), labels)

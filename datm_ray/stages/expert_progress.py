@@ -50,23 +50,24 @@ WRITE_SHARE = 0.05
 LARGEST_WRITE = 256 * 2**20
 """Largest size in bytes of epochs kept in memory before they are written; one epoch may be larger."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
-"""Seconds between two checks of a full disk, and the number of checks."""
+"""Seconds between two checks of whether a full disk has free space again, and the largest number of checks."""
 SPARE_BYTES = 256 * 2**20
 """Bytes of a disk left free for other programs."""
 
 STACKS, STACKS_FILE = "stacks", "stacks.json"
-"""Folder beside the folders of stacks, and the file in it that lists the experts of each stack."""
+"""Name of the folder, beside the progress folders, and of the file in it that lists which experts are trained
+together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
 _NO_ATTEMPT = "0"
-"""Name that stands for the attempt before the first one."""
+"""Name in a file that stands for "no earlier attempt", if the file starts with the first epoch."""
 
 
 class TrainingProgress:
-    """Progress folder of one stack of networks."""
+    """Progress folder of one stack: networks that one worker trains together."""
 
     kind = "training progress"
-    """Kind of the folder's files."""
+    """Type that is stored in the folder's files and checked when they are read."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class TrainingProgress:
         kept: Collection[int] = (),
         interval: float = 0.0,
     ) -> None:
-        """Open the folder of a stack.
+        """Open the progress folder of a stack (networks that one worker trains together).
 
         Args:
             folder: folder that belongs to the stack alone.
@@ -91,18 +92,18 @@ class TrainingProgress:
         self._attempt, self._before, self._replaced = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self._pending: list[_Epoch] = []
         self._first: int | None = None
-        """First epoch that is not written yet; `None` if all are."""
+        """First epoch that was added but is not in a file yet; `None` if all added epochs are."""
         self._measured = (torch.empty(0), torch.empty(0))
         self._interval, self._next_write = interval, time.monotonic() + interval
 
     @property
     def last_epoch(self) -> int:
-        """Latest saved epoch, by the names of the files; 0 without any."""
+        """Latest saved epoch, according to the names of the files; 0 if none is saved."""
         chain = self._chain()
         return chain[-1].last if chain else 0
 
     def resume(self, device: torch.device) -> ExpertState | None:
-        """State to resume from, or `None` if there is no progress. Removes damaged files."""
+        """Latest saved state, on `device`; `None` if there is no progress. Removes damaged files."""
         state, self.spent, self._before = None, Spent(), _NO_ATTEMPT
         for part in self._chain():
             file = self._readable(part.name)
@@ -113,7 +114,7 @@ class TrainingProgress:
         return state
 
     def _readable(self, name: str) -> TensorFile | None:
-        """Content of a file, or `None` if the file was damaged or replaced. A damaged file is removed."""
+        """Content of a progress file; `None` if the file is damaged or gone. A damaged file is removed."""
         try:
             return self._read(name)
         except CorruptFileError:
@@ -123,7 +124,12 @@ class TrainingProgress:
         return None
 
     def _read(self, name: str) -> TensorFile:
-        """Content of a file. Raises `CorruptFileError` if its arrays do not fit the stack."""
+        """Content of a progress file.
+
+        Raises:
+            CorruptFileError: the file is damaged, or its arrays do not fit the number of networks or its name.
+            MissingFileError: the file is gone.
+        """
         place = self._folder / name
         file = read_tensors(place, kind=self.kind)
         with rejecting_nonsense(place):
@@ -150,7 +156,7 @@ class TrainingProgress:
         """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
 
         Args:
-            state: the stack after the epoch.
+            state: state of all networks of the stack after the epoch.
             losses, accuracies: [s] values of the epoch; `None` if unknown.
             last: True if the training ends with this epoch.
         """
@@ -205,21 +211,21 @@ class TrainingProgress:
         self._next_write = ended + max(self._interval, (ended - started) / WRITE_SHARE)
 
     def _replace(self, name: str) -> None:
-        """Remove the file that this attempt wrote before the file `name`."""
+        """Note that `name` is the last file of this attempt, and remove the one that this attempt wrote before."""
         if self._replaced:
             with suppress(StoreError):  # somebody has removed it
                 (self._folder / self._replaced).remove()
         self._replaced = name
 
     def remove(self) -> None:
-        """Remove the folder of a finished stack."""
+        """Remove the progress folder, which a finished training no longer needs."""
         remove_folder(self._folder)
 
     def _chain(self) -> list[_Part]:
-        """Files of one training from epoch 0 to the latest epoch that any training has reached, in order.
+        """Files of one training from epoch 0 to the latest epoch that any attempt has reached, in order.
 
-        Each file continues the state at the end of the file before. If trainings reach the same epoch, this attempt's
-        own is taken.
+        Each file continues the state at the end of the file before. If several attempts reach that epoch, the files of
+        this attempt are taken.
         """
         parts = self._found()
         by_end = {(part.last, part.attempt): part for part in parts}
@@ -233,7 +239,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class _Part:
-    """File of a progress folder, by its name."""
+    """File of a progress folder: what its name says."""
 
     first: int
     last: int
@@ -249,7 +255,7 @@ class _Part:
         """Files from epoch 0 to this one, each the continuation of the one before; empty if one is missing.
 
         Args:
-            by_end: all files by their last epoch and attempt.
+            by_end: (last epoch, attempt) -> file, for all files of the folder.
         """
         chain: list[_Part] = [self]
         while chain[-1].first > 0:
@@ -266,7 +272,7 @@ class _Part:
 
 
 class ExpertProgress(TrainingProgress):
-    """Progress folder of one stack of experts."""
+    """Progress folder of one stack: experts that one worker trains together."""
 
     kind = "expert progress"
 
@@ -278,13 +284,13 @@ class ExpertProgress(TrainingProgress):
         wanted: Sequence[int],
         account: Account | None = None,
     ) -> None:
-        """Open the folder of a stack.
+        """Open the progress folder of a stack (experts that one worker trains together).
 
         Args:
-            group: the experts' group in the store.
-            experts: numbers of the stack's experts.
+            group: folder of the experts in the store.
+            experts: numbers of the experts that are trained together.
             kept: epochs that the trajectories keep.
-            wanted: experts of the stack that will be stored.
+            wanted: those of `experts` that will be stored.
             account: meter of the worker that trains the stack; `None` for a reader.
         """
         what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
@@ -318,13 +324,13 @@ class ExpertProgress(TrainingProgress):
             )
 
     def note_cost(self) -> None:
-        """Write the training cost of all epochs beside the experts."""
+        """Write the cost of training all epochs, over all attempts, into the folder of the experts in the store."""
         spent = self.spent + (self._account.spent() if self._account else Spent())
         self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
-        """Remove the folders of all stacks, of any size, whose experts are stored."""
+        """Remove the progress folders all of whose experts are stored."""
         stored = set(group.experts())
         for name in group.progress.list():
             match = _FOLDER.fullmatch(name)
@@ -333,7 +339,7 @@ class ExpertProgress(TrainingProgress):
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
-    """Stacks that an earlier command recorded with `note_stacks`; empty if none are recorded."""
+    """Experts that are trained together, as recorded with `note_stacks`: their numbers per stack; empty if none are."""
     place = group.progress / STACKS / STACKS_FILE
     if not place.exists():
         return []
@@ -342,10 +348,13 @@ def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
 
 
 def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
-    """Record the stacks of missing experts, so that a resumed command trains the same stacks.
+    """Record which missing experts are trained together, so that a resumed command trains the same stacks.
 
     An empty sequence deletes the record. Stacks of different sizes round differently, so a stack resumes only from its
     own progress.
+
+    Args:
+        stacks: numbers of the experts in each stack, consecutive.
     """
     if not stacks:
         remove_folder(group.progress / STACKS)
@@ -364,12 +373,12 @@ def remove_folder(folder: Location) -> None:
 
 
 def _spent(file: TensorFile) -> Spent:
-    """Cost recorded in a file; zero in files of earlier versions."""
+    """Cost recorded in a progress file; zero if an earlier version of this package wrote the file."""
     return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:
-    """State after the last epoch of a file."""
+    """State after the last epoch in the arrays of a progress file, on `device`."""
     return ExpertState(
         parameters=torch.tensor(arrays["parameters"][-1], device=device),
         buffers=torch.tensor(arrays["buffers"][-1], device=device),
@@ -381,7 +390,7 @@ def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertSt
 
 @dataclass(frozen=True)
 class _Epoch:
-    """State of a stack after one epoch."""
+    """State of all networks of a stack after one epoch."""
 
     number: int
     step: int
@@ -419,7 +428,7 @@ def _existing(path: str) -> Path:
 
 
 def _stacked(epochs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Arrays of some epochs as one [e s p]; that of a single epoch is not copied."""
+    """Arrays [s p] of e epochs as one array [e s p]; that of a single epoch is not copied."""
     return epochs[0][None] if len(epochs) == 1 else np.stack(epochs)
 
 

@@ -1,4 +1,4 @@
-"""Training of experts. One task trains a stack of experts in shared calls, and stores one trajectory per expert.
+"""Training of experts. One task trains several experts together (a stack), and stores one trajectory per expert.
 
 A stack killed at any moment resumes after the last epoch in its progress folder (see `expert_progress`), with
 bit-identical results. The experts of each stack are recorded before training, so every attempt trains the same stacks.
@@ -48,20 +48,26 @@ from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryS
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
-    """Group of a run's experts in the store."""
+    """Folder in the store of the experts that a run uses: those of its data set, network and training settings."""
     fingerprint = expert_fingerprint(config, dataset_fingerprint)
     return group_in_store(store_uri, dataset, config.network.architecture, fingerprint)
 
 
 def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
-    """Group in the store, for a data set whose name may have any characters."""
+    """Folder in the store of experts of one data set, architecture and fingerprint of the training.
+
+    Characters of the data set's name that a folder's name must not have are replaced.
+    """
     # A data set may be named after any folder; the fingerprint separates data sets of one name.
     folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
     return TrajectoryStore(store_uri).group(folder, architecture, fingerprint)
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
-    """Number of experts in a stack: `cluster.experts_at_a_time`, or by default what the device computes fastest."""
+    """Number of experts that one worker trains together (a stack).
+
+    The number is `cluster.experts_at_a_time`; if it is not given, what the device computes fastest.
+    """
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
@@ -76,11 +82,20 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
 
 
 def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
-    """Stacks that hold any of the missing experts, as expert numbers. Expert e belongs to stack e // size.
+    """Divide experts into stacks, which are trained together. Returns the numbers of the experts in each.
+
+    Only stacks with a missing expert are returned. Expert e belongs to stack e // size.
 
     The last stack ends with the last expert. If it would hold one expert alone, it gets a second one (unless `size` is
     1), because a network alone rounds differently from one in a stack. If these stacks are fewer than the workers and
     the missing experts are consecutive, the experts are divided evenly, with at least `least` in a stack.
+
+    Args:
+        missing: numbers of the experts that are not stored.
+        size: number of experts in a stack.
+        count: number of experts of the recipe.
+        workers: number of workers that train at the same time.
+        least: smallest number of experts in a stack that is made smaller for idle workers.
     """
     firsts = sorted({each // size * size for each in missing})
     parts = min(workers, len(missing) // least)
@@ -109,9 +124,12 @@ class ExpertWorker:
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
-        """Train a stack, and store the trajectories of its experts with numbers below the recipe's count.
+        """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
 
         Stored trajectories stay unchanged.
+
+        Args:
+            experts: numbers of the experts.
 
         Raises:
             StoreError: the store cannot be written, or its disk stays full.
@@ -198,14 +216,18 @@ class ExpertWorker:
                 began = time.monotonic()
 
     def _curriculum(self, config: RunConfig, store_uri: str) -> Curriculum | None:
-        """Images of each epoch; `None` for all. Raises a `MissingExpertsError` if their scores are not stored."""
+        """Which images experts see in each epoch; `None` if they see all images in every epoch.
+
+        Raises:
+            MissingExpertsError: the scores that order the images are not stored.
+        """
         if config.scoring_run is None:
             return None
         scoring = expert_group(store_uri, config.scoring_run, self.dataset.name, self.dataset.fingerprint)
         return curriculum_of(config, self.dataset, scoring)
 
     def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
-        """Training step for stacks of `stacked` networks. The worker compiles it once for all its tasks."""
+        """Training step for `stacked` networks together. The worker compiles it once for all its tasks."""
         if (spec, stacked, precision) not in self._functions:
             self._functions[spec, stacked, precision] = StackFunctions(
                 network,
@@ -217,7 +239,7 @@ class ExpertWorker:
         return self._functions[spec, stacked, precision]
 
     def _accuracies(self, network: nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
-        """Test accuracies [s] of the stack's experts; `None` in epochs without a test, see `experts.test_every`."""
+        """Test accuracies [s] of experts after an epoch; `None` in epochs without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
         images = images_on(self.dataset.test_images, self.device)
@@ -246,9 +268,12 @@ def expert_info(
     epochs: tuple[int, ...],
     imported: Mapping[str, object] | None = None,
 ) -> TrajectoryInfo:
-    """Origin of an expert, and the layout of its vectors.
+    """Describe an expert for its file: where it comes from, and the layout of its vectors.
 
     Args:
+        group: folder of the experts in the store.
+        network: any network of the expert's architecture.
+        expert: number of the expert.
         seed: seed of the training; -1 if unknown.
         epochs: stored epochs.
         imported: file that an imported expert comes from, and other facts; `None` for a trained expert.
@@ -275,9 +300,9 @@ def expert_info(
 
 
 def origins(group: ExpertGroup, count: int) -> dict[int, str]:
-    """Stored experts below number `count` -> digest of the weights they were imported with; "" for trained experts.
+    """Number of each stored expert below `count` -> digest of the weights it was imported with; "" if it was trained.
 
-    If the first one was trained and keeps several epochs, it stands for all.
+    The list ends with the first trained expert that keeps several epochs: the following ones are taken to be trained.
     """
     found = dict[int, str]()
     for expert in sorted(each for each in group.experts() if each < count):
@@ -291,14 +316,19 @@ def origins(group: ExpertGroup, count: int) -> dict[int, str]:
 def progress_of(
     config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
 ) -> ExpertProgress:
-    """Saved progress of a stack. `account` meters the worker that trains it; `None` for a reader."""
+    """Progress folder of experts that are trained together.
+
+    Args:
+        experts: numbers of these experts.
+        account: meter of the worker that trains them; `None` for a reader.
+    """
     wanted = [expert for expert in experts if expert < config.experts.count]
     return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
 
 
 @dataclass(frozen=True)
 class ExpertsCost:
-    """Cost of the experts of one network."""
+    """Cost of the experts of one network (architecture)."""
 
     architecture: str
     known: int
@@ -335,7 +365,7 @@ def has_experts(folder: Location) -> bool:
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
-    A stack's cost is divided evenly among its experts that are stored or used. Its other experts get no share.
+    The cost of experts trained together is divided evenly among those that are stored or used. Others get no share.
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
@@ -352,7 +382,10 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
 
 @contextmanager
 def _losing_only_a_cost(place: Location) -> Iterator[None]:
-    """Give a `CorruptFileError` of a cost file its own remedy: only the cost is lost, not the experts."""
+    """Context that changes the remedy of a `CorruptFileError` of a cost file.
+
+    The remedy tells the user that only the cost is lost, not the experts.
+    """
     try:
         with rejecting_nonsense(place):
             yield

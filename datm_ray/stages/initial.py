@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> SyntheticSet:
-    """Make this shard's rows of the first set: images that experts classify correctly, labelled by mean logits.
+    """Make the images and labels with which this worker's classes start.
 
-    The recipe may ask for random images or noise instead, or for hard labels.
+    By default these are real images that experts classify correctly, labelled by the experts' mean logits. The recipe
+    may ask for random images or noise instead, or for hard labels.
 
     Args:
-        part: the worker's part.
+        part: this worker's part in the distillation.
         experts: experts of the first backbone; `None` takes random images or noise, with hard labels.
         step_size: step size of all backbones.
     """
@@ -51,7 +52,7 @@ def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> S
 
 
 def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbeat) -> NDArray[np.float32]:
-    """First images [n c h w] of this shard's rows."""
+    """Images [n c h w] with which this worker's rows of the set start: real images or noise."""
     dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
     if settings.initial == "noise":
         shape = (settings.ipc * dataset.classes, *part.image)
@@ -62,11 +63,12 @@ def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbe
 def first_rows(
     part: Part, experts: ExpertNetworks | None, rows: Rows, heartbeat: Heartbeat = no_heartbeat
 ) -> NDArray[np.int64]:
-    """Numbers of the training images from which these rows of the set start.
+    """Indices of the training images from which these rows of the set start.
 
     They are correctly classified images or random ones, see `distill.initial`.
 
     Args:
+        part: this worker's part in the distillation.
         experts: networks that decide which images are classified correctly; `None` chooses random images.
         rows: rows of whole classes.
     """

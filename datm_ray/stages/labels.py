@@ -125,7 +125,7 @@ def label_epochs(
 def _labelled(
     info: LabelInfo, network: nn.Module, images: Tensor, epoch: int, batch: int, heartbeat: Heartbeat
 ) -> Iterator[LabelRecords]:
-    """Records of all images in an epoch, one batch at a time."""
+    """Views and logits of all images in one epoch, as records for the store, one batch at a time."""
     drawn = draw_views(info.seed, epoch, info.images, info.size, **info.augmentation)
     for first in range(0, info.images, batch):
         views = drawn.take(slice(first, first + batch))
@@ -136,11 +136,11 @@ def _labelled(
 
 
 LABELS, COSTS = "labels", "costs"
-"""Folder of label stores in a run's folder, and folder of cost files in each label store."""
+"""Names of the folder of label stores in a run's folder, and of the folder of cost files in each label store."""
 
 
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
-    """Folder of the labels that a recipe asks for, within the folder of its run."""
+    """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run."""
     settings = config.evaluate
     facts = settings.model_dump(include={"keep_labels", "top_logits", "cutmix"})
     facts |= {"temperature": settings.temperature} if settings.top_logits else {}
@@ -150,18 +150,18 @@ def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: st
 
 
 def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
-    """Epochs of a finished set that are still to be labelled, sorted."""
+    """Numbers of the epochs, from 0, for which a finished set still lacks stored labels; sorted."""
     stored = set(LabelStore(labels_location(folder, config, dataset_fingerprint)).epochs())
     return [epoch for epoch in range(kept_labels(config)) if epoch not in stored]
 
 
 def kept_labels(config: RunConfig) -> int:
-    """Number of epochs whose labels a run stores."""
+    """Number of epochs for which a run stores labels."""
     return config.evaluate.keep_labels or evaluation_schedule(config, 1.0).epochs
 
 
 def labels_cost(place: Location) -> Spent:
-    """Cost of the labels in a folder so far, over all workers and attempts; zero if there are none."""
+    """Cost of making the stored labels in a folder so far, over all workers and attempts; zero if there are none."""
     return total(Spent.from_json((place / COSTS / name).read_json()) for name in (place / COSTS).list())
 
 

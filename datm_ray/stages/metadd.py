@@ -22,11 +22,14 @@ from datm_ray.store.tensors import write_tensors
 
 MAPS_KIND = "class activation maps"
 MAPS_KEPT = 10
-"""Number of images whose maps are written: the first image of each of the first classes."""
+"""Number of images whose class activation maps are written: the first image of each of the first classes."""
 
 
 class MetaNetworks:
-    """MetaDD networks of one worker: last snapshots of experts, with one ensemble per expert number."""
+    """MetaDD networks that one worker holds, each with the parameters of an expert after its last epoch.
+
+    There are several ensembles, each with one network per architecture and another expert; iterations take turns.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,8 @@ class MetaNetworks:
         Args:
             backbone: experts of the first backbone.
             rows: rows of the synthetic set that this worker holds.
-            piece: piece of the set that this worker makes, from which images are then drawn; `None` for the whole set.
+            piece: piece (some images of some classes) that this worker makes alone; images are then drawn from it.
+                `None` for the whole set.
 
         Raises:
             MissingExpertsError: an auxiliary has no experts.
@@ -68,7 +72,10 @@ class MetaNetworks:
         return self._config.distill.ipc * self._classes
 
     def term(self, iteration: int) -> MetaTerm:
-        """MetaDD's term for an iteration, with the drawn images that this shard holds."""
+        """MetaDD's loss term for an iteration: the networks, and the images for which the term is computed.
+
+        The images are drawn from the whole set; the term names those that this worker holds.
+        """
         images = self._images if self._piece is None else self._rows.last
         count = max(1, round(self._settings.share * images))
         drawn = np.arange(images)
@@ -79,7 +86,7 @@ class MetaNetworks:
         return MetaTerm(metadd, self._config.meta_network_count, held, count)
 
     def _draws(self, iteration: int) -> np.random.Generator:
-        """Random numbers of an iteration. Each piece of a set has its own."""
+        """Generator for the draws of an iteration. Pieces of a set, made by different workers, have different draws."""
         if self._piece is None:
             return generator(self._config.seed, Purpose.META_IMAGES, iteration)
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
@@ -96,7 +103,7 @@ class MetaNetworks:
         return scaled_maps(seen.maps)
 
     def _ratio(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
-        """Sum of the meta-feature ratio over images [n c h w], computed in batches."""
+        """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches."""
         parts = zip(images.split(IMAGES_AT_A_TIME), labels.split(IMAGES_AT_A_TIME), strict=True)
         ratios = [meta_feature_ratio(self._maps(*part, mesh), self._settings.threshold).sum() for part in parts]
         return torch.stack(ratios).sum()

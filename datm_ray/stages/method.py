@@ -40,23 +40,23 @@ STEP_SIZE = 0.01
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a set that one worker makes independently of other pieces: some images of each of some classes."""
+    """Some images of each of some classes of a set, which one worker makes independently of other such pieces."""
 
     number: int
     """Number of the piece within its set, from 0."""
     classes: range
     images: range
-    """Numbers of the images of each class, within the whole set's images per class."""
+    """Range of the images that the piece has of each class, in the numbering of the whole set: from 0 to ipc - 1."""
 
     def rows(self, ipc: int) -> NDArray[np.int64]:
-        """Rows of the piece's images, class by class, in a set with `ipc` images per class."""
+        """Indices of the piece's images, class by class, in a whole set with `ipc` images per class."""
         rows: NDArray[np.int64] = (np.array(self.classes)[:, None] * ipc + np.array(self.images)).flatten()
         return rows
 
 
 @dataclass(frozen=True)
 class Part:
-    """One worker's part in the distillation of one set."""
+    """One worker's part in the distillation of one set: settings, data, and which images the worker holds."""
 
     config: RunConfig
     dataset: Dataset
@@ -71,28 +71,34 @@ class Part:
 
     @cached_property
     def rows(self) -> Rows:
-        """Rows of the synthetic set that the worker holds. The rows of a piece are counted within the piece."""
+        """Rows of the synthetic set that the worker holds.
+
+        If the worker makes a piece (some images of some classes), rows are counted within the piece.
+        """
         if self.piece is not None:
             return Rows(0, len(self.piece.classes) * len(self.piece.images))
         return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Role of each row of workers in the mesh; empty if the mesh has one row."""
+        """For each row of workers in the mesh, the networks that it computes; empty if the mesh has one row."""
         return self.config.roles if self.mesh.rows > 1 else ()
 
     @property
     def role(self) -> Role:
-        """Networks that this worker computes."""
+        """Backbones and MetaDD networks that this worker computes."""
         return self.roles[self.mesh.row] if self.roles else self.config.whole_role
 
     @property
     def image(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
+        """Number of channels, height and width of an image, in pixels."""
         return (self.dataset.channels, *self.dataset.size)
 
     def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
         """Memory plan, with micro-batch sizes, of each backbone that this worker computes, by the backbone's index.
+
+        Args:
+            compiled: True if student steps are compiled, which takes less memory.
 
         Raises:
             ConfigError: a worker of the set needs more memory than it may take.
@@ -118,7 +124,7 @@ class Demand:
     vectors: int
     """Number of vectors as long as the network's parameters that stay in memory: networks, gradients, sums."""
     held: int | None = None
-    """Images of the set that a worker holds; `None` for all of its classes."""
+    """Number of the set's images that a worker holds; `None` if it holds all images of its classes."""
     trace: int = 0
     """Further bytes that stay in memory through the iteration."""
     summed: int = 0
@@ -132,28 +138,28 @@ class Outlook(Protocol):
 
     @property
     def title(self) -> str:
-        """Title of the facts."""
+        """Title shown above the forecast's lines."""
         ...
 
     def lines(self) -> list[str]:
-        """The facts as text, with advice if something is likely to fail."""
+        """Forecast as lines of text, with advice if something is likely to fail."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as plain data."""
+        """Forecast as plain data for JSON."""
         ...
 
 
 class Method:
-    """One way to change a synthetic set, as one worker computes it. `Method(part)` makes it for a part.
+    """One way to change a synthetic set, as one worker computes it; `Method(part)` for the worker's part in the set.
 
-    The work splits by classes: each worker of a row holds the images of some classes (`part.rows`), and `all_sum` adds
-    over the workers of the row. A subclass must define `gradient`. By default, images follow this gradient, labels are
-    hard, and no network is trained before. A subclass overrides what differs.
+    The work splits by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over the
+    workers that hold the other classes. A subclass must define `gradient`. By default, images follow this gradient,
+    labels are hard, and no network is trained before. A subclass overrides what differs.
     """
 
     state: ClassVar[type[State[Any]]] = Descent
-    """Class of the state that is saved, constructed with the first set and `config.distill`."""
+    """Class of the state that checkpoints save; made from the set before the first iteration and `config.distill`."""
     options: ClassVar[Mapping[str, float]] = {}
     """Names of `distill.options` that the method reads -> default values; see `option`."""
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
@@ -177,7 +183,7 @@ class Method:
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Backbones that must be trained before, as runs with one network each.
+        """Backbones that must be trained before the distillation, each as a run with that network alone.
 
         By default the first one if the recipe has MetaDD, otherwise none.
         """
@@ -185,7 +191,7 @@ class Method:
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each expert of a backbone that a run reads. By default all that experts keep."""
+        """Epochs of each backbone's experts that a run reads. By default all epochs that are stored."""
         return config.kept_epochs
 
     @classmethod
@@ -241,28 +247,30 @@ class Method:
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
-        """Pieces in which the set is made, each by one worker; empty if workers make the set together.
+        """Pieces in which the set is made, each by one worker; empty if all workers make the set together.
 
-        The set must not depend on how many workers there are.
+        The pieces must not depend on the number of workers.
         """
         return ()
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration on the largest shard. By default, each image passes once.
+        """Work and memory of an iteration, for the worker with the most classes. By default, each image passes once.
 
         Args:
             config: the recipe.
             classes: number of classes of the data.
             shards: number of workers among which the classes are divided.
-            cost: size of the network.
+            cost: cost of one image in the network.
         """
         held = config.distill.ipc * -(-classes // shards)
         return Demand({"training": held}, at_once=held, maps=2, vectors=2)
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing the first set: kind of work, see `Demand.passes` -> images that pass the first network.
+        """Work of choosing the set before the first iteration: kind of work -> images that pass the first network.
+
+        Kinds of work: see `Demand.passes`.
 
         Args:
             training_images: number of training images, without validation images.
@@ -274,7 +282,7 @@ class Method:
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Work of a distillation in words, for plans.
+        """Text for plans: what a distillation computes.
 
         Args:
             images: number of images of the set.
@@ -284,7 +292,7 @@ class Method:
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Outlook | None:
-        """Facts about a recipe before it starts; `None` if there is nothing to tell.
+        """Forecast for a recipe before it starts, such as how far experts move; `None` if the method has none.
 
         Args:
             training_images: number of training images, without validation images.
@@ -299,14 +307,18 @@ class Method:
 
     @property
     def piece(self) -> Piece:
-        """Piece that the worker makes, for methods whose sets are made in pieces."""
+        """Piece (some images of some classes) that the worker makes.
+
+        Raises:
+            ValueError: the worker's part has no piece, though the method makes sets in pieces.
+        """
         if self.part.piece is None:
             raise ValueError("the set is made in pieces; give the part one of `pieces`")
         return self.part.piece
 
     @cached_property
     def experts(self) -> list[ExpertNetworks]:
-        """Trained networks of `trained_backbones`.
+        """Experts of each backbone in `trained_backbones`, in this order.
 
         Raises:
             MissingExpertsError: the store lacks experts.
@@ -342,7 +354,12 @@ class Method:
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
 
     def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
-        """Euclidean norm of a gradient or a movement over all workers, divided by the norm of the images."""
+        """Euclidean norm of a gradient or a movement of images, divided by the norm of the images.
+
+        Args:
+            gradient: [n c h w] this worker's part of the gradient; parts of several backbones are added.
+            images: [n c h w] the images that this worker holds.
+        """
         mesh = self.part.mesh
         squares = [each.double().square().sum() for each in (mesh.sum_over_backbones(gradient), images)]
         of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
@@ -373,7 +390,7 @@ class Method:
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of this worker's rows and networks, and its gradient in their images [n c h w].
 
-        The caller sums both over workers, so each worker returns its own share.
+        The caller adds both over workers, so each worker returns its own part of the sum.
 
         Args:
             synthetic: rows of the set that the worker holds, class by class.
@@ -383,7 +400,10 @@ class Method:
         raise NotImplementedError
 
     def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of this worker; zeros if its role has no backbone. The mesh's rows wait for each other."""
+        """Loss [] of this worker's rows and backbones, and its gradient [n c h w]; zeros if it computes no backbone.
+
+        Workers that compute other backbones wait for each other.
+        """
         images = state.synthetic.images
         found = images.new_zeros(()), torch.zeros_like(images)
 
@@ -406,25 +426,25 @@ class Method:
         )
 
     def measured(self, state: Any) -> Mapping[str, float]:
-        """Measurements of the last iteration. Keys are suffixes of metric names, such as `matching_loss`."""
+        """Measurements of the last iteration: suffix of a metric name, such as `matching_loss` -> value."""
         return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
 
     def shown(self, state: Any) -> Mapping[str, float]:
-        """Values of the last iteration to show beside the progress bar."""
+        """Values of the last iteration to show beside the progress bar: name -> value."""
         return {"loss": state.history[-1].loss}
 
     def counts(self, state: Any) -> Mapping[str, int]:
-        """Numbers that describe the finished distillation, such as skipped updates."""
+        """Counts that describe the finished distillation: name, such as skipped updates -> number."""
         return {"skipped": state.skipped}
 
     def images_seen(self) -> float:
-        """Number of images that networks see in one iteration, on average and over all workers."""
+        """Number of images that all networks of all workers see in one iteration, on average."""
         part = self.part
         cost = ImageCost(0, 0, 0, 0, 0)
         return len(part.config.weights) * sum(self.demand(part.config, part.dataset.classes, 1, cost).passes.values())
 
     def warnings(self, state: Any) -> Iterator[str]:
-        """Messages after the last iteration, if the set learned less than the recipe says."""
+        """Messages to the user after the last iteration, if the set learned less than the recipe says."""
         if 4 * state.skipped > state.iteration:
             yield (
                 f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "

@@ -43,12 +43,12 @@ PIECES = "pieces"
 
 
 def piece_folder(folder: Location, piece: Piece) -> Location:
-    """Folder of a piece, within the folder of its run."""
+    """Folder of a piece (some images of some classes of a set), within the folder of its run."""
     return folder / PIECES / f"{piece.number:05d}"
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Pieces of a run that are not made yet. Empty if only joining is left, or if the set has no pieces."""
+    """Pieces of a run that no worker has finished. Empty if only joining is left, or if the set has no pieces."""
     pieces = method_of(config).pieces(config, classes)
     started = {(folder / PIECES / name).uri for name in (folder / PIECES).list()} if pieces else set()
     places = [(piece, piece_folder(folder, piece)) for piece in pieces]
@@ -56,20 +56,22 @@ def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list
 
 
 class PieceWorker:
-    """Worker that makes pieces of sets from one data set, and joins the pieces."""
+    """Worker that makes pieces of sets (some images of some classes) from one data set, and joins the pieces."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
 
     def make_piece(self, config: RunConfig, store_uri: str, folder_uri: str, number: int) -> Iterator[Event]:
-        """Make a piece, resumed from its last checkpoint if there is one. Does nothing for a finished piece.
+        """Make a piece (some images of some classes) of a set, from its last checkpoint if there is one.
+
+        Does nothing for a finished piece.
 
         Args:
             config: recipe of the run.
             store_uri: store of the trained networks.
             folder_uri: folder of the run.
-            number: number of the piece.
+            number: number of the piece within the set, from 0.
 
         Raises:
             MissingExpertsError: the store lacks networks of the recipe.
@@ -129,7 +131,10 @@ class PieceWorker:
             save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
 
     def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
-        """Replace the sets' soft labels by the teacher's logits. Yields phases and the teacher's accuracy."""
+        """Replace the soft labels of each set by the teacher's logits for its images, in place.
+
+        Yields phases as a heartbeat, and a message with the teacher's accuracy on validation images.
+        """
         network = teacher.restored(0)
         for held in sets.values():
             parts = []
@@ -143,7 +148,11 @@ class PieceWorker:
 
     @staticmethod
     def _whole(config: RunConfig, pieces: Sequence[Piece], files: Sequence[Location]) -> SyntheticSet:
-        """Whole set in main memory, joined from the files of its pieces. One piece is read at a time."""
+        """Whole set in main memory, joined from its pieces. One piece is read at a time.
+
+        Args:
+            files: the file of each piece, in the order of `pieces`.
+        """
         found: list[Tensor] = []
         step_sizes = torch.zeros(1)
         for piece, file in zip(pieces, files, strict=True):
@@ -160,7 +169,7 @@ class PieceWorker:
 
 
 def remove_pieces(folder: Location) -> None:
-    """Remove the pieces of a finished set."""
+    """Remove the folders of a finished set's pieces."""
     for name in (folder / PIECES).list():
         remove_folder(folder / PIECES / name / PARTS)
         remove_folder(folder / PIECES / name)
@@ -172,9 +181,14 @@ def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """Rows of a history with mean values over all pieces. A row counts as skipped if any piece skipped it.
+    """Records of all iterations, each with mean values over the pieces. A record is skipped if any piece's is.
 
     Empty if the pieces have no iterations.
+
+    Args:
+        places: folders of the pieces.
+        prefix: first part of the columns' names in the checkpoints.
+        record: class of a record.
     """
     histories = []
     for place in places:
@@ -187,7 +201,7 @@ def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) ->
 
 
 def _mean(rows: Sequence[Any]) -> Any:
-    """Row with the mean of each number. A boolean value is True if it is True in any row."""
+    """Record with the mean of each number. A boolean value is True if it is True in any record."""
     means: dict[str, Any] = {}
     for each in dataclasses.fields(rows[0]):
         values = [getattr(row, each.name) for row in rows]

@@ -183,13 +183,13 @@ class PriorWorker:
 
 
 def _write(place: Location, state: AutoencoderState, spent: Spent) -> None:
-    """Replace the saved state of a training."""
+    """Replace the saved state of a prior's training, with its cost so far."""
     vectors = {name: getattr(state, name).cpu().numpy() for name in ("parameters", "first", "second")}
     write_tensors(place, vectors, kind=KIND, metadata={"epoch": state.epoch, "spent": spent.to_json()})
 
 
 def read_autoencoder(place: Location, network: Autoencoder) -> dict[str, Any]:
-    """Read a trained prior's parameters into an autoencoder. Returns the file's metadata."""
+    """Read a trained prior's parameters into `network`, in place. Returns the file's metadata."""
     file = read_tensors(place, kind=KIND)
     with rejecting_nonsense(place):
         try:
@@ -244,7 +244,10 @@ class PriorOfSet:
         read_autoencoder(folder / PRIOR_FILE, network)
 
     def start(self, first: SyntheticSet) -> SyntheticSet:
-        """First set whose images the prior makes, near those of `first`. All workers of the set call this together."""
+        """Set whose images the prior makes, near those of `first`, and the latents of these images.
+
+        All workers of the set call this together.
+        """
         mesh, latents = self._part.mesh, first.images.new_zeros(len(first.images), *self._shape)
 
         def find(heartbeat: Heartbeat) -> None:
@@ -257,7 +260,7 @@ class PriorOfSet:
         return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
 
     def _latents(self, images: Tensor, heartbeat: Heartbeat) -> Tensor:
-        """Latents of images near these [n c h w]: the encoder's output, or those that an inversion finds."""
+        """Latents of images near the given ones [n c h w]: from the encoder if there is one, else by an inversion."""
         if self._encoder is not None:
             pixels = self._transform.denormalise(images)
             with torch.no_grad():
@@ -266,7 +269,7 @@ class PriorOfSet:
         return self.prior.invert(images, drawn, self._settings.inversion_steps, heartbeat)
 
     def _drawn(self) -> Tensor:
-        """Random latents of this worker's rows, drawn for the whole set."""
+        """Random latents of this worker's rows, cut from those drawn for the whole set."""
         part, ipc = self._part, self._part.config.distill.ipc
         whole = torch.from_numpy(draw_latents((ipc * part.dataset.classes, *self._shape), part.config.seed))
         if part.piece is not None:

@@ -1,4 +1,4 @@
-"""Recovery of images from a teacher (SRe2L) in one worker: one block of the set at a time."""
+"""Recovery of images from a teacher (SRe2L) in one worker: one block (at most `recover.block` images) at a time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from datm_ray.stages.initial import first_rows
 from datm_ray.stages.method import STEP_SIZE, Demand, Method, Part, Piece
 
 FEW_IMAGES = 32
-"""Number of images. A run warns about unreliable batch statistics if a block has fewer."""
+"""Number of images in a block below which a run warns that batch statistics are unreliable."""
 
 
 class RecoveryFromTeacher(Method):
-    """Recovers the images of one block. The teacher is expert 0 of `network`."""
+    """SRe2L: recovers the images of one block from a teacher, which is expert 0 of `network`."""
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
@@ -34,12 +34,12 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Backbone of the teacher, as a run with one network."""
+        """Run with the teacher's network alone: the one backbone that must be trained before."""
         return config.each_backbone()[:1]
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Last epoch, which is the teacher's."""
+        """Epochs of each expert that a run reads: the last one alone, at which expert 0 is the teacher."""
         return (config.experts.epochs,)
 
     @classmethod
@@ -61,7 +61,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
-        """Blocks of at most `recover.block` images, of about equal sizes.
+        """Blocks into which the set is divided: at most `recover.block` images each, of about equal sizes.
 
         A block has one image of each of as many classes as fit. If all classes fit, it has several images of each.
         """
@@ -74,13 +74,13 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration: the images of a block pass once forward and back."""
+        """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
         return Demand({"training": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Numbers of blocks, iterations and images in words, for plans."""
+        """Text for plans: the numbers of blocks, iterations and images."""
         return f"{config.distill.iterations:,} iterations of each block of {chunk:,} of {images:,} images"
 
     def __init__(self, part: Part) -> None:
@@ -107,9 +107,9 @@ class RecoveryFromTeacher(Method):
         return black.to(self.part.device), white.to(self.part.device)
 
     def first_set(self) -> SyntheticSet:
-        """Make the piece's first images, noise or real ones, with hard labels.
+        """Make the images with which the block starts, noise or real ones, with hard labels.
 
-        The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        The task that joins the blocks may replace the labels, see `stages/pieces.py`.
         """
         config, piece = self.part.config, self.piece
         labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
@@ -123,14 +123,18 @@ class RecoveryFromTeacher(Method):
         return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
 
     def _real_images(self) -> Tensor:
-        """Real images [n c h w] from which the piece starts."""
+        """Real images [n c h w] with which the block starts."""
         piece, ipc = self.piece, self.part.config.distill.ipc
         of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
         chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
         return torch.from_numpy(self.part.dataset.train_images[chosen])
 
     def step(self, state: Any, meta: MetaTerm | None) -> None:
-        """Run one iteration: one step of Adam on the loss of a view, with MetaDD's loss of this view if it is used."""
+        """Run one iteration: one step of Adam on the loss of a random view of the block's images.
+
+        Args:
+            meta: MetaDD's term, which is added to the loss; `None` without MetaDD.
+        """
         config, synthetic = self.part.config, state.synthetic
         if config.recover.rounds > 1 and state.first_images is None:
             state.first_images = synthetic.variable("images").clone()
@@ -151,7 +155,7 @@ class RecoveryFromTeacher(Method):
         state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
 
     def shown(self, state: Any) -> Mapping[str, float]:
-        """Loss of the last iteration, and its term of batch statistics."""
+        """Loss of the last iteration, and its part from batch statistics: name -> value."""
         return {"loss": state.history[-1].loss, "statistics": state.history[-1].statistics}
 
     def images_seen(self) -> float:

@@ -50,7 +50,7 @@ def iterations_of(config: RunConfig) -> int:
 
 
 def trained_backbones(config: RunConfig) -> list[RunConfig]:
-    """Backbones whose experts a run needs, in the recipe's order, as runs with one network each; empty for none."""
+    """Backbones whose experts a run's method needs, in the recipe's order, each as a run with that network alone."""
     return method_of(config).trained_backbones(config)
 
 
@@ -58,7 +58,7 @@ def teacher_of(config: RunConfig) -> RunConfig:
     """First trained backbone, as a run with this network alone. Its expert 0 is the teacher of `evaluate.labels`.
 
     Raises:
-        ConfigError: the method trains no backbone.
+        ConfigError: the run trains no backbone.
     """
     trained = trained_backbones(config)
     if not trained:
@@ -71,5 +71,5 @@ def teacher_of(config: RunConfig) -> RunConfig:
 
 
 def trained_networks(config: RunConfig) -> list[RunConfig]:
-    """All networks that must be trained before a distillation, as runs with one network each."""
+    """Networks that must be trained before a distillation, each as a run with it alone: backbones, then auxiliaries."""
     return [*trained_backbones(config), *config.each_auxiliary()]

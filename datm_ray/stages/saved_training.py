@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class SavedTraining:
-    """Networks of one task, trained in stacks or one after another, whose state is saved regularly."""
+    """Networks of one evaluation task, trained together or one after another, whose state is saved regularly."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class SavedTraining:
         result: Location,
         account: Account,
     ) -> None:
-        """Divide the networks into stacks, and open their progress folders.
+        """Divide the networks into stacks (trained together), and open their progress folders.
 
         Args:
             trainer: trains the networks.
-            trainings: networks of one kind, with schedules that differ in their rates alone.
-            lessons: see `core.training.train`.
+            trainings: networks of one architecture, whose schedules differ in the rate alone.
+            lessons: a teacher's images and logits, see `core.training.train`.
             result: file of the task's first result.
             account: meter of the task.
         """
@@ -71,7 +71,7 @@ class SavedTraining:
 
     @property
     def spent(self) -> Spent:
-        """Cost up to the last files, of all attempts at the task."""
+        """Cost up to the last saved files, over all attempts at the task."""
         return total(progress.spent for _, progress in self._stacks)
 
     def run(
@@ -106,10 +106,12 @@ class SavedTraining:
         return measured
 
     def _train(self, number: int, device: torch.device, is_asked: Callable[[], bool]) -> Iterator[Progress | Note]:
-        """Train one stack from where it was saved. Afterwards only its parameters and buffers stay in memory.
+        """Train one stack (networks trained together) from where it was saved.
+
+        Afterwards only its parameters and buffers stay in memory.
 
         Args:
-            number: place of the stack among all.
+            number: index of the stack among those of the task, from 0.
             is_asked: returns True if the work was asked to stop.
         """
         stack, progress = self._stacks[number]
@@ -123,14 +125,17 @@ class SavedTraining:
             each.network.zero_grad()
 
     def _resumed(self, number: int, device: torch.device) -> TrainingState | None:
-        """State of a stack from its files, which may reach another epoch than their names did at the start."""
+        """Saved state of a stack; `None` to start. Corrects the count of finished epochs.
+
+        The files may have reached another epoch than when the task started, if another worker replaced them.
+        """
         stack, progress = self._stacks[number]
         state = progress.resume(device)
         self._done += len(stack) * ((state.epoch if state else 0) - self._saved[number])
         return state
 
     def remove(self) -> None:
-        """Remove the folders of the finished task."""
+        """Remove the progress folders of the finished task."""
         for _, progress in self._stacks:
             progress.remove()
 
@@ -148,13 +153,19 @@ class SavedTraining:
         return Progress(self._done, self._count * self._epochs, saved=saved)
 
     def _place(self, before: int, size: int, epoch: int) -> str:
-        """Text for the networks from `before` on, such as "networks 6-10 of 15, epoch 3 of 20"."""
+        """Progress in words, such as "networks 6-10 of 15, epoch 3 of 20".
+
+        Args:
+            before: number of networks before the first one that is trained.
+            size: number of networks that are trained together.
+            epoch: number of epochs done.
+        """
         which = f"network {before + 1}" if size == 1 else f"networks {before + 1}-{before + size}"
         return f"{which} of {self._count}, epoch {epoch} of {self._epochs}"
 
 
 def remove_progress(folder: Location) -> None:
-    """Remove the progress folders of tasks whose results are written, left by workers that died before they did so."""
+    """Remove progress folders of tasks whose results are written; workers that died at the end leave them behind."""
     names = set(folder.list())
     for name in names:
         match = _FOLDER.fullmatch(name)

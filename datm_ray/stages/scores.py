@@ -21,10 +21,10 @@ from datm_ray.store.sealed import rejecting_nonsense
 
 @dataclass(frozen=True)
 class Score:
-    """Test accuracy of one row over several seeds."""
+    """Test accuracy of one row of the accuracy table over several seeds."""
 
     row: str
-    """Key of `ROWS` or `FAIR_ROWS`."""
+    """Name of the row: a key of `ROWS` or `FAIR_ROWS` in `stages.evaluate`."""
     accuracies: tuple[float, ...]
     """Test accuracies in [0, 1], one per seed."""
     seconds: float
@@ -34,7 +34,7 @@ class Score:
 
     @property
     def spent(self) -> Spent:
-        """Cost of the row. If it is unknown, a cost that holds the seconds alone."""
+        """Cost of the row; if `cost` is unknown, a cost with `seconds` alone."""
         return self.cost or Spent(seconds=self.seconds)
 
     @property
@@ -49,7 +49,7 @@ class Score:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation; nan for one seed."""
+        """Sample standard deviation of the accuracies over seeds; nan for one seed."""
         return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
@@ -69,7 +69,9 @@ class NetworkScores:
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
-    """Score of random real images with a tuned step size, and soft labels if experts exist; `None` if unfinished."""
+    """Score of random real images with a tuned step size; `None` if unfinished.
+
+    The images have soft labels if experts exist, otherwise hard labels."""
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
@@ -96,15 +98,15 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
 
 @dataclass(frozen=True)
 class _Result:
-    """Content of one result's file."""
+    """Content of the result file of one seed of a row of the accuracy table."""
 
     accuracy: float
-    """Test accuracy, in [0, 1]."""
+    """Test accuracy with the chosen step size, in [0, 1]."""
     with_learned_step_size: float
-    """Test accuracy with the learned step size; nan if there is none."""
+    """Test accuracy in [0, 1] with the step size learned with the set; nan if none was learned."""
     seconds: float
     cost: Spent | None
-    """Cost; `None` if an earlier version of this package wrote the file."""
+    """Cost of the result; `None` if an earlier version of this package wrote the file."""
 
     @classmethod
     def read(cls, place: Location) -> _Result:
@@ -122,7 +124,7 @@ class _Result:
 def _read_all_seeds(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> list[_Result]:
-    """Results of all seeds; empty if one is missing."""
+    """Results of all seeds of a row of the accuracy table; empty if one is missing."""
     seeds = range(config.evaluate.seeds)
     places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
     return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
@@ -193,7 +195,7 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
 
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Scores of those `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    """Scores of the further rows `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
     rows = FAIR_ROWS if config.evaluate.fair else ()
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
 
@@ -201,7 +203,12 @@ def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -
 def read_score(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> Score | None:
-    """Score of a row; `None` if a seed is missing. On a given `network`, it is the score with the tuned step size."""
+    """Score of one row of the accuracy table; `None` if a seed is missing.
+
+    Args:
+        row: key of `ROWS` or `FAIR_ROWS`.
+        network: scored network, with a step size chosen on validation data; `None` for the backbone.
+    """
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None
 

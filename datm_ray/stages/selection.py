@@ -1,4 +1,4 @@
-"""Choice of real images (method select) in one worker: class by class, without iterations."""
+"""Choice of real images (method select) in one worker, class by class and without iterations."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LEAST_EPOCHS = 3
 """Fewest stored epochs of training in which forgetting is counted."""
 
 Rows = Mapping[int, NDArray[np.int64]]
-"""Class -> rows of its real images, in the order drawn."""
+"""Class -> indices of its real training images, in the order drawn."""
 Work = Generator[None, None, dict[int, Scores]]
-"""Generator of scoring steps. It returns class -> scores of the class's images."""
+"""Generator that pauses between scoring steps, and returns class -> scores of its images."""
 
 
 class Selection(Method):
@@ -52,12 +52,15 @@ class Selection(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Backbone of the experts. Expert 0 is the teacher and labels the set. el2n and forgetting use all experts."""
+        """The one backbone that must be trained before, as a run with this network alone.
+
+        Expert 0 is the teacher and labels the set; el2n and forgetting use all experts.
+        """
         return config.each_backbone()[:1]
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """All epochs for forgetting; otherwise the last one, and that of `select.epoch`."""
+        """Epochs of each expert that a run reads: for forgetting all; otherwise the last one and `select.epoch`."""
         if config.select.by == "forgetting":
             return config.kept_epochs
         return (config.select.epoch or config.experts.epochs, config.experts.epochs)
@@ -106,15 +109,18 @@ class Selection(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Memory for scoring one batch of real images. There is no work of iterations."""
+        """Memory for scoring one batch of real images; no work, because the method has no iterations."""
         held = config.distill.ipc * max(len(piece.classes) for piece in cls.pieces(config, classes))
         return Demand({}, at_once=1, maps=1, vectors=1, held=held, trace=2 * SCORING_BATCH * cost.largest)
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of the choice: each crop passes the teacher once, or each image passes each network and epoch once.
+        """Work of choosing the images: kind of work -> images that pass a network.
 
-        The work of labelling the set is added.
+        Each crop passes the teacher once, or each image passes each expert and epoch once. Labelling the set is added.
+
+        Args:
+            training_images: number of training images, without validation images.
         """
         settings, count = config.select, config.experts.count
         passes = {
@@ -128,15 +134,15 @@ class Selection(Method):
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Work of the choice in words, for plans."""
+        """Text for plans: how many images are chosen, by which score."""
         settings = config.select
         crops = f": {settings.crops:,} crops of up to {settings.pool:,} images of a class"
         return f"{images:,} images chosen by {settings.by}{crops if settings.by == 'rded' else ''}, without iterations"
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Choose the piece's images and return them with hard labels. Yields between steps.
+        """Choose the images of this worker's piece (some classes) and return them with hard labels.
 
-        The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        Yields between steps. The task that joins the pieces may replace the labels, see `stages/pieces.py`.
         """
         config, device = self.part.config, self.part.device
         rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self.piece.classes}
@@ -146,7 +152,7 @@ class Selection(Method):
         return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
 
     def _real(self, rows: Rows) -> Generator[None, None, Tensor]:
-        """Uncropped real images [n c h w] with the best scores, class by class."""
+        """Uncropped real images [n c h w] with the best scores, class by class; yields between scoring steps."""
         settings = self.part.config.select
         score: Callable[[Rows], Work] = {
             "moderate": self._moderate,
@@ -185,7 +191,7 @@ class Selection(Method):
         return found
 
     def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
-        """Images [n c h w], tiled from the crops of lowest loss, class by class."""
+        """Images [n c h w], tiled from the crops of lowest loss, class by class; yields between scoring steps."""
         network, found = self._network(0), list[Tensor]()
         for label, own in rows.items():
             found.append((yield from self._condensed_class(network, label, own[: self.part.config.select.pool])))
@@ -214,21 +220,24 @@ class Selection(Method):
         return self.experts[0].restored(expert, epoch).eval()
 
     def _images(self, rows: NDArray[np.int64]) -> Tensor:
-        """Real images [n c h w] of these rows on the device."""
+        """Real training images [n c h w] at these indices, on the device."""
         return torch.from_numpy(self.part.dataset.train_images[rows]).to(self.part.device)
 
     def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
-        """Values of `function` for the real images of `rows`, in main memory."""
+        """Values of `function` for the real images at the indices `rows`, in main memory; yields between batches."""
         return _in_batches(lambda batch: function(self._images(batch)), rows)
 
 
 def mean_el2n(
     networks: Iterable[nn.Module], count: int, rows: Rows, images: Callable[[NDArray[np.int64]], Tensor]
 ) -> Work:
-    """Mean EL2N scores over `count` networks in evaluation mode.
+    """Compute the mean EL2N score of each image over networks in evaluation mode; returned as class -> scores.
 
     Args:
-        images: function from rows to real images [n c h w] on the networks' device.
+        networks: networks that are scored with, one at a time.
+        count: number of networks.
+        rows: class -> indices of its images.
+        images: function from indices to real images [n c h w] on the networks' device.
     """
     found = {label: np.zeros(len(own)) for label, own in rows.items()}
     for network in networks:
@@ -262,7 +271,7 @@ def _check_select(config: RunConfig) -> None:
 
 
 def _crops_of_class(config: RunConfig) -> int:
-    """Number of crops that rded keeps of a class."""
+    """Number of crops per class that rded keeps."""
     return config.distill.ipc * config.select.tiles**2
 
 
@@ -280,7 +289,10 @@ def _equal(rows: Rows) -> Work:
 def _in_batches(
     function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
 ) -> Generator[None, None, Tensor]:
-    """Values of `function` for `items`, `SCORING_BATCH` at a time, in main memory, without a graph for gradients."""
+    """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
+
+    Returns the values of all items in main memory. Yields between batches.
+    """
     found = []
     for first in range(0, len(items), SCORING_BATCH):
         yield

@@ -37,20 +37,20 @@ class _Backbone:
 
     number: int
     group: ExpertGroup
-    """Experts of the network."""
+    """Folder of the network's experts in the store."""
     functions: StudentStepFunctions
     plan: DistillationPlan
     """Memory plan of the network."""
     chunk: int
-    """Images of a micro-batch."""
+    """Number of images in a micro-batch."""
 
 
 COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
 1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 10
-"""Number of vectors of p parameters in memory beside the trace: two networks, target, v, sums of gradients, and start
-and target of the next iteration."""
+"""Number of vectors with p parameters in memory, beside the student's stored steps: two networks, target, v, sums of
+gradients, and start and target of the next iteration."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
@@ -58,7 +58,7 @@ _AGAIN = (
 
 
 class TrajectoryMatching(Method):
-    """Matches the networks of a worker's role with their experts."""
+    """Trajectory matching (DATM, MTT): a worker matches its backbones, each with that backbone's experts."""
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
     """Class that computes a student step and its reverse. Benchmarks may set another one."""
@@ -70,7 +70,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """All backbones, because each is matched with experts of its own."""
+        """All backbones, each as a run with that network alone, because each is matched with its own experts."""
         return config.each_backbone()
 
     @classmethod
@@ -81,9 +81,10 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration: student steps on a shard's minibatches, and their trace.
+        """Work and memory of an iteration: student steps on this worker's part of the minibatches.
 
-        With several shards, each step sums two vectors over them.
+        The student's parameters after each step stay in memory. With several class shards, each step sums two vectors
+        over them.
         """
         settings, images = config.distill, config.distill.ipc * classes
         rows = rows_at_a_time(images, settings.ipc * -(-classes // shards), min(settings.batch_size, images))
@@ -100,7 +101,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Numbers of iterations, student steps and images in words, for plans."""
+        """Text for plans: the numbers of iterations, student steps and images."""
         settings, batch = config.distill, min(config.distill.batch_size, images)
         steps = f"{settings.student_steps:,} student steps of {batch:,} of {images:,} images"
         without = f", without the first {share:.0%} of the parameters" if (share := settings.unmatched_share) else ""
@@ -108,7 +109,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Distance:
-        """Distances that experts and the student move, see `Distance`."""
+        """Forecast for a recipe: the distances in parameter space that experts and the student move."""
         return Distance.of(config, training_images)
 
     def __init__(self, part: Part) -> None:
@@ -145,7 +146,7 @@ class TrajectoryMatching(Method):
         return first_set(self.part, self.experts[0], distance.step_size or distance.likely_step_size)
 
     def close(self) -> None:
-        """Stop preparing iterations ahead."""
+        """Stop preparing the inputs of the next iteration."""
         self._ahead.close()
 
     def prepare(self, heartbeat: Heartbeat) -> None:
@@ -203,7 +204,10 @@ class TrajectoryMatching(Method):
             )
 
     def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
-        """Pairs of start and target for each backbone of this worker, spread evenly over the start epochs."""
+        """Pairs of an expert's start and target parameters for calibration, spread evenly over the start epochs.
+
+        Returns the index of each backbone that this worker matches -> `PAIRS` pairs.
+        """
         config, allowed = self.part.config, self.part.config.distill.start_epochs
         starts = np.linspace(allowed.first, allowed.upper_bound(iteration) - 1, PAIRS).round().astype(int).tolist()
         origins = [Origin(number % config.experts.count, start) for number, start in enumerate(starts)]
@@ -213,7 +217,7 @@ class TrajectoryMatching(Method):
         }
 
     def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
-        """Find the best step size of every network of the run."""
+        """Find the best step size of every network of the run, with its losses. All workers get the same results."""
         near = self._distance(state).likely_step_size
 
         def search(own: int, all_sum: AllSum) -> Measured:
@@ -222,7 +226,11 @@ class TrajectoryMatching(Method):
         return self._measured(search)
 
     def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
-        """Measure every network of the run on the workers that match it. All workers get the same results."""
+        """Measure every network of the run, each on the workers that match it. All workers get the same results.
+
+        Args:
+            of_backbone: function (index of a backbone, sum over the workers with other classes) -> measurement.
+        """
         found = torch.zeros(len(self.part.config.weights), 3 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
@@ -265,7 +273,7 @@ class TrajectoryMatching(Method):
         return self.share_of_images(state.movement(total), state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
-        """Distances that experts and the student move. The student's distance is for the present step size."""
+        """Distances in parameter space that experts move and, with the set's present step size, the student."""
         given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
 
@@ -278,10 +286,11 @@ class TrajectoryMatching(Method):
         best: Sequence[Measured],
         again: str = "",
     ) -> ThresholdError:
-        """Error about losses above the threshold, with numbers and with settings that bring losses below it.
+        """Make an error about losses above the threshold, with numbers and with settings that bring losses below it.
 
         Args:
             what: start of the message, before "with a matching loss of".
+            losses: matching losses of the networks, above the threshold.
             best: the best step size that was found for every network.
             again: end of the message, about running the same command again; "" for none.
         """
@@ -331,7 +340,10 @@ class TrajectoryMatching(Method):
             raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
 
     def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
-        """Inputs of an iteration, on the device. Their bits depend on the iteration's number alone."""
+        """Inputs of an iteration: expert and start epoch of every network of the run, and this worker's matches.
+
+        The matches are on the device. Their bits depend on the iteration's number alone.
+        """
         origins = self._origins(iteration)
         return origins, [self._match(each, origins[each.number], iteration) for each in self._backbones]
 
@@ -345,7 +357,7 @@ class TrajectoryMatching(Method):
         return [Origin(plan.expert, plan.start) for plan in plans]
 
     def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
-        """Number of the expert, and epochs of the start and of its target."""
+        """Number of the expert, and two of its epochs: where the student starts, and its target."""
         return origin.expert, [origin.epoch, origin.epoch + self.part.config.distill.expert_epochs]
 
     def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
@@ -396,7 +408,7 @@ class TrajectoryMatching(Method):
         )
 
     def measured(self, state: Distillation) -> dict[str, float]:
-        """Measurements of the first backbone's matching."""
+        """Measurements of the last iteration for the first backbone: suffix of a metric name -> value."""
         first = state.history[-state.backbones]
         return {
             "matching_loss": first.loss,
@@ -408,12 +420,12 @@ class TrajectoryMatching(Method):
         }
 
     def shown(self, state: Distillation) -> dict[str, float]:
-        """Loss and step size of the first backbone, and the number of skipped updates."""
+        """Loss and step size of the first backbone in the last iteration, and the number of skipped updates so far."""
         first = state.history[-state.backbones]
         return {"loss": first.loss, "step_size": first.step_size, "skipped": float(state.skipped)}
 
     def counts(self, state: Distillation) -> dict[str, int]:
-        """Numbers of skipped, diverged and shortened updates."""
+        """Numbers of skipped, diverged and shortened updates of the finished distillation, by name."""
         return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
     def images_seen(self) -> float:
@@ -453,15 +465,15 @@ class TrajectoryMatching(Method):
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:
-    """Number of images per minibatch that a shard plans for. About one in a thousand minibatches has more in a shard.
+    """Number of images of a minibatch for which a worker plans memory, if it holds `held` of the set's images.
 
-    Minibatches are drawn from the whole set, so a shard's part of them varies. With micro-batches of the average part,
-    half of all steps would need a second call for a few images.
+    Minibatches are drawn from the whole set, so the worker's part of them varies; about one in a thousand has more.
+    With micro-batches of the average part, half of all steps would need a second call for a few images.
 
     Args:
         images: images of the whole set.
-        held: images of the shard.
-        batch: images of a minibatch, over all shards.
+        held: images that the worker holds.
+        batch: images of a minibatch, over all workers.
     """
     share = held / images
     spread = math.sqrt(batch * share * (1 - share) * (images - batch) / max(1, images - 1))
@@ -469,12 +481,12 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
 
 
 def _listed(numbers: Iterable[float], digits: int = 3) -> str:
-    """Numbers of all networks in words, in order, joined by "and"."""
+    """Numbers as text with `digits` significant digits, joined by "and"."""
     return " and ".join(f"{number:.{digits}g}" for number in numbers)
 
 
 def _of(part: int, whole: int, noun: str) -> str:
-    """Part of a number in words, such as "1 of 1 update" or "2 of 3 matching losses"."""
+    """Text for a part of a number, such as "1 of 1 update" or "2 of 3 matching losses"."""
     return f"{part} of {whole} {noun}" + ("es" if noun.endswith("s") else "s") * (whole != 1)
 
 

@@ -63,12 +63,12 @@ def is_due(settings: DistillConfig, iteration: int) -> bool:
 
 
 def validations(settings: DistillConfig) -> int:
-    """Number of validations of one distillation."""
+    """Number of validations in one whole distillation."""
     return -(-settings.iterations // settings.validate_every) if settings.validate_every else 0
 
 
 def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
-    """Iterations up to the state's whose sets are due for validation and have no result in the state."""
+    """Iterations, up to the state's, after which the set had to be validated and the state has no result."""
     last = state.validations[-1][0] if state.validations else 0
     return [iteration for iteration in range(last + 1, state.iteration + 1) if is_due(settings, iteration)]
 
@@ -83,34 +83,34 @@ class Result:
 
 
 def _stem(iteration: int) -> str:
-    """Name of the files of a candidate and of its result, without the ending. Names sort as iterations do."""
+    """Name, without the ending, of the files of the set after `iteration` iterations. Names sort as iterations do."""
     return f"{iteration:08d}"
 
 
 class Candidates:
-    """Sets of one distillation that wait for their validation."""
+    """Files of the sets of one distillation that wait for their validation (candidates), and of the results."""
 
     def __init__(self, folder: Location) -> None:
-        """Open the candidates of the run in `folder`."""
+        """Open the candidates of the run whose folder is `folder`."""
         self._run, self._folder = folder, folder / CANDIDATES
 
     @staticmethod
     def name(iteration: int) -> str:
-        """Path of a candidate's file, relative to the run's folder."""
+        """Path of the file of the set after `iteration` iterations, relative to the run's folder."""
         return f"{CANDIDATES}/{_stem(iteration)}.arrow"
 
     def file(self, iteration: int) -> Location:
-        """File of a candidate."""
+        """File of the set after `iteration` iterations."""
         return self._run / self.name(iteration)
 
     def open(self) -> list[int]:
-        """Iterations of the candidates without a result, in order."""
+        """Iterations, in order, whose set is written and has no validation result yet."""
         names = set(self._folder.list())
         stems = sorted(name.removesuffix(".arrow") for name in names if name.endswith(".arrow"))
         return [int(stem) for stem in stems if f"{stem}.json" not in names]
 
     def results(self, iterations: Sequence[int]) -> list[Result]:
-        """Results of these iterations, in order. The list ends before the first iteration without a result."""
+        """Validation results of these iterations, in order, up to the first iteration without a result."""
         found, names = [], self._folder.list()
         for iteration in iterations:
             if (name := f"{_stem(iteration)}.json") not in names:
@@ -121,12 +121,22 @@ class Candidates:
         return found
 
     def write_result(self, iteration: int, accuracy: float, error: float, cost: Spent) -> None:
-        """Write the result of a validation, with the standard error of the accuracy."""
+        """Write the validation result of the set after `iteration` iterations.
+
+        Args:
+            accuracy: mean accuracy on the validation images, in [0, 1].
+            error: standard error of the accuracy.
+            cost: cost of the validation.
+        """
         content = {"iteration": iteration, "accuracy": accuracy, "standard_error": error, "cost": cost.to_json()}
         (self._folder / f"{_stem(iteration)}.json").write_json(content)
 
     def read(self, iteration: int, rows: Rows, device: torch.device) -> SyntheticSet:
-        """Read rows of a candidate onto `device`. Raises a `MissingFileError` if its file is missing."""
+        """Read some rows of the set after `iteration` iterations onto `device`.
+
+        Raises:
+            MissingFileError: the set's file is gone.
+        """
         whole, cut = read_artifact(self.file(iteration)), slice(rows.first, rows.last)
         images, soft_labels, labels = (
             part[cut].clone().to(device) for part in (whole.images, whole.soft_labels, whole.labels)
@@ -134,7 +144,7 @@ class Candidates:
         return SyntheticSet(images, soft_labels, torch.tensor(whole.step_sizes, device=device), labels)
 
     def forget(self, first: int = 0, last: float = math.inf) -> None:
-        """Remove the candidates and results of iterations from `first` to `last`, inclusive."""
+        """Remove the sets and results of iterations from `first` to `last`, inclusive."""
         for name in self._folder.list():
             stem = name.partition(".")[0]
             if stem.isdecimal() and first <= int(stem) <= last:
@@ -142,7 +152,7 @@ class Candidates:
                     (self._folder / name).remove()
 
     def remove(self) -> None:
-        """Remove the folder of candidates."""
+        """Remove the folder with all waiting sets and results."""
         remove_folder(self._folder)
 
 
@@ -158,13 +168,13 @@ def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
 
 
 def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool:
-    """True if all iterations are done and the last set is a candidate. Only validations and the choice are left."""
+    """True if all iterations are done and the last set waits for its validation, so that only validations are left."""
     last = settings.iterations
     return Candidates(folder).file(last).exists() and read_iteration(folder) == last
 
 
 def standard_error(mean: float, dataset: Dataset) -> float:
-    """Standard error of a validation accuracy.
+    """Standard error of a validation accuracy `mean`, from the number of validation images.
 
     The number of networks does not reduce it, because scores on the same images are not independent draws.
     """
@@ -201,14 +211,14 @@ def validating(
 
 
 def trainer_of(cluster: ClusterConfig) -> Trainer:
-    """Trainer of this process with the settings of `cluster`, see `core.training.trainer`."""
+    """Trainer of this process, with the compilation settings of `cluster`, see `core.training.trainer`."""
     return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
 
 
 def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """Training schedule of fresh networks for validation, on the set's own labels.
+    """Training schedule of fresh networks for validation, with the set's own labels.
 
-    It ignores keys of `evaluate` that may change in a finished run.
+    The schedule ignores keys of `evaluate` that may change in a finished run.
     """
     protocol = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
     return dataclasses.replace(protocol, learning_rate=step_size, augmentation=config.evaluate.augmentation)

@@ -18,7 +18,7 @@ from datm_ray.stages.prior import PriorWorker
 
 
 class StageWorker:
-    """Trains experts, distils, validates and evaluates on one data set. Prepares a stage at its first task."""
+    """Trains experts, distils, validates and evaluates on one data set. A stage is prepared at its first task."""
 
     def __init__(
         self, dataset: Dataset, cluster: ClusterConfig, distill_worker: type[DistillWorker] = DistillWorker
@@ -27,15 +27,15 @@ class StageWorker:
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
     def train(self, *arguments: Any) -> Iterator[Event]:
-        """Train a stack of experts, see `ExpertWorker.train`."""
+        """Train experts together, see `ExpertWorker.train`."""
         yield from self._worker(ExpertWorker, light=True).train(*arguments)
 
     def train_prior(self, *arguments: Any) -> Iterator[Event]:
-        """Train a prior, see `PriorWorker.train`."""
+        """Train a prior (a decoder from latents to images), see `PriorWorker.train`."""
         yield from self._worker(PriorWorker, light=True).train(*arguments)
 
     def score(self, *arguments: Any) -> Iterator[Event]:
-        """Store the scores of the images by trained networks, see `score_images`."""
+        """Store scores of the training images by trained networks, see `score_images`."""
         yield from score_images(self._worker(ExpertWorker, light=True), *arguments)
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
@@ -43,27 +43,34 @@ class StageWorker:
         yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
 
     def make_piece(self, *arguments: Any) -> Iterator[Event]:
-        """Make a piece of a set, see `PieceWorker.make_piece`."""
+        """Make a piece of a set (some images of some classes), see `PieceWorker.make_piece`."""
         yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def join_pieces(self, *arguments: Any) -> Iterator[Event]:
-        """Join the pieces of a set, see `PieceWorker.join_pieces`."""
+        """Join the pieces of a set into the whole set, see `PieceWorker.join_pieces`."""
         yield from self._worker(PieceWorker, light=False).join_pieces(*arguments)
 
     def label(self, *arguments: Any) -> Iterator[Event]:
-        """Label a set for some epochs, see `LabelWorker.label`."""
+        """Store a teacher's labels of a set for some epochs, see `LabelWorker.label`."""
         yield from self._worker(LabelWorker, light=True).label(*arguments)
 
     def validate(self, *arguments: Any) -> Iterator[Event]:
-        """Validate a candidate, see `DistillWorker.validate`."""
+        """Validate a set of an unfinished distillation, see `DistillWorker.validate`."""
         yield from self._worker(self._distill_worker, light=True).validate(*arguments)
 
     def evaluate(self, *arguments: Any) -> Iterator[Event]:
-        """Score a network, see `EvaluateWorker.evaluate`."""
+        """Train and score the networks of one row of the accuracy table, see `EvaluateWorker.evaluate`."""
         yield from self._worker(EvaluateWorker, light=True).evaluate(*arguments)
 
     def _worker(self, kind: type[Any], *, light: bool) -> Any:
-        """Worker of one stage, made at its first task. After the expert stage, training images leave the device."""
+        """Worker of one stage, made at the stage's first task.
+
+        The first task of another stage drops the worker that trains experts, which frees its images on the device.
+
+        Args:
+            kind: class of the stage's worker.
+            light: True to take the resources of `cluster.light`.
+        """
         if kind is not ExpertWorker:
             self._workers.pop((ExpertWorker, True), None)
         if (kind, light) not in self._workers:

@@ -32,7 +32,7 @@ MOST_SMALL_SIDE = 64
 """ResNets and MobileNetV2 do not halve the first maps of images whose smaller side has at most this many pixels."""
 
 Convolutions = Sequence[tuple[int, int, int]]
-"""Output channels, kernel side and stride of convolutions in a row."""
+"""Output channels, kernel side in pixels and stride of each of several successive convolutions."""
 
 
 class SpatialNetwork(nn.Module):
@@ -141,12 +141,15 @@ def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int]
 
 
 def _two_convolutions(width: int, stride: int) -> Convolutions:
-    """Convolutions of a block of ResNet-18."""
+    """Two 3x3 convolutions of a block of ResNet-18; `stride` is the first one's."""
     return (width, 3, stride), (width, 3, 1)
 
 
 def _bottleneck(width: int, stride: int) -> Convolutions:
-    """Convolutions of a block of deeper ResNets. Its output has four times as many channels as its 3x3 convolution."""
+    """Three convolutions (1x1, 3x3, 1x1) of a block of deeper ResNets; `stride` is the 3x3 one's.
+
+    The last one has four times as many output channels, `4 * width`, as the others.
+    """
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 
@@ -182,7 +185,8 @@ INVERTED_STAGES = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
     *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
-"""Stages of MobileNetV2: factor by which a block widens its maps, channels after it, blocks, stride of the first."""
+"""Stages of MobileNetV2, each with four numbers: factor by which a block widens its input inside, output channels,
+number of blocks, and stride of the first block."""
 
 
 def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
@@ -210,7 +214,7 @@ def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
 class InvertedResidual(nn.Module):
     """Block of MobileNetV2: maps get more channels, a depthwise convolution, and fewer channels without an activation.
 
-    The block's input is added if the map's shape stays.
+    The block's input is added to its output if both have the same shape, otherwise not.
     """
 
     def __init__(self, inputs: int, outputs: int, factor: int, stride: int, norm: Norm) -> None:
@@ -231,7 +235,7 @@ class InvertedResidual(nn.Module):
 
 
 def _activated(inputs: int, outputs: int, side: int, norm: Norm, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, normalisation and ReLU6."""
+    """Make a convolution with kernels of side x side pixels, followed by normalisation and ReLU6."""
     convolution = nn.Conv2d(inputs, outputs, side, stride=stride, padding=side // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, _normalisation(norm, outputs), nn.ReLU6())
 

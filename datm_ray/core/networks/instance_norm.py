@@ -60,19 +60,22 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute the normalised maps h, and r, the inverse standard deviation of each map."""
+    """Compute the normalised maps h [b c h w], and r [b c 1 1], the inverse standard deviation of each map."""
     centred = z - _mean(z)
     r = torch.rsqrt(_mean(centred * centred) + eps)
     return centred * r, r
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """Sum over images and positions [c], computed from the means over each map, without another pass over the maps."""
+    """Sum [c] of z over images and positions, from the means [b c 1 1] over each map, without another pass over z."""
     return means.sum(dim=(0, 2, 3)) * (z.shape[2] * z.shape[3])
 
 
 class _Norm(torch.autograd.Function):
-    """Function y(z, g, b) = g h(z) + b, the normalisation, with hand-written derivatives. Notation: see the module."""
+    """Function y = g h + b, where h are the maps z normalised to mean 0 and variance 1, with hand-written derivatives.
+
+    Notation: see the module's docstring.
+    """
 
     @staticmethod
     def forward(z: Tensor, g: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -101,7 +104,10 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormTangent(torch.autograd.Function):
-    """Function yt(z, zt, g, gt, bt) = g ht + gt h + bt, the normalisation's tangent. Notation: see the module."""
+    """Change yt = g ht + gt h + bt of the normalised maps if maps, scale and shift move along (zt, gt, bt).
+
+    Its derivatives are hand-written. Notation: see the module's docstring.
+    """
 
     @staticmethod
     def forward(z: Tensor, zt: Tensor, g: Tensor, gt: Tensor, bt: Tensor, eps: float) -> Tensor:

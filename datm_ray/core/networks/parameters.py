@@ -40,7 +40,10 @@ class FlatNetwork:
         return logits
 
     def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
-        """Compute logits [b k] with buffers from a vector [q]. In training mode the vector is changed in place."""
+        """Compute logits [b k] of images [b c h w] with parameters [p] and buffers [q].
+
+        In training mode the vector of buffers is changed in place.
+        """
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
         logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))
@@ -66,13 +69,13 @@ def float_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def flatten_buffers(module: nn.Module) -> Tensor:
-    """Copy the module's `float_buffers` into one vector [q]."""
+    """Copy the module's floating-point buffers, see `float_buffers`, into one vector [q]."""
     pieces = [buffer.detach().reshape(-1) for buffer in float_buffers(module).values()]
     return torch.cat(pieces) if pieces else torch.empty(0, device=next(module.parameters()).device)
 
 
 def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
-    """Write the vector [q] into the module's `float_buffers`."""
+    """Write the vector [q] into the module's floating-point buffers, see `float_buffers`."""
     own = list(float_buffers(module).values())
     for buffer, piece in zip(own, buffers.split([buffer.numel() for buffer in own]), strict=True):
         buffer.copy_(piece.view_as(buffer))

@@ -136,7 +136,7 @@ def embedding(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def require_maps(network: nn.Module) -> None:
-    """Raise a `ConfigError` if a network has no feature maps."""
+    """Raise a `ConfigError` if a network, such as an mlp, has no feature maps."""
     if not isinstance(network, SpatialNetwork):
         raise ConfigError(
             "network.architecture has no feature maps",

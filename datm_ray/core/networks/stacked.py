@@ -1,4 +1,4 @@
-"""Several networks of one kind as one network: feature maps side by side, convolutions with a group per network.
+"""Several networks of one architecture as one network: feature maps side by side, a convolution group per network.
 
 Under `torch.func.vmap` each layer between the convolutions would reorder the maps. Here the maps stay [b, s c, h, w].
 Only chains of the layers in `_LAYERS` can be stacked: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b images, c h w
@@ -27,12 +27,13 @@ from datm_ray.core.networks.registry import couples_samples
 from datm_ray.core.torch_compat import BatchNorm, shapes_only
 
 CACHED_MAP_BYTES = 10 * 2**20
-"""Largest size in bytes of one call's largest map on a CPU: 20 images of 32x32 with 128 channels."""
+"""Limit in bytes on a CPU: one call takes as many images as keep its largest feature map below this size, so that the
+map stays in the cache. Twenty images of 32x32 with 128 channels take as many bytes."""
 STACKED_MAP_BYTES = 3 * 2**19
-"""Largest size in bytes of the largest map of a stack's whole batch on a CPU, so that it fits the second-level cache.
+"""Limit in bytes on a CPU for the largest feature map of all experts trained together, for a whole batch.
 
-Measured with experts of digits at batch 32: a stack of six ran 1.9 times as fast as one expert at a time; a stack of
-eight, above this size, only 1.2 times."""
+Below this size the map fits the second-level cache. Measured with experts of digits at batch 32: six experts trained
+together ran 1.9 times as fast as one at a time; eight, above this size, only 1.2 times."""
 LARGEST_STACK = 8
 
 _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Identity, nn.Sequential, GlobalAverage)
@@ -74,7 +75,13 @@ class StackedNetwork:
 
 
 def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, size: int) -> Tensor:
-    """Apply one layer to the maps [b, s c, h, w] of all networks."""
+    """Apply one layer to the maps [b, s c, h, w] of s networks.
+
+    Args:
+        name: name of the layer in the network.
+        layers: name of a parameter -> its values [s ..] in all networks.
+        size: the number s.
+    """
     if isinstance(layer, nn.Sequential):
         for place, part in layer.named_children():
             maps = _maps(part, f"{name}.{place}", layers, maps, size)
@@ -95,7 +102,12 @@ def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, 
 
 
 def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Tensor) -> Tensor:
-    """Apply one layer to the vectors [s b d] of all networks."""
+    """Apply one layer to the vectors [s b d] of s networks.
+
+    Args:
+        name: name of the layer in the network.
+        layers: name of a parameter -> its values [s ..] in all networks.
+    """
     if isinstance(layer, nn.Sequential):
         for place, part in layer.named_children():
             vectors = _vectors(part, f"{name}.{place}", layers, vectors)
@@ -107,7 +119,7 @@ def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Te
 
 
 class StackFunctions:
-    """Function that computes losses and gradients of a stack of networks of one kind, compiled if possible.
+    """Function that computes losses and gradients of s networks of one architecture, compiled if possible.
 
     Attributes:
         note: one line on why the function is not compiled although asked to be; "" otherwise.
@@ -123,11 +135,11 @@ class StackFunctions:
         channels_last: bool = True,
         in_bfloat16: bool = False,
     ) -> None:
-        """Prepare stacks of `stacked` networks of this network's kind.
+        """Prepare the function for `stacked` networks with the architecture of `network`.
 
         Args:
             network: network whose structure and device are used, but not its parameters.
-            stacked: number of networks in a stack.
+            stacked: number of networks that each call computes.
             compile_: True to compile if the machine can.
             chunk: number of images in one call; a batch takes several calls, whose results are added. `None`: on a CPU,
                 the number of images whose largest map fits the cache; on a GPU, all images.
@@ -185,7 +197,7 @@ class StackFunctions:
         return losses, gradients, buffers
 
     def _in_cache(self, images: Tensor) -> int:
-        """Number of images in one call: all on a GPU; on a CPU, as many as its cache holds the largest map of."""
+        """Number of images in one call: on a GPU all; on a CPU as many as keep the largest map within the cache."""
         if images.device.type != "cpu":
             return images.shape[1]
         image = (images.shape[2], images.shape[3], images.shape[4])
@@ -264,7 +276,7 @@ class StackFunctions:
 
 
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Append `missing` images of weight 0 to every network's batch.
+    """Append `missing` images of weight 0 to every network's batch. Returns the longer images, labels and weights.
 
     Args:
         images: [s b c h w] images of s networks.
@@ -301,7 +313,7 @@ def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def _without_counters(network: nn.Module) -> nn.Module:
-    """Copy a network, without the batch counters of its batch normalisations, which nothing here reads."""
+    """Copy a network without the batch counters of its batch normalisations, which no code here reads."""
     network = copy.deepcopy(network)
     for part in network.modules():
         if isinstance(part, BatchNorm):

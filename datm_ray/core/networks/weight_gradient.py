@@ -42,7 +42,7 @@ class QuickWeightGradients(fx.Interpreter):
     """Interpreter that runs a graph with `weight_gradient` in place of the library's, wherever that is possible."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one node of the graph."""
+        """Run one node of the graph, with `weight_gradient` if the node is a convolution derivative that allows it."""
         if target is _ATEN.convolution_backward.default and _applies(*args):
             y_, x, wants = args[0], args[1], args[-1]
             # The library computes the gradient in the bias only together with the one in the weights.
@@ -102,7 +102,7 @@ def _input_tiles(x: Tensor) -> Tensor:
 
 
 def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Transform inputs along one axis: four sums of every four neighbours that start at an even place."""
+    """Transform inputs along one axis: four sums of every four neighbours that start at an even position."""
     pairs = x.shape[axis] // 2
     x = x.unflatten(axis, (pairs, 2))
     here, after = x.narrow(axis, 0, pairs - 1), x.narrow(axis, 1, pairs - 1)
