@@ -62,7 +62,7 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 
 def width(operation: str) -> int:
-    """Number w of an operation's parameters for one sample: the sum over its parts."""
+    """Number w of an operation's parameters for one sample, added up over the parts that "+" joins."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 

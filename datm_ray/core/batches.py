@@ -20,7 +20,7 @@ from datm_ray.core.augment import Augmentation, augment_batches, draw_augmentati
 from datm_ray.core.randomness import Purpose, generator
 
 BLOCK_BYTES = 2**24
-"""Bytes of images to augment at a time, for the next steps. At least one step is augmented."""
+"""Largest size in bytes of images that are augmented in one call for several steps; one step may be larger."""
 
 
 class ImageReader(Protocol):
@@ -41,7 +41,7 @@ Images = Tensor | ImageReader
 
 
 class Batch(NamedTuple):
-    """Minibatches of all networks in one step."""
+    """One minibatch of each of s networks, for one training step."""
 
     epoch: int
     """Number of the epoch, from 0."""

@@ -31,6 +31,6 @@ class Curriculum:
 
 
 def _part(count: int, first: float, last: float) -> slice:
-    """Slice from share `first` to share `last` of `count` images. Shares are rounded down, as published."""
+    """Slice from fraction `first` to fraction `last` of `count` images, rounded down as published; never empty."""
     start = min(int(first * count), count - 1)
     return slice(start, max(int(last * count), start + 1))

@@ -191,8 +191,8 @@ def descent(gradient: Tensor, sharp: Tensor, settings: ExpertConfig) -> Tensor:
     """Compute GSAM's direction of descent [s p].
 
     Args:
-        gradient: [s p] gradient at w.
-        sharp: [s p] gradient at w + e.
+        gradient: [s p] gradient at the parameters.
+        sharp: [s p] gradient at the worst point nearby, see `perturbation`.
     """
     unit = sharp / (_norm(sharp) + SMALLEST_NORM)
     across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit

@@ -59,7 +59,8 @@ class MetaLoss:
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio in [0, 1]: features of all networks divided by features of any network, counted in pixels."""
+    """Meta-feature ratio in [0, 1]: number of pixels where the maps of all networks reach the threshold, divided by the
+    number where any map does."""
 
     def detach(self) -> MetaLoss:
         """Copy the loss and its terms without derivatives."""
@@ -241,9 +242,9 @@ def heterogeneous_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Meta-feature ratio [b] of m networks' maps [m b h w]: features of all networks divided by those of any network.
+    """Meta-feature ratio [b] of m networks' maps [m b h w], scaled to [0, 1]; 0 if no map reaches `threshold`.
 
-    Features are counted in pixels. The ratio is 0 if no network has a feature.
+    The ratio is the number of pixels where all maps reach `threshold`, divided by the number where any map does.
     """
     shared, any_ = meta_features(scaled, threshold), (scaled >= threshold).any(dim=0)
     return shared.sum(dim=(1, 2)) / any_.sum(dim=(1, 2)).clamp_min(1).to(scaled.dtype)

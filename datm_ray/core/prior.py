@@ -58,7 +58,7 @@ def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution that about keeps the variance of its input, so that an untrained decoder depends on its latents."""
+    """Convolution that keeps the variance of its input roughly, so that an untrained decoder depends on its latents."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     assert layer.bias is not None
@@ -126,7 +126,7 @@ def build_autoencoder(settings: PriorConfig, image: tuple[int, int, int], seed: 
 
 
 def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> nn.Module:
-    """Decoder of a recipe with its first parameters, or the module that a user's function returns.
+    """Build the decoder that a recipe describes, untrained, or call the user's function that returns one.
 
     Parameters that torch draws in the function depend on `seed` alone.
 

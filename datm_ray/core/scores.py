@@ -38,7 +38,7 @@ class LabelRobust:
 
 @dataclass(frozen=True)
 class AugmentationRobust:
-    """Augmentation-robust score (ARS) and its one part."""
+    """Augmentation-robust score (ARS), and the number `beta` from which it follows."""
 
     beta: float
     """Accuracy of the set minus that of random images, in [-1, 1]: weighted mean with and without augmentation."""
@@ -85,7 +85,7 @@ def augmentation_robust(
 
 
 def _normalised(value: float) -> float:
-    """Map a score in [-1, 1] onto [0, 1], as DD-Ranking does."""
+    """Map a score a in [-1, 1] onto [0, 1] as DD-Ranking does: (exp(a) - exp(-1)) / (exp(1) - exp(-1))."""
     return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
 
 

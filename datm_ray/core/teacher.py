@@ -93,7 +93,7 @@ class Labels(Protocol):
 
 @dataclass(frozen=True)
 class StoredLessons:
-    """Lessons from labels that were stored beforehand. The order of images is the same as with a live teacher."""
+    """Lessons from labels that were stored beforehand. Images have the same order as with a `Teacher`."""
 
     labels: Labels
     temperature: float = 20.0
@@ -111,7 +111,10 @@ class StoredLessons:
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Loss [] of logits [b k] against a teacher's logits [b k], see the formula in the module's docstring."""
+    """Loss [] of logits [b k] against a teacher's logits `wanted` [b k], a mean over images.
+
+    For one image it is T^2 KL(softmax(wanted / T) || softmax(logits / T)), with the temperature T.
+    """
     ours, theirs = (each.div(temperature).log_softmax(dim=1) for each in (logits, wanted))
     return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
 

@@ -37,7 +37,7 @@ SCORING_BATCH = 250
 
 
 def no_heartbeat() -> None:
-    """Send no heartbeat."""
+    """Do nothing: the heartbeat callback of work for which no other worker waits."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Schedule:
     weight_decay: float = 0.0
     """L2 penalty on the parameters; with adamw, its decoupled weight decay."""
     augmentation: str = ""
-    """Operations, see `core.augment`; "" for none."""
+    """Augmentation strategy, see `core.augment`; "" for none."""
     decay_epoch: int | None = None
     """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
     published; `None` if neither happens."""
@@ -66,7 +66,7 @@ class Schedule:
     warmup_epochs: int = 0
     """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
     temperature: float | None = None
-    """Temperature of a teacher, whose logits of every batch replaced the set's labels; `None` if there was none."""
+    """Temperature of a teacher whose logits of every batch replace the set's labels; `None` without a teacher."""
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Optimizer of a network's parameters, at the schedule's highest learning rate."""
@@ -152,7 +152,7 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
 
 
 def validation_protocol(evaluation: str) -> str:
-    """Name of the protocol that trains networks for validation in a run with this evaluation protocol."""
+    """Name of the protocol for validation: the evaluation protocol, but "short" in place of "published"."""
     return "short" if evaluation == "published" else evaluation
 
 
@@ -191,7 +191,7 @@ class TrainingState(Protocol):
 
 
 class NetworkState:
-    """State of one network that `train` trains, with the shapes of a stack of one. Reading a vector copies it."""
+    """State of one network in training, with parameters [1 p] and buffers [1 q]. Reading a vector copies it."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, saved: TrainingState | None = None) -> None:
         """Start a training, or resume it.
@@ -302,14 +302,14 @@ def train(
 STEP_OVERHEAD = 3e7
 """Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
 COMPILED_WORK = 5e10
-"""Least expected work for which networks are trained together, in operations of forward passes: about seven seconds of
-a CPU core if they are trained one after another. One compilation serves all stacks of one size in a run."""
+"""Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
+One CPU core takes about seven seconds for this work; less would not pay for the compilation."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
 
-Measured for images of 32x32 on two cores, time of five networks one after another, divided by their time together
-(benchmarks/LOG.md): maps of 2.6 MB 1.7, of 5.2 MB 0.86, of 10.5 MB 0.9 to 1.2, of 52 MB, far beyond the cache, 1.8."""
+Measured for images of 32x32 on two cores, as time of five networks one after another divided by their time together
+(benchmarks/LOG.md): map of 2.6 MB: 1.7; 5.2 MB: 0.86; 10.5 MB: 0.9 to 1.2; 52 MB, far beyond the cache: 1.8."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
@@ -380,7 +380,7 @@ class Trainer:
     """Trains several networks of one architecture, together if this is faster, otherwise one after another.
 
     Together means one compiled call for all networks of a group (stack) in every step. Each network has the images,
-    order and augmentation that it has alone, and its result does not depend on the others. Sums round differently.
+    order and augmentation that it has alone, and its result does not depend on the others. Only rounding differs.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -391,7 +391,7 @@ class Trainer:
         """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
 
     def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
-        """Divide networks into groups that are trained at the same time; each is a group of its own if this is faster.
+        """Divide networks into groups that are trained at the same time, or of one network each if this is faster.
 
         Args:
             trainings: networks of one architecture and equally many images; their schedules differ in the rate alone.

@@ -39,7 +39,7 @@ _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """Rows [first, last) of the synthetic set that one shard holds."""
+    """Range [first, last) of images, sorted by class, of a synthetic set: those that one worker holds."""
 
     first: int
     last: int

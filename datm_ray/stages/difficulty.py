@@ -53,7 +53,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
 def _scores(
     config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device
 ) -> Generator[Event, None, NDArray[np.float64]]:
-    """Return the mean EL2N score [n] of every training image. Yields a phase from time to time."""
+    """Compute the mean EL2N score [n] of every training image and return them. Yields a phase as a heartbeat."""
     experts, labels = ExpertNetworks(config, dataset, store_uri, device), dataset.train_labels
     rows = {k: np.flatnonzero(labels == k) for k in range(dataset.classes)}
     networks = (experts.restored(expert).eval() for expert in range(experts.count))

@@ -213,7 +213,7 @@ class DistillWorker:
 
 
 def _of_iteration(validation: Task, iteration: int) -> Task:
-    """Copy of a validation task for the set after `iteration` iterations: added to its name and arguments."""
+    """Copy of a validation task with the number of the iteration whose set it validates, in name and arguments."""
     arguments = (*validation.arguments, iteration)
     return dataclasses.replace(validation, name=f"{validation.name} {iteration}", arguments=arguments)
 
@@ -356,7 +356,10 @@ class Distillation:
         raise Interrupted(f"iteration {state.iteration} of {self._iterations}")
 
     def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
-        """Save a checkpoint. Then validate the sets of these iterations here, or yield a task for each."""
+        """Save a checkpoint. Then validate the sets after these iterations.
+
+        If validations are tasks of their own, a task is yielded for each set; otherwise the worker validates here.
+        """
         if self._validation is not None and state.iteration in iterations:
             self._save_set(state.result, self._candidates.name(state.iteration))
         if state.iteration != self._saved_at:
@@ -424,7 +427,7 @@ class Distillation:
         return None if self._meta_networks is None else self._meta_networks.term(iteration)
 
     def _measured(self, state: State[Any], seconds: float) -> dict[str, float]:
-        """Measurements of one iteration, by the names in `monitor/metrics.py`."""
+        """Measurements of one iteration: name of a metric, see `monitor/metrics.py` -> value."""
         values = {
             "iteration": state.iteration,
             "images_per_second": self._method.images_seen() / seconds,

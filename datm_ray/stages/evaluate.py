@@ -475,7 +475,7 @@ class _Trial:
 
 
 def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
-    """Step size learned with this network if it was matched, otherwise with the first backbone."""
+    """Step size learned with `network` if it was matched; otherwise, and for `None`, that of the first backbone."""
     matched = [each.network for each in config.each_backbone()]
     number = matched.index(network) if network in matched else 0
     return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size

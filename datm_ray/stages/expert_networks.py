@@ -17,7 +17,7 @@ from datm_ray.stages.experts import expert_group
 
 
 class ExpertNetworks:
-    """Experts of one backbone, restored from their last snapshots."""
+    """Experts of one backbone as networks, with the parameters after their last or another stored epoch."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
         self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
@@ -54,7 +54,7 @@ class ExpertNetworks:
         return self.network
 
     def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Logits [n k] of images [n c h w], by an expert's last snapshot. `heartbeat` is called after each batch."""
+        """Logits [n k] of images [n c h w] by an expert after its last epoch. Calls `heartbeat` after each batch."""
         return predict_logits(self.restored(expert), images, heartbeat)
 
     def soft_labels(self, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:

@@ -48,7 +48,7 @@ from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
 WRITE_SHARE = 0.05
 """Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
 LARGEST_WRITE = 256 * 2**20
-"""Largest size in bytes of epochs kept in memory before they are written; one epoch may be larger."""
+"""Largest size in bytes of networks' parameters that are kept in memory before a write; one epoch may be larger."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
 """Seconds between two checks of whether a full disk has free space again, and the largest number of checks."""
 SPARE_BYTES = 256 * 2**20
@@ -239,16 +239,16 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class _Part:
-    """File of a progress folder: what its name says."""
+    """Facts that the name of a progress file holds: its epochs, who wrote it, and which training it continues."""
 
     first: int
     last: int
     """Last epoch in the file, inclusive."""
     attempt: str
-    """Attempt that wrote the file."""
+    """Identifier of the attempt (one worker's training of the networks) that wrote the file."""
     before: str | None
-    """Attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained. `None` in files of
-    earlier versions, which do not name it."""
+    """Identifier of the attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained.
+    `None` in files of earlier versions, which do not name it."""
     name: str
 
     def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
@@ -330,7 +330,7 @@ class ExpertProgress(TrainingProgress):
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
-        """Remove the progress folders all of whose experts are stored."""
+        """Remove every progress folder whose experts are all stored."""
         stored = set(group.experts())
         for name in group.progress.list():
             match = _FOLDER.fullmatch(name)

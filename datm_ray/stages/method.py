@@ -67,7 +67,7 @@ class Part:
     sharing: int
     """Number of distilling workers that may run on this node at the same time."""
     piece: Piece | None = None
-    """Piece that the worker makes; `None` if the set is not made in pieces."""
+    """Piece (some images of some classes) that the worker makes; `None` if the set is not made in pieces."""
 
     @cached_property
     def rows(self) -> Rows:
@@ -128,9 +128,9 @@ class Demand:
     trace: int = 0
     """Further bytes that stay in memory through the iteration."""
     summed: int = 0
-    """Bytes that an iteration sums over class shards."""
+    """Number of bytes that an iteration sums over class shards (workers with different classes)."""
     sums: int = 0
-    """Number of sums over class shards in an iteration."""
+    """Number of sums over class shards (workers with different classes) in an iteration."""
 
 
 class Outlook(Protocol):
@@ -242,7 +242,10 @@ class Method:
 
     @classmethod
     def iterations(cls, config: RunConfig) -> int:
-        """Number of updates of the set. With 0, the first set is the result, without `calibrate` and `step`."""
+        """Number of updates of the set.
+
+        With 0, the set before the first iteration is the result, and neither `calibrate` nor `step` is called.
+        """
         return config.distill.iterations
 
     @classmethod

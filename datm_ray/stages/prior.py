@@ -157,7 +157,7 @@ class PriorWorker:
         _log.info("prior stored %s", fields(run=config.name, place=folder.uri, squared_error=error))
 
     def _pixels(self, rows: NDArray[np.int64]) -> Tensor:
-        """Training images [b c h w] of these rows, 0 for black and 1 for white."""
+        """Training images [b c h w] at these indices, 0 for black and 1 for white."""
         images = to_device(self._dataset.train_images[rows], self._device)
         return self._dataset.transform.denormalise(images)
 
@@ -203,7 +203,7 @@ class PriorOfSet:
     """Prior of one distillation: its decoder, and how the first latents are found."""
 
     def __init__(self, part: Part) -> None:
-        """Read the decoder from the store, or build it.
+        """Read the trained decoder from the store or, if the recipe asks for an untrained one, build it.
 
         Raises:
             MissingExpertsError: the store lacks the trained prior.
@@ -228,7 +228,7 @@ class PriorOfSet:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits over the decoder's parameters and buffers."""
+        """Digest of the decoder's parameters and buffers, as 16 hex digits."""
         values = [value.detach().cpu().numpy() for value in self._decoder.state_dict().values()]
         return sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest()[:16]
 

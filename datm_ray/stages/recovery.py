@@ -26,7 +26,7 @@ FEW_IMAGES = 32
 
 
 class RecoveryFromTeacher(Method):
-    """SRe2L: recovers the images of one block from a teacher, which is expert 0 of `network`."""
+    """SRe2L: recovers the images of one block (part of a set) from a teacher, which is expert 0 of `network`."""
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
@@ -39,7 +39,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each expert that a run reads: the last one alone, at which expert 0 is the teacher."""
+        """Epochs of each expert that a run reads: the last one alone, after which expert 0 is the teacher."""
         return (config.experts.epochs,)
 
     @classmethod

@@ -30,9 +30,9 @@ from datm_ray.stages.validation import REPORT_INTERVAL
 from datm_ray.store.files.filesystem import Location
 
 SAVE_INTERVAL = 30.0
-"""Least number of seconds between two files of a stack in training."""
+"""Least number of seconds between two saved states of a stack (networks trained together)."""
 PROGRESS = "progress-"
-"""First part of the folders' names."""
+"""First part of the names of the progress folders."""
 _FOLDER = re.compile(rf"{PROGRESS}(.+-\d+)-[0-9a-f]+-\d+")
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class SavedTraining:
     def run(
         self, device: torch.device, scored: Callable[[torch.nn.Module], float], meter: Meter
     ) -> Generator[Progress | Note, None, list[float]]:
-        """Train the networks from where they were saved. Returns the validation accuracy of each, in [0, 1].
+        """Train the networks from where they were saved. Returns each network's validation accuracy, in [0, 1].
 
         Args:
             device: device of the networks.

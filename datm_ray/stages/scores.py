@@ -30,7 +30,7 @@ class Score:
     seconds: float
     """Wall-clock seconds of training and testing the row's networks, summed over seeds."""
     cost: Spent | None = None
-    """Cost, summed over seeds; `None` if an earlier version of this package wrote one of the results."""
+    """Cost of training and testing, summed over seeds; `None` if an earlier version of this package wrote a result."""
 
     @property
     def spent(self) -> Spent:
@@ -75,7 +75,10 @@ class NetworkScores:
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
-    """Scores on other architectures, in the recipe's order. Architectures with unfinished seeds are left out."""
+    """Scores of the distilled set on other architectures, in the recipe's order.
+
+    Architectures with unfinished seeds are left out.
+    """
     scores = []
     for network in config.scored_networks:
         rows = (*ON_OTHERS, "random-hard")

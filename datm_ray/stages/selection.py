@@ -34,9 +34,9 @@ from datm_ray.stages.method import STEP_SIZE, Demand, Method, Piece
 from datm_ray.store.trajectories import epochs_in_words
 
 MOST_PIECES = 32
-"""Largest number of pieces of a set. It is limited, because each piece reads the networks again."""
+"""Largest number of pieces into which a set is divided. Each piece reads the networks again, so more would be slow."""
 LEAST_EPOCHS = 3
-"""Fewest stored epochs of training in which forgetting is counted."""
+"""Smallest number of stored epochs, inclusive and without epoch 0, for which forgetting can be counted."""
 
 Rows = Mapping[int, NDArray[np.int64]]
 """Class -> indices of its real training images, in the order drawn."""

@@ -33,7 +33,7 @@ from datm_ray.store.trajectories import ExpertGroup
 
 @dataclasses.dataclass(frozen=True)
 class _Backbone:
-    """One network that this worker matches."""
+    """One backbone that this worker matches, with its experts and memory plan."""
 
     number: int
     group: ExpertGroup
@@ -261,7 +261,10 @@ class TrajectoryMatching(Method):
     def _image_share(
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
-        """Norm of one pair's gradient in the images, divided by the images' norm. Skips losses above `skip_above`."""
+        """Norm of the gradient in the images for the pair `number` of each network, divided by the images' norm.
+
+        Networks whose loss exceeds `skip_above` add nothing.
+        """
         total = torch.zeros_like(state.synthetic.images)
 
         def work(all_sum: AllSum) -> None:
@@ -320,7 +323,10 @@ class TrajectoryMatching(Method):
         return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
     def step(self, state: Distillation, meta: MetaTerm | None) -> None:
-        """Match every network once; the next one's inputs are prepared meanwhile. `meta` is `None` without MetaDD.
+        """Run one iteration: match every network once. Meanwhile the inputs of the next iteration are prepared.
+
+        Args:
+            meta: MetaDD's term; `None` without MetaDD.
 
         Raises:
             ThresholdError: the losses of many iterations in a row exceeded the threshold.

@@ -188,7 +188,10 @@ def validating(
     device: torch.device,
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[Progress]:
-    """Train fresh networks on the whole set. The last progress has their mean validation accuracy, in [0, 1]."""
+    """Train fresh networks on the whole set. Yields progress.
+
+    The last progress has the mean validation accuracy of the networks, in [0, 1], as its value "validation".
+    """
     seeds = config.distill.validation_seeds
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
     schedule = validation_schedule(config, float(whole.step_size))

@@ -58,7 +58,7 @@ def image_cost(network: nn.Module, image: tuple[int, ...]) -> ImageCost:
 
 
 class _Counter(TorchFunctionMode):
-    """Mode that records, while it is active, the bytes that torch functions write and their operations."""
+    """Mode that records, while it is active, the bytes that torch functions write and the operations that they take."""
 
     def __init__(self) -> None:
         self.sizes, self.flop = list[int](), 0

@@ -40,7 +40,7 @@ _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Iden
 
 
 def can_be_stacked(network: nn.Module) -> bool:
-    """True if the network is a chain of layers that have a stacked form, with linear layers at its end."""
+    """True if the network is a chain of layers that can be computed for several networks at once, linear ones last."""
     if not isinstance(network, SpatialNetwork):
         return False
     chain = [*network.features.modules(), *network.pooling.modules()]

@@ -24,7 +24,9 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 LEAST_CHANNELS = 64
-"""Smallest number of channels, inclusive. With fewer, the matrix products are too small to pay for the transforms."""
+"""Smallest number of input and of output channels, inclusive, for which `weight_gradient` is used.
+
+With fewer, the matrix products are too small to pay for the transforms."""
 
 _ATEN = torch.ops.aten
 
@@ -39,7 +41,7 @@ def weight_gradient(x: Tensor, y_: Tensor) -> Tensor:
 
 
 class QuickWeightGradients(fx.Interpreter):
-    """Interpreter that runs a graph with `weight_gradient` in place of the library's, wherever that is possible."""
+    """Interpreter that runs a graph with `weight_gradient` in place of torch's own, wherever that is possible."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one node of the graph, with `weight_gradient` if the node is a convolution derivative that allows it."""
@@ -95,14 +97,14 @@ def _(x: Tensor) -> Tensor:
 
 
 def _input_tiles(x: Tensor) -> Tensor:
-    """Transform the 4x4 inputs around every 2x2 tile: [16 t c]."""
+    """Winograd transform of the 4x4 inputs around every 2x2 tile of outputs: [16 t c]."""
     x = _framed(x)
     tiles = [part for row in _input_parts(x, 1) for part in _input_parts(row, 2)]
     return torch.stack(tiles).flatten(1, 3)
 
 
 def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Transform inputs along one axis: four sums of every four neighbours that start at an even position."""
+    """Winograd transform of inputs along one axis: four sums of every four neighbours from an even position on."""
     pairs = x.shape[axis] // 2
     x = x.unflatten(axis, (pairs, 2))
     here, after = x.narrow(axis, 0, pairs - 1), x.narrow(axis, 1, pairs - 1)
@@ -112,7 +114,7 @@ def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _cotangent_tiles(y_: Tensor) -> Tensor:
-    """Transform the 2x2 cotangents of every tile: [16 t o]."""
+    """Winograd transform of the 2x2 cotangents of every tile: [16 t o]."""
     b, o, h, w = y_.shape
     y_ = y_.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, o)
     tiles = [part for row in _cotangent_parts(*y_.unbind(2)) for part in _cotangent_parts(*row.unbind(3))]
@@ -124,6 +126,6 @@ def _cotangent_parts(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _from_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse transform along one axis of the weights: three gradients from four products."""
+    """Inverse Winograd transform along one axis of the weights: three gradients from four products."""
     half_sum = (b + c) / 2
     return a + half_sum, (b - c) / 2, half_sum + d
