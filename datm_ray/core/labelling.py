@@ -91,6 +91,11 @@ def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tup
     """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides.
 
     The image's border may cut a box. So the share that a view really keeps may be larger than `kept`.
+
+    Args:
+        kept: [n] share of each view's area outside an uncut box, in [0, 1].
+        centre: [n 2] centre of each box, as fractions of height and width.
+        size: height and width of the images in pixels.
     """
     sides = np.array(size)
     half = (sides * np.sqrt(1 - kept)[:, None]).astype(np.int64) // 2

@@ -83,6 +83,7 @@ class MetaDD:
         Args:
             networks: trained networks, the backbone first. A process that holds only some networks gives a mapping
                 index -> network.
+            options: weights and thresholds; `None` for the defaults.
 
         Raises:
             ConfigError: fewer than two networks are given.

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 WEIGHT = 0.5
-"""DD-Ranking's weight w = g for both scores."""
+"""DD-Ranking's weight of its scores' first parts: of IOR in LRS (w), and of augmented accuracies in ARS (g)."""
 
 
 @dataclass(frozen=True)

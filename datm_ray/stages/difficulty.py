@@ -1,6 +1,6 @@
 """Difficulty of the real images, for experts that see them from easy to hard (`experts.curriculum`).
 
-Scoring networks are trained as experts are, by tasks of their own, into a group of their own. One short task then
+Scoring networks are trained as experts are, in tasks and in a folder of the store of their own. One short task then
 stores the mean of their EL2N scores beside them. Every run whose scoring networks are trained alike shares the scores,
 whatever its curriculum.
 """

@@ -63,9 +63,9 @@ class DistributionMatching(Method):
             heartbeat()
 
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
-        """Compute the weighted distances of this worker's classes, summed over its backbones, and their gradient.
+        """Compute the weighted distances between mean embeddings of real and synthetic images, and their gradient.
 
-        The gradient is in the images [n c h w] of the worker's classes.
+        The distances are summed over this worker's classes and backbones. The gradient is in the images [n c h w].
         """
         config, settings, images = self.part.config, self.part.config.distill, synthetic.images
         labels = self.part.rows.classes(settings.ipc)

@@ -60,7 +60,7 @@ together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
 _NO_ATTEMPT = "0"
-"""Name in a file that stands for "no earlier attempt", if the file starts with the first epoch."""
+"""Stands in a file's name for the attempt that a training continues, if the training starts at the first epoch."""
 
 
 class TrainingProgress:
@@ -390,7 +390,7 @@ def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertSt
 
 @dataclass(frozen=True)
 class _Epoch:
-    """State of all networks of a stack after one epoch."""
+    """State of all networks of a stack (networks trained together) after one epoch."""
 
     number: int
     step: int

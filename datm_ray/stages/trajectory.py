@@ -244,9 +244,10 @@ class TrajectoryMatching(Method):
         return [Measured(row[0], tuple(row[3:]), *row[1:3]) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
-        """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs.
+        """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.
 
-        Pairs with a loss above the threshold change nothing, so they count only if all losses are above it.
+        The movement is a mean over the pairs. Pairs with a loss above the threshold change nothing, so they count only
+        if all losses are above it.
         """
         for skip_above in (self.part.config.distill.threshold, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
@@ -442,7 +443,7 @@ class TrajectoryMatching(Method):
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: Distillation) -> Iterator[str]:
-        """Messages if the set learned nothing, or less than the recipe says, so that it does not look like success."""
+        """Messages if the set learned nothing, or less than the recipe says, so that nobody takes this for success."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
