@@ -79,6 +79,9 @@ EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
 Distillation gets the rest."""
 MARGIN = 0.85
 """Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
+EXACT_FROM = 900.0
+"""Smallest time of the whole run, in seconds, for which steps are compiled and timed as the run will take them: about a
+minute, after which the run finds them compiled. For less time, uncompiled steps are timed within seconds."""
 SMALLEST_PICTURE = 24
 """Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
@@ -172,14 +175,18 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
     return read_images(path, LARGEST_SIDE)
 
 
-def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[[RunConfig], Proposal]) -> Suggestion:
+Planner = Callable[[RunConfig, bool], Proposal]
+"""Plans a recipe on this machine, with measured speeds. Arguments: the recipe; True to time compiled steps."""
+
+
+def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) -> Suggestion:
     """Choose a recipe for the user's images and time.
 
     Args:
         wish: images per class and time.
         dataset: source, path and size of the images.
         raw: the images.
-        plan: function that plans a recipe on this machine, with measured speeds.
+        plan: plans a recipe on this machine.
 
     Raises:
         DatasetError: a class has too few images.
@@ -191,27 +198,28 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[
             draft.set(key, value, reason)
     _fit_into_time(draft)
     config = draft.config()
-    return Suggestion(config, draft.reasons, plan(config))
+    return Suggestion(config, draft.reasons, draft.plan(config))
 
 
-def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[RunConfig], Proposal]:
-    """Make a function that plans recipes for these images on this machine. It times each width of the network once.
+def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
+    """Make a planner of recipes for these images on this machine. It times each width of the network once.
 
     Args:
         say: shows a line to the user before each measurement.
     """
     image, training = (raw.channels, *raw.size), len(raw.train) + len(raw.validation)
     shape = DataShape(image, raw.classes, training, len(raw.test))
-    machines: dict[int, Machine] = {}
+    machines: dict[tuple[int, bool], Machine] = {}
 
-    def plan(config: RunConfig) -> Proposal:
+    def plan(config: RunConfig, exactly: bool) -> Proposal:
         config = config.resolved(raw.size)
         found = Proposal(config, shape, plans_of(config, shape), machine_here(config))
-        width = config.network.width
-        if width not in machines:
-            say(f"timing steps of a network with {width} channels ...")
-            machines[width] = measured(found, quickly=found.machine.device == "core")
-        return replace(found, machine=machines[width])
+        key = config.network.width, exactly or found.machine.device == "GPU"
+        if key not in machines:
+            how = "compiling and timing the run's own steps" if key[1] else "timing small steps"
+            say(f"{how}, of a network with {key[0]} channels ...")
+            machines[key] = measured(found, quickly=not key[1])
+        return replace(found, machine=machines[key])
 
     return plan
 
@@ -227,7 +235,9 @@ class _Draft:
     wish: Wish
     dataset: DatasetConfig
     raw: RawDataset
-    plan: Callable[[RunConfig], Proposal]
+    planner: Planner
+    exactly: bool = False
+    """True to plan with the times of compiled steps."""
     values: dict[str, Any] = field(default_factory=dict)
     """Key, such as `experts.batch_size` -> value."""
     reasons: dict[str, str] = field(default_factory=dict)
@@ -239,6 +249,10 @@ class _Draft:
     def config(self, values: dict[str, Any] | None = None) -> RunConfig:
         """Make a recipe from the values chosen so far and from `values`, which replace chosen values of equal keys."""
         return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
+
+    def plan(self, config: RunConfig) -> Proposal:
+        """Plan a recipe on this machine."""
+        return self.planner(config, self.exactly)
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
         """Stage -> seconds on the clock, for the recipe with these values, see `config`."""
@@ -359,23 +373,28 @@ def _fit_into_time(draft: _Draft) -> None:
 
     The largest width is taken for which the time is enough, see `ENOUGH_EXPERTS`.
     """
-    time = MARGIN * draft.wish.seconds
+    time, is_long = MARGIN * draft.wish.seconds, draft.wish.seconds >= EXACT_FROM
     for width in WIDTHS:
-        values = _fitted(draft, {"network.width": width}, time)
-        if values["experts.count"] >= ENOUGH_EXPERTS and values["distill.iterations"] >= ENOUGH_ITERATIONS:
+        draft.exactly = False
+        values, is_enough = _fitted(draft, width, time)
+        if is_long and (is_enough or width == WIDTHS[-1]):
+            draft.exactly = True
+            values, is_enough = _fitted(draft, width, time)
+        if is_enough:
             break
     reasons = _reasons(draft, values)
     for key, value in values.items():
         draft.set(key, value, reasons[key])
 
 
-def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
-    """Add values for experts, distillation and evaluation, so that the run takes about `time` seconds.
+def _fitted(draft: _Draft, width: int, time: float) -> tuple[dict[str, Any], bool]:
+    """Values with which the run takes about `time` seconds, and True if the time is enough, see `ENOUGH_EXPERTS`.
 
-    `values` is changed, and returned. With the smallest allowed numbers, a run may take longer.
+    The smallest allowed numbers may take longer.
     """
-    values |= _lengths(draft, STEPS[-1])
-    workers = draft.plan(draft.config(values)).machine.workers
+    values = {"network.width": width, **_lengths(draft, STEPS[-1])}
+    here = min(machine_here(draft.config(values)).workers, draft.raw.classes)  # fewer images in a shard: slower steps
+    workers = draft.plan(draft.config(values | {"cluster.shards": here})).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)
     values |= _evaluation(draft, values, time)
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
@@ -388,7 +407,8 @@ def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any
         values["cluster.experts_at_a_time"] = min(stack, -(-values["experts.count"] // workers))
     values["distill.validate_every"] = -(-values["distill.iterations"] // VALIDATIONS)
     values["distill.checkpoint_every"] = -(-values["distill.iterations"] // CHECKPOINTS)
-    return values
+    is_enough = values["experts.count"] >= ENOUGH_EXPERTS and values["distill.iterations"] >= ENOUGH_ITERATIONS
+    return values, is_enough
 
 
 def _evaluation(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.memory import plans_of
 from datm_ray.planning.shape import DataShape
-from datm_ray.planning.suggest import Suggestion, Wish, read_images, source_of, suggest
+from datm_ray.planning.suggest import Planner, Suggestion, Wish, read_images, source_of, suggest
 from datm_ray.recipes import get_recipe
 
 
@@ -35,13 +34,13 @@ def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> 
     return RawDataset("mine", names, part(left), part(held_out), part([5] * len(counts)), 255, "0" * 16)
 
 
-def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60") -> Callable[[RunConfig], Proposal]:
-    """Plans on a described machine, whose speeds nobody measures."""
+def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60", exact: str = "") -> Planner:
+    """Plans on a described machine, whose speeds nobody measures; on `exact` if compiled steps are asked for."""
     shape = DataShape((data.channels, *data.size), data.classes, len(data.train) + len(data.validation))
 
-    def plan(config: RunConfig) -> Proposal:
+    def plan(config: RunConfig, exactly: bool) -> Proposal:
         config = config.resolved(data.size)
-        return Proposal(config, shape, plans_of(config, shape), parse_cluster(cluster))
+        return Proposal(config, shape, plans_of(config, shape), parse_cluster(exact if exactly and exact else cluster))
 
     return plan
 
@@ -94,6 +93,25 @@ def test_more_time_gives_more_of_everything_and_is_not_exceeded() -> None:
     assert least.config.distill.iterations == rules.LEAST_ITERATIONS
     assert sum(least.plan.clock.values()) > 6
     assert "the least; 0.1 minutes would be too short for more" in least.reasons["distill.iterations"]
+
+
+def test_a_long_run_is_planned_with_the_times_of_compiled_steps() -> None:
+    """From 15 minutes on, compiled steps of the chosen width are timed and decide; below, small steps do."""
+    data, source = raw([80] * 10, (3, 32, 32), 8), DatasetConfig(source="folder", path="/data/mine")
+    plans, timed = planner(data, exact="cpus=2,gflops=4"), list[tuple[int, bool]]()
+
+    def plan(config: RunConfig, exactly: bool) -> Proposal:
+        timed.append((config.network.width, exactly))
+        return plans(config, exactly)
+
+    short = suggest(Wish("mine", 1, rules.EXACT_FROM - 60), source, data, plan)
+    assert not any(exactly for _, exactly in timed)
+    long = suggest(Wish("mine", 1, rules.EXACT_FROM), source, data, plan)
+    widths = [each.config.network.width for each in (short, long)]
+    assert widths[1] < widths[0]  # the compiled steps are slower here
+    assert (widths[0], True) in timed  # tried, and found too wide
+    assert timed[-1] == (widths[1], True)
+    assert sum(long.plan.clock.values()) <= rules.EXACT_FROM
 
 
 def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
