@@ -92,7 +92,16 @@ def stages_of(
     address: str | None,
     asked: Mapping[NetworkConfig, str] | None = None,
 ) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Check runs, and return their stages and a function that starts their workers. Arguments: see `Pipeline`."""
+    """Check runs, and return their stages and a function that starts their workers.
+
+    Args:
+        configs: the runs; at least one.
+        out: output folder of all runs, a path or URI.
+        store: trajectory store, a path or URI; `None` puts it into the output folder.
+        executor: "ray" or "serial".
+        address: address of a Ray cluster; `None` for RAY_ADDRESS, or else a cluster started on this machine.
+        asked: network to score on -> command-line option that asked for it, for messages.
+    """
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
     stages = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial", asked=asked)
     return stages, lambda: create_executor(executor, configs[0].cluster, address)

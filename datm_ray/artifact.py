@@ -222,6 +222,12 @@ def save_artifact(
     """Write the set as one file, atomically.
 
     Args:
+        location: file to write; an existing file is replaced.
+        synthetic: images, labels and step sizes.
+        transform: normalisation of the images.
+        class_names: names of the classes, in the order of the labels.
+        recipe: configuration of the run, as plain data.
+        provenance: versions, hardware, data set and experts of the run, as plain data.
         transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
             set's file. `None` stores the transform in the set's file.
     """

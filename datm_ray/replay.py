@@ -87,5 +87,5 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
 
 
 def views_of(rows: NDArray[np.int64], records: LabelRecords) -> Views:
-    """Views of the images with indices `rows`, whose crops, flips and mixtures the records describe."""
+    """Make views of the images with indices `rows`, from the crops, flips and mixtures in the records."""
     return Views(rows, records.boxes, records.flips, records.partners, records.lambdas, records.mix_boxes)

@@ -277,9 +277,9 @@ class ExpertConfig(Section):
     learning_rate: Positive = 0.01
     """Learning rate, the highest of its schedule."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: the rate falls to 0, step by step."""
+    """cosine: the learning rate falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """First epochs, in which the rate grows from a hundredth to its full value; 0: none."""
+    """Number of first epochs in which the learning rate grows from a hundredth to its full value; 0: none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum in [0, 1); 0 as published, for easier matching."""
     weight_decay: NonNegative = 0.0
@@ -574,13 +574,14 @@ class EvaluateConfig(Section):
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train (transformers); rate: `learning_rate`, else tuned."""
+    """adamw: for networks that SGD does not train (transformers). Its learning rate: as given, else tuned."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True
     """Train the control on all real data, which takes longest."""
     fair: bool = False
-    """Compute DD-Ranking's LRS and ARS (three more table rows). They need `full`."""
+    """Compute DD-Ranking's label-robust and augmentation-robust scores. They need `full` and add three table rows:
+    distilled images with hard labels; distilled and random images without augmentation."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
@@ -597,13 +598,13 @@ class EvaluateConfig(Section):
     learning_rate: Positive | None = None
     """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: the rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
+    """step: the learning rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """First epochs, in which the rate grows from a hundredth to its full value; 0: none."""
+    """Number of first epochs in which the learning rate grows from a hundredth to its full value; 0: none."""
     epochs: Count | None = None
-    """Epochs of training; null: the protocol's."""
+    """Epochs of training; null: those of `protocol`."""
     batch_size: Count | None = None
-    """Images per step; null: the protocol's."""
+    """Images per step; null: those of `protocol`."""
     weight_decay: NonNegative | None = None
     """Weight decay; null: 0.0005, and 0.05 for adamw."""
 

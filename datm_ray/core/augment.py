@@ -4,7 +4,7 @@ An `Augmentation` is a value: an operation and its parameters for every sample o
 separate. So an augmentation can be drawn for a global batch and applied to one shard's slice, and applied again in the
 reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per sample, as
 published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are whitened and are
-not clamped. Shapes: b samples, c h w image, w parameters of an operation for one sample.
+not clamped. Shapes: b samples, c h w image, p parameters of an operation for one sample.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -45,7 +45,7 @@ class Augmentation:
     operation: str
     """Name of the operation, or several names joined by "+", applied one after another; "" for no operation."""
     parameters: NDArray[np.float32]
-    """[b w] numbers in [0, 1), whose meaning depends on the operation; w is `width(operation)`."""
+    """[b p] numbers in [0, 1), p = `width(operation)` for each sample. Their meaning depends on the operation."""
 
     def take(self, rows: NDArray[np.int64]) -> Augmentation:
         """Copy with only the samples at these indices of the batch, in this order."""
@@ -62,7 +62,7 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 
 def width(operation: str) -> int:
-    """Number w of an operation's parameters for one sample, added up over the parts that "+" joins."""
+    """Number p of an operation's parameters for one sample, added up over the parts that "+" joins."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 
@@ -92,10 +92,11 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
 
 
 def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
-    """Apply an operation to images [b c h w]; "" returns them unchanged.
+    """Apply an operation to images [b c h w]; differentiable in the images.
 
     Args:
-        uniform: [b w] numbers in [0, 1), the operation's parameters for each image, on the images' device.
+        operation: name of an operation, or several names joined by "+", applied in turn; "" changes nothing.
+        uniform: [b p] numbers in [0, 1) on the images' device: p parameters for each image, p = `width(operation)`.
     """
     if operation == NO_AUGMENTATION:
         return images

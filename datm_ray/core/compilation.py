@@ -1,11 +1,11 @@
-"""Functions of tensors as flat graphs of tensor operations, and these graphs as compiled code.
+"""Trace functions of tensors into flat graphs of tensor operations, and compile these graphs.
 
 A function is traced once for each shape of its arguments. So the compiled code runs no Python of the network, and has
-no graph breaks. Terms known to be zero and slow weight gradients are removed from the graph. A machine without a
-compiler runs the functions uncompiled, and one line reports this.
+no graph breaks. Tracing removes terms known to be zero, and replaces slow weight gradients of convolutions by faster
+ones. A machine without a compiler runs the functions uncompiled, and one line reports this.
 
-The result of a graph does not depend on the strides of its intermediate values. The strides seen in tracing may differ
-from those in a call: between versions of torch, between kernels, and after a term was removed.
+The result of a graph does not depend on the strides of its intermediate values. These strides may differ between
+tracing and a call: they depend on the version of torch and on the kernel, and removing a term may change them.
 """
 
 from __future__ import annotations

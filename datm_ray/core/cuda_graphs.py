@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2
-"""Number of calls before a recording, in which libraries take their memory and compilers compile."""
+"""Number of calls that are run before a recording and not recorded. Libraries then take their memory, and compilers
+compile."""
 
 _log = logging.getLogger(__name__)
 

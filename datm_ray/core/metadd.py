@@ -59,8 +59,8 @@ class MetaLoss:
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio in [0, 1]: number of pixels where the maps of all networks reach the threshold, divided by the
-    number where any map does."""
+    """Meta-feature ratio in [0, 1]: number of pixels where the maps of all networks reach `metadd.threshold`, divided
+    by the number where any map does."""
 
     def detach(self) -> MetaLoss:
         """Copy the loss and its terms without derivatives."""

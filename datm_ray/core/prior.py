@@ -273,7 +273,7 @@ def train_autoencoder(
 
     Args:
         network: architecture; its own parameters are not read.
-        pixels: function from indices of training images to these images [b c h w], 0 for black and 1 for white.
+        pixels: function from indices of training images to these images [n c h w], 0 for black and 1 for white.
         count: number of training images.
         seed: seed of the run.
         state: parameters and moments, on the device that computes.

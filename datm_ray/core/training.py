@@ -42,7 +42,7 @@ def no_heartbeat() -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Training schedule of a network that is scored: SGD or AdamW, with a rate that falls once or along a cosine."""
+    """Training schedule of a scored network: SGD or AdamW. The learning rate may fall, once or along a cosine."""
 
     epochs: int
     """Number of passes over the images."""
@@ -109,7 +109,7 @@ ADAMW_WEIGHT_DECAY = 0.05
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
-    """Training schedule of networks that are scored: that of the protocol, changed by the keys of `evaluate`.
+    """Training schedule of networks that are scored: that of `evaluate.protocol`, changed by other keys of `evaluate`.
 
     Args:
         settings: section `evaluate` of the recipe.
@@ -313,10 +313,14 @@ Measured for images of 32x32 on two cores, as time of five networks one after an
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
-    """Expected work of training one network on `images` images, in operations of forward passes.
+    """Expected work of training one network: the floating-point operations of its forward passes.
+
+    Backward passes are not counted. Each step adds `STEP_OVERHEAD` operations.
 
     Args:
-        flop: operations of one image in a forward pass.
+        schedule: schedule of the training.
+        images: number of images that the network is trained on.
+        flop: floating-point operations of one image's forward pass.
     """
     return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
 
@@ -394,7 +398,8 @@ class Trainer:
         """Divide networks into groups that are trained at the same time, or of one network each if this is faster.
 
         Args:
-            trainings: networks of one architecture and equally many images; their schedules differ in the rate alone.
+            trainings: networks of one architecture and equally many images. Their schedules differ in the learning
+                rate alone.
             lessons: a teacher's images and logits, see `train`; networks with lessons are trained one after another.
         """
         first, sizes = trainings[0], [1] * len(trainings)

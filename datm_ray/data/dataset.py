@@ -69,6 +69,9 @@ def prepare(
     normalised whenever they are read.
 
     Args:
+        raw: images before normalisation.
+        kind: kind of normalisation, "zca" or "standard".
+        transform: transform to apply; None fits one.
         device: torch device that fits a new transform.
         say: shows lines about work that takes more than some seconds.
 
@@ -105,7 +108,14 @@ def transform_of(
 ) -> Transform:
     """Fit a normalisation to the training images, or make it of `given` statistics; see `fit_transform`.
 
-    At most `FITTED` streamed images are read, spread evenly, and only two where the statistics are given.
+    At most `FITTED` streamed images are read, spread evenly, and only two if the statistics are given.
+
+    Args:
+        raw: images before normalisation.
+        kind: kind of normalisation, "zca" or "standard".
+        given: means and standard deviations of the channels for "standard"; `None` computes them.
+        device: torch device that fits.
+        say: shows lines about work that takes more than some seconds.
     """
     images: NDArray[np.uint8] | StreamedPixels = raw.train.images
     if isinstance(images, StreamedPixels):

@@ -128,6 +128,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
     Every file is opened twice, for its header and for its pixels, so that the array is allocated only once.
 
     Args:
+        sets: files of each set, such as training and test; all images get one shape.
         resize: side in pixels of the squares that all images become; None keeps their size.
         copies: number of float32 copies of all pixels that the caller will make.
         largest: largest width and height to accept, in pixels; None for any.

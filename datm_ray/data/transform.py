@@ -85,6 +85,10 @@ class Normaliser(nn.Module):
         """Make a module from its buffers.
 
         Args:
+            kind: "zca" or "standard".
+            shape: channels, height and width of the images.
+            scale: whitening matrix, its factor F, or reciprocal deviations, see the attribute `scale`.
+            shift: shift of each value for `zca`, of each channel for `standard`.
             rest: number b if the whitening matrix is b I - F F^T with F in `scale`; otherwise None.
         """
         super().__init__()
@@ -421,11 +425,16 @@ class FitCost:
 
     @classmethod
     def of(cls, kind: Kind, shape: tuple[int, int, int], images: int) -> FitCost:
-        """Cost of a fit to a number of images of this shape; 0 means more images than an image has values.
+        """Estimate the cost of a fit.
 
         Let d be the number of values in an image. `zca` holds five matrices [d d] of float64 while it decomposes one of
         them. This takes time O(d^3), after a product of O(n d^2). With fewer images n than values, the matrices are
         [n n], besides two [n d].
+
+        Args:
+            kind: "zca" or "standard".
+            shape: channels, height and width of the images.
+            images: number n of images; 0 if it is unknown, to assume more images than an image has values.
         """
         values = math.prod(shape)
         if kind == "standard":
@@ -488,7 +497,11 @@ def fit_transform(
     For `standard`, a channel without variation is only centred.
 
     Args:
+        kind: "zca" or "standard".
+        images: [n c h w] training images.
+        levels: value of a pixel that means 1.0.
         given: means and deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
+        eps: number added to every eigenvalue, for `zca`.
         device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 

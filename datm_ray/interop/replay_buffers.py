@@ -75,7 +75,9 @@ class Exported:
     files: tuple[str, ...]
     """Names of the written files."""
     left_out: tuple[int, ...]
-    """Epochs of the first expert that were not exported, because an epoch before them is not stored."""
+    """Stored epochs that were not exported, because an earlier epoch is not stored: a buffer has no gaps.
+
+    The epochs are those of the first expert. All experts of a group store the same epochs."""
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
@@ -354,7 +356,10 @@ def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
 
 
 def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
-    """Read an expert's parameters, a list for each epoch from 0 up to the first epoch that is not stored."""
+    """Read an expert's parameters: a list with an inner list per epoch, which has one tensor for each parameter.
+
+    The epochs begin with 0 and end before the first epoch that is not stored.
+    """
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)
     if not epochs:

@@ -262,7 +262,7 @@ def _store(
 
 
 def _measured(network: nn.Module, raw: RawDataset, transform: Transform, file: Location) -> tuple[float, int]:
-    """Share of correct answers on evenly spaced test images, and their number.
+    """Share of correct answers, in [0, 1], on evenly spaced test images, and the number of these images.
 
     Raises:
         CorruptFileError: a logit is not finite.

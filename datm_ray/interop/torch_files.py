@@ -1,4 +1,4 @@
-"""Read lists of tensors from files that `torch.save` wrote, as plain data.
+"""Read lists of tensors, nested to any depth, from files that `torch.save` wrote, as plain data.
 
 torch.load trusts the sizes and classes in a file: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
 Here the pickle is read opcode by opcode, and only the opcodes are known that torch.save uses for lists of tensors.
@@ -54,11 +54,14 @@ class _Storage:
 
 
 def read_torch_file(location: Location) -> Tensors:
-    """Lists of tensors in a file. A local file is memory-mapped; all arrays are read-only.
+    """Read a file that `torch.save` wrote. Returns its lists and tuples, nested as in the file.
+
+    Tensors become read-only arrays. Lists may also hold numbers and texts. A local file is memory-mapped.
 
     Raises:
         StoreError: the file is missing or cannot be read.
-        ValueError and others: the file holds anything else. Readers of archives have no common error.
+        ValueError: the file holds anything else, such as a dictionary. A file that is no archive, or a damaged one,
+            raises errors of other classes too.
     """
     (content,) = location.read_ranges([(0, location.size())])
     with zipfile.ZipFile(pa.BufferReader(pa.py_buffer(content))) as archive:

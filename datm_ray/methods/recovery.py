@@ -70,14 +70,14 @@ class View:
 
 
 def crop_matrix(first: float, share: float, side: int) -> Tensor:
-    """Matrix [h h] in float64 that enlarges part of a side of h pixels to the whole side, bilinearly.
+    """Matrix [s s] in float64 that enlarges part of an image's side of s pixels to the whole side, bilinearly.
 
     The product with an image equals `resized_crop` along this side.
 
     Args:
         first: start of the part, as a share of the side.
         share: length of the part, as a share of the side.
-        side: h.
+        side: s, the image's height or width in pixels.
     """
     places = first * side + (torch.arange(side, dtype=torch.float64) + 0.5) * share - 0.5
     distances = (places.clamp(0, side - 1)[:, None] - torch.arange(side, dtype=torch.float64)).abs()
@@ -88,6 +88,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     """Draw the crop, flip and shift that an iteration applies to all images of a block.
 
     Args:
+        options: section `recover` of the recipe.
         seed: seed of the run.
         block: number of the block, the images that are recovered together.
         iteration: number of iterations done.

@@ -33,8 +33,8 @@ FIRST_MOVE = 0.05
 """Size of the images' first update if `distill.learning_rate_images` is null: its root mean square as a share of the
 pixels' root mean square. The digits' recipes, tuned on validation data, have 0.07 (IPC 1) and 0.025 (IPC 10)."""
 MOST_DIVERGED = 100
-"""Number of divergences of one backbone since its last update after which a distillation stops. Every iteration has
-other random draws, so a hundred divergences are caused by the set, not by a draw."""
+"""Number of diverged iterations without an update after which a distillation stops. Trajectory matching counts them for
+each backbone. Every iteration has other random draws, so a hundred divergences are caused by the set, not by a draw."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
 
@@ -106,7 +106,7 @@ class State(Generic[Record]):
     averaged: Tensor | None = None
     """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update."""
     image_rate: float | None = None
-    """Learning rate of the images, found before the first iteration; None if the recipe gives the rate."""
+    """Learning rate of the images, found before the first iteration; None if the recipe gives it."""
     prior: Prior | None = None
     """Decoder that makes the images from latents; None if pixels are learned. Checkpoints do not hold it."""
 
@@ -147,7 +147,7 @@ class State(Generic[Record]):
 
         Args:
             accuracy: validation accuracy in [0, 1].
-            standard_error: standard error of the accuracy, from the number of validation images.
+            standard_error: standard error of the accuracy, a fraction like it, from the number of validation images.
             earlier: if an earlier set was validated, its number of iterations and a function that reads the set;
                 `None` for the current set.
 
@@ -169,7 +169,13 @@ class State(Generic[Record]):
         return self.prior.pull_back(self.synthetic.variable("images"), gradient)
 
     def movement(self, gradient: Tensor) -> Tensor:
-        """Negative first-order change [n c h w] of the images in a gradient step of rate 1; `gradient` is in pixels."""
+        """Negative first-order change [n c h w] of the images in a step of SGD with learning rate 1.
+
+        Without a prior this is the gradient itself. With a prior, the step moves the latents.
+
+        Args:
+            gradient: [n c h w] gradient in pixels.
+        """
         if self.prior is None:
             return gradient
         return self.prior.push_forward(self.synthetic.variable("images"), self.pulled_back(gradient))

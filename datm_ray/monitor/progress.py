@@ -127,10 +127,14 @@ class _Running:
     """Expected work of the whole task, relative to the other tasks of its stage."""
     timed_from: float = 0.0
     timed_to: float = 0.0
-    """Times of the first and last `Progress` (`timed_from`, `timed_to`), between which the speed is measured."""
+    """Times of the task's first and last `Progress` events (`timed_from` and `timed_to`), in seconds of the monotonic
+    clock. The task's speed is measured between them."""
     first: float = 0.0
-    """Share of the task that was done at `timed_from`."""
+    """Share of the whole task, in [0, 1], that was already done at its first `Progress` event.
+
+    A resumed task starts above 0. The speed is measured from this share on."""
     share: float = 0.0
+    """Share of the whole task, in [0, 1], that was done at its last `Progress` event."""
     last: Progress | None = None
     phase: str = ""
     """Work between steps, such as compiling, until the next `Progress`; "" during steps."""

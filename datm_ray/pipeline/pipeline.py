@@ -56,10 +56,7 @@ _log = logging.getLogger(__name__)
 class Pipeline:
     """Stages of one or more runs that share an output folder.
 
-    The constructor checks everything that can be checked beforehand, and writes nothing.
-
-    Raises:
-        DatmError: a data set, path or range cannot be used.
+    The constructor reads the runs' images and checks the runs. A method such as `run_all` starts the work.
     """
 
     distill_worker: type[DistillWorker] = DistillWorker
@@ -75,7 +72,20 @@ class Pipeline:
         alone: bool = False,
         asked: Mapping[NetworkConfig, str] | None = None,
     ) -> None:
-        """Check runs. Arguments: see `Runs`."""
+        """Read the runs' images, and check everything that can be checked before a start. Writes and starts nothing.
+
+        Args:
+            configs: the runs; at least one.
+            out: output folder of all runs, a path or URI.
+            store: trajectory store, a path or URI; `None` puts it into the output folder.
+            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
+            alone: True if one process will do all the work.
+            asked: network to score on -> command-line option that asked for it, for messages; `None` for no such
+                option.
+
+        Raises:
+            DatmError: a data set or path cannot be read, or a recipe's values cannot be used.
+        """
         checks.check_before_reading(configs, elsewhere=elsewhere)
         self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
         checks.check(self.runs)
@@ -179,7 +189,11 @@ class Pipeline:
         return lines
 
     def distances(self) -> dict[str, Outlook]:
-        """Name of each set to distil -> its method's forecast before the start, such as how far experts move."""
+        """Forecasts for the sets that are not distilled yet: name of the set -> forecast by its method.
+
+        A forecast needs no work; it says, for example, how far experts will move. A set whose method makes no forecast
+        is left out.
+        """
         found = {
             config.name: method_of(config).outlook(config, len(self.runs.raw(config).train))
             for config in self.runs.unfinished()
@@ -187,7 +201,12 @@ class Pipeline:
         return {name: outlook for name, outlook in found.items() if outlook}
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Run all stages: experts, distillation and evaluation."""
+        """Run all stages: experts, distillation and evaluation.
+
+        Args:
+            start: starts the executor, which runs the tasks.
+            reporter: shows messages and progress.
+        """
         checks.require_distillable(self.runs)
         with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
@@ -195,12 +214,12 @@ class Pipeline:
             self._evaluate(executor, reporter)
 
     def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Train the experts that are missing in the store."""
+        """Train the experts that are missing in the store. Arguments: see `run_all`."""
         with self._started(start, reporter) as executor:
             self._experts(executor, reporter)
 
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Distil the sets that are not finished."""
+        """Distil the sets that are not finished. Arguments: see `run_all`."""
         checks.require_distillable(self.runs)
         checks.require_priors(self.runs)
         for config in self.configs:
@@ -210,7 +229,7 @@ class Pipeline:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Train and score the networks whose results are missing in the runs' accuracy tables."""
+        """Train and score the networks without results in the runs' accuracy tables. Arguments: see `run_all`."""
         checks.require_distillable(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, trained_backbones(config))

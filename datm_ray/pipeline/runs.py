@@ -141,7 +141,7 @@ class Runs:
         return list(found.values())
 
     def fitting_cost(self, dataset: DatasetConfig) -> FitCost:
-        """Cost of fitting the data set's transform."""
+        """Estimated cost of fitting the data set's transform: bytes of memory and disk, minutes on two CPU cores."""
         raw = self._raw[dataset]
         return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 

@@ -190,6 +190,9 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
 
     If free workers validate sets, a set's task makes these validation tasks.
+
+    Args:
+        executor: where the workers run; `None` if it is not started yet, and then no task makes others.
     """
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
@@ -264,7 +267,10 @@ def join_task(runs: Runs, config: RunConfig) -> DatasetTask:
 
 
 def _work_of_set(runs: Runs, config: RunConfig) -> float:
-    """Operations of all iterations, without MetaDD. If there are no iterations, operations of choosing the set."""
+    """Expected work of all iterations, without MetaDD; for a method without iterations, of choosing the set.
+
+    The unit is a floating-point operation of a forward pass. Backward passes count as forward passes that take as long.
+    """
     method, raw = method_of(config), runs.raw(config)
     if iterations := method.iterations(config):
         return iterations * _work_of_iteration(runs, config)
@@ -273,7 +279,7 @@ def _work_of_set(runs: Runs, config: RunConfig) -> float:
 
 
 def _work_of_iteration(runs: Runs, config: RunConfig) -> float:
-    """Operations of one iteration over all workers, without MetaDD."""
+    """Expected work of one iteration over all workers, without MetaDD. Unit: see `_work_of_set`."""
     shape, work = runs.shape(config), 0.0
     for each in config.each_backbone():
         cost = network_cost(each, shape)
@@ -341,10 +347,11 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[Ru
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
-    """Make tasks that label finished sets: for each epoch whose labels the recipe stores and are missing.
+    """Make tasks that label finished sets. They cover the epochs whose labels the recipe stores and that have none yet.
 
     Args:
-        workers: number of workers that label at the same time. The epochs of each set are divided among them.
+        workers: number of workers that label at the same time. Each set's epochs are divided evenly among
+            4 * `workers` tasks, or one task per epoch if there are fewer epochs.
     """
     tasks = []
     unfinished = {config.name for config in runs.unfinished()}
@@ -433,7 +440,7 @@ def _evaluate_task(
 ) -> Task | None:
     """Task that scores a row of the accuracy table with seeds `numbers`; `None` if all results exist.
 
-    `work` is the number of operations for one seed.
+    `work` is the expected work for one seed, see `_work_of_row`.
     """
     fingerprint, (spec, images) = runs.raw(config).fingerprint, _networks_and_images(runs, config, row, network)
     places = [result_location(runs.out, config, fingerprint, row, number, network) for number in numbers]
@@ -457,7 +464,7 @@ def _evaluate_task(
 
 
 def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None) -> float:
-    """Operations of training an accuracy-table row's networks with one seed."""
+    """Expected work of training an accuracy-table row's networks with one seed. Unit: see `_work_of_set`."""
     raw = runs.raw(config)
     work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
     return work * FORWARD_PASSES["training"]

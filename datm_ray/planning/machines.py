@@ -60,7 +60,14 @@ class Machine:
 
     @classmethod
     def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0) -> Machine:
-        """Make a machine from the FLOP/s of student steps on one core or GPU; 0 if they are unknown."""
+        """Make a machine whose workers are alike, from the speed of one core or GPU.
+
+        Args:
+            device: device of a worker, "core" or "GPU".
+            workers: number of workers that run at the same time.
+            cores: number of cores of one worker; 1 on GPUs.
+            speed: FLOP/s of student steps on one core or one GPU; 0 to assume `SPEED`.
+        """
         unit = cores * (speed or SPEED[device])
         seconds = {kind: passes / unit for kind, passes in FORWARD_PASSES.items()}
         return cls(device, workers, cores, seconds, COMPILING, BANDWIDTH[device], basis="as given" if speed else "")

@@ -112,7 +112,7 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
-    """Cost of fitting the normalisation on the training images without those for validation."""
+    """Estimated cost of fitting the normalisation to the training images without those for validation."""
     return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, shape.trained(dataset))
 
 

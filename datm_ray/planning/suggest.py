@@ -4,8 +4,8 @@
 reason beside every value. Tests: tests/planning/test_suggest.py.
 
 The rules compare data sets by the distance that plain SGD can go: learning rate times steps. For 45,000 images in
-batches of 256, an epoch has distance 1.76; for 900 images in batches of 32, with twice the rate, 0.58. Measured in
-distances, the published ranges of start epochs and the digits' ranges nearly agree.
+batches of 256, an epoch has distance 1.76; for 900 images in batches of 32, with twice the learning rate, 0.58.
+Measured in distances, the published ranges of start epochs and the digits' ranges nearly agree.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ most MOST_LATE.
 Examples: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67); 0.2 for
 digits-ipc10."""
 TRAINED = 35.0
-"""Smallest distance (learning rate times steps) over which experts are trained, because they also label the first
-images. The digits' experts have 38."""
+"""Smallest distance (learning rate times number of steps) that the experts of a suggested recipe are trained for.
+
+Experts also label the first images, which may need more training than the matched epochs. The digits' experts have
+38."""
 STEP_DISTANCE = 0.06
 """Expert's distance (learning rate times steps) that one student step must cover.
 
@@ -80,8 +82,8 @@ Distillation gets the rest."""
 MARGIN = 0.85
 """Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
 EXACT_FROM = 900.0
-"""Smallest time of the whole run, in seconds, for which steps are compiled and timed as the run will take them: about a
-minute, after which the run finds them compiled. For less time, uncompiled steps are timed within seconds."""
+"""Time wanted for the whole run, in seconds, from which on compiled steps are timed. Compiling and timing take about a
+minute, and the run finds its steps compiled. For a shorter run, uncompiled steps are timed within seconds."""
 SMALLEST_PICTURE = 24
 """Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))

@@ -34,7 +34,19 @@ def published(
     expert_epochs: int = 2,
     threshold: float = 1.0,
 ) -> RunConfig:
-    """Recipe of DATM: the values that vary, from a row of the paper's table, and those that all its recipes share."""
+    """Make a recipe of DATM from a row of the paper's table. Values that all its recipes share are added.
+
+    Args:
+        source: data set, a key of `LATEST_MATCHED`.
+        depth: blocks of the ConvNet.
+        ipc: synthetic images per class.
+        student_steps: SGD steps of the student in an iteration.
+        batch_size: synthetic images in a student step.
+        learning_rate_images, learning_rate_step_size, learning_rate_labels: learning rates of the learned variables.
+        start_epochs: epochs at which students start.
+        expert_epochs: number of epochs from start to target.
+        threshold: matching loss above which an iteration is skipped.
+    """
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
@@ -59,7 +71,16 @@ def published(
 def recovered(
     source: str, ipc: int, experts: ExpertConfig, iterations: int, recover: RecoverConfig, evaluate: EvaluateConfig
 ) -> RunConfig:
-    """Recipe of SRe2L (arXiv 2306.13092): images from noise, recovered from a ResNet-18 that also labels them."""
+    """Make a recipe of SRe2L (arXiv 2306.13092): images from noise, recovered from a ResNet-18 that also labels them.
+
+    Args:
+        source: data set, such as "cifar100".
+        ipc: synthetic images per class.
+        experts: training of the ResNet-18, the teacher.
+        iterations: steps of Adam on the images.
+        recover: settings of the recovery.
+        evaluate: training of the networks that score the set.
+    """
     return RunConfig(
         method="sre2l",
         dataset=DatasetConfig(source=source, normalisation="standard", validation=0.02),
@@ -80,7 +101,7 @@ def recovered(
 
 
 def small_recovery(source: str, ipc: int) -> RunConfig:
-    """Recipe of SRe2L with the authors' values for CIFAR-100.
+    """Make a recipe of SRe2L for the data set `source`, with the authors' values for CIFAR-100.
 
     Unlike this package, their program also mixes images, keeps the images of the iteration with least loss, and shifts
     in one direction alone. When it trains networks on a set, its teacher is in training mode, and its loss has no

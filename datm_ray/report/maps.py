@@ -75,7 +75,15 @@ def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _shared(scaled: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    """Draw shared features of maps [m h w] as [h w 3]: white where all maps have a feature, grey where only some do."""
+    """Draw which features the networks share, as a picture [h w 3] of one image.
+
+    A network has a feature at a pixel if its map is at least `threshold` there. The picture is white where all networks
+    have a feature, grey where only some have one, and dark elsewhere.
+
+    Args:
+        scaled: [m h w] maps of the image in [0, 1], one per network.
+        threshold: smallest value of a feature, in [0, 1].
+    """
     features = scaled >= threshold
     value = np.where(features.all(axis=0), 1.0, np.where(features.any(axis=0), 0.45, 0.1)).astype(np.float32)
     return np.repeat(value[..., None], 3, axis=2)

@@ -171,7 +171,7 @@ class Run:
 
     @property
     def diverged(self) -> int:
-        """Number of iterations skipped for any reason except a finite loss above the threshold."""
+        """Number of iterations skipped for any reason except a finite loss above `distill.threshold`."""
         if self.history is None:
             return 0
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]

@@ -14,6 +14,7 @@ def create_executor(name: str, cluster: ClusterConfig, address: str | None = Non
 
     Args:
         name: one of `EXECUTORS`.
+        cluster: section `cluster` of the recipe.
         address: address of a running Ray cluster; `None` starts one on this machine, unless RAY_ADDRESS is set.
 
     Raises:

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 HEARTBEAT_INTERVAL = 0.5
 """Minimum seconds between two heartbeats of a worker that works while others wait for it."""
 ROW_HEARTBEAT_SHARE = 0.25
-"""Time between two heartbeats of a row of workers (those of the same networks), as a share of the timeout.
+"""Time between two heartbeats of a row of workers (those of the same networks), as a share of `cluster.peer_timeout`.
 
 The share is large, because at each heartbeat fast rows wait for slow ones."""
 EAGER_POLLING = 0.01

@@ -32,7 +32,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
     """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if it is stored.
 
     Args:
-        worker: worker with the data set, whose device computes.
+        worker: worker that holds the data set. The worker's device computes.
         config: run that trained the scoring networks, see `RunConfig.scoring_run`.
         store_uri: store of the networks and the scores.
 

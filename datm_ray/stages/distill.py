@@ -107,6 +107,9 @@ class DistillWorker:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Args:
+            config: recipe of the run.
+            store_uri: store of the experts.
+            folder_uri: folder of the run.
             sharing: number of distilling workers that may run on this machine at the same time.
             validation: task that lets any worker validate a set, once the set's iteration is added to its arguments.
                 The last of these tasks writes the result. With `None`, this worker validates and writes the result.
@@ -115,7 +118,7 @@ class DistillWorker:
         Raises:
             MissingExpertsError: the store lacks experts of the recipe.
             DivergenceError: too many iterations in a row diverged. The checkpoint holds the set of the last update.
-            ThresholdError: the first matching losses exceed the threshold, or the losses of many iterations in a row.
+            ThresholdError: the first matching losses exceed `distill.threshold`, or those of many iterations in a row.
             StoreError: an expert has the same parameters in its first and last epochs.
             PeerLostError: another worker of the mesh died.
             OvertakenError: a newer attempt at the set has started.
@@ -213,7 +216,7 @@ class DistillWorker:
 
 
 def _of_iteration(validation: Task, iteration: int) -> Task:
-    """Copy of a validation task with the number of the iteration whose set it validates, in name and arguments."""
+    """Copy of a validation task for the set after `iteration` iterations: its name and arguments get the number."""
     arguments = (*validation.arguments, iteration)
     return dataclasses.replace(validation, name=f"{validation.name} {iteration}", arguments=arguments)
 

@@ -18,8 +18,8 @@ The networks of a task, a network for each seed and candidate step size, are tra
 (`core.training.Trainer`). A task that is stopped or killed resumes with the same bits (`stages.saved_training`).
 
 Training settings may change in a finished run, so each setting has its own result files. The row on all real data
-always uses the protocol's training. Rows with hard labels keep their labels, and choose their step size on validation
-data.
+always uses the training of `evaluate.protocol`. Rows with hard labels keep their labels, and choose their step size on
+validation data.
 
 `evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
 `core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
@@ -212,7 +212,7 @@ class EvaluateWorker:
         Args:
             chosen: trial with the best validation accuracy.
             of_test: test accuracy of this trial, in [0, 1].
-            with_learned: test accuracy with the learned step size; `None` if no step size was learned.
+            with_learned: test accuracy with the learned step size, in [0, 1]; `None` if no step size was learned.
             spent: cost of the result.
         """
         return {
@@ -235,7 +235,7 @@ class EvaluateWorker:
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
         """Choose the trial with the best validation accuracy, and test it on the test images.
 
-        Returns the trial, its test accuracy, and the test accuracy of the first trial.
+        Returns the trial, its test accuracy, and the test accuracy of the first trial. Accuracies are in [0, 1].
 
         Args:
             trials: networks trained with one candidate step size each.
@@ -366,7 +366,7 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 
 def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy of the settings with the training of the protocol: all `SCORING_KEYS` have their defaults."""
+    """Copy of the settings with the training of `evaluate.protocol`: all `SCORING_KEYS` have their defaults."""
     fields = EvaluateConfig.model_fields
     return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
@@ -450,15 +450,17 @@ def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Sched
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
-    """Expected work for one row of the accuracy table and one seed: training its networks.
+    """Expected work of training the networks of one row of the accuracy table with one seed.
 
-    The unit is a floating-point operation of a forward pass.
+    The work is the number of floating-point operations of all forward passes. Backward passes are not counted: the
+    caller multiplies the work by their cost. One network is trained for each candidate learning rate of the row.
 
     Args:
+        row: key of `ROWS` or `FAIR_ROWS`.
         network: scored network; `None` for the backbone.
         classes: number of classes.
-        real: number of real training images.
-        flop: operations of one image in a forward pass through the network.
+        real: number of real training images, on which the row "full" trains.
+        flop: floating-point operations of one image's forward pass through the network.
     """
     count, schedule = training_of(config, row, network)
     images = real if row == "full" else config.distill.ipc * classes
@@ -492,8 +494,8 @@ def result_location(
     """File of the result for one row of the accuracy table and one seed.
 
     Controls do not depend on the distillation, so runs share them. Runs with the same network share the row on all real
-    data. Runs share rows on random images if they also have the same experts and number of images per class. Training
-    settings other than the protocol's have folders of their own.
+    data. Runs share rows on random images if they also have the same experts and number of images per class. Results of
+    training with other settings than those of `evaluate.protocol` have folders of their own.
 
     Args:
         out: output folder of the run.
@@ -522,9 +524,13 @@ def result_location(
 
 
 def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
-    """Settings that decide the training of a row of the accuracy table and differ from the protocol's.
+    """Settings of `evaluate` that change how a row's networks are trained: key -> value.
 
-    If a teacher labels the row, the fingerprint of the teacher's experts is added. Empty if nothing differs.
+    The result is empty if all of them have their defaults, and always for the row "full". If a teacher labels the row,
+    the key "teacher" is added, with the fingerprint of the teacher's experts.
+
+    Args:
+        row: key of `ROWS` or `FAIR_ROWS`.
     """
     identity = scoring_identity(config)
     if row == "full":

@@ -157,7 +157,7 @@ class TrainingProgress:
 
         Args:
             state: state of all networks of the stack after the epoch.
-            losses, accuracies: [s] values of the epoch; `None` if unknown.
+            losses, accuracies: [s] mean losses, and test accuracies in [0, 1], of the epoch; `None` if unknown.
             last: True if the training ends with this epoch.
         """
         unknown = torch.full((self._networks,), float("nan"))

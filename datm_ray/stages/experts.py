@@ -239,7 +239,7 @@ class ExpertWorker:
         return self._functions[spec, stacked, precision]
 
     def _accuracies(self, network: nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
-        """Test accuracies [s] of experts after an epoch; `None` in epochs without a test, see `experts.test_every`."""
+        """Test accuracies [s] of experts after an epoch, in [0, 1]; `None` without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
         images = images_on(self.dataset.test_images, self.device)
@@ -271,7 +271,9 @@ def expert_info(
     """Describe an expert for its file: where it comes from, and the layout of its vectors.
 
     Args:
+        config: recipe of the expert, with its network alone.
         group: folder of the experts in the store.
+        dataset_fingerprint: fingerprint of the data set.
         network: any network of the expert's architecture.
         expert: number of the expert.
         seed: seed of the training; -1 if unknown.

@@ -46,8 +46,14 @@ class MetaNetworks:
         """Restore the networks.
 
         Args:
+            config: recipe of the run.
+            settings: section `metadd` of the recipe.
+            dataset: data set of the run.
+            store_uri: store of the experts.
+            role: which MetaDD networks this worker computes.
             backbone: experts of the first backbone.
             rows: rows of the synthetic set that this worker holds.
+            device: device that computes.
             piece: piece (some images of some classes) that this worker makes alone; images are then drawn from it.
                 `None` for the whole set.
 

@@ -244,7 +244,7 @@ class PriorOfSet:
         read_autoencoder(folder / PRIOR_FILE, network)
 
     def start(self, first: SyntheticSet) -> SyntheticSet:
-        """Set whose images the prior makes, near those of `first`, and the latents of these images.
+        """Make the set before the first iteration: images rendered by the prior near those of `first`, with latents.
 
         All workers of the set call this together.
         """
@@ -260,7 +260,14 @@ class PriorOfSet:
         return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
 
     def _latents(self, images: Tensor, heartbeat: Heartbeat) -> Tensor:
-        """Latents of images near the given ones [n c h w]: from the encoder if there is one, else by an inversion."""
+        """Latents [n l a b] from which the prior renders images near the given ones.
+
+        The prior's encoder gives them. Without an encoder, an inversion (Adam on the images' squared error) finds them.
+
+        Args:
+            images: [n c h w] normalised images.
+            heartbeat: called after each step of an inversion.
+        """
         if self._encoder is not None:
             pixels = self._transform.denormalise(images)
             with torch.no_grad():

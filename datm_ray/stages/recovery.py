@@ -39,7 +39,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each expert that a run reads: the last one alone, after which expert 0 is the teacher."""
+        """Numbers of the stored epochs that a run reads: the last alone. The teacher is expert 0 after this epoch."""
         return (config.experts.epochs,)
 
     @classmethod

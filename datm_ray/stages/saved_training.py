@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class SavedTraining:
-    """Networks of one evaluation task, trained together or one after another, whose state is saved regularly."""
+    """Training of one evaluation task's networks, together or one after another. The state is saved regularly."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SavedTraining:
 
         Args:
             trainer: trains the networks.
-            trainings: networks of one architecture, whose schedules differ in the rate alone.
+            trainings: networks of one architecture. Their schedules differ in the learning rate alone.
             lessons: a teacher's images and logits, see `core.training.train`.
             result: file of the task's first result.
             account: meter of the task.
@@ -81,7 +81,7 @@ class SavedTraining:
 
         Args:
             device: device of the networks.
-            scored: measures the validation accuracy of a network.
+            scored: measures the validation accuracy of a network, in [0, 1].
             meter: measures the worker's memory.
 
         Raises:

@@ -49,7 +49,7 @@ class Score:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation of the accuracies over seeds; nan for one seed."""
+        """Sample standard deviation of the accuracies over seeds, a fraction like them; nan for one seed."""
         return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
@@ -206,11 +206,14 @@ def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -
 def read_score(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> Score | None:
-    """Score of one row of the accuracy table; `None` if a seed is missing.
+    """Read the score of one row of the accuracy table; `None` unless every seed has a result.
 
     Args:
-        row: key of `ROWS` or `FAIR_ROWS`.
-        network: scored network, with a step size chosen on validation data; `None` for the backbone.
+        out: output folder of the run.
+        dataset_fingerprint: fingerprint of the run's data set.
+        row: key of `ROWS` or `FAIR_ROWS` in `stages.evaluate`.
+        network: scored network of `evaluate.networks`, whose accuracies are those with the step size that is best on
+            validation data; `None` for the backbone.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None

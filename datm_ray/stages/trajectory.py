@@ -168,8 +168,8 @@ class TrajectoryMatching(Method):
         Losses are measured for `PAIRS` pairs of start and target. Yields messages about the results.
 
         Raises:
-            ThresholdError: all measured losses exceed the threshold, start and target are equal in all pairs, or the
-                loss has no gradient in the images.
+            ThresholdError: all measured losses exceed `distill.threshold`, start and target are equal in all pairs, or
+                the loss has no gradient in the images.
         """
         given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.threshold
         pairs = self._pairs(state.iteration)
@@ -246,8 +246,8 @@ class TrajectoryMatching(Method):
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.
 
-        The movement is a mean over the pairs. Pairs with a loss above the threshold change nothing, so they count only
-        if all losses are above it.
+        The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` change nothing, so they count
+        only if all losses are above it.
         """
         for skip_above in (self.part.config.distill.threshold, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
@@ -290,11 +290,11 @@ class TrajectoryMatching(Method):
         best: Sequence[Measured],
         again: str = "",
     ) -> ThresholdError:
-        """Make an error about losses above the threshold, with numbers and with settings that bring losses below it.
+        """Make an error about losses above `distill.threshold`, with numbers, and settings that bring losses below it.
 
         Args:
             what: start of the message, before "with a matching loss of".
-            losses: matching losses of the networks, above the threshold.
+            losses: matching losses of the networks, above `distill.threshold`.
             best: the best step size that was found for every network.
             again: end of the message, about running the same command again; "" for none.
         """
@@ -330,7 +330,7 @@ class TrajectoryMatching(Method):
             meta: MetaDD's term; `None` without MetaDD.
 
         Raises:
-            ThresholdError: the losses of many iterations in a row exceeded the threshold.
+            ThresholdError: the losses of many iterations in a row exceeded `distill.threshold`.
         """
         origins, matches = self._ahead.get(state.iteration)
         state.step(

@@ -88,10 +88,13 @@ def _stem(iteration: int) -> str:
 
 
 class Candidates:
-    """Files of the sets of one distillation that wait for their validation (candidates), and of the results."""
+    """Files of one distillation's candidates, and of their validation results.
+
+    A candidate is the set after some number of iterations, written so that any worker can validate it.
+    """
 
     def __init__(self, folder: Location) -> None:
-        """Open the candidates of the run whose folder is `folder`."""
+        """Open the candidates in `folder`, the folder of a run."""
         self._run, self._folder = folder, folder / CANDIDATES
 
     @staticmethod
@@ -125,7 +128,7 @@ class Candidates:
 
         Args:
             accuracy: mean accuracy on the validation images, in [0, 1].
-            error: standard error of the accuracy.
+            error: standard error of the accuracy, a fraction like it.
             cost: cost of the validation.
         """
         content = {"iteration": iteration, "accuracy": accuracy, "standard_error": error, "cost": cost.to_json()}
@@ -174,9 +177,14 @@ def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool
 
 
 def standard_error(mean: float, dataset: Dataset) -> float:
-    """Standard error of a validation accuracy `mean`, from the number of validation images.
+    """Standard error of a validation accuracy, a fraction in [0, 1] and not percent.
 
-    The number of networks does not reduce it, because scores on the same images are not independent draws.
+    It follows from the mean accuracy and the number of validation images. More networks do not reduce it, because
+    scores on the same images are not independent draws.
+
+    Args:
+        mean: mean accuracy of the networks on the validation images, in [0, 1].
+        dataset: data set with the validation images.
     """
     return math.sqrt(mean * (1 - mean) / len(dataset.validation_labels))
 

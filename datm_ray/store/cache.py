@@ -28,7 +28,10 @@ class Cache:
     """Local folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
 
     def __init__(self, folder: str, size: int) -> None:
-        """Open a cache of `size` bytes. Between sweeps, each writing process may exceed this size by a twentieth."""
+        """Open a cache of `size` bytes in a folder, which need not exist.
+
+        Between sweeps, each writing process may exceed the size by a twentieth.
+        """
         self._folder, self._size = folder, size
         self._unseen: float = size  # bytes written since the last sweep; large at first, so that the first write sweeps
 
@@ -85,7 +88,17 @@ def configured_cache() -> Cache | None:
 
 @cache
 def _cache(folder: str, gibibytes: str) -> Cache:
-    """Return this process's only `Cache` of a folder. A second one would not count the bytes that the first writes."""
+    """Open a cache, or return the one that this process has already opened with the same arguments.
+
+    Two caches of one folder would each count only their own bytes, and exceed the size more.
+
+    Args:
+        folder: absolute path of the cache's folder.
+        gibibytes: size of the cache as text, a number of GiB above 0.
+
+    Raises:
+        StoreError: `gibibytes` is not such a number.
+    """
     try:
         size = int(float(gibibytes) * 2**30)
     except (ValueError, OverflowError):

@@ -60,7 +60,14 @@ class SealedWriter:
         format_version: int,
         header: Mapping[str, str],
     ) -> None:
-        """Start a file. `header` is added to the schema metadata, beside "format" and "format_version"."""
+        """Start a file.
+
+        Args:
+            file: empty binary file, open for reading and writing.
+            schema: columns of the batches.
+            format_name, format_version: name and version of the file's format, stored in the schema's metadata.
+            header: further metadata of the schema.
+        """
         metadata = {"format": format_name, "format_version": str(format_version), **header}
         schema = schema.with_metadata(metadata)
         self._file = file

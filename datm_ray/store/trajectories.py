@@ -144,7 +144,7 @@ class GroupKey:
 
 
 class Progress(NamedTuple):
-    """Mean training loss and test accuracy of one expert at each stored epoch; nan where not measured.
+    """Mean training loss and test accuracy, in [0, 1], of one expert at each stored epoch; nan where not measured.
 
     The three fields have the same length.
     """

@@ -8,7 +8,8 @@ instead of 20 ms forward, and 18 instead of 43 ms in reverse (benchmarks/LOG.md)
 
 Notation, per image and channel with means over its map: h = (z - mean z) r with r = (var z + eps)^-1/2, y = g h + b.
 Along a direction (zt, gt, bt): ht = r (zt - mean zt - h mean(zt h)). A trailing underscore is the cotangent of a value.
-Shapes: z [b c h w], g and b [c]. Tests: tests/core/networks/test_instance_norm.py.
+Shapes: z [n c i j] for n images, c channels and maps of i x j pixels; g and b [c].
+Tests: tests/core/networks/test_instance_norm.py.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ class InstanceNorm(nn.GroupNorm):
         self.explicit = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalise maps [b c h w] to mean 0 and variance 1 in each image and channel, then scale and shift."""
+        """Normalise each map of i x j pixels in [n c i j] to mean 0 and variance 1, then scale and shift it."""
         return instance_norm(images, self.weight, self.bias, self.eps, explicit=self.explicit)
 
 
 def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
-    """Normalise maps [b c h w] to mean 0 and variance 1 per image and channel, then scale and shift them.
+    """Normalise maps to mean 0 and variance 1 per image and channel, then scale and shift them.
 
     Args:
+        images: [n c i j] a map of i x j pixels for each of n images and c channels.
         weight, bias: [c] scale and shift of each channel.
+        eps: number added to the variance before the division.
         explicit: True to use this module's derivatives, see `InstanceNorm`.
     """
     if not explicit:
@@ -60,14 +63,19 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute the normalised maps h [b c h w], and r [b c 1 1], the inverse standard deviation of each map."""
+    """Normalise maps z [n c i j]. Returns the normalised maps h, and r [n c 1 1], each map's inverse deviation."""
     centred = z - _mean(z)
     r = torch.rsqrt(_mean(centred * centred) + eps)
     return centred * r, r
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """Sum [c] of z over images and positions, from the means [b c 1 1] over each map, without another pass over z."""
+    """Sum [c] of values over images and pixels, from their means [n c 1 1] over each map, without another pass.
+
+    Args:
+        means: [n c 1 1] mean of each map.
+        z: [n c i j] tensor of the maps' shape; its values are not read.
+    """
     return means.sum(dim=(0, 2, 3)) * (z.shape[2] * z.shape[3])
 
 

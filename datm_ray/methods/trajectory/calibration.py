@@ -21,7 +21,7 @@ from datm_ray.methods.trajectory.iteration import Match
 PAIRS = 4
 """Number of pairs of start and target whose losses are measured, spread over the range of start epochs."""
 MOST_TRIED = 7
-"""Largest number of step sizes that a search tries."""
+"""Largest number of step sizes that `find_step_size` tries."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Measured:
     losses: tuple[float, ...]
     """Loss of each pair: inf if the student overflows, nan if start and target are identical."""
     least_tried: float = math.nan
-    """Smallest step size that a search tried; nan without a search."""
+    """Smallest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
     most_tried: float = math.nan
-    """Largest step size that a search tried; nan without a search."""
+    """Largest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
 
     @property
     def loss(self) -> float:

@@ -24,7 +24,14 @@ class MatchPlan:
 def draw_plan(starts: range, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:
     """Draw one iteration's expert, in shuffled order, and start epoch, uniform in `starts`.
 
-    Every expert is drawn once before any expert is drawn twice, as published. Every backbone has its own draws.
+    Every expert is drawn once before any expert is drawn twice, as published.
+
+    Args:
+        starts: start epochs to draw from.
+        experts: number of available experts.
+        seed: seed of the run.
+        iteration: number of the iteration, from 0.
+        backbone: index of the backbone, which has draws of its own.
     """
     sweep, position = divmod(iteration, experts)
     order = generator(seed, Purpose.EXPERT_CHOICE, backbone, sweep).permutation(experts)

@@ -24,7 +24,8 @@ from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, 
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
-"""Number of iterations without an update, with every loss above the threshold, after which a distillation stops."""
+"""Number of iterations since the last update after which a distillation stops, if all losses exceed
+`distill.threshold` in each of them."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Function that calls the given work with a sum over one backbone's class shards, then waits for other backbones.
@@ -45,7 +46,7 @@ class Match:
     """Minibatches of the student's steps. In a class shard, each contains only the shard's own images."""
     backbone: int = 0
     weight: float = 1.0
-    """Weight of this backbone's matching loss in the sum."""
+    """Weight of this backbone's matching loss in the sum over backbones."""
     chunk: int | None = None
     """Number of images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
     first: int = 0
@@ -103,10 +104,15 @@ class IterationRecord:
 
 
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
-    """Mask of the iterations that were skipped because of a divergence, not because of a finite loss above the limit.
+    """Mask [n] of the updates that were skipped because of a divergence, not because of a finite loss above `limit`.
 
     A divergence means: the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would
     not have stayed positive.
+
+    Args:
+        loss: [n] matching loss of each update.
+        skipped: [n] True for updates that were skipped for any reason.
+        limit: `distill.threshold`, above which a loss is skipped.
     """
     return skipped & ~(np.isfinite(loss) & (loss > limit))
 
@@ -151,10 +157,11 @@ class Distillation(State[IterationRecord]):
 
     @property
     def stuck(self) -> int:
-        """Number of iterations since the last update in which every loss exceeded the threshold.
+        """Number of iterations in vain that ends the run, a multiple of `MOST_ABOVE`; 0 while the run may continue.
 
-        The value is 0 unless this number has just reached a multiple of `MOST_ABOVE`. So a resumed run tries
-        `MOST_ABOVE` more iterations.
+        An iteration in vain updated nothing, and all its losses were finite and above `distill.threshold`. Those after
+        the last update are counted. The value is this count only if the latest iteration made it a multiple of
+        `MOST_ABOVE`, otherwise 0. So a resumed run tries `MOST_ABOVE` more iterations.
         """
         since = _since_update(self.history)
         since = since[len(since) % self.backbones :]  # whole iterations
@@ -174,8 +181,8 @@ class Distillation(State[IterationRecord]):
         """Run one iteration: match, update the set, append to the history.
 
         A backbone diverges if its loss or gradient is not finite, or if its step size would not stay positive. A
-        backbone is skipped if it diverges or its loss exceeds the threshold; the others are updated. If MetaDD's part
-        or an updated value is not finite, all backbones are skipped. All processes make the same decisions.
+        backbone is skipped if it diverges or its loss exceeds `distill.threshold`; the others are updated. If MetaDD's
+        part or an updated value is not finite, all backbones are skipped. All processes make the same decisions.
 
         Args:
             matches: one for each backbone that this process computes, computed one after another.
@@ -247,7 +254,7 @@ class Distillation(State[IterationRecord]):
                 raise self._divergence(times, own[-1].loss, is_lost)
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
-        """Add a backbone's weighted gradient to `total`, unless it diverged or its loss exceeds the threshold.
+        """Add a backbone's weighted gradient to `total`, unless it diverged or its loss exceeds `distill.threshold`.
 
         Returns the backbone's loss, its first-order decrease (nan if nothing was added), and True if it diverged.
         """

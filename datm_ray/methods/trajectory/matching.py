@@ -70,6 +70,15 @@ def draw_student_steps(
     """Draw one backbone's minibatches for one iteration: shuffled passes over the set, cut into batches.
 
     If the batch size does not divide the size of the set, the smaller batch comes first in each pass, as published.
+
+    Args:
+        images: number of images in the set.
+        steps: number of student steps, each with one minibatch.
+        batch: number of images in a minibatch.
+        strategy: augmentation strategy, see `core.augment`; "" for none.
+        seed: seed of the run.
+        iteration: number of the iteration, from 0.
+        backbone: index of the backbone, which has draws of its own.
     """
     drawn: list[StudentStep] = []
     batch = min(batch, images)
@@ -174,7 +183,7 @@ class _Piece:
     """[b] indices of the images among the images that this shard holds."""
     operation: str
     uniform: Tensor
-    """[b w] parameters of the augmentation in [0, 1): w numbers for each image, see `Augmentation.parameters`."""
+    """[b u] parameters of the augmentation in [0, 1): u numbers for each image, see `Augmentation.parameters`."""
     weights: Tensor
     """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
 

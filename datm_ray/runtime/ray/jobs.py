@@ -112,6 +112,7 @@ class Jobs:
         Submitting the same recipes again resumes an ended job, whatever the reason of its end.
 
         Args:
+            configs: recipes of the runs.
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
             store: store of the experts; `None` means a folder in `out`.
             requirements: path of a file of packages, as pip takes it.

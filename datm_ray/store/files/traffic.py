@@ -19,20 +19,29 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Traffic:
-    """Totals over all threads of a process. Seconds of overlapping requests are added up."""
+    """Totals of a process's file access: requests, bytes, seconds and retries, summed over all threads.
+
+    Each request counts its own seconds, so requests that overlap count more seconds than pass on a clock.
+    """
 
     reads: int = 0
+    """Number of requests that read content."""
     read_bytes: int = 0
     """Bytes given to readers. Local files are mapped, so the disk may have read fewer bytes."""
     read_seconds: float = 0.0
+    """Seconds of the requests that read content."""
     writes: int = 0
+    """Number of requests that write content."""
     write_bytes: int = 0
+    """Bytes written."""
     write_seconds: float = 0.0
     """Seconds from the moment when the content is complete until the file has its name."""
     looks: int = 0
     """Number of requests without content: exists, size, list and delete."""
     look_seconds: float = 0.0
+    """Seconds of the requests without content."""
     retries: int = 0
+    """Number of requests to S3 that were sent again after a temporary failure."""
 
     def __sub__(self, earlier: Traffic) -> Traffic:
         """Traffic between an earlier total and this one, field by field."""
