@@ -138,7 +138,7 @@ class RunConfig(Section):
             )
 
     def require_batch_norm(self) -> None:
-        """Raise a `ConfigError` if the first network has no batch normalisation."""
+        """Raise a `ConfigError` if `network`, the teacher's architecture, has no batch normalisation."""
         if self.network.norm != "batch":
             raise ConfigError(
                 f"network.norm is {self.network.norm!r}, and method {self.method} needs 'batch'",

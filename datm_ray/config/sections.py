@@ -757,7 +757,7 @@ class ClusterConfig(WorkerShape):
     auxiliaries_apart: bool = False
     """Give every auxiliary of metadd workers of its own."""
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
-    """Memory per distilling worker, such as 8GiB; null: all free."""
+    """Memory that a distilling worker may take, GPU or main, such as 8GiB; null: all that is free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Precision of matrix products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
     channels_last: bool = True

@@ -124,7 +124,12 @@ def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -
 
 
 def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
-    """Make masks [n 1 h w], True for the pixels of the image that lie in each box [n 4]."""
+    """Make masks [n 1 h w], True for the pixels of an image that lie in each box.
+
+    Args:
+        mix_boxes: top, left, height and width of each box [n 4], in pixels.
+        images: images [m c h w], which give the masks' size and device.
+    """
     top, left, height, width = torch.from_numpy(mix_boxes.astype(np.int64)).to(images.device)[:, :, None].unbind(1)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     vertical, horizontal = (y >= top) & (y < top + height), (x >= left) & (x < left + width)

@@ -1,10 +1,11 @@
 """MetaDD: losses that make synthetic images show the same evidence to every architecture (arXiv 2410.05103).
 
-Trained, frozen networks of several architectures classify an image of class y. Each network's class activation map
-shows where it finds y. Features that all networks use are the image's meta features; the others are heterogeneous.
+Trained, frozen networks classify an image of class y: the backbone, and auxiliaries of other architectures. Each
+network's class activation map shows where it finds y. Features that all networks use are the image's meta features; the
+others are heterogeneous.
 Three terms, each a mean over images, are added to the loss of any distillation:
 
-    variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (c_m - mean c)^2
+    variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (a_m - mean a)^2
     invariance   sum over the auxiliaries of CE(f_m(x), y) + divergence * KL(f_m(x) || f_0(x)), f_0 the backbone
     position     mean over networks and pixels of relu(-map): evidence against y. This is our reading of the paper's
                  third and smallest term.
@@ -14,7 +15,7 @@ logits of single images, so images may be processed in parts. Processes that hol
 and logits. Each process differentiates the whole loss through its own networks. The sum of these gradients is the
 gradient of one process with all networks.
 
-Shapes: m networks, the backbone first; b images, c h w of one, k classes. Tests: tests/core/test_metadd.py.
+Shapes: m networks, the backbone first; b images of c h w; k classes. Tests: tests/core/test_metadd.py.
 """
 
 from __future__ import annotations

@@ -196,7 +196,13 @@ def _folder(request: Request) -> Loaded:
 
 
 def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
-    """Top folder with the class folders of a role, such as training; None if none has. "train" precedes "train2"."""
+    """Top folder that holds the class folders of a role, such as training; `None` if there is none.
+
+    If several have a fitting name, the one without digits is taken, such as "train" beside "train2".
+
+    Args:
+        images: paths of the image files, as their parts.
+    """
     tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
     plain = [top for top in tops if top.isalpha()]
     if len(plain or tops) > 1:

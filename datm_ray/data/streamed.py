@@ -44,7 +44,7 @@ class StreamedPixels:
         return decode_rows(self.files, self.rows[rows], self.image)
 
     def marks(self) -> list[str]:
-        """Texts that tell the images' files apart by name and size.
+        """One text per file of the images, with its name and size, by which workers know that they read the same files.
 
         Raises:
             DatasetError: a file is missing, or only this process can read the files.

@@ -138,7 +138,10 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    """Identity of a run, with `cluster.deterministic` also if false, where `run_identity` leaves the key out."""
+    """Settings to compare two runs by: those that decide the result, and `cluster.deterministic`.
+
+    `run_identity` has this key only if it is true, and a difference is named only if both runs have the key.
+    """
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 
 

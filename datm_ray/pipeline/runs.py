@@ -25,7 +25,7 @@ from datm_ray.store.trajectories import PRIOR_FILE, TRANSFORM_KIND, ExpertGroup
 
 
 class Runs:
-    """Runs of one command, with their images."""
+    """Runs that one command starts or continues, with the real images of their data sets."""
 
     def __init__(
         self,

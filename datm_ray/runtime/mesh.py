@@ -167,7 +167,7 @@ class Alone(Mesh):
         return work(lambda: None)
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Do the work: there are no other rows to wait for."""
+        """Call `work` with the sum over classes: one worker has no other row of workers to wait for."""
         work(self.sum_over_classes)
 
 

@@ -29,7 +29,7 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of lost attempts since new work was last saved, including the attempt that saved this work."""
+    """Number of lost attempts since new work was last saved: 1 if the last attempt saved some and was then lost."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: tuple[str, ...] = ()

@@ -103,7 +103,9 @@ class PriorWorker:
         self._cluster, self._dataset = cluster, dataset
 
     def train(self, config: RunConfig, store_uri: str) -> Iterator[Event]:
-        """Train a run's prior, from the last saved epoch on, and store it. Does nothing if it is stored already.
+        """Train the decoder that makes a run's images from latents, from the last saved epoch on, and store it.
+
+        Yields progress and the last event with its cost. Nothing is trained if the decoder is stored already.
 
         Raises:
             DivergenceError: the error of the reconstructed pixels is not finite.

@@ -142,7 +142,7 @@ class LabelInfo:
 
     @property
     def record_bits(self) -> int:
-        """Size of one record in bits. A flip takes one bit."""
+        """Size in bits of one record: an image's label in one epoch and its view, such as crop and flip (one bit)."""
         return sum(width * _COLUMNS[name][1].bit_width for name, width in self.widths.items())
 
     @property

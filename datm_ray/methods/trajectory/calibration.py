@@ -57,7 +57,7 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
 
 
 def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Measured:
-    """Search the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses at it.
+    """Search for the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses at it.
 
     The search starts at `near` and goes down, then up, by factors of two until the loss rises. Then it tries the vertex
     of the parabola through the best step size and its neighbours. If the student moves straight to the target, the loss
