@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-pad bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-pad bench-plan bench-rounding bench-scaling bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -89,6 +89,9 @@ bench-plan: install  ## what `plan` says against short runs: time and memory
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py
+
+bench-scaling: install  ## strong and weak scaling of one distillation over 1, 2 and 4 processes, against the ideal
+	$(BIN)/python benchmarks/bench_scaling.py
 
 bench-scheduling: install  ## start-up, tasks, events and ranks on Ray, with workers that sleep
 	$(BIN)/python benchmarks/bench_scheduling.py

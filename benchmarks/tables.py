@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
@@ -14,6 +16,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def spread(values: Sequence[float]) -> str:
     """Median (smallest to largest)."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def quartiles(values: Sequence[float], scale: float = 1.0) -> str:
+    """Median (first to third quartile), each times `scale`."""
+    low, middle, high = (scale * each for each in np.percentile(values, (25, 50, 75)))
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 COST_HEAD = ("what", "number", "worker s", "CPU s", "GPU s", "peak memory", "read")
