@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.exceptions import RuntimeEnvSetupError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RuntimeEnvSetupError
 
 import datm_ray.runtime
 from datm_ray.config import ClusterConfig, WorkerShape
-from datm_ray.errors import ClusterError, ConfigError, StoreError, WorkerLostError
+from datm_ray.errors import ClusterError, ConfigError, StoreError, TransientStoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.devices import images_on, precision_on, prepare_device, uses_gpu
@@ -361,24 +361,86 @@ class BrokenAtFirst:
 
 
 BROKEN_GPU = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+BUSY = TransientStoreError("Cannot write s3://bucket/set", "The server does not answer (503)")
 UNMOUNTED = StoreError("cannot write /shared/store: No such file or directory")
 
 
 @pytest.mark.ray
-def test_an_error_that_nobody_expects_costs_an_attempt(ray_cluster: Any, tmp_path: Path) -> None:
-    """A CUDA error is a loss; a task that always has one is given up after all others, with the error's words."""
+@pytest.mark.parametrize(
+    ("error", "reason", "words"),
+    [
+        (
+            BROKEN_GPU,
+            "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+            r"^broken lost its worker 2 times .* CUDA error: uncorrectable ECC error",
+        ),
+        (BUSY, "Cannot write s3://bucket/set", r"^Cannot write s3://bucket/set\. The server does not answer \(503\)"),
+    ],
+    ids=["GPU", "store"],
+)
+def test_an_error_that_nobody_expects_costs_an_attempt(
+    ray_cluster: Any, tmp_path: Path, error: Exception, reason: str, words: str
+) -> None:
+    """A CUDA error or a busy store is a loss; a task that always has one is given up after all others, in its words."""
     executor = on_ray(ClusterConfig(retries=1))
     tasks = [Task("broken", (99,)), Task("other", (1,))]
     events: list[tuple[str, Any]] = []
-    with pytest.raises(WorkerLostError, match=r"broken lost its worker 2 times .* CUDA error: uncorrectable ECC error"):
+    with pytest.raises((WorkerLostError, TransientStoreError), match=words):
         events.extend(
-            (task.name, event)
-            for task, event in executor.run(BrokenAtFirst, (str(tmp_path), BROKEN_GPU), "work", tasks)
+            (task.name, event) for task, event in executor.run(BrokenAtFirst, (str(tmp_path), error), "work", tasks)
         )
     finished = [name for name, event in events if isinstance(event, Finished)]
     assert finished == ["other"]
     lost = [event.reason for _, event in events if isinstance(event, Lost)]
-    assert set(lost) == {"RuntimeError: CUDA error: uncorrectable ECC error encountered"}
+    assert set(lost) == {reason}
+
+
+class Holder:
+    """An actor that puts an array into Ray's object store."""
+
+    def hold(self) -> list[Any]:
+        import ray
+
+        return [ray.put(np.arange(10**6))]
+
+
+def is_lost(ray: Any, shared: Any) -> bool:
+    """True once Ray has lost a shared value."""
+    try:
+        ray.get(shared, timeout=5)
+    except ObjectLostError:
+        return True
+    except GetTimeoutError:
+        pass
+    return False
+
+
+@pytest.mark.ray
+def test_data_that_is_lost_from_the_object_store_costs_attempts(ray_cluster: Any) -> None:
+    """Workers whose data set is lost from Ray's object store are losses, and the last line says so."""
+    owner = ray_cluster.remote(num_cpus=0)(Holder).remote()
+    (shared,) = ray_cluster.get(owner.hold.remote())
+    ray_cluster.kill(owner)
+    until(lambda: is_lost(ray_cluster, shared), "the data is lost")
+    events: list[Any] = []
+    lost = "shared data was lost from Ray's object store (OwnerDiedError)"
+    work = on_ray(ClusterConfig(retries=1)).run(Squarer, (shared,), "square", [Task("one", (1,))])
+    with pytest.raises(WorkerLostError, match=rf"one lost its worker 2 times .* last reason: {re.escape(lost)}"):
+        events.extend(event for _, event in work)
+    assert [event for event in events if isinstance(event, Lost)] == [Lost(lost, 1)]
+
+
+@pytest.mark.ray
+def test_an_environment_that_ray_cannot_set_up_is_one_line(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers whose runtime environment fails are one line with Ray's reason, after some attempts."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.PENDING", 1)
+    gone = {"runtime_env": {"working_dir": "gcs://_ray_pkg_0123456789abcdef.zip"}, "num_cpus": 1.0}
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.worker_options", lambda *_: gone)
+    work = on_ray(ClusterConfig(retries=0)).run(Squarer, (np.arange(3),), "square", [Task("one", (1,))])
+    words = r"^Ray cannot start workers: the runtime environment cannot be set up: .*Failed to download runtime_env"
+    with pytest.raises(WorkerLostError, match=words) as caught:
+        list(work)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.ray

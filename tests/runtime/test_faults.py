@@ -127,6 +127,51 @@ executor.close()
     assert "Finished(result='done'" in done.stdout
 
 
+LEFT = """
+import sys, time
+from pathlib import Path
+import ray
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.executor import Progress, Task
+from tests.runtime.workers import Leaver
+
+class Located(Leaver):
+    def __init__(self, folder):
+        super().__init__(folder)
+        Path(folder, "node").write_text(ray.get_runtime_context().get_node_id())
+
+PREEMPTION, (_, address, folder) = 2, sys.argv
+executor, done = create_executor("ray", ClusterConfig(), address), []
+for _, event in executor.run(Located, (folder,), "count", [Task("count", (80,))]):
+    if isinstance(event, Progress):
+        done.append(event.done)
+    else:
+        print(event, flush=True)
+    if done == [1] and isinstance(event, Progress):
+        node, deadline = Path(folder, "node").read_text(), int(1000 * (time.time() + 120))
+        assert ray._private.worker.global_worker.gcs_client.drain_node(node, PREEMPTION, "reclaimed", deadline)[0]
+assert done == list(range(1, 81)), done
+executor.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.ray
+def test_a_worker_leaves_a_node_that_ray_says_is_preempted(tmp_path: Path) -> None:
+    """A real notice of preemption has the worker save, and another node resumes without loss or repetition."""
+    with Nodes() as nodes:
+        nodes.add("first")
+        nodes.add("second")
+        command = [sys.executable, "-c", LEFT, nodes.address, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "its node ends soon: saving, to resume elsewhere" in done.stdout
+    assert done.stdout.count("Started(") == 2
+    assert "Lost(" not in done.stdout
+
+
 FAULTS = int(os.environ.get("DATM_RAY_FAULTS", "0"))
 """Faults of the soak, half a minute each; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in
 benchmarks/results."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import TypeGuard
 
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from datm_ray.errors import (
     ClusterError,
@@ -15,6 +22,7 @@ from datm_ray.errors import (
     TransientStoreError,
     WorkerLostError,
 )
+from datm_ray.monitor.logs import masked
 from datm_ray.runtime.ray.cluster import first_line
 
 
@@ -43,8 +51,13 @@ def reason(failure: BaseException) -> str:
         return failure.fact
     if isinstance(failure, ActorUnavailableError):
         return "its process or its node is unreachable"
+    if isinstance(failure, RayTaskError) and isinstance(failure.cause, ObjectLostError):
+        return f"shared data was lost from Ray's object store ({type(failure.cause).__name__})"
     if isinstance(failure, RayTaskError):
         return f"{type(failure.cause).__name__}: {first_line(failure.cause)}"
+    if isinstance(failure, RuntimeEnvSetupError):
+        why = (failure.error_message or "").strip().rpartition("\n")[2]  # after Ray's traceback
+        return f"the runtime environment cannot be set up{': ' * bool(why)}{masked(first_line(why))}"
     text = " ".join(str(failure).split())
     if isinstance(failure, OutOfMemoryError):
         used = re.search(r"[\d.]+GB used / [\d.]+GB limit", text)
