@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from operator import attrgetter
@@ -182,6 +183,28 @@ def test_names_in_the_table_of_changes_exist(row: str) -> None:
     """Each name in a row is in one of the files that the row links to."""
     files = "".join((ROOT / link).read_text() for link in re.findall(r"\]\(([\w./-]+)\)", row))
     assert [name for name in re.findall(r"`(\w+)`", row) if name not in files] == []
+
+
+def rows_of_faults() -> list[str]:
+    """Rows of the tables in docs/faults.md that say what happens after a fault."""
+    sections = (ROOT / "docs/faults.md").read_text().partition("## Faults")[2].partition("## Rules")[0]
+    return [
+        row for row in re.findall(r"^\| .* \|$", sections, re.MULTILINE) if not row.startswith(("| fault |", "| ---"))
+    ]
+
+
+@pytest.mark.parametrize("row", rows_of_faults(), ids=lambda row: row.split(" |")[0])
+def test_each_fault_has_a_test(row: str) -> None:
+    """Each row names tests that exist, with a star where only `make test-all` or a variable runs them."""
+    assert row.count(" | ") == 5
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`(\*?)", row.rpartition(" | ")[2])
+    assert named
+    for path, name, star in named:
+        found = ast.walk(ast.parse((ROOT / path).read_text()))
+        defined = {each.name: each.decorator_list for each in found if isinstance(each, ast.FunctionDef)}
+        assert name in defined, f"{path} has no {name}"
+        marks = {ast.unparse(mark).removeprefix("pytest.mark.").partition("(")[0] for mark in defined[name]}
+        assert bool(star) == bool(marks & {"exhaustive", "skipif"}), name
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
