@@ -51,6 +51,9 @@ LARGEST_WRITE = 256 * 2**20
 """Largest size in bytes of networks' parameters that are kept in memory before a write; one epoch may be larger."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
 """Seconds between two checks of whether a full disk has free space again, and the largest number of checks."""
+CHECKS_OF_A_MESSAGE = 6
+"""Number of checks from one message about a full disk to the next, a minute. Each message is an event of the worker,
+so a worker that waits does not count as stuck."""
 SPARE_BYTES = 256 * 2**20
 """Bytes of a disk left free for other programs."""
 
@@ -401,7 +404,7 @@ class _Epoch:
 
 
 def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
-    """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message once if it must wait.
+    """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message every minute while it waits.
 
     Raises:
         StoreError: the disk stays full.
@@ -412,7 +415,7 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
         free = shutil.disk_usage(_existing(place.local_path)).free
         if free > size + SPARE_BYTES:
             return
-        if attempt == 0:
+        if attempt % CHECKS_OF_A_MESSAGE == 0:
             yield f"waiting for disk space: the disk of {place.uri} has {size_in_words(free)} left"
         time.sleep(DISK_CHECK_INTERVAL)
     raise StoreError(

@@ -289,7 +289,7 @@ def test_a_resnet_with_batch_norm_is_a_teacher_in_evaluation_mode(tmp_path: Path
 
 
 def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk pauses training with a note; it finishes once there is space, and else is an error."""
+    """A full disk pauses training with a note each minute; it finishes once there is space, and else is an error."""
     monkeypatch.setattr(expert_progress, "DISK_CHECK_INTERVAL", 0.0)
     full, roomy = SimpleNamespace(free=10**6), SimpleNamespace(free=10**12)
     answers = iter([full, full])
@@ -300,6 +300,15 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: full)
     with pytest.raises(StoreError, match="has no space for"):
         train(tiny_config(), tmp_path / "full")
+    waits: list[float] = []
+    messages: list[float] = []
+    monkeypatch.setattr(expert_progress, "DISK_CHECK_INTERVAL", 10.0)
+    monkeypatch.setattr(expert_progress.time, "sleep", waits.append)
+    _, group, _ = worker_of(tiny_config(), tmp_path / "full")
+    waiting = expert_progress.wait_for_disk_space(group.location, 0)
+    with pytest.raises(StoreError, match="for 10 minutes"):
+        messages.extend(sum(waits) for _ in waiting)
+    assert messages == [60.0 * minute for minute in range(10)]  # else the worker would count as stuck meanwhile
 
 
 def test_two_commands_that_train_the_same_expert_do_not_disturb_each_other(
