@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +23,14 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from datm_ray.monitor.logs import Collector, accept
-from datm_ray.runtime import stopping
+from datm_ray.runtime import assigned, stopping
 from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
 from datm_ray.runtime.retries import Patience, watched
 
 CONTROL = "control"
 """Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""
+SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""Variable with which Ray does not hide the GPUs of other workers. A node's administrator may set it."""
 
 
 class Stage(NamedTuple):
@@ -46,10 +48,7 @@ class Worker:
     """Ray actor that holds one of this package's workers and runs its tasks."""
 
     def __init__(self, log_level: int) -> None:
-        if not ray.get_gpu_ids():
-            # Some versions of Ray do not hide GPUs that were not requested. Then all workers of a node would use the
-            # node's first GPU.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _take_gpus(ray.get_gpu_ids())
         self._log = Collector(f"Worker/{os.getpid()}", log_level)
         self._worker: Any = None
         self._stage = -1
@@ -119,6 +118,17 @@ class Worker:
         records = self._log.take()
         if records:
             yield records
+
+
+def _take_gpus(gpus: Sequence[object]) -> None:
+    """Hide all GPUs from this process except its own, before CUDA starts. Workers use the first GPU that they see.
+
+    Args:
+        gpus: Ray's identifiers of the worker's GPUs.
+    """
+    assigned.gpus = [str(gpu) for gpu in gpus]
+    if not gpus or os.environ.get(SHOW_ALL_GPUS):  # some versions of Ray show all GPUs to an actor without GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.gpus)
 
 
 def labels_without(options: Mapping[str, Any], avoided: set[str]) -> dict[str, str]:
