@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from datm_ray.config import ClusterConfig
 from datm_ray.core.batches import ImageReader, Images
 from datm_ray.core.precision import Precision
 from datm_ray.errors import ClusterError
+from datm_ray.runtime import assigned
 from datm_ray.store.files.traffic import traffic
 
 
@@ -25,9 +27,11 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     """Set this process's thread count and determinism, and choose its device. Every worker calls this function first.
 
     Raises:
-        ClusterError: the settings require a GPU, and this worker has none.
+        ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU.
     """
     torch.set_num_threads(cluster.threads_per_worker)
+    if assigned.gpus and cluster.device != "cpu" and not torch.cuda.is_available():
+        raise _unusable()
     takes_one = torch.cuda.is_available() and cluster.gpus_per_worker != 0
     if cluster.device == "cuda" and not takes_one:
         raise ClusterError(
@@ -45,6 +49,17 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     is_rounded = cluster.precision in ("auto", "tf32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda")
+
+
+def _unusable() -> ClusterError:
+    """Error for a GPU that torch cannot use. Without it the worker would silently compute on its CPU."""
+    version = torch.version.cuda
+    driver = f"its driver is older than torch's CUDA {version}, or its container was started without the driver"
+    return ClusterError(
+        f"torch cannot use the GPU that Ray has assigned to a worker on {socket.gethostname()}",
+        driver if version else "torch is built without CUDA on this node",
+        "update the node's driver or torch, or set cluster.device=cpu",
+    )
 
 
 @contextmanager

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import ray
+import torch
 
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
+from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.ray import pool
+from datm_ray.runtime.ray.losses import may_be_the_nodes
+from datm_ray.runtime.retries import Patience
 
 
 class Records:
@@ -50,3 +56,34 @@ def test_a_worker_sees_its_own_gpus(
     start(given)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
     assert assigned.gpus == [str(gpu) for gpu in given]
+
+
+class DeviceWorker:
+    """Worker whose only task finds the device that it computes on."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.device = prepare_device(cluster)
+
+    def name(self) -> Iterator[str]:
+        """Yield the device's name."""
+        yield str(self.device)
+
+
+def names(worker: pool.Worker, cluster: ClusterConfig) -> list[str]:
+    """Events of a task of `DeviceWorker` on this actor."""
+    stage = pool.Stage(0, DeviceWorker, (cluster,), "name")
+    return list(worker.work(stage, Patience(300.0, 300.0), "name", (0, 1), ""))
+
+
+@pytest.mark.parametrize(("cuda", "cause"), [("13.0", "older than torch's CUDA 13.0"), (None, "built without CUDA")])
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    start: Start, monkeypatch: pytest.MonkeyPatch, cuda: str | None, cause: str
+) -> None:
+    """A worker with a GPU that torch cannot use runs no task, and another node may be tried."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ClusterError, match=cause) as caught:
+        names(start([0]), ClusterConfig())
+    assert may_be_the_nodes(caught.value)
+    assert names(start([0]), ClusterConfig(device="cpu")) == ["cpu"]
+    assert names(start([]), ClusterConfig()) == ["cpu"]
