@@ -43,7 +43,7 @@ GPU_PROCESS_BYTES = 4 * 2**30
 """Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
 MARGIN, GPU_SHARE = 1.25, 0.9
 """MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share of a GPU's free
-memory that a worker may fill."""
+memory, or of the worker's part of the GPU, that a worker may fill."""
 STACKED_MAPS, ALONE_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass.
 
@@ -221,9 +221,10 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
 
 
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
-    """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free.
+    """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free for it.
 
-    The result is infinite for GPUs that this process cannot see.
+    On a GPU that workers share, this is at most what is left of the worker's part of the whole GPU. The result is
+    infinite for GPUs that this process cannot see.
 
     Args:
         data_bytes: size of the data set; the workers of a machine share one copy.
@@ -236,7 +237,9 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
         return max(0, available_memory() - data_bytes) // sharing
     if not torch.cuda.is_available():
         return math.inf
-    return int(GPU_SHARE * min(cluster.gpus_per_worker or 1.0, 1.0) * free_gpu_memory())
+    # Others that share the GPU may have started already, so a share of what is free would be too little.
+    share = min(cluster.gpus_per_worker or 1.0, 1.0) * torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated()
+    return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 
 
 def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:

@@ -251,7 +251,30 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 9 * GIB)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 3 * GIB)
     assert worker_budget(tiny_config()) == int(0.9 * 10 * GIB)
-    assert worker_budget(tiny_config("cluster.gpus_per_worker=0.5")) == int(0.45 * 10 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("share", "free", "held", "expected"),
+    [
+        (0.5, 80, 0, 40),
+        (0.5, 44, 0, 40),
+        (0.5, 30, 0, 30),
+        (0.5, 40, 4, 36),
+        (0.25, 25, 0, 20),
+        (0.25, 50, 21, 0),
+        (1.0, 44, 4, 44),
+        (2.0, 80, 0, 80),
+    ],
+)
+def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
+    share: float, free: int, held: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's limit is its part of the whole GPU, whether others on it have started or not, or what is left."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * GIB, 80 * GIB))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda: held * GIB)
+    assert worker_budget(tiny_config(f"cluster.gpus_per_worker={share}")) == int(0.9 * expected * GIB)
 
 
 def test_networks_count_where_they_live() -> None:
