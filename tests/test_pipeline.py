@@ -615,6 +615,26 @@ def test_whitening_is_fitted_once_for_an_output_folder(tmp_path: Path, monkeypat
     assert second.transform.digest == third.transform.digest == all_runs[0].dataset(configs[0].dataset).transform.digest
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "has_gpu", "device"), [(0, 1, "cuda"), (1, 1, "cpu"), (0, 0, "cpu"), (1, 0, "cpu")]
+)
+def test_a_driver_on_a_cluster_leaves_gpus_to_the_workers(
+    elsewhere: int, has_gpu: int, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whitening is fitted on this machine's GPU, but on the CPU where the GPU belongs to a cluster's workers."""
+    asked: list[str] = []
+
+    def fit(*arguments: Any, device: str, **options: Any) -> Transform:
+        asked.append(device)
+        return transform_of(*arguments, **options)
+
+    monkeypatch.setattr("datm_ray.pipeline.runs.transform_of", fit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(has_gpu))
+    config = tiny_config("dataset.normalisation=zca")
+    Runs([config], str(tmp_path), elsewhere=bool(elsewhere)).dataset(config.dataset)
+    assert asked == [device]
+
+
 def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     """All written files name normalisation and depth, and either recipe finds the run."""
     config = override(tiny_config("experts.count=1"), ["dataset.normalisation=auto", "network.depth=null"])

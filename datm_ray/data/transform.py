@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 from datm_ray.data.decode import pixels_of
 from datm_ray.data.patience import Lines, Say, eigenpairs, silent, slabs
-from datm_ray.errors import CorruptFileError, DatasetError
+from datm_ray.errors import CorruptFileError, DatasetError, one_line
 from datm_ray.memory import available_memory
 
 Kind = Literal["zca", "standard"]
@@ -49,6 +50,7 @@ AnyFloats = NDArray[np.floating[Any]]
 Images = Tensor | AnyFloats | NDArray[np.uint8]
 """A batch [n c h w] or one image [c h w]: floats from 0 (black) to 1 (white), or uint8 from 0 to 255."""
 
+_log = logging.getLogger(__name__)
 PUBLISHED_EPS = 0.1
 _TOO_LARGE = 2**20  # largest side in pixels that a file may state
 _SMALLEST_DEVIATION = 1e-30  # smallest deviation that a file may state; float32 holds any pixel divided by it
@@ -625,11 +627,24 @@ def _eigenpairs_of_few(
 def _eigh(
     matrix: NDArray[np.float64], device: str, note: Say = silent
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be freed: do not use it afterwards."""
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be freed: do not use it afterwards.
+
+    If the device fails, for example because others use its memory, the CPU computes them.
+    """
     if device == "cpu":  # numpy's took half as long as torch's
         return eigenpairs(matrix, note)
-    on_device = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
-    return on_device.eigenvalues.cpu().numpy(), on_device.eigenvectors.cpu().numpy()
+    try:
+        return _eigh_by_torch(matrix, device)
+    except RuntimeError as failure:
+        _log.warning("zca is fitted on the CPU instead of the GPU: %s", one_line(str(failure))[:200])
+    finally:
+        torch.cuda.empty_cache()  # this process may live for days beside workers that need the memory
+    return eigenpairs(matrix, note)
+
+
+def _eigh_by_torch(matrix: NDArray[np.float64], device: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    found = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
+    return found.eigenvalues.cpu().numpy(), found.eigenvectors.cpu().numpy()
 
 
 def _fit_standard(images: NDArray[np.uint8], levels: int) -> Transform:

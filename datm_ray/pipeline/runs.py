@@ -191,5 +191,7 @@ class Runs:
         return Transform.from_arrays(stored.arrays, stored.metadata, place.uri)
 
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
-        raw, device = self._raw[dataset], "cuda" if torch.cuda.is_available() else "cpu"
+        # On a cluster this process has no GPU of its own: a worker may use all memory of this machine's first one.
+        device = "cuda" if torch.cuda.is_available() and not self.elsewhere else "cpu"
+        raw = self._raw[dataset]
         return transform_of(raw, dataset.kind, dataset.statistics, device=device, say=say)

@@ -394,3 +394,22 @@ def test_another_device_takes_torchs_decomposition() -> None:
     """The GPU's path, run on the CPU, agrees with numpy's decomposition."""
     host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cpu:0"))
     np.testing.assert_allclose(host.matrix, other.matrix, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gpu_that_others_have_filled_leaves_the_fit_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fit whose GPU has no memory left gives the CPU's transform, and frees the memory that it holds there."""
+    freed: list[bool] = []
+
+    def fails(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.12 GiB.\nGPU 0")
+
+    host = fit_transform("zca", photographs(), 255)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    other = fit_transform("zca", photographs(), 255, device="cuda")
+    assert (other.values.tobytes(), other.vectors.tobytes()) == (host.values.tobytes(), host.vectors.tobytes())
+    assert "on the CPU instead of the GPU: CUDA out of memory. Tried to allocate 1.12 GiB. GPU 0" in caplog.text
+    assert freed
