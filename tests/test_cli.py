@@ -622,6 +622,28 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     assert not Path("absent").exists()
 
 
+def test_the_log_of_a_failure_holds_no_secrets(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An unexpected failure shows and logs no value of a job's variables, and no password of an address."""
+
+    def fails(_: object, address: str) -> None:
+        raise ZeroDivisionError(f"no answer from {address} for {{'A': 'from-shell', 'B': \"it's hidden\"}}")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.Jobs.__init__", fails)
+    monkeypatch.setenv("A", "from-shell")
+    variables = ("--env", "WANDB_API_KEY=0123abcd", "--env", "A", "--env=B=it's hidden", "--env", "C=no")
+    address = ("--address", "http://user:pass-word@gw:8265")
+    code, _, err = datm_ray("job", "submit", "digits-ipc1", "--out", "s3://b/x", *address, *variables)
+    assert (code, len(err.splitlines())) == (1, 1), err
+    log = Path(err.rpartition(" is in ")[2].rstrip(".\n")).read_text()
+    assert "WANDB_API_KEY=***' --env 'A=***' '--env=B=***' --env 'C=***'" in log
+    assert "ZeroDivisionError: no answer from http://***@gw:8265" in log
+    for secret in ("0123abcd", "from-shell", "s hidden", "pass-word", "C=no"):
+        assert secret not in log + err
+
+
 def test_a_reader_that_has_gone_ends_a_command_in_silence(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,7 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
         sys.exit(failure.exit_code)
     log = _write_log(failure, out)
     where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
-    say(f"{_in_words(failure)}{where}")
+    say(f"{_without_secrets(_in_words(failure))}{where}")
     sys.exit(1)
 
 
@@ -142,14 +142,8 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
 
     Returns the path of the file, or `None` if no file could be written.
     """
-    lines = [
-        time.strftime("%Y-%m-%d %H:%M:%S "),
-        shlex.join(sys.argv),
-        "\n",
-        *traceback.format_exception(failure),
-        "\n",
-    ]
-    text = "".join(lines).encode(errors="backslashreplace")
+    lines = [time.strftime("%Y-%m-%d %H:%M:%S "), _command(), "\n", *traceback.format_exception(failure), "\n"]
+    text = _without_secrets("".join(lines)).encode(errors="backslashreplace")
     with suppress(OSError, ValueError):
         if out is not None and Path(out).is_dir():
             with open(Path(out) / LOG, "ab") as file:
@@ -160,6 +154,31 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
             kept.write(text)
         return kept.name
     return None
+
+
+def _variables() -> list[tuple[int, str, str]]:
+    """Place in the command line, name and value of every variable of a job: --env KEY=VALUE, or KEY from this shell."""
+    words = [(place, word.removeprefix("--env=")) for place, word in enumerate(sys.argv) if word.startswith("--env=")]
+    words += [(place, word) for place, word in enumerate(sys.argv[1:], 1) if sys.argv[place - 1] == "--env"]
+    split = [(place, *word.partition("=")) for place, word in words]
+    return [(place, name, value if equals else os.environ.get(name, "")) for place, name, equals, value in split]
+
+
+def _command() -> str:
+    """Command line of this process, with *** in place of the values of a job's variables."""
+    words = [*sys.argv]
+    for place, name, _ in _variables():
+        words[place] = f"{'--env=' if words[place].startswith('--env=') else ''}{name}=***"
+    return shlex.join(words)
+
+
+def _without_secrets(text: str) -> str:
+    """Text with *** in place of passwords, keys and tokens, and of the values of a job's variables."""
+    from datm_ray.monitor.logs import masked
+
+    for _, _, value in _variables():
+        text = text.replace(value, "***") if len(value) > 5 else text  # short ones, such as "true", are words too
+    return masked(text)
 
 
 def say(text: str) -> None:
