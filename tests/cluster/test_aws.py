@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from datm_ray.cli import app  # noqa: F401  (its warnings come before those of Ray's autoscaler)
-from tests.cluster.files import CLUSTER, ROOT
+from tests.cluster.files import CLUSTER, ROOT, document
 
 AWS = CLUSTER / "aws"
 WORKERS = ["gpu-l4", "gpu-a10g", "gpu-a100"]
@@ -184,3 +184,14 @@ def test_the_head_may_do_what_it_must_and_workers_nothing_to_machines() -> None:
     image = configuration()["available_node_types"]["head"]["node_config"]["ImageId"]
     parameter = by_action["ssm:GetParameters"]["Resource"].partition(":parameter")[2]
     assert image.startswith("resolve:ssm:" + parameter.rstrip("*"))
+
+
+@pytest.mark.parametrize("place", ["aws", "kuberay"])
+def test_the_guides_say_how_machines_are_asked_for(place: str) -> None:
+    """Nothing but waiting actors asks for machines, which end after the idle time that the guides name."""
+    assert not [path for path in (ROOT / "datm_ray").rglob("*.py") if "request_resources" in path.read_text()]
+    about = " ".join((CLUSTER / place / "README.md").read_text().split())
+    assert "start for workers that wait" in about
+    pods = document(CLUSTER / "kuberay" / "raycluster.yaml", "RayCluster")["spec"]["autoscalerOptions"]
+    assert configuration()["idle_timeout_minutes"] == pods["idleTimeoutSeconds"] / 60 == 10
+    assert "end when they have been idle for ten minutes" in about
