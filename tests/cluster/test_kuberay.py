@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from datm_ray.config import ClusterConfig
 from tests.cluster.files import CLUSTER, MANIFESTS, document, documents
 
 RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml", "rayjob.yaml"))
@@ -51,6 +52,24 @@ def test_ray_s_autoscaler_reads_it(spec: dict[str, Any]) -> None:
     assert types["gpu"]["resources"]["CPU"] >= 1
     assert (types["gpu"]["min_workers"], config["max_workers"]) == (0, 16)
     assert config["idle_timeout_minutes"] == 10
+
+
+@pytest.mark.parametrize(("path", "kind"), [(RAYCLUSTER, "RayCluster"), (RAYJOB, "RayJob")])
+def test_a_gpu_model_is_known_to_the_autoscaler_by_the_commented_line(path: Path, kind: str, tmp_path: Path) -> None:
+    """With the commented line of a manifest, a pod holds a worker that asks for the GPU's model; without it, none."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    from datm_ray.runtime.ray.cluster import fitting
+
+    changed = tmp_path / path.name
+    changed.write_text(path.read_text().replace("# resources: '", "resources: '"))
+    held = []
+    for file in (path, changed):
+        spec = document(file, kind)["spec"]
+        made = {"metadata": {"name": "x", "namespace": "y"}, "spec": spec.get("rayClusterSpec", spec)}
+        pod = _derive_autoscaling_config_from_ray_cr(made)["available_node_types"]["gpu"]["resources"]
+        held.append(fitting(pod, ClusterConfig(gpus_per_worker=1.0, accelerator_type="A100")))
+    assert held == [0, 1]
 
 
 def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
