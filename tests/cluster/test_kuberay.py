@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from datm_ray.config import ClusterConfig
-from tests.cluster.files import CLUSTER, MANIFESTS, document, documents
+from tests.cluster.files import CLUSTER, MANIFESTS, commands, document, documents, shell_blocks
 
 RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml", "rayjob.yaml"))
 
@@ -70,6 +70,15 @@ def test_a_gpu_model_is_known_to_the_autoscaler_by_the_commented_line(path: Path
         pod = _derive_autoscaling_config_from_ray_cr(made)["available_node_types"]["gpu"]["resources"]
         held.append(fitting(pod, ClusterConfig(gpus_per_worker=1.0, accelerator_type="A100")))
     assert held == [0, 1]
+
+
+def test_a_run_that_has_ended_is_deleted_before_it_is_made_again() -> None:
+    """The README's command that makes a job follows one that deletes it, because the operator runs no job twice."""
+    name = document(RAYJOB, "RayJob")["metadata"]["name"]
+    given = [words for text in shell_blocks(CLUSTER / "kuberay" / "README.md") for words in commands(text)]
+    (made,) = [place for place, words in enumerate(given) if words[0] == "sed" and words[-1].endswith("/rayjob.yaml")]
+    assert given[made - 1][:4] == ["kubectl", "delete", f"rayjob/{name}", "--ignore-not-found"]
+    assert given[made + 1][:2] == ["kubectl", "apply"]
 
 
 def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
