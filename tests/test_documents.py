@@ -15,7 +15,15 @@ import typer.main
 from datm_ray.cli import app
 from datm_ray.config import load_config_text, override
 from datm_ray.recipes import get_recipe
-from tests.cluster.files import CLUSTER, DOCUMENTS, ROOT, commands, documented_commands, mentioned_commands
+from tests.cluster.files import (
+    CLUSTER,
+    DOCUMENTS,
+    ROOT,
+    commands,
+    documented_commands,
+    mentioned_commands,
+    shell_blocks,
+)
 
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc"))
 SECRETS = [
@@ -97,6 +105,21 @@ def test_commands_exist(place: str, words: list[str]) -> None:
     for recipe in values.get("recipes") or []:
         is_file = recipe.endswith(".yaml")  # a file of the reader
         override(get_recipe("digits-ipc1" if is_file else recipe), values.get("set_") or [])
+
+
+def test_commands_of_ray_exist() -> None:
+    """Every command of Ray that documents give, also within another, has a name and options of Ray's command line."""
+    from ray.scripts.scripts import cli
+
+    given = [words for place in DOCUMENTS for text in shell_blocks(place) for words in commands(text)]
+    inner = [words for outer in given if outer[0] == "ray" for text in outer if " " in text for words in commands(text)]
+    found = [words for words in [*given, *inner] if words[0] == "ray"]
+    assert {"up", "down", "exec", "metrics"} <= {words[1] for words in found}
+    for words in found:
+        command, arguments = cli, words[1:]
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context("ray", arguments)
 
 
 def test_shown_recipes_are_recipes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from datm_ray.monitor.metrics import CATALOGUE
+from tests.cluster.files import document
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "cluster" / "monitoring"
@@ -131,6 +132,21 @@ def test_prometheus_looks_where_ray_writes() -> None:
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+
+
+def test_every_place_has_its_way_to_watch() -> None:
+    """The README covers every place of cluster/, and on Kubernetes names a port that all pods have."""
+    readme = (MONITORING / "README.md").read_text()
+    places = {path.name for path in MONITORING.parent.iterdir() if (path / "README.md").exists()} - {"monitoring"}
+    covered = {"local": "one machine", "slurm": "Slurm job", "aws": "## On AWS", "kuberay": "## On Kubernetes"}
+    assert places == covered.keys()
+    assert all(words in readme for words in covered.values())
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    (endpoint,) = yaml.safe_load(shown)["spec"]["podMetricsEndpoints"]
+    spec = document(MONITORING.parent / "kuberay" / "raycluster.yaml", "RayCluster")["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        ports = group["template"]["spec"]["containers"][0]["ports"]
+        assert endpoint["port"] in [port["name"] for port in ports]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
