@@ -34,7 +34,7 @@ from datm_ray.config import (
 from datm_ray.config.files import keys_given
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.schema import fields_at
-from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, DistillConfig, SelectConfig
+from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, UNREAD_BY_MATCHING, DistillConfig, SelectConfig
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import differences
 from datm_ray.recipes import get_recipe, recipe_names
@@ -421,8 +421,10 @@ def test_keys_that_the_method_does_not_read_decide_nothing() -> None:
     """Every packaged method names the keys of `distill` that it reads; the others do not change a run's identity."""
     assert unread_keys(RunConfig()) == ["distill.real_batch", "recover", "select"]
     assert unread_keys(RunConfig(method="own:Method")) == []
-    for names in READ_OF_DISTILL.values():
-        assert set(names.split()) < DistillConfig.model_fields.keys()
+    for names in (*map(str.split, READ_OF_DISTILL.values()), *UNREAD_BY_MATCHING.values()):
+        assert set(names) < DistillConfig.model_fields.keys()
+    mtt = RunConfig(method="mtt")
+    assert run_identity(override(mtt, ["distill.labels=hard", "distill.learning_rate_labels=0"])) == run_identity(mtt)
     config = RunConfig(method="sre2l")
     other = override(config, ["distill.threshold=3", "select.pool=9"])
     assert unread_values(other) == {"distill.threshold": 3.0, "select": SelectConfig(pool=9).model_dump(mode="json")}

@@ -19,7 +19,7 @@ import torch
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
-from datm_ray.config import RunConfig, override, to_yaml
+from datm_ray.config import RunConfig, override, run_identity, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.data import Transform
 from datm_ray.data.dataset import transform_of
@@ -50,6 +50,8 @@ from tests.conftest import CommandLine, killing_executor, stacks_of_any_work, ti
 from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
+FILES = ("initial.arrow", "synthetic.arrow")
+"""A set before and after its distillation."""
 
 
 def serial(config: RunConfig) -> Callable[[], Executor]:
@@ -270,6 +272,25 @@ def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) ->
     assert not torch.equal(before.images, after.images)
     assert torch.equal(before.soft_labels, after.soft_labels)
     assert torch.allclose(after.soft_labels.softmax(dim=1), torch.eye(10), atol=1e-7)
+
+
+def test_mtt_is_datm_with_its_options(tmp_path: Path) -> None:
+    """Method mtt makes, from a recipe of DATM, the bits that DATM makes with random images and hard labels."""
+    mtt = tiny_config("name=mtt", "method=mtt")
+    datm = tiny_config("name=datm", "distill.initial=random", "distill.labels=hard")
+    pipeline = Pipeline([mtt, datm], str(tmp_path))
+    assert pipeline.plan()[0].startswith("2 experts to train")  # shared
+    pipeline.train_experts(serial(mtt), QUIET)
+    pipeline.distill(serial(mtt), QUIET)
+    first, made = ([load(str(tmp_path / each / file)) for each in ("mtt", "datm")] for file in FILES)
+    for ours, theirs in (first, made):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.soft_labels, theirs.soft_labels)
+        assert ours.step_sizes == theirs.step_sizes
+    assert not torch.equal(first[0].images, made[0].images)
+    assert torch.equal(first[0].soft_labels, made[0].soft_labels)
+    assert first[0].step_sizes != made[0].step_sizes
+    assert run_identity(mtt) != run_identity(datm) | {"name": "mtt"}
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished_run: Path) -> None:

@@ -10,6 +10,7 @@ from datm_ray.core.networks.registry import build_network, spatial_features
 from datm_ray.errors import ConfigError
 from datm_ray.planning.shape import data_shape
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
+from datm_ray.stages.registry import method_of
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
 PUBLISHED = {
@@ -25,6 +26,14 @@ PUBLISHED = {
     "tiny-imagenet-ipc1": (40, 2, 200, 10000, 1e-4, 10, (0, 15, 20), 2000, 1),
     "tiny-imagenet-ipc10": (40, 2, 500, 100, 1e-4, 10, (10, 50, 50), 0, 1),
     "tiny-imagenet-ipc50": (20, 2, 1000, 100, 1e-4, 10, (40, 70, 70), 0, 1),
+}
+
+# name: steps, epochs, batch, lr images, lr step size, first step size, bound, normalisation
+MTT = {
+    "cifar10-mtt-ipc1": (50, 2, 10, 100, 1e-7, 0.01, 2, "zca"),
+    "cifar10-mtt-ipc10": (30, 2, 100, 100, 1e-5, 0.001, 20, "zca"),
+    "cifar10-mtt-ipc50": (30, 2, 500, 1000, 1e-5, 0.001, 40, "standard"),
+    "cifar100-mtt-ipc1": (20, 3, 100, 1000, 1e-5, 0.01, 20, "zca"),
 }
 
 ACCURACIES = {
@@ -67,6 +76,27 @@ def test_setting_around_it_is_the_published_one(name: str) -> None:
     assert (experts.learning_rate, experts.momentum, experts.weight_decay) == (0.01, 0, 0)
     assert experts.augmentation == config.evaluate.augmentation == "color_crop_cutout_flip_scale_rotate"
     assert (config.evaluate.protocol, config.evaluate.seeds) == ("published", 5)
+
+
+@pytest.mark.parametrize("name", MTT)
+def test_recipes_of_mtt_have_its_values_and_what_the_method_needs(name: str) -> None:
+    """Recipes of MTT have its published values, SGD experts of 50 epochs that they share, and pass its checks."""
+    config = get_recipe(name)
+    d, experts = config.distill, config.experts
+    assert (
+        d.student_steps,
+        d.expert_epochs,
+        d.batch_size,
+        d.learning_rate_images,
+        d.learning_rate_step_size,
+        d.initial_step_size,
+        d.start_epochs.bound,
+        config.dataset.normalisation,
+    ) == MTT[name]
+    assert (d.iterations, d.initial, d.ipc) == (5000, "random", int(name.rsplit("ipc")[-1]))
+    assert (experts.count, experts.epochs, experts.optimiser, experts.learning_rate) == (100, 50, "sgd", 0.01)
+    assert experts.keep_epochs == max(get_recipe(other).latest_matched for other in MTT)
+    method_of(config).check(config)
 
 
 @pytest.mark.parametrize("name", recipe_names())

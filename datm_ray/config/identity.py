@@ -12,7 +12,13 @@ from operator import getitem
 from typing import Any
 
 from datm_ray.config.schema import RunConfig, ScoringRun
-from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig, keys_read_of_distill
+from datm_ray.config.sections import (
+    READ_OF_DISTILL,
+    UNREAD_BY_MATCHING,
+    UNRESOLVED,
+    DistillConfig,
+    keys_read_of_distill,
+)
 
 LATER_KEYS: dict[str, Any] = {
     **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
@@ -35,7 +41,7 @@ def unread_keys(config: RunConfig) -> list[str]:
 
     Empty for a method of the user's own, which may read any key.
     """
-    if config.method not in ("datm", *READ_OF_DISTILL):
+    if config.method not in {*UNREAD_BY_MATCHING, *READ_OF_DISTILL}:
         return []
     read = keys_read_of_distill(config.method)
     unread = [f"distill.{name}" for name in DistillConfig.model_fields if name not in read]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from datm_ray.config.sections import (
+    UNREAD_BY_MATCHING,
     BackboneConfig,
     ClusterConfig,
     DatasetConfig,
@@ -56,8 +57,8 @@ class RunConfig(Section):
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
     the first network alone."""
     method: str = "datm"
-    """How the set is made: datm (trajectories), dm (embeddings), sre2l (from a teacher), select (real images), or
-    package.module:Class."""
+    """How the set is made: datm or mtt (trajectories), dm (embeddings), sre2l (from a teacher), select (real images),
+    or package.module:Class."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     recover: RecoverConfig = RecoverConfig()
@@ -75,7 +76,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"name is {self.name!r}, which is reserved for a file or folder of the output; choose another name"
             )
-        if self.method == type(self).model_fields["method"].default and self._unmatched_epochs:
+        if self.method in UNREAD_BY_MATCHING and self._unmatched_epochs:
             raise ValueError(self._unmatched_epochs)  # before anything is imported; its method checks it again
         if self.cluster.backbones_apart and not self.backbones:
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")

@@ -170,7 +170,7 @@ class NetworkConfig(Section):
     depth: Count | None = None
     """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
     norm: Norm = "instance"
-    """Normalisation layers: instance, batch, group or none. sre2l needs batch; datm and dm refuse it."""
+    """Normalisation layers: instance, batch, group or none. sre2l needs batch; datm, mtt and dm refuse it."""
     pooling: Pooling = "avg"
     """2x2 pooling at the end of every convnet block: avg, max or none."""
 
@@ -392,7 +392,7 @@ class DistillConfig(Section):
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
     initial: Literal["correct", "random", "noise"] = "correct"
-    """First images. correct: real ones that experts classify correctly (random without experts); random: real ones;
+    """First images. correct: real ones that experts classify correctly (mtt, dm: random); random: real ones;
     noise: random pixels."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
@@ -644,15 +644,17 @@ READ_OF_DISTILL = {
     "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
 }
-"""Packaged method -> keys of `distill` that it reads. datm reads all but `real_batch`. The methods that users write may
-read any key. `select` reads `start_epochs`, because it scores images by stored epochs, which depend on them."""
+"""Packaged method -> keys of `distill` that it reads. The methods that users write may read any key. `select` reads
+`start_epochs`, because it scores images by stored epochs, which depend on them."""
+UNREAD_BY_MATCHING = {"datm": {"real_batch"}, "mtt": {"real_batch", "labels", "learning_rate_labels"}}
+"""Packaged method that matches trajectories -> keys of `distill` that it does not read."""
 
 
 def keys_read_of_distill(method: str) -> Collection[str]:
     """Keys of `distill` that a method reads; all keys for a method of the user's own."""
     if method in READ_OF_DISTILL:
         return READ_OF_DISTILL[method].split()
-    return DistillConfig.model_fields.keys() - ({"real_batch"} if method == "datm" else set())
+    return DistillConfig.model_fields.keys() - UNREAD_BY_MATCHING.get(method, set())
 
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])

@@ -1,8 +1,12 @@
-"""Values that the published recipes of DATM share. Source: arXiv 2310.05773 and the authors' files of 2024-04-26."""
+"""Values that the published recipes of DATM share. Source: arXiv 2310.05773 and the authors' files of 2024-04-26.
+
+Then those of MTT and SRe2L, with their own sources.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from datm_ray.config import (
     DatasetConfig,
@@ -17,7 +21,9 @@ from datm_ray.config import (
 )
 
 LATEST_MATCHED = {"cifar10": 61, "cifar100": 71, "tiny-imagenet": 71}
-"""Last epoch that any published recipe matches, by data set, inclusive."""
+"""Last epoch that any published recipe of DATM matches, by data set, inclusive."""
+LATEST_MATCHED_BY_MTT = 41
+"""Last epoch that any recipe of MTT matches, inclusive. Experts keep as many, so that recipes share them."""
 
 
 def published(
@@ -65,6 +71,40 @@ def published(
             threshold=threshold,
         ),
         evaluate=EvaluateConfig(),
+    )
+
+
+def of_mtt(
+    source: str,
+    *,
+    ipc: int,
+    student_steps: int,
+    batch_size: int,
+    learning_rate_images: float,
+    learning_rate_step_size: float,
+    initial_step_size: float,
+    bound: int,
+    expert_epochs: int = 2,
+    normalisation: Literal["zca", "standard"] = "zca",
+) -> RunConfig:
+    """Recipe of MTT (arXiv 2203.11932): start epochs from 0 to `bound`, exclusive; plain SGD experts of 50 epochs."""
+    return RunConfig(
+        method="mtt",
+        dataset=DatasetConfig(source=source, normalisation=normalisation, validation=0.02),
+        network=NetworkConfig(depth=3),
+        experts=ExpertConfig(epochs=50, keep_epochs=LATEST_MATCHED_BY_MTT),
+        distill=DistillConfig(
+            ipc=ipc,
+            iterations=5000,
+            student_steps=student_steps,
+            expert_epochs=expert_epochs,
+            batch_size=batch_size,
+            learning_rate_images=learning_rate_images,
+            learning_rate_step_size=learning_rate_step_size,
+            initial="random",
+            initial_step_size=initial_step_size,
+            start_epochs=StartEpochs(bound=bound),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "datm": "datm_ray.stages.trajectory:TrajectoryMatching",
+    "mtt": "datm_ray.stages.trajectory:MatchingTrainingTrajectories",
     "dm": "datm_ray.stages.distribution:DistributionMatching",
     "sre2l": "datm_ray.stages.recovery:RecoveryFromTeacher",
     "select": "datm_ray.stages.selection:Selection",

@@ -15,12 +15,12 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training import Heartbeat
-from datm_ray.errors import StoreError, ThresholdError
+from datm_ray.errors import ConfigError, StoreError, ThresholdError
 from datm_ray.methods.state import FIRST_MOVE, MetaTerm
 from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
-from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
@@ -142,8 +142,13 @@ class TrajectoryMatching(Method):
 
     def first_set(self) -> SyntheticSet:
         """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
+        return first_set(self.part, self.experts[0], self.first_step_size)
+
+    @property
+    def first_step_size(self) -> float:
+        """Step size of the first set: the recipe's, or a likely one."""
         distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
-        return first_set(self.part, self.experts[0], distance.step_size or distance.likely_step_size)
+        return distance.step_size or distance.likely_step_size
 
     def close(self) -> None:
         """Stop preparing the inputs of the next iteration."""
@@ -469,6 +474,34 @@ class TrajectoryMatching(Method):
                 f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
                 "distill.learning_rate_images, or raise the limit"
             )
+
+
+class MatchingTrainingTrajectories(TrajectoryMatching):
+    """MTT: students start at any epoch of a range from 0 on, images at any real ones, and labels are the classes."""
+
+    state = HardLabelled
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` also for start epochs that are DATM's: a range that begins later, or that grows."""
+        super().check(config)
+        starts = config.distill.start_epochs
+        if starts.first or starts.bound <= starts.last:
+            range_ = f"begins at {starts.first}" if starts.first else f"grows from {starts.bound} to {starts.last + 1}"
+            raise ConfigError(
+                f"distill.start_epochs {range_}, and method {config.method} has a fixed range from epoch 0 on",
+                "ranges by difficulty are what DATM adds",
+                f"use --set 'distill.start_epochs=[0, {starts.last + 1}]', or --set method=datm",
+            )
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """No work: no network sees the first images before they are matched."""
+        return {"scoring": 0}
+
+    def first_set(self) -> SyntheticSet:
+        """Choose random real images, or noise, with hard labels, before the first iteration."""
+        return first_set(self.part, None, self.first_step_size)
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:

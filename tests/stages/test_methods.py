@@ -197,16 +197,21 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, dm, sre2l, select, or give package.mod",
+    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, mtt, dm, sre2l, select, or give pac",
     "method=no_package:Class": "method 'no_package:Class' cannot be imported: No module named 'no_package'",
     "method=my_methods:Absent": "method 'my_methods:Absent' cannot be imported",
     "method=my_methods:nothing": "method 'my_methods:nothing' is no subclass of datm_ray.Method",
-    "method=a b": "method is 'a b', which does not exist. Choose one of datm, dm",
+    "method=a b": "method is 'a b', which does not exist. Choose one of datm, mtt",
     "method=:": "method ':' cannot be imported: Empty module name",
     "method=broken:Class": "method 'broken:Class' cannot be imported: division by zero",
     "method=dm distill.options.real=3": "distill.options has 'real', which method dm does not read. Leave it out",
     "distill.options.real=3": "distill.options has 'real', which method datm does not read. Leave it out",
     "method=my_methods:GradientMatching backbones=[{network: lenet}]": "method my_methods:GradientMatching computes",
+    "method=mtt distill.start_epochs=[2,9]": "distill.start_epochs begins at 2, and method mtt has a fixed range from",
+    "method=mtt distill.start_epochs={bound: 3, final_bound: 9, expand_iterations: 5}": "distill.start_epochs grows "
+    "from 3 to 9, and method mtt has a fixed range from epoch 0 on. Ranges by difficulty are what DATM adds. Use --set "
+    "'distill.start_epochs=[0, 9]', or --set method=datm",
+    "method=mtt network.norm=batch": "network.norm is 'batch', which cannot be matched",
     "method=dm evaluate.fair=true": "evaluate.fair compares with random images under the labels of experts",
     "method=dm network.norm=batch": "network.norm is 'batch', which cannot be matched",
 }
@@ -226,8 +231,9 @@ def test_a_method_that_cannot_be_used_is_one_line(tmp_path: Path, datm_ray: Comm
 
 def test_epochs_are_checked_for_methods_that_match_them() -> None:
     """Experts that lack an epoch are refused when a recipe is read, and only where trajectories are matched."""
-    with pytest.raises(ConfigError, match=r"needs epoch 12, but experts\.epochs is 3"):
-        override(get_recipe("digits-ipc1"), ["experts.epochs=3"])
+    for matching in ("datm", "mtt"):
+        with pytest.raises(ConfigError, match=r"needs epoch 12, but experts\.epochs is 3"):
+            override(get_recipe("digits-ipc1"), [f"method={matching}", "experts.epochs=3"])
     override(get_recipe("digits-ipc1"), ["method=dm", "experts.epochs=3", "experts.keep_epochs=1"])
     own = RunConfig(method=METHODS["datm"]).model_copy(
         update={"experts": RunConfig().experts.model_copy(update={"epochs": 3})}

@@ -326,3 +326,12 @@ class Distillation(State[IterationRecord]):
             f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
             f"Running the same command again tries {MOST_DIVERGED} more iterations",
         )
+
+
+class HardLabelled(Distillation):
+    """State of a distillation whose labels stay the classes, whatever `distill.labels` says (MTT)."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learned variable -> learning rate; 0 for the labels."""
+        return super().rates | {"soft_labels": 0.0}
