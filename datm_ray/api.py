@@ -16,9 +16,10 @@ from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig, with_settings
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.planning.draft import Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
-from datm_ray.planning.suggest import Suggestion, Wish, default_name, measured_plans, read_images, suggest
+from datm_ray.planning.suggest import Suggestion, default_name, measured_plans, read_images, rules_of, suggest
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
@@ -160,6 +161,7 @@ def init(
     ipc: int,
     minutes: float = 30.0,
     *,
+    method: str = "datm",
     name: str | None = None,
     resize: int | None = None,
     progress: bool = True,
@@ -174,17 +176,20 @@ def init(
         path: folder, zip archive or Parquet file of images, see docs/your-images.md, or `digits`.
         ipc: synthetic images per class.
         minutes: time on the clock for everything, on this machine. Its speed is measured first.
-        name: name of the run. Default: the file's name and the images per class.
+        method: datm, mtt, dm, select or sre2l.
+        name: name of the run. Default: the file's name, the method unless it is datm, and the images per class.
         resize: side in pixels to resize all images to. Default: the images' own size if all have the same and it is at
             most 64, otherwise 64.
         progress: True (default) to show progress.
 
     Raises:
-        ConfigError: the name is impossible.
+        ConfigError: the name is impossible, there are no rules for the method, or it needs a larger set.
         DatasetError: there are no images that can be read, or too few of a class.
     """
+    rules_of(method)
     place, say = os.fspath(path), Reporter(quiet=not progress).message
-    wish = Wish(recipe_of(RunConfig(), {"name": name or default_name(place, ipc)}).name, ipc, 60 * minutes)
+    called = recipe_of(RunConfig(), {"name": name or default_name(place, ipc, method)}).name
+    wish = Wish(called, ipc, 60 * minutes, method)
     soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # early errors need no such line
     soon.start()
     try:

@@ -138,6 +138,7 @@ BAD_INPUT = {
         "has 2 classes",
     ),
     "recipe for no images": (["init", "absent"], "absent does not exist"),
+    "recipe for a set too small": (["init", "digits", "--method", "sre2l", "--ipc", "1"], "too small for sre2l"),
     "recipe for two times": (["init", "digits", "--minutes", "5", "--hours", "1"], "both given"),
     "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
     "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),

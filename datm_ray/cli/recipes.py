@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,12 +20,17 @@ def init(
         str, typer.Argument(metavar="PATH", help="Folder, zip archive or Parquet file of images, or digits.")
     ],
     ipc: Annotated[int, typer.Option("--ipc", min=1, metavar="N", help="Synthetic images per class.")] = 10,
+    method: Annotated[
+        Literal["datm", "mtt", "dm", "select", "sre2l"],
+        typer.Option("--method", help="How the set is made; the documentation has a page on each."),
+    ] = "datm",
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.1, metavar="M", help="Time for everything. Default: 30 minutes.")
     ] = None,
     hours: Annotated[float | None, typer.Option("--hours", min=0.01, metavar="H", help="Time in hours.")] = None,
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Name of the run. Default: PATH's name and N.")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the run. Default: from PATH, method and N."),
     ] = None,
     resize: Annotated[
         int | None,
@@ -55,8 +60,8 @@ def init(
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")
     time = minutes if minutes is not None else 30.0 if hours is None else 60 * hours
-    file = _new_file(out, name or default_name(path, ipc))
-    suggestion = init_recipe(path, ipc, time, name=name, resize=resize)
+    file = _new_file(out, name or default_name(path, ipc, method))
+    suggestion = init_recipe(path, ipc, time, method=method, name=name, resize=resize)
     try:
         file.write_text(str(suggestion), encoding="utf-8")
     except OSError as failure:

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datm_ray.config import DatasetConfig, RunConfig, load_config_text
+from datm_ray.config import DatasetConfig, RunConfig, load_config_text, unread_keys
 from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset
-from datm_ray.errors import DatasetError
-from datm_ray.planning import suggest as rules
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Planner, Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.memory import plans_of
+from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS
+from datm_ray.planning.rules_others import ENOUGH_UPDATES
 from datm_ray.planning.shape import DataShape
-from datm_ray.planning.suggest import Planner, Suggestion, Wish, read_images, source_of, suggest
+from datm_ray.planning.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
 from datm_ray.recipes import get_recipe
+from datm_ray.stages.registry import METHODS, method_of
 
 
 def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> RawDataset:
@@ -45,8 +48,10 @@ def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60", exact: str = ""
     return plan
 
 
-def suggested(data: RawDataset, ipc: int, minutes: float = 20, cluster: str = "cpus=2,gflops=60") -> Suggestion:
-    wish = Wish("mine", ipc, 60 * minutes)
+def suggested(
+    data: RawDataset, ipc: int, minutes: float = 20, cluster: str = "cpus=2,gflops=60", method: str = "datm"
+) -> Suggestion:
+    wish = Wish("mine", ipc, 60 * minutes, method)
     return suggest(wish, DatasetConfig(source="folder", path="/data/mine"), data, planner(data, cluster))
 
 
@@ -90,7 +95,7 @@ def test_more_time_gives_more_of_everything_and_is_not_exceeded() -> None:
     for minutes, each in zip((15, 60, 600), found, strict=True):
         assert sum(each.plan.clock.values()) <= 60 * minutes
     least = suggested(data, 10, 0.1)
-    assert least.config.distill.iterations == rules.LEAST_ITERATIONS
+    assert least.config.distill.iterations == LEAST_ITERATIONS
     assert sum(least.plan.clock.values()) > 6
     assert "the least; 0.1 minutes would be too short for more" in least.reasons["distill.iterations"]
 
@@ -104,14 +109,14 @@ def test_a_long_run_is_planned_with_the_times_of_compiled_steps() -> None:
         timed.append((config.network.width, exactly))
         return plans(config, exactly)
 
-    short = suggest(Wish("mine", 1, rules.EXACT_FROM - 60), source, data, plan)
+    short = suggest(Wish("mine", 1, EXACT_FROM - 60), source, data, plan)
     assert not any(exactly for _, exactly in timed)
-    long = suggest(Wish("mine", 1, rules.EXACT_FROM), source, data, plan)
+    long = suggest(Wish("mine", 1, EXACT_FROM), source, data, plan)
     widths = [each.config.network.width for each in (short, long)]
     assert widths[1] < widths[0]  # the compiled steps are slower here
     assert (widths[0], True) in timed  # tried, and found too wide
     assert timed[-1] == (widths[1], True)
-    assert sum(long.plan.clock.values()) <= rules.EXACT_FROM
+    assert sum(long.plan.clock.values()) <= EXACT_FROM
 
 
 def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
@@ -122,7 +127,7 @@ def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
         for config in [suggested(raw([40] * 3, (3, 64, 64), 4), 10, minutes).config]
     }
     for count, iterations in counts.values():
-        assert count <= rules.ENOUGH_EXPERTS + 1 or iterations >= rules.ENOUGH_ITERATIONS, counts
+        assert count <= ENOUGH_EXPERTS + 1 or iterations >= ENOUGH_ITERATIONS, counts
 
 
 def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None:
@@ -133,6 +138,71 @@ def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None
     values = [number for number, line in enumerate(lines) if re.match(r" *\w+: ?\S", line)]
     assert len(values) == len(suggestion.reasons)
     assert all("# " in lines[number] or "  # " in lines[number - 1] for number in values)
+
+
+SHAPES = [((3, 64, 64), 30), ((3, 32, 32), 60), ((1, 8, 8), 0.1)]
+"""Image [c h w], and minutes."""
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize(("image", "minutes"), SHAPES)
+def test_every_method_has_a_recipe_that_it_accepts(method: str, image: tuple[int, int, int], minutes: float) -> None:
+    """The method takes the recipe, reads every value in it, and each value has its reason; it reads back."""
+    data = raw([80] * 10, image, 8)
+    suggestion = suggested(data, 10, minutes, method=method)
+    config = suggestion.config
+    assert (config.method, config.name) == (method, "mine")
+    method_of(config).check(config.resolved(data.size))
+    method_of(config).check_images(config, data)
+    assert not suggestion.reasons.keys() & set(unread_keys(config))
+    assert load_config_text(str(suggestion), "mine.yaml") == config
+    assert all(suggestion.reasons.values())
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_every_method_gets_larger_networks_with_more_time_and_keeps_to_it(method: str) -> None:
+    """With the time grow widths, and the plan stays below it."""
+    found = [suggested(raw([80] * 10, (3, 32, 32), 8), 10, minutes, method=method) for minutes in (20, 600)]
+    assert found[0].config.network.width < found[1].config.network.width
+    for minutes, each in zip((20, 600), found, strict=True):
+        assert sum(each.plan.clock.values()) <= 60 * minutes
+
+
+def test_recipes_of_mtt_are_those_of_datm_from_the_first_epoch_on() -> None:
+    """A recipe of mtt has the experts of datm's, starts at epoch 0 also for large sets, and sets no learned labels."""
+    data = raw([500] * 10, (3, 32, 32), 50)
+    mtt, datm = (suggested(data, 200, 600, method=method).config for method in ("mtt", "datm"))
+    assert mtt.distill.start_epochs.first == 0 < datm.distill.start_epochs.first
+    assert mtt.distill.start_epochs.bound == datm.distill.start_epochs.bound
+    assert mtt.experts == datm.experts
+    assert mtt.distill.initial == "random"
+
+
+def test_recipes_of_dm_read_no_more_images_than_there_are() -> None:
+    """dm takes the published 256 real images of a class where there is time, fewer where not, and never too many."""
+    found = {
+        (count, minutes): suggested(raw([count] * 10, (3, 32, 32), count // 10), 1, minutes, method="dm").config.distill
+        for count, minutes in ((1000, 600), (1000, 20), (100, 600))
+    }
+    assert [each.real_batch for each in found.values()] == [256, 32, 90]
+    assert all(each.iterations >= ENOUGH_UPDATES for each in found.values())
+
+
+def test_too_few_images_for_batch_statistics_are_refused() -> None:
+    """A set smaller than any useful batch is refused for sre2l, in one line that says how many would do."""
+    with pytest.raises(ConfigError, match=r"3 images is too small for sre2l.*Ask for 11 images per class or more"):
+        suggested(raw([80] * 3, (3, 32, 32), 8), 1, method="sre2l")
+    suggested(raw([80] * 3, (3, 32, 32), 8), 11, method="sre2l")
+
+
+def test_a_method_without_rules_is_refused() -> None:
+    """Only packaged methods have rules; the line names them."""
+    for method in ("mtd", "my_methods:Own"):
+        with pytest.raises(ConfigError, match=r"no rules .*Choose one of datm, mtt, dm, select, sre2l"):
+            suggested(raw([80] * 3, (3, 32, 32), 8), 1, method=method)
+    assert RULES.keys() == METHODS.keys()
+    assert default_name("/data/birds.zip", 10) == "birds-ipc10"
+    assert default_name("/data/birds.zip", 10, "dm") == "birds-dm-ipc10"
 
 
 @pytest.mark.parametrize(("counts", "ipc", "left"), [([25, 60, 100], 10, 10), ([12, 60], 10, 10), ([11, 60], 10, 10)])

@@ -1,0 +1,291 @@
+"""A recipe in the making: a user's wish, the values chosen so far with their reasons, and rules that all methods share.
+
+Tests: tests/planning/test_suggest.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from datm_ray.config import PUBLISHED_AUGMENTATION, DatasetConfig, RunConfig, with_settings
+from datm_ray.data.sources import RawDataset
+from datm_ray.data.splits import held_out
+from datm_ray.errors import DatasetError
+from datm_ray.planning.duration import Proposal
+from datm_ray.planning.machines import machine_here
+
+EPOCH_STEPS = 25
+"""Smallest number of steps in an epoch of the experts, unless the batch would become smaller than `SMALLEST_BATCH`."""
+SMALLEST_BATCH, PUBLISHED_BATCH = 16, 256
+"""Smallest and largest batch size of experts, inclusive. The largest is the published batch size."""
+PUBLISHED_RATE, RATE = 0.01, 0.02
+"""Experts' learning rate: the published rate for the published batch size; the digits' rate for smaller batches."""
+TRAINED = 35.0
+"""Smallest distance (learning rate times number of steps) that the experts of a suggested recipe are trained for.
+
+Experts also label the first images, which may need more training than the matched epochs. The digits' experts have
+38."""
+VALIDATION, MOST_VALIDATION = 0.1, 5000
+"""Share of the images for validation, and largest number of validation images."""
+WIDTHS = (128, 64, 32, 16)
+"""Widths of the network, in channels, in the order of trying them."""
+MOST_ITERATIONS, LEAST_ITERATIONS = 10_000, 20
+"""Largest number of iterations, as published, and smallest, even if the time is too short for it."""
+EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
+"""Largest shares of the time: for experts, for evaluation, and for the evaluation's networks on all real images.
+Distillation gets the rest."""
+MARGIN = 0.85
+"""Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
+EXACT_FROM = 900.0
+"""Time wanted for the whole run, in seconds, from which on compiled steps are timed. Compiling and timing take about a
+minute, and the run finds its steps compiled. For a shorter run, uncompiled steps are timed within seconds."""
+SMALLEST_PICTURE = 24
+"""Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
+EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
+"""Pairs (evaluation protocol, networks for each row of the accuracy table), in the order of trying them."""
+VALIDATIONS, CHECKPOINTS = 5, 20
+"""Number of validations and number of checkpoints in a distillation."""
+AS_ASKED, FOUND = "as asked for", "found by trial before the first iteration"
+FOR_ALL = "all workers of this machine distil the set together"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A user's request for a recipe."""
+
+    name: str
+    """Name of the run."""
+    ipc: int
+    """Synthetic images per class."""
+    seconds: float
+    """Seconds on the clock for the whole run, from the first expert to the report."""
+    method: str = "datm"
+    """Method of the recipe, a key of `RULES` in suggest.py."""
+
+
+Planner = Callable[[RunConfig, bool], Proposal]
+"""Plans a recipe on this machine, with measured speeds. Arguments: the recipe; True to time compiled steps."""
+Choices = Iterator[tuple[str, Any, str]]
+"""Type of a rule's result: an iterator over (key of the recipe, value, reason)."""
+
+
+@dataclass
+class Draft:
+    """Unfinished recipe: the values chosen so far, with their reasons."""
+
+    wish: Wish
+    dataset: DatasetConfig
+    raw: RawDataset
+    planner: Planner
+    exactly: bool = False
+    """True to plan with the times of compiled steps."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Key, such as `experts.batch_size` -> value."""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def set(self, key: str, value: Any, reason: str) -> None:
+        """Choose a value for a key, for a reason."""
+        self.values[key], self.reasons[key] = value, reason
+
+    def config(self, values: dict[str, Any] | None = None) -> RunConfig:
+        """Make a recipe from the values chosen so far and from `values`, which replace chosen values of equal keys."""
+        return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
+
+    def plan(self, config: RunConfig) -> Proposal:
+        """Plan a recipe on this machine."""
+        return self.planner(config, self.exactly)
+
+    def clock(self, values: dict[str, Any]) -> dict[str, float]:
+        """Stage -> seconds on the clock, for the recipe with these values, see `config`."""
+        return self.plan(self.config(values)).clock
+
+    def workers(self, values: dict[str, Any]) -> int:
+        """Number of workers of this machine, for the recipe with these values in shards, see `config`."""
+        here = min(machine_here(self.config(values)).workers, self.raw.classes)  # fewer images in a shard: slower steps
+        return self.plan(self.config(values | {"cluster.shards": here})).machine.workers
+
+    @property
+    def time(self) -> float:
+        """Seconds that are planned."""
+        return MARGIN * self.wish.seconds
+
+    @property
+    def asked(self) -> str:
+        """The asked time in words."""
+        seconds = self.wish.seconds
+        return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+    @property
+    def too_short(self) -> str:
+        """Reason of the smallest allowed number."""
+        return f"the least; {self.asked} would be too short for more"
+
+    @property
+    def images(self) -> int:
+        """Number of synthetic images."""
+        return self.wish.ipc * self.raw.classes
+
+    @property
+    def side(self) -> int:
+        """Smaller side of the images in pixels."""
+        return min(self.raw.size)
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of images of each class for training and validation together."""
+        parts = (self.raw.train, self.raw.validation)
+        labels = np.concatenate([part.labels for part in parts])
+        return [int(count) for count in np.bincount(labels, minlength=self.raw.classes)]
+
+    @property
+    def trained(self) -> list[int]:
+        """Number of images of each class that networks are trained on, without validation images."""
+        share = self.values["dataset.validation"]
+        return [count - held_out(count, share) for count in self.counts]
+
+    @property
+    def training(self) -> int:
+        """Number of images that experts are trained on, without validation images."""
+        return sum(self.trained)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of an SGD step of experts: the largest power of two that leaves `EPOCH_STEPS` steps an epoch."""
+        batch: int = 2 ** int(math.log2(max(1, self.training / EPOCH_STEPS)))
+        return min(max(SMALLEST_BATCH, batch), PUBLISHED_BATCH)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of plain SGD on batches of `batch_size`."""
+        return PUBLISHED_RATE if self.batch_size == PUBLISHED_BATCH else RATE
+
+    @property
+    def epoch(self) -> float:
+        """Distance of one epoch of plain SGD: learning rate times steps. (`Distance` needs a whole recipe.)"""
+        return self.rate * math.ceil(self.training / self.batch_size)
+
+
+def data(draft: Draft) -> Choices:
+    """Choose the data, their normalisation, and the depth of a convnet.
+
+    Raises:
+        DatasetError: a class has too few images.
+    """
+    dataset = draft.dataset
+    images = f"{sum(draft.counts):,} images to train and validate on, {len(draft.raw.test):,} to test"
+    yield "dataset.source", dataset.source, images
+    if dataset.path is not None:
+        yield "dataset.path", dataset.path, "may be another one on another machine"
+    if dataset.resize is not None:
+        yield "dataset.resize", dataset.resize, "one size for all images; smaller ones take less time"
+    ipc, smallest = draft.wish.ipc, min(draft.counts)
+    name = draft.raw.class_names[draft.counts.index(smallest)]
+    if ipc >= smallest:
+        raise DatasetError(
+            f"ipc is {ipc}, and class {name!r} has {smallest} images that are not for testing",
+            "a set holds fewer images than its data, and one image of a class is for validation",
+            f"ask for {max(1, (smallest - 1) // 2)} or fewer, or add images of this class",
+        )
+    share = min(VALIDATION, MOST_VALIDATION / sum(draft.counts))
+    if held_out(smallest, share) > smallest - ipc:
+        share, why = (
+            (smallest - ipc) / smallest / 2,
+            f"leaves {ipc} training images of class {name!r}, which has {smallest} in all",
+        )
+    else:
+        why = "chooses the set to keep; the test images choose nothing"
+    yield "dataset.validation", float(f"{share:.2g}"), why
+    resolved = draft.config().resolved(draft.raw.size)
+    kind = resolved.dataset.normalisation
+    why = "whitening, as published up to 64x64 pixels" if kind == "zca" else "whitening takes long above 64x64"
+    if draft.wish.method not in ("datm", "mtt"):
+        kind, why = "standard", f"mean and deviation of each channel, as published for {draft.wish.method}"
+    yield "dataset.normalisation", kind, why
+    if resolved.network.architecture == "convnet":
+        why = f"blocks; each halves the {draft.side} pixels, and maps keep 3 or more"
+        yield "network.depth", resolved.network.depth, why
+
+
+def augmentation(draft: Draft, *sections: str) -> Choices:
+    """Choose the augmentation of sections of the recipe."""
+    if draft.side >= SMALLEST_PICTURE:
+        is_grey = draft.raw.channels == 1
+        every = PUBLISHED_AUGMENTATION.removeprefix("color_") if is_grey else PUBLISHED_AUGMENTATION
+        why = "as published" + (" but for colour, which grey images lack" if is_grey else "")
+        yield from ((f"{section}.augmentation", every, why) for section in sections)
+        return
+    for section in sections:
+        if section == "evaluate":
+            why = f"at {draft.side} pixels cutout and flip would make other pictures"
+            yield "evaluate.augmentation", "crop_scale_rotate", why
+        else:
+            yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
+
+
+def evaluation(draft: Draft, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
+    """Values of the longest evaluation within `EVALUATION_SHARE` of the time.
+
+    Networks on all real images are added if they take at most `REAL_SHARE` of the time.
+    """
+    for protocol, seeds in EVALUATIONS:
+        found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
+        seconds = draft.clock(values | found)["evaluation"]
+        if seconds <= EVALUATION_SHARE * draft.time:
+            break
+    real = {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
+    if draft.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * draft.time:
+        found |= real
+    return found
+
+
+def evaluation_reasons(draft: Draft, values: dict[str, Any], real_epochs: str) -> dict[str, str]:
+    """Key -> reason for the values that `evaluation` returns. `real_epochs` is the reason for their number."""
+    return {
+        "evaluate.protocol": f"the longest that takes at most a fifth of {draft.asked}, or the shortest that trains "
+        "networks",
+        "evaluate.seeds": "networks of a row, for a mean and its deviation",
+        "evaluate.full": "networks on all real images take at most a tenth of the time"
+        if values["evaluate.full"]
+        else "left out: networks on all real images take more than a tenth of the time",
+        "evaluate.real_epochs": real_epochs,
+    }
+
+
+def saved(iterations: int) -> dict[str, int]:
+    """Values of when a distillation is validated and saved, by its number of iterations."""
+    return {
+        "distill.validate_every": -(-iterations // VALIDATIONS),
+        "distill.checkpoint_every": -(-iterations // CHECKPOINTS),
+    }
+
+
+def iteration_reasons(draft: Draft, iterations: int, least: int = LEAST_ITERATIONS) -> dict[str, str]:
+    """Key -> reason for the number of iterations, at least `least`, and for the values of `saved`."""
+    return {
+        "distill.iterations": "as many as the rest of the time allows" if iterations > least else draft.too_short,
+        "distill.validate_every": f"{VALIDATIONS} times, to choose the set to keep",
+        "distill.checkpoint_every": f"about {min(CHECKPOINTS, iterations)} times; Ctrl-C saves too",
+    }
+
+
+def widest(draft: Draft, of_width: Callable[[Draft, int], tuple[dict[str, Any], bool]]) -> dict[str, Any]:
+    """Values for the largest width of the network for which the time is enough.
+
+    Args:
+        of_width: returns the values for a width, and True if the time is enough.
+    """
+    is_long = draft.wish.seconds >= EXACT_FROM
+    for width in WIDTHS:
+        draft.exactly = False
+        values, is_enough = of_width(draft, width)
+        if is_long and (is_enough or width == WIDTHS[-1]):
+            draft.exactly = True
+            values, is_enough = of_width(draft, width)
+        if is_enough:
+            break
+    return values

@@ -1,0 +1,187 @@
+"""Rules for a recipe of trajectory matching, datm or mtt, for a user's own images.
+
+Tests: tests/planning/test_suggest.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from datm_ray.planning.draft import (
+    AS_ASKED,
+    EXPERTS_SHARE,
+    FOR_ALL,
+    FOUND,
+    LEAST_ITERATIONS,
+    MOST_ITERATIONS,
+    PUBLISHED_BATCH,
+    TRAINED,
+    VALIDATIONS,
+    WIDTHS,
+    Choices,
+    Draft,
+    augmentation,
+    evaluation,
+    evaluation_reasons,
+    iteration_reasons,
+    saved,
+    widest,
+)
+from datm_ray.runtime.executor import counted
+from datm_ray.stages.experts import experts_at_a_time
+
+BOUND, BOUND_POWER = 8.0, 0.57
+"""The range of start epochs ends at distance (learning rate times steps) BOUND * ipc ** BOUND_POWER from epoch 0.
+
+DATM's CIFAR-10 recipes end at 7 (IPC 1), 35 (10) and 70 (50), the digits' recipes at 9 (1) and 28 (10)."""
+LATE_SHARE, MOST_LATE = 3.0, 0.5
+"""Start of the range of start epochs, as a share of its end: LATE_SHARE times the set's share of the real images, at
+most MOST_LATE.
+
+Examples: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67); 0.2 for
+digits-ipc10."""
+STEP_DISTANCE = 0.06
+"""Expert's distance (learning rate times steps) that one student step must cover.
+
+DATM's recipes have 0.044, the digits' recipes 0.07 to 0.1."""
+STUDENT_BATCH = 50
+"""Smallest number of images in a student step, or two per class if those are more; at most the whole set."""
+THRESHOLD = 1.1
+"""Matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
+
+If a set hardly moves the student, losses scatter around 1."""
+STEPS = (40, 20, 10)
+"""Numbers of student steps, in the order of trying them."""
+ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
+"""A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
+LEAST_EXPERTS, MOST_EXPERTS = 2, 100
+"""Smallest number of experts, even if the time is too short for it, and largest, as published."""
+
+
+def experts(draft: Draft) -> Choices:
+    """Choose the training of experts, and the augmentation of all networks."""
+    batch, published = draft.batch_size, draft.batch_size == PUBLISHED_BATCH
+    steps = counted(math.ceil(draft.training / batch), "step")
+    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {steps}"
+    yield (
+        "experts.learning_rate",
+        draft.rate,
+        "as published" if published else "twice the published rate, because there are fewer steps",
+    )
+    yield from augmentation(draft, "experts", "distill", "evaluate")
+
+
+def matching(draft: Draft) -> Choices:
+    """Choose the range of start epochs, the student's batches, and how the set is updated."""
+    ipc, epoch, share = draft.wish.ipc, draft.epoch, draft.images / draft.training
+    is_mtt = draft.wish.method == "mtt"
+    yield "distill.ipc", ipc, AS_ASKED
+    distance = BOUND * ipc**BOUND_POWER
+    bound = max(2, round(distance / epoch))
+    first = 0 if is_mtt else int(bound * min(MOST_LATE, LATE_SHARE * share))
+    late = f"; begins later because the set is {share:.0%} of the data" if first else ""
+    why = f"ends at distance {distance:.0f}, known to suit {counted(ipc, 'image')} per class{late}"
+    yield "distill.start_epochs", [first, bound], why
+    batch = min(draft.images, max(STUDENT_BATCH, 2 * draft.raw.classes))
+    whole = batch == draft.images
+    yield "distill.batch_size", batch, "all images of the set" if whole else f"of {draft.images:,} images of the set"
+    yield "distill.threshold", THRESHOLD, "a little above the loss of no movement, near which a set may start"
+    yield "distill.initial_step_size", None, FOUND
+    yield "distill.learning_rate_images", None, FOUND
+    if is_mtt:
+        yield "distill.initial", "random", "any real images, as published"
+    else:
+        yield "distill.learning_rate_labels", 5.0, "as for digits, between the published 2 and 10"
+    yield "distill.learning_rate_step_size", 5e-5, "as for digits"
+
+
+def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
+    """Values for a number of student steps: the epochs from start to target, and the experts' epochs."""
+    span = max(1, round(STEP_DISTANCE * steps / draft.epoch))
+    epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch))
+    return {
+        "distill.student_steps": steps,
+        "distill.expert_epochs": span,
+        "experts.epochs": epochs,
+        "experts.keep_epochs": epochs,
+    }
+
+
+def fitted(draft: Draft) -> tuple[dict[str, Any], dict[str, str]]:
+    """Choose the width of the network and the numbers of experts, epochs, student steps and iterations.
+
+    The largest width is taken for which the time is enough, see `ENOUGH_EXPERTS`. Returns the values and their reasons.
+    """
+    values = widest(draft, _of_width)
+    return values, _reasons(draft, values)
+
+
+def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
+    """Values with which the run takes about the asked time, and True if the time is enough, see `ENOUGH_EXPERTS`.
+
+    The smallest allowed numbers may take longer.
+    """
+    values = {"network.width": width, **_lengths(draft, STEPS[-1])}
+    workers = draft.workers(values)
+    values["cluster.shards"] = min(workers, draft.raw.classes)
+    values |= evaluation(draft, values, values["experts.epochs"])
+    stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
+    for steps in STEPS:
+        values |= _lengths(draft, steps)
+        values |= _numbers(draft, values, workers, stack)
+        if values["distill.iterations"] >= ENOUGH_ITERATIONS:
+            break
+    if stack > 1:
+        values["cluster.experts_at_a_time"] = min(stack, -(-values["experts.count"] // workers))
+    values |= saved(values["distill.iterations"])
+    is_enough = values["experts.count"] >= ENOUGH_EXPERTS and values["distill.iterations"] >= ENOUGH_ITERATIONS
+    return values, is_enough
+
+
+def _numbers(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, int]:
+    """Numbers of experts and iterations that fill the time. If it is short, experts are cut before iterations.
+
+    Args:
+        workers: number of the machine's workers. A round of experts has one expert per worker.
+        stack: number of experts that a worker trains at a time.
+    """
+    one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
+    each, fixed = (two - one) / stack, 2 * one - two  # seconds of a round, and of compiling
+    rounds = int((EXPERTS_SHARE * draft.time - fixed) / each)
+    count = min(max(LEAST_EXPERTS, workers * rounds), MOST_EXPERTS)
+    few = {"experts.count": count, "distill.iterations": VALIDATIONS, "distill.validate_every": 1}
+    short = draft.plan(draft.config(values | few))
+    iteration = sum(short.iteration)
+    iterations = VALIDATIONS + int((draft.time - sum(short.clock.values())) / iteration)
+    spare = max(0, count - ENOUGH_EXPERTS) // workers
+    fewer = min(spare, max(0, math.ceil((ENOUGH_ITERATIONS - iterations) * iteration / each)))
+    iterations += int(fewer * each / iteration)
+    return {
+        "experts.count": count - workers * fewer,
+        "distill.iterations": min(max(LEAST_ITERATIONS, iterations), MOST_ITERATIONS),
+    }
+
+
+def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
+    """Key -> reason for the values that `fitted` returns."""
+    width, iterations, steps = (values[key] for key in ("network.width", "distill.iterations", "distill.student_steps"))
+    count, is_enough = values["experts.count"], iterations >= ENOUGH_ITERATIONS
+    span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
+    in_time = f"more would leave fewer than {ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations in {draft.asked}"
+    return {
+        "network.width": "channels, as published" if width == WIDTHS[0] else f"channels; {in_time}",
+        "cluster.shards": FOR_ALL,
+        "cluster.experts_at_a_time": "all workers train experts",
+        **evaluation_reasons(draft, values, "as many as the experts have"),
+        "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"
+        if is_enough
+        else draft.too_short,
+        "distill.expert_epochs": f"distance {span:.2g}, for {steps} student steps",
+        "experts.epochs": f"distance {reached:.0f}: beyond the latest target, and far enough to label images",
+        "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts",
+        "experts.count": "as many as the time allows beside the iterations"
+        if count > LEAST_EXPERTS
+        else draft.too_short,
+        **iteration_reasons(draft, iterations),
+    }

@@ -1,0 +1,246 @@
+"""Rules for a recipe of dm, select or sre2l, for a user's own images. They share those for a teacher.
+
+Tests: tests/planning/test_suggest.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from datm_ray.core.training import PROTOCOLS
+from datm_ray.errors import ConfigError
+from datm_ray.planning.draft import (
+    AS_ASKED,
+    EVALUATION_SHARE,
+    EXPERTS_SHARE,
+    FOR_ALL,
+    FOUND,
+    LEAST_ITERATIONS,
+    REAL_SHARE,
+    SMALLEST_PICTURE,
+    TRAINED,
+    VALIDATIONS,
+    WIDTHS,
+    Choices,
+    Draft,
+    augmentation,
+    evaluation,
+    evaluation_reasons,
+    iteration_reasons,
+    saved,
+    widest,
+)
+from datm_ray.runtime.executor import counted
+from datm_ray.stages.recovery import FEW_IMAGES
+
+Fitted = tuple[dict[str, Any], dict[str, str]]
+"""Key -> value, and key -> reason."""
+
+REAL_IMAGES = (256, 128, 64, 32)
+"""Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""
+ENOUGH_UPDATES, MOST_UPDATES = 600, 20_000
+"""A width is chosen for dm if there is time for the digits' number of iterations. The largest is the published one."""
+PUBLISHED_STEP_SIZE = 0.01
+"""Step size published for dm, with the epochs of protocol published."""
+TEACHER_BATCH, TEACHER_RATE = 128, 0.1
+"""Largest batch size of a teacher and its learning rate: those of SRe2L's CIFAR-100. Digits have 0.05 for 64."""
+ENOUGH_EPOCHS, LEAST_EPOCHS, MOST_EPOCHS = 30, 5, 200
+"""A width is chosen if there is time for the epochs of the digits' teacher. The largest is SRe2L's for CIFAR-100."""
+LARGE_PICTURE = 48
+"""Smallest side in pixels, inclusive, of images that get the values published for Tiny-ImageNet, not for CIFAR."""
+POOL = 300
+"""Published number of images of a class that rded crops."""
+ENOUGH_RECOVERY, LEAST_RECOVERY, MOST_RECOVERY, MOST_OF_SMALL = 300, 100, 4000, 1000
+"""A width is chosen for sre2l if there is time for the digits' number of iterations. Fewer than the smallest number
+leave noise, and cost little beside the teacher. The largest are published, for Tiny-ImageNet and for CIFAR-100."""
+
+
+def embeddings(draft: Draft) -> Choices:
+    """Choose the first images, labels and augmentation of dm."""
+    yield "distill.ipc", draft.wish.ipc, AS_ASKED
+    yield "distill.initial", "random", "real images, as published"
+    yield "distill.labels", "hard", "the classes, because no network is trained that could label"
+    yield "distill.learning_rate_images", None, FOUND
+    yield from augmentation(draft, "distill", "evaluate")
+
+
+def fitted_embeddings(draft: Draft) -> Fitted:
+    """Choose the width of the network and the numbers of real images and iterations of dm."""
+    values = widest(draft, _embeddings_of)
+    real, protocol = values["distill.real_batch"], values["evaluate.protocol"]
+    enough = f"{ENOUGH_UPDATES} iterations"
+    reasons = {
+        "network.width": _width_reason(draft, values["network.width"], enough),
+        "cluster.shards": FOR_ALL,
+        "distill.real_batch": "of each class, as published"
+        if real == REAL_IMAGES[0]
+        else "all images of the largest class"
+        if real == max(draft.trained)
+        else f"of each class; as many as leave {enough} in {draft.asked}, or the least",
+        "distill.initial_step_size": f"the published {PUBLISHED_STEP_SIZE}"
+        + (f", in proportion to fewer epochs (evaluate.protocol {protocol})" if protocol != "published" else ""),
+        **evaluation_reasons(draft, values, "as many as experts would have"),
+        **iteration_reasons(draft, values["distill.iterations"]),
+    }
+    return values, reasons
+
+
+def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
+    values: dict[str, Any] = {"network.width": width}
+    values["cluster.shards"] = min(draft.workers(values), draft.raw.classes)
+    values |= evaluation(draft, values, math.ceil(TRAINED / draft.epoch))
+    longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
+    values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")
+    for real in dict.fromkeys(min(count, max(draft.trained)) for count in REAL_IMAGES):
+        values["distill.real_batch"] = real
+        values |= _iterations(draft, values, MOST_UPDATES)
+        if values["distill.iterations"] >= ENOUGH_UPDATES:
+            break
+    return values, values["distill.iterations"] >= ENOUGH_UPDATES
+
+
+def teacher(draft: Draft) -> Choices:
+    """Choose the training of the one network that select and sre2l read."""
+    batch = min(draft.batch_size, TEACHER_BATCH)
+    steps = counted(math.ceil(draft.training / batch), "step")
+    yield "experts.count", 1, "the teacher"
+    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {steps}"
+    why = f"{TEACHER_RATE} for batches of {TEACHER_BATCH}, as published for CIFAR-100, and in proportion"
+    yield "experts.learning_rate", TEACHER_RATE * batch / TEACHER_BATCH, why
+    for key, value in (("schedule", "cosine"), ("momentum", 0.9), ("weight_decay", 5e-4)):
+        yield f"experts.{key}", value, "as published for teachers"
+    yield "experts.keep_epochs", 1, "the last epoch is stored anyway, and no other is read"
+    yield "experts.augmentation", *_teacher_augmentation(draft)
+
+
+def _teacher_augmentation(draft: Draft) -> tuple[str, str]:
+    if draft.side < SMALLEST_PICTURE:
+        return "crop_scale_rotate", "as for the digits' teacher"
+    published = draft.side >= LARGE_PICTURE
+    return ("resized+flip", "as for Tiny-ImageNet's teacher") if published else ("crop+flip", "as for CIFAR's teacher")
+
+
+def selection(draft: Draft) -> Choices:
+    """Choose how images are chosen, and the augmentation of scored networks."""
+    yield "distill.ipc", draft.wish.ipc, AS_ASKED
+    yield "distill.labels", "soft", "the teacher's logits; hard gives the classes"
+    if draft.side >= SMALLEST_PICTURE:
+        yield "select.by", "rded", "crops that the teacher classifies best"
+        yield "select.pool", max(POOL, draft.wish.ipc), "images of a class that are cropped, as published; all if fewer"
+    else:
+        yield "select.by", "moderate", f"whole images; a crop of {draft.side} pixels often shows another picture"
+    yield from augmentation(draft, "evaluate")
+
+
+def fitted_selection(draft: Draft) -> Fitted:
+    """Choose the width of the network and the epochs of the teacher of select."""
+    values = widest(draft, _selection_of)
+    return values, _teacher_reasons(draft, values, f"{ENOUGH_EPOCHS} epochs of the teacher")
+
+
+def _selection_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
+    values = _scored_teacher(draft, width, 1 - EVALUATION_SHARE - REAL_SHARE)
+    return values, values["experts.epochs"] >= ENOUGH_EPOCHS and sum(draft.clock(values).values()) <= draft.time
+
+
+def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
+    """Values of a teacher that takes at most a share of the time, and of the evaluation."""
+    values: dict[str, Any] = {"network.width": width}
+    values["experts.epochs"] = _epochs(draft, values, share)
+    return values | evaluation(draft, values, values["experts.epochs"])
+
+
+def statistics(draft: Draft) -> Choices:
+    """Choose the network of sre2l.
+
+    Raises:
+        ConfigError: the set has too few images for statistics.
+    """
+    if draft.images < FEW_IMAGES:
+        raise ConfigError(
+            f"a set of {draft.images} images is too small for sre2l",
+            f"it compares batch statistics of the whole set with the teacher's, and fewer than {FEW_IMAGES} say little",
+            f"ask for {-(-FEW_IMAGES // draft.raw.classes)} images per class or more, or for another method",
+        )
+    yield "network.architecture", "resnet18", "as published"
+    yield "network.norm", "batch", "images are recovered from its statistics"
+
+
+def recovery(draft: Draft) -> Choices:
+    """Choose how images are recovered, and the teacher's part in the training of scored networks."""
+    yield "distill.ipc", draft.wish.ipc, AS_ASKED
+    yield "distill.initial", "noise", "as published"
+    yield "distill.labels", "soft", "the teacher's logits"
+    if draft.side >= LARGE_PICTURE:
+        values: dict[str, Any] = {"learning_rate": 0.1, "statistics": 1.0, "least_share": 0.08, "shift": 4}
+        why, temperature = "as published for Tiny-ImageNet", 20.0
+    elif draft.side >= SMALLEST_PICTURE:
+        values = {"learning_rate": 0.25, "statistics": 0.01, "least_share": 1.0, "shift": 4}
+        why, temperature = "as published for CIFAR-100", 30.0
+    else:
+        values = {"learning_rate": 0.1, "statistics": 1.0, "least_share": 1.0, "flip": False, "shift": 0}
+        why, temperature = "as for digits", 4.0
+    yield from ((f"recover.{key}", value, why) for key, value in values.items())
+    yield "evaluate.labels", "teacher", "labels every batch, as published"
+    yield "evaluate.temperature", temperature, why
+    yield "evaluate.augmentation", *_teacher_augmentation(draft)
+
+
+def fitted_recovery(draft: Draft) -> Fitted:
+    """Choose the width of the network, the epochs of the teacher, and the number of iterations of sre2l."""
+    values = widest(draft, _recovery_of)
+    del values["distill.validate_every"]  # pieces are not validated
+    enough = f"{ENOUGH_EPOCHS} epochs of the teacher or {ENOUGH_RECOVERY} iterations"
+    reasons = iteration_reasons(draft, values["distill.iterations"], LEAST_RECOVERY)
+    if values["distill.iterations"] == _most_iterations(draft):
+        reasons["distill.iterations"] = "as published"
+    return values, reasons | _teacher_reasons(draft, values, enough)
+
+
+def _recovery_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
+    values = _scored_teacher(draft, width, EXPERTS_SHARE)
+    values |= _iterations(draft, values, _most_iterations(draft), LEAST_RECOVERY)
+    return values, values["experts.epochs"] >= ENOUGH_EPOCHS and values["distill.iterations"] >= ENOUGH_RECOVERY
+
+
+def _most_iterations(draft: Draft) -> int:
+    return MOST_RECOVERY if draft.side >= LARGE_PICTURE else MOST_OF_SMALL
+
+
+def _teacher_reasons(draft: Draft, values: dict[str, Any], enough: str) -> dict[str, str]:
+    epochs = values["experts.epochs"]
+    return {
+        "network.width": _width_reason(draft, values["network.width"], enough),
+        "experts.epochs": "as published for CIFAR-100"
+        if epochs == MOST_EPOCHS
+        else "as many as its share of the time allows"
+        if epochs > LEAST_EPOCHS
+        else draft.too_short,
+        **evaluation_reasons(draft, values, "as many as the teacher has"),
+    }
+
+
+def _width_reason(draft: Draft, width: int, enough: str) -> str:
+    more = f"more would leave fewer than {enough} in {draft.asked}"
+    return "channels, as published" if width == WIDTHS[0] else f"channels; {more}"
+
+
+def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
+    """Number of the teacher's epochs that take at most a share of the time; `LEAST_EPOCHS` even if they take longer."""
+    few = LEAST_EPOCHS
+    one, two = (draft.clock(values | {"experts.epochs": count * few})["experts"] for count in (1, 2))
+    return min(max(few, few + int((share * draft.time - one) / (two - one) * few)), MOST_EPOCHS)
+
+
+def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LEAST_ITERATIONS) -> dict[str, int]:
+    """Number of iterations that fill the time, from `least` to `most`, and when the set is validated and saved."""
+    few = VALIDATIONS
+
+    def seconds(count: int) -> float:
+        return sum(draft.clock(values | {"distill.iterations": count, **saved(count)}).values())
+
+    one, two = seconds(few), seconds(2 * few)
+    count = few + int((draft.time - one) / (two - one) * few)
+    count = min(max(least, count), most)
+    return {"distill.iterations": count, **saved(count)}
