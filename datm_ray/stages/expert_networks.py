@@ -27,6 +27,8 @@ class ExpertNetworks:
         self.network = build_network(spec, seed=0).to(device)
         self._last_epoch = config.experts.epochs
         self._device = device
+        self._restored: tuple[int, int] | None = None
+        """Expert and epoch whose snapshot the network has; None for random parameters."""
 
     def _require_all(self, config: RunConfig) -> None:
         available = sum(expert < self.count for expert in self.group.experts())
@@ -42,15 +44,20 @@ class ExpertNetworks:
 
         Every call returns the same module with other parameters.
 
+        The snapshot is read unless the module has it from the call before; so callers must not change parameters.
+
         Args:
             epoch: a stored epoch; `None` for the last.
 
         Raises:
             StoreError: the epoch is not stored.
         """
-        held = self.group.read_snapshot(expert, self._last_epoch if epoch is None else epoch)
-        unflatten_into(self.network, to_device(held.params, self._device))
-        unflatten_buffers_into(self.network, to_device(held.buffers, self._device))
+        wanted = expert, self._last_epoch if epoch is None else epoch
+        if self._restored != wanted:
+            held, self._restored = self.group.read_snapshot(*wanted), None
+            unflatten_into(self.network, to_device(held.params, self._device))
+            unflatten_buffers_into(self.network, to_device(held.buffers, self._device))
+            self._restored = wanted
         return self.network
 
     def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:

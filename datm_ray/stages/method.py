@@ -68,6 +68,8 @@ class Part:
     """Number of distilling workers that may run on this node at the same time."""
     piece: Piece | None = None
     """Piece (some images of some classes) that the worker makes; `None` if the set is not made in pieces."""
+    experts: Sequence[ExpertNetworks] | None = None
+    """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
 
     @cached_property
     def rows(self) -> Rows:
@@ -320,13 +322,15 @@ class Method:
         return self.part.piece
 
     @cached_property
-    def experts(self) -> list[ExpertNetworks]:
+    def experts(self) -> Sequence[ExpertNetworks]:
         """Experts of each backbone in `trained_backbones`, in this order.
 
         Raises:
             MissingExpertsError: the store lacks experts.
         """
         part = self.part
+        if part.experts is not None:
+            return part.experts
         trained = self.trained_backbones(part.config)
         return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
 

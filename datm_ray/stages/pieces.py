@@ -32,6 +32,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, Rows, s
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import remove_folder
+from datm_ray.stages.experts import expert_group
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Part, Piece
 from datm_ray.stages.registry import method_of
@@ -56,11 +57,26 @@ def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list
 
 
 class PieceWorker:
-    """Worker that makes pieces of sets (some images of some classes) from one data set, and joins the pieces."""
+    """Worker that makes pieces of sets (some images of some classes) from one data set, and joins the pieces.
+
+    It keeps the trained networks of the last piece, so that the next one of the same run does not read them again.
+    """
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
+        self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
+        """Groups in the store with their numbers of experts, and their networks."""
+
+    def _experts(self, config: RunConfig, store_uri: str) -> list[ExpertNetworks]:
+        """Trained networks of a run's method: those of the last piece if they are the same, else restored."""
+        trained, data = method_of(config).trained_backbones(config), self._dataset
+        groups = [expert_group(store_uri, each, data.name, data.fingerprint) for each in trained]
+        wanted = [(group.location.uri, config.experts.count) for group in groups]
+        if wanted != self._kept[0]:
+            self._kept = [], []  # leave the device before others come
+            self._kept = wanted, [ExpertNetworks(each, data, store_uri, self._device) for each in trained]
+        return self._kept[1]
 
     def make_piece(self, config: RunConfig, store_uri: str, folder_uri: str, number: int) -> Iterator[Event]:
         """Make a piece (some images of some classes) of a set, from its last checkpoint if there is one.
@@ -85,7 +101,8 @@ class PieceWorker:
         yield Phase("preparing the networks")
         unvalidated = config.distill.model_copy(update={"validate_every": 0})
         config = config.model_copy(update={"distill": unvalidated})
-        part = Part(config, self._dataset, store_uri, Alone(), self._device, sharing=1, piece=piece)
+        experts = self._experts(config, store_uri)
+        part = Part(config, self._dataset, store_uri, Alone(), self._device, sharing=1, piece=piece, experts=experts)
         with closing(method_of(config)(part)) as method:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
@@ -107,7 +124,10 @@ class PieceWorker:
     ) -> Iterator[Event]:
         attempt, places = Attempt.start(folder, Alone()), [piece_folder(folder, piece) for piece in pieces]
         folder = attempt.folder
-        teacher = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
+        first = config.each_backbone()[0]
+        (teacher, *_) = self._experts(config, store_uri) or [
+            ExpertNetworks(first, self._dataset, store_uri, self._device)
+        ]
         provenance = read_artifact(places[0] / SYNTHETIC).provenance
         sets = {}
         for name in (INITIAL, SYNTHETIC):

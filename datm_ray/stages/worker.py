@@ -65,14 +65,16 @@ class StageWorker:
     def _worker(self, kind: type[Any], *, light: bool) -> Any:
         """Worker of one stage, made at the stage's first task.
 
-        The first task of another stage drops the worker that trains experts, which frees its images on the device.
+        The first task of another stage drops the worker that trains experts, which frees its images on the device, and
+        the worker of pieces, which frees the trained networks that it keeps.
 
         Args:
             kind: class of the stage's worker.
             light: True to take the resources of `cluster.light`.
         """
-        if kind is not ExpertWorker:
-            self._workers.pop((ExpertWorker, True), None)
+        for other, is_light in ((ExpertWorker, True), (PieceWorker, False)):
+            if kind is not other:
+                self._workers.pop((other, is_light), None)
         if (kind, light) not in self._workers:
             self._workers[kind, light] = kind(self._dataset, self._cluster.shaped(light=light))
         return self._workers[kind, light]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Piece
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
 from datm_ray.stages.recovery import RecoveryFromTeacher
+from datm_ray.stages.worker import StageWorker
 from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.trajectories import ExpertGroup
 from tests.conftest import killing_executor, tiny_config
 
 SRE2L = (
@@ -124,6 +128,46 @@ def test_pieces_in_any_order_and_resumed_anywhere_have_the_same_bits(finished: P
     list(worker.join_pieces(config, pipeline.store_uri, str(folder)))
     assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
     assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+
+
+def test_a_worker_reads_its_teacher_once_for_all_pieces(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of runs with one teacher, and their joining, read it once; it goes with another kind of task."""
+    reads: list[tuple[str, int]] = []
+    read = ExpertGroup.read_snapshot
+
+    def counting(group: ExpertGroup, expert: int, epoch: int) -> Any:
+        reads.append((group.key, expert))
+        return read(group, expert, epoch)
+
+    configs = [config_of(), config_of("name=longer", "distill.iterations=5"), config_of("name=other", "seed=1")]
+    pipeline = Pipeline(configs, str(tmp_path), str(finished / "experts"))
+    pipeline.train_experts(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
+    monkeypatch.setattr(ExpertGroup, "read_snapshot", counting)
+    worker = StageWorker(pipeline.runs.dataset(configs[0].dataset), configs[0].cluster)
+
+    def make(config: RunConfig) -> str:
+        arguments = (config, pipeline.store_uri, str(tmp_path / config.name))
+        for number in range(4):
+            list(worker.make_piece(*arguments, number))
+        list(worker.join_pieces(*arguments))
+        return str(tmp_path / config.name / "synthetic.arrow")
+
+    one, longer, other = pipeline.configs
+    assert torch.equal(load(make(one)).images, recovered(finished).images)
+    make(longer)
+    assert len(reads) == 1
+    held = weakref.ref(worker._worker(PieceWorker, light=False)._experts(longer, pipeline.store_uri)[0])
+    make(other)
+    assert len(reads) == len(set(reads)) == 2
+    gc.collect()
+    assert held() is None
+    held = weakref.ref(worker._worker(PieceWorker, light=False)._experts(other, pipeline.store_uri)[0])
+    result = str(tmp_path / "score.json")
+    list(worker.evaluate(one, pipeline.store_uri, str(tmp_path / "tiny"), [result], "random-hard", [0]))
+    gc.collect()
+    assert held() is None
 
 
 def test_a_set_whose_pieces_are_all_made_is_joined_by_the_next_command(
