@@ -317,6 +317,28 @@ def test_an_interrupt_names_what_was_saved(
     assert (code, err) == (143, f"datm-ray: {line}\n")
 
 
+def test_a_signal_while_ray_is_closed_ends_with_what_was_saved(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal during the close ends the process without exit handlers, after the line on what was saved."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            raise Interrupted("birds: iteration 21 of 60")
+        finally:
+            end = Interrupted()
+            end.is_at_once = True
+            raise end
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
+    exits = mock.Mock(side_effect=SystemExit(130))
+    monkeypatch.setattr("os._exit", exits)
+    code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
+    line = "stopped. Saved birds: iteration 21 of 60. Run the same command again to resume from there."
+    assert (code, err) == (130, f"datm-ray: {line}\n")
+    exits.assert_called_once_with(130)
+
+
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:
     """`run --skip-full` plans no network for it; with --fair, which needs it, it is one clear line."""
     out = ("--out", str(tmp_path / "out"))

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,10 +90,14 @@ def _exit_flushed() -> None:
 
 def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False) -> None:
     if isinstance(failure, KeyboardInterrupt):
-        failure = _first_with_text(failure)
+        interrupts = list(_interrupts(failure))
+        failure = next((each for each in interrupts if str(each)), failure)
         saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
         say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
-        sys.exit(getattr(failure, "exit_code", INTERRUPTED))
+        code = getattr(failure, "exit_code", INTERRUPTED)
+        if any(getattr(each, "is_at_once", False) for each in interrupts):
+            _exit_at_once(code)
+        sys.exit(code)
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
     if os.environ.get("DATM_RAY_DEBUG") == "1":
@@ -107,12 +111,21 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
     sys.exit(1)
 
 
-def _first_with_text(end: KeyboardInterrupt) -> BaseException:
-    """Latest interrupt whose text says what was saved: `end`, or one before it; `end` if none has a text."""
+def _exit_at_once(code: int) -> None:
+    """End the process without exit handlers, because Ray's takes seconds. Ray's processes end with this one."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
+def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
+    """Yield an interrupt and those before it, latest first. One of them may say what was saved."""
     each: BaseException | None = end
-    while each and not (isinstance(each, KeyboardInterrupt) and str(each)):
+    while each:
+        if isinstance(each, KeyboardInterrupt):
+            yield each
         each = each.__context__
-    return each or end
 
 
 def _in_words(failure: BaseException) -> str:

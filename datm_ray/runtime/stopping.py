@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,6 +25,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     exit_code = 128 + signal.SIGINT
+    is_at_once = False
+    """True if the process should end without its exit handlers and threads, which may take seconds."""
 
 
 SAVES = "Stopping after the present iteration or epoch, which is saved"
@@ -98,20 +101,22 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def deferring_signals() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM to the end of the context, for work of seconds that is slower when it is interrupted.
+def close_unless_interrupted(close: Callable[[], object]) -> None:
+    """Close something that takes seconds, such as Ray, in a thread of its own. SIGINT or SIGTERM ends the wait for it.
+
+    The thread continues after a signal, unless the process ends.
 
     Raises:
-        Interrupted: a signal came. `exit_code` is 128 + its number, as in a shell.
+        Interrupted: a signal came. `is_at_once` is True, and `exit_code` is 128 + its number, as in a shell.
     """
-    came: list[int] = []
-    with _handling(lambda number, _: came.append(number)):
-        yield
-    if came:
+
+    def handle(number: int, _: Any) -> None:
         end = Interrupted()
-        end.exit_code = 128 + came[0]
+        end.exit_code, end.is_at_once = 128 + number, True
         raise end
+
+    with _handling(handle):
+        ThreadPoolExecutor(1, "close").submit(close).result()
 
 
 @contextmanager

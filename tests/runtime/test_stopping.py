@@ -8,7 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +27,7 @@ from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
-from datm_ray.runtime.stopping import Interrupted, by_signals, deferring_signals, saving
+from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
 from datm_ray.stages.distill import Distillation
@@ -77,21 +80,23 @@ def test_signals_ask_once_and_then_end(number: signal.Signals, code: int) -> Non
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_that_are_deferred_end_what_follows(number: signal.Signals, code: int) -> None:
-    """Deferred signals interrupt after the work, not within it; without one nothing is raised."""
-    before, done = signal.getsignal(number), []
+def test_a_signal_ends_the_wait_for_a_close_and_not_the_close(number: signal.Signals, code: int) -> None:
+    """A signal while something is closed ends the wait at once; without one the close is waited for, with its error."""
+    before, may_end, closed = signal.getsignal(number), threading.Event(), threading.Event()
 
-    def work(signals: int) -> None:
-        with deferring_signals():
-            for _ in range(signals):
-                signal.raise_signal(number)
-            done.append(signals)
+    def close() -> None:
+        os.kill(os.getpid(), number)
+        assert may_end.wait(100)
+        closed.set()
 
-    work(0)
     with pytest.raises(Interrupted) as end:
-        work(2)
-    assert (end.value.exit_code, done) == (code, [0, 2])
+        close_unless_interrupted(close)
+    assert (end.value.exit_code, end.value.is_at_once, closed.is_set()) == (code, True, False)
     assert signal.getsignal(number) is before
+    may_end.set()
+    assert closed.wait(100)
+    with pytest.raises(ZeroDivisionError):
+        close_unless_interrupted(lambda: 1 / 0)
 
 
 def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +282,56 @@ def test_a_command_on_ray_that_gets_a_signal_saves_what_its_workers_have_compute
     assert iteration == int(found[1]) >= 7
     assert len(list((out / "tiny/checkpoint").iterdir())) == 2
     assert "Traceback" not in err
+
+
+CLOSES_SLOWLY = """
+import sys, time
+import ray
+import datm_ray.cli
+
+shutdown = ray.shutdown
+
+def slowly():
+    print("closing", flush=True)
+    time.sleep(600)
+    shutdown()
+
+ray.shutdown = slowly
+datm_ray.cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ctrl_c_while_ray_is_closed_ends_the_command_and_ray(finished_run: Path, tmp_path: Path) -> None:
+    """A command that closes Ray ends at once on Ctrl-C, with one line, and no process of its Ray stays."""
+    shutil.copytree(finished_run, tmp_path / "runs")
+    mark = f"DATM_RAY_TEST_{uuid.uuid4().hex}=1"
+    command = [sys.executable, "-c", CLOSES_SLOWLY, "run", str(finished_run.parent / "tiny.yaml"), "--out", "runs"]
+    environment = {**os.environ, **dict([mark.split("=")])}
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "closing\n"
+        assert len(_processes_with(mark)) > 2
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=100)
+    finally:
+        run.kill()
+    assert run.returncode == 130, err
+    assert err.splitlines()[-1] == "datm-ray: stopped. Run the same command again to resume."
+    assert "Traceback" not in err
+    until(lambda: not _processes_with(mark), "Ray's processes have ended", every=0.2)
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Process ids of this machine's processes that have the variable in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                if variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found

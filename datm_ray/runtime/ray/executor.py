@@ -44,7 +44,7 @@ from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
-from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, deferring_signals, saving
+from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving
 
 PENDING = 8
 """Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
@@ -128,12 +128,18 @@ class RayExecutor:
             stage.close()
 
     def close(self) -> None:
-        """Stop all actors and disconnect. Also stop the cluster if it was started for the run."""
-        with deferring_signals():  # if this is interrupted, the process takes about 10 s more to end
-            self.metrics.close()
-            for each in self.pool:
-                each.stop()
-            self._leave()
+        """Stop all actors and disconnect. Also stop the cluster if it was started for the run.
+
+        Raises:
+            Interrupted: a signal came. If this process ends now, what it has started of Ray ends too.
+        """
+        close_unless_interrupted(self._close)
+
+    def _close(self) -> None:
+        self.metrics.close()
+        for each in self.pool:
+            each.stop()
+        self._leave()
 
     def _leave(self) -> None:
         if self._owns_cluster:
