@@ -588,6 +588,7 @@ def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPat
     """Too few workers are refused, unless an autoscaler can start nodes for them or the recipe says to wait."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
+    from datm_ray.runtime.ray.compat import NodeType
 
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
@@ -595,7 +596,7 @@ def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPat
         ray_cluster.Nodes(ClusterConfig()).require(4)
     assert ray_cluster.Nodes(ClusterConfig()).patience == ray_cluster.SHORT_WAIT
     ray_cluster.Nodes(ClusterConfig(wait_for_nodes=600.0)).require(4)
-    monkeypatch.setattr(ray_cluster, "autoscaled_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
+    monkeypatch.setattr(ray_cluster, "node_types", lambda: [NodeType({"CPU": 64.0, "GPU": 8.0}, 1)])
     nodes = ray_cluster.Nodes(ClusterConfig())
     nodes.require(4)
     assert nodes.patience == float("inf")

@@ -23,10 +23,10 @@ from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
-    autoscaled_resources,
     keep_off_standard_output,
     knows_labels,
     limit_node_search,
+    node_types,
     runs_a_node,
 )
 
@@ -238,9 +238,18 @@ class Nodes:
         """True if a node outside of `nodes` can hold a worker; `light`: see `fits`."""
         return any(count and node not in nodes for node, count in self.fits(light=light).items())
 
+    def growth(self, *, light: bool = False) -> float:
+        """Number of workers that all nodes of an autoscaler can hold, running ones included; `light`: see `fits`.
+
+        Labels do not count, because an autoscaler does not say which ones its nodes will have.
+        """
+        cluster = self._cluster.shaped(light=light)
+        held = ((fitting(each.resources, cluster), each.nodes) for each in node_types())
+        return sum(workers * nodes for workers, nodes in held if workers)
+
     def may_grow(self) -> bool:
         """True if an autoscaler can start nodes that hold workers."""
-        return fitting(autoscaled_resources(), self._cluster) > 0
+        return self.growth() > 0
 
     @property
     def patience(self) -> float:
@@ -257,7 +266,7 @@ class Nodes:
 
     def require(self, workers: int, what: str = "") -> None:
         """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time."""
-        if self.capacity() >= workers or self.may_grow() or self._cluster.wait_for_nodes:
+        if self.capacity() + self.growth() >= workers or self._cluster.wait_for_nodes:
             return
         needed = bundle_of(worker_options(self._cluster))
 
@@ -297,7 +306,8 @@ def default_gpus(cluster: ClusterConfig) -> float:
 
     With `cluster.device` "cpu" always 0.
     """
-    has_gpus = (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0
+    offered = [ray.cluster_resources(), *(each.resources for each in node_types() if each.nodes)]
+    has_gpus = any(each.get("GPU", 0) > 0 for each in offered)
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from typing import Any, NamedTuple
 
 import ray
 
@@ -83,11 +86,31 @@ def keep_off_standard_output(*, shown: bool) -> None:
         worker.print_worker_logs = lambda data, _stream, *more: show(data, sys.stderr, *more)
 
 
-def autoscaled_resources() -> dict[str, float]:
-    """Resource -> largest amount that the cluster's autoscaler may provide; empty without an autoscaler."""
+class NodeType(NamedTuple):
+    """Kind of node that an autoscaler can start."""
+
+    resources: dict[str, float]
+    """All resources of one such node."""
+    nodes: float
+    """Largest number of such nodes, running ones included; infinite without a limit."""
+
+
+def node_types() -> list[NodeType]:
+    """Kinds of nodes that the cluster's autoscaler can start; empty if it does not say.
+
+    The autoscalers that Ray brings for `ray up` and KubeRay do not say it, up to Ray 2.60.
+    """
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
-        return dict(ray._private.state.state.get_max_resources_from_cluster_config() or {})
-    return {}
+        config = ray._private.state.state.get_cluster_config()
+        return [_node_type(group, config.max_resources) for group in config.node_group_configs] if config else []
+    return []
+
+
+def _node_type(group: Any, limits: Mapping[str, float]) -> NodeType:
+    """Node type of an autoscaler's group; `limits` are the largest amounts of resources in the whole cluster."""
+    resources = {name: float(amount) for name, amount in group.resources.items() if amount}
+    shares = [limits[name] // amount for name, amount in resources.items() if name in limits]
+    return NodeType(resources, min([math.inf if group.max_count < 0 else group.max_count, *shares]))
 
 
 def draining_nodes() -> set[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.core.generated import autoscaler_pb2
 
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
@@ -127,6 +128,56 @@ def test_options_and_resources_of_a_worker() -> None:
     assert bundle_of(worker_options(CHOSEN, light=True)) == {"CPU": 1.0, "GPU": 0.25}
     node = {"CPU": 8.0, "GPU": 4.0, "fast_disk": 3.0}
     assert (fitting(node, CHOSEN), fitting(node | {"accelerator_type:A100": 1.0}, CHOSEN)) == (0, 3)
+
+
+def autoscaler(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], *groups: tuple[int, dict[str, int]]) -> None:
+    """Give Ray's state an autoscaler's word of what it can start: largest count and resources of each group."""
+    found = autoscaler_pb2.ClusterConfig(max_resources=limits)
+    for count, resources in groups:
+        found.node_group_configs.add(max_count=count, resources=resources)
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: found)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+
+
+POD = {"CPU": 7, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("count", "limits", "settings", "workers"),
+    [
+        (16, {}, {"threads_per_worker": 7, "gpus_per_worker": 1.0}, 16),
+        (16, {}, {"threads_per_worker": 3, "gpus_per_worker": 0.5}, 32),
+        (16, {"GPU": 4}, {"gpus_per_worker": 1.0}, 4),
+        (16, {}, {"threads_per_worker": 8}, 0),
+        (16, {}, {"gpus_per_worker": 2.0}, 0),
+        (0, {}, {}, 0),
+        (-1, {}, {"gpus_per_worker": 1.0}, 10**6),
+        (-1, {}, {"threads_per_worker": 8}, 0),
+    ],
+)
+def test_a_worker_must_fit_one_node_that_an_autoscaler_starts(
+    monkeypatch: pytest.MonkeyPatch, count: int, limits: dict[str, int], settings: dict[str, Any], workers: int
+) -> None:
+    """Workers are waited for up to the number that single nodes can hold, whatever the nodes have together."""
+    autoscaler(monkeypatch, limits, (count, POD), (3, {"CPU": 0}))
+    nodes = ray_cluster.Nodes(ClusterConfig(**settings))
+    assert nodes.may_grow() == bool(workers)
+    assert nodes.patience == (float("inf") if workers else ray_cluster.SHORT_WAIT)
+    if workers:
+        nodes.require(workers)
+    if count >= 0:
+        with pytest.raises(ClusterError, match="do not fit"):
+            nodes.require(workers + 1)
+
+
+def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers get a GPU by default where an autoscaler can start nodes with one, also before the first node."""
+    for count, gpus in ((16, 1.0), (0, 0.0)):
+        autoscaler(monkeypatch, {}, (count, POD))
+        assert ray_cluster.default_gpus(ClusterConfig()) == gpus
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: None)
+    assert ray_cluster.default_gpus(ClusterConfig()) == 0.0
 
 
 def test_labels_are_refused_as_by_ray() -> None:
