@@ -6,13 +6,14 @@ import errno
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -45,6 +46,7 @@ SHORT_WAIT = 60.0
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START = "Ray does not start on this machine"
+_LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
 
 
 def connect(address: str | None) -> str:
@@ -195,13 +197,21 @@ def first_line(message: BaseException | str) -> str:
     return "" if isinstance(message, str) else type(message).__name__
 
 
+class _Node(NamedTuple):
+    """Live node of the cluster."""
+
+    resources: dict[str, float]
+    """All resources, free or in use."""
+    labels: dict[str, str]
+
+
 class Nodes:
     """Number of workers that the cluster's nodes can hold, and how long to wait for more."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
-        self._resources: dict[str, dict[str, float]] = {}
-        """Live node -> all its resources, free or in use."""
+        self._nodes: dict[str, _Node] = {}
+        """Live nodes by identifier."""
         self._fits: dict[bool, dict[str, int]] = {}
         """Results of `fits`: key True for light workers, key False for all other workers."""
         self._checked = float("-inf")
@@ -209,22 +219,43 @@ class Nodes:
     def fits(self, *, light: bool = False) -> dict[str, int]:
         """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free.
 
+        A node without the labels that the workers ask for holds none.
+
         Args:
             light: True for workers with the shape of `cluster.light`.
         """
-        resources = self._alive()
+        nodes, chosen = self._alive(), self._chosen(light=light)
         if light not in self._fits:
             cluster = self._cluster.shaped(light=light)
-            self._fits[light] = {node: fitting(each, cluster) for node, each in resources.items()}
+            held = {node: fitting(each.resources, cluster) for node, each in chosen.items()}
+            self._fits[light] = {node: held.get(node, 0) for node in nodes}
         return self._fits[light]
 
-    def _alive(self) -> dict[str, dict[str, float]]:
-        """Live node -> all its resources, read from Ray at most once per `CHECK_INTERVAL`."""
+    def _alive(self) -> dict[str, _Node]:
+        """Live nodes by identifier, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
-            self._resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            found = [node for node in ray.nodes() if node["Alive"]]
+            self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
             self._fits = {}
             self._checked = time.monotonic()
-        return self._resources
+        return self._nodes
+
+    def _chosen(self, *, light: bool) -> dict[str, _Node]:
+        """Live nodes that have the labels of the workers' selector; `light`: see `fits`."""
+        selector = self._cluster.shaped(light=light).labels
+        return {node: each for node, each in self._alive().items() if matches(each.labels, selector)}
+
+    def _lacking(self, *, light: bool) -> str:
+        """Text about the workers' label selector if no live node satisfies it, else ""; `light`: see `fits`."""
+        selector = self._cluster.shaped(light=light).labels
+        if not selector or self._chosen(light=light):
+            return ""
+        key = "cluster.light.labels" if light and self._cluster.light else "cluster.labels"
+        wanted = ", ".join(f"{name}: {condition}" for name, condition in selector.items())
+        return f"no node has the labels of {key} ({wanted})"
+
+    def _holders(self) -> str:
+        return counted(sum(map(bool, self.fits().values())), "node")
 
     def capacity(self, *, light: bool = False) -> int:
         """Number of workers that all nodes together can hold if all their resources are free; `light`: see `fits`."""
@@ -232,7 +263,7 @@ class Nodes:
 
     def memory(self) -> int:
         """Bytes of memory that the largest node offers; `sys.maxsize` while there is no node."""
-        return max((int(each.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
+        return max((int(each.resources.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
 
     def others(self, nodes: set[str], *, light: bool = False) -> bool:
         """True if a node outside of `nodes` can hold a worker; `light`: see `fits`."""
@@ -265,35 +296,47 @@ class Nodes:
         return workers, min(workers, max(1, *fits)) if fits else 1
 
     def require(self, workers: int, what: str = "") -> None:
-        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time."""
-        if self.capacity() + self.growth() >= workers or self._cluster.wait_for_nodes:
+        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time, or no light one."""
+        if self._cluster.wait_for_nodes:
             return
-        needed = bundle_of(worker_options(self._cluster))
+        for light, number in ((False, workers), (True, 1)):
+            if self.capacity(light=light) + self.growth(light=light) < number:
+                raise self._too_few(number, what, light=light)
 
-        def words(amounts: dict[str, float]) -> str:
+    def _too_few(self, workers: int, what: str, *, light: bool) -> ClusterError:
+        wait = "set cluster.wait_for_nodes to wait for nodes started on demand"
+        if lacking := self._lacking(light=light):
+            return ClusterError(f"{what}{lacking}", remedy=f"{_LABEL_REMEDY}; {wait}")
+        needed, chosen = bundle_of(worker_options(self._cluster, light)), self._chosen(light=light)
+
+        def words(amounts: Mapping[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
             return f"{amounts.get('CPU', 0):g} CPU(s) and {amounts.get('GPU', 0):g} GPU(s){others}"
 
-        raise ClusterError(
-            f"{what}{counted(workers, 'worker')} with {words(needed)} each do not fit: "
-            f"the cluster has {words(ray.cluster_resources())}",
-            remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
-            "set cluster.wait_for_nodes to wait for nodes started on demand",
+        there = {
+            name: sum(each.resources.get(name, 0.0) for each in chosen.values()) for name in {"CPU", "GPU", *needed}
+        }
+        has = "the cluster has" if len(chosen) == len(self._alive()) else "nodes with the chosen labels have"
+        kind = "worker of cluster.light" if light else "worker"
+        return ClusterError(
+            f"{what}{counted(workers, kind)} with {words(needed)} each do not fit: {has} {words(there)}",
+            remedy=f"lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; {wait}",
         )
 
     def waiting(self, size: int, seconds: float) -> str:
         """Message for the user that a task has waited `seconds` for `size` free workers."""
-        fits = self.fits()
-        holds = f"{counted(len(fits), 'node')} can hold {self.capacity()}, if nobody else uses them"
-        return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {holds}"
+        lacking = self._lacking(light=False) or self._lacking(light=True)
+        holds = f"{self._holders()} can hold {self.capacity()}, if nobody else uses them"
+        return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {lacking or holds}"
 
     def not_enough(self, size: int) -> ClusterError:
         """Error for a task whose `size` workers did not become free in time."""
-        fits = self.fits()
         fewer = self.capacity() < size
+        waited = f"{counted(size, 'worker')} did not become free within {self.patience:g} s"
+        if lacking := self._lacking(light=False) or self._lacking(light=True):
+            return ClusterError(waited, lacking, _LABEL_REMEDY)
         return ClusterError(
-            f"{counted(size, 'worker')} did not become free within {self.patience:g} s; "
-            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(self.capacity(), 'worker')}",
+            f"{waited}; the cluster has {self._holders()} that can hold {counted(self.capacity(), 'worker')}",
             "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
             "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
             if fewer
@@ -362,10 +405,24 @@ def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0)
         "num_gpus": shape.gpus_per_worker,
         "memory": memory,
         "resources": {name: amount for name, amount in shape.resources.items() if amount},
-        "label_selector": dict(shape.labels),
+        # Ray would take the space in "in(a, b)" for a part of the second value.
+        "label_selector": {name: condition.replace(" ", "") for name, condition in shape.labels.items()},
         "accelerator_type": shape.accelerator_type,
     }
     return {name: value for name, value in options.items() if value}
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """True if a node with these labels satisfies every condition of a label selector.
+
+    Args:
+        selector: name of a label -> value, !value, in(a,b) or !in(a,b). A label that a node lacks has no value.
+    """
+    for name, condition in selector.items():
+        values = re.sub(r"^!?(in\((.*)\))?", r"\2", condition).replace(" ", "").split(",")
+        if (labels.get(name) in values) == condition.startswith("!"):
+            return False
+    return True
 
 
 def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:

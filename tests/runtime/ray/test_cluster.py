@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import socket
 import subprocess
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray._raylet import node_labels_match_selector
 from ray.core.generated import autoscaler_pb2
 
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.ray import cluster as ray_cluster
-from datm_ray.runtime.ray.cluster import bundle_of, fitting, with_gpus, worker_options
+from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 
 
@@ -178,6 +180,62 @@ def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ray_cluster.default_gpus(ClusterConfig()) == gpus
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: None)
     assert ray_cluster.default_gpus(ClusterConfig()) == 0.0
+
+
+CONDITIONS = ["a", "b", "!a", "!b", "in(a)", "in(b,a)", "in(b, c)", "!in(a)", "!in(c, a)", "!in(b,c)", "in", "!in"]
+
+
+@pytest.mark.parametrize("labels", [{}, {"zone": "a"}, {"zone": "in"}, {"zone": "a", "tier": "b"}], ids=str)
+def test_a_selector_of_labels_chooses_the_nodes_that_ray_chooses(labels: dict[str, str]) -> None:
+    """Conditions on one label and on two choose a node if and only if Ray's scheduler does."""
+    chosen = []
+    for zone, tier in itertools.product(CONDITIONS, ["", *CONDITIONS]):
+        selector = {"zone": zone, **({"tier": tier} if tier else {})}
+        chosen.append(matches(labels, selector))
+        given = worker_options(ClusterConfig(labels=selector))["label_selector"]
+        assert chosen[-1] == node_labels_match_selector(labels, given), selector
+    assert {True, False} == set(chosen)
+
+
+def node(name: str, labels: dict[str, str], **resources: float) -> dict[str, Any]:
+    """Live node as Ray describes it."""
+    return {"NodeID": name, "Alive": True, "Labels": labels, "Resources": resources}
+
+
+def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes without the labels count for nothing, for workers and light ones, and errors blame what is missing."""
+    found = [node("large", {"tier": "large"}, CPU=8.0), node("small", {"tier": "small"}, CPU=2.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    nodes = ray_cluster.Nodes(ClusterConfig(labels={"tier": "small"}, light=WorkerShape(labels={"tier": "!small"})))
+    assert [nodes.fits(light=light) for light in (False, True)] == [{"large": 0, "small": 2}, {"large": 8, "small": 0}]
+    assert not nodes.others({"small"})
+    assert nodes.others({"small"}, light=True)
+    nodes.require(2)
+    with pytest.raises(ClusterError, match=r"3 workers .* do not fit: nodes with the chosen labels have 2 CPU"):
+        nodes.require(3)
+    assert "has 1 node that can hold 2 workers. Other jobs use its CPUs" in str(nodes.not_enough(1))
+    found[1] = node("small", {"tier": "tiny"}, CPU=2.0)
+    nodes = ray_cluster.Nodes(ClusterConfig(labels={"tier": "small"}))
+    lacking = "no node has the labels of cluster.labels (tier: small)"
+    assert nodes.capacity() == 0
+    assert lacking in nodes.waiting(1, 60.0)
+    assert f"within 60 s. {lacking.capitalize()}" in str(nodes.not_enough(1))
+    light = ray_cluster.Nodes(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
+    with pytest.raises(ClusterError, match=r"birds: no node has the labels of cluster\.light\.labels"):
+        light.require(1, "birds: ")
+
+
+@pytest.mark.ray
+def test_a_label_that_no_node_has_is_named(ray_cluster: Any) -> None:
+    """On real Ray, a run whose workers ask for a label that no node has is refused at once, and the label is named."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    del ray_cluster
+    here = ray.get_runtime_context().get_node_id()
+    RayExecutor(ClusterConfig(labels={"ray.io/node-id": here, "zone": "!nope"})).close()
+    for settings in ({"labels": {"zone": "nope"}}, {"labels": {"ray.io/node-id": f"!in({here})"}}):
+        with pytest.raises(ClusterError, match=r"no node has the labels of cluster\.labels .* `ray start --labels`"):
+            RayExecutor(ClusterConfig(**settings))
 
 
 def test_labels_are_refused_as_by_ray() -> None:
