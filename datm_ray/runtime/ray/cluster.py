@@ -261,9 +261,15 @@ class Nodes:
         """Number of workers that all nodes together can hold if all their resources are free; `light`: see `fits`."""
         return sum(self.fits(light=light).values())
 
-    def memory(self) -> int:
-        """Bytes of memory that the largest node offers; `sys.maxsize` while there is no node."""
-        return max((int(each.resources.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
+    def memory(self, *, light: bool = False) -> int:
+        """Bytes of memory of the largest node that can hold a worker, else of any node; `light`: see `fits`.
+
+        `sys.maxsize` while there is no node.
+        """
+        fits = self.fits(light=light)
+        sizes = {node: int(each.resources.get("memory", 0)) for node, each in self._alive().items()}
+        held = [size for node, size in sizes.items() if fits.get(node)]
+        return max(held or sizes.values(), default=sys.maxsize)
 
     def others(self, nodes: set[str], *, light: bool = False) -> bool:
         """True if a node outside of `nodes` can hold a worker; `light`: see `fits`."""

@@ -422,8 +422,9 @@ class _Stage:
         yield job.task, Started(job.size)
 
     def _options(self, task: Task) -> dict[str, Any]:
-        # A request for more memory than the largest node has would wait for ever.
-        return worker_options(self._cluster, task.is_light, min(task.memory, self._nodes.memory()))
+        # A request for more memory than any node of workers has would wait for ever.
+        memory = min(task.memory, self._nodes.memory(light=task.is_light))
+        return worker_options(self._cluster, task.is_light, memory)
 
     def _avoided(self, job: _Job) -> set[str]:
         """Nodes on which this task or many workers in a row were lost; empty if no other node can hold a worker."""

@@ -225,6 +225,19 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
         light.require(1, "birds: ")
 
 
+def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's memory is limited by the largest node that can hold it, and by any node before there is one."""
+    head = node("head", {}, CPU=0.0, memory=64.0 * 2**30)
+    small = node("small", {"tier": "small"}, CPU=8.0, memory=16.0 * 2**30)
+    large = node("large", {}, CPU=1.0, memory=32.0 * 2**30)
+    cluster = ClusterConfig(threads_per_worker=2, light=WorkerShape(labels={"tier": "!small"}))
+    for found, sizes in (([], (None, None)), ([head], (64, 64)), ([head, small], (16, 64)), ([small, large], (16, 32))):
+        monkeypatch.setattr(ray, "nodes", lambda found=found: found)
+        nodes = ray_cluster.Nodes(cluster)
+        expected = tuple(sys.maxsize if size is None else size * 2**30 for size in sizes)
+        assert (nodes.memory(), nodes.memory(light=True)) == expected
+
+
 @pytest.mark.ray
 def test_a_label_that_no_node_has_is_named(ray_cluster: Any) -> None:
     """On real Ray, a run whose workers ask for a label that no node has is refused at once, and the label is named."""
