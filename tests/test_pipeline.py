@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
@@ -699,8 +701,9 @@ def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytes
     assert Pipeline([tiny_config()], "runs").store_uri == str(tmp_path / "runs/experts")
 
 
-def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path) -> None:
+def test_results_that_workers_wrote_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without a shared disk end their stage with one clear error."""
+    monkeypatch.setattr("datm_ray.pipeline.pipeline.LAG", 1)
 
     class Elsewhere(SerialExecutor):
         def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
@@ -709,6 +712,30 @@ def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path)
     config = tiny_config()
     with pytest.raises(ClusterError, match=r"do not share this disk.*s3://"):
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
+
+
+def test_results_that_a_shared_disk_shows_late_are_waited_for(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that another machine has written, and that this one sees a second later, ends its stage well."""
+    shutil.copytree(finished_run, tmp_path / "copy")
+    shown_at, info = [math.inf], LocalFileSystem.info
+
+    def late(self: LocalFileSystem, path: str, **options: Any) -> Any:
+        if str(path).endswith("synthetic.arrow") and time.monotonic() < shown_at[0]:
+            raise FileNotFoundError(path)
+        return info(self, path, **options)
+
+    class Elsewhere(SerialExecutor):
+        def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
+            shown_at[0] = time.monotonic() + 1.0
+            yield from ()
+
+    monkeypatch.setattr(LocalFileSystem, "info", late)
+    pipeline = Pipeline([tiny_config()], str(tmp_path / "copy"))
+    assert pipeline.plan()[1] == "1 set to distil: tiny"
+    pipeline.distill(lambda: Elsewhere(tiny_config().cluster), Reporter(quiet=True))
+    assert pipeline.plan()[1] == "0 sets to distil"
 
 
 def test_memory_of_workers_follows_their_gpus_and_not_this_machines(tmp_path: Path) -> None:

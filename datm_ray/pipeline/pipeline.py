@@ -48,7 +48,7 @@ from datm_ray.stages.scores import read_score
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
-from datm_ray.store.files.filesystem import Location
+from datm_ray.store.files.filesystem import LAG, Location, appears
 
 _log = logging.getLogger(__name__)
 
@@ -515,7 +515,9 @@ class Pipeline:
                     if not isinstance(event, More):
                         stage.event(task, event)
                         self._log.event(task, event)
-        if unseen := open_tasks(self.runs):
+        if (unseen := open_tasks(self.runs)) and not self.runs.alone:
+            reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
+        if unseen and not appears(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG):
             raise ClusterError(
                 f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",
                 "the workers run on machines that do not share this disk",

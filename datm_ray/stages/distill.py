@@ -67,7 +67,7 @@ from datm_ray.stages.validation import (
     unvalidated,
     validating,
 )
-from datm_ray.store.files.filesystem import Location, MissingFileError, open_location
+from datm_ray.store.files.filesystem import LAG, Location, MissingFileError, appears, open_location
 from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -465,25 +465,34 @@ class Distillation:
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
-        saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
-        self._attempt.resumed_at = -1 if saved is None else saved.iteration
-        if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
-            self._candidates.forget(first=self._attempt.resumed_at + 1)
-        self._require_one_state(self._attempt.resumed_at)
-        if saved is not None:
-            _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
-        return saved
+        saved: State[Any] | None = None
 
-    def _require_one_state(self, iteration: int) -> None:
-        """Raise an error unless every worker resumes at the same iteration; -1 stands for a new distillation."""
-        mine = torch.tensor([iteration, 1.0], dtype=torch.float64)
-        total, workers = self._mesh.sum_over_all(mine).tolist()
-        if total != iteration * workers:
+        def read_together() -> bool:
+            nonlocal saved
+            saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
+            return self._is_everyones(-1 if saved is None else saved.iteration)
+
+        if not appears(read_together, LAG):
             raise ClusterError(
                 f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}",
                 "they run on machines that do not share this disk",
                 "give --out and --store on a shared file system or on s3://",
             )
+        self._attempt.resumed_at = -1 if saved is None else saved.iteration
+        if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
+            self._candidates.forget(first=self._attempt.resumed_at + 1)
+        if saved is not None:
+            _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
+        return saved
+
+    def _is_everyones(self, iteration: int) -> bool:
+        """True if every worker resumes at the same iteration; -1 stands for a new distillation.
+
+        All workers call this together and get the same answer: only equal numbers have no variance.
+        """
+        mine = torch.tensor([iteration, iteration**2, 1.0], dtype=torch.float64)
+        total, squares, workers = self._mesh.sum_over_all(mine).tolist()
+        return bool(squares * workers == total**2)
 
     def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
         """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1].

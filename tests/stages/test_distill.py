@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
@@ -26,8 +28,16 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, SerialExecutor, Task, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
-from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import Attempt, Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
+from datm_ray.stages import checkpoint, distill as stages_distill
+from datm_ray.stages.checkpoint import (
+    CHECKPOINT,
+    Attempt,
+    Rows,
+    load_checkpoint,
+    read_computed,
+    read_curves,
+    save_checkpoint,
+)
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.trajectory import TrajectoryMatching
@@ -94,17 +104,48 @@ def as_asked_rank(config_file: str, out: str, worker_rank: WorkerRank) -> str:
     return ""
 
 
-def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, elsewhere: Path | None = None) -> None:
-    """Distil in `size` processes, to the end or up to an iteration; all but the first may have another folder."""
+def as_late_rank(config_file: str, out: str, worker_rank: WorkerRank, looks: int, lag: int) -> None:
+    """One process of a mesh, where rank 1 does not see the checkpoint at first.
+
+    Args:
+        looks: number of times that rank 1 looks in vain.
+        lag: longest time in seconds to wait for a file of another machine.
+    """
+    info, left = LocalFileSystem.info, [2 * looks * worker_rank.rank]  # the package asks twice each time
+
+    def late(self: LocalFileSystem, path: str, **options: Any) -> Any:
+        if path.endswith(CHECKPOINT) and left[0] > 0:
+            left[0] -= 1
+            raise FileNotFoundError(path)
+        return info(self, path, **options)
+
+    with patch.object(LocalFileSystem, "info", late), patch.object(stages_distill, "LAG", lag):
+        as_rank(config_file, out, worker_rank, None)
+
+
+def distil(
+    config: RunConfig,
+    out: Path,
+    size: int,
+    stop_at: int | None = None,
+    elsewhere: Path | None = None,
+    late: tuple[int, int] | None = None,
+) -> None:
+    """Distil in `size` processes, to the end or up to an iteration; all but the first may have another folder.
+
+    Args:
+        late: last arguments of `as_late_rank`.
+    """
     (out / "config.yaml").write_text(to_yaml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
     folders = [elsewhere if elsewhere and rank else out for rank in range(size)]
     file = str(out / "config.yaml")
+    last = late or (stop_at,)
     calls = side_by_side(
-        as_rank,
-        [(file, str(folder), WorkerRank(rank, size, rendezvous), stop_at) for rank, folder in enumerate(folders)],
+        as_late_rank if late else as_rank,
+        [(file, str(folder), WorkerRank(rank, size, rendezvous), *last) for rank, folder in enumerate(folders)],
     )
     failures = [str(call.exception()) for call in calls if call.exception()]
     if failures:
@@ -375,8 +416,16 @@ def test_folders_that_are_not_shared_are_an_error(reference: Path, tmp_path: Pat
     distil(tiny_config(*SET), outs[0], 1, stop_at=5)
     config = tiny_config(*SET, "cluster.shards=2")
     with pytest.raises(AssertionError) as caught:
-        distil(config, outs[0], 2, elsewhere=outs[1])
+        distil(config, outs[0], 2, elsewhere=outs[1], late=(0, 1))
     assert str(caught.value).count("see different checkpoints") == 2
+
+
+def test_a_checkpoint_that_a_shared_disk_shows_late_is_waited_for(reference: Path, tmp_path: Path) -> None:
+    """A set is resumed by all its workers where one of them sees the checkpoint after some time only."""
+    out = with_experts_of(reference, tmp_path)
+    distil(tiny_config(*SET), out, 1, stop_at=5)
+    distil(tiny_config(*SET, "cluster.shards=2"), out, 2, late=(3, 60))
+    assert_equal_but_for_rounding(learned(out), learned(reference))
 
 
 @pytest.mark.ray

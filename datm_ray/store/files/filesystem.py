@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace as replaced
@@ -44,6 +45,9 @@ T = TypeVar("T")
 
 # Schemes of filesystems that do not wrap another one, with or without the slashes.
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
+
+LAG = 60
+"""Longest normal time in seconds until a file that one machine has written on a shared disk exists on all others."""
 
 
 class AlreadyExistsError(StoreError):
@@ -92,11 +96,14 @@ class Location:
         return self.path if isinstance(self.fs, LocalFileSystem) else None
 
     def exists(self) -> bool:
-        """True if a file or folder exists. Raises StoreError if this cannot be found out."""
+        """True if a file or folder exists. Raises StoreError if this cannot be found out.
+
+        A file that another machine has just written on a shared disk may be missing for some seconds, see `appears`.
+        """
         # Not fs.exists(): it also returns False if access is denied or the server does not answer.
         with self._asking("look for"):
             try:
-                self._ask(lambda: self.fs.info(self.path))
+                self._ask_afresh(lambda: self.fs.info(self.path))
             except (FileNotFoundError, NotADirectoryError) as error:
                 if lacks_bucket(error):
                     raise
@@ -147,7 +154,7 @@ class Location:
     def _listed(self, *, detail: bool) -> Sequence[Any]:
         with self._asking("list"):
             try:
-                found: Sequence[Any] = self._ask(lambda: self.fs.ls(self.path, detail=detail))
+                found: Sequence[Any] = self._ask_afresh(lambda: self.fs.ls(self.path, detail=detail))
             except (FileNotFoundError, NotADirectoryError) as error:
                 if lacks_bucket(error):
                     raise
@@ -298,6 +305,16 @@ class Location:
         with self.explaining(action), request("look", self.uri):
             yield
 
+    def _ask_afresh(self, call: Callable[[], T]) -> T:
+        """Return the result of `call`. If a local file is missing, read its folder, then call again."""
+        try:
+            return self._ask(call)
+        except (FileNotFoundError, NotADirectoryError):
+            if self.local_path is None:
+                raise
+            local.refresh(os.path.dirname(self.local_path))
+            return self._ask(call)
+
     def _ask(self, call: Callable[[], T]) -> T:
         """Return the result of `call`, a request. Requests to S3 are repeated after a temporary failure."""
         if not _is_s3(self.fs):
@@ -321,6 +338,19 @@ class Location:
             if self.local_path is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 cause += f" in {gettempdir()}, where uploads are prepared; TMPDIR names another folder"
             raise kind(f"Cannot {action} {self.uri}", cause, remedy) from error
+
+
+def appears(look: Callable[[], bool], seconds: int) -> bool:
+    """True once `look` returns True, which is called every second for `seconds` seconds; False if it never does.
+
+    It comes before an error about a file that another machine may have written, with `LAG` seconds. The number of calls
+    depends on their results alone, so several workers may look together.
+    """
+    for _ in range(seconds):
+        if look():
+            return True
+        time.sleep(1.0)
+    return look()
 
 
 def open_location(uri: str) -> Location:

@@ -95,6 +95,20 @@ class LocalDraft:
             self.file.close()
 
 
+def refresh(folder: str) -> None:
+    """Have this machine look afresh at what is in a folder, and at whether the folder exists.
+
+    The client of a network disk may remember for a minute that a file is missing. Reading the folder makes it ask.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            next(entries, None)
+    except OSError:
+        parent = os.path.dirname(folder)
+        if parent != folder and not os.path.lexists(folder):
+            refresh(parent)
+
+
 def _lock(descriptor: int, *, wait: bool) -> None:
     """Lock a file until it is closed.
 

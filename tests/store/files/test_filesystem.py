@@ -13,9 +13,10 @@ import uuid
 from collections.abc import Callable
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError, TransientStoreError
-from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, appears, open_location
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -49,6 +50,62 @@ def test_existence_and_size_are_known(folder):
     assert not (file / "below").exists()
     file.remove()
     assert not file.exists()
+
+
+class Mount:
+    """Network disk whose client believes that a file is missing until it reads the first folder that exists above."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.unknown = set[str]()
+        info, ls, scandir = LocalFileSystem.info, LocalFileSystem.ls, os.scandir
+
+        def scan(folder):
+            self.look(folder)
+            self.unknown = {path for path in self.unknown if os.path.dirname(path) != folder}
+            return scandir(folder)
+
+        def wrapped(call):
+            return lambda fs, path, **options: (self.look(path), call(fs, path, **options))[1]
+
+        monkeypatch.setattr(os, "scandir", scan)
+        monkeypatch.setattr(os.path, "lexists", lambda path: not self.is_unknown(path))
+        monkeypatch.setattr(LocalFileSystem, "info", wrapped(info))
+        monkeypatch.setattr(LocalFileSystem, "ls", wrapped(ls))
+
+    def is_unknown(self, path) -> bool:
+        """True for what the client believes to be missing, and for all below it."""
+        return any(f"{path}/".startswith(f"{unknown}/") for unknown in self.unknown)
+
+    def look(self, path) -> None:
+        """Raise an error for what is unknown."""
+        if self.is_unknown(path):
+            raise FileNotFoundError(path)
+
+
+def test_a_missing_file_is_looked_up_afresh(local, monkeypatch):
+    """A file or folder that the client of a shared disk remembers as missing is found, also in a new folder."""
+    mount = Mount(monkeypatch)
+    new, file = local / "new", local / "new" / "runs" / "file"
+    file.write_atomic(b"12345")
+    for unknown in (file, file.parent, new):
+        mount.unknown = {unknown.path}
+        assert file.exists()
+        assert mount.unknown == set()
+        mount.unknown = {unknown.path} - {file.path}
+        assert file.parent.list() == ["file"]
+    assert not (local / "other" / "runs" / "file").exists()
+    assert not (file / "below" / "below").exists()
+
+
+def test_what_appears_late_is_waited_for(monkeypatch):
+    """A condition is checked every second until it holds, and once more at the end of the time."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for after, seconds, found, waited in ((0, 0, True, 0), (1, 0, False, 0), (3, 3, True, 3), (4, 3, False, 3)):
+        calls = iter(range(after + 1))
+        slept.clear()
+        assert appears(lambda after=after, calls=calls: next(calls) == after, seconds) == found
+        assert slept == [1.0] * waited
 
 
 def test_listing_what_is_not_a_folder_is_empty(folder):
