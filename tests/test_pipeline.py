@@ -714,6 +714,31 @@ def test_results_that_workers_wrote_elsewhere_are_missed(tmp_path: Path, monkeyp
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
 
 
+@pytest.mark.parametrize("missing", ["out", "store"])
+def test_workers_that_do_not_share_a_disk_are_noticed_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """Workers that lack the output folder or the store do no work, and their first task ends with an error."""
+    monkeypatch.setattr("datm_ray.stages.worker.LAG", 0)
+    config, events = tiny_config(), list[Event]()
+
+    class Elsewhere(SerialExecutor):
+        def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
+            (tmp_path / missing).rename(tmp_path / "elsewhere")
+            try:
+                for task, event in super().run(worker, setup, method, tasks):
+                    events.append(event)
+                    yield task, event
+            finally:
+                (tmp_path / "elsewhere").rename(tmp_path / missing)
+
+    pipeline = Pipeline([config], str(tmp_path / "out"), str(tmp_path / "store"))
+    with pytest.raises(ClusterError, match=rf" has no {tmp_path / missing}/.*do not share this disk.*s3://"):
+        pipeline.train_experts(lambda: Elsewhere(config.cluster), Reporter(quiet=True))
+    assert not any(isinstance(event, Progress) for event in events)
+    assert not list((tmp_path / "store").rglob("expert-*"))
+
+
 def test_results_that_a_shared_disk_shows_late_are_waited_for(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

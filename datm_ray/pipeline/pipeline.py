@@ -475,8 +475,18 @@ class Pipeline:
         """
         if dataset not in self._setups:
             shared = executor.share(self.runs.dataset(dataset, reporter.message))
-            self._setups[dataset] = (shared, self.configs[0].cluster, self.distill_worker)
+            self._setups[dataset] = (shared, self.configs[0].cluster, self.distill_worker, self._landmarks())
         return self._setups[dataset]
+
+    def _landmarks(self) -> tuple[str, ...]:
+        """Local files by which workers find that they share this machine's disks: in the output folder and the store.
+
+        Without this check, a stage would end before its results are missed.
+        """
+        networks = self.runs.networks()
+        transforms = [self.runs.experts(networks[0]).transform_file] if networks else []
+        places = [self.runs.folder(self.configs[0]) / LEASE, *transforms]
+        return tuple(place.uri for place in places if place.local_path is not None and place.exists())
 
     def _run(
         self,

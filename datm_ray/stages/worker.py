@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
+from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import Event
 from datm_ray.stages.difficulty import score_images
 from datm_ray.stages.distill import DistillWorker
@@ -15,14 +17,32 @@ from datm_ray.stages.experts import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
+from datm_ray.store.files.filesystem import LAG, appears, open_location
 
 
 class StageWorker:
     """Trains experts, distils, validates and evaluates on one data set. A stage is prepared at its first task."""
 
     def __init__(
-        self, dataset: Dataset, cluster: ClusterConfig, distill_worker: type[DistillWorker] = DistillWorker
+        self,
+        dataset: Dataset,
+        cluster: ClusterConfig,
+        distill_worker: type[DistillWorker] = DistillWorker,
+        shared: Sequence[str] = (),
     ) -> None:
+        """Check that this machine shares the command's disks.
+
+        Args:
+            dataset: images of all tasks.
+            cluster: how work runs.
+            distill_worker: class of the worker that distils.
+            shared: local files that the command's machine has, one in each folder that all machines must share.
+
+        Raises:
+            ClusterError: one of these files does not exist here.
+        """
+        for path in shared:
+            _require(path)
         self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
@@ -78,3 +98,12 @@ class StageWorker:
         if (kind, light) not in self._workers:
             self._workers[kind, light] = kind(self._dataset, self._cluster.shaped(light=light))
         return self._workers[kind, light]
+
+
+def _require(path: str) -> None:
+    if not appears(open_location(path).exists, LAG):
+        raise ClusterError(
+            f"{socket.gethostname()} has no {path}, which the command's machine has",
+            "the two machines do not share this disk",
+            "give --out and --store on a shared file system or on s3://",
+        )
