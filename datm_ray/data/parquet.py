@@ -8,9 +8,11 @@ exists. A text label is the class's name. Not covered: images stored outside the
 from __future__ import annotations
 
 import json
+import re
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -135,7 +137,8 @@ def find_files(path: str) -> ParquetFiles:
     validation files become the test set.
 
     Raises:
-        DatasetError: the path has no Parquet files, or no file in a folder of several is named as training data.
+        DatasetError: the path has no Parquet files, no file in a folder of several is named as training data, or a
+            numbered file of the folder is missing.
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
@@ -147,7 +150,45 @@ def find_files(path: str) -> ParquetFiles:
             f"no Parquet file at {missing[0]}" if missing else f"the path {path!r} names {len(named)} Parquet files",
             remedy="Set dataset.path to a folder of Parquet files, to one file, or to TRAIN.parquet,TEST.parquet",
         )
-    return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]))
+    notes = [f"{file.name} is one of {total} numbered files" for file in named if (total := _shards_of(file.name)) > 1]
+    return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]), tuple(notes))
+
+
+_SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?\.parquet", re.IGNORECASE)
+"""Name of a numbered file, such as train-00000-of-00002.parquet. Older ones have a checksum before the suffix."""
+
+
+def _shards_of(file: str) -> int:
+    """Number of files that a numbered file's name announces, such as 2 for train-00000-of-00002.parquet; else 1."""
+    shard = _SHARD.fullmatch(file)
+    return int(shard["total"]) if shard else 1
+
+
+def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
+    """Raise a `DatasetError` if a numbered file is missing, or if numbered files of two writings lie in one folder.
+
+    Args:
+        files: paths relative to `folder`.
+    """
+    stems: dict[str, list[re.Match[str]]] = defaultdict(list)
+    for shard in filter(None, map(_SHARD.fullmatch, files)):
+        stems[shard["stem"]].append(shard)
+    for stem, shards in stems.items():
+        numbers, total = {int(shard["number"]) for shard in shards}, shards[0]["total"]
+        if len(numbers) < len(shards) or {shard["total"] for shard in shards} != {total}:
+            raise DatasetError(
+                f"the files {stem}*.parquet in {folder} were written twice, as their numbers show",
+                f"They are {', '.join(shard[0] for shard in shards[:4])}",
+                "Move away those of one writing",
+            )
+        first = 1 if int(total) in numbers else 0
+        missing = next((number for number in range(first, first + int(total)) if number not in numbers), None)
+        if missing is not None:
+            raise DatasetError(
+                f"{stem}{missing:0{len(total)}}-of-{total}.parquet is missing in {folder}",
+                f"{len(numbers)} of {int(total)} files are there; a download may have stopped",
+                "Fetch the missing files, or give the path of one file to use it alone",
+            )
 
 
 def _in_folder(folder: Path) -> ParquetFiles:
@@ -164,6 +205,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
             "Give them names with the word 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
         )
     held_out = next((part for part in (test, val) if any(_is_labelled(folder / file) for file in part)), [])
+    _require_all_shards(folder, (*train, *held_out))
     unused = [
         file if held_out or file not in test + val else f"{file} (without labels)"
         for file in files

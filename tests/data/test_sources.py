@@ -579,6 +579,40 @@ def test_parquet_shards_are_one_set(tmp_path: Path, write_parquet: WriteParquet)
     assert sharded.fingerprint == load_raw("parquet", ",".join(map(str, pair))).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data/train-00000-of-00001.parquet"], ""),
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], ""),
+        (["train-00000-of-00002-a1.parquet", "train-00001-of-00002-b2.parquet"], ""),
+        (["train-1-of-2.parquet", "train-2-of-2.parquet"], ""),
+        (["data/train-00000-of-00002.parquet"], r"data/train-00001-of-00002\.parquet is missing in .* 1 of 2 files"),
+        (["train-00001-of-00003.parquet", "train-00002-of-00003.parquet"], r"train-00000-of-00003\.parquet is missing"),
+        (["train.parquet", "test-00001-of-00002.parquet"], r"test-00000-of-00002\.parquet is missing"),
+        (["train.parquet", "test.parquet", "val-00000-of-00002.parquet"], ""),  # not used
+        (["train-00000-of-00001.parquet", "train-00000-of-00002.parquet"], "were written twice"),
+        (["train-00000-of-00001-a1.parquet", "train-00000-of-00001-b2.parquet"], "were written twice"),
+    ],
+)
+def test_numbered_files_must_all_be_there(
+    names: list[str], message: str, tmp_path: Path, write_parquet: WriteParquet
+) -> None:
+    """A folder of numbered Parquet files is refused if one of them is missing, or if they were written twice."""
+    for name in names:
+        write_parquet(tmp_path / name, LABELS)
+    if message:
+        with pytest.raises(DatasetError, match=message):
+            load_raw("parquet", str(tmp_path))
+    else:
+        assert load_raw("parquet", str(tmp_path)).classes == 3
+
+
+def test_a_numbered_file_may_be_used_alone(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """The path of one numbered file is taken, and a note says that there are more."""
+    raw = load_raw("parquet", str(write_parquet(tmp_path / "train-00000-of-00002.parquet", LABELS)))
+    assert raw.notes == ("train-00000-of-00002.parquet is one of 2 numbered files",)
+
+
 def encode_value(value: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((4, 6, 3), value, dtype=np.uint8)).save(file, format="PNG")
