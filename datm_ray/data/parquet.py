@@ -137,8 +137,8 @@ def find_files(path: str) -> ParquetFiles:
     validation files become the test set.
 
     Raises:
-        DatasetError: the path has no Parquet files, no file in a folder of several is named as training data, or a
-            numbered file of the folder is missing.
+        DatasetError: the path has no Parquet files, no file in a folder of several is named as training data, a
+            numbered file of the folder is missing, or training files lie in several folders.
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
@@ -191,6 +191,32 @@ def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
             )
 
 
+def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
+    """Raise a `DatasetError` if files for one purpose lie in several folders, as do a repository's configurations.
+
+    The folder of a file is the one above the name that states its role: "320px" for 320px/train-0.parquet and for
+    320px/train/0.parquet, and the root for train/a/0.parquet and train/b/0.parquet, which are parts of one set.
+
+    Args:
+        files: paths relative to `folder`.
+        images: name of these images for the message, such as "training images".
+    """
+    places = sorted({_place_of(file) for file in files})
+    if len(places) > 1:
+        raise DatasetError(
+            f"the folders {' and '.join(place or '.' for place in places[:3])} in {folder} all hold {images}",
+            "They may be configurations of one repository, with the same images in each",
+            "Give the path of one of them, or move the other files away",
+        )
+
+
+def _place_of(file: str) -> str:
+    """Path above the name that states a file's role, see `role_of`; above the file if none does; "" is the root."""
+    parts = file.split("/")
+    stating = (depth for depth in reversed(range(len(parts))) if role_of(parts[depth]))
+    return "/".join(parts[: next(stating, len(parts) - 1)])
+
+
 def _in_folder(folder: Path) -> ParquetFiles:
     listing = list_folder(folder, {".parquet"})
     files = listing.files
@@ -204,7 +230,9 @@ def _in_folder(folder: Path) -> ParquetFiles:
             f"It holds {', '.join(files[:5])}" if files else " ".join(("It holds no *.parquet file", *listing.notes())),
             "Give them names with the word 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
         )
+    _require_one_place(folder, train, "training images")
     held_out = next((part for part in (test, val) if any(_is_labelled(folder / file) for file in part)), [])
+    _require_one_place(folder, held_out, "test images")
     _require_all_shards(folder, (*train, *held_out))
     unused = [
         file if held_out or file not in test + val else f"{file} (without labels)"

@@ -107,6 +107,33 @@ def test_a_test_file_without_a_label_column_is_not_the_test_set(tmp_path: Path, 
     assert raw.notes[-1].endswith("not used: test.parquet (without labels)")
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["160px/train-0.parquet", "320px/train-0.parquet"], "the folders 160px and 320px in .* all hold training"),
+        (["160px/train/0.parquet", "320px/train/0.parquet", "160px/test/0.parquet"], "all hold training images"),
+        (["train.parquet", "copy/train.parquet"], r"the folders \. and copy in .* all hold training images"),
+        (["train.parquet", "a/test.parquet", "b/test.parquet"], "the folders a and b in .* all hold test images"),
+        (["train.parquet", "test.parquet", "a/val.parquet", "b/val.parquet"], ""),  # not used
+        (["train/0.parquet", "test/0.parquet"], ""),
+        (["train/2024/0.parquet", "train/2025/0.parquet"], ""),
+        (["data/train-a.parquet", "data/train-b.parquet", "data/test.parquet"], ""),
+        (["default/partial-train/0.parquet", "default/test/0.parquet"], ""),
+    ],
+)
+def test_configurations_of_one_repository_are_not_merged(
+    names: list[str], message: str, tmp_path: Path, write_parquet: WriteParquet
+) -> None:
+    """Training files in several folders are refused, and test files too; parts of one training folder are not."""
+    for name in names:
+        write_parquet(tmp_path / name, LABELS)
+    if message:
+        with pytest.raises(DatasetError, match=message):
+            load_raw("parquet", str(tmp_path))
+    else:
+        load_raw("parquet", str(tmp_path))
+
+
 def test_a_comma_may_be_in_a_name(tmp_path: Path, write_parquet: WriteParquet) -> None:
     """A path with a comma that exists is one path, not a pair of paths."""
     path = write_parquet(tmp_path / "cats, dogs" / "a,b.parquet", LABELS)
