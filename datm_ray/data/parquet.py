@@ -255,7 +255,7 @@ def _is_labelled(file: Path) -> bool:
         label = next((name for name in _LABEL_COLUMNS if name in parquet.schema_arrow.names), None)
         if label is None:
             return False
-        column = _decategorised(_read_columns(file, parquet, (label,)).column(label)).drop_null()
+        column = _read_columns(file, parquet, (label,)).column(label).drop_null()
         return len(column) > 0 and not (pa.types.is_integer(column.type) and (column.to_numpy() == -1).all())
 
 
@@ -349,25 +349,40 @@ def _read_shard(file: Path, streamed: bool) -> _Shard:
         image = _column(file, schema.names, _IMAGE_COLUMNS)
         label = _column(file, schema.names, _LABEL_COLUMNS)
         table = _read_columns(file, parquet, (label,) if streamed else (image, label))
-        images, labels = None if streamed else table.column(image), _decategorised(table.column(label))
         groups = tuple(parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups))
     return _Shard(
-        images=None if streamed else _image_bytes(file, images),
+        images=None if streamed else _image_bytes(file, table.column(image)),
         groups=groups,
-        labels=_labels(file, labels),
+        labels=_labels(file, table.column(label)),
         class_names=_class_names(schema.metadata or {}, label),
     )
 
 
-def _decategorised(column: Any) -> Any:
-    """Copy of an Arrow column in which categories (dictionary codes) are replaced by their values."""
-    import pyarrow as pa
+def _plain(data: Any) -> Any:
+    """Copy of an Arrow table or batch with every column in its simplest form, see `_values`."""
+    return type(data).from_arrays([_values(column) for column in data.columns], names=data.schema.names)
 
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+def _values(column: Any) -> Any:
+    """Values of an Arrow column: of categories (dictionary codes), views, and structs with a field `bytes`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return _values(pc.struct_field(column, "bytes"))
+    if pa.types.is_dictionary(kind):
+        return _values(column.cast(kind.value_type))
+    if pa.types.is_binary_view(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.large_binary() if pa.types.is_binary_view(kind) else pa.large_string())
+    return column
 
 
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequence[int] | None = None) -> Any:
     """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
+
+    Columns come in their simplest form, see `_values`. Dictionary codes are replaced batch by batch, because each batch
+    has the whole dictionary, which would be counted anew.
 
     A small file can hold one value repeated in millions of rows. Not covered: one page, of up to 2 GiB, is unpacked
     before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no limit for pages, and
@@ -388,13 +403,14 @@ def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequ
     batches, size = [], 0
     for batch in parquet.iter_batches(_ROWS, groups, columns=list(columns)) if stated <= limit else ():
         batch.validate(full=True)
-        batches.append(batch)
-        size += batch.nbytes
+        batches.append(_plain(batch))
+        size += batches[-1].nbytes
         if size > limit:
             break
     if max(stated, size) > limit:
         raise ValueError(f"its {file.stat().st_size} bytes unpack to {max(stated, size)} or more")
-    return pa.Table.from_batches(batches, schema=None if batches else parquet.schema_arrow)
+    empty = parquet.schema_arrow.empty_table().select(list(columns))
+    return pa.Table.from_batches(batches) if batches else _plain(empty)
 
 
 def _column(file: Path, present: Sequence[str], wanted: Sequence[str]) -> str:
@@ -410,14 +426,10 @@ def _column(file: Path, present: Sequence[str], wanted: Sequence[str]) -> str:
 
 def _image_bytes(file: Path, column: Any) -> Any:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    kind = column.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        column = pc.struct_field(column, "bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise DatasetError(
-            f"the image column of {file} holds {kind}",
+            f"the image column of {file} holds {column.type}",
             "Images must be encoded bytes, or structs with a field 'bytes'",
             "Write the data set again with the images embedded",
         )

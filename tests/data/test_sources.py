@@ -579,6 +579,40 @@ def test_parquet_shards_are_one_set(tmp_path: Path, write_parquet: WriteParquet)
     assert sharded.fingerprint == load_raw("parquet", ",".join(map(str, pair))).fingerprint
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["categories", "categories in structs", "views", "views in structs", "large"])
+def test_every_arrow_type_of_bytes_is_read_alike(
+    kind: str, streamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images as dictionary codes, views or large bytes load like plain bytes, however many rows share a dictionary."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from datm_ray.data import parquet
+
+    monkeypatch.setattr(parquet, "DECODED_FREE", 0)
+    monkeypatch.setattr(parquet, "DECODED_RATIO", 3)  # the dictionary must not be counted for each 16 rows
+    kinds = {"views": (pa.binary_view(), pa.string_view()), "large": (pa.large_binary(), pa.large_string())}
+    encoded = [b"P5 4 4 255\n" + bytes([i % 256, i // 256] * 8) for i in range(600)]
+    image, label = pa.array(encoded, pa.binary()), pa.array([f"class {i % 3}" for i in range(600)])
+    tables = [{"image": image, "label": label}]
+    if kind.startswith("categories"):
+        tables.append({name: column.dictionary_encode() for name, column in tables[0].items()})
+    else:
+        types = kinds[kind.split()[0]]
+        tables.append({"image": image.cast(types[0]), "label": label.cast(types[1])})
+    if kind.endswith("structs"):
+        tables[1]["image"] = pa.StructArray.from_arrays([tables[1]["image"]], ["bytes"])
+    raws = []
+    for number, table in enumerate(tables):
+        pq.write_table(pa.table(table), tmp_path / f"{number}.parquet", compression="none")
+        raws.append(load_raw("parquet", str(tmp_path / f"{number}.parquet"), resize=4, streamed=streamed))
+    for plain, other in zip(*map(sets_of, raws), strict=True):
+        assert np.array_equal(plain.images[:], other.images[:])
+        assert np.array_equal(plain.labels, other.labels)
+    assert raws[1].class_names == ("class 0", "class 1", "class 2")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
