@@ -576,7 +576,9 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def _folders(class_names: tuple[str, ...]) -> list[str]:
     """Names of the classes' folders; names that would share a folder also end in the class's number."""
-    plain = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
-    plain = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in plain]
-    folded = Counter(name.casefold() for name in plain)
-    return [name if folded[name.casefold()] == 1 else f"{name}-{label}" for label, name in enumerate(plain)]
+    names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
+    names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]
+    # A name with a number may equal another class's name. Names with numbers differ from each other, so this ends.
+    while len(folded := Counter(name.casefold() for name in names)) < len(names):
+        names = [name if folded[name.casefold()] == 1 else f"{name}-{label}" for label, name in enumerate(names)]
+    return names
