@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -435,15 +435,28 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
             with everything, the transform included, which `load` reads).
 
     Raises:
-        ConfigError: the kind does not exist.
+        ConfigError: the kind does not exist, or PNG files of another set lie in `out`, whose images would be mixed.
     """
     if kind not in EXPORTS:
         raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
-    written = []
-    for name, data in EXPORTS[kind](artifact).items():
+    files = EXPORTS[kind](artifact)
+    if kind == "png":
+        _require_no_other_images(out, files)
+    for name, data in files.items():
         (out / name).write_atomic(data)
-        written.append(name)
-    return written
+    return list(files)
+
+
+def _require_no_other_images(out: Location, names: Container[str]) -> None:
+    """Raise a `ConfigError` if a folder in `out` holds PNG files that an export to these names would leave there."""
+    present = (f"{folder}/{name}" for folder in out.list() for name in (out / folder).list())
+    other = next((name for name in present if name.lower().endswith(".png") and name not in names), None)
+    if other:
+        raise ConfigError(
+            f"{out.uri} holds images that are not of this set, such as {other}",
+            "Another set was exported there, and the two would be mixed",
+            "Give another --out, or delete these images",
+        )
 
 
 def left_out(artifact: Artifact, kind: str) -> list[str]:

@@ -335,6 +335,20 @@ def test_png_export_has_a_folder_per_class(artifact: Artifact, tmp_path: Path) -
             assert np.array_equal(np.asarray(image), pixels)
 
 
+def test_png_exports_of_two_sets_are_not_mixed(artifact: Artifact, tmp_path: Path) -> None:
+    """A PNG export into a folder with images that it does not write is refused, and nothing is written."""
+    out = open_location(str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "banner.png").write_bytes(b"no class folder")
+    written = export(artifact, "png", out)
+    assert export(artifact, "png", out) == written
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    renamed = dataclasses.replace(artifact, class_names=(NAMES[0], "other"))
+    with pytest.raises(ConfigError, match=rf"holds images that are not of this set, such as {NAMES[1]}/00000\.png"):
+        export(renamed, "png", out)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
 def test_grey_png_has_one_channel(tmp_path: Path) -> None:
     """The PNG export keeps grey images grey."""
     save(tmp_path / "x.arrow", channels=1)
