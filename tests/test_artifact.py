@@ -109,6 +109,24 @@ def test_the_example_with_a_network_of_ones_own_runs(
     assert capsys.readouterr().out.endswith(" of 4 images\n")
 
 
+def test_the_documented_folder_reads_16_bits_as_a_data_set_does(path: Path, tmp_path: Path) -> None:
+    """The documented ImageFolder gives 16-bit images the pixels that a data set's have, normalised."""
+    call = next(line for line in USING.splitlines() if line.startswith("real = torchvision.datasets.ImageFolder("))
+    deep = np.random.default_rng(0).integers(0, 2**16, (12, 6, 5), dtype=np.uint16)
+    for number, pixels in enumerate(deep):
+        place = tmp_path / "deep" / NAMES[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    names: dict[str, Any] = {"synthetic": load(str(path))}
+    exec("import PIL.Image, torchvision\n" + call.replace("/data/birds/test", str(tmp_path / "deep")), names)
+    raw = load_raw("folder", str(tmp_path / "deep"))
+    decoded = np.concatenate([part.images[:] for part in (raw.train, raw.validation, raw.test)])
+    assert len(names["real"]) == len(decoded) == 12
+    normalise = names["synthetic"].normalise
+    expected = {normalise(pixels).numpy().tobytes() for pixels in decoded.repeat(3, axis=1)}
+    assert {image.numpy().tobytes() for image, _ in names["real"]} == expected
+
+
 def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
     """A set's text has its name, size and place; its training is the run's protocol, else the published one."""
     loaded = load(str(path))

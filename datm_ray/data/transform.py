@@ -67,7 +67,8 @@ class Normaliser(nn.Module):
     """Module that normalises images in [0, 1] as networks trained under a transform expect them.
 
     Use the module as a layer before a network, or as a torchvision transform: by itself, as in `ImageFolder(path,
-    transform=normaliser)`, or as a step of a `Compose`. `.to(device)` moves it, and tensors must be on its device.
+    transform=normaliser, loader=PIL.Image.open)`, or as a step of a `Compose`. `.to(device)` moves it, and tensors must
+    be on its device. The loader of this example keeps images of 16 bits, which torchvision's own makes white.
 
     PIL images are turned, converted and resized in the same way as images of a data set. The result has the dtype of
     the module's buffers: float32 unless the module is converted. Images of another float dtype are cast to it; uint8
