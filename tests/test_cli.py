@@ -645,6 +645,38 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     assert not Path("absent").exists()
 
 
+def test_a_dry_run_that_fails_writes_no_log_into_the_output_folder(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An unexpected failure of a dry run, which must write nothing, leaves its traceback in a temporary file."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    Path("temporary").mkdir()
+    Path("there").mkdir()
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.plan", fails)
+    for options in (("--out", "there", "--dry-run"), ("--dry-run", "--out", "there")):
+        code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial", *options)
+        assert code == 1
+        assert str(tmp_path / "temporary") in err
+    assert list(Path("there").iterdir()) == []
+
+
+def test_a_path_that_the_locale_cannot_encode_is_one_line(tmp_path: Path) -> None:
+    """A recipe's path with letters beyond an ASCII locale is bad input, with the variable that mends it."""
+    (tmp_path / "folder ü").mkdir()
+    (tmp_path / "birds.yaml").write_text("base: digits-ipc1\ndataset: {source: folder, path: folder ü}\n", "utf-8")
+    command = [sys.executable, "-m", "datm_ray", "run", "birds.yaml", "--dry-run", "--out", "."]
+    ascii_ = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=ascii_, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1), ended.stderr
+    assert "a path holds characters that this locale cannot encode ('ascii' codec" in ended.stderr
+    assert "Try: PYTHONUTF8=1" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["birds.yaml", "folder ü"]
+
+
 def test_the_log_of_a_failure_holds_no_secrets(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

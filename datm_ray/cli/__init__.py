@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Any
 
 from datm_ray.cli.ending import adapt_streams, end_cleanly, find_home
 from datm_ray.cli.jobs import job_app
@@ -28,8 +29,10 @@ def main() -> None:
     logs.show(0)
     _hide_deprecations()
     find_home()
-    noted: dict[str, str] = {}
-    end_cleanly(lambda: app(obj=noted, prog_name="datm-ray"), lambda: noted.get("out"))
+    noted: dict[str, Any] = {}
+    end_cleanly(
+        lambda: app(obj=noted, prog_name="datm-ray"), lambda: None if noted.get("dry_run") else noted.get("out")
+    )
 
 
 def _hide_deprecations() -> None:

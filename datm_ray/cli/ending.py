@@ -62,7 +62,7 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     """Run a command and end the process: with 0, or with one line on standard error and another exit code.
 
     Args:
-        out: returns the command's output folder, or `None` if the command has none.
+        out: returns the command's output folder, or `None` if the command has none or must write nothing there.
     """
     try:
         command()
@@ -105,10 +105,27 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
     if isinstance(failure, DatmError):
         say(str(failure))
         sys.exit(failure.exit_code)
+    if _is_of_the_locale(failure):
+        say(
+            f"a path holds characters that this locale cannot encode ({one_line(str(failure))}). "
+            "Try: PYTHONUTF8=1 before the command, or a UTF-8 locale such as LC_ALL=C.UTF-8."
+        )
+        sys.exit(2)
     log = _write_log(failure, out)
     where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
     say(f"{_without_secrets(_in_words(failure))}{where}")
     sys.exit(1)
+
+
+def _is_of_the_locale(failure: BaseException) -> bool:
+    """True if a path cannot be encoded because the locale has another encoding than UTF-8, such as ASCII.
+
+    Paths on the command line are encoded in any locale, but not those in a recipe, which is UTF-8.
+    """
+    if not isinstance(failure, UnicodeEncodeError):
+        return False
+    names = {codecs.lookup(name).name for name in (failure.encoding, sys.getfilesystemencoding())}
+    return len(names) == 1 and names != {"utf-8"}
 
 
 def _exit_at_once(code: int) -> None:
@@ -248,4 +265,10 @@ def find_home() -> None:
 def note_out(context: typer.Context, value: str) -> str:
     """Store a command's output folder in its context, for `end_cleanly`. Returns the folder."""
     context.find_root().ensure_object(dict)["out"] = value
+    return value
+
+
+def note_dry_run(context: typer.Context, value: bool) -> bool:
+    """Store in a command's context whether the command must write nothing, for `end_cleanly`. Returns the value."""
+    context.find_root().ensure_object(dict)["dry_run"] = value
     return value
