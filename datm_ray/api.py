@@ -6,14 +6,17 @@ line. Jobs on clusters are left out. Tests: tests/test_api.py.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig, with_settings
+from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.draft import Wish
@@ -174,29 +177,45 @@ def init(
 
     Args:
         path: folder, zip archive or Parquet file of images, see docs/your-images.md, or `digits`.
-        ipc: synthetic images per class.
-        minutes: time on the clock for everything, on this machine. Its speed is measured first.
+        ipc: synthetic images per class, at least 1.
+        minutes: time on the clock for everything, on this machine; above 0 and finite. Its speed is measured first.
         method: datm, mtt, dm, select or sre2l.
         name: name of the run. Default: the file's name, the method unless it is datm, and the images per class.
-        resize: side in pixels to resize all images to. Default: the images' own size if all have the same and it is at
-            most 64, otherwise 64.
+        resize: side in pixels to resize all images to, at least 8. Default: the images' own size if all have the same
+            and it is at most 64, otherwise 64.
         progress: True (default) to show progress.
 
     Raises:
-        ConfigError: the name is impossible, there are no rules for the method, or it needs a larger set.
+        ConfigError: the name or a number is impossible, there are no rules for the method, or it needs a larger set.
         DatasetError: there are no images that can be read, or too few of a class.
     """
     rules_of(method)
+    _require_numbers(ipc, minutes, resize)
     place, say = os.fspath(path), Reporter(quiet=not progress).message
     called = recipe_of(RunConfig(), {"name": name or default_name(place, ipc, method)}).name
-    wish = Wish(called, ipc, 60 * minutes, method)
+    wish = Wish(called, int(ipc), 60 * float(minutes), method)
     soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # early errors need no such line
     soon.start()
     try:
-        dataset, raw = read_images(place, resize)
+        dataset, raw = read_images(place, None if resize is None else int(resize))
     finally:
         soon.cancel()
     return suggest(wish, dataset, raw, measured_plans(raw, say))
+
+
+def _require_numbers(ipc: object, minutes: object, resize: object) -> None:
+    """Raise a `ConfigError` if a number that `init` is given is of another type or out of its range."""
+    wanted = [("ipc", ipc, _is_whole(ipc, 1), "a whole number, at least 1")]
+    wanted += [("resize", resize, resize is None or _is_whole(resize, 8), "a whole number of pixels, at least 8")]
+    is_time = isinstance(minutes, Real) and not isinstance(minutes, bool) and 0 < float(minutes) < math.inf
+    wanted += [("minutes", minutes, is_time, "a number of minutes, above 0 and finite")]
+    for name, value, is_right, right in wanted:
+        if not is_right:
+            raise ConfigError(f"{name} is {value!r}", remedy=f"give {right}")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:

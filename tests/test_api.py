@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import datm_ray
 from datm_ray import cli
 from datm_ray.api import recipe_of
 from datm_ray.config import to_yaml
-from datm_ray.errors import ConfigError, MissingExpertsError
+from datm_ray.errors import ConfigError, DatasetError, MissingExpertsError
 from tests.conftest import tiny_config
 
 Capture = pytest.CaptureFixture[str]
@@ -108,3 +110,25 @@ def test_settings_may_be_paths_numbers_of_numpy_and_any_text(tmp_path: Path) -> 
         recipe_of("digits-ipc1", {"distill.ipc": "x"})
     (tmp_path / "mine.yaml").write_text("base: digits-ipc1\n")
     assert recipe_of(tmp_path / "mine.yaml").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"ipc": ipc}, f"ipc is {ipc!r}. Give a whole number, at least 1.") for ipc in (-1, 0, 1.5, "1", None, True)),
+        *(({"minutes": time}, f"minutes is {time!r}.") for time in (math.inf, math.nan, 0, -3, "10", None)),
+        *(({"resize": side}, f"resize is {side!r}.") for side in (0, 1, 7, 16.0, "16")),
+    ],
+)
+def test_impossible_numbers_for_a_recipe_are_refused_before_any_file_is_read(
+    options: dict[str, Any], message: str
+) -> None:
+    """`init` refuses numbers of another type, out of range or without end."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        datm_ray.init("/no/such/folder", **{"ipc": 1, **options})
+
+
+def test_numbers_of_numpy_are_numbers_for_a_recipe() -> None:
+    """`init` takes numbers of NumPy, and looks for the files."""
+    with pytest.raises(DatasetError, match="does not exist"):
+        datm_ray.init("/no/such/folder", np.int64(1), np.float32(3), resize=np.int64(8))  # type: ignore[arg-type]

@@ -140,6 +140,8 @@ BAD_INPUT = {
     "recipe for no images": (["init", "absent"], "absent does not exist"),
     "recipe for a set too small": (["init", "digits", "--method", "sre2l", "--ipc", "1"], "too small for sre2l"),
     "recipe for two times": (["init", "digits", "--minutes", "5", "--hours", "1"], "both given"),
+    "recipe for endless minutes": (["init", "absent", "--minutes", "inf"], "minutes is inf. Give a number of minutes"),
+    "recipe for endless hours": (["init", "absent", "--hours", "inf"], "minutes is inf"),
     "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
     "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),
     "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "it has no GPU"),
