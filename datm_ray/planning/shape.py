@@ -38,7 +38,8 @@ class DataShape:
     def __str__(self) -> str:
         image = "x".join(map(str, self.image))
         held = f"{size_in_words(self.bytes)}, shared by the workers of a machine" if self.bytes else "read when needed"
-        return f"{self.training_images:,} training images of {image} in {self.classes:,} classes: {held}"
+        images = f"{self.training_images:,} images of {image} in {self.classes:,} classes"
+        return f"{images} to train and validate on: {held}"
 
     @property
     def bytes(self) -> int:

@@ -388,6 +388,13 @@ def test_data_shapes_are_read_or_refused_in_one_line() -> None:
         assert len(str(caught.value).splitlines()) == 1, text
 
 
+def test_a_plan_counts_images_for_validation_as_such() -> None:
+    """The images of a plan are those to train and to validate on, together the numbers that a dry run prints."""
+    shape = data_shape(get_recipe("digits-ipc1").dataset)
+    assert shape.training_images == 1222 + 216
+    assert str(shape).startswith("1,438 images of 1x8x8 in 10 classes to train and validate on: ")
+
+
 ALLOWED = 1.3
 """Largest estimate, as a multiple of the measured peak. No estimate is below the peak."""
 PLAIN, GSAM = "cluster.compile=false", "experts.optimiser=gsam"
