@@ -18,11 +18,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from PIL import Image
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.registry import ConvNet
+from datm_ray.planning.machines import parse_cluster
 from datm_ray.runtime.stopping import Interrupted
 from tests.conftest import CommandLine, documented_keys, tiny_config
 
@@ -177,6 +179,29 @@ def test_a_recipe_for_own_images_is_written_once_and_planned(datm_ray: CommandLi
     before = (tmp_path / "digits-ipc2.yaml").read_text()
     assert datm_ray(*asked)[0] == 2
     assert (tmp_path / "digits-ipc2.yaml").read_text() == before
+
+
+def test_a_recipe_for_own_images_comes_with_notes_on_them(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`init` tells which files were not taken and what serves for testing, in JSON too."""
+    monkeypatch.setattr("datm_ray.planning.suggest.measured", lambda *_, **__: parse_cluster("cpus=2,gflops=60"))
+    for number in range(24):
+        place = tmp_path / "birds" / "train" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(place)
+    for name in ("train/a/x.heic", "train/b/x.heic"):
+        (tmp_path / "birds" / name).touch()
+    asked = ["init", "birds", "--resize", "8", "--ipc", "1", "--minutes", "1"]
+    code, out, err = datm_ray(*asked)
+    assert code == 0, err
+    notes = out.splitlines()[:2]
+    assert notes[0] == "2 files or folders were not taken: .heic 2"
+    assert notes[1] == "training images: train; test images: a fixed fifth of each class of these"
+    code, out, _ = datm_ray(*asked, "--out", "again.yaml", "--json")
+    found = json.loads(out)
+    assert found["notes"][:2] == notes
+    assert set(found) == documented_keys("init")
 
 
 def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -> None:

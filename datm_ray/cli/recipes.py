@@ -67,9 +67,10 @@ def init(
     except OSError as failure:
         raise ConfigError(f"cannot write {file}: {failure.strerror}", remedy="give another --out") from None
     if json_:
-        print_json({"file": str(file), "reasons": suggestion.reasons, "plan": suggestion.plan.to_json()})
+        parts = {"reasons": suggestion.reasons, "plan": suggestion.plan.to_json(), "notes": list(suggestion.notes)}
+        print_json({"file": str(file), **parts})
         return
-    print(suggestion.plan)
+    print("\n".join([*suggestion.notes, str(suggestion.plan)]))
     if sum(suggestion.plan.clock.values()) > 60 * time:
         print(
             f"This takes longer than the {time:g} minutes that you asked for. No shorter recipe is possible with "

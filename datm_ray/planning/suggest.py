@@ -43,6 +43,8 @@ class Suggestion:
     """Key, such as `experts.batch_size` -> reason for its value."""
     plan: Proposal
     """Memory, time and storage that the recipe takes on this machine."""
+    notes: tuple[str, ...] = ()
+    """Lines on how the images were read: the use of files and folders, left-out files, and changes of pixels."""
 
     def __str__(self) -> str:
         """Recipe as YAML, with the reasons as comments."""
@@ -150,7 +152,7 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) 
     for key, value in values.items():
         draft.set(key, value, reasons[key])
     config = draft.config()
-    return Suggestion(config, draft.reasons, draft.plan(config))
+    return Suggestion(config, draft.reasons, draft.plan(config), raw.notes)
 
 
 def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
