@@ -8,6 +8,7 @@ exists. A text label is the class's name. Not covered: images stored outside the
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from bisect import bisect_right
@@ -143,7 +144,7 @@ def find_files(path: str) -> ParquetFiles:
     whole = Path(path).expanduser()
     if whole.is_dir():
         return _in_folder(whole)
-    named = [whole] if whole.exists() else [Path(part.strip()).expanduser() for part in path.split(",")]
+    named = parts_of(path)
     missing = [file for file in named if not file.is_file()]
     if missing or len(named) > 2:
         raise DatasetError(
@@ -152,6 +153,15 @@ def find_files(path: str) -> ParquetFiles:
         )
     notes = [f"{file.name} is one of {total} numbered files" for file in named if (total := _shards_of(file.name)) > 1]
     return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]), tuple(notes))
+
+
+def parts_of(path: str) -> list[Path]:
+    """Paths in "TRAIN.parquet,TEST.parquet"; one path if it exists as a whole, or has no comma."""
+    whole = Path(path).expanduser()
+    if os.path.exists(whole):
+        return [whole]
+    parts = re.split(r"(?<=\.parquet)\s*,", path, flags=re.IGNORECASE)  # a comma may be in a folder's name too
+    return [Path(part.strip()).expanduser() for part in (parts if len(parts) > 1 else path.split(","))]
 
 
 _SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?\.parquet", re.IGNORECASE)

@@ -309,7 +309,10 @@ def _decoded(
 ) -> Loaded:
     if not train:
         raise _no_images(
-            tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout", notes
+            tree.root,
+            "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout",
+            notes,
+            tree.listing.passed_over[".parquet"],
         )
     encoded = [tree.encoded(files) for files in (train, test) if files]
     sets, changes = _image_sets(encoded, request)
@@ -337,9 +340,12 @@ def _no_path(name: str) -> DatasetError:
     return DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
 
 
-def _no_images(root: Path, layout: str, notes: Sequence[str] = ()) -> DatasetError:
+def _no_images(root: Path, layout: str, notes: Sequence[str] = (), tables: int = 0) -> DatasetError:
+    """Error for a path without images in the expected layout, which may have Parquet files, `tables` of them."""
     return DatasetError(
         f"no training images found in {root}",
         "; ".join((f"Expected was {layout}", *notes)),
-        "Check dataset.path and the layout below it",
+        f"It holds Parquet files ({tables}): set dataset.source to parquet if they hold the images"
+        if tables
+        else "Check dataset.path and the layout below it",
     )

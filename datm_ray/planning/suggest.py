@@ -11,7 +11,7 @@ Measured in distances, the published ranges of start epochs and the digits' rang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any
 from datm_ray.config import DatasetConfig, RunConfig
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
 from datm_ray.data.decode import image_suffixes
+from datm_ray.data.parquet import parts_of
 from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.splits import role_of
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.planning import rules_matching, rules_others
 from datm_ray.planning.draft import AS_ASKED, Choices, Draft, Planner, Wish, data
@@ -71,9 +73,12 @@ RULES: dict[str, tuple[Sequence[Rule], Fit]] = {
 
 
 def default_name(path: str, ipc: int, method: str = "datm") -> str:
-    """Default name of a run, from the path of its images, the method unless it is datm, and the images per class."""
+    """Default name of a run, from the path of its images, the method unless it is datm, and the images per class.
+
+    Of "TRAIN.parquet,TEST.parquet", the first path is in the name.
+    """
     kind = "" if method == "datm" else f"-{method}"
-    return plain_name(f"{Path(path).expanduser().absolute().stem}{kind}-ipc{ipc}")
+    return plain_name(f"{parts_of(path)[0].absolute().stem}{kind}-ipc{ipc}")
 
 
 def source_of(path: str) -> str:
@@ -84,17 +89,36 @@ def source_of(path: str) -> str:
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
         return path
-    if place.suffix == ".parquet" or (_holds(place, {".parquet"}) and not _holds(place, image_suffixes())):
+    if place.suffix == ".parquet" or _is_of_tables(place):
         return "parquet"
     names = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100", "wnids.txt": "tiny-imagenet"}
     return next((source for name, source in names.items() if place.name == name or _has(place / name)), "folder")
 
 
-def _holds(folder: Path, suffixes: Collection[str]) -> bool:
-    """True if a folder has files with one of the suffixes, up to two folders deep; False if it cannot be read."""
+def _is_of_tables(folder: Path) -> bool:
+    """True if a folder has Parquet files and no class folders of images. False if it cannot be read.
+
+    Images beside the Parquet files, such as a repository's banner, are no class. Neither is a single folder of images,
+    such as `assets`, if a Parquet file is named as training data.
+    """
+    tables = [file for file in _files(folder, {".parquet"}) if not file.is_dir()]
+    if not tables:
+        return False
+    classes = {image.parent for image in _files(folder, image_suffixes())} - {folder}
+    named = any(role_of(*reversed(file.relative_to(folder).parts)) == "train" for file in tables)
+    return not classes or (named and len(classes) == 1)
+
+
+def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """Yield the files with one of the suffixes, up to two folders deep, hidden ones left out.
+
+    The rest of a folder is left out once a part of it cannot be read.
+    """
     with suppress(OSError):
-        return any(file.suffix.lower() in suffixes for deep in ("*", "*/*", "*/*/*") for file in folder.glob(deep))
-    return False
+        for file in (file for deep in ("*", "*/*", "*/*/*") for file in folder.glob(deep)):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.suffix.lower() in suffixes and not is_hidden:
+                yield file
 
 
 def _has(path: Path) -> bool:
@@ -114,7 +138,8 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
         DatasetError: the path has no images that can be read.
     """
     source = source_of(path)
-    found = None if source == path else str(Path(path).expanduser().absolute())
+    parts = parts_of(path) if source == "parquet" else [Path(path).expanduser()]
+    found = None if source == path else ",".join(str(part.absolute()) for part in parts)
     dataset = DatasetConfig(source=source, path=found, resize=resize)
     try:
         # Larger images are refused by their headers, so that they are decoded once: below, to their new size.

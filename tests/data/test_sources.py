@@ -641,6 +641,14 @@ def test_numbered_files_must_all_be_there(
         assert load_raw("parquet", str(tmp_path)).classes == 3
 
 
+def test_parquet_files_in_a_folder_without_images_are_named(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Reading Parquet files as a folder of images is an error that says how they are read."""
+    write_parquet(tmp_path / "data" / "train.parquet", LABELS)
+    (tmp_path / "banner.png").write_bytes(encode_value(1))
+    with pytest.raises(DatasetError, match=r"It holds Parquet files \(1\): set dataset\.source to parquet"):
+        load_raw("folder", str(tmp_path))
+
+
 def test_a_numbered_file_may_be_used_alone(tmp_path: Path, write_parquet: WriteParquet) -> None:
     """The path of one numbered file is taken, and a note says that there are more."""
     raw = load_raw("parquet", str(write_parquet(tmp_path / "train-00000-of-00002.parquet", LABELS)))

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from datm_ray.config import DatasetConfig, RunConfig, load_config_text, unread_keys
 from datm_ray.data import decode
-from datm_ray.data.sources import ImageSet, RawDataset
+from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Planner, Wish
 from datm_ray.planning.duration import Proposal
@@ -262,6 +264,35 @@ def test_the_source_follows_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "birds" / "owl").mkdir()
     (tmp_path / "birds" / "owl" / "1.png").touch()
     (tmp_path / "birds" / "facts.parquet").touch()
-    names = {"pages": "parquet", "pages/train.parquet": "parquet", "tiny": "tiny-imagenet", "birds": "folder"}
+    for name in ("README.md", "banner.png", "data/train-00000-of-00001.parquet", ".cache/x/1.png"):
+        for repository in ("hub", "hub with assets"):
+            (place := tmp_path / repository / name).parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+    (tmp_path / "hub with assets" / "assets").mkdir()
+    (tmp_path / "hub with assets" / "assets" / "1.png").touch()
+    (tmp_path / "two" / "owl").mkdir(parents=True)
+    (tmp_path / "two" / "cat").mkdir(parents=True)
+    for name in ("owl/1.png", "cat/1.png", "train.parquet"):
+        (tmp_path / "two" / name).touch()
+    hubs = {"hub": "parquet", "hub with assets": "parquet", "two": "folder"}
+    names = hubs | {"pages": "parquet", "pages/train.parquet": "parquet", "tiny": "tiny-imagenet", "birds": "folder"}
     assert {name: source_of(str(tmp_path / name)) for name in names} == names
     assert source_of("digits") == "digits"
+
+
+def test_a_recipe_of_two_parquet_files_reads_them_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of TRAIN.parquet,TEST.parquet become absolute, even below a folder with a comma; the first names the run."""
+    (folder := tmp_path / "cats, dogs").mkdir()
+    for name, count in (("birds.parquet", 20), ("held-out.parquet", 6)):
+        images = [b"P5 2 2 255\n" + bytes([i] * 4) for i in range(count)]
+        pq.write_table(pa.table({"image": images, "label": [i % 2 for i in range(count)]}), folder / name)
+    monkeypatch.chdir(folder)
+    dataset, found = read_images("birds.parquet, held-out.parquet", None)
+    assert dataset.path == f"{folder}/birds.parquet,{folder}/held-out.parquet"
+    assert default_name("birds.parquet,held-out.parquet", 3) == "birds-ipc3"
+    monkeypatch.chdir("/")
+    again = load_raw(dataset.source, dataset.path)
+    assert (again.fingerprint, len(again.test)) == (found.fingerprint, 6)
+    assert read_images(f"{folder}/birds.parquet", None)[0].path == f"{folder}/birds.parquet"
