@@ -11,6 +11,7 @@ Measured in distances, the published ranges of start epochs and the digits' rang
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -148,8 +149,19 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
             return dataset, raw
     except DatasetError as failure:
         if resize is not None or "dataset.resize" not in failure.remedy:
-            raise
+            raise _in_options_of_init(failure) from failure.__cause__
     return read_images(path, LARGEST_SIDE)
+
+
+def _in_options_of_init(failure: DatasetError) -> DatasetError:
+    """Error with a remedy in the options of `init`, which has `--resize`, and no `--set`."""
+    if "dataset.resize" not in failure.remedy:
+        return failure
+    side = re.search(r"dataset\.resize=(\d+)", failure.remedy)
+    remedy = f"Use --resize {side[1]}" if side else "Use a smaller --resize, or fewer images"
+    if "dataset.streamed" in failure.remedy:
+        remedy += "; or write a recipe by hand with dataset.streamed=true, which leaves the images in their files"
+    return DatasetError(failure.fact, failure.cause, remedy)
 
 
 def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) -> Suggestion:

@@ -296,3 +296,20 @@ def test_a_recipe_of_two_parquet_files_reads_them_from_any_folder(
     again = load_raw(dataset.source, dataset.path)
     assert (again.fingerprint, len(again.test)) == (found.fingerprint, 6)
     assert read_images(f"{folder}/birds.parquet", None)[0].path == f"{folder}/birds.parquet"
+
+
+@pytest.mark.parametrize(("free", "remedy"), [(300_000, "Use --resize 32; or"), (100, "Use a smaller --resize, or")])
+@pytest.mark.parametrize("resize", [None, 64])
+def test_too_little_memory_is_explained_in_options_of_init(
+    free: int, remedy: str, resize: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that do not fit into memory are an error with options that `init` has."""
+    for i in range(12):
+        (folder := tmp_path / f"class {i % 2}").mkdir(exist_ok=True)
+        Image.new("L", (70, 70), i).save(folder / f"{i}.png")
+    monkeypatch.setattr(decode, "available_memory", lambda: free)
+    with pytest.raises(DatasetError, match=r"of memory, and 0\.0 GiB is free") as caught:
+        read_images(str(tmp_path), resize)
+    assert caught.value.remedy.startswith(remedy)
+    assert "by hand with dataset.streamed=true" in caught.value.remedy
+    assert "--set" not in str(caught.value)
