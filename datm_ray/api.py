@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def init(
     _require_numbers(ipc, minutes, resize)
     place, say = os.fspath(path), Reporter(quiet=not progress).message
     called = recipe_of(RunConfig(), {"name": name or default_name(place, ipc, method)}).name
-    wish = Wish(called, int(ipc), 60 * float(minutes), method)
+    wish = Wish(called, int(ipc), 60 * float(minutes), method, shutil.disk_usage(os.curdir).free)
     soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # early errors need no such line
     soon.start()
     try:

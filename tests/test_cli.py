@@ -198,10 +198,14 @@ def test_a_recipe_for_own_images_comes_with_notes_on_them(
     notes = out.splitlines()[:2]
     assert notes[0] == "2 files or folders were not taken: .heic 2"
     assert notes[1] == "training images: train; test images: a fixed fifth of each class of these"
+    assert "the disk of this folder" not in out
     code, out, _ = datm_ray(*asked, "--out", "again.yaml", "--json")
     found = json.loads(out)
     assert found["notes"][:2] == notes
     assert set(found) == documented_keys("init")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: mock.Mock(free=1000))
+    code, out, _ = datm_ray(*asked, "--out", "full.yaml")
+    assert re.search(r"\nThis stores .* MiB, and the disk of this folder has 1000 B left\. Try: ", out)
 
 
 def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +57,7 @@ def init(
     from datm_ray.api import init as init_recipe
     from datm_ray.errors import ConfigError
     from datm_ray.planning.suggest import default_name
+    from datm_ray.store.trajectories import size_in_words
 
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")
@@ -75,6 +77,12 @@ def init(
         print(
             f"This takes longer than the {time:g} minutes that you asked for. No shorter recipe is possible with "
             "these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
+        )
+    stored, free = sum(suggestion.plan.storage.values()), shutil.disk_usage(".").free
+    if stored > free:
+        print(
+            f"This stores {size_in_words(stored)}, and the disk of this folder has {size_in_words(free)} left. "
+            "Try: run it with --out on another disk."
         )
     print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
 

@@ -66,6 +66,8 @@ class Wish:
     """Seconds on the clock for the whole run, from the first expert to the report."""
     method: str = "datm"
     """Method of the recipe, a key of `RULES` in suggest.py."""
+    disk: float = math.inf
+    """Free bytes of the disk that will hold the run; infinite if it is unknown."""
 
 
 Planner = Callable[[RunConfig, bool], Proposal]
@@ -103,6 +105,10 @@ class Draft:
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
         """Stage -> seconds on the clock, for the recipe with these values, see `config`."""
         return self.plan(self.config(values)).clock
+
+    def stored(self, values: dict[str, Any]) -> int:
+        """Bytes of the experts' files, for the recipe with these values, see `config`."""
+        return self.plan(self.config(values)).storage["store"]
 
     def workers(self, values: dict[str, Any]) -> int:
         """Number of workers of this machine, for the recipe with these values in shards, see `config`."""

@@ -57,6 +57,10 @@ ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
 """A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
 LEAST_EXPERTS, MOST_EXPERTS = 2, 100
 """Smallest number of experts, even if the time is too short for it, and largest, as published."""
+MOST_SHARED = 8 * 2**30
+"""Largest size in bytes of experts that keep all epochs, so that other recipes can share them."""
+DISK_SHARE = 0.1
+"""Largest share of the free disk that the experts of a suggested recipe may take."""
 
 
 def experts(draft: Draft) -> Choices:
@@ -130,6 +134,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     for steps in STEPS:
         values |= _lengths(draft, steps)
         values |= _numbers(draft, values, workers, stack)
+        values |= _storable(draft, values, workers, stack)
         if values["distill.iterations"] >= ENOUGH_ITERATIONS:
             break
     if stack > 1:
@@ -139,17 +144,40 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     return values, is_enough
 
 
-def _numbers(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, int]:
+def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, Any]:
+    """Values with which the experts' files are not too large: fewer epochs are kept, then there are fewer experts.
+
+    Few images have many short epochs, whose files may take more space than anybody wants.
+
+    Args:
+        workers: see `_numbers`.
+        stack: see `_numbers`.
+    """
+    room = DISK_SHARE * draft.wish.disk
+    if draft.stored(values) <= min(MOST_SHARED, room):
+        return {}
+    fewer: dict[str, Any] = {"experts.keep_epochs": None}
+    if draft.stored(values | fewer) > room:
+        one, two = (draft.stored(values | fewer | {"experts.count": count}) for count in (1, 2))
+        most = 1 + int((room - one) / (two - one))
+        fewer |= _numbers(draft, values | fewer, workers, stack, most)
+    return fewer
+
+
+def _numbers(
+    draft: Draft, values: dict[str, Any], workers: int, stack: int, most: int = MOST_EXPERTS
+) -> dict[str, int]:
     """Numbers of experts and iterations that fill the time. If it is short, experts are cut before iterations.
 
     Args:
         workers: number of the machine's workers. A round of experts has one expert per worker.
         stack: number of experts that a worker trains at a time.
+        most: largest number of experts.
     """
     one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
     each, fixed = (two - one) / stack, 2 * one - two  # seconds of a round, and of compiling
     rounds = int((EXPERTS_SHARE * draft.time - fixed) / each)
-    count = min(max(LEAST_EXPERTS, workers * rounds), MOST_EXPERTS)
+    count = max(LEAST_EXPERTS, min(workers * rounds, most))
     few = {"experts.count": count, "distill.iterations": VALIDATIONS, "distill.validate_every": 1}
     short = draft.plan(draft.config(values | few))
     iteration = sum(short.iteration)
@@ -168,6 +196,8 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     width, iterations, steps = (values[key] for key in ("network.width", "distill.iterations", "distill.student_steps"))
     count, is_enough = values["experts.count"], iterations >= ENOUGH_ITERATIONS
     span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
+    is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
+    limit = "a tenth of the free disk holds" if is_full else "the time allows beside the iterations"
     in_time = f"more would leave fewer than {ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations in {draft.asked}"
     return {
         "network.width": "channels, as published" if width == WIDTHS[0] else f"channels; {in_time}",
@@ -179,9 +209,9 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
         else draft.too_short,
         "distill.expert_epochs": f"distance {span:.2g}, for {steps} student steps",
         "experts.epochs": f"distance {reached:.0f}: beyond the latest target, and far enough to label images",
-        "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts",
-        "experts.count": "as many as the time allows beside the iterations"
-        if count > LEAST_EXPERTS
-        else draft.too_short,
+        "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts"
+        if values["experts.keep_epochs"]
+        else "those that can be matched; all epochs would take too much space",
+        "experts.count": f"as many as {limit}" if count > LEAST_EXPERTS or is_full else draft.too_short,
         **iteration_reasons(draft, iterations),
     }

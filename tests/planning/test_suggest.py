@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Planner, Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.memory import plans_of
-from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS
+from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, MOST_SHARED
 from datm_ray.planning.rules_others import ENOUGH_UPDATES
 from datm_ray.planning.shape import DataShape
 from datm_ray.planning.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
@@ -130,6 +131,33 @@ def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
     }
     for count, iterations in counts.values():
         assert count <= ENOUGH_EXPERTS + 1 or iterations >= ENOUGH_ITERATIONS, counts
+
+
+@pytest.mark.parametrize("method", ["datm", "mtt"])
+@pytest.mark.parametrize("free", [1e9, 20e9, 200e9])
+def test_experts_take_at_most_a_tenth_of_the_free_disk(free: float, method: str) -> None:
+    """Few images have many short epochs: fewer are kept, and fewer experts are trained if space is short."""
+    data, source = raw([3] * 3, (3, 16, 16)), DatasetConfig(source="folder", path="/data/mine")
+    found = {
+        disk: suggest(Wish("mine", 1, 60 * 14, method, disk), source, data, planner(data, "cpus=8,gflops=60"))
+        for disk in (free, math.inf)
+    }
+    limited, other = found[free], found[math.inf]
+    assert limited.plan.storage["store"] <= 0.1 * free < other.plan.storage["store"]
+    assert 2 <= limited.config.experts.count < other.config.experts.count
+    assert limited.config.distill.iterations > other.config.distill.iterations  # the time is filled all the same
+    assert limited.config.experts.keep_epochs is None
+    assert limited.reasons["experts.count"] == "as many as a tenth of the free disk holds"
+    assert sum(limited.plan.clock.values()) <= 60 * 14
+
+
+def test_all_epochs_are_kept_while_they_are_small() -> None:
+    """Experts share all their epochs where these take little space, and those that are matched where not."""
+    small, large = suggested(raw([450] * 10, (3, 32, 32), 45), 10), suggested(raw([3] * 3, (3, 16, 16)), 1, 14)
+    assert small.config.experts.keep_epochs == small.config.experts.epochs
+    assert small.plan.storage["store"] < MOST_SHARED
+    assert large.config.experts.keep_epochs is None
+    assert "too much space" in large.reasons["experts.keep_epochs"]
 
 
 def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None:
