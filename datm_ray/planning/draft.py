@@ -52,6 +52,8 @@ VALIDATIONS, CHECKPOINTS = 5, 20
 """Number of validations and number of checkpoints in a distillation."""
 AS_ASKED, FOUND = "as asked for", "found by trial before the first iteration"
 FOR_ALL = "all workers of this machine distil the set together"
+ONE_SHARD = "sums over workers would take longer than they save, or there is one worker"
+"""Reasons for `cluster.shards`: as many as workers, and one."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class Draft:
         """Number of workers of this machine, for the recipe with these values in shards, see `config`."""
         here = min(machine_here(self.config(values)).workers, self.raw.classes)  # fewer images in a shard: slower steps
         return self.plan(self.config(values | {"cluster.shards": here})).machine.workers
+
+    def shards(self, values: dict[str, Any]) -> int:
+        """Number of shards whose iterations take the least time: one, or one for each worker of this machine."""
+        many = min(self.workers(values), self.raw.classes)
+        shared, alone = (
+            sum(self.plan(self.config(values | {"cluster.shards": shards})).iteration) for shards in (many, 1)
+        )
+        return many if shared < alone else 1
 
     @property
     def time(self) -> float:

@@ -33,8 +33,10 @@ assumed: a tenth of an H200's float32 peak."""
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
 """Bytes per second that a worker sends in a sum. Measured between two processes of one machine: 0.7 to 1.0 GB/s.
 Assumed for GPUs: 25 Gbps."""
-LATENCY = 0.0002
-"""Seconds of one round of messages in a sum. Measured between two processes of one machine: 0.16 ms."""
+LATENCY = {"core": 0.003, "GPU": 0.0002}
+"""Seconds of one round of messages in a sum. A message alone takes 0.16 ms between two processes of one machine, but
+in runs of two workers there an iteration takes 1.6 to 5.5 ms longer for each sum (benchmarks/LOG.md, 2026-11-29).
+Assumed for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Machine:
         """Seconds of `sums` sums over `members` workers, `size` bytes in all; 0 for one worker."""
         if members == 1:
             return 0.0
-        return 2 * (members - 1) / members * size / self.bandwidth + sums * LATENCY * math.ceil(math.log2(members))
+        rounds = sums * math.ceil(math.log2(members))
+        return 2 * (members - 1) / members * size / self.bandwidth + rounds * LATENCY[self.device]
 
 
 def workers_here(config: RunConfig) -> int:

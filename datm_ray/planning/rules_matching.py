@@ -15,6 +15,7 @@ from datm_ray.planning.draft import (
     FOUND,
     LEAST_ITERATIONS,
     MOST_ITERATIONS,
+    ONE_SHARD,
     PUBLISHED_BATCH,
     TRAINED,
     VALIDATIONS,
@@ -128,7 +129,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     """
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
     workers = draft.workers(values)
-    values["cluster.shards"] = min(workers, draft.raw.classes)
+    values["cluster.shards"] = draft.shards(values)
     values |= evaluation(draft, values, values["experts.epochs"])
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
@@ -201,7 +202,7 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     in_time = f"more would leave fewer than {ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations in {draft.asked}"
     return {
         "network.width": "channels, as published" if width == WIDTHS[0] else f"channels; {in_time}",
-        "cluster.shards": FOR_ALL,
+        "cluster.shards": FOR_ALL if values["cluster.shards"] > 1 else ONE_SHARD,
         "cluster.experts_at_a_time": "all workers train experts",
         **evaluation_reasons(draft, values, "as many as the experts have"),
         "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"

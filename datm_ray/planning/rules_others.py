@@ -17,6 +17,7 @@ from datm_ray.planning.draft import (
     FOR_ALL,
     FOUND,
     LEAST_ITERATIONS,
+    ONE_SHARD,
     REAL_SHARE,
     SMALLEST_PICTURE,
     TRAINED,
@@ -72,7 +73,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
     enough = f"{ENOUGH_UPDATES} iterations"
     reasons = {
         "network.width": _width_reason(draft, values["network.width"], enough),
-        "cluster.shards": FOR_ALL,
+        "cluster.shards": FOR_ALL if values["cluster.shards"] > 1 else ONE_SHARD,
         "distill.real_batch": "of each class, as published"
         if real == REAL_IMAGES[0]
         else "all images of the largest class"
@@ -88,7 +89,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
 
 def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {"network.width": width}
-    values["cluster.shards"] = min(draft.workers(values), draft.raw.classes)
+    values["cluster.shards"] = draft.shards(values)
     values |= evaluation(draft, values, math.ceil(TRAINED / draft.epoch))
     longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
     values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")

@@ -17,7 +17,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.duration import Proposal, show_time
-from datm_ray.planning.machines import BANDWIDTH, machine_here, parse_cluster
+from datm_ray.planning.machines import BANDWIDTH, LATENCY, machine_here, parse_cluster
 from datm_ray.planning.measure import compiled_gain, measured
 from datm_ray.planning.memory import plans_of, scoring_memory
 from datm_ray.planning.plan import plan_run, propose
@@ -216,7 +216,7 @@ def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
     machine = replace(parse_cluster("cpus=4"), bandwidth=1e6)
     assert machine.sum_seconds(3_000_000, 2, 1) == 0
     assert machine.sum_seconds(3_000_000, 0, 2) == pytest.approx(3)
-    assert machine.sum_seconds(3_000_000, 2, 4) == pytest.approx(1.5 * 3 + 2 * 2 * 0.0002)
+    assert machine.sum_seconds(3_000_000, 2, 4) == pytest.approx(1.5 * 3 + 2 * 2 * LATENCY["core"])
 
 
 def test_a_layout_is_one_that_fits_and_is_fastest() -> None:

@@ -122,6 +122,14 @@ def test_a_long_run_is_planned_with_the_times_of_compiled_steps() -> None:
     assert sum(long.plan.clock.values()) <= EXACT_FROM
 
 
+def test_one_worker_distils_a_set_for_which_sums_would_take_too_long() -> None:
+    """Two workers share large images; small ones are left to one, whose iterations are shorter without sums."""
+    found = {side: suggested(raw([144] * 10, (1, side, side), 14), 1, 8) for side in (8, 64)}
+    assert {side: each.config.cluster.shards for side, each in found.items()} == {8: 1, 64: 2}
+    assert "longer than they save" in found[8].reasons["cluster.shards"]
+    assert "all workers" in found[64].reasons["cluster.shards"]
+
+
 def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
     """Experts beyond four give way to iterations, up to their enough."""
     counts = {
