@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -436,6 +436,7 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
     Raises:
         ConfigError: the kind does not exist, or PNG files of another set lie in `out`, whose images would be mixed.
+            Folders that cannot be listed are not searched for them.
     """
     if kind not in EXPORTS:
         raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
@@ -448,15 +449,26 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 
 def _require_no_other_images(out: Location, names: Container[str]) -> None:
-    """Raise a `ConfigError` if a folder in `out` holds PNG files that an export to these names would leave there."""
-    present = (f"{folder}/{name}" for folder in out.list() for name in (out / folder).list())
-    other = next((name for name in present if name.lower().endswith(".png") and name not in names), None)
+    """Raise a `ConfigError` if a folder in `out` holds images of an export that one to these names would leave there.
+
+    They are known by their names, which are numbers. Folders that cannot be listed are skipped.
+    """
+    present = ((folder, name) for folder in _listed(out) for name in _listed(out / folder))
+    found = (f"{folder}/{name}" for folder, name in present if re.fullmatch(r"\d{5,}\.png", name))
+    other = next((path for path in found if path not in names), None)
     if other:
         raise ConfigError(
             f"{out.uri} holds images that are not of this set, such as {other}",
             "Another set was exported there, and the two would be mixed",
             "Give another --out, or delete these images",
         )
+
+
+def _listed(folder: Location) -> Sequence[str]:
+    """Sorted names in a folder; empty if it cannot be listed, such as with a key that may only write."""
+    with suppress(StoreError):
+        return folder.list()
+    return ()
 
 
 def left_out(artifact: Artifact, kind: str) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -358,6 +358,9 @@ def test_png_exports_of_two_sets_are_not_mixed(artifact: Artifact, tmp_path: Pat
     out = open_location(str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "banner.png").write_bytes(b"no class folder")
+    for name in ("docs/figure.png", f"{NAMES[0]}/._00000.png"):  # not exported, and left by macOS
+        (tmp_path / "out" / name).parent.mkdir()
+        (tmp_path / "out" / name).write_bytes(b"no image of a set")
     written = export(artifact, "png", out)
     assert export(artifact, "png", out) == written
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -365,6 +368,24 @@ def test_png_exports_of_two_sets_are_not_mixed(artifact: Artifact, tmp_path: Pat
     with pytest.raises(ConfigError, match=rf"holds images that are not of this set, such as {NAMES[1]}/00000\.png"):
         export(renamed, "png", out)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("denied", ["out", "lost+found"])
+def test_png_exports_need_no_right_to_list(
+    denied: str, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PNG export succeeds where the target, or another folder in it, cannot be listed."""
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    listed = Location.list
+
+    def list_allowed(place: Location) -> Sequence[str]:
+        if place.uri.endswith(denied):
+            raise StoreError(f"no permission to list {place.uri}")
+        return listed(place)
+
+    monkeypatch.setattr(Location, "list", list_allowed)
+    written = export(artifact, "png", open_location(str(tmp_path / "out")))
+    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")} == set(written)
 
 
 def test_grey_png_has_one_channel(tmp_path: Path) -> None:
