@@ -149,7 +149,7 @@ def find_files(path: str) -> ParquetFiles:
     if missing or len(named) > 2:
         raise DatasetError(
             f"no Parquet file at {missing[0]}" if missing else f"the path {path!r} names {len(named)} Parquet files",
-            remedy="Set dataset.path to a folder of Parquet files, to one file, or to TRAIN.parquet,TEST.parquet",
+            remedy="Set dataset.path to a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
         )
     notes = [f"{file.name} is one of {total} numbered files" for file in named if (total := _shards_of(file.name)) > 1]
     return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]), tuple(notes))
@@ -197,7 +197,7 @@ def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
             raise DatasetError(
                 f"{stem}{missing:0{len(total)}}-of-{total}.parquet is missing in {folder}",
                 f"{len(numbers)} of {int(total)} files are there; a download may have stopped",
-                "Fetch the missing files, or give the path of one file to use it alone",
+                "Fetch the missing files; or rename those that you have, or give the path of one, to use them alone",
             )
 
 
@@ -205,7 +205,7 @@ def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
     """Raise a `DatasetError` if files for one purpose lie in several folders, as do a repository's configurations.
 
     The folder of a file is the one above the name that states its role: "320px" for 320px/train-0.parquet and for
-    320px/train/0.parquet, and the root for train/a/0.parquet and train/b/0.parquet, which are parts of one set.
+    320px/train/0.parquet. Files below one folder that is called `train` are parts of one set, whatever their names.
 
     Args:
         files: paths relative to `folder`.
@@ -221,10 +221,15 @@ def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
 
 
 def _place_of(file: str) -> str:
-    """Path above the name that states a file's role, see `role_of`; above the file if none does; "" is the root."""
+    """Path above the name that states a file's role, see `role_of`; above the file if none does; "" is the root.
+
+    A folder whose name is nothing but the role, such as `train`, counts before folders and files in it.
+    """
     parts = file.split("/")
-    stating = (depth for depth in reversed(range(len(parts))) if role_of(parts[depth]))
-    return "/".join(parts[: next(stating, len(parts) - 1)])
+    role = role_of(*reversed(parts))
+    plain = [depth for depth, name in enumerate(parts[:-1]) if name.isalpha() and role_of(name) == role]
+    stating = plain or [depth for depth, name in enumerate(parts) if role_of(name)] or [len(parts) - 1]
+    return "/".join(parts[: stating[-1]])
 
 
 def _in_folder(folder: Path) -> ParquetFiles:

@@ -117,6 +117,8 @@ def test_a_test_file_without_a_label_column_is_not_the_test_set(tmp_path: Path, 
         (["train.parquet", "test.parquet", "a/val.parquet", "b/val.parquet"], ""),  # not used
         (["train/0.parquet", "test/0.parquet"], ""),
         (["train/2024/0.parquet", "train/2025/0.parquet"], ""),
+        (["train/2024/train-0.parquet", "train/2025/train-0.parquet"], ""),
+        (["train/part-0.parquet", "train/train-extra.parquet"], ""),
         (["data/train-a.parquet", "data/train-b.parquet", "data/test.parquet"], ""),
         (["default/partial-train/0.parquet", "default/test/0.parquet"], ""),
     ],
