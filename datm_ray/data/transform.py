@@ -26,7 +26,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -639,7 +639,8 @@ def _eigh(
     except RuntimeError as failure:
         _log.warning("zca is fitted on the CPU instead of the GPU: %s", one_line(str(failure))[:200])
     finally:
-        torch.cuda.empty_cache()  # this process may live for days beside workers that need the memory
+        with suppress(RuntimeError):  # after some errors of a GPU, every later call fails too
+            torch.cuda.empty_cache()  # this process may live for days beside workers that need the memory
     return eigenpairs(matrix, note)
 
 

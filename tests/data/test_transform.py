@@ -396,19 +396,25 @@ def test_another_device_takes_torchs_decomposition() -> None:
     np.testing.assert_allclose(host.matrix, other.matrix, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
 def test_a_gpu_that_others_have_filled_leaves_the_fit_to_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    is_lost: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A fit whose GPU has no memory left gives the CPU's transform, and frees the memory that it holds there."""
+    """A fit whose GPU fails gives the CPU's transform and frees the GPU's memory, unless every call to it fails."""
     freed: list[bool] = []
 
     def fails(_: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.12 GiB.\nGPU 0")
 
+    def frees() -> None:
+        freed.append(True)
+        if is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     host = fit_transform("zca", photographs(), 255)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _: tensor)
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(torch.cuda, "empty_cache", frees)
     other = fit_transform("zca", photographs(), 255, device="cuda")
     assert (other.values.tobytes(), other.vectors.tobytes()) == (host.values.tobytes(), host.vectors.tobytes())
     assert "on the CPU instead of the GPU: CUDA out of memory. Tried to allocate 1.12 GiB. GPU 0" in caplog.text
