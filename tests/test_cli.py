@@ -712,21 +712,28 @@ def test_the_log_of_a_failure_holds_no_secrets(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An unexpected failure shows and logs no value of a job's variables, and no password of an address."""
+    key = '-----BEGIN\nline-1\\x"quoted"\n-----END'
+    values = {"A": "from-shell", "B": "it's hidden", "LONGER": "from-shell-too", "KEY": key, "FILE": "in-a-file"}
 
     def fails(_: object, address: str) -> None:
-        raise ZeroDivisionError(f"no answer from {address} for {{'A': 'from-shell', 'B': \"it's hidden\"}}")
+        shown = f"{values} or {json.dumps(values)} or {' '.join(values.values())}"
+        raise ZeroDivisionError(f"no answer from {address} for {shown} {'-' * 1000}")
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.Jobs.__init__", fails)
     monkeypatch.setenv("A", "from-shell")
+    (tmp_path / "env.yaml").write_text("env_vars: {FILE: in-a-file}\n")
+    (tmp_path / "env.json").write_text("no JSON")
     variables = ("--env", "WANDB_API_KEY=0123abcd", "--env", "A", "--env=B=it's hidden", "--env", "C=no")
+    variables += ("--env", "LONGER=from-shell-too", "--env", f"KEY={key}", "--runtime-env", "env.yaml")
+    variables += ("--runtime-env=env.json", "--runtime-env=absent.yaml")
     address = ("--address", "http://user:pass-word@gw:8265")
     code, _, err = datm_ray("job", "submit", "digits-ipc1", "--out", "s3://b/x", *address, *variables)
     assert (code, len(err.splitlines())) == (1, 1), err
     log = Path(err.rpartition(" is in ")[2].rstrip(".\n")).read_text()
     assert "WANDB_API_KEY=***' --env 'A=***' '--env=B=***' --env 'C=***'" in log
     assert "ZeroDivisionError: no answer from http://***@gw:8265" in log
-    for secret in ("0123abcd", "from-shell", "s hidden", "pass-word", "C=no"):
+    for secret in ("0123abcd", "from-shell", "-too", "s hidden", "line-1", "quoted", "in-a-file", "pass-word", "C=no"):
         assert secret not in log + err
 
 

@@ -11,6 +11,7 @@ import atexit
 import codecs
 import errno
 import io
+import json
 import os
 import select
 import shlex
@@ -113,7 +114,7 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
         sys.exit(2)
     log = _write_log(failure, out)
     where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
-    say(f"{_without_secrets(_in_words(failure))}{where}")
+    say(f"{_in_words(failure)}{where}")
     sys.exit(1)
 
 
@@ -146,9 +147,9 @@ def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
 
 
 def _in_words(failure: BaseException) -> str:
-    """One line about an unexpected exception, with a remedy for the known kinds."""
+    """One line about an unexpected exception, without secrets, and with a remedy for the known kinds."""
     kinds = {each.__name__ for each in type(failure).__mro__}
-    words = one_line(str(failure)).rstrip(". ")
+    words = one_line(_without_secrets(str(failure))).rstrip(". ")  # before half of one is cut off
     shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in words.replace("Cannot", "can't"):
         return (
@@ -186,11 +187,16 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
     return None
 
 
+def _given(option: str) -> list[tuple[int, str]]:
+    """Place in the command line and value of an option, for each time that it is given."""
+    joined = [(place, word) for place, word in enumerate(sys.argv) if word.startswith(f"{option}=")]
+    apart = [(place, word) for place, word in enumerate(sys.argv[1:], 1) if sys.argv[place - 1] == option]
+    return [(place, word.removeprefix(f"{option}=")) for place, word in joined] + apart
+
+
 def _variables() -> list[tuple[int, str, str]]:
     """Place in the command line, name and value of every variable of a job: --env KEY=VALUE, or KEY from this shell."""
-    words = [(place, word.removeprefix("--env=")) for place, word in enumerate(sys.argv) if word.startswith("--env=")]
-    words += [(place, word) for place, word in enumerate(sys.argv[1:], 1) if sys.argv[place - 1] == "--env"]
-    split = [(place, *word.partition("=")) for place, word in words]
+    split = [(place, *word.partition("=")) for place, word in _given("--env")]
     return [(place, name, value if equals else os.environ.get(name, "")) for place, name, equals, value in split]
 
 
@@ -202,12 +208,33 @@ def _command() -> str:
     return shlex.join(words)
 
 
+def _values_in_files() -> list[str]:
+    """Values of the variables in a job's files of --runtime-env, whose errors are left to the command."""
+    import yaml
+
+    values: list[str] = []
+    for _, file in _given("--runtime-env"):
+        with suppress(OSError, ValueError, yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError):
+            text = Path(file).read_text(encoding="utf-8")
+            found = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+            values += map(str, found["env_vars"].values())
+    return values
+
+
+def _secrets() -> list[str]:
+    """Values of a job's variables, in each form in which an error may show them. A part comes after the whole."""
+    values = [value for _, _, value in _variables()] + _values_in_files()
+    values = [value for value in values if len(value) > 5]  # short ones, such as "true", are words too
+    shown = {form for each in values for form in (each, repr(each)[1:-1], json.dumps(each)[1:-1], one_line(each))}
+    return sorted(shown, key=len, reverse=True)
+
+
 def _without_secrets(text: str) -> str:
     """Text with *** in place of passwords, keys and tokens, and of the values of a job's variables."""
     from datm_ray.monitor.logs import masked
 
-    for _, _, value in _variables():
-        text = text.replace(value, "***") if len(value) > 5 else text  # short ones, such as "true", are words too
+    for secret in _secrets():
+        text = text.replace(secret, "***")
     return masked(text)
 
 
