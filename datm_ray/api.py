@@ -6,9 +6,7 @@ line. Jobs on clusters are left out. Tests: tests/test_api.py.
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +25,13 @@ from datm_ray.planning.suggest import Suggestion, default_name, measured_plans, 
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
+from datm_ray.store.files.local import free_space
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+LONGEST = 10**9
+"""Largest number of minutes that `init` takes, inclusive: far more than any run needs, and safe to compute with."""
 
 Settings = Mapping[str, object]
 """Values that replace values of a recipe, by `section.field`, such as {"distill.iterations": 100}."""
@@ -179,7 +181,8 @@ def init(
     Args:
         path: folder, zip archive or Parquet file of images, see docs/your-images.md, or `digits`.
         ipc: synthetic images per class, at least 1.
-        minutes: time on the clock for everything, on this machine; above 0 and finite. Its speed is measured first.
+        minutes: time on the clock for everything, on this machine; above 0, at most 1e9. Its speed is measured
+            first.
         method: datm, mtt, dm, select or sre2l.
         name: name of the run. Default: the file's name, the method unless it is datm, and the images per class.
         resize: side in pixels to resize all images to, at least 8. Default: the images' own size if all have the same
@@ -194,7 +197,7 @@ def init(
     _require_numbers(ipc, minutes, resize)
     place, say = os.fspath(path), Reporter(quiet=not progress).message
     called = recipe_of(RunConfig(), {"name": name or default_name(place, ipc, method)}).name
-    wish = Wish(called, int(ipc), 60 * float(minutes), method, shutil.disk_usage(os.curdir).free)
+    wish = Wish(called, int(ipc), 60 * float(minutes), method, free_space("runs"))
     soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # early errors need no such line
     soon.start()
     try:
@@ -208,8 +211,8 @@ def _require_numbers(ipc: object, minutes: object, resize: object) -> None:
     """Raise a `ConfigError` if a number that `init` is given is of another type or out of its range."""
     wanted = [("ipc", ipc, _is_whole(ipc, 1), "a whole number, at least 1")]
     wanted += [("resize", resize, resize is None or _is_whole(resize, 8), "a whole number of pixels, at least 8")]
-    is_time = isinstance(minutes, Real) and not isinstance(minutes, bool) and 0 < float(minutes) < math.inf
-    wanted += [("minutes", minutes, is_time, "a number of minutes, above 0 and finite")]
+    is_time = isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes <= LONGEST and not minutes <= 0
+    wanted += [("minutes", minutes, is_time, f"a number of minutes, above 0 and at most {LONGEST:,}")]
     for name, value, is_right, right in wanted:
         if not is_right:
             raise ConfigError(f"{name} is {value!r}", remedy=f"give {right}")

@@ -117,13 +117,14 @@ def test_settings_may_be_paths_numbers_of_numpy_and_any_text(tmp_path: Path) -> 
     [
         *(({"ipc": ipc}, f"ipc is {ipc!r}. Give a whole number, at least 1.") for ipc in (-1, 0, 1.5, "1", None, True)),
         *(({"minutes": time}, f"minutes is {time!r}.") for time in (math.inf, math.nan, 0, -3, "10", None)),
+        *(({"minutes": time}, f"minutes is {time!r}"[:20]) for time in (1e307, 10**400, -(10**400), 1e9 + 1, True)),
         *(({"resize": side}, f"resize is {side!r}.") for side in (0, 1, 7, 16.0, "16")),
     ],
 )
 def test_impossible_numbers_for_a_recipe_are_refused_before_any_file_is_read(
     options: dict[str, Any], message: str
 ) -> None:
-    """`init` refuses numbers of another type, out of range or without end."""
+    """`init` refuses numbers of another type, out of range, without end or too large to compute with."""
     with pytest.raises(ConfigError, match=re.escape(message)):
         datm_ray.init("/no/such/folder", **{"ipc": 1, **options})
 

@@ -198,14 +198,17 @@ def test_a_recipe_for_own_images_comes_with_notes_on_them(
     notes = out.splitlines()[:2]
     assert notes[0] == "2 files or folders were not taken: .heic 2"
     assert notes[1] == "training images: train; test images: a fixed fifth of each class of these"
-    assert "the disk of this folder" not in out
+    assert "the disk of the folder" not in out
     code, out, _ = datm_ray(*asked, "--out", "again.yaml", "--json")
     found = json.loads(out)
     assert found["notes"][:2] == notes
     assert set(found) == documented_keys("init")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: mock.Mock(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: mock.Mock(free=1000, total=2000))
     code, out, _ = datm_ray(*asked, "--out", "full.yaml")
-    assert re.search(r"\nThis stores .* MiB, and the disk of this folder has 1000 B left\. Try: ", out)
+    assert re.search(r"\nThis stores .* MiB, and the disk of the folder runs has 1000 B left\. Try: ", out)
+    monkeypatch.setattr("shutil.disk_usage", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    code, out, _ = datm_ray(*asked, "--out", "unknown.yaml")
+    assert (code, "the disk of the folder" in out) == (0, False)
 
 
 def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,12 +50,13 @@ def init(
 ) -> None:
     """Write a recipe for your own images and your time.
 
-    The command reads the images, measures this machine for some seconds, and chooses values that fill the time. The
-    recipe is the only file written. Every value in it has its reason beside it.
+    The command reads the images, times steps on this machine for up to a minute or two, and chooses values that fill
+    the time. The recipe is the only file written. Every value in it has its reason beside it.
     """
     from datm_ray.api import init as init_recipe
     from datm_ray.errors import ConfigError
     from datm_ray.planning.suggest import default_name
+    from datm_ray.store.files.local import free_space
     from datm_ray.store.trajectories import size_in_words
 
     if minutes is not None and hours is not None:
@@ -78,11 +78,11 @@ def init(
             f"This takes longer than the {time:g} minutes that you asked for. No shorter recipe is possible with "
             "these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
         )
-    stored, free = sum(suggestion.plan.storage.values()), shutil.disk_usage(".").free
+    stored, free = sum(suggestion.plan.storage.values()), free_space("runs")
     if stored > free:
         print(
-            f"This stores {size_in_words(stored)}, and the disk of this folder has {size_in_words(free)} left. "
-            "Try: run it with --out on another disk."
+            f"This stores {size_in_words(stored)}, and the disk of the folder runs has {size_in_words(int(free))} "
+            "left. Try: run it with --out on another disk."
         )
     print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
 

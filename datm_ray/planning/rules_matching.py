@@ -6,6 +6,7 @@ Tests: tests/planning/test_suggest.py.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from datm_ray.planning.draft import (
@@ -199,9 +200,9 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
     is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
     limit = "a tenth of the free disk holds" if is_full else "the time allows beside the iterations"
-    in_time = f"more would leave fewer than {ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations in {draft.asked}"
+    least = "the least; a tenth of the free disk holds no more" if is_full else draft.too_short
     return {
-        "network.width": "channels, as published" if width == WIDTHS[0] else f"channels; {in_time}",
+        "network.width": "channels, as published" if width == WIDTHS[0] else _not_wider(draft, values),
         "cluster.shards": FOR_ALL if values["cluster.shards"] > 1 else ONE_SHARD,
         "cluster.experts_at_a_time": "all workers train experts",
         **evaluation_reasons(draft, values, "as many as the experts have"),
@@ -213,6 +214,17 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
         "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts"
         if values["experts.keep_epochs"]
         else "those that can be matched; all epochs would take too much space",
-        "experts.count": f"as many as {limit}" if count > LEAST_EXPERTS or is_full else draft.too_short,
+        "experts.count": f"as many as {limit}" if count > LEAST_EXPERTS else least,
         **iteration_reasons(draft, iterations),
     }
+
+
+def _not_wider(draft: Draft, values: dict[str, Any]) -> str:
+    """Reason of a width that is not the largest: the time, or the disk if it holds too few experts of the next one."""
+    wider = WIDTHS[WIDTHS.index(values["network.width"]) - 1]
+    enough = {"network.width": wider, "experts.count": ENOUGH_EXPERTS, "experts.keep_epochs": None}
+    quick = replace(draft, exactly=False)  # the wider network's compiled steps may not have been timed
+    is_short = quick.stored(values | enough) > DISK_SHARE * draft.wish.disk
+    disk = ", or too few experts on the free disk" if is_short else ""
+    iterations = f"{ENOUGH_ITERATIONS} iterations in {draft.asked}"
+    return f"channels; more would leave fewer than {ENOUGH_EXPERTS} experts or {iterations}{disk}"

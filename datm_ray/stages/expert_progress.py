@@ -27,7 +27,6 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,7 @@ from datm_ray.core.training import TrainingState
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.store.files.filesystem import Location, MissingFileError
+from datm_ray.store.files.local import nearest
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
@@ -412,7 +412,7 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
     if place.local_path is None:
         return
     for attempt in range(DISK_CHECKS):
-        free = shutil.disk_usage(_existing(place.local_path)).free
+        free = shutil.disk_usage(nearest(place.local_path)).free
         if free > size + SPARE_BYTES:
             return
         if attempt % CHECKS_OF_A_MESSAGE == 0:
@@ -423,11 +423,6 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
         f"it has been full for {DISK_CHECK_INTERVAL * DISK_CHECKS / 60:.0f} minutes",
         "free some space, or give another --store; then run the same command again: it resumes",
     )
-
-
-def _existing(path: str) -> Path:
-    """Path itself if it exists, otherwise its nearest parent that exists."""
-    return next(each for each in (Path(path), *Path(path).parents) if each.exists())
 
 
 def _stacked(epochs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

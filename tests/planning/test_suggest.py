@@ -20,7 +20,7 @@ from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Planner, Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.memory import plans_of
-from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, MOST_SHARED
+from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, LEAST_EXPERTS, MOST_SHARED
 from datm_ray.planning.rules_others import ENOUGH_UPDATES
 from datm_ray.planning.shape import DataShape
 from datm_ray.planning.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
@@ -155,8 +155,28 @@ def test_experts_take_at_most_a_tenth_of_the_free_disk(free: float, method: str)
     assert 2 <= limited.config.experts.count < other.config.experts.count
     assert limited.config.distill.iterations > other.config.distill.iterations  # the time is filled all the same
     assert limited.config.experts.keep_epochs is None
-    assert limited.reasons["experts.count"] == "as many as a tenth of the free disk holds"
+    few = limited.config.experts.count == LEAST_EXPERTS
+    held = "the least; a tenth of the free disk holds no more" if few else "as many as a tenth of the free disk holds"
+    assert limited.reasons["experts.count"] == held
     assert sum(limited.plan.clock.values()) <= 60 * 14
+
+
+@pytest.mark.parametrize("free", [0, 1e9])
+def test_a_full_disk_is_the_reason_for_what_it_limits(free: float) -> None:
+    """The reasons of width and experts name the disk where it limits them, and the time alone where it does."""
+    data, source = raw([3] * 3, (3, 16, 16)), DatasetConfig(source="folder", path="/data/mine")
+    full, hasty = (
+        suggest(Wish("mine", 1, 60 * minutes, "datm", disk), source, data, planner(data, "cpus=8,gflops=60"))
+        for disk, minutes in ((free, 14), (math.inf, 0.1))
+    )
+    assert full.config.network.width < 128
+    assert full.reasons["network.width"].endswith("300 iterations in 14 minutes, or too few experts on the free disk")
+    assert "a tenth of the free disk holds" in full.reasons["experts.count"]
+    assert hasty.reasons["network.width"].endswith("300 iterations in 0.1 minutes")
+    assert hasty.reasons["experts.count"] == "the least; 0.1 minutes would be too short for more"
+    if not free:
+        assert full.config.experts.count == LEAST_EXPERTS
+        assert full.reasons["experts.count"] == "the least; a tenth of the free disk holds no more"
 
 
 def test_all_epochs_are_kept_while_they_are_small() -> None:

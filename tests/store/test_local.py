@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import stat
@@ -9,12 +10,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from datm_ray.errors import StoreError
+from datm_ray.store.files import local
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.store.contract import (
     KEY,
@@ -144,3 +148,26 @@ class TestLocal(TrajectoryStoreContract):
         for expected in make_snapshots(make_info(1)):
             rounded = torch.from_numpy(expected.params).bfloat16().float().numpy()
             assert_same(group.read_snapshot(1, expected.epoch), replace(expected, params=rounded))
+
+
+def test_free_space_is_that_of_the_disk_that_will_hold_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing folder has its parent's disk, a link its target's, and a disk that does not tell has no limit."""
+    asked: list[Path] = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path.resolve())
+        return SimpleNamespace(free=7, total=9)
+
+    monkeypatch.setattr(local.shutil, "disk_usage", usage)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other disk").mkdir()
+    assert local.free_space("runs") == 7
+    (tmp_path / "runs").symlink_to("other disk")
+    assert local.free_space("runs") == local.free_space("runs/birds/experts") == 7
+    assert asked == [tmp_path, tmp_path / "other disk", tmp_path / "other disk"]
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=0))
+    assert local.free_space("runs") == math.inf
+    monkeypatch.setattr(local.shutil, "disk_usage", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    assert local.free_space("runs") == math.inf

@@ -1,4 +1,4 @@
-"""Local files: atomic drafts, removal of files left by killed writers, locks, and memory mapping.
+"""Local files: atomic drafts, removal of files left by killed writers, locks, memory mapping, and free space.
 
 Some filesystems lack a safeguard: CIFS and shared folders of virtual machines cannot flush, FAT has no hard links, some
 network mounts have no locks, and some FUSE mounts cannot map. Files are still written and read there, without the
@@ -8,13 +8,16 @@ safeguard. An input/output error of a device is always reported.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
+import shutil
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
@@ -179,3 +182,20 @@ def content(path: str) -> memoryview:
             if error.errno not in _NO_MAPPING:
                 raise
             return memoryview(file.read())
+
+
+def nearest(path: str) -> Path:
+    """Path itself if it exists, otherwise its nearest parent that exists."""
+    return next(each for each in (Path(path), *Path(path).parents) if each.exists())
+
+
+def free_space(path: str) -> float:
+    """Free bytes of the disk that holds a path, or that would hold it; infinite if the system does not tell.
+
+    Some network disks report a size of 0 bytes, and others an error.
+    """
+    with suppress(OSError):
+        disk = shutil.disk_usage(nearest(path))
+        if disk.total > 0:
+            return disk.free
+    return math.inf
