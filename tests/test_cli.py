@@ -144,6 +144,8 @@ BAD_INPUT = {
     "recipe for two times": (["init", "digits", "--minutes", "5", "--hours", "1"], "both given"),
     "recipe for endless minutes": (["init", "absent", "--minutes", "inf"], "minutes is inf. Give a number of minutes"),
     "recipe for endless hours": (["init", "absent", "--hours", "inf"], "minutes is inf"),
+    "recipe for ages": (["init", "absent", "--minutes", "1e307"], "minutes is 1e+307. Give a number of minutes"),
+    "recipe for no tables": (["init", "absent.parquet"], "Give a folder of Parquet files, one file, or TRAIN"),
     "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
     "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),
     "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "it has no GPU"),
@@ -156,7 +158,10 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     case: str, datm_ray: CommandLine, tmp_path: Path
 ) -> None:
     """Each mistake is one line of error before anything is written."""
-    require_one_line(datm_ray(*BAD_INPUT[case][0]), BAD_INPUT[case][1], tmp_path)
+    command, expected = BAD_INPUT[case]
+    code, out, err = datm_ray(*command)
+    require_one_line((code, out, err), expected, tmp_path)
+    assert command[0] != "init" or not re.search(r"dataset\.|--set", err)  # it has neither
 
 
 @pytest.mark.ray

@@ -342,10 +342,11 @@ def _no_path(name: str) -> DatasetError:
 
 def _no_images(root: Path, layout: str, notes: Sequence[str] = (), tables: int = 0) -> DatasetError:
     """Error for a path without images in the expected layout, which may have Parquet files, `tables` of them."""
+    unpack = "" if root.is_dir() else "unpack it, then "
     return DatasetError(
         f"no training images found in {root}",
         "; ".join((f"Expected was {layout}", *notes)),
-        f"It holds Parquet files ({tables}): set dataset.source to parquet if they hold the images"
+        f"It holds Parquet files ({tables}): {unpack}set dataset.source to parquet if they hold the images"
         if tables
         else "Check dataset.path and the layout below it",
     )

@@ -90,7 +90,7 @@ def source_of(path: str) -> str:
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
         return path
-    if place.suffix == ".parquet" or _is_of_tables(place):
+    if place.suffix.lower() == ".parquet" or _is_of_tables(place):
         return "parquet"
     names = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100", "wnids.txt": "tiny-imagenet"}
     return next((source for name, source in names.items() if place.name == name or _has(place / name)), "folder")
@@ -111,14 +111,16 @@ def _is_of_tables(folder: Path) -> bool:
 
 
 def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Yield the files with one of the suffixes, up to two folders deep, hidden ones left out.
+    """Yield the files with one of the suffixes, up to three folders deep, hidden ones left out.
 
-    The rest of a folder is left out once a part of it cannot be read.
+    In a cache of the Hugging Face hub, tables are three folders deep: snapshots/REVISION/data/x.parquet. The rest of a
+    folder is left out once a part of it cannot be read.
     """
     with suppress(OSError):
-        for file in (file for deep in ("*", "*/*", "*/*/*") for file in folder.glob(deep)):
-            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if file.suffix.lower() in suffixes and not is_hidden:
+        for file in (file for deep in ("*", "*/*", "*/*/*", "*/*/*/*") for file in folder.glob(deep)):
+            if file.suffix.lower() not in suffixes:
+                continue
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
                 yield file
 
 
@@ -153,10 +155,23 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
     return read_images(path, LARGEST_SIDE)
 
 
+_OWN_WORDS = {
+    r"read it with --set dataset\.source=parquet": "give it a name that ends in .parquet",
+    r"set dataset\.source to parquet": "give the folder or file of the Parquet files",
+    r"set dataset\.path to where": "give the path where",
+    r"set dataset\.path to": "give",
+    r"dataset\.path": "the path",
+}
+"""Pattern of words in remedies for recipes -> words for `init`, replaced in this order."""
+
+
 def _in_options_of_init(failure: DatasetError) -> DatasetError:
-    """Error with a remedy in the options of `init`, which has `--resize`, and no `--set`."""
+    """Error with a remedy in the options of `init`, which has a path and `--resize`, and no `--set`."""
     if "dataset.resize" not in failure.remedy:
-        return failure
+        remedy = failure.remedy
+        for words, own in _OWN_WORDS.items():
+            remedy = re.sub(words, own, remedy, flags=re.IGNORECASE)
+        return DatasetError(failure.fact, failure.cause, remedy[:1].upper() + remedy[1:])
     side = re.search(r"dataset\.resize=(\d+)", failure.remedy)
     remedy = f"Use --resize {side[1]}" if side else "Use a smaller --resize, or fewer images"
     if "dataset.streamed" in failure.remedy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,15 @@ def test_the_source_follows_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "two" / "cat").mkdir(parents=True)
     for name in ("owl/1.png", "cat/1.png", "train.parquet"):
         (tmp_path / "two" / name).touch()
-    hubs = {"hub": "parquet", "hub with assets": "parquet", "two": "folder"}
+    (tmp_path / "capitals").mkdir()
+    (tmp_path / "capitals" / "x.PARQUET").touch()
+    revision = tmp_path / "datasets--a--b" / "snapshots" / "0123abc" / "data"
+    revision.mkdir(parents=True)
+    (tmp_path / "datasets--a--b" / "blobs").mkdir()
+    (tmp_path / "datasets--a--b" / "blobs" / "4567def").touch()
+    (revision / "train-00000-of-00001.parquet").symlink_to("../../../blobs/4567def")
+    hubs = {"hub": "parquet", "hub with assets": "parquet", "two": "folder", "datasets--a--b": "parquet"}
+    hubs |= {"capitals": "parquet", "capitals/x.PARQUET": "parquet"}
     names = hubs | {"pages": "parquet", "pages/train.parquet": "parquet", "tiny": "tiny-imagenet", "birds": "folder"}
     assert {name: source_of(str(tmp_path / name)) for name in names} == names
     assert source_of("digits") == "digits"
@@ -352,6 +361,30 @@ def test_a_recipe_of_two_parquet_files_reads_them_from_any_folder(
     again = load_raw(dataset.source, dataset.path)
     assert (again.fingerprint, len(again.test)) == (found.fingerprint, 6)
     assert read_images(f"{folder}/birds.parquet", None)[0].path == f"{folder}/birds.parquet"
+
+
+def test_errors_of_files_are_explained_by_what_init_takes(tmp_path: Path) -> None:
+    """Paths without images are errors whose remedies name no key of a recipe, which is still to be written."""
+    with zipfile.ZipFile(tmp_path / "tables.zip", "w") as archive:
+        archive.writestr("train.parquet", "PAR1")
+    (tmp_path / "table.pq").write_bytes(b"PAR1")
+    (tmp_path / "two").mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / "two" / name).touch()
+    (tmp_path / "empty").mkdir()
+    remedies = {
+        "absent": "Give the path where the data set is",
+        "absent.parquet": "Give a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
+        "tables.zip": "It holds Parquet files (1): unpack it, then give the folder or file of the Parquet files",
+        "table.pq": "Give it a name that ends in .parquet",
+        "two": "Give them names with the word 'train' in it, or give TRAIN.parquet,TEST.parquet",
+        "empty": "Check the path and the layout below it",
+    }
+    for name, remedy in remedies.items():
+        with pytest.raises(DatasetError) as caught:
+            read_images(str(tmp_path / name), None)
+        assert caught.value.remedy.startswith(remedy), name
+        assert not re.search(r"dataset\.|--set", str(caught.value)), name
 
 
 @pytest.mark.parametrize(("free", "remedy"), [(300_000, "Use --resize 32; or"), (100, "Use a smaller --resize, or")])
