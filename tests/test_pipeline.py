@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -714,11 +714,14 @@ def test_results_that_workers_wrote_elsewhere_are_missed(tmp_path: Path, monkeyp
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
 
 
-@pytest.mark.parametrize("missing", ["out", "store"])
+@pytest.mark.parametrize(
+    ("command", "missing", "is_noticed"),
+    [("run_all", "out", True), ("train_experts", "store", True), ("train_experts", "out", False)],
+)
 def test_workers_that_do_not_share_a_disk_are_noticed_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, missing: str, is_noticed: bool
 ) -> None:
-    """Workers that lack the output folder or the store do no work, and their first task ends with an error."""
+    """Workers without a folder that they need do no work: their first task fails. Experts need the store alone."""
     monkeypatch.setattr("datm_ray.stages.worker.LAG", 0)
     config, events = tiny_config(), list[Event]()
 
@@ -733,10 +736,11 @@ def test_workers_that_do_not_share_a_disk_are_noticed_before_any_work(
                 (tmp_path / "elsewhere").rename(tmp_path / missing)
 
     pipeline = Pipeline([config], str(tmp_path / "out"), str(tmp_path / "store"))
-    with pytest.raises(ClusterError, match=rf" has no {tmp_path / missing}/.*do not share this disk.*s3://"):
-        pipeline.train_experts(lambda: Elsewhere(config.cluster), Reporter(quiet=True))
-    assert not any(isinstance(event, Progress) for event in events)
-    assert not list((tmp_path / "store").rglob("expert-*"))
+    error = pytest.raises(ClusterError, match=rf" has no {tmp_path / missing}/.*do not share this disk.*s3://")
+    with error if is_noticed else nullcontext():
+        getattr(pipeline, command)(lambda: Elsewhere(config.cluster), QUIET)
+    assert any(isinstance(event, Progress) for event in events) != is_noticed
+    assert bool(list((tmp_path / "store").rglob("expert-*"))) != is_noticed
 
 
 def test_results_that_a_shared_disk_shows_late_are_waited_for(

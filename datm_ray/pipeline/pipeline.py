@@ -90,6 +90,8 @@ class Pipeline:
         self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
         checks.check(self.runs)
         self._log = Logger()
+        self._shares_out = True
+        """True if workers of the present command use the output folder."""
         self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
         """Data set -> arguments of the workers' constructor, with the data set as the executor shares it."""
 
@@ -215,7 +217,7 @@ class Pipeline:
 
     def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Train the experts that are missing in the store. Arguments: see `run_all`."""
-        with self._started(start, reporter) as executor:
+        with self._started(start, reporter, shares_out=False) as executor:
             self._experts(executor, reporter)
 
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -253,7 +255,12 @@ class Pipeline:
 
     @contextmanager
     def _started(
-        self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
+        self,
+        start: Callable[[], Executor],
+        reporter: Reporter,
+        *,
+        distils: bool = False,
+        shares_out: bool = True,
     ) -> Iterator[Executor]:
         """Lease the folders of all runs, start the executor and yield it. Leases and executor end with the block.
 
@@ -261,8 +268,10 @@ class Pipeline:
 
         Args:
             distils: True to check workers and memory for distilling too.
+            shares_out: False if the command's workers use the store alone, and not the output folder.
         """
         checks.require_writable(self.runs)
+        self._shares_out = shares_out
         with ExitStack() as leases:
             for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
                 place = self.runs.folder(config) / LEASE
@@ -481,11 +490,14 @@ class Pipeline:
     def _landmarks(self) -> tuple[str, ...]:
         """Local files by which workers find that they share this machine's disks: in the output folder and the store.
 
-        Without this check, a stage would end before its results are missed.
+        Without this check, a stage would end before its results are missed. Workers of a command that only trains
+        experts never use the output folder, so it may be on this machine's own disk. All stages of a command have the
+        same files, and so keep their workers.
         """
         networks = self.runs.networks()
         transforms = [self.runs.experts(networks[0]).transform_file] if networks else []
-        places = [self.runs.folder(self.configs[0]) / LEASE, *transforms]
+        leases = [self.runs.folder(self.configs[0]) / LEASE] if self._shares_out else []
+        places = [*leases, *transforms]
         return tuple(place.uri for place in places if place.local_path is not None and place.exists())
 
     def _run(
