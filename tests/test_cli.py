@@ -24,6 +24,7 @@ from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.registry import ConvNet
+from datm_ray.errors import WorkerLostError
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.runtime.stopping import Interrupted
 from tests.conftest import CommandLine, documented_keys, tiny_config
@@ -376,6 +377,31 @@ def test_a_signal_while_ray_is_closed_ends_with_what_was_saved(
     line = "stopped. Saved birds: iteration 21 of 60. Run the same command again to resume from there."
     assert (code, err) == (130, f"datm-ray: {line}\n")
     exits.assert_called_once_with(130)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_ray_is_closed_hides_no_failure(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, signals: int
+) -> None:
+    """A failed command that is interrupted while it closes Ray ends at once, with its failure's line and exit code."""
+
+    def failed(*_: object, **__: object) -> None:
+        with ExitStack() as closing:
+            for _ in range(signals):
+                end = Interrupted()
+                end.is_at_once = True
+                closing.push(mock.Mock(side_effect=end))
+            try:
+                raise KeyError("inner")
+            except KeyError:
+                raise WorkerLostError("birds lost its worker 4 times without progress") from None
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", failed)
+    exits = mock.Mock(side_effect=SystemExit(1))
+    monkeypatch.setattr("os._exit", exits)
+    code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
+    assert (code, err) == (1, "datm-ray: birds lost its worker 4 times without progress.\n")
+    exits.assert_called_once_with(1)
 
 
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def _exit_flushed() -> None:
 def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False) -> None:
     if isinstance(failure, KeyboardInterrupt):
         interrupts = list(_interrupts(failure))
+        if failed := _failed_before(interrupts[-1]):
+            try:
+                _end_with(failed, out)
+            except SystemExit as end:
+                _exit_at_once(int(end.code or 0))
         failure = next((each for each in interrupts if str(each)), failure)
         saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
         say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
@@ -135,6 +140,12 @@ def _exit_at_once(code: int) -> None:
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(code)
+
+
+def _failed_before(first: KeyboardInterrupt) -> Exception | None:
+    """Failure of a command whose first interrupt came when it had ended and was closing Ray; `None` without one."""
+    before = first.__context__ if getattr(first, "is_at_once", False) else None
+    return before if isinstance(before, Exception) else None
 
 
 def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
