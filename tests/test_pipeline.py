@@ -800,7 +800,7 @@ def test_an_unfinished_distillation_resumes_with_fewer_workers(tmp_path: Path) -
     class Cramped(SerialExecutor):
         """An executor with resources for one worker, which ends at its first task."""
 
-        def require_workers(self, name: str, size: int) -> None:
+        def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
             if size > 1:
                 raise ClusterError(f"{name} wants {size} workers at once")
 

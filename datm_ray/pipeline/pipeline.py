@@ -226,7 +226,8 @@ class Pipeline:
         checks.require_priors(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, trained_networks(config))
-        with self._started(start, reporter, distils=True) as executor:
+        validates = any(config.distill.validate_every for config in self.runs.unfinished())
+        with self._started(start, reporter, distils=True, has_light=validates) as executor:
             self._note_experts_cost()  # another command may have trained them
             self._distill(executor, reporter)
 
@@ -260,6 +261,7 @@ class Pipeline:
         reporter: Reporter,
         *,
         distils: bool = False,
+        has_light: bool = True,
         shares_out: bool = True,
     ) -> Iterator[Executor]:
         """Lease the folders of all runs, start the executor and yield it. Leases and executor end with the block.
@@ -268,6 +270,7 @@ class Pipeline:
 
         Args:
             distils: True to check workers and memory for distilling too.
+            has_light: False if no worker of the command has the shape of `cluster.light`.
             shares_out: False if the command's workers use the store alone, and not the output folder.
         """
         checks.require_writable(self.runs)
@@ -278,11 +281,13 @@ class Pipeline:
                 leases.enter_context(lease(place, config.cluster.wait_for_run, reporter.message, ask))
             # Again, because the command before may have used other experts.
             checks.require_same_experts(self.runs, of_all=False)
-            with self._executing(start, reporter, distils=distils) as executor:
+            with self._executing(start, reporter, distils=distils, has_light=has_light) as executor:
                 yield executor
 
     @contextmanager
-    def _executing(self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool) -> Iterator[Executor]:
+    def _executing(
+        self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool, has_light: bool
+    ) -> Iterator[Executor]:
         if not (self.runs.alone or self.runs.elsewhere):
             reporter.message("Starting Ray ...")
         executor, recipes = start(), self.configs
@@ -290,6 +295,8 @@ class Pipeline:
         try:
             if executor.gpus_per_worker is not None:  # the workers' machines may have other GPUs than this one
                 self.runs.give_gpus(executor.gpus_per_worker)
+            if has_light:  # here, because the stages before may take days
+                executor.require_workers(self.configs[0].name, 1, light=True)
             if distils:
                 for config in self.runs.unfinished():
                     # An unfinished distillation may resume with fewer workers: nodes may be lost since it started.

@@ -164,8 +164,13 @@ class Executor(Protocol):
         """Highest number of workers that run tasks with `is_light` at the same time."""
         ...
 
-    def require_workers(self, name: str, size: int) -> None:
-        """Raise a `ClusterError` if a task of `size` workers can never run."""
+    def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
+        """Raise a `ClusterError` if a task of `size` workers can never run.
+
+        Args:
+            name: name of the task or run, for the message.
+            light: True for workers with the shape of `cluster.light`.
+        """
         ...
 
     def share(self, value: Any) -> Any:
@@ -218,7 +223,7 @@ class SerialExecutor:
         """Highest number of workers that run tasks with `is_light` at the same time."""
         return self.workers
 
-    def require_workers(self, name: str, size: int) -> None:
+    def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
         """Accept any size: one worker runs the whole task."""
 
     def share(self, value: Any) -> Any:

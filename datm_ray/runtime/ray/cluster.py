@@ -301,13 +301,15 @@ class Nodes:
         workers = self._cluster.workers or max(1, sum(fits))
         return workers, min(workers, max(1, *fits)) if fits else 1
 
-    def require(self, workers: int, what: str = "") -> None:
-        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time, or no light one."""
-        if self._cluster.wait_for_nodes:
+    def require(self, workers: int, what: str = "", *, light: bool = False) -> None:
+        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time; `light`: see `fits`.
+
+        The autoscaler is asked only if the running nodes hold too few.
+        """
+        if self._cluster.wait_for_nodes or self.capacity(light=light) >= workers:
             return
-        for light, number in ((False, workers), (True, 1)):
-            if self.capacity(light=light) + self.growth(light=light) < number:
-                raise self._too_few(number, what, light=light)
+        if self.capacity(light=light) + self.growth(light=light) < workers:
+            raise self._too_few(workers, what, light=light)
 
     def _too_few(self, workers: int, what: str, *, light: bool) -> ClusterError:
         wait = "set cluster.wait_for_nodes to wait for nodes started on demand"

@@ -113,8 +113,11 @@ class RayExecutor:
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task on Ray actors and yield its events, see `Executor.run`."""
+        first = dict[tuple[int, bool], str]()
         for task in tasks:
-            self.require_workers(task.name, min((task.size, *task.fewer)))
+            first.setdefault((min((task.size, *task.fewer)), task.is_light), task.name)
+        for (size, is_light), name in first.items():
+            self.require_workers(name, size, light=is_light)
         self.metrics.begin(tasks, self.workers)
         if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
             self._number += 1  # actors keep their worker while the number stays the same
@@ -145,8 +148,8 @@ class RayExecutor:
         if self._owns_cluster:
             ray.shutdown()
 
-    def require_workers(self, name: str, size: int) -> None:
-        """Raise a `ClusterError` if `size` workers can never run at the same time."""
+    def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
+        """Raise a `ClusterError` if `size` workers can never run at the same time, see `Executor.require_workers`."""
         self.workers, self.workers_per_machine = self.nodes.planned()
         if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
@@ -155,7 +158,7 @@ class RayExecutor:
                 "put on workers of their own",
                 "lower them, or raise cluster.workers",
             )
-        self.nodes.require(size, f"{name}: ")
+        self.nodes.require(size, f"{name}: ", light=light)
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
@@ -18,9 +19,11 @@ from ray.core.generated import autoscaler_pb2
 
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
-from datm_ray.runtime.ray import cluster as ray_cluster
+from datm_ray.runtime.executor import Task
+from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
+from datm_ray.runtime.ray.pool import Stage
 
 
 @pytest.fixture
@@ -222,7 +225,8 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     assert f"within 60 s. {lacking.capitalize()}" in str(nodes.not_enough(1))
     light = ray_cluster.Nodes(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
     with pytest.raises(ClusterError, match=r"birds: no node has the labels of cluster\.light\.labels"):
-        light.require(1, "birds: ")
+        light.require(1, "birds: ", light=True)
+    light.require(2)
 
 
 def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +240,28 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
         nodes = ray_cluster.Nodes(cluster)
         expected = tuple(sys.maxsize if size is None else size * 2**30 for size in sizes)
         assert (nodes.memory(), nodes.memory(light=True)) == expected
+
+
+def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that running nodes hold never ask the autoscaler, others once; light workers count for light tasks."""
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=2.0)])
+    monkeypatch.setattr(ray_cluster, "node_types", mock.Mock(return_value=[]))
+    monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
+    executor = object.__new__(ray_executor.RayExecutor)
+    executor.cluster = ClusterConfig(light=WorkerShape(labels={"tier": "small"}))
+    executor.nodes, executor.pool = ray_cluster.Nodes(executor.cluster), []
+    executor.metrics, executor._number, executor._stage = mock.Mock(), 0, Stage(0, object, (), "")
+
+    def run(size: int, *, is_light: bool = False) -> None:
+        list(executor.run(object, (), "work", [Task(str(i), (), size, is_light=is_light) for i in range(100)]))
+
+    run(2)
+    assert ray_cluster.node_types.call_count == 0
+    with pytest.raises(ClusterError, match=r"0: 3 workers .* do not fit"):
+        run(3)
+    assert ray_cluster.node_types.call_count == 1
+    with pytest.raises(ClusterError, match=r"0: no node has the labels of cluster\.light\.labels"):
+        run(1, is_light=True)
 
 
 @pytest.mark.ray
