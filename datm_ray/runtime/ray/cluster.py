@@ -24,6 +24,7 @@ from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
+    NodeType,
     keep_off_standard_output,
     knows_labels,
     limit_node_search,
@@ -280,9 +281,25 @@ class Nodes:
 
         Labels do not count, because an autoscaler does not say which ones its nodes will have.
         """
+        return self._held_by(node_types(), light=light)
+
+    def _held_by(self, kinds: list[NodeType], *, light: bool) -> float:
         cluster = self._cluster.shaped(light=light)
-        held = ((fitting(each.resources, cluster), each.nodes) for each in node_types())
+        held = ((fitting(each.resources, cluster), each.nodes) for each in kinds)
         return sum(workers * nodes for workers, nodes in held if workers)
+
+    def most(self, *, light: bool = False) -> float:
+        """Number of workers that the cluster can hold at most: growth, and nodes of no autoscaler; `light`: see `fits`.
+
+        Nodes that an autoscaler has started already are part of its growth.
+        """
+        fits, kinds = self.fits(light=light), [each for each in node_types() if each.nodes]
+        standing = (
+            fits.get(name, 0)
+            for name, node in self._alive().items()
+            if not any(each.has_started(node.resources, node.labels) for each in kinds)
+        )
+        return sum(standing) + self._held_by(kinds, light=light)
 
     def may_grow(self) -> bool:
         """True if an autoscaler can start nodes that hold workers."""
@@ -308,7 +325,7 @@ class Nodes:
         """
         if self._cluster.wait_for_nodes or self.capacity(light=light) >= workers:
             return
-        if self.capacity(light=light) + self.growth(light=light) < workers:
+        if self.most(light=light) < workers:
             raise self._too_few(workers, what, light=light)
 
     def _too_few(self, workers: int, what: str, *, light: bool) -> ClusterError:

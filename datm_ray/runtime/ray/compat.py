@@ -93,6 +93,23 @@ class NodeType(NamedTuple):
     """All resources of one such node."""
     nodes: float
     """Largest number of such nodes, running ones included; infinite without a limit."""
+    group: str = ""
+    """Name of the autoscaler's group of such nodes; "" if it does not say."""
+
+    def has_started(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
+        """True if a running node is of this kind: by the label of its group, else by equal resources.
+
+        A head is never of this kind, because no autoscaler starts it.
+
+        Args:
+            resources: all resources of the node.
+            labels: labels of the node.
+        """
+        if "node:__internal_head__" in resources:
+            return False
+        if self.group and labels.get("ray.io/node-group"):
+            return labels["ray.io/node-group"] == self.group
+        return all(resources.get(name) == amount for name, amount in self.resources.items())
 
 
 def node_types() -> list[NodeType]:
@@ -110,7 +127,7 @@ def _node_type(group: Any, limits: Mapping[str, float]) -> NodeType:
     """Node type of an autoscaler's group; `limits` are the largest amounts of resources in the whole cluster."""
     resources = {name: float(amount) for name, amount in group.resources.items() if amount}
     shares = [limits[name] // amount for name, amount in resources.items() if name in limits]
-    return NodeType(resources, min([math.inf if group.max_count < 0 else group.max_count, *shares]))
+    return NodeType(resources, min([math.inf if group.max_count < 0 else group.max_count, *shares]), group.name)
 
 
 def draining_nodes() -> set[str]:

@@ -176,6 +176,25 @@ def test_a_worker_must_fit_one_node_that_an_autoscaler_starts(
             nodes.require(workers + 1)
 
 
+@pytest.mark.parametrize("group", [None, "", "pods", "others"])
+def test_nodes_that_an_autoscaler_has_started_count_once(monkeypatch: pytest.MonkeyPatch, group: str | None) -> None:
+    """Running nodes of an autoscaler's group count to its limit. A head and nodes of no group count beside it."""
+    labels = {"ray.io/node-group": group} if group else {}
+    autoscaler(monkeypatch, {}, (4, POD), (0, {"CPU": 3, "GPU": 1}))
+    if group is not None:
+        ray._private.state.state.get_cluster_config().node_group_configs[0].name = "pods"
+    found = [node(str(i), labels, CPU=7.0, GPU=1.0, memory=2.0**34) for i in range(2)]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    cluster, standing = ClusterConfig(gpus_per_worker=1.0), 2 * (group == "others")
+    head = node("head", {}, CPU=7.0, GPU=1.0, **{"node:__internal_head__": 1.0})
+    for more in ([], [head, node("own", {}, CPU=3.0, GPU=1.0)]):
+        found += more
+        standing += len(more)
+        ray_cluster.Nodes(cluster).require(4 + standing)
+        with pytest.raises(ClusterError, match="do not fit"):
+            ray_cluster.Nodes(cluster).require(5 + standing)
+
+
 def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers get a GPU by default where an autoscaler can start nodes with one, also before the first node."""
     for count, gpus in ((16, 1.0), (0, 0.0)):
