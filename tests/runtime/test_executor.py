@@ -594,12 +594,12 @@ def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
     with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
         ray_cluster.Nodes(ClusterConfig()).require(4)
-    assert ray_cluster.Nodes(ClusterConfig()).patience == ray_cluster.SHORT_WAIT
+    assert ray_cluster.Nodes(ClusterConfig()).patience() == ray_cluster.SHORT_WAIT
     ray_cluster.Nodes(ClusterConfig(wait_for_nodes=600.0)).require(4)
     monkeypatch.setattr(ray_cluster, "node_types", lambda: [NodeType({"CPU": 64.0, "GPU": 8.0}, 1)])
     nodes = ray_cluster.Nodes(ClusterConfig())
     nodes.require(4)
-    assert nodes.patience == float("inf")
+    assert nodes.patience() == float("inf")
     assert nodes.planned() == (1, 1)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     shapes = ClusterConfig(gpus_per_worker=1.0, light=WorkerShape(gpus_per_worker=0.25))

@@ -255,8 +255,8 @@ class Nodes:
         wanted = ", ".join(f"{name}: {condition}" for name, condition in selector.items())
         return f"no node has the labels of {key} ({wanted})"
 
-    def _holders(self) -> str:
-        return counted(sum(map(bool, self.fits().values())), "node")
+    def _holders(self, *, light: bool) -> str:
+        return counted(sum(map(bool, self.fits(light=light).values())), "node")
 
     def capacity(self, *, light: bool = False) -> int:
         """Number of workers that all nodes together can hold if all their resources are free; `light`: see `fits`."""
@@ -301,16 +301,18 @@ class Nodes:
         )
         return sum(standing) + self._held_by(kinds, light=light)
 
-    def may_grow(self) -> bool:
-        """True if an autoscaler can start nodes that hold workers."""
-        return self.growth() > 0
+    def may_grow(self, *, light: bool = False) -> bool:
+        """True if an autoscaler can start nodes that hold workers; `light`: see `fits`."""
+        return self.growth(light=light) > 0
 
-    @property
-    def patience(self) -> float:
-        """Seconds to wait for free resources: `cluster.wait_for_nodes`, else no limit with an autoscaler, else 60."""
+    def patience(self, *, light: bool = False) -> float:
+        """Seconds to wait for free resources; `light`: see `fits`.
+
+        They are `cluster.wait_for_nodes`, else without limit where an autoscaler can start nodes, else 60.
+        """
         if self._cluster.wait_for_nodes is not None:
             return self._cluster.wait_for_nodes
-        return math.inf if self.may_grow() else SHORT_WAIT
+        return math.inf if self.may_grow(light=light) else SHORT_WAIT
 
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect (`cluster.workers`, else all that fit), and how many the largest node holds."""
@@ -348,20 +350,21 @@ class Nodes:
             remedy=f"lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; {wait}",
         )
 
-    def waiting(self, size: int, seconds: float) -> str:
-        """Message for the user that a task has waited `seconds` for `size` free workers."""
-        lacking = self._lacking(light=False) or self._lacking(light=True)
-        holds = f"{self._holders()} can hold {self.capacity()}, if nobody else uses them"
+    def waiting(self, size: int, seconds: float, *, light: bool = False) -> str:
+        """Message for the user that a task has waited `seconds` for `size` free workers; `light`: see `fits`."""
+        holds = f"{self._holders(light=light)} can hold {self.capacity(light=light)}, if nobody else uses them"
+        lacking = self._lacking(light=light)
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {lacking or holds}"
 
-    def not_enough(self, size: int) -> ClusterError:
-        """Error for a task whose `size` workers did not become free in time."""
-        fewer = self.capacity() < size
-        waited = f"{counted(size, 'worker')} did not become free within {self.patience:g} s"
-        if lacking := self._lacking(light=False) or self._lacking(light=True):
+    def not_enough(self, size: int, *, light: bool = False) -> ClusterError:
+        """Error for a task whose `size` workers did not become free in time; `light`: see `fits`."""
+        held = self.capacity(light=light)
+        fewer = held < size
+        waited = f"{counted(size, 'worker')} did not become free within {self.patience(light=light):g} s"
+        if lacking := self._lacking(light=light):
             return ClusterError(waited, lacking, _LABEL_REMEDY)
         return ClusterError(
-            f"{waited}; the cluster has {self._holders()} that can hold {counted(self.capacity(), 'worker')}",
+            f"{waited}; the cluster has {self._holders(light=light)} that can hold {counted(held, 'worker')}",
             "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
             "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
             if fewer

@@ -435,7 +435,7 @@ class _Stage:
             return set()
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
         bad |= set(job.history.nodes)
-        return bad if bad and self._nodes.others(bad) else set()
+        return bad if bad and self._nodes.others(bad, light=job.task.is_light) else set()
 
     def _drop(self, worker: PoolWorker) -> None:
         worker.stop()
@@ -666,12 +666,13 @@ class _Stage:
         if self._blocked_since == math.inf:
             self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
         job, waited = waiting[0], now - self._blocked_since
+        light = job.task.is_light
         size = job.group.size if job.group else job.sizes[0]
-        if waited > self._nodes.patience and size == job.sizes[-1]:  # smaller groups are tried first
-            raise self._nodes.not_enough(size)
+        if waited > self._nodes.patience(light=light) and size == job.sizes[-1]:  # smaller groups are tried first
+            raise self._nodes.not_enough(size, light=light)
         if now - self._reported_at > WAIT_INTERVAL:
             self._reported_at = now
-            yield job.task, Note(self._nodes.waiting(size, waited))
+            yield job.task, Note(self._nodes.waiting(size, waited, light=light))
 
 
 def _answer(reference: Any) -> bool:

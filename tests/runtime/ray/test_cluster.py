@@ -168,7 +168,7 @@ def test_a_worker_must_fit_one_node_that_an_autoscaler_starts(
     autoscaler(monkeypatch, limits, (count, POD), (3, {"CPU": 0}))
     nodes = ray_cluster.Nodes(ClusterConfig(**settings))
     assert nodes.may_grow() == bool(workers)
-    assert nodes.patience == (float("inf") if workers else ray_cluster.SHORT_WAIT)
+    assert nodes.patience() == (float("inf") if workers else ray_cluster.SHORT_WAIT)
     if workers:
         nodes.require(workers)
     if count >= 0:
@@ -242,6 +242,12 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     assert nodes.capacity() == 0
     assert lacking in nodes.waiting(1, 60.0)
     assert f"within 60 s. {lacking.capitalize()}" in str(nodes.not_enough(1))
+    mixed = ray_cluster.Nodes(ClusterConfig(labels={"tier": "tiny"}, light=WorkerShape(labels={"tier": "small"})))
+    assert "can hold 2, if nobody" in mixed.waiting(1, 60.0)
+    assert "no node has the labels of cluster.light.labels" in mixed.waiting(1, 60.0, light=True)
+    assert "can hold 2 workers. Other jobs use" in str(mixed.not_enough(1))
+    assert "No node has the labels of cluster.light.labels" in str(mixed.not_enough(1, light=True))
+    assert (mixed.others({"large"}), mixed.others({"large"}, light=True)) == (True, False)
     light = ray_cluster.Nodes(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
     with pytest.raises(ClusterError, match=r"birds: no node has the labels of cluster\.light\.labels"):
         light.require(1, "birds: ", light=True)
