@@ -378,7 +378,9 @@ class _Stage:
             if not pending and room <= 0:  # most of the time, with many tasks
                 break
             options, avoided = self._options(job.task), self._avoided(job)
-            if requested := next((each for each in pending if each.suits(options)), None):
+            largest = self._nodes.memory(light=job.task.is_light)  # more was requested before nodes of workers came
+            suitable = (each for each in pending if each.suits(options) and each.memory <= largest)
+            if requested := next(suitable, None):
                 pending.remove(requested)
             elif room > 0:
                 room -= 1
@@ -404,6 +406,8 @@ class _Stage:
                 yield from self._begin(job, job.group.workers)
             elif self._nodes.capacity() < size and size_for(job.sizes, self._nodes.capacity()):
                 self._release(job)  # a node was lost meanwhile
+            elif job.group.memory > self._nodes.memory(light=job.task.is_light):
+                self._release(job)  # more was requested before nodes of workers came
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
                 self._release(job)  # the other nodes have no free resources
                 self._avoid_after = time.monotonic() + AVOIDANCE_PAUSE

@@ -29,6 +29,8 @@ class RankGroup:
             avoided: nodes on which no rank may run.
         """
         self.size, self.requested_at, self.avoids = size, time.monotonic(), bool(avoided)
+        self.memory = int(options.get("memory", 0))
+        """Bytes of main memory that Ray reserves for each rank."""
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
         labels = labels_without(options, avoided)

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ from datm_ray.runtime.executor import Task
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
-from datm_ray.runtime.ray.pool import Stage
+from datm_ray.runtime.ray.pool import PoolWorker, Stage
 
 
 @pytest.fixture
@@ -265,6 +266,49 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
         nodes = ray_cluster.Nodes(cluster)
         expected = tuple(sys.maxsize if size is None else size * 2**30 for size in sizes)
         assert (nodes.memory(), nodes.memory(light=True)) == expected
+
+
+class Requested:
+    """An actor or a group of ranks that Ray has not placed yet."""
+
+    is_placed = avoids = False
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.memory, self.stopped = options, options["memory"], False
+        self.starting, self.size, self.workers = "no reply", 2, list[Any]()
+        self.free_since = self.requested_at = time.monotonic()
+
+    suits = PoolWorker.suits
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_requests_for_the_memory_of_a_head_are_replaced(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A request for more memory than the nodes of workers have is made again with theirs, once there are some."""
+    requests = list[Requested]()
+
+    def request(options: dict[str, Any], *_: object, **__: object) -> Requested:
+        requests.append(Requested(options))
+        return requests[-1]
+
+    monkeypatch.setattr(PoolWorker, "start", request)
+    monkeypatch.setattr(ray_executor, "RankGroup", lambda size, most, options, avoided: request(options))
+    found = [node("head", {}, CPU=0.0, memory=64.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.0)
+    cluster = ClusterConfig()
+    executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[], faults={})
+    stage = ray_executor._Stage(executor, Stage(0, object, (), ""), [Task("large", (), size, memory=40)])
+    stage._take_tasks()
+    for _ in range(2):
+        list(stage._start())
+    assert [(each.memory, each.stopped) for each in requests] == [(40, False)]
+    found.append(node("worker", {}, CPU=8.0, memory=16.0))
+    for _ in range(2):
+        list(stage._start())
+    assert [(each.memory, each.stopped) for each in requests] == [(40, True), (16, False)]
 
 
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
