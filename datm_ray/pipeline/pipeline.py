@@ -15,7 +15,7 @@ from typing import Any
 from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
-from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.errors import ConfigError
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
@@ -48,7 +48,7 @@ from datm_ray.stages.scores import read_score
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
-from datm_ray.store.files.filesystem import LAG, Location, appears
+from datm_ray.store.files.filesystem import LAG, Location, require_shared
 
 _log = logging.getLogger(__name__)
 
@@ -546,9 +546,6 @@ class Pipeline:
                         self._log.event(task, event)
         if (unseen := open_tasks(self.runs)) and not self.runs.alone:
             reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
-        if unseen and not appears(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG):
-            raise ClusterError(
-                f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",
-                "the workers run on machines that do not share this disk",
-                "give --out and --store on a shared file system or on s3://",
-            )
+        if unseen:
+            fact = f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine"
+            require_shared(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG, fact)

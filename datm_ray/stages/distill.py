@@ -32,7 +32,7 @@ from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identit
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError, OvertakenError, ThresholdError
+from datm_ray.errors import DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
@@ -67,7 +67,7 @@ from datm_ray.stages.validation import (
     unvalidated,
     validating,
 )
-from datm_ray.store.files.filesystem import LAG, Location, MissingFileError, appears, open_location
+from datm_ray.store.files.filesystem import LAG, Location, MissingFileError, open_location, require_shared
 from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -472,12 +472,8 @@ class Distillation:
             saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
             return self._is_everyones(-1 if saved is None else saved.iteration)
 
-        if not appears(read_together, LAG):
-            raise ClusterError(
-                f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}",
-                "they run on machines that do not share this disk",
-                "give --out and --store on a shared file system or on s3://",
-            )
+        fact = f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}"
+        require_shared(read_together, LAG, fact)
         self._attempt.resumed_at = -1 if saved is None else saved.iteration
         if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
             self._candidates.forget(first=self._attempt.resumed_at + 1)

@@ -8,7 +8,6 @@ from typing import Any
 
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import Event
 from datm_ray.stages.difficulty import score_images
 from datm_ray.stages.distill import DistillWorker
@@ -17,7 +16,7 @@ from datm_ray.stages.experts import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
-from datm_ray.store.files.filesystem import LAG, appears, open_location
+from datm_ray.store.files.filesystem import LAG, open_location, require_shared
 
 
 class StageWorker:
@@ -42,7 +41,8 @@ class StageWorker:
             ClusterError: one of these files does not exist here.
         """
         for path in shared:
-            _require(path)
+            fact = f"{socket.gethostname()} has no {path}, which the command's machine has"
+            require_shared(open_location(path).exists, LAG, fact)
         self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
@@ -98,12 +98,3 @@ class StageWorker:
         if (kind, light) not in self._workers:
             self._workers[kind, light] = kind(self._dataset, self._cluster.shaped(light=light))
         return self._workers[kind, light]
-
-
-def _require(path: str) -> None:
-    if not appears(open_location(path).exists, LAG):
-        raise ClusterError(
-            f"{socket.gethostname()} has no {path}, which the command's machine has",
-            "the two machines do not share this disk",
-            "give --out and --store on a shared file system or on s3://",
-        )

@@ -29,7 +29,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from datm_ray.errors import CorruptFileError, DatmError, StoreError, TransientStoreError
+from datm_ray.errors import ClusterError, CorruptFileError, DatmError, StoreError, TransientStoreError
 from datm_ray.store.files import local
 from datm_ray.store.files.causes import (
     cause_and_remedy,
@@ -351,6 +351,22 @@ def appears(look: Callable[[], bool], seconds: int) -> bool:
             return True
         time.sleep(1.0)
     return look()
+
+
+def require_shared(look: Callable[[], bool], seconds: int, fact: str) -> None:
+    """Raise a `ClusterError` unless `look` returns True within `seconds` seconds, see `appears`.
+
+    Args:
+        look: True if this machine sees what another machine has written.
+        seconds: 0 to look once.
+        fact: what is not seen, for the message.
+    """
+    if not appears(look, seconds):
+        raise ClusterError(
+            fact,
+            "the workers run on machines that do not share this disk",
+            "give --out and --store on a shared file system or on s3://",
+        )
 
 
 def open_location(uri: str) -> Location:
