@@ -591,7 +591,6 @@ def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPat
     from datm_ray.runtime.ray.compat import NodeType
 
     monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
     with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
         ray_cluster.Nodes(ClusterConfig()).require(4)
     assert ray_cluster.Nodes(ClusterConfig()).patience() == ray_cluster.SHORT_WAIT
@@ -796,7 +795,8 @@ def test_workers_have_a_gpu_each_where_there_are_some(
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import bundle_of, with_gpus, worker_options
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": found})
+    there = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": found}}
+    monkeypatch.setattr(ray, "nodes", lambda: [there])
     cluster = with_gpus(ClusterConfig(**wish))
     assert cluster.gpus_per_worker == gpus
     assert bundle_of(worker_options(cluster)).get("GPU", 0.0) == gpus
@@ -810,7 +810,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import with_gpus
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0}}])
     with pytest.raises(ClusterError, match="GPU"):
         with_gpus(ClusterConfig(**wish))
 

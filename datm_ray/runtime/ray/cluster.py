@@ -375,9 +375,10 @@ class Nodes:
 def default_gpus(cluster: ClusterConfig) -> float:
     """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has or can start GPUs, else 0.
 
-    With `cluster.device` "cpu" always 0.
+    Nodes without `cluster.labels` do not count. With `cluster.device` "cpu" always 0.
     """
-    offered = [ray.cluster_resources(), *(each.resources for each in node_types() if each.nodes)]
+    chosen = [node for node in ray.nodes() if node["Alive"] and matches(node.get("Labels", {}), cluster.labels)]
+    offered = [*(node["Resources"] for node in chosen), *(each.resources for each in node_types() if each.nodes)]
     has_gpus = any(each.get("GPU", 0) > 0 for each in offered)
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 

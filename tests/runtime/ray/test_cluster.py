@@ -143,7 +143,6 @@ def autoscaler(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], *groups:
         found.node_group_configs.add(max_count=count, resources=resources)
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: found)
     monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(ray, "cluster_resources", dict)
 
 
 POD = {"CPU": 7, "GPU": 1}
@@ -203,6 +202,15 @@ def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ray_cluster.default_gpus(ClusterConfig()) == gpus
     monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: None)
     assert ray_cluster.default_gpus(ClusterConfig()) == 0.0
+
+
+def test_gpus_of_nodes_without_the_labels_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are sent to nodes without GPUs by their labels get none by default, whatever other nodes have."""
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {"tier": "large"}, CPU=4.0, GPU=2.0), node("b", {}, CPU=4.0)])
+    for labels, gpus in (({}, 1.0), ({"tier": "large"}, 1.0), ({"tier": "!large"}, 0.0)):
+        found = with_gpus(ClusterConfig(labels=labels))
+        assert found.gpus_per_worker == gpus
+        ray_cluster.Nodes(found).require(2)
 
 
 CONDITIONS = ["a", "b", "!a", "!b", "in(a)", "in(b,a)", "in(b, c)", "!in(a)", "!in(c, a)", "!in(b,c)", "in", "!in"]
@@ -369,7 +377,7 @@ def _accepts(labels: dict[str, str]) -> bool:
 
 def test_workers_without_a_gpu_and_labels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPUs are chosen for both kinds of workers, and one line refuses what the cluster or its Ray does not have."""
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=4.0, GPU=2.0)])
     found = with_gpus(ClusterConfig(light=WorkerShape()))
     assert (found.gpus_per_worker, found.light and found.light.gpus_per_worker) == (1.0, 1.0)
     with pytest.raises(
