@@ -14,6 +14,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import ROWS, work_of
 from datm_ray.stages.experts import expert_group
 from datm_ray.stages.scores import FAIR_PARTS
+from datm_ray.stages.worker import StageWorker
 from datm_ray.store import claims
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import open_location
@@ -722,7 +724,7 @@ def test_workers_that_do_not_share_a_disk_are_noticed_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, missing: str, is_noticed: bool
 ) -> None:
     """Workers without a folder that they need do no work: their first task fails. Experts need the store alone."""
-    monkeypatch.setattr("datm_ray.stages.worker.LAG", 0)
+    monkeypatch.setattr("datm_ray.store.files.filesystem.LAG", 0)
     config, events = tiny_config(), list[Event]()
 
     class Elsewhere(SerialExecutor):
@@ -741,6 +743,19 @@ def test_workers_that_do_not_share_a_disk_are_noticed_before_any_work(
         getattr(pipeline, command)(lambda: Elsewhere(config.cluster), QUIET)
     assert any(isinstance(event, Progress) for event in events) != is_noticed
     assert bool(list((tmp_path / "store").rglob("expert-*"))) != is_noticed
+
+
+@pytest.mark.parametrize(("limit", "looks"), [(3600.0, 61), (90.0, 31), (2.0, 1)])
+def test_a_worker_ends_its_look_for_shared_files_before_it_counts_as_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, looks: int
+) -> None:
+    """A worker looks once a second for a minute, and for a third of a shorter cluster.progress_timeout."""
+    place = mock.Mock(local_path=str(tmp_path), **{"exists.return_value": False})
+    monkeypatch.setattr("datm_ray.stages.worker.open_location", lambda _: place)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(ClusterError, match="do not share this disk"):
+        StageWorker(mock.Mock(), tiny_config(f"cluster.progress_timeout={limit}").cluster, shared=["gone"])
+    assert place.exists.call_count == looks
 
 
 def test_results_that_a_shared_disk_shows_late_are_waited_for(

@@ -67,7 +67,13 @@ from datm_ray.stages.validation import (
     unvalidated,
     validating,
 )
-from datm_ray.store.files.filesystem import LAG, Location, MissingFileError, open_location, require_shared
+from datm_ray.store.files.filesystem import (
+    Location,
+    MissingFileError,
+    open_location,
+    require_shared,
+    seconds_to_look,
+)
 from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -473,7 +479,8 @@ class Distillation:
             return self._is_everyones(-1 if saved is None else saved.iteration)
 
         fact = f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}"
-        require_shared(read_together, LAG, fact)
+        seconds = seconds_to_look(self._folder, self._config.cluster.progress_timeout)
+        require_shared(read_together, seconds, fact)
         self._attempt.resumed_at = -1 if saved is None else saved.iteration
         if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
             self._candidates.forget(first=self._attempt.resumed_at + 1)

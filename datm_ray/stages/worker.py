@@ -16,7 +16,7 @@ from datm_ray.stages.experts import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
-from datm_ray.store.files.filesystem import LAG, open_location, require_shared
+from datm_ray.store.files.filesystem import open_location, require_shared, seconds_to_look
 
 
 class StageWorker:
@@ -41,8 +41,9 @@ class StageWorker:
             ClusterError: one of these files does not exist here.
         """
         for path in shared:
+            place = open_location(path)
             fact = f"{socket.gethostname()} has no {path}, which the command's machine has"
-            require_shared(open_location(path).exists, LAG, fact)
+            require_shared(place.exists, seconds_to_look(place, cluster.progress_timeout), fact)
         self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 

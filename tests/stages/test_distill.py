@@ -28,7 +28,7 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, SerialExecutor, Task, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
-from datm_ray.stages import checkpoint, distill as stages_distill
+from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import (
     CHECKPOINT,
     Attempt,
@@ -41,6 +41,7 @@ from datm_ray.stages.checkpoint import (
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.store.files import filesystem
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
@@ -119,7 +120,7 @@ def as_late_rank(config_file: str, out: str, worker_rank: WorkerRank, looks: int
             raise FileNotFoundError(path)
         return info(self, path, **options)
 
-    with patch.object(LocalFileSystem, "info", late), patch.object(stages_distill, "LAG", lag):
+    with patch.object(LocalFileSystem, "info", late), patch.object(filesystem, "LAG", lag):
         as_rank(config_file, out, worker_rank, None)
 
 

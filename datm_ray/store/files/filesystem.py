@@ -353,6 +353,16 @@ def appears(look: Callable[[], bool], seconds: int) -> bool:
     return look()
 
 
+def seconds_to_look(place: Location, limit: float) -> int:
+    """Seconds for which a worker looks for a file of another machine: `LAG`, and 0 on S3, which shows files at once.
+
+    Args:
+        place: file or folder.
+        limit: seconds without a step after which the worker counts as stuck. The look takes a third of them at most.
+    """
+    return int(min(LAG, limit / 3)) if place.local_path is not None else 0
+
+
 def require_shared(look: Callable[[], bool], seconds: int, fact: str) -> None:
     """Raise a `ClusterError` unless `look` returns True within `seconds` seconds, see `appears`.
 

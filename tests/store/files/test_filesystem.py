@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError, TransientStoreError
-from datm_ray.store.files.filesystem import AlreadyExistsError, Location, appears, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, appears, open_location, seconds_to_look
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -106,6 +106,12 @@ def test_what_appears_late_is_waited_for(monkeypatch):
         slept.clear()
         assert appears(lambda after=after, calls=calls: next(calls) == after, seconds) == found
         assert slept == [1.0] * waited
+
+
+def test_a_look_for_files_of_other_machines_is_short(local):
+    """A worker looks for at most a minute, a third of its own time limit, and once where files appear at once."""
+    assert [seconds_to_look(local, limit) for limit in (3600.0, 90.0, 2.0)] == [60, 30, 0]
+    assert seconds_to_look(open_location("memory://a/b"), 3600.0) == 0
 
 
 def test_listing_what_is_not_a_folder_is_empty(folder):
