@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from datm_ray import cli
+from datm_ray.cli import ending
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.registry import ConvNet
@@ -402,6 +403,21 @@ def test_a_signal_while_ray_is_closed_hides_no_failure(
     code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
     assert (code, err) == (1, "datm-ray: birds lost its worker 4 times without progress.\n")
     exits.assert_called_once_with(1)
+
+
+def test_an_end_at_once_removes_the_temporary_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder made for a user without one is removed also where no exit handler runs."""
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setattr(ending, "_home", None)
+    monkeypatch.setattr("os.path.expanduser", lambda _: "~")
+    monkeypatch.setattr("atexit.register", mock.Mock())
+    monkeypatch.setattr("os._exit", exits := mock.Mock())
+    ending.find_home()
+    home = Path(os.environ["HOME"])
+    assert home.is_dir()
+    ending._exit_at_once(130)
+    assert not home.exists()
+    exits.assert_called_once_with(130)
 
 
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ LOG = "datm-ray-error.log"
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
+_home: str | None = None
+"""Temporary home folder of this process; `None` without one."""
+
 
 class _Caught(Exception):
     """Wrapper that carries Ctrl-C or a closed pipe past Typer, which would turn either into an exit code."""
@@ -139,6 +142,7 @@ def _exit_at_once(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
+    _remove_home()
     os._exit(code)
 
 
@@ -295,9 +299,15 @@ def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def find_home() -> None:
     """Set HOME to a temporary folder if the user has no home folder, as in some containers."""
+    global _home
     if os.path.expanduser("~") == "~":
-        os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="datm-ray-home-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["HOME"] = _home = tempfile.mkdtemp(prefix="datm-ray-home-")
+        atexit.register(_remove_home)
+
+
+def _remove_home() -> None:
+    if _home is not None:
+        shutil.rmtree(_home, ignore_errors=True)
 
 
 def note_out(context: typer.Context, value: str) -> str:
