@@ -34,6 +34,8 @@ SAVES = "Stopping after the present iteration or epoch, which is saved"
 _savers: list[str] = []
 """Messages of the work in progress that can save itself, outermost first; empty if there is none."""
 _is_asked = False
+_closing = threading.Lock()
+"""Lock that the thread of `close_unless_interrupted` holds while something is closed."""
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
 def close_unless_interrupted(close: Callable[[], object]) -> None:
     """Close something that takes seconds, such as Ray, in a thread of its own. SIGINT or SIGTERM ends the wait for it.
 
-    The thread continues after a signal, unless the process ends.
+    The thread continues after a signal, unless the process ends. `wait_for_close` then waits for it.
 
     Raises:
         Interrupted: a signal came. `is_at_once` is True, and `exit_code` is 128 + its number, as in a shell.
@@ -115,8 +117,21 @@ def close_unless_interrupted(close: Callable[[], object]) -> None:
         end.exit_code, end.is_at_once = 128 + number, True
         raise end
 
+    def work() -> None:
+        with _closing:
+            close()
+
     with _handling(handle):
-        ThreadPoolExecutor(1, "close").submit(close).result()
+        ThreadPoolExecutor(1, "close").submit(work).result()
+
+
+def wait_for_close() -> None:
+    """Wait for a close that continues after a signal has ended its caller's wait. SIGINT ends this wait too.
+
+    An error of the close is not raised here.
+    """
+    with _closing:
+        pass
 
 
 @contextmanager

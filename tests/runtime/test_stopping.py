@@ -20,14 +20,14 @@ import pytest
 import torch
 
 from datm_ray.artifact import load
-from datm_ray.config import RunConfig, to_yaml
+from datm_ray.config import ClusterConfig, RunConfig, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
-from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving
+from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving, wait_for_close
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
 from datm_ray.stages.distill import Distillation
@@ -97,6 +97,42 @@ def test_a_signal_ends_the_wait_for_a_close_and_not_the_close(number: signal.Sig
     assert closed.wait(100)
     with pytest.raises(ZeroDivisionError):
         close_unless_interrupted(lambda: 1 / 0)
+    wait_for_close()  # without the error of a close that has ended
+
+
+def test_ray_is_asked_for_only_after_a_close_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new executor in the same process waits for a close that continues after Ctrl-C. Ctrl-C ends this wait too."""
+    may_end, order = threading.Event(), list[str]()
+
+    def close() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert may_end.wait(100)
+        order.append("closed")
+
+    def acquire_and_interrupt(closing: threading.Lock = stopping._closing) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        closing.acquire(timeout=100)
+
+    class AskedError(Exception):
+        pass
+
+    def ask(*_: object) -> bool:
+        order.append("asked")
+        raise AskedError
+
+    monkeypatch.setattr(executor.ray, "is_initialized", ask)
+    with pytest.raises(Interrupted):
+        close_unless_interrupted(close)
+    with monkeypatch.context() as patch:
+        lock = mock.MagicMock(**{"__enter__.side_effect": acquire_and_interrupt})
+        patch.setattr(stopping, "_closing", lock)
+        with pytest.raises(KeyboardInterrupt):
+            executor.RayExecutor(ClusterConfig())
+    assert order == []
+    threading.Timer(0.1, may_end.set).start()
+    with pytest.raises(AskedError):
+        executor.RayExecutor(ClusterConfig())
+    assert order == ["closed", "asked"]
 
 
 def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:

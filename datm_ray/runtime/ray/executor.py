@@ -44,7 +44,7 @@ from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
-from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving
+from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
 
 PENDING = 8
 """Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
@@ -77,6 +77,7 @@ class RayExecutor:
                 "cluster.device is 'cuda', but cluster.gpus_per_worker is 0",
                 remedy="set cluster.gpus_per_worker=1, or cluster.device=auto",
             )
+        wait_for_close()  # else this process would join the Ray that it is closing, after Ctrl-C in a notebook
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = connect(address) if self._owns_cluster else ""
         try:
