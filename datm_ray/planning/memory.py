@@ -41,6 +41,8 @@ trains networks; measured 790 to 830 MiB, and 940 MiB with compiled steps of exp
 """
 GPU_PROCESS_BYTES = 4 * 2**30
 """Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
+CONTEXT_BYTES = 2**29
+"""GPU memory of one process's context of CUDA, which it has beside its tensors. Assumed, not measured."""
 MARGIN, GPU_SHARE = 1.25, 0.9
 """MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share of a GPU's free
 memory, or of the worker's part of the GPU, that a worker may fill."""
@@ -223,8 +225,8 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
     """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free for it.
 
-    On a GPU that workers share, this is at most what is left of the worker's part of the whole GPU. The result is
-    infinite for GPUs that this process cannot see.
+    On a GPU that workers share, this is at most what the worker's context of CUDA and its tensors leave of its part of
+    the whole GPU. The result is infinite for GPUs that this process cannot see.
 
     Args:
         data_bytes: size of the data set; the workers of a machine share one copy.
@@ -238,7 +240,9 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     if not torch.cuda.is_available():
         return math.inf
     # Others that share the GPU may have started already, so a share of what is free would be too little.
-    share = min(cluster.gpus_per_worker or 1.0, 1.0) * torch.cuda.mem_get_info()[1] - torch.cuda.memory_allocated()
+    part = cluster.gpus_per_worker or 1.0
+    context = CONTEXT_BYTES if part < 1 else 0
+    share = min(part, 1.0) * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
     return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 
 

@@ -256,20 +256,21 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
 @pytest.mark.parametrize(
     ("share", "free", "held", "expected"),
     [
-        (0.5, 80, 0, 40),
-        (0.5, 44, 0, 40),
+        (0.5, 80, 0, 39.5),
+        (0.5, 44, 0, 39.5),
         (0.5, 30, 0, 30),
-        (0.5, 40, 4, 36),
-        (0.25, 25, 0, 20),
+        (0.5, 40, 4, 35.5),
+        (0.25, 25, 0, 19.5),
         (0.25, 50, 21, 0),
+        (0.005, 80, 0, 0),
         (1.0, 44, 4, 44),
         (2.0, 80, 0, 80),
     ],
 )
 def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
-    share: float, free: int, held: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    share: float, free: int, held: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker's limit is its part of the whole GPU, whether others on it have started or not, or what is left."""
+    """A worker's limit is its part of the whole GPU without its context, whoever else has started, or what is left."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * GIB, 80 * GIB))
     for name in ("memory_reserved", "memory_allocated"):
