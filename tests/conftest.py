@@ -21,6 +21,7 @@ from datm_ray import cli
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core import training
 from datm_ray.core.networks import stacked
+from datm_ray.monitor import logs
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
@@ -95,6 +96,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         report.outcome = "failed"
         report.longrepr = f"{report.when} took {report.duration:.1f} s, more than {budget:.1f} s: mark the test slow"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _hides_no_values_of_other_tests() -> Iterator[None]:
+    """Values that one test hides in logs are shown in the next."""
+    yield
+    logs._hidden.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

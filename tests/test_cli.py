@@ -691,6 +691,13 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", run_all)
 
 
+def make_folders_for_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make the folder `there`, for output, and the folder `temporary`, which holds logs without an output folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    Path("temporary").mkdir()
+    Path("there").mkdir()
+
+
 class RuntimeEnvSetupError(Exception):
     """An error with the name and message of Ray's."""
 
@@ -699,9 +706,7 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An unexpected failure is one line; its traceback is in the output folder, or else in a temporary file."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    Path("temporary").mkdir()
-    Path("there").mkdir()
+    make_folders_for_logs(monkeypatch, tmp_path)
     environment = RuntimeEnvSetupError("Failed to set up runtime environment.\nThe package is too large.\n  at x\n")
     for failure, expected in (
         (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero. The traceback"),
@@ -730,9 +735,7 @@ def test_a_dry_run_that_fails_writes_no_log_into_the_output_folder(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An unexpected failure of a dry run, which must write nothing, leaves its traceback in a temporary file."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    Path("temporary").mkdir()
-    Path("there").mkdir()
+    make_folders_for_logs(monkeypatch, tmp_path)
 
     def fails(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
@@ -773,10 +776,8 @@ def test_the_log_of_a_failure_holds_no_secrets(
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.Jobs.__init__", fails)
     monkeypatch.setenv("A", "from-shell")
     (tmp_path / "env.yaml").write_text("env_vars: {FILE: in-a-file}\n")
-    (tmp_path / "env.json").write_text("no JSON")
     variables = ("--env", "WANDB_API_KEY=0123abcd", "--env", "A", "--env=B=it's hidden", "--env", "C=no")
     variables += ("--env", "LONGER=from-shell-too", "--env", f"KEY={key}", "--runtime-env", "env.yaml")
-    variables += ("--runtime-env=env.json", "--runtime-env=absent.yaml")
     address = ("--address", "http://user:pass-word@gw:8265")
     code, _, err = datm_ray("job", "submit", "digits-ipc1", "--out", "s3://b/x", *address, *variables)
     assert (code, len(err.splitlines())) == (1, 1), err

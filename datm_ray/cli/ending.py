@@ -11,7 +11,6 @@ import atexit
 import codecs
 import errno
 import io
-import json
 import os
 import select
 import shlex
@@ -202,54 +201,19 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
     return None
 
 
-def _given(option: str) -> list[tuple[int, str]]:
-    """Place in the command line and value of an option, for each time that it is given."""
-    joined = [(place, word) for place, word in enumerate(sys.argv) if word.startswith(f"{option}=")]
-    apart = [(place, word) for place, word in enumerate(sys.argv[1:], 1) if sys.argv[place - 1] == option]
-    return [(place, word.removeprefix(f"{option}=")) for place, word in joined] + apart
-
-
-def _variables() -> list[tuple[int, str, str]]:
-    """Place in the command line, name and value of every variable of a job: --env KEY=VALUE, or KEY from this shell."""
-    split = [(place, *word.partition("=")) for place, word in _given("--env")]
-    return [(place, name, value if equals else os.environ.get(name, "")) for place, name, equals, value in split]
-
-
 def _command() -> str:
-    """Command line of this process, with *** in place of the values of a job's variables."""
+    """Command line of this process, with *** in place of the values of a job's variables (--env KEY=VALUE)."""
     words = [*sys.argv]
-    for place, name, _ in _variables():
-        words[place] = f"{'--env=' if words[place].startswith('--env=') else ''}{name}=***"
+    for place, word in enumerate(words[1:], 1):
+        option = "--env=" if word.startswith("--env=") else ""
+        if option or words[place - 1] == "--env":
+            words[place] = f"{option}{word.removeprefix(option).partition('=')[0]}=***"
     return shlex.join(words)
 
 
-def _values_in_files() -> list[str]:
-    """Values of the variables in a job's files of --runtime-env, whose errors are left to the command."""
-    import yaml
-
-    values: list[str] = []
-    for _, file in _given("--runtime-env"):
-        with suppress(OSError, ValueError, yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError):
-            text = Path(file).read_text(encoding="utf-8")
-            found = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
-            values += map(str, found["env_vars"].values())
-    return values
-
-
-def _secrets() -> list[str]:
-    """Values of a job's variables, in each form in which an error may show them. A part comes after the whole."""
-    values = [value for _, _, value in _variables()] + _values_in_files()
-    values = [value for value in values if len(value) > 5]  # short ones, such as "true", are words too
-    shown = {form for each in values for form in (each, repr(each)[1:-1], json.dumps(each)[1:-1], one_line(each))}
-    return sorted(shown, key=len, reverse=True)
-
-
 def _without_secrets(text: str) -> str:
-    """Text with *** in place of passwords, keys and tokens, and of the values of a job's variables."""
-    from datm_ray.monitor.logs import masked
+    from datm_ray.monitor.logs import masked  # when it is needed, because most commands never fail
 
-    for secret in _secrets():
-        text = text.replace(secret, "***")
     return masked(text)
 
 

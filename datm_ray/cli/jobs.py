@@ -94,15 +94,16 @@ def job_submit(
     ended. --verbose is passed on to the job.
     """
     from datm_ray.pipeline import require_together
-    from datm_ray.runtime.ray.jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs, job_environment
     from datm_ray.stages.registry import method_of
 
     configs = [config_of(name, set_) for name in recipes]
     for config in configs:
         method_of(config).check(config)
     require_together(configs)
+    environment = job_environment(requirements, env or (), runtime_env)
     jobs = Jobs(address)
-    number = jobs.submit(configs, out, store, requirements, verbose, env or (), runtime_env)
+    number = jobs.submit(configs, out, store, environment, verbose)
     next_ = "" if follow else f"\nNext: {jobs.command('logs', number)}"
     print(f"Job {number}{next_}", flush=True)
     if follow:

@@ -56,8 +56,6 @@ def init(
     from datm_ray.api import init as init_recipe
     from datm_ray.errors import ConfigError
     from datm_ray.planning.suggest import default_name
-    from datm_ray.store.files.local import free_space
-    from datm_ray.store.trajectories import size_in_words
 
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")
@@ -72,18 +70,7 @@ def init(
         parts = {"reasons": suggestion.reasons, "plan": suggestion.plan.to_json(), "notes": list(suggestion.notes)}
         print_json({"file": str(file), **parts})
         return
-    print("\n".join([*suggestion.notes, str(suggestion.plan)]))
-    if sum(suggestion.plan.clock.values()) > 60 * time:
-        print(
-            f"This takes longer than the {time:g} minutes that you asked for. No shorter recipe is possible with "
-            "these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
-        )
-    stored, free = sum(suggestion.plan.storage.values()), free_space("runs")
-    if stored > free:
-        print(
-            f"This stores {size_in_words(stored)}, and the disk of the folder runs has {size_in_words(int(free))} "
-            "left. Try: run it with --out on another disk."
-        )
+    print("\n".join([*suggestion.notes, str(suggestion.plan), *suggestion.warnings]))
     print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
 
 

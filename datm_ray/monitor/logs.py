@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
@@ -34,6 +34,8 @@ REPEAT_AFTER = 20.0
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
 _log = logging.getLogger(__name__)
+_hidden: set[str] = set()
+"""Values given to `hide`, in each form in which an error may show them."""
 _SECRET = re.compile(
     r"(?i)(?<=://)[^/\s]+(?=@)"  # user and password of an address
     r"|(?<=bearer )\S+|(?<=basic )\S+"
@@ -56,8 +58,20 @@ def _shown(value: object) -> str:
     return text if re.fullmatch(r"[^\s\"'=]+", text) else json.dumps(text, ensure_ascii=False)
 
 
+def hide(values: Iterable[str]) -> None:
+    """Have `masked` replace these values too, in each form in which an error may show them.
+
+    Values of at most 5 characters, such as "true", are words too and stay.
+    """
+    for value in values:
+        if len(value) > 5:
+            _hidden.update((value, repr(value)[1:-1], json.dumps(value)[1:-1], one_line(value)))
+
+
 def masked(text: str) -> str:
-    """Text with *** in place of passwords, keys and tokens."""
+    """Text with *** in place of passwords, keys and tokens, and of the values given to `hide`."""
+    for value in sorted(_hidden, key=len, reverse=True):  # a part comes after the whole
+        text = text.replace(value, "***")
     return _SECRET.sub(lambda found: f"{found['name'] or ''}***", text)
 
 

@@ -544,8 +544,8 @@ class Pipeline:
                     if not isinstance(event, More):
                         stage.event(task, event)
                         self._log.event(task, event)
-        if (unseen := open_tasks(self.runs)) and not self.runs.alone:
-            reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
-        if unseen:
+        if unseen := open_tasks(self.runs):
+            if not self.runs.alone:
+                reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
             fact = f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine"
             require_shared(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG, fact)

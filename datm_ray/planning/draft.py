@@ -51,9 +51,6 @@ EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
 VALIDATIONS, CHECKPOINTS = 5, 20
 """Number of validations and number of checkpoints in a distillation."""
 AS_ASKED, FOUND = "as asked for", "found by trial before the first iteration"
-FOR_ALL = "all workers of this machine distil the set together"
-ONE_SHARD = "sums over workers would take longer than they save, or there is one worker"
-"""Reasons for `cluster.shards`: as many as workers, and one."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +114,9 @@ class Draft:
         here = min(machine_here(self.config(values)).workers, self.raw.classes)  # fewer images in a shard: slower steps
         return self.plan(self.config(values | {"cluster.shards": here})).machine.workers
 
-    def shards(self, values: dict[str, Any]) -> int:
-        """Number of shards whose iterations take the least time: one, or one for each worker of this machine."""
-        many = min(self.workers(values), self.raw.classes)
+    def shards(self, values: dict[str, Any], workers: int) -> int:
+        """Number of shards whose iterations take the least time: one, or one for each of `workers` workers."""
+        many = min(workers, self.raw.classes)
         shared, alone = (
             sum(self.plan(self.config(values | {"cluster.shards": shards})).iteration) for shards in (many, 1)
         )
@@ -270,6 +267,20 @@ def evaluation_reasons(draft: Draft, values: dict[str, Any], real_epochs: str) -
         else "left out: networks on all real images take more than a tenth of the time",
         "evaluate.real_epochs": real_epochs,
     }
+
+
+def shards_reason(shards: int) -> str:
+    """Reason for `cluster.shards`."""
+    if shards > 1:
+        return "all workers of this machine distil the set together"
+    return "sums over workers would take longer than they save, or there is one worker"
+
+
+def width_reason(draft: Draft, width: int, enough: str) -> str:
+    """Reason for `network.width`; `enough` is what a wider network would leave too little of, in words."""
+    if width == WIDTHS[0]:
+        return "channels, as published"
+    return f"channels; more would leave fewer than {enough} in {draft.asked}"
 
 
 def saved(iterations: int) -> dict[str, int]:

@@ -35,8 +35,7 @@ BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
 Assumed for GPUs: 25 Gbps."""
 LATENCY = {"core": 0.003, "GPU": 0.0002}
 """Seconds of one round of messages in a sum. A message alone takes 0.16 ms between two processes of one machine, but
-in runs of two workers there an iteration takes 1.6 to 5.5 ms longer for each sum (benchmarks/LOG.md, 2026-11-29).
-Assumed for GPUs."""
+two workers there take 0.7 to 4.6 ms more CPU time for each sum (benchmarks/LOG.md, 2026-11-29). Assumed for GPUs."""
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ QUICK_FLOP = 1e11
 smaller ones would not, because their maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0)}
 """Kind of step -> (a, b): a compiled step is a + b / width times as fast as an uncompiled step, for networks of so many
-channels. Measured on one core for widths 32, 64 and 128, images of 16, 32 and 64 pixels: within 15 % but for one of ten
-measurements. Images of 8 pixels gain up to twice as much, so that their plan is too long."""
+channels. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels (benchmarks/LOG.md,
+2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long."""
 
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:

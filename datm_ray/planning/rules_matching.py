@@ -12,11 +12,9 @@ from typing import Any
 from datm_ray.planning.draft import (
     AS_ASKED,
     EXPERTS_SHARE,
-    FOR_ALL,
     FOUND,
     LEAST_ITERATIONS,
     MOST_ITERATIONS,
-    ONE_SHARD,
     PUBLISHED_BATCH,
     TRAINED,
     VALIDATIONS,
@@ -28,7 +26,9 @@ from datm_ray.planning.draft import (
     evaluation_reasons,
     iteration_reasons,
     saved,
+    shards_reason,
     widest,
+    width_reason,
 )
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts import experts_at_a_time
@@ -130,7 +130,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     """
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
     workers = draft.workers(values)
-    values["cluster.shards"] = draft.shards(values)
+    values["cluster.shards"] = draft.shards(values, workers)
     values |= evaluation(draft, values, values["experts.epochs"])
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
@@ -200,10 +200,12 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
     is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
     limit = "a tenth of the free disk holds" if is_full else "the time allows beside the iterations"
+    enough = f"{ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations"
+    disk = ", or too few experts on the free disk" if _is_short_of_disk(draft, values) else ""
     least = "the least; a tenth of the free disk holds no more" if is_full else draft.too_short
     return {
-        "network.width": "channels, as published" if width == WIDTHS[0] else _not_wider(draft, values),
-        "cluster.shards": FOR_ALL if values["cluster.shards"] > 1 else ONE_SHARD,
+        "network.width": width_reason(draft, width, enough) + disk,
+        "cluster.shards": shards_reason(values["cluster.shards"]),
         "cluster.experts_at_a_time": "all workers train experts",
         **evaluation_reasons(draft, values, "as many as the experts have"),
         "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"
@@ -219,12 +221,11 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _not_wider(draft: Draft, values: dict[str, Any]) -> str:
-    """Reason of a width that is not the largest: the time, or the disk if it holds too few experts of the next one."""
+def _is_short_of_disk(draft: Draft, values: dict[str, Any]) -> bool:
+    """True if the free disk holds too few experts of the next wider network."""
+    if values["network.width"] == WIDTHS[0]:
+        return False
     wider = WIDTHS[WIDTHS.index(values["network.width"]) - 1]
     enough = {"network.width": wider, "experts.count": ENOUGH_EXPERTS, "experts.keep_epochs": None}
     quick = replace(draft, exactly=False)  # the wider network's compiled steps may not have been timed
-    is_short = quick.stored(values | enough) > DISK_SHARE * draft.wish.disk
-    disk = ", or too few experts on the free disk" if is_short else ""
-    iterations = f"{ENOUGH_ITERATIONS} iterations in {draft.asked}"
-    return f"channels; more would leave fewer than {ENOUGH_EXPERTS} experts or {iterations}{disk}"
+    return quick.stored(values | enough) > DISK_SHARE * draft.wish.disk

@@ -14,15 +14,12 @@ from datm_ray.planning.draft import (
     AS_ASKED,
     EVALUATION_SHARE,
     EXPERTS_SHARE,
-    FOR_ALL,
     FOUND,
     LEAST_ITERATIONS,
-    ONE_SHARD,
     REAL_SHARE,
     SMALLEST_PICTURE,
     TRAINED,
     VALIDATIONS,
-    WIDTHS,
     Choices,
     Draft,
     augmentation,
@@ -30,7 +27,9 @@ from datm_ray.planning.draft import (
     evaluation_reasons,
     iteration_reasons,
     saved,
+    shards_reason,
     widest,
+    width_reason,
 )
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.recovery import FEW_IMAGES
@@ -72,8 +71,8 @@ def fitted_embeddings(draft: Draft) -> Fitted:
     real, protocol = values["distill.real_batch"], values["evaluate.protocol"]
     enough = f"{ENOUGH_UPDATES} iterations"
     reasons = {
-        "network.width": _width_reason(draft, values["network.width"], enough),
-        "cluster.shards": FOR_ALL if values["cluster.shards"] > 1 else ONE_SHARD,
+        "network.width": width_reason(draft, values["network.width"], enough),
+        "cluster.shards": shards_reason(values["cluster.shards"]),
         "distill.real_batch": "of each class, as published"
         if real == REAL_IMAGES[0]
         else "all images of the largest class"
@@ -89,7 +88,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
 
 def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {"network.width": width}
-    values["cluster.shards"] = draft.shards(values)
+    values["cluster.shards"] = draft.shards(values, draft.workers(values))
     values |= evaluation(draft, values, math.ceil(TRAINED / draft.epoch))
     longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
     values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")
@@ -212,7 +211,7 @@ def _most_iterations(draft: Draft) -> int:
 def _teacher_reasons(draft: Draft, values: dict[str, Any], enough: str) -> dict[str, str]:
     epochs = values["experts.epochs"]
     return {
-        "network.width": _width_reason(draft, values["network.width"], enough),
+        "network.width": width_reason(draft, values["network.width"], enough),
         "experts.epochs": "as published for CIFAR-100"
         if epochs == MOST_EPOCHS
         else "as many as its share of the time allows"
@@ -220,11 +219,6 @@ def _teacher_reasons(draft: Draft, values: dict[str, Any], enough: str) -> dict[
         else draft.too_short,
         **evaluation_reasons(draft, values, "as many as the teacher has"),
     }
-
-
-def _width_reason(draft: Draft, width: int, enough: str) -> str:
-    more = f"more would leave fewer than {enough} in {draft.asked}"
-    return "channels, as published" if width == WIDTHS[0] else f"channels; {more}"
 
 
 def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:

@@ -32,6 +32,7 @@ from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
 from datm_ray.planning.memory import plans_of
 from datm_ray.planning.shape import DataShape
+from datm_ray.store.trajectories import size_in_words
 
 LARGEST_SIDE = 64
 """Side in pixels to which larger images are resized. Larger images have no published results."""
@@ -46,8 +47,25 @@ class Suggestion:
     """Key, such as `experts.batch_size` -> reason for its value."""
     plan: Proposal
     """Memory, time and storage that the recipe takes on this machine."""
+    wish: Wish
     notes: tuple[str, ...] = ()
     """Lines on how the images were read: the use of files and folders, left-out files, and changes of pixels."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what the recipe takes beyond the wish: time, and space on the disk."""
+        found, stored = [], sum(self.plan.storage.values())
+        if sum(self.plan.clock.values()) > self.wish.seconds:
+            found.append(
+                f"This takes longer than the {self.wish.seconds / 60:g} minutes that you asked for. No shorter recipe "
+                "is possible with these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
+            )
+        if stored > self.wish.disk:
+            found.append(
+                f"This stores {size_in_words(stored)}, and the disk of the folder runs has "
+                f"{size_in_words(int(self.wish.disk))} left. Try: run it with --out on another disk."
+            )
+        return found
 
     def __str__(self) -> str:
         """Recipe as YAML, with the reasons as comments."""
@@ -204,7 +222,7 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) 
     for key, value in values.items():
         draft.set(key, value, reasons[key])
     config = draft.config()
-    return Suggestion(config, draft.reasons, draft.plan(config), raw.notes)
+    return Suggestion(config, draft.reasons, draft.plan(config), wish, raw.notes)
 
 
 def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:

@@ -171,10 +171,7 @@ class EvaluateWorker:
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
-        alike = row in DISTILLED or row == "full"  # one set for all seeds, so it is read and copied to the device once
-        some = seeds[:1] if alike else seeds
-        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
-        sets *= len(seeds) if alike else 1
+        sets = self._training_sets(config, store_uri, folder, row, seeds, network)
         step_size = sets[0][2] if has_learned_step_size(config, row) else None
         schedules = _schedules(config, row, step_size, network)
         lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
@@ -250,6 +247,21 @@ class EvaluateWorker:
     def _test_accuracy(self, trial: _Trial) -> float:
         images = images_on(self._dataset.test_images, self._device)
         return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
+
+    def _training_sets(
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder: Location,
+        row: str,
+        seeds: Sequence[int],
+        network: NetworkConfig | None,
+    ) -> list[tuple[Images, Tensor, float | None]]:
+        """Set of each seed, see `_training_set`. A set that all seeds share is read and copied to the device once."""
+        alike = row in DISTILLED or row == "full"
+        some = seeds[:1] if alike else seeds
+        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
+        return sets * len(seeds) if alike else sets
 
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None

@@ -14,8 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datm_ray.data.sources import load_raw
+from datm_ray.errors import DatasetError
+
 Encode = Callable[..., bytes]
 WriteParquet = Callable[..., Path]
+
+
+def require_parquet(folder: Path, message: str) -> None:
+    """Assert that a folder of Parquet files of three classes loads, or is refused with `message` unless it is ""."""
+    if message:
+        with pytest.raises(DatasetError, match=message):
+            load_raw("parquet", str(folder))
+    else:
+        assert load_raw("parquet", str(folder)).classes == 3
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from datm_ray.data import load_raw
 from datm_ray.data.splits import role_of
 from datm_ray.errors import DatasetError
+from tests.data.conftest import require_parquet
 
 Encode = Callable[..., bytes]
 WriteParquet = Callable[..., Path]
@@ -129,11 +130,7 @@ def test_configurations_of_one_repository_are_not_merged(
     """Training files in several folders are refused, and test files too; parts of one training folder are not."""
     for name in names:
         write_parquet(tmp_path / name, LABELS)
-    if message:
-        with pytest.raises(DatasetError, match=message):
-            load_raw("parquet", str(tmp_path))
-    else:
-        load_raw("parquet", str(tmp_path))
+    require_parquet(tmp_path, message)
 
 
 def test_a_comma_may_be_in_a_name(tmp_path: Path, write_parquet: WriteParquet) -> None:

@@ -14,7 +14,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from ray.runtime_env import RuntimeEnv
 
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
+from datm_ray.monitor.logs import hide
 from datm_ray.runtime.ray.cluster import first_line
 from datm_ray.runtime.ray.dashboard import Dashboard, masked
 from datm_ray.runtime.stopping import SAVE_TIMEOUT
@@ -102,10 +103,8 @@ class Jobs:
         configs: Sequence[RunConfig],
         out: str,
         store: str | None = None,
-        requirements: str | None = None,
+        environment: Mapping[str, Any] | None = None,
         verbosity: int = 0,
-        variables: Sequence[str] = (),
-        runtime_env: str | None = None,
     ) -> str:
         """Submit a job that runs the recipes to the end, and return its job id.
 
@@ -115,19 +114,17 @@ class Jobs:
             configs: recipes of the runs.
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
             store: store of the experts; `None` means a folder in `out`.
-            requirements: path of a file of packages, as pip takes it.
+            environment: result of `job_environment`; `None` for an environment with this package alone.
             verbosity: 1 writes every log line to the job's log, 2 also the raw output of Ray and its workers.
-            variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
-            runtime_env: path of a YAML or JSON file with a Ray runtime environment. This package's own is added to it.
 
         Raises:
-            ConfigError: a folder, file or variable cannot be used.
+            ConfigError: a folder cannot be used.
             ClusterError: the cluster does not accept the job, or a running job writes to the same folder.
         """
         for name, place in (("--out", out), ("--store", store)):
             if place is not None:
                 _require_reachable(name, place)
-        environment = job_environment(requirements, variables, runtime_env)
+        environment = environment or job_environment()
         self._require_nobody_at_work(out)
         files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
         command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
@@ -356,13 +353,19 @@ def _require_reachable(name: str, place: str) -> None:
 def job_environment(
     requirements: str | None = None, variables: Sequence[str] = (), runtime_env: str | None = None
 ) -> dict[str, Any]:
-    """Make Ray's runtime environment of a job, without `working_dir`. Arguments: see `Jobs.submit`.
+    """Make Ray's runtime environment of a job, without `working_dir`. The log never shows a value of its variables.
+
+    Args:
+        requirements: path of a file of packages, as pip takes it.
+        variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
+        runtime_env: path of a YAML or JSON file with a Ray runtime environment. This package's own is added to it.
 
     Raises:
         ConfigError: an argument cannot be used, or sets a key that another argument or this package sets.
     """
     given = {} if runtime_env is None else _read_environment(runtime_env)
     theirs, named = given.get("env_vars") or {}, _variables(variables)
+    hide([*theirs.values(), *named.values()])
     # By default Ray kills a stopped job after 3 seconds, too early for workers to save their work.
     ours = {"RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_TIMEOUT + STOP_MARGIN:.0f}"}
     _require_apart(given, {"working_dir"}, f"{runtime_env} and by datm-ray, whose recipes travel in it")
