@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datm_ray.api import distill, evaluate, init, plan, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
+    from datm_ray.pipeline import publish
     from datm_ray.recipes import get_recipe
     from datm_ray.replay import ReplayedLabels
     from datm_ray.stages.method import Method
@@ -31,6 +32,7 @@ __all__ = [
     "init",
     "load",
     "plan",
+    "publish",
     "run",
     "train_experts",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "Artifact": "datm_ray.artifact",
     "load": "datm_ray.artifact",
+    "publish": "datm_ray.pipeline",
     "init": "datm_ray.api",
     "plan": "datm_ray.api",
     "run": "datm_ray.api",

@@ -289,6 +289,23 @@ def export(
     print("\n".join([f"Wrote {len(written)} file(s) to {out}", *left_out(loaded, format_)]))
 
 
+@app.command()
+def publish(
+    run_: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/digits-ipc1.")],
+    out: WriteTo,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a finished set with a card, to publish it.
+
+    Writes README.md, the card: what the set is, how to use it, its accuracy beside the controls, how it was made.
+    Also preview.png, train.parquet (Hugging Face's layout) and synthetic.safetensors (everything, for datm_ray.load).
+    """
+    from datm_ray.pipeline import publish as write_published
+
+    written = write_published(run_, out)
+    print(f"Wrote {', '.join(written)} to {out}. State the licence of the source in README.md.")
+
+
 def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
     """Check the recipes. Returns their pipeline, and a function that starts the executor."""
     configs = [config_of(name, invocation.set_) for name in invocation.recipes]

@@ -18,7 +18,7 @@ stopped, for whatever reason it stopped.
 """
 
 from datm_ray.pipeline.checks import require_together
-from datm_ray.pipeline.folder import report, summaries
+from datm_ray.pipeline.folder import publish, report, summaries
 from datm_ray.pipeline.pipeline import Pipeline
 
-__all__ = ["Pipeline", "report", "require_together", "summaries"]
+__all__ = ["Pipeline", "publish", "report", "require_together", "summaries"]

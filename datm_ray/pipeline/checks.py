@@ -70,7 +70,8 @@ def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> No
     require_together(configs)
     cluster = configs[0].cluster
     can_have = cluster.gpus_per_worker != 0 and (elsewhere or torch.cuda.is_available())
-    require_precision(cluster, has_gpu=cluster.device != "cpu" and can_have)  # executors check again
+    has_gpu = cluster.device != "cpu" and can_have
+    require_precision(cluster, has_gpu, elsewhere=elsewhere)  # executors and workers check again
 
 
 def require_startable(runs: Runs) -> None:

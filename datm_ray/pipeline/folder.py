@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datm_ray.config import RunConfig, load_recipe_of_run
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
-from datm_ray.report import RunSummary, write_report, write_summary
+from datm_ray.report import RunSummary, published_files, write_report, write_summary
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.experts import has_experts
@@ -100,6 +100,32 @@ def report(out: str) -> Location:
     found = summaries(folder, configs)
     write_summary(folder, found)
     return write_report(folder, found)
+
+
+def publish(run: str, out: str) -> list[str]:
+    """Write a finished set for publication: a card (README.md) with its accuracies, preview, Parquet, safetensors.
+
+    No data set is needed. Returns the names of the files written.
+
+    Args:
+        run: folder of a run, a path or URI.
+        out: folder to write to.
+
+    Raises:
+        RunDirectoryError: the folder holds no run, or its set is not finished.
+    """
+    folder = open_location(run)
+    config = read_recipe(folder)
+    if config is None or folder.parent / config.name != folder:
+        raise RunDirectoryError(
+            f"{folder.uri} is not the folder of a run",
+            "a run's folder holds its recipe.yaml and has the run's name",
+            "give <out>/<name>, such as runs/digits-ipc1",
+        )
+    files, to = published_files(*summaries(folder.parent, [config])), open_location(out)
+    for name, content in files.items():
+        (to / name).write_atomic(content)
+    return list(files)
 
 
 def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:

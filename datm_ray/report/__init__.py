@@ -5,7 +5,16 @@ states what is missing. Equal files give equal bytes. All figures come from exis
 evaluates nothing.
 """
 
+from datm_ray.report.card import published_files
 from datm_ray.report.page import write_report
 from datm_ray.report.results import RunSummary, accuracy_table, fair_table, networks_table, write_summary
 
-__all__ = ["RunSummary", "accuracy_table", "fair_table", "networks_table", "write_report", "write_summary"]
+__all__ = [
+    "RunSummary",
+    "accuracy_table",
+    "fair_table",
+    "networks_table",
+    "published_files",
+    "write_report",
+    "write_summary",
+]

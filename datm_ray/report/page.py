@@ -57,7 +57,7 @@ def render(runs: Sequence[Run]) -> str:
     return environment.from_string(template).render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
         matching=any(run.summary.has_experts for run in runs),
-        done=[_what_was_done(run) for run in runs],
+        done=[what_was_done(run) for run in runs],
         columns=[column_name(summary) for summary in summaries],
         accuracies=accuracies(summaries),
         skipped="" if "full" in shown_rows(summaries) else SKIPPED,
@@ -84,12 +84,12 @@ def _run_view(run: Run) -> dict[str, Any]:
         "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
         "recipe": _recipe(run),
-        "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
-        "costs": _costs(cost_lines(run.summary)),
+        "provenance": provenance_lines(run.latest.provenance) if run.latest else [],
+        "costs": costs_of(cost_lines(run.summary)),
     }
 
 
-def _costs(lines: Sequence[CostLine]) -> Table | None:
+def costs_of(lines: Sequence[CostLine]) -> Table | None:
     """Table of a run's costs, one row for each line; `None` without lines."""
     cells = [_cost_cells(line) for line in lines]
     rows = [Line(line.title, [*map(Cell, each.values())]) for line, each in zip(lines, cells, strict=True)]
@@ -109,7 +109,7 @@ def _cost_cells(line: CostLine) -> dict[str, str]:
     }
 
 
-def _what_was_done(run: Run) -> str:
+def what_was_done(run: Run) -> str:
     """Description of one run in one sentence."""
     config, real = run.config, run.summary.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
@@ -198,7 +198,8 @@ def _recipe(run: Run) -> str:
     return text
 
 
-def _provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+def provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs (name, value) of a set's provenance in words, without the values that were found for its recipe."""
     return [(key.replace("_", " "), _in_words(value)) for key, value in provenance.items() if key != FOUND]
 
 

@@ -1,0 +1,102 @@
+"""Card of a synthetic set: the README.md with which a set is published, as hubs for data sets show it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+from datm_ray.artifact import EXPORTS, Artifact, left_out
+from datm_ray.errors import RunDirectoryError
+from datm_ray.report.gallery import contact_sheet
+from datm_ray.report.page import costs_of, provenance_lines, what_was_done
+from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lines, network_accuracies, read_run
+
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+"""Bound of the number of images, exclusive -> Hugging Face's name for the size."""
+PREVIEW_PIXELS = 640
+"""Width of preview.png up to which small images are enlarged."""
+
+
+def published_files(summary: RunSummary) -> dict[str, bytes]:
+    """Files with which a finished set is published, by name: card, preview, Parquet and safetensors.
+
+    Raises:
+        RunDirectoryError: the run has no synthetic set yet.
+    """
+    run = read_run(summary)
+    if run.synthetic is None:
+        raise RunDirectoryError(
+            f"{summary.folder.uri} holds no synthetic set",
+            "its distillation is not finished",
+            "run the same `datm-ray run` again: it resumes",
+        )
+    files = {"README.md": card(run, run.synthetic).encode(errors="replace"), "preview.png": _preview(run.synthetic)}
+    return files | EXPORTS["parquet"](run.synthetic) | EXPORTS["safetensors"](run.synthetic)
+
+
+def card(run: Run, artifact: Artifact) -> str:
+    """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = importlib.resources.files("datm_ray.report").joinpath("card.md.j2").read_text(encoding="utf-8")
+    summary, images = run.summary, len(artifact.images)
+    channels, height, width = artifact.images.shape[1:]
+    rows = accuracies([summary])
+    return environment.from_string(template).render(
+        title=_in_one_line(f"{run.config.name}: {run.dataset} distilled to {images:,} images"),
+        size=next((name for bound, name in SIZES.items() if images < bound), "n>1M"),
+        method=run.config.method.rpartition(":")[2],
+        done=_in_one_line(what_was_done(run)),
+        made=f"The method is {run.config.method}.",
+        training=_training_in_words(artifact),
+        image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
+        clipped=next(iter(left_out(artifact, "parquet")), ""),
+        table=as_markdown(rows) if summary.scores else "",
+        networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
+        facts=[(name, _in_one_line(value)) for name, value in provenance_lines(artifact.provenance)],
+        costs=as_markdown(table) if (table := costs_of(cost_lines(summary))) else "",
+        recipe=yaml.safe_dump(_plain(artifact.recipe), sort_keys=False, allow_unicode=True).strip(),
+        dataset=_in_one_line(run.dataset),
+    )
+
+
+def as_markdown(table: Table) -> str:
+    """Format a table in Markdown. Each cell has its value and, after it, its note."""
+    rows = [
+        [line.title, *(" ".join(filter(None, [each.value, each.note])) for each in line.cells)] for line in table.lines
+    ]
+    cells = [[_in_one_line(cell).replace("|", "\\|") for cell in row] for row in [list(table.headings), *rows]]
+    cells.insert(1, ["---"] * len(table.headings))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _training_in_words(artifact: Artifact) -> str:
+    training = artifact.training()
+    shown = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
+    names = ("epochs", "batch_size", "learning_rate", "optimiser")
+    return ", ".join(
+        f"{name} {shown[name]:.3g}" if isinstance(shown[name], float) else f"{name} {shown[name]}" for name in names
+    )
+
+
+def _preview(artifact: Artifact) -> bytes:
+    """Picture of some images of the set, a row for each class, as a PNG file."""
+    sheet, _, _ = contact_sheet(artifact)
+    scale = max(1, PREVIEW_PIXELS // sheet.shape[1])
+    sink = io.BytesIO()
+    Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if value not in (None, [], {})}
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,132 @@
+"""Tests the card of a published set: what it says, that hubs can read it, and that its code works."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from datm_ray import load, publish
+from datm_ray.config import NetworkConfig
+from datm_ray.errors import RunDirectoryError
+from datm_ray.report import RunSummary, published_files
+from datm_ray.report.card import as_markdown
+from datm_ray.report.results import Cell, Line, Table
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.scores import NetworkScores, Score
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import CommandLine
+from tests.test_report import configure, finished_run as run_with_scores
+
+
+def card_of(summary: RunSummary) -> str:
+    return published_files(summary)["README.md"].decode()
+
+
+def sections(text: str) -> dict[str, str]:
+    """Heading -> text below it."""
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> RunSummary:
+    return run_with_scores(open_location(str(tmp_path / "runs")), configure("toys-ipc2"))
+
+
+def test_a_hub_reads_the_front_matter(summary: RunSummary) -> None:
+    """The front matter is YAML with the keys that Hugging Face reads, and names the Parquet file that is written."""
+    files = published_files(summary)
+    found = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert found["pretty_name"] == "toys-ipc2: toys distilled to 6 images"
+    assert (found["license"], found["size_categories"]) == ("other", ["n<1K"])
+    assert found["task_categories"] == ["image-classification"]
+    assert found["tags"] == ["dataset-distillation", "datm"]
+    assert pq.read_table(io.BytesIO(files[found["configs"][0]["data_files"]])).num_rows == 6
+
+
+def test_a_card_has_the_accuracies_beside_their_controls(summary: RunSummary) -> None:
+    """Every scored row is in the table with its number of networks; other networks have a table of their own."""
+    accuracy = sections(card_of(summary))["Accuracy"]
+    assert "| random real images, soft labels | 81.0 ± 1.4 (2) |" in accuracy
+    assert "| distilled | 91.0 ± 1.0 (3) |" in accuracy
+    assert "other networks" not in accuracy
+    vgg = NetworkScores(NetworkConfig(architecture="vgg11"), "unseen", None, Score("distilled", (0.5,), 1.0), None)
+    summary = RunSummary(summary.config, summary.folder, summary.scores, 600, [vgg])
+    assert "| vgg11 | unseen | – | 50.0 (1) |" in sections(card_of(summary))["Accuracy"]
+
+
+def test_a_card_without_accuracies_says_so(summary: RunSummary) -> None:
+    """A set that was not scored has a card without a table, which says how to score it."""
+    accuracy = sections(card_of(RunSummary(summary.config, summary.folder, [], 600)))["Accuracy"]
+    assert "|" not in accuracy
+    assert "Not measured yet" in accuracy
+
+
+def test_a_card_says_how_the_set_was_made(summary: RunSummary) -> None:
+    """The card has the method, the hardware, the versions and a recipe, but no path of the machine."""
+    text = card_of(summary)
+    made = sections(text)["How it was made"]
+    assert "600 real images of toys were distilled to 6 synthetic images" in sections(text)[""]
+    assert "- cores: 2" in made
+    assert "- versions: torch 9.8.7" in made
+    assert yaml.safe_load(made.split("```")[1].removeprefix("yaml"))["distill"]["iterations"] == 12
+    assert summary.folder.uri not in text
+
+
+def test_the_code_of_a_card_trains_a_network(
+    summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code on the card runs in the published folder, with any network, and predicts classes of real images."""
+    for name, content in published_files(summary).items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    code = sections((tmp_path / "README.md").read_text())["Use it"].split("```python\n")[1].split("```")[0]
+    assert "training.epochs" in code
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    before = network[1].weight.clone()
+    names = {"network": network, "test_images": torch.rand(5, 1, 6, 6)}
+    exec(code.replace("training.epochs", "2"), names)
+    assert not torch.equal(before, network[1].weight)
+    assert names["predicted"].shape == (5,)
+
+
+def test_the_preview_shows_the_images(summary: RunSummary) -> None:
+    """preview.png is a picture, with small images enlarged."""
+    assert Image.open(io.BytesIO(published_files(summary)["preview.png"])).width > 300
+
+
+def test_names_break_no_card(tmp_path: Path) -> None:
+    """Names with Markdown's and YAML's characters stay one value and one cell."""
+    table = as_markdown(Table(["a|b", "c\nd"], [Line("x", [Cell("1", "(2)")])]))
+    assert table == "| a\\|b | c d |\n| --- | --- |\n| x | 1 (2) |"
+
+
+def test_an_unfinished_set_is_not_published(summary: RunSummary) -> None:
+    """A run without its set is refused, with the command that finishes it."""
+    (summary.folder / SYNTHETIC).remove()
+    with pytest.raises(RunDirectoryError, match="Its distillation is not finished"):
+        published_files(summary)
+
+
+def test_one_command_publishes_a_finished_run(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
+    """`publish` writes the files of a run's folder without its data; an output folder of several runs is refused."""
+    run = finished_run / "tiny"
+    code, out, _ = datm_ray("publish", str(run), "--out", str(tmp_path / "hub"))
+    assert code == 0
+    assert sorted(place.name for place in (tmp_path / "hub").iterdir()) == [
+        "README.md", "preview.png", "synthetic.safetensors", "train.parquet"
+    ]  # fmt: skip
+    assert "State the licence" in out
+    found, kept = load(tmp_path / "hub/synthetic.safetensors"), load(run / SYNTHETIC)
+    assert torch.equal(found.images, kept.images)
+    assert publish(str(run), str(tmp_path / "again")) == publish(str(run), str(tmp_path / "hub"))
+    code, _, err = datm_ray("publish", str(finished_run), "--out", str(tmp_path / "hub"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not the folder of a run" in err
