@@ -38,6 +38,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory.matching import identity, matching_gradient
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
+from datm_ray.runtime.executor import multiplies_bfloat16
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.
@@ -149,7 +150,8 @@ def _summed_over_processes(tensor: Tensor) -> Tensor:
 
 def matmul_rate(device: str, precision: Precision) -> float:
     """Floating-point operations per second of a large matrix product, best of five."""
-    side = 8192 if device == "cuda" else 256 if precision == "bfloat16" else 2048  # minutes at 2048 where CPUs lack it
+    is_slow = precision == "bfloat16" and not multiplies_bfloat16()  # minutes at 2048
+    side = 8192 if device == "cuda" else 256 if is_slow else 2048
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     a = torch.ones(side, side, dtype=dtype, device=device)
@@ -356,7 +358,8 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     rows.append(([ours, replace(ours, shape=tenfold)], False))
     if not cuda:  # two shards on one GPU would only share it
         rows.append(([replace(ours, steps=2 if quick else 10, threads=1, shards=shards) for shards in (1, 2)], False))
-        base = replace(three(tiny, 2)[-1], compiled=True)  # no larger: many CPUs compute bfloat16 number by number
+        shape, steps = (small, first) if multiplies_bfloat16() else (tiny, 2)  # others compute it number by number
+        base = replace(three(shape, steps)[-1], compiled=True)
         rows.append(([base, replace(base, precision="bfloat16")], True))
     else:
         rounded = [replace(ours, steps=5, precision=precision) for precision in precisions]

@@ -833,14 +833,12 @@ def test_an_unfinished_distillation_resumes_with_fewer_workers(tmp_path: Path) -
 
 def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU precision needs a GPU on the workers' machines, whatever this machine has."""
-    config, out = tiny_config("cluster.precision=bfloat16"), str(tmp_path)
-    asks, has_none = (
-        tiny_config("cluster.precision=bfloat16", f"cluster.gpus_per_worker={gpus}") for gpus in (0.5, 0.0)
-    )
+    config, out = tiny_config("cluster.precision=tf32"), str(tmp_path)
+    asks, has_none = (tiny_config("cluster.precision=tf32", f"cluster.gpus_per_worker={gpus}") for gpus in (0.5, 0.0))
     for one_is_here in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda here=one_is_here: here)
         for elsewhere in (False, True):
-            with pytest.raises(ClusterError, match=r"cluster\.precision is 'bfloat16', but there is no GPU"):
+            with pytest.raises(ClusterError, match=r"cluster\.precision is 'tf32', but there is no GPU"):
                 Pipeline([has_none], out, elsewhere=elsewhere)
         for accepted in (config, asks):
             Pipeline([accepted], out, elsewhere=True)
@@ -850,6 +848,20 @@ def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, mon
     for refused in (config, asks):
         with pytest.raises(ClusterError, match="there is no GPU"):
             Pipeline([refused], out)
+
+
+def test_bfloat16_without_a_gpu_wants_a_cpu_that_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in bfloat16 is refused at once on a CPU that would emulate it; workers elsewhere check their own CPU."""
+    config, out = tiny_config("cluster.precision=bfloat16"), str(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("datm_ray.runtime.executor.multiplies_bfloat16", lambda: False)
+    Pipeline([config], out, elsewhere=True)
+    with pytest.raises(ClusterError, match="This machine's CPU computes it far more slowly"):
+        Pipeline([config], out)
+    with pytest.raises(ClusterError, match="This machine's CPU computes it far more slowly"):
+        DistillWorker(mock.Mock(), config.cluster)
+    monkeypatch.setattr("datm_ray.runtime.executor.multiplies_bfloat16", lambda: True)
+    Pipeline([config], out)
 
 
 def test_recipes_with_different_clusters_are_refused(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ class ExpertConfig(Section):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses stay in 32."""
+    """bfloat16: layers compute in 16 bits, for GPUs and CPUs that can; parameters, gradients, losses stay in 32."""
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (only for display); 0: none. Only stored epochs keep the value."""
 
@@ -761,7 +761,7 @@ class ClusterConfig(WorkerShape):
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory that a distilling worker may take, GPU or main, such as 8GiB; null: all that is free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Precision of matrix products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
+    """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone, also on CPUs."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     cuda_graphs: bool = False

@@ -31,11 +31,11 @@ def plan_run(
 
     Raises:
         DatasetError: the data cannot be read.
-        ClusterError: the precision needs a GPU.
+        ClusterError: the precision needs a GPU, or another CPU.
     """
     method_of(config).check(config)
     machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
-    require_precision(config.cluster, machine.device == "GPU")
+    require_precision(config.cluster, machine.device == "GPU", elsewhere=cluster is not None)
     if measure and (machine.basis or (machine.device == "GPU" and not torch.cuda.is_available())):
         fact = "the speed is given" if machine.basis else "it has no GPU, which the workers compute on"
         remedy = "leave it out; tflops= or gflops= in --cluster gives a speed"

@@ -6,6 +6,7 @@ executor decides where workers run and what happens if a worker is lost. Results
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -271,14 +272,33 @@ def explaining_memory() -> Iterator[None]:
         ) from None
 
 
-def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
-    """Raise a `ClusterError` if `cluster.precision` needs a GPU and there is none."""
-    if cluster.precision in ("tf32", "bfloat16") and not has_gpu:
-        raise ClusterError(
-            f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
-            "CPUs compute it far more slowly than float32, or not at all",
-            "use --set cluster.precision=auto",
-        )
+def require_precision(cluster: ClusterConfig, has_gpu: bool, *, elsewhere: bool = False) -> None:
+    """Raise a `ClusterError` if workers cannot compute in `cluster.precision`, or only slowly.
+
+    Args:
+        has_gpu: True if workers compute on GPUs, which can compute in every precision.
+        elsewhere: True if workers may be on other machines, whose CPUs are not known here. They check their own.
+    """
+    if has_gpu or cluster.precision in ("auto", "float32"):
+        return
+    if cluster.precision == "bfloat16" and (elsewhere or multiplies_bfloat16()):
+        return
+    raise ClusterError(
+        f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
+        "this machine's CPU computes it far more slowly than float32, or not at all",
+        "use --set cluster.precision=auto",
+    )
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """True if this machine's CPU has instructions that multiply bfloat16 numbers. False on other systems than Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            abilities = next(line for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(abilities.split())
 
 
 def counted(count: int, noun: str) -> str:

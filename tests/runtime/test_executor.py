@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import os
 import re
@@ -40,6 +41,7 @@ from datm_ray.runtime.executor import (
     Started,
     Task,
     WorkerRank,
+    multiplies_bfloat16,
 )
 from datm_ray.runtime.stopping import by_signals
 from tests.processes import until
@@ -802,7 +804,7 @@ def test_workers_have_a_gpu_each_where_there_are_some(
     assert bundle_of(worker_options(cluster)).get("GPU", 0.0) == gpus
 
 
-@pytest.mark.parametrize("wish", [{"device": "cuda"}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize("wish", [{"device": "cuda"}, {"precision": "tf32"}])
 def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
     wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -813,6 +815,24 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0}}])
     with pytest.raises(ClusterError, match="GPU"):
         with_gpus(ClusterConfig(**wish))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model name\t: bf16\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags\t\t: fpu avx512f avx512_vnni\nbugs\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_cpus_that_multiply_bfloat16_are_known_by_their_flags(
+    text: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags of x86 and features of ARM tell whether a CPU multiplies bfloat16; without either it does not."""
+    monkeypatch.setattr("builtins.open", lambda *args, **more: io.StringIO(text))
+    assert multiplies_bfloat16.__wrapped__() is expected
 
 
 @pytest.mark.ray

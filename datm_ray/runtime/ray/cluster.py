@@ -406,7 +406,8 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
             f"cluster.labels needs a newer Ray than {ray.__version__}",
             remedy="update Ray on all nodes, or use cluster.resources",
         )
-    require_precision(cluster, has_gpu=bool(cluster.gpus_per_worker) and cluster.device != "cpu")
+    has_gpu = bool(cluster.gpus_per_worker) and cluster.device != "cpu"
+    require_precision(cluster, has_gpu, elsewhere=True)
     return cluster
 
 
