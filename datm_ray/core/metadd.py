@@ -10,10 +10,10 @@ Three terms, each a mean over images, are added to the loss of any distillation:
     position     mean over networks and pixels of relu(-map): evidence against y. This is our reading of the paper's
                  third and smallest term.
 
-The paper uses both signs for the divergence, so its weight may be negative. Every term is a function of the maps and
-logits of single images, so images may be processed in parts. Processes that hold different networks exchange only maps
-and logits. Each process differentiates the whole loss through its own networks. The sum of these gradients is the
-gradient of one process with all networks.
+Descriptions of the paper do not agree on the sign of the divergence, so its weight may be negative. Every term is a
+function of the maps and logits of single images, so images may be processed in parts. Processes that hold different
+networks exchange only maps and logits. Each process differentiates the whole loss through its own networks. The sum of
+these gradients is the gradient of one process with all networks.
 
 Shapes: m networks, the backbone first; b images of c h w; k classes. Tests: tests/core/test_metadd.py.
 """

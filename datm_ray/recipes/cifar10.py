@@ -205,6 +205,7 @@ def cifar10_metadd_ipc10() -> RunConfig:
 
     No figure is published for DATM with MetaDD; MTT with MetaDD has 53.1 % over its unseen networks. Not run at this
     size yet. On a fifth of the data, with narrow networks and 200 iterations, the meta-feature ratio rose from 0.11 to
-    0.41 and accuracy on other architectures did not (README.md). MetaDD uses a fifth of the images in each iteration.
+    0.41 and accuracy on other architectures did not (docs/results.md). MetaDD uses a fifth of the images in each
+    iteration.
     """
     return with_auxiliaries(cifar10_ipc10(), share=0.2)
