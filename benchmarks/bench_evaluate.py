@@ -28,7 +28,7 @@ from torch import Tensor
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training import PROTOCOLS, Schedule, Training, train, train_together
+from datm_ray.core.training.loop import PROTOCOLS, Schedule, Training, train, train_together
 
 HEADER = """Training of networks that are scored, on random tensors of fixed seeds with soft labels; ConvNet, instance
 normalisation, mean pooling, SGD with momentum and weight decay.

@@ -23,10 +23,10 @@ from tables import spread
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
-from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training import predict_logits
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.loop import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
 

@@ -26,7 +26,7 @@ from tables import spread, table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datm_ray.core.labelling import Views, apply_views, draw_views, pack_logits, unpack_logits
+from datm_ray.core.training.labelling import Views, apply_views, draw_views, pack_logits, unpack_logits
 from datm_ray.replay import ReplayedLabels, views_of
 from datm_ray.stages.labels import create_labels
 from datm_ray.store.labels import LabelRecords, LabelStore

@@ -32,8 +32,8 @@ from published_matching import Gradient, Problem, make_problem, step_operations,
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, NetworkSpec
+from datm_ray.core.compute.precision import Precision
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.precision import Precision
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory.matching import identity, matching_gradient

@@ -27,8 +27,8 @@ from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.report.results import RunSummary, cost_lines
-from datm_ray.stages.experts import has_experts
-from datm_ray.stages.scores import read_score
+from datm_ray.stages.evaluate.scores import read_score
+from datm_ray.stages.experts.train import has_experts
 
 SCORED = NetworkConfig(architecture="convnet", width=32, depth=3)
 """Network that is trained on every set."""

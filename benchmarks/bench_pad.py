@@ -28,7 +28,7 @@ from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.distill import read_cost
-from datm_ray.stages.scores import read_score
+from datm_ray.stages.evaluate.scores import read_score
 
 CURRICULUM = {
     "digits": "experts.curriculum={whole_from: 8, removals: []}",

@@ -31,10 +31,10 @@ from torch.nn.functional import conv2d, cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datm_ray.config import NetworkSpec
-from datm_ray.core.experts import ExpertState
+from datm_ray.core.compute.precision import Precision
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.precision import Precision
+from datm_ray.core.training.experts import ExpertState
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 

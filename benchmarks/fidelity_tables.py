@@ -16,8 +16,8 @@ from datm_ray.config import RunConfig, run_identity
 from datm_ray.monitor.spent import total
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.distill import SYNTHETIC, read_cost
-from datm_ray.stages.experts import read_experts_cost
-from datm_ray.stages.scores import Score, read_scores
+from datm_ray.stages.evaluate.scores import Score, read_scores
+from datm_ray.stages.experts.train import read_experts_cost
 from datm_ray.store.files.filesystem import Location
 
 Accuracies = Sequence[Sequence[float]]

@@ -13,7 +13,7 @@ from datm_ray.methods.trajectory.step_functions import Reversed, StudentStepFunc
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.stages.methods.trajectory import TrajectoryMatching
 
 
 class TeslaStepFunctions(StudentStepFunctions):

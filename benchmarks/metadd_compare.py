@@ -19,9 +19,9 @@ from datm_ray.core.metadd import MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.monitor.spent import Spent, total
 from datm_ray.pipeline import Pipeline
 from datm_ray.stages.distill import SYNTHETIC, read_cost
-from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.experts import ExpertsCost, read_experts_cost
-from datm_ray.stages.scores import read_network_scores
+from datm_ray.stages.evaluate.scores import read_network_scores
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.train import ExpertsCost, read_experts_cost
 
 MAIN = ("without", "var-ai-pos")
 """Shown architecture by architecture."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 
 Epochs = Iterator[None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datm_ray.config import NetworkSpec
-from datm_ray.core.augment import augment
+from datm_ray.core.images.augment import augment
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datm_ray.pipeline import publish
     from datm_ray.recipes import get_recipe
     from datm_ray.replay import ReplayedLabels
-    from datm_ray.stages.method import Method
+    from datm_ray.stages.methods.base import Method
 
 __all__ = [
     "Artifact",
@@ -47,7 +47,7 @@ _HOME = {
     "train_experts": "datm_ray.api",
     "distill": "datm_ray.api",
     "evaluate": "datm_ray.api",
-    "Method": "datm_ray.stages.method",
+    "Method": "datm_ray.stages.methods.base",
     "RunConfig": "datm_ray.config",
     "ReplayedLabels": "datm_ray.replay",
     "get_recipe": "datm_ray.recipes",

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, Schedule, schedule_of
+from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
 from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datm_ray.artifact import Artifact
-from datm_ray.core.labelling import Views, apply_views, require_labelled, unpack_logits
+from datm_ray.core.training.labelling import Views, apply_views, require_labelled, unpack_logits
 from datm_ray.store.labels import LabelRecords, LabelStore
 
 

@@ -19,14 +19,15 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import RunConfig, override, to_yaml
-from datm_ray.core import training
 from datm_ray.core.networks import stacked
+from datm_ray.core.training import loop
 from datm_ray.monitor import logs
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
-from datm_ray.stages import evaluate, validation
+from datm_ray.stages import validation
+from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
 
@@ -148,12 +149,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
     """Let networks of a row be trained together however short that is, and uncompiled."""
-    patch.setattr(training, "COMPILED_WORK", 0.0)
+    patch.setattr(loop, "COMPILED_WORK", 0.0)
     patch.setattr(stacked, "compiler_problem", lambda device: "")
     patch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
-    patch.setattr(training, "trainer", functools.cache(training.trainer.__wrapped__))
-    patch.setattr(validation, "trainer", training.trainer)
-    patch.setattr(evaluate, "_are_together", functools.cache(evaluate._are_together.__wrapped__))
+    patch.setattr(loop, "trainer", functools.cache(loop.trainer.__wrapped__))
+    patch.setattr(validation, "trainer", loop.trainer)
+    patch.setattr(rows, "_are_together", functools.cache(rows._are_together.__wrapped__))
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:

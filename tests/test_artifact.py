@@ -25,7 +25,7 @@ from torchvision.transforms import Compose, PILToTensor
 from datm_ray.artifact import EXPORTS, KIND, Artifact, export, left_out, load, save_artifact
 from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS
+from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError

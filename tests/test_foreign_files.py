@@ -35,8 +35,8 @@ from safetensors.torch import save_file as save_weights
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
 from datm_ray.config import DistillConfig, to_yaml
-from datm_ray.core.experts import ExpertState
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training.experts import ExpertState
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
@@ -46,9 +46,9 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
-from datm_ray.stages.expert_progress import ExpertProgress, TrainingProgress
-from datm_ray.stages.experts import read_experts_cost
-from datm_ray.stages.scores import _Result
+from datm_ray.stages.evaluate.scores import _Result
+from datm_ray.stages.experts.progress import ExpertProgress, TrainingProgress
+from datm_ray.stages.experts.train import read_experts_cost
 from datm_ray.store import sealed
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.labels import LabelStore

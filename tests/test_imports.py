@@ -140,7 +140,7 @@ def test_private_parts_of_torch_and_ray_are_used_in_one_module_each() -> None:
     seen = "import torch._a\nfrom ray._b import c\nfrom torch.d import _e\nnn.f._g\n_ATEN._h.default\ni()._cdata"
     assert len({*private_parts(seen)} & {"torch._a", "ray._b", "torch.d._e", "nn.f._g", "_ATEN._h", "i()._cdata"}) == 6
     users = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if private_parts(path.read_text())}
-    assert users == {str(Path("core", "torch_compat.py")), str(Path("runtime", "ray", "compat.py"))}
+    assert users == {str(Path("core", "compute", "torch_compat.py")), str(Path("runtime", "ray", "compat.py"))}
 
 
 @pytest.mark.parametrize(

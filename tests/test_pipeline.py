@@ -40,11 +40,10 @@ from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
-from datm_ray.stages import evaluate
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import ROWS, work_of
-from datm_ray.stages.experts import expert_group
-from datm_ray.stages.scores import FAIR_PARTS
+from datm_ray.stages.evaluate.rows import ROWS, EvaluateWorker, work_of
+from datm_ray.stages.evaluate.scores import FAIR_PARTS
+from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store import claims
 from datm_ray.store.claims import lease
@@ -433,7 +432,7 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
     assert scored["distilled"] != accuracies(Pipeline([own], str(out)))["distilled"]
     assert scored["full"] == accuracies(Pipeline([own], str(out)))["full"]
     assert "tiny (a teacher's labels)" in pipeline.table()
-    worker = evaluate.EvaluateWorker(pipeline.runs.dataset(taught.dataset), taught.cluster)
+    worker = EvaluateWorker(pipeline.runs.dataset(taught.dataset), taught.cluster)
     uris = [str(tmp_path / f"{number}.json") for number in range(2)]
     folder = str(out / "tiny")
     for row in ("distilled", "random-soft"):

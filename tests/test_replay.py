@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 import datm_ray
 from datm_ray.artifact import save_artifact
-from datm_ray.core.labelling import apply_views, draw_views, pack_logits, teacher_logits, unpack_logits
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training.labelling import apply_views, draw_views, pack_logits, teacher_logits, unpack_logits
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, StoreError
 from datm_ray.replay import ReplayedLabels

@@ -32,7 +32,7 @@ from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT, Rows
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
-from datm_ray.stages.scores import FairScores, NetworkScores, Score
+from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
 
 SCORES = [

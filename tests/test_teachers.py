@@ -34,7 +34,7 @@ from datm_ray.interop.teachers import (
     read_weights,
     torchvision_names,
 )
-from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import CommandLine

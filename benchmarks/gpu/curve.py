@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import NetworkSpec, RunConfig
-from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
-from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.loop import PROTOCOLS, accuracy, predict_logits, train_to_end
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.functional import group_norm
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, ExpertConfig, NetworkSpec
-from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertState, train_experts
+from datm_ray.core.compute.precision import Precision
+from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.precision import Precision
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training import Schedule, predict_logits, train_to_end
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.loop import Schedule, predict_logits, train_to_end
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions

@@ -11,10 +11,10 @@ import torch
 from published_experts import Data, Epochs, loader_epochs
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
-from datm_ray.core.experts import ExpertState, train_experts
+from datm_ray.core.compute.precision import tf32_products
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.precision import tf32_products
+from datm_ray.core.training.experts import ExpertState, train_experts
 from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from datm_ray.core.precision import Precision, tf32_products
+from datm_ray.core.compute.precision import Precision, tf32_products
 
 
 @dataclass(frozen=True)

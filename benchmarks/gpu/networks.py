@@ -11,7 +11,7 @@ import torch
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training import PROTOCOLS, predict_logits, train_to_end
+from datm_ray.core.training.loop import PROTOCOLS, predict_logits, train_to_end
 from gpu.machine import Machine, free_memory, measured
 from gpu.sections import Clock, Row, Section, tried
 

@@ -11,7 +11,7 @@ import torch
 from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
-from datm_ray.core.precision import Precision, tf32_products
+from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from gpu.machine import Machine, ceiling, free_memory, measured, timed

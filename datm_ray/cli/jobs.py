@@ -95,7 +95,7 @@ def job_submit(
     """
     from datm_ray.pipeline import require_together
     from datm_ray.runtime.ray.jobs import Jobs, job_environment
-    from datm_ray.stages.registry import method_of
+    from datm_ray.stages.methods.registry import method_of
 
     configs = [config_of(name, set_) for name in recipes]
     for config in configs:

@@ -28,11 +28,11 @@ from torch.nn.functional import interpolate, mse_loss
 
 from datm_ray.config import PriorConfig
 from datm_ray.config.plugins import imported
-from datm_ray.core.adam import adam_step
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.randomness import Purpose, derive_seed, generator
-from datm_ray.core.rates import share_of_rate
-from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.core.training.adam import adam_step
+from datm_ray.core.training.loop import Heartbeat, no_heartbeat
+from datm_ray.core.training.rates import share_of_rate
 from datm_ray.errors import ConfigError
 
 if TYPE_CHECKING:

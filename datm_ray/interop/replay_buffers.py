@@ -39,7 +39,7 @@ from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.interop.torch_files import read_torch_file
-from datm_ray.stages.experts import expert_group, expert_info
+from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, epochs_in_words
 

@@ -32,13 +32,13 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock, SpatialNetwork
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training import predict_logits
+from datm_ray.core.training.loop import predict_logits
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
-from datm_ray.stages.experts import expert_group, expert_info
-from datm_ray.stages.registry import trained_networks
+from datm_ray.stages.experts.train import expert_group, expert_info
+from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import Snapshot, size_in_words
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datm_ray.core.augment import Augmentation, augment, draw_augmentation
+from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation
 from datm_ray.core.networks.registry import embedding
 from datm_ray.core.randomness import Purpose, generator
 
@@ -28,7 +28,7 @@ def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augment
     """Draw the augmentation, of one sample, that an iteration applies to all images of one class.
 
     Args:
-        strategy: operations, see `core.augment`.
+        strategy: operations, see `core.images.augment`.
         seed: seed of the run.
         iteration: number of iterations done.
         label: the class.

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, RecoverConfig
-from datm_ray.core.adam import adam_step
-from datm_ray.core.augment import crop_boxes
+from datm_ray.core.compute.torch_compat import BatchNorm
+from datm_ray.core.images.augment import crop_boxes
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.rates import share_of_rate
-from datm_ray.core.torch_compat import BatchNorm
+from datm_ray.core.training.adam import adam_step
+from datm_ray.core.training.rates import share_of_rate
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import Arrays, Descent, LossRecord, not_finite
 

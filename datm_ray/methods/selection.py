@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot, pad
 
-from datm_ray.core.augment import crop_boxes, resized_crop
+from datm_ray.core.images.augment import crop_boxes, resized_crop
 from datm_ray.core.randomness import Purpose, generator
 
 Scores = NDArray[np.float64]

@@ -14,7 +14,7 @@ from torch import nn
 
 from datm_ray.config import NetworkConfig, RunConfig, run_identity
 from datm_ray.config.schema import RENAMED
-from datm_ray.core.augment import parse_strategy
+from datm_ray.core.images.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network, require_maps
 from datm_ray.data.transform import require_per_channel
@@ -34,8 +34,8 @@ from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.memory import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.evaluate import CONTROLS, row_schedule
-from datm_ray.stages.registry import method_of, teacher_of, trained_backbones
+from datm_ray.stages.evaluate.rows import CONTROLS, row_schedule
+from datm_ray.stages.methods.registry import method_of, teacher_of, trained_backbones
 from datm_ray.store.files.filesystem import Location, open_location
 
 
@@ -151,7 +151,7 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
 
     Args:
         of_all: True to check all runs of the folder, because runs share the scores of networks trained on random real
-            images (`stages.evaluate.result_location`). False to check only the runs in `runs`.
+            images (`stages.evaluate.rows.result_location`). False to check only the runs in `runs`.
     """
     now = {expert: digest for config in runs.configs for expert, digest in runs.origins(config).items()}
     if not now:

@@ -11,11 +11,11 @@ from datm_ray.errors import RunDirectoryError
 from datm_ray.report import RunSummary, published_files, write_report, write_summary
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
-from datm_ray.stages.experts import has_experts
+from datm_ray.stages.evaluate.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
+from datm_ray.stages.experts.train import has_experts
 from datm_ray.stages.labels import labels_location
+from datm_ray.stages.methods.registry import iterations_of
 from datm_ray.stages.pieces import PIECES
-from datm_ray.stages.registry import iterations_of
-from datm_ray.stages.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE
 from datm_ray.store.sealed import rejecting_nonsense

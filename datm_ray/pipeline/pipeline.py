@@ -36,15 +36,15 @@ from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
-from datm_ray.stages.evaluate import result_location, scored_rows
-from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
-from datm_ray.stages.experts import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
-from datm_ray.stages.method import Outlook
+from datm_ray.stages.evaluate.progress import remove_progress
+from datm_ray.stages.evaluate.rows import result_location, scored_rows
+from datm_ray.stages.evaluate.scores import read_score
+from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
+from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.stages.methods.base import Outlook
+from datm_ray.stages.methods.registry import method_of, trained_backbones, trained_networks
 from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.prior import is_trained, note_prior_cost
-from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
-from datm_ray.stages.saved_training import remove_progress
-from datm_ray.stages.scores import read_score
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease

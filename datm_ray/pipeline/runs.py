@@ -15,9 +15,9 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.experts import expert_group, origins
+from datm_ray.stages.experts.train import expert_group, origins
+from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.stages.prior import is_trained, prior_folder
-from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors

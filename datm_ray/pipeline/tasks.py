@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datm_ray.config import DatasetConfig, NetworkConfig, NetworkSpec, RunConfig, short_names
-from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
+from datm_ray.core.training.loop import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.machines import FORWARD_PASSES, workers_here
@@ -26,7 +26,7 @@ from datm_ray.planning.memory import (
 from datm_ray.planning.shape import DataShape, network_cost, prior_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import (
+from datm_ray.stages.evaluate.rows import (
     FAIR_ROWS,
     ROWS,
     fewest_tasks,
@@ -36,12 +36,12 @@ from datm_ray.stages.evaluate import (
     training_of,
     work_of,
 )
-from datm_ray.stages.expert_progress import read_stacks
-from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.experts.progress import read_stacks
+from datm_ray.stages.experts.train import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels, missing_epochs
-from datm_ray.stages.method import Piece
+from datm_ray.stages.methods.base import Piece
+from datm_ray.stages.methods.registry import method_of
 from datm_ray.stages.pieces import unfinished_pieces
-from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 SETS_JOINED = 4

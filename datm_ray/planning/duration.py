@@ -20,13 +20,13 @@ import torch
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
-from datm_ray.core.training import PROTOCOLS, scoring_schedule, validation_protocol
+from datm_ray.core.training.loop import PROTOCOLS, scoring_schedule, validation_protocol
 from datm_ray.methods.state import columns
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.memory import DistillationPlan
 from datm_ray.planning.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
 from datm_ray.runtime.devices import uses_gpu
-from datm_ray.stages.evaluate import (
+from datm_ray.stages.evaluate.rows import (
     fewest_tasks,
     is_taught,
     largest_stack,
@@ -35,11 +35,11 @@ from datm_ray.stages.evaluate import (
     training_of,
     work_of,
 )
-from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.experts.train import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels
-from datm_ray.stages.method import Outlook
+from datm_ray.stages.methods.base import Outlook
+from datm_ray.stages.methods.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.prior import is_trained
-from datm_ray.stages.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
 from datm_ray.store.trajectories import size_in_words

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import RunConfig
-from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import SCORING_BATCH, predict_logits, train
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.loop import SCORING_BATCH, predict_logits, train
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
 from datm_ray.planning.shape import network_cost
 from datm_ray.runtime.devices import precision_on, prepare_device, restoring_determinism
-from datm_ray.stages.experts import experts_at_a_time
+from datm_ray.stages.experts.train import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 
 REPEATED, SECONDS, ENOUGH, MANY = 3, 0.2, 1.0, 10**6

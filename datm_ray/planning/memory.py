@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from datm_ray.config import NetworkConfig, Role, RunConfig
-from datm_ray.core.batches import BLOCK_BYTES
+from datm_ray.core.images.batches import BLOCK_BYTES
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
-from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, scoring_schedule
+from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH, scoring_schedule
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.planning.machines import workers_here
 from datm_ray.planning.shape import DataShape, network_cost, prior_cost
 from datm_ray.runtime.devices import free_gpu_memory, uses_gpu
-from datm_ray.stages.expert_progress import LARGEST_WRITE
-from datm_ray.stages.registry import method_of, teacher_of
+from datm_ray.stages.experts.progress import LARGEST_WRITE
+from datm_ray.stages.methods.registry import method_of, teacher_of
 from datm_ray.store.trajectories import size_in_words
 
 if TYPE_CHECKING:
-    from datm_ray.stages.method import Demand
+    from datm_ray.stages.methods.base import Demand
 
 PROCESS_BYTES, TRAINING_PROCESS_BYTES = 1200 * 2**20, 900 * 2**20
 """Bytes of a CPU worker without its tensors.

@@ -18,7 +18,7 @@ from datm_ray.planning.measure import measured
 from datm_ray.planning.memory import laid_out, plans_of
 from datm_ray.planning.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.runtime.executor import require_precision
-from datm_ray.stages.registry import method_of
+from datm_ray.stages.methods.registry import method_of
 
 
 def plan_run(

@@ -31,7 +31,7 @@ from datm_ray.planning.draft import (
     width_reason,
 )
 from datm_ray.runtime.executor import counted
-from datm_ray.stages.experts import experts_at_a_time
+from datm_ray.stages.experts.train import experts_at_a_time
 
 BOUND, BOUND_POWER = 8.0, 0.57
 """The range of start epochs ends at distance (learning rate times steps) BOUND * ipc ** BOUND_POWER from epoch 0.

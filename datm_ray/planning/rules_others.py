@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from datm_ray.core.training import PROTOCOLS
+from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.errors import ConfigError
 from datm_ray.planning.draft import (
     AS_ASKED,
@@ -32,7 +32,7 @@ from datm_ray.planning.draft import (
     width_reason,
 )
 from datm_ray.runtime.executor import counted
-from datm_ray.stages.recovery import FEW_IMAGES
+from datm_ray.stages.methods.recovery import FEW_IMAGES
 
 Fitted = tuple[dict[str, Any], dict[str, str]]
 """Key -> value, and key -> reason."""

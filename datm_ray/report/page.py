@@ -30,7 +30,7 @@ from datm_ray.report.results import (
 )
 from datm_ray.report.words import count, duration, listed, percent
 from datm_ray.stages.distill import FOUND
-from datm_ray.stages.evaluate import FAIR_ROWS
+from datm_ray.stages.evaluate.rows import FAIR_ROWS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 

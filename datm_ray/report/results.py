@@ -16,12 +16,12 @@ from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
-from datm_ray.stages.evaluate import FAIR_ROWS, ROWS
-from datm_ray.stages.experts import read_experts_cost
+from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
+from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
+from datm_ray.stages.experts.train import read_experts_cost
 from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.prior import read_prior_cost
-from datm_ray.stages.scores import FAIR_PARTS, FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors

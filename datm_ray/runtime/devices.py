@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
-from datm_ray.core.batches import ImageReader, Images
-from datm_ray.core.precision import Precision
+from datm_ray.core.compute.precision import Precision
+from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
 from datm_ray.store.files.traffic import traffic

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import PeerLostError
 from datm_ray.runtime.executor import WorkerRank
 

@@ -30,7 +30,7 @@ import torch
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
@@ -52,12 +52,12 @@ from datm_ray.runtime.executor import (
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.checkpoint import PARTS, Attempt, Rows, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.expert_progress import WRITE_SHARE
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.progress import WRITE_SHARE
 from datm_ray.stages.metadd import MetaNetworks
-from datm_ray.stages.method import Method, Part
+from datm_ray.stages.methods.base import Method, Part
+from datm_ray.stages.methods.registry import method_of
 from datm_ray.stages.prior import PriorOfSet
-from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import (
     REPORT_INTERVAL,
     Candidates,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from datm_ray.artifact import read_artifact
 from datm_ray.config import ClusterConfig, RunConfig, expert_fingerprint, stable_hash
-from datm_ray.core.augment import LEAST_SHARE
-from datm_ray.core.labelling import (
+from datm_ray.core.images.augment import LEAST_SHARE
+from datm_ray.core.training.labelling import (
     MIX,
     draw_views,
     images_fingerprint,
@@ -22,15 +22,15 @@ from datm_ray.core.labelling import (
     require_labelled,
     teacher_logits,
 )
-from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.core.training.loop import Heartbeat, no_heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.executor import Event, Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.registry import teacher_of
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.stages.validation import evaluation_schedule
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore

@@ -15,8 +15,8 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaTerm
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
-from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.method import Piece
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.methods.base import Piece
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 

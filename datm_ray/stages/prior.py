@@ -39,7 +39,7 @@ from datm_ray.core.prior import (
     train_autoencoder,
 )
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.logs import fields
@@ -47,9 +47,9 @@ from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.expert_progress import WRITE_SHARE
-from datm_ray.stages.experts import group_in_store
-from datm_ray.stages.method import Part
+from datm_ray.stages.experts.progress import WRITE_SHARE
+from datm_ray.stages.experts.train import group_in_store
+from datm_ray.stages.methods.base import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors

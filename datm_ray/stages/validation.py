@@ -28,7 +28,7 @@ from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import (
+from datm_ray.core.training.loop import (
     PROTOCOLS,
     Heartbeat,
     Schedule,
@@ -47,7 +47,7 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.runtime.devices import images_on, to_device
 from datm_ray.runtime.executor import Progress
 from datm_ray.stages.checkpoint import Rows, read_iteration
-from datm_ray.stages.expert_progress import remove_folder
+from datm_ray.stages.experts.progress import remove_folder
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -222,7 +222,7 @@ def validating(
 
 
 def trainer_of(cluster: ClusterConfig) -> Trainer:
-    """Trainer of this process, with the compilation settings of `cluster`, see `core.training.trainer`."""
+    """Trainer of this process, with the compilation settings of `cluster`, see `core.training.loop.trainer`."""
     return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.executor import Event
-from datm_ray.stages.difficulty import score_images
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import EvaluateWorker
-from datm_ray.stages.experts import ExpertWorker
+from datm_ray.stages.evaluate.rows import EvaluateWorker
+from datm_ray.stages.experts.difficulty import score_images
+from datm_ray.stages.experts.train import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker

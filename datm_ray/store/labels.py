@@ -10,8 +10,8 @@ labels. A batch is one row. Each of its columns is one list, which joins the val
     boxes float32 x 4 | flips bool | partners int32 | lambdas float32 | mix_boxes uint16 x 4
     | values float16 x k, or x (t + 1) | indices uint16 x t, or none
 
-An epoch is written once, whole, by any worker, and never changes. core/labelling.py defines the views and how logits
-are packed. Letters: b = number of records, k = number of classes, t = number of classes whose logits are kept.
+An epoch is written once, whole, by any worker, and never changes. core/training/labelling.py defines the views and how
+logits are packed. Letters: b = number of records, k = number of classes, t = number of classes whose logits are kept.
 """
 
 from __future__ import annotations

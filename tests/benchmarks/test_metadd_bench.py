@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from datm_ray.monitor.spent import Spent
-from datm_ray.stages.experts import EXPERTS_COST
+from datm_ray.stages.experts.train import EXPERTS_COST
 from datm_ray.store.files.filesystem import open_location
 
 pa = pytest.importorskip("pyarrow")

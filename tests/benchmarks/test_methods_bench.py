@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from datm_ray.stages.registry import METHODS
+from datm_ray.stages.methods.registry import METHODS
 from tests.benchmarks.test_cifar_bench import write_cifar
 
 

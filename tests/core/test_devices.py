@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
-from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertState, train_experts
-from datm_ray.core.labelling import draw_views, images_fingerprint, pack_logits, teacher_logits
+from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
-from datm_ray.core.training import Schedule, accuracy, train_to_end
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.labelling import draw_views, images_fingerprint, pack_logits, teacher_logits
+from datm_ray.core.training.loop import Schedule, accuracy, train_to_end
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from datm_ray.config import DatasetConfig, RunConfig
-from datm_ray.core.batches import batches
+from datm_ray.core.images.batches import batches
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training import predict_logits
+from datm_ray.core.training.loop import predict_logits
 from datm_ray.data import RawDataset, decode, load_raw, parquet, streamed
 from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.streamed import StreamedImages, StreamedPixels

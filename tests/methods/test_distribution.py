@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import NetworkConfig
-from datm_ray.core.augment import Augmentation, augment
+from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.registry import build_network, embedding
 from datm_ray.core.synthetic import draw_rows
 from datm_ray.errors import ConfigError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, NetworkSpec, RecoverConfig
-from datm_ray.core.augment import resized_crop
+from datm_ray.core.images.augment import resized_crop
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError, DivergenceError

@@ -23,9 +23,9 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.runtime.devices import peak_memory
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages import expert_progress
 from datm_ray.stages.distill import COST, over_workers, read_cost
-from datm_ray.stages.experts import ExpertWorker, expert_group, experts_cost
+from datm_ray.stages.experts import progress
+from datm_ray.stages.experts.train import ExpertWorker, expert_group, experts_cost
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -201,7 +201,7 @@ class StopsAt(SerialExecutor):
 
 def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file of an expert's progress records a part of the cost; deleting a group deletes its cost."""
-    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    monkeypatch.setattr(progress, "WRITE_SHARE", 1e9)
     laps = [0]
 
     def lap(account: Account) -> Spent:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
-from datm_ray.core.training import Schedule
+from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
 from datm_ray.planning.memory import (
@@ -29,7 +29,7 @@ from datm_ray.planning.memory import (
 )
 from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
 from datm_ray.recipes import get_recipe, recipe_names
-from datm_ray.stages.trajectory import rows_at_a_time
+from datm_ray.stages.methods.trajectory import rows_at_a_time
 from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 

@@ -26,7 +26,7 @@ from datm_ray.planning.rules_others import ENOUGH_UPDATES
 from datm_ray.planning.shape import DataShape
 from datm_ray.planning.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
 from datm_ray.recipes import get_recipe
-from datm_ray.stages.registry import METHODS, method_of
+from datm_ray.stages.methods.registry import METHODS, method_of
 
 
 def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> RawDataset:

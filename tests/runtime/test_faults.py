@@ -24,7 +24,7 @@ from datm_ray.config import to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import SerialExecutor
-from datm_ray.stages.scores import read_scores
+from datm_ray.stages.evaluate.scores import read_scores
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 from tests.processes import until

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import DistBackendError, DistStoreError
 
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ConfigError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh

@@ -28,10 +28,11 @@ from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Tas
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
 from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving, wait_for_close
-from datm_ray.stages import checkpoint, expert_progress
+from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
 from datm_ray.stages.distill import Distillation
-from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.stages.experts import progress
+from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from tests.conftest import actor_processes, tiny_config
@@ -250,7 +251,7 @@ def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stack that would write seldom writes the epoch after which it stops."""
-    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e-9)
+    monkeypatch.setattr(progress, "WRITE_SHARE", 1e-9)
     config = tiny_config()
     pipeline = Pipeline([config], str(tmp_path))
     with pytest.raises(Interrupted, match=r"^experts 0-1 of .*: epoch 3 of 5$"):

@@ -40,7 +40,7 @@ from datm_ray.stages.checkpoint import (
 )
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.metadd import MAPS_KIND
-from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files import filesystem
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors

@@ -14,15 +14,15 @@ from datm_ray import ReplayedLabels
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.teacher import StoredLessons, Teacher
-from datm_ray.core.training import Schedule, train
+from datm_ray.core.training.loop import Schedule, train
+from datm_ray.core.training.teacher import StoredLessons, Teacher
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
-from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import LABELS, LabelWorker, labels_location, missing_epochs
 from datm_ray.store.labels import LabelStore
 from tests.conftest import tiny_config

@@ -26,7 +26,7 @@ from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import distill
 from datm_ray.stages.checkpoint import PARTS, read_curves
 from datm_ray.stages.distill import COST, LAST_GOOD, SYNTHETIC, DistillWorker, read_cost
-from datm_ray.stages.method import Method
+from datm_ray.stages.methods.base import Method
 from datm_ray.stages.validation import CANDIDATES, Candidates
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.files.local import LocalDraft

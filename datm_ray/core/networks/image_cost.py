@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from datm_ray.core.torch_compat import storage_id
+from datm_ray.core.compute.torch_compat import storage_id
 
 _IMAGES = 2
 """Number of images in the counted pass; not 1, because the memory order of a batch of one image is not defined."""

@@ -1,7 +1,7 @@
 """Networks by name: a registry, parameters from a seed, and feature maps of any network.
 
 A network maps images [b c h w] to logits [b k]. `@register_network` adds further architectures. The architectures are
-in `architectures.py`, parameters as one vector in `parameters.py`, training in `training.py`.
+in `architectures.py`, parameters as one vector in `parameters.py`, training in `core/training`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import NetworkSpec
+from datm_ray.core.compute.torch_compat import BatchNorm
 from datm_ray.core.networks.architectures import (
     ConvNet,
     SpatialNetwork,
@@ -26,7 +27,6 @@ from datm_ray.core.networks.architectures import (
     vit_small,
 )
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.torch_compat import BatchNorm
 from datm_ray.errors import ConfigError
 
 __all__ = [

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import conv2d, group_norm, pad
 
-from datm_ray.core.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.torch_compat import BatchNorm, shapes_only
 from datm_ray.core.networks.architectures import GlobalAverage, SpatialNetwork
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.instance_norm import InstanceNorm, instance_norm
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import couples_samples
-from datm_ray.core.torch_compat import BatchNorm, shapes_only
 
 CACHED_MAP_BYTES = 10 * 2**20
 """Limit in bytes on a CPU: one call takes as many images as keep its largest feature map below this size, so that the

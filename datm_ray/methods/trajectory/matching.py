@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from datm_ray.core.augment import Augmentation, apply_operation, draw_augmentation
+from datm_ray.core.images.augment import Augmentation, apply_operation, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
@@ -75,7 +75,7 @@ def draw_student_steps(
         images: number of images in the set.
         steps: number of student steps, each with one minibatch.
         batch: number of images in a minibatch.
-        strategy: augmentation strategy, see `core.augment`; "" for none.
+        strategy: augmentation strategy, see `core.images.augment`; "" for none.
         seed: seed of the run.
         iteration: number of the iteration, from 0.
         backbone: index of the backbone, which has draws of its own.

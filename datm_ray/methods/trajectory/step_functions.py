@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import grad, grad_and_value, jvp
 
-from datm_ray.core.compilation import Compiled, compiler_problem, traced
-from datm_ray.core.cuda_graphs import Replayed
+from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.cuda_graphs import Replayed
+from datm_ray.core.compute.precision import Precision, tf32_products
+from datm_ray.core.compute.torch_compat import shapes_only
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import couples_samples
-from datm_ray.core.precision import Precision, tf32_products
-from datm_ray.core.torch_compat import shapes_only
-from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.core.training.loop import Heartbeat, no_heartbeat
 from datm_ray.errors import ConfigError
 
 Order = Literal["reverse-over-forward", "reverse-over-reverse"]
@@ -55,7 +55,7 @@ class StepOptions:
     """Precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16 computes layers
     and their derivatives in bfloat16, with parameters and sums in float32."""
     graphs: bool = False
-    """True to replay both functions as CUDA graphs, see `core/cuda_graphs.py`. Needs a GPU."""
+    """True to replay both functions as CUDA graphs, see `core/compute/cuda_graphs.py`. Needs a GPU."""
 
 
 class StudentStepFunctions:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, NetworkSpec, PriorConfig
-from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import Prior, build_decoder, draw_latents

@@ -17,11 +17,11 @@ from torch.nn.functional import conv2d, layer_norm
 from torch.utils._pytree import tree_map_only
 
 from datm_ray.config import NetworkSpec
-from datm_ray.core.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.torch_compat import add_biases_apart, shapes_only
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.torch_compat import add_biases_apart, shapes_only
 from datm_ray.errors import ConfigError
 from datm_ray.methods.trajectory import step_functions
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions, soft_cross_entropy

@@ -1,0 +1,113 @@
+"""Bilinear sampling of images at affine places, and its derivative with sums in a fixed order.
+
+On a GPU, torch's derivative adds the gradients of a pixel in an order that differs from run to run, and so do the last
+bits of the sum. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic` sets, torch refuses it. This
+module then computes the derivative by products with interpolation matrices, or by a scatter in a fixed order. The read
+images have the same bits either way. Shapes: b images, c h w image. Tests: tests/core/images/test_resampling.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from datm_ray.core.compute.precision import tf32_products
+
+
+def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
+    """Sample images [b c h w] bilinearly at affine places; differentiable in the images.
+
+    Args:
+        matrix: [b 2 3] maps a place of the result to a place of the image, as `affine_grid` defines it.
+        align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if they
+            are the image's borders, with the outermost pixels repeated beyond them.
+        is_turned: False if rows and columns are read independently: `matrix` is diagonal but for its last column.
+    """
+    with tf32_products(False, images.device):  # coordinates of 10 bits would shift pixels
+        grid = affine_grid(matrix, list(images.shape), align_corners=align_corners)
+    if torch.are_deterministic_algorithms_enabled() and images.requires_grad:
+        read: Tensor = _InOrder.apply(images, grid, align_corners, is_turned)
+        return read
+    return _read(images, grid, align_corners=align_corners)
+
+
+def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
+    padding = "zeros" if align_corners else "border"
+    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=align_corners)
+
+
+class _InOrder(torch.autograd.Function):
+    """Bilinear sampling as `grid_sample` does it, with a derivative whose sums have a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: Tensor, align_corners: bool, is_turned: bool) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.settings = align_corners, is_turned
+        return _read(images, grid, align_corners=align_corners)
+
+    @staticmethod
+    def backward(ctx: Any, *along: Tensor) -> tuple[Tensor | None, ...]:
+        (grid,), (align_corners, is_turned) = ctx.saved_tensors, ctx.settings
+        height, width = along[0].shape[2:]
+        x = _places(grid[..., 0], width, align_corners=align_corners)
+        y = _places(grid[..., 1], height, align_corners=align_corners)
+        spread = _scattered if is_turned else _multiplied
+        return spread(along[0], x, y), None, None, None
+
+
+def _places(coordinates: Tensor, side: int, *, align_corners: bool) -> Tensor:
+    """Turn coordinates into positions in pixels; 0 and side - 1 are the centres of the outermost pixels.
+
+    Args:
+        coordinates: horizontal or vertical coordinates, from -1 to 1 within the image.
+        align_corners: True if -1 and 1 are these centres. False if they are the image's borders; positions beyond the
+            centres are then moved to the nearest centre.
+    """
+    if align_corners:
+        return (coordinates + 1) / 2 * (side - 1)
+    return (((coordinates + 1) * side - 1) / 2).clamp(0, side - 1)
+
+
+def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient [b c h w] in the sampled images, computed by two matrix products.
+
+    The horizontal position must depend on the column alone, and the vertical one on the row alone.
+
+    Args:
+        along: [b c h w] gradient in the result of the sampling.
+        x, y: [b h w] horizontal and vertical positions that were read, in pixels.
+    """
+    columns, rows = _interpolation(x[:, 0]), _interpolation(y[:, :, 0])
+    with tf32_products(False, along.device):
+        return rows.mT[:, None] @ along @ columns[:, None]
+
+
+def _interpolation(places: Tensor) -> Tensor:
+    """Matrix [b side side]: weight of each pixel of a line in the values read at the positions `places` [b side]."""
+    distance = places[:, :, None] - torch.arange(places.shape[1], device=places.device)
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def _scattered(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient [b c h w] in the sampled images for any positions. Each read value adds to four pixels.
+
+    Args:
+        along: [b c h w] gradient in the result of the sampling.
+        x, y: [b h w] horizontal and vertical positions that were read, in pixels.
+    """
+    height, width = along.shape[2:]
+    left, top = x.floor(), y.floor()
+    indices, weights = [], []
+    for near_y, weight_y in ((top, top + 1 - y), (top + 1, y - top)):
+        for near_x, weight_x in ((left, left + 1 - x), (left + 1, x - left)):
+            inside = (near_y >= 0) & (near_y < height) & (near_x >= 0) & (near_x < width)
+            place = near_y.clamp(0, height - 1) * width + near_x.clamp(0, width - 1)
+            indices.append(place.long())
+            weights.append(weight_y * weight_x * inside)
+    index, weight = (torch.stack(each, dim=1)[:, None] for each in (indices, weights))  # [b 1 4 h w]
+    parts = along[:, :, None] * weight
+    total = along.new_zeros(along.shape).flatten(2)
+    return total.scatter_add(2, index.expand_as(parts).flatten(2), parts.flatten(2)).view_as(along)

@@ -1,0 +1,1 @@
+"""Training of networks: experts and scored networks, their rates and curriculum, and labels of a teacher."""

@@ -1,0 +1,36 @@
+"""Which real images experts see in an epoch, if they see them from easy to hard (PAD, arXiv 2408.03360).
+
+In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
+easiest images may be left out. The order comes from scores (`stages/experts/difficulty.py`). Within an epoch the
+order is random, so an epoch depends on nothing but its number. Tests: tests/core/training/test_curriculum.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.config import CurriculumConfig
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Real images of each class ordered from easy to hard, and which share of them experts see in an epoch."""
+
+    settings: CurriculumConfig
+    by_class: Sequence[NDArray[np.int64]]
+    """For each class, the indices of its images in the data set, the easiest first."""
+
+    def rows(self, epoch: int) -> NDArray[np.int64]:
+        """Indices of the images that experts see in an epoch, counted from 0: at least one of each class."""
+        first, last = self.settings.bounds(epoch)
+        return np.concatenate([own[_part(len(own), first, last)] for own in self.by_class])
+
+
+def _part(count: int, first: float, last: float) -> slice:
+    """Slice from fraction `first` to fraction `last` of `count` images, rounded down as published; never empty."""
+    start = min(int(first * count), count - 1)
+    return slice(start, max(int(last * count), start + 1))

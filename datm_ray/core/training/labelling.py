@@ -1,0 +1,212 @@
+"""A teacher's logits for every epoch: drawing views of the images, making the views, and labelling them.
+
+Methods that follow SRe2L train networks on views of the images: random resized crops, mirrored and mixed (CutMix). Each
+view gets the logits of a trained network, the teacher. Here a view is drawn for every pair (epoch, image) from counters
+alone. Drawing, making and labelling are separate, so that a training can make the labelled views again.
+
+Published programs (FKD) draw one share, one box and one permutation of partners for a whole batch, so a training needs
+the same batches as the labelling. Here every view has its own share and box, and its own partner among all images.
+Therefore batches may have any size and order. The partner has the same crop and mirroring as the view's own image; in
+FKD the partner has its own crop.
+
+Shapes: n views, m images of the set, c h w image, k classes, t classes whose logits are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from datm_ray.core.images.augment import LEAST_SHARE, crop_boxes, resized_crop
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.training.loop import Heartbeat, no_heartbeat, predict_logits
+from datm_ray.errors import ConfigError
+
+MIX = 1.0
+"""Both parameters of the beta distribution of a view's kept share, as published.
+
+The kept share is the share of the view's area that shows its own image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Augmented views of some images in one epoch."""
+
+    rows: NDArray[np.int64]
+    """[n] index of each view's own image."""
+    boxes: NDArray[np.float32]
+    """[n 4] crop of each view: top, left, height and width as shares of the image's sides, see `crop_boxes`."""
+    flips: NDArray[np.bool_]
+    """[n] True for views mirrored left to right."""
+    partners: NDArray[np.int32]
+    """[n] index of each view's partner: the image that is pasted into the view."""
+    lambdas: NDArray[np.float32]
+    """[n] share of each view's area that shows its own image, in [0, 1]."""
+    mix_boxes: NDArray[np.uint16]
+    """[n 4] box of the partner in the view: top, left, height and width in pixels; nothing is pasted if a side is 0."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, places: slice | NDArray[np.int64]) -> Views:
+        """Copy with only the views at these positions."""
+        return Views(*(getattr(self, each.name)[places] for each in fields(self)))
+
+
+def draw_views(
+    seed: int, epoch: int, count: int, size: tuple[int, int], *, least_share: float = LEAST_SHARE, mix: float = MIX
+) -> Views:
+    """Draw one view of each of `count` images. The same arguments give the same views on every machine.
+
+    Args:
+        seed: seed of the labels.
+        epoch: number of the epoch, from 0.
+        size: height and width of the images in pixels.
+        least_share: smallest share of an image's area that a crop keeps, in (0, 1]; 1 keeps the whole image.
+        mix: both parameters of the beta distribution of the kept share; 0 pastes no partner.
+    """
+    random = generator(seed, Purpose.LABEL_VIEWS, epoch)
+    uniform = random.random((count, 8))
+    kept = random.beta(mix, mix, count) if mix else np.ones(count)
+    mix_boxes = _mix_boxes(kept, uniform[:, 6:], size)
+    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; a single image has only itself
+    return Views(
+        rows=np.arange(count),
+        boxes=crop_boxes(torch.from_numpy(uniform[:, :4]), least_share).float().numpy(),
+        flips=uniform[:, 4] < 0.5,
+        partners=((np.arange(count) + 1 + others) % count).astype(np.int32),
+        lambdas=(1 - mix_boxes[:, 2:].astype(np.float64).prod(axis=1) / math.prod(size)).astype(np.float32),
+        mix_boxes=mix_boxes,
+    )
+
+
+def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint16]:
+    """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides.
+
+    The image's border may cut a box. So the share that a view really keeps may be larger than `kept`.
+
+    Args:
+        kept: [n] share of each view's area outside an uncut box, in [0, 1].
+        centre: [n 2] centre of each box, as fractions of height and width.
+        size: height and width of the images in pixels.
+    """
+    sides = np.array(size)
+    half = (sides * np.sqrt(1 - kept)[:, None]).astype(np.int64) // 2
+    middle = (centre * sides).astype(np.int64)
+    first, last = (middle - half).clip(0, sides), (middle + half).clip(0, sides)
+    return np.concatenate([first, last - first], axis=1).astype(np.uint16)
+
+
+def apply_views(images: Tensor, views: Views) -> Tensor:
+    """Make the views [n c h w] of a set's images [m c h w], on the images' device."""
+    boxes, flips = (torch.from_numpy(each).to(images.device) for each in (views.boxes, views.flips))
+    shown = _cropped(images, views.rows, boxes, flips)
+    mixed = np.flatnonzero(views.mix_boxes[:, 2:].all(axis=1))
+    if len(mixed):
+        places = torch.from_numpy(mixed).to(images.device)
+        pasted = _cropped(images, views.partners[mixed], boxes[places], flips[places])
+        inside = _inside(views.mix_boxes[mixed], images)
+        shown[places] = torch.where(inside, pasted, shown[places])
+    return shown
+
+
+def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -> Tensor:
+    chosen = images[torch.from_numpy(rows.astype(np.int64)).to(images.device)]
+    crops = resized_crop(chosen, boxes)
+    return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
+
+
+def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
+    """Make masks [n 1 h w], True for the pixels of an image that lie in each box.
+
+    Args:
+        mix_boxes: top, left, height and width of each box [n 4], in pixels.
+        images: images [m c h w], which give the masks' size and device.
+    """
+    top, left, height, width = torch.from_numpy(mix_boxes.astype(np.int64)).to(images.device)[:, :, None].unbind(1)
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    vertical, horizontal = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    return (vertical[:, :, None] & horizontal[:, None, :])[:, None]
+
+
+def teacher_logits(
+    network: nn.Module, images: Tensor, views: Views, batch: int, heartbeat: Heartbeat = no_heartbeat
+) -> Tensor:
+    """Compute a network's logits [n k], in evaluation mode, for views of a set's images [m c h w].
+
+    Args:
+        batch: number of views to make and label at a time.
+        heartbeat: called after each batch.
+    """
+    parts = (views.take(slice(first, first + batch)) for first in range(0, len(views), batch))
+    made = (apply_views(images, part) for part in parts)
+    return torch.cat([predict_logits(network, each, heartbeat, batch_size=batch) for each in made])
+
+
+def pack_logits(
+    logits: Tensor, top: int | None, temperature: float = 1.0
+) -> tuple[NDArray[np.float16], NDArray[np.uint16]]:
+    """Pack logits [n k] for storage: their values and, if only the largest are kept, their classes.
+
+    With `top`, the values are the t largest logits in descending order, and one common logit for all other classes. The
+    common logit spreads the other classes' probability evenly over them. So every kept class has its exact probability
+    at the given temperature, up to rounding to float16. At other temperatures the probabilities differ.
+
+    Args:
+        logits: [n k], on any device.
+        top: number t of logits to keep, from 1 to k - 1; None keeps all logits.
+        temperature: divisor of the logits in the softmax for which the kept probabilities are exact.
+
+    Returns:
+        Values [n k] and classes [n 0]; with `top` values [n t+1] and classes [n t].
+    """
+    logits = logits.float()
+    if top is None:
+        return _halves(logits), np.zeros((len(logits), 0), np.uint16)
+    classes = logits.shape[1]
+    if not 1 <= top < classes <= 2**16:
+        raise ValueError(f"the {top} largest of {classes} logits cannot be kept")
+    largest, indices = logits.topk(top)
+    others = logits.scatter(1, indices, -math.inf) / temperature
+    level = temperature * (others.logsumexp(dim=1, keepdim=True) - math.log(classes - top))
+    return _halves(torch.cat([largest, level], dim=1)), indices.cpu().numpy().astype(np.uint16)
+
+
+def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], classes: int) -> Tensor:
+    """Restore logits [n k], as float32 on the CPU, from the values and classes that `pack_logits` returned."""
+    kept = torch.from_numpy(values.astype(np.float32))
+    if indices.shape[1] == 0:
+        return kept
+    logits = kept[:, -1:].repeat(1, classes)
+    return logits.scatter_(1, torch.from_numpy(indices.astype(np.int64)), kept[:, :-1])
+
+
+def _halves(values: Tensor) -> NDArray[np.float16]:
+    halves: NDArray[np.float16] = values.half().cpu().numpy()
+    return halves
+
+
+def images_fingerprint(images: Tensor) -> str:
+    """Digest of the values and shape of images [m c h w], stored with labels to recognise the labelled images."""
+    values = images.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
+    digest = sha256(repr(tuple(values.shape)).encode())
+    digest.update(values.data)
+    return digest.hexdigest()[:16]
+
+
+def require_labelled(images: Tensor, fingerprint: str, place: str) -> None:
+    """Raise a `ConfigError` unless the images have the fingerprint stored with the labels in `place`."""
+    found = images_fingerprint(images)
+    if found != fingerprint:
+        raise ConfigError(
+            f"{place} has labels of images with fingerprint {fingerprint}, but the {len(images)} given have {found}",
+            "the set was distilled again or converted since its labels were started",
+            "give the labelled images, as `datm_ray.load` reads them, or remove these labels and make new ones",
+        )

@@ -1,0 +1,533 @@
+"""Training of networks that are scored, and their accuracy.
+
+Data and augmentation stay on the device and are batched; there is no per-sample loader. Shapes: n images, k classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from datm_ray.config import EvaluateConfig, ExpertConfig
+from datm_ray.config.identity import SCORING_KEYS
+from datm_ray.core.images.augment import augment, draw_augmentation
+from datm_ray.core.images.batches import Images, batches, rows_on
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
+from datm_ray.core.training.experts import ExpertState, train_stack
+from datm_ray.core.training.rates import share_of_rate
+from datm_ray.core.training.teacher import Lessons, divergence
+from datm_ray.errors import ConfigError
+
+Heartbeat = Callable[[], None]
+"""Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
+
+
+SCORING_BATCH = 250
+"""Number of images scored at a time. A thousand images of 64x64 would take 4 GB."""
+
+
+def no_heartbeat() -> None:
+    """Do nothing: the heartbeat callback of work for which no other worker waits."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Training schedule of a scored network: SGD or AdamW. The learning rate may fall, once or along a cosine."""
+
+    epochs: int
+    """Number of passes over the images."""
+    batch_size: int
+    """Images per step. The last batch of an epoch may be smaller; it is not dropped."""
+    learning_rate: float
+    """Highest learning rate of the training; `decay_epoch`, `cosine` and `warmup_epochs` lower it."""
+    momentum: float = 0.0
+    """SGD's momentum; 0 for none."""
+    weight_decay: float = 0.0
+    """L2 penalty on the parameters; with adamw, its decoupled weight decay."""
+    augmentation: str = ""
+    """Augmentation strategy, see `core.images.augment`; "" for none."""
+    decay_epoch: int | None = None
+    """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
+    published; `None` if neither happens."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """Update rule. adamw ignores `momentum` and uses 0.9 and 0.999."""
+    cosine: bool = False
+    """True if the learning rate falls to 0 along a cosine, step by step."""
+    warmup_epochs: int = 0
+    """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
+    temperature: float | None = None
+    """Temperature of a teacher whose logits of every batch replace the set's labels; `None` without a teacher."""
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Optimizer of a network's parameters, at the schedule's highest learning rate."""
+        if self.optimiser == "adamw":
+            return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        rate, momentum = self.learning_rate, self.momentum
+        return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
+
+    def with_adamw(self, weight_decay: float | None = None) -> Schedule:
+        """Copy of the schedule with AdamW. The weight decay is the given one; `None` takes `ADAMW_WEIGHT_DECAY`."""
+        decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
+        return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
+
+    def rate(self, step: int, steps_per_epoch: int = 1) -> float:
+        """Learning rate of a step, counted from 0 over all epochs.
+
+        With `steps_per_epoch` 1, `step` is the number of an epoch.
+        """
+        is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
+        rate = self.learning_rate / 10 if is_late else self.learning_rate
+        steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
+        return rate * share_of_rate(step, steps, warmup, cosine=self.cosine)
+
+    def augment(self, images: Tensor) -> Tensor:
+        """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""
+        random = np.random.default_rng(int(torch.randint(2**62, ())))
+        return augment(images, draw_augmentation(self.augmentation, len(images), random))
+
+
+PROTOCOLS: dict[str, Schedule] = {
+    "published": Schedule(1001, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=502),
+    "short": Schedule(500, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=251),
+    "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
+    "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
+}
+"""Evaluation protocol -> training schedule; a run replaces its learning rate and augmentation."""
+
+ADAMW_WEIGHT_DECAY = 0.05
+"""Weight decay of AdamW, a usual value for transformers."""
+
+
+def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
+    """Training schedule of networks that are scored: that of `evaluate.protocol`, changed by other keys of `evaluate`.
+
+    Args:
+        settings: section `evaluate` of the recipe.
+        learning_rate: highest learning rate.
+
+    Raises:
+        ConfigError: the warm-up takes all epochs.
+    """
+    protocol, is_cosine = PROTOCOLS[settings.protocol], settings.schedule == "cosine"
+    epochs, halfway = protocol.epochs, protocol.decay_epoch
+    if settings.epochs is not None:
+        epochs, halfway = settings.epochs, settings.epochs // 2 + 1
+    if settings.warmup_epochs >= epochs:
+        raise ConfigError(
+            f"evaluate.warmup_epochs is {settings.warmup_epochs}, and there are {epochs} epochs in all",
+            remedy="lower it, or raise evaluate.epochs",
+        )
+    return dataclasses.replace(
+        protocol,
+        epochs=epochs,
+        batch_size=settings.batch_size or protocol.batch_size,
+        learning_rate=learning_rate,
+        weight_decay=protocol.weight_decay if settings.weight_decay is None else settings.weight_decay,
+        augmentation=settings.augmentation,
+        decay_epoch=None if is_cosine else halfway,
+        cosine=is_cosine,
+        warmup_epochs=settings.warmup_epochs,
+    )
+
+
+def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
+    """Schedule that a recipe's `evaluate` section describes, given as plain data. Missing keys have their defaults."""
+    known = {key: scored[key] for key in SCORING_KEYS if key in scored}
+    name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
+    settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
+    schedule = scoring_schedule(settings, learning_rate)
+    if settings.has_teacher:
+        schedule = dataclasses.replace(schedule, temperature=settings.temperature)
+    return schedule.with_adamw(settings.weight_decay) if scored.get("optimiser") == "adamw" else schedule
+
+
+def validation_protocol(evaluation: str) -> str:
+    """Name of the protocol for validation: the evaluation protocol, but "short" in place of "published"."""
+    return "short" if evaluation == "published" else evaluation
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Record of one epoch of training."""
+
+    number: int
+    """Number of the epoch, from 1."""
+    step: int
+    """Number of steps done so far, over all epochs."""
+    loss: float
+    """Mean loss over the epoch's images."""
+
+
+class TrainingState(Protocol):
+    """State of networks that are trained: everything that the next step depends on. See `ExpertState`."""
+
+    epoch: int
+    step: int
+
+    @property
+    def parameters(self) -> Tensor:
+        """Flat parameters of every network [s p]."""
+        ...
+
+    @property
+    def buffers(self) -> Tensor:
+        """Flat buffers of every network [s q]."""
+        ...
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """Momentum [s p], or AdamW's two vectors [s 2p]; `None` without any."""
+        ...
+
+
+class NetworkState:
+    """State of one network in training, with parameters [1 p] and buffers [1 q]. Reading a vector copies it."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule, saved: TrainingState | None = None) -> None:
+        """Start a training, or resume it.
+
+        Args:
+            network: network to train; it gets the saved parameters and buffers.
+            schedule: schedule of the training.
+            saved: state after an epoch of the same training; `None` to start.
+        """
+        self.network, self._schedule = network, schedule
+        self.epoch, self.step = (saved.epoch, saved.step) if saved else (0, 0)
+        self.start_anew()
+        if saved:
+            parameters = list(network.parameters())
+            pieces = saved.parameters[0].split([each.numel() for each in parameters])
+            for each, piece in zip(parameters, pieces, strict=True):
+                each.data.copy_(piece.view_as(each))  # into its own memory, since sums may depend on the alignment
+            unflatten_buffers_into(network, saved.buffers[0])
+            if saved.velocity is not None:
+                self._restore(saved.velocity[0])
+
+    def start_anew(self) -> None:
+        """Reset the momentum, which happens at the start and when the learning rate decays."""
+        self.optimizer = self._schedule.optimizer(self.network)
+
+    @property
+    def parameters(self) -> Tensor:
+        """Copy of the parameters [1 p]."""
+        return flatten(self.network)[None]
+
+    @property
+    def buffers(self) -> Tensor:
+        """Copy of the buffers [1 q]."""
+        return flatten_buffers(self.network)[None]
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """Copy of the optimiser's vectors [1 p], or [1 2p] for AdamW; `None` without any."""
+        states = [self.optimizer.state[each] for each in self.network.parameters()]
+        pieces = [state[name] for name in self._names for state in states if state.get(name) is not None]
+        return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self._schedule.optimiser == "adamw" else ("momentum_buffer",)
+
+    def _restore(self, vectors: Tensor) -> None:
+        decay = self._schedule.decay_epoch
+        anew_at = decay * (self.step // self.epoch) if decay is not None and self.epoch >= decay else 0
+        parameters = list(self.network.parameters())
+        pieces = iter(vectors.split([each.numel() for each in parameters] * len(self._names)))
+        for name in self._names:
+            for each in parameters:
+                self.optimizer.state[each][name] = next(pieces).view_as(each).clone()
+        if self._schedule.optimiser == "adamw":
+            for each in parameters:
+                self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
+
+
+def train(
+    network: nn.Module,
+    images: Images,
+    targets: Tensor,
+    schedule: Schedule,
+    seed: int,
+    lessons: Lessons | None = None,
+    state: NetworkState | None = None,
+) -> Iterator[Epoch]:
+    """Train the network in place, epoch by epoch.
+
+    Args:
+        images: [n c h w], normalised; a tensor if there are lessons.
+        targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
+        seed: seed of order, augmentation and CutMix.
+        lessons: a teacher's images and logits for every step; `None` trains on the targets.
+        state: state to continue from, up to date after every epoch; `None` starts a training.
+    """
+    if targets.is_floating_point():
+        targets = targets.softmax(dim=1)
+    steps_per_epoch = -(-len(images) // schedule.batch_size)
+    state = state or NetworkState(network, schedule)
+    network.train()
+    total = torch.zeros((), device=targets.device)
+    epochs, size, augmentation = range(state.epoch, schedule.epochs), schedule.batch_size, schedule.augmentation
+    if lessons is None:
+        steps = batches([images], [targets], [seed], epochs, size, augmentation)
+    else:
+        assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
+        steps = lessons.batches(images, seed, epochs, size, augmentation)
+    for epoch, is_last, x, y in steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule.rate(state.step, steps_per_epoch)
+        logits = network(x[0])
+        loss = cross_entropy(logits, y[0]) if lessons is None else divergence(logits, y[0], lessons.temperature)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        state.step += 1
+        total += loss.detach() * x.shape[1]
+        if is_last:
+            state.epoch = epoch + 1
+            if state.epoch == schedule.decay_epoch:
+                state.start_anew()
+            yield Epoch(state.epoch, state.step, float(total) / len(images))
+            total.zero_()
+
+
+STEP_OVERHEAD = 3e7
+"""Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
+COMPILED_WORK = 5e10
+"""Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
+One CPU core takes about seven seconds for this work; less would not pay for the compilation."""
+WIDE_MAP_BYTES = 3 * 2**20
+"""Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
+another, unless the map reaches `CACHED_MAP_BYTES`.
+
+Measured for images of 32x32 on two cores, as time of five networks one after another divided by their time together
+(benchmarks/LOG.md): map of 2.6 MB: 1.7; 5.2 MB: 0.86; 10.5 MB: 0.9 to 1.2; 52 MB, far beyond the cache: 1.8."""
+
+
+def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
+    """Expected work of training one network: the floating-point operations of its forward passes.
+
+    Backward passes are not counted. Each step adds `STEP_OVERHEAD` operations.
+
+    Args:
+        schedule: schedule of the training.
+        images: number of images that the network is trained on.
+        flop: floating-point operations of one image's forward pass.
+    """
+    return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
+
+
+def are_trained_together(
+    network: nn.Module,
+    networks: int,
+    image: tuple[int, int, int],
+    count: int,
+    schedule: Schedule,
+    *,
+    is_taught: bool = False,
+    on_gpu: bool = False,
+) -> bool:
+    """True if several networks like this one are trained together, provided that torch.compile works, see `Trainer`.
+
+    Args:
+        networks: number of networks.
+        image: channels, height and width.
+        count: number of images that each network is trained on.
+        is_taught: True if a teacher gives the labels.
+        on_gpu: True if a GPU trains them.
+    """
+    if networks == 1 or is_taught or schedule.optimiser != "sgd" or not can_be_stacked(network):
+        return False
+    cost = image_cost(network, image)
+    maps = min(schedule.batch_size, count) * cost.largest
+    if not on_gpu and WIDE_MAP_BYTES < maps < CACHED_MAP_BYTES:
+        return False
+    return networks * work_of_training(schedule, count, cost.flop) >= COMPILED_WORK
+
+
+def stack_sizes(networks: int) -> list[int]:
+    """Sizes of the groups (stacks) in which `networks` networks are trained together; the sum is `networks`.
+
+    Sizes are equal if possible, because each size is compiled. Each is at most `LARGEST_STACK`, and at least two unless
+    there is one network only.
+    """
+    for size in range(min(networks, LARGEST_STACK), 2, -1):
+        if networks % size == 0:
+            return [size] * (networks // size)
+    return [len(part) for part in np.array_split(np.arange(networks), -(-networks // LARGEST_STACK))]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network to train, on images of its own."""
+
+    network: nn.Module
+    """Network, which is trained in place."""
+    images: Images
+    """[n c h w] images, normalised."""
+    targets: Tensor
+    """[n] int64 classes, or [n k] logits of soft labels."""
+    schedule: Schedule
+    seed: int
+    """Seed of order and augmentation."""
+
+
+class Trainer:
+    """Trains several networks of one architecture, together if this is faster, otherwise one after another.
+
+    Together means one compiled call for all networks of a group (stack) in every step. Each network has the images,
+    order and augmentation that it has alone, and its result does not depend on the others. Only rounding differs.
+    """
+
+    def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
+        self.note = ""
+        """Reason why networks that should be trained together are not compiled; "" if there is none."""
+        self._compile, self._channels_last = compile_, channels_last
+        self._functions: dict[tuple[str, int], StackFunctions] = {}
+        """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
+
+    def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
+        """Divide networks into groups that are trained at the same time, or of one network each if this is faster.
+
+        Args:
+            trainings: networks of one architecture and equally many images. Their schedules differ in the learning
+                rate alone.
+            lessons: a teacher's images and logits, see `train`; networks with lessons are trained one after another.
+        """
+        first, sizes = trainings[0], [1] * len(trainings)
+        count, *image = first.images.shape
+        if self._compile and are_trained_together(
+            first.network,
+            len(trainings),
+            (image[0], image[1], image[2]),
+            count,
+            first.schedule,
+            is_taught=lessons is not None,
+            on_gpu=next(first.network.parameters()).is_cuda,
+        ):
+            self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note
+            sizes = sizes if self.note else stack_sizes(len(trainings))
+        ends = np.cumsum(sizes).tolist()
+        return [trainings[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    def train(
+        self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
+    ) -> Iterator[TrainingState]:
+        """Train networks in place. Yields the state after every epoch.
+
+        The networks hold their trained parameters only after the last epoch.
+
+        Args:
+            stack: one of the groups that `stacks` returned.
+            lessons: a teacher's images and logits, see `train`; `None` for several networks.
+            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. It
+                is not kept.
+        """
+        if len(stack) > 1:
+            together = train_together(self._functions_for(stack[0], len(stack)), stack, saved)
+            del saved
+            yield from together
+            return
+        each = stack[0]
+        state = NetworkState(each.network, each.schedule, saved)
+        del saved  # up to three vectors as long as the parameters
+        for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
+            yield state
+
+    def train_all(self, trainings: Sequence[Training]) -> Iterator[int]:
+        """Train networks of one architecture in place. Yields the epochs done so far, summed over all networks."""
+        done = 0
+        for stack in self.stacks(trainings):
+            for state in self.train(stack):
+                yield done + len(stack) * state.epoch
+            done += len(stack) * stack[0].schedule.epochs
+
+    def _functions_for(self, training: Training, size: int) -> StackFunctions:
+        key = (f"{training.network} {tuple(training.images.shape[1:])}", size)
+        if key not in self._functions:
+            functions = StackFunctions(training.network, stacked=size, channels_last=self._channels_last)
+            self._functions[key] = functions
+        return self._functions[key]
+
+
+@functools.cache
+def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
+    """The process's only trainer with these settings, which keeps its compiled functions between calls."""
+    return Trainer(compile_=compile_, channels_last=channels_last)
+
+
+def train_together(
+    functions: StackFunctions, stack: Sequence[Training], saved: TrainingState | None = None
+) -> Iterator[ExpertState]:
+    """Train several networks of one architecture in place by SGD, each as `train` would.
+
+    Yields the state after every epoch. The networks get their new parameters after the last epoch. Arguments: see
+    `Trainer.train`.
+    """
+    state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
+    if saved is not None:
+        state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
+        del saved  # so that its vectors are freed by the first step
+    classes = stack[0].network(rows_on(stack[0].images, torch.arange(1), state.parameters.device)).shape[1]
+    probabilities = [
+        each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)
+        for each in (training.targets for training in stack)
+    ]
+    images, seeds, decay = [each.images for each in stack], [each.seed for each in stack], schedule.decay_epoch
+    for epochs in sorted({min(decay or schedule.epochs, schedule.epochs), schedule.epochs}):
+        is_late = decay is not None and state.epoch >= decay
+        if state.epoch == decay:
+            state.velocity = None
+        rates = [each.schedule.learning_rate / 10 if is_late else each.schedule.learning_rate for each in stack]
+        settings = ExpertConfig(
+            epochs=epochs,
+            batch_size=schedule.batch_size,
+            schedule="cosine" if schedule.cosine else "constant",
+            warmup_epochs=schedule.warmup_epochs,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            augmentation=schedule.augmentation,
+        )
+        for _ in train_stack(functions, images, probabilities, settings, seeds, state, rates):
+            yield state
+    for each, parameters in zip(stack, state.parameters, strict=True):
+        unflatten_into(each.network, parameters)
+
+
+@torch.no_grad()
+def predict_logits(
+    network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
+) -> Tensor:
+    """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time."""
+    was_training = network.training
+    network.eval()
+    logits = []
+    for first in range(0, len(images), batch_size):
+        chunk = images[first : first + batch_size]
+        if not isinstance(chunk, Tensor):
+            chunk = torch.from_numpy(chunk).to(next(network.parameters()).device)
+        logits.append(network(chunk))
+        heartbeat()
+    network.train(was_training)
+    return torch.cat(logits)
+
+
+def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
+    """Fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n]."""
+    return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
+
+
+def train_to_end(network: nn.Module, images: Images, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
+    """Train the network in place for the whole schedule. Returns the record of the last epoch."""
+    epoch = Epoch(0, 0, float("nan"))
+    for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
+        pass
+    return epoch

@@ -1,0 +1,173 @@
+"""Training of the networks of one evaluation task, saved so that a task that is stopped or killed resumes.
+
+    progress-<first result>-<hash of the trainings>-<stack>/    state of one stack, beside the task's results
+
+The folders are removed when the task is done. They have the format of `stages.experts.progress`, whose class writes
+them. Tests: tests/stages/evaluate/test_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+import torch
+
+from datm_ray.config import stable_hash
+from datm_ray.core.training.loop import Trainer, Training, TrainingState
+from datm_ray.core.training.teacher import Lessons
+from datm_ray.monitor.logs import fields
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter
+from datm_ray.runtime.executor import Note, Progress
+from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.stages.experts.progress import TrainingProgress, remove_folder
+from datm_ray.stages.validation import REPORT_INTERVAL
+from datm_ray.store.files.filesystem import Location
+
+SAVE_INTERVAL = 30.0
+"""Least number of seconds between two saved states of a stack (networks trained together)."""
+PROGRESS = "progress-"
+"""First part of the names of the progress folders."""
+_FOLDER = re.compile(rf"{PROGRESS}(.+-\d+)-[0-9a-f]+-\d+")
+_log = logging.getLogger(__name__)
+
+
+class SavedTraining:
+    """Training of one evaluation task's networks, together or one after another. The state is saved regularly."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        trainings: Sequence[Training],
+        lessons: Lessons | None,
+        result: Location,
+        account: Account,
+    ) -> None:
+        """Divide the networks into stacks (trained together), and open their progress folders.
+
+        Args:
+            trainer: trains the networks.
+            trainings: networks of one architecture. Their schedules differ in the learning rate alone.
+            lessons: a teacher's images and logits, see `core.training.loop.train`.
+            result: file of the task's first result.
+            account: meter of the task.
+        """
+        self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
+        self._epochs = trainings[0].schedule.epochs
+        stacks = trainer.stacks(trainings, lessons)
+        trained = [[(each.seed, dataclasses.asdict(each.schedule)) for each in stack] for stack in stacks]
+        name = result.path.rpartition("/")[2].removesuffix(".json")
+        name = f"{PROGRESS}{name}-{stable_hash({'network': str(trainings[0].network), 'trained': trained})}"
+        self._stacks = [
+            (stack, TrainingProgress(result.parent / f"{name}-{number}", len(stack), account, interval=SAVE_INTERVAL))
+            for number, stack in enumerate(stacks)
+        ]
+        self._done, self._reported, self._saved = 0, 0.0, list[int]()
+
+    @property
+    def spent(self) -> Spent:
+        """Cost up to the last saved files, over all attempts at the task."""
+        return total(progress.spent for _, progress in self._stacks)
+
+    def run(
+        self, device: torch.device, scored: Callable[[torch.nn.Module], float], meter: Meter
+    ) -> Generator[Progress | Note, None, list[float]]:
+        """Train the networks from where they were saved. Returns each network's validation accuracy, in [0, 1].
+
+        Args:
+            device: device of the networks.
+            scored: measures the validation accuracy of a network, in [0, 1].
+            meter: measures the worker's memory.
+
+        Raises:
+            Interrupted: the work was asked to stop, and is saved.
+        """
+        self._saved = [progress.last_epoch for _, progress in self._stacks]
+        self._done = sum(len(stack) * epoch for (stack, _), epoch in zip(self._stacks, self._saved, strict=True))
+        if self._done:
+            _log.info("scoring resumed %s", fields(epoch=self._done, epochs=self._count * self._epochs))
+        self._reported, measured = time.monotonic(), list[float]()
+        yield self._progress()
+        with saving() as is_asked:
+            for number, (stack, _) in enumerate(self._stacks):
+                yield from self._train(number, device, is_asked)
+                shares = [scored(each.network) for each in stack]
+                measured += shares
+                mean = statistics.fmean(shares)
+                metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
+                yield dataclasses.replace(self._progress(saved=True), values={"validation": mean}, metrics=metrics)
+            if is_asked():
+                raise Interrupted(f"{self._count} networks, to be tested")
+        return measured
+
+    def _train(self, number: int, device: torch.device, is_asked: Callable[[], bool]) -> Iterator[Progress | Note]:
+        """Train one stack (networks trained together) from where it was saved.
+
+        Afterwards only its parameters and buffers stay in memory.
+
+        Args:
+            number: index of the stack among those of the task, from 0.
+            is_asked: returns True if the work was asked to stop.
+        """
+        stack, progress = self._stacks[number]
+        for state in self._trainer.train(stack, self._lessons, self._resumed(number, device)):
+            yield from self._after_epoch(stack, progress, state)
+            if is_asked():
+                yield from map(Note, progress.write(state))
+                before = sum(len(earlier) for earlier, _ in self._stacks[:number])
+                raise Interrupted(self._place(before, len(stack), state.epoch))
+        for each in stack:
+            each.network.zero_grad()
+
+    def _resumed(self, number: int, device: torch.device) -> TrainingState | None:
+        """Saved state of a stack; `None` to start. Corrects the count of finished epochs.
+
+        The files may have reached another epoch than when the task started, if another worker replaced them.
+        """
+        stack, progress = self._stacks[number]
+        state = progress.resume(device)
+        self._done += len(stack) * ((state.epoch if state else 0) - self._saved[number])
+        return state
+
+    def remove(self) -> None:
+        """Remove the progress folders of the finished task."""
+        for _, progress in self._stacks:
+            progress.remove()
+
+    def _after_epoch(
+        self, stack: Sequence[Training], progress: TrainingProgress, state: TrainingState
+    ) -> Iterator[Progress | Note]:
+        """Save the state of a stack if due, and report it if it is saved, or every `REPORT_INTERVAL` seconds."""
+        self._done += len(stack)
+        yield from map(Note, progress.add(state, last=state.epoch == self._epochs))
+        if progress.is_written or time.monotonic() - self._reported > REPORT_INTERVAL:
+            self._reported = time.monotonic()
+            yield self._progress(saved=progress.is_written)
+
+    def _progress(self, *, saved: bool = False) -> Progress:
+        return Progress(self._done, self._count * self._epochs, saved=saved)
+
+    def _place(self, before: int, size: int, epoch: int) -> str:
+        """Progress in words, such as "networks 6-10 of 15, epoch 3 of 20".
+
+        Args:
+            before: number of networks before the first one that is trained.
+            size: number of networks that are trained together.
+            epoch: number of epochs done.
+        """
+        which = f"network {before + 1}" if size == 1 else f"networks {before + 1}-{before + size}"
+        return f"{which} of {self._count}, epoch {epoch} of {self._epochs}"
+
+
+def remove_progress(folder: Location) -> None:
+    """Remove progress folders of tasks whose results are written; workers that died at the end leave them behind."""
+    names = set(folder.list())
+    for name in names:
+        match = _FOLDER.fullmatch(name)
+        if match and f"{match[1]}.json" in names:
+            remove_folder(folder / name)

@@ -1,0 +1,556 @@
+"""Evaluation: each task trains fresh networks on a set, one for every seed, and scores them on the test set.
+
+The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
+the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
+each seed; the distilled set uses its learned step size. Each row uses the test set once per seed, and never to choose
+anything.
+
+A set is also scored on other architectures (`ON_OTHERS`). Its learned step size belongs to its backbone, so two
+accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
+matched network has its own learned step size. With AdamW no step size was learned, and all are chosen on validation
+data.
+
+With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
+network: its logits of every augmented batch replace the labels, see `core.training.teacher`. With `stored`, the labels
+of the distilled set are made beforehand, see `stages.labels`. No step size was learned for such labels.
+
+The networks of a task, a network for each seed and candidate step size, are trained in stacks where this is faster
+(`core.training.loop.Trainer`). A task that is stopped or killed resumes with the same bits (see `progress`).
+
+Training settings may change in a finished run, so each setting has its own result files. The row on all real data
+always uses the training of `evaluate.protocol`. Rows with hard labels keep their labels, and choose their step size on
+validation data.
+
+`evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
+`core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
+labels, the step size is chosen on validation data; the learned step size is among the candidates. Without augmentation,
+the distilled set keeps the learned step size. For random images it is chosen on validation data. Soft labels of
+random images are the experts' mean correct logits. The distilled set's labels started from such logits as well.
+
+DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
+20 epochs by test accuracy (here: the last epoch). It labels random images by one teacher. By default it does not
+augment with hard labels (here only `PLAIN` rows are not augmented).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from datm_ray.artifact import Artifact, read_artifact
+from datm_ray.config import (
+    ClusterConfig,
+    EvaluateConfig,
+    NetworkConfig,
+    NetworkSpec,
+    RunConfig,
+    expert_fingerprint,
+    run_identity,
+    scoring_identity,
+    stable_hash,
+)
+from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
+from datm_ray.core.images.batches import Images
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import LARGEST_STACK
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.synthetic import random_rows
+from datm_ray.core.training.loop import (
+    Schedule,
+    Training,
+    accuracy,
+    are_trained_together,
+    stack_sizes,
+    work_of_training,
+)
+from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
+from datm_ray.data.dataset import Dataset
+from datm_ray.monitor.logs import fields
+from datm_ray.monitor.provenance import provenance
+from datm_ray.monitor.spent import Account, Spent
+from datm_ray.replay import ReplayedLabels
+from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.executor import Finished, Note, Progress
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.evaluate.progress import SavedTraining
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.labels import labels_location
+from datm_ray.stages.methods.registry import method_of, teacher_of, trained_backbones
+from datm_ray.stages.validation import evaluation_schedule, trainer_of
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.labels import LabelStore
+
+ROWS = {
+    "random-hard": "random real images, hard labels",
+    "random-soft": "random real images, soft labels",
+    "distilled": "distilled",
+    "full": "all real data",
+}
+"""Rows of the accuracy table -> titles, in the order shown."""
+
+FAIR_ROWS = {
+    "distilled-hard": "distilled, hard labels",
+    "distilled-plain": "distilled, not augmented",
+    "random-plain": "random real images, soft labels, not augmented",
+}
+"""Further rows for DD-Ranking's scores -> titles."""
+
+DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
+"""Keys of the rows of `ROWS` and `FAIR_ROWS` whose networks are trained on distilled images."""
+
+PLAIN = ("distilled-plain", "random-plain")
+"""Keys of the rows of `FAIR_ROWS` whose networks are trained without augmentation."""
+
+SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
+"""Keys of the rows of the accuracy table with soft labels. A teacher may give these labels."""
+
+ON_OTHERS = ("random-soft", "distilled")
+"""Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks`."""
+
+UNLABELLED_ON_OTHERS = ("random-hard", "distilled")
+"""Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks` if no experts exist
+to label random images."""
+
+CONTROLS = "controls"
+"""Name of the folder, in an output folder, with results that do not depend on a distilled set. Runs share them."""
+
+CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
+"""Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
+
+ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
+"""Candidate learning rates of AdamW, for every row."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class EvaluateWorker:
+    """Worker that trains and scores fresh networks on one data set."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device = prepare_device(cluster)
+        self._cluster = cluster
+        self._dataset = dataset
+        self._experts: dict[str, ExpertNetworks] = {}
+        self._teachers: dict[str, nn.Module] = {}
+        self._has_noted = False
+        """True once the worker has yielded its note on compilation, which it yields only once."""
+
+    def evaluate(
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder_uri: str,
+        result_uris: Sequence[str],
+        row: str,
+        numbers: Sequence[int],
+        network: NetworkConfig | None = None,
+    ) -> Iterator[Progress | Note | Finished]:
+        """Train and test the networks of one row of the accuracy table, for some seeds.
+
+        A result's file is written last, so an existing file is complete.
+
+        Args:
+            config: recipe of the run.
+            store_uri: store of the experts, for soft labels of random images.
+            folder_uri: folder with the distilled set.
+            result_uris: file to write for each seed; an existing file stays unchanged.
+            row: key of `ROWS` or `FAIR_ROWS`.
+            numbers: numbers of the seeds, from 0.
+            network: network to score with the learned and with a tuned step size; `None` scores the backbone with
+                the learned one. With AdamW there is no learned step size.
+        """
+        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
+        folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
+        sets = self._training_sets(config, store_uri, folder, row, seeds, network)
+        step_size = sets[0][2] if has_learned_step_size(config, row) else None
+        schedules = _schedules(config, row, step_size, network)
+        lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
+        spec = (network or config.network).for_images(self._dataset.channels, self._dataset.size, self._dataset.classes)
+        trainings = [
+            Training(build_network(spec, seed).to(self._device), images, targets, schedule, seed)
+            for schedule in schedules
+            for seed, (images, targets, _) in zip(seeds, sets, strict=True)
+        ]
+        trainer = trainer_of(self._cluster)
+        training = SavedTraining(trainer, trainings, lessons, places[0], account)
+        if trainer.note and not self._has_noted:
+            self._has_noted = True
+            yield Note(trainer.note)
+        measured = yield from training.run(self._device, self._validation_accuracy, meter)
+        every = [
+            _Trial(each.network, each.schedule.learning_rate, share)
+            for each, share in zip(trainings, measured, strict=True)
+        ]
+        tested = [self._tested(every[place :: len(seeds)], learns=bool(step_size)) for place in range(len(seeds))]
+        spent = (account.spent() + training.spent).share(1 / len(seeds))
+        shared = {"row": row, "learned_step_size": step_size, "images": len(sets[0][0])}
+        results = [
+            shared | {"number": number, "seed": seed} | self._result(*trials, spent)
+            for number, seed, trials in zip(numbers, seeds, tested, strict=True)
+        ]
+        for place, result in zip(places, results, strict=True):
+            self._write(place, result, config.name, len(schedules))
+        training.remove()
+        yield Finished(results, meter.measure())
+
+    def _result(self, chosen: _Trial, of_test: float, with_learned: float | None, spent: Spent) -> dict[str, Any]:
+        """Part of a result file that describes one network: accuracies, step size, cost and provenance.
+
+        Args:
+            chosen: trial with the best validation accuracy.
+            of_test: test accuracy of this trial, in [0, 1].
+            with_learned: test accuracy with the learned step size, in [0, 1]; `None` if no step size was learned.
+            spent: cost of the result.
+        """
+        return {
+            "test_accuracy": of_test,
+            "test_accuracy_with_learned_step_size": with_learned,
+            "validation_accuracy": chosen.validation_accuracy,
+            "step_size": chosen.step_size,
+            "seconds": spent.seconds,
+            "cost": spent.to_json(),
+            "provenance": provenance(self._device),
+        }
+
+    def _write(self, place: Location, result: dict[str, Any], run: str, candidates: int) -> None:
+        if not place.exists():
+            place.write_json(result)
+            values = {key: result[key] for key in ("row", "number", "step_size", "seconds")}
+            scored = fields(run=run, accuracy=result["test_accuracy"], candidates=candidates)
+            _log.info("network scored %s %s", scored, fields(**values))
+
+    def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
+        """Choose the trial with the best validation accuracy, and test it on the test images.
+
+        Returns the trial, its test accuracy, and the test accuracy of the first trial. Accuracies are in [0, 1].
+
+        Args:
+            trials: networks trained with one candidate step size each.
+            learns: True if the first trial has the learned step size; False makes the last result `None`.
+        """
+        chosen = max(trials, key=lambda trial: trial.validation_accuracy)
+        tested = self._test_accuracy(chosen)
+        if not learns:
+            return chosen, tested, None
+        return chosen, tested, tested if chosen is trials[0] else self._test_accuracy(trials[0])
+
+    def _test_accuracy(self, trial: _Trial) -> float:
+        images = images_on(self._dataset.test_images, self._device)
+        return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
+
+    def _training_sets(
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder: Location,
+        row: str,
+        seeds: Sequence[int],
+        network: NetworkConfig | None,
+    ) -> list[tuple[Images, Tensor, float | None]]:
+        """Set of each seed, see `_training_set`. A set that all seeds share is read and copied to the device once."""
+        alike = row in DISTILLED or row == "full"
+        some = seeds[:1] if alike else seeds
+        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
+        return sets * len(seeds) if alike else sets
+
+    def _training_set(
+        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
+    ) -> tuple[Images, Tensor, float | None]:
+        """Make the training set of a row of the accuracy table: images, labels, and the step size learned with them.
+
+        The step size is `None` if none was learned, so that it must be chosen on validation data.
+        """
+        if row in DISTILLED:
+            artifact = read_artifact(folder / SYNTHETIC)
+            learned = _learned_step_size(artifact, config, network)
+            targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
+            return artifact.images.to(self._device), targets.to(self._device), learned
+        all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
+        if row == "full":
+            return images_on(all_images, self._device), to_device(all_labels, self._device), None
+        rows = random_rows(all_labels, config.distill.ipc, seed)
+        images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
+        if row == "random-hard" or is_taught(config, row):
+            return images, labels, None
+        return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
+
+    def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
+        if config.name not in self._experts:
+            self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
+        return self._experts[config.name]
+
+    def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Images) -> Lessons | None:
+        """Labels of a teacher for networks of a row of the accuracy table; `None` if they learn from the set's labels.
+
+        Rows in `PLAIN` have no CutMix.
+
+        Args:
+            folder: folder of the run.
+            images: the images on which the networks are trained.
+        """
+        if not is_taught(config, row):
+            return None
+        if is_stored(config, row):
+            assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
+            place = labels_location(folder, config, self._dataset.fingerprint)
+            return StoredLessons(ReplayedLabels(images, LabelStore(place)), config.evaluate.temperature)
+        if config.name not in self._teachers:
+            experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
+            self._teachers[config.name] = experts.restored(0)
+        settings = config.evaluate
+        cutmix = 0.0 if row in PLAIN else settings.cutmix
+        return Teacher(self._teachers[config.name], settings.temperature, cutmix)
+
+    def _validation_accuracy(self, network: nn.Module) -> float:
+        images = images_on(self._dataset.validation_images, self._device)
+        return accuracy(network, images, to_device(self._dataset.validation_labels, self._device))
+
+
+def is_taught(config: RunConfig, row: str) -> bool:
+    """True if a teacher labels the images of this row of the accuracy table; False if the set has its own labels."""
+    return config.evaluate.has_teacher and row in SOFT
+
+
+def is_stored(config: RunConfig, row: str) -> bool:
+    """True if a teacher's labels for this row of the accuracy table are stored beside the set.
+
+    False if the teacher is asked during training, or does not label the row.
+    """
+    return config.evaluate.stores_labels and row == "distilled"
+
+
+def has_learned_step_size(config: RunConfig, row: str) -> bool:
+    """True if networks of this row of the accuracy table are trained with the step size learned with the set.
+
+    The learned step size may be one of several candidates; validation chooses one.
+    """
+    is_given = row in SOFT and config.evaluate.learning_rate is not None
+    is_replaced = is_given or is_taught(config, row)
+    is_there = method_of(config).gives_step_size and config.evaluate.optimiser == "sgd"
+    return row in DISTILLED and is_there and not is_replaced
+
+
+def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
+    """Candidate schedules for networks of a row of the accuracy table, with different step sizes.
+
+    Validation chooses one. There is one candidate if the step size was learned with this network and these labels. For
+    rows with soft labels, there is also one candidate if `evaluate.learning_rate` is given.
+
+    Args:
+        learned: step size that was learned with the set, if any.
+        network: scored network; `None` for the backbone.
+    """
+    given, is_its_own = config.evaluate.learning_rate, network is None and row != "distilled-hard"
+    others = ADAMW_STEP_SIZES if config.evaluate.optimiser == "adamw" else CONTROL_STEP_SIZES
+    if given is not None and row in SOFT:
+        rates: tuple[float, ...] = (given,)
+    elif learned:
+        rates = (learned,) if is_its_own else (learned, *others)
+    else:
+        rates = others
+    schedule = row_schedule(config, row)
+    return [dataclasses.replace(schedule, learning_rate=rate) for rate in rates]
+
+
+def row_schedule(config: RunConfig, row: str) -> Schedule:
+    """Training schedule for networks of a row of the accuracy table; its learning rate is a placeholder."""
+    if row == "full":
+        config = config.model_copy(update={"evaluate": _by_protocol(config.evaluate)})
+    schedule = evaluation_schedule(config, 0.0)
+    if config.evaluate.optimiser == "adamw":
+        schedule = schedule.with_adamw(config.evaluate.weight_decay)
+    if row == "full":
+        epochs = config.evaluate.real_epochs
+        schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+    if config.evaluate.stores_labels and row in SOFT:  # like the stored views
+        schedule = dataclasses.replace(schedule, augmentation="resized+flip")
+    return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
+
+
+def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
+    """Copy of the settings with the training of `evaluate.protocol`: all `SCORING_KEYS` have their defaults."""
+    fields = EvaluateConfig.model_fields
+    return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
+
+
+def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+    """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
+    is_labelled, is_full = bool(trained_backbones(config)), config.evaluate.full
+    rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
+    rows += FAIR_ROWS if config.evaluate.fair else ()
+    on_others = ON_OTHERS if is_labelled else UNLABELLED_ON_OTHERS
+    others = ((row, network) for network in config.scored_networks for row in on_others)
+    return [*((row, None) for row in rows), *others]
+
+
+def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
+    """Number of networks trained for one row of the accuracy table and one seed, and their schedule.
+
+    The schedule's step size is a placeholder; each network is trained with another candidate.
+
+    Args:
+        network: scored network; `None` for the backbone.
+    """
+    schedules = _schedules(config, row, 1.0 if has_learned_step_size(config, row) else None, network)
+    return len(schedules), row_schedule(config, row)
+
+
+def seeds_of_tasks(
+    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, least: int
+) -> list[tuple[int, ...]]:
+    """Divide the seeds of a row of the accuracy table into tasks. Returns the numbers of each task's seeds.
+
+    A task has one seed, or several if their networks can be trained together. The number of tasks is a multiple of
+    `least` if there are enough seeds, so that as many workers get equal work.
+
+    Args:
+        network: scored network; `None` for the backbone.
+        spec: the scored network, for the data set's images.
+        images: number of training images.
+        least: fewest tasks to make, if there are as many seeds.
+    """
+    seeds = parts = config.evaluate.seeds
+    if largest_stack(config, row, network, spec, images, seeds) > 1:
+        parts = min(seeds, least * -(-seeds // (least * LARGEST_STACK)))
+    return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
+
+
+def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
+    """Fewest tasks into which each row of the accuracy table is divided, so that all workers get equal work.
+
+    No worker is idle, and no task has more than the total work divided by `workers`.
+
+    Args:
+        works: expected work of each row, in any unit.
+        workers: number of workers that score at the same time.
+    """
+    share, each = sum(works) / workers, -(-workers // len(works))
+    return [max(each, math.ceil(work / share - 1e-6)) for work in works]
+
+
+def largest_stack(
+    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
+) -> int:
+    """Largest number of networks that one task of a row of the accuracy table trains at the same time.
+
+    Arguments: see `seeds_of_tasks`.
+
+    Args:
+        seeds: number of seeds in the task.
+    """
+    count, schedule = training_of(config, row, network)
+    may_stack = config.cluster.compile and not is_taught(config, row)
+    on_gpu = uses_gpu(config.cluster.shaped(light=True))
+    is_stacked = may_stack and _are_together(spec, seeds * count, images, schedule, on_gpu)
+    return stack_sizes(seeds * count)[0] if is_stacked else 1
+
+
+@functools.lru_cache(maxsize=64)
+def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
+    image = (spec.channels, *spec.size)
+    return are_trained_together(build_network(spec, 0), networks, image, images, schedule, on_gpu=on_gpu)
+
+
+def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
+    """Expected work of training the networks of one row of the accuracy table with one seed.
+
+    The work is the number of floating-point operations of all forward passes. Backward passes are not counted: the
+    caller multiplies the work by their cost. One network is trained for each candidate learning rate of the row.
+
+    Args:
+        row: key of `ROWS` or `FAIR_ROWS`.
+        network: scored network; `None` for the backbone.
+        classes: number of classes.
+        real: number of real training images, on which the row "full" trains.
+        flop: floating-point operations of one image's forward pass through the network.
+    """
+    count, schedule = training_of(config, row, network)
+    images = real if row == "full" else config.distill.ipc * classes
+    return count * work_of_training(schedule, images, flop)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Network after its training with one of the candidate learning rates."""
+
+    network: nn.Module
+    step_size: float
+    validation_accuracy: float
+
+
+def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
+    """Step size learned with `network` if it was matched; otherwise, and for `None`, that of the first backbone."""
+    matched = [each.network for each in config.each_backbone()]
+    number = matched.index(network) if network in matched else 0
+    return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size
+
+
+def result_location(
+    out: Location,
+    config: RunConfig,
+    dataset_fingerprint: str,
+    row: str,
+    number: int,
+    network: NetworkConfig | None = None,
+) -> Location:
+    """File of the result for one row of the accuracy table and one seed.
+
+    Controls do not depend on the distillation, so runs share them. Runs with the same network share the row on all real
+    data. Runs share rows on random images if they also have the same experts and number of images per class. Results of
+    training with other settings than those of `evaluate.protocol` have folders of their own.
+
+    Args:
+        out: output folder of the run.
+        config: recipe of the run.
+        dataset_fingerprint: fingerprint of the data set.
+        row: key of `ROWS` or `FAIR_ROWS`.
+        number: number of the seed, from 0.
+        network: scored network; `None` for the backbone.
+    """
+    if row in DISTILLED:
+        folder = out / config.name / "evaluation"
+    else:
+        identity = run_identity(config)
+        identity.pop("method", None)
+        for section in ("name", "distill", *SECTIONS_OF_METHODS, "metadd", *(["experts"] if row == "full" else [])):
+            identity.pop(section, None)
+        ipc = {} if row == "full" else {"ipc": config.distill.ipc}
+        folder = out / CONTROLS / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
+    if config.evaluate.optimiser != "sgd":
+        folder = folder / config.evaluate.optimiser
+    if training := _training_identity(config, dataset_fingerprint, row):
+        folder = folder / f"trained-{stable_hash(training)}"
+    if network is not None:
+        folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
+    return folder / f"{row}-{number:02d}.json"
+
+
+def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
+    """Settings of `evaluate` that change how a row's networks are trained: key -> value.
+
+    The result is empty if all of them have their defaults, and always for the row "full". If a teacher labels the row,
+    the key "teacher" is added, with the fingerprint of the teacher's experts.
+
+    Args:
+        row: key of `ROWS` or `FAIR_ROWS`.
+    """
+    identity = scoring_identity(config)
+    if row == "full":
+        return {}
+    left_out = {"temperature", "cutmix", "keep_labels", "top_logits"}
+    if is_taught(config, row):
+        left_out = set() if is_stored(config, row) else {"keep_labels", "top_logits"}
+        identity["teacher"] = expert_fingerprint(teacher_of(config), dataset_fingerprint)
+    elif row not in SOFT:
+        left_out |= {"labels", "learning_rate"}
+    return {key: value for key, value in identity.items() if key not in left_out}

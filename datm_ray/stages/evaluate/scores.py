@@ -1,0 +1,229 @@
+"""Scores of a run, read from the results of its evaluation: rows, other architectures, and DD-Ranking's scores.
+
+`stages.evaluate.rows` writes the results. Tests: tests/stages/evaluate/test_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
+from datm_ray.monitor.spent import Spent, total
+from datm_ray.stages.evaluate.rows import FAIR_ROWS, ON_OTHERS, ROWS, has_learned_step_size, result_location
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracy of one row of the accuracy table over several seeds."""
+
+    row: str
+    """Name of the row: a key of `ROWS` or `FAIR_ROWS` in `stages.evaluate.rows`."""
+    accuracies: tuple[float, ...]
+    """Test accuracies in [0, 1], one per seed."""
+    seconds: float
+    """Wall-clock seconds of training and testing the row's networks, summed over seeds."""
+    cost: Spent | None = None
+    """Cost of training and testing, summed over seeds; `None` if an earlier version of this package wrote a result."""
+
+    @property
+    def spent(self) -> Spent:
+        """Cost of the row; if `cost` is unknown, a cost with `seconds` alone."""
+        return self.cost or Spent(seconds=self.seconds)
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy, in [0, 1]."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the accuracies over seeds, a fraction like them; nan for one seed."""
+        return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
+
+    def __str__(self) -> str:
+        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"."""
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
+
+
+@dataclass(frozen=True)
+class NetworkScores:
+    """Scores of a set on one architecture."""
+
+    network: NetworkConfig
+    kind: str
+    """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
+    learned: Score | None
+    """Score with the learned step size; `None` without one, as with AdamW or a teacher's labels."""
+    tuned: Score
+    """Score with a step size chosen on validation data, which may be the learned one."""
+    control: Score | None
+    """Score of random real images with a tuned step size; `None` if unfinished.
+
+    The images have soft labels if experts exist, otherwise hard labels."""
+
+
+def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
+    """Scores of the distilled set on other architectures, in the recipe's order.
+
+    Architectures with unfinished seeds are left out.
+    """
+    scores = []
+    for network in config.scored_networks:
+        rows = (*ON_OTHERS, "random-hard")
+        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in rows}
+        if distilled := results["distilled"]:
+            learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
+            row = "random-soft" if results["random-soft"] else "random-hard"
+            control = results[row]
+            scores.append(
+                NetworkScores(
+                    network,
+                    _kind(network, config),
+                    _score("distilled", learned) if has_learned_step_size(config, "distilled") else None,
+                    _score("distilled", distilled),
+                    _score(row, control) if control else None,
+                )
+            )
+    return scores
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Content of the result file of one seed of a row of the accuracy table."""
+
+    accuracy: float
+    """Test accuracy with the chosen step size, in [0, 1]."""
+    with_learned_step_size: float
+    """Test accuracy in [0, 1] with the step size learned with the set; nan if none was learned."""
+    seconds: float
+    cost: Spent | None
+    """Cost of the result; `None` if an earlier version of this package wrote the file."""
+
+    @classmethod
+    def read(cls, place: Location) -> _Result:
+        content = place.read_json()
+        with rejecting_nonsense(place):
+            learned = content.get("test_accuracy_with_learned_step_size")
+            return cls(
+                float(content["test_accuracy"]),
+                math.nan if learned is None else float(learned),
+                float(content["seconds"]),
+                Spent.from_json(content["cost"]) if "cost" in content else None,
+            )
+
+
+def _read_all_seeds(
+    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
+) -> list[_Result]:
+    """Results of all seeds of a row of the accuracy table; empty if one is missing."""
+    seeds = range(config.evaluate.seeds)
+    places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
+    return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
+
+
+def _kind(network: NetworkConfig, config: RunConfig) -> str:
+    if network == config.network:
+        return "same"
+    seen = [backbone.network for backbone in config.backbones]
+    return "seen" if network in (*seen, *(config.metadd.auxiliaries if config.metadd else ())) else "unseen"
+
+
+def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """Scores of the rows of the accuracy table for which every seed is finished, in the order of `ROWS`."""
+    return [score for row in ROWS if (score := read_score(out, config, dataset_fingerprint, row))]
+
+
+@dataclass(frozen=True)
+class FairScores:
+    """DD-Ranking's scores of a set, one per seed."""
+
+    label: tuple[LabelRobust, ...]
+    augmentation: tuple[AugmentationRobust, ...]
+
+    def parts(self) -> dict[str, tuple[float, ...]]:
+        """Both scores and their parts: key of `FAIR_PARTS` -> one value per seed."""
+        return {
+            "LRS": tuple(each.score for each in self.label),
+            "HLR": tuple(each.hlr for each in self.label),
+            "IOR": tuple(each.ior for each in self.label),
+            "ARS": tuple(each.score for each in self.augmentation),
+            "beta": tuple(each.beta for each in self.augmentation),
+        }
+
+
+FAIR_PARTS = {
+    "LRS": "label-robust score",
+    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; lower is better",
+    "IOR": "improvement over random: distilled − random real images, both with soft labels",
+    "ARS": "augmentation-robust score",
+    "beta": "distilled − random real images, mean of augmented and not",
+}
+"""Keys of `FairScores.parts` -> meaning."""
+
+
+def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
+    """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
+    rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
+    found = (
+        {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
+    )
+    if not found or not all(found.values()):
+        return None
+    of = {row: [result.accuracy for result in results] for row, results in found.items()}
+    label = tuple(
+        label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
+        for real, hard, own, random in zip(
+            of["full"], of["distilled-hard"], of["distilled"], of["random-soft"], strict=True
+        )
+    )
+    augmentation = tuple(
+        augmentation_robust(distilled=own, random=random, distilled_plain=own_plain, random_plain=random_plain)
+        for own, random, own_plain, random_plain in zip(
+            of["distilled"], of["random-soft"], of["distilled-plain"], of["random-plain"], strict=True
+        )
+    )
+    return FairScores(label, augmentation)
+
+
+def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """Scores of the further rows `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    rows = FAIR_ROWS if config.evaluate.fair else ()
+    return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
+
+
+def read_score(
+    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
+) -> Score | None:
+    """Read the score of one row of the accuracy table; `None` unless every seed has a result.
+
+    Args:
+        out: output folder of the run.
+        dataset_fingerprint: fingerprint of the run's data set.
+        row: key of `ROWS` or `FAIR_ROWS` in `stages.evaluate.rows`.
+        network: scored network of `evaluate.networks`, whose accuracies are those with the step size that is best on
+            validation data; `None` for the backbone.
+    """
+    results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
+    return _score(row, results) if results else None
+
+
+def _score(row: str, results: Sequence[_Result]) -> Score:
+    costs = [result.cost for result in results if result.cost is not None]
+    return Score(
+        row,
+        tuple(result.accuracy for result in results),
+        sum(result.seconds for result in results),
+        total(costs) if len(costs) == len(results) else None,
+    )

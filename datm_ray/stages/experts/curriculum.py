@@ -1,0 +1,46 @@
+"""Images from easy to hard for experts with `experts.curriculum`, by the scores that `difficulty` has stored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from datm_ray.config import RunConfig
+from datm_ray.core.training.curriculum import Curriculum
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import MissingExpertsError
+from datm_ray.methods.selection import drawn_order, keep
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.tensors import read_tensors
+from datm_ray.store.trajectories import ExpertGroup
+
+KIND = "difficulty"
+
+
+def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum | None:
+    """Curriculum of a run's experts (which images they see in an epoch); `None` if they see all in every epoch.
+
+    Images with equal scores are in a random order, drawn for the class by the run's seed.
+
+    Args:
+        scoring: folder of the networks whose scores order the images, see `RunConfig.scoring_run`.
+
+    Raises:
+        MissingExpertsError: the scores are not stored.
+        CorruptFileError: the file of scores is damaged or of other images.
+    """
+    settings, labels = config.experts.curriculum, dataset.train_labels
+    if settings is None:
+        return None
+    place = scoring.difficulty_file(settings.scoring_networks)
+    if not place.exists():
+        raise MissingExpertsError(
+            f"{scoring.location.uri} holds no scores of the images, which experts.curriculum needs",
+            "no command has scored them yet",
+            f"run `datm-ray experts {config.name}` with the same --set, --out and --store",
+        )
+    with rejecting_nonsense(place):
+        scores = read_tensors(place, kind=KIND).arrays["scores"]
+        if scores.shape != labels.shape:
+            raise ValueError(f"it has {len(scores)} scores for {len(labels)} images")
+    drawn = (drawn_order(np.flatnonzero(labels == k), config.seed, k) for k in range(dataset.classes))
+    return Curriculum(settings, [own[keep(scores[own], len(own))] for own in drawn])

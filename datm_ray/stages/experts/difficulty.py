@@ -1,0 +1,72 @@
+"""Difficulty of the real images, for experts that see them from easy to hard (`experts.curriculum`).
+
+Scoring networks are trained as experts are, in tasks and in a folder of the store of their own. One short task then
+stores the mean of their EL2N scores beside them. Every run whose scoring networks are trained alike shares the scores,
+whatever its curriculum.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.config import RunConfig
+from datm_ray.data.dataset import Dataset
+from datm_ray.runtime.devices import Meter
+from datm_ray.runtime.executor import Event, Finished, Phase
+from datm_ray.stages.experts.curriculum import KIND
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.train import ExpertWorker, expert_group
+from datm_ray.stages.methods.selection import mean_el2n
+from datm_ray.stages.validation import REPORT_INTERVAL
+from datm_ray.store.files.filesystem import AlreadyExistsError
+from datm_ray.store.tensors import write_tensors
+
+
+def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
+    """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if it is stored.
+
+    Args:
+        worker: worker that holds the data set. The worker's device computes.
+        config: run that trained the scoring networks, see `RunConfig.scoring_run`.
+        store_uri: store of the networks and the scores.
+
+    Raises:
+        MissingExpertsError: the store lacks a scoring network.
+    """
+    dataset, settings, meter = worker.dataset, config.experts, Meter(worker.device)
+    group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
+    place = group.difficulty_file(settings.count)
+    if not place.exists():
+        scores = yield from _scores(config, dataset, store_uri, worker.device)
+        metadata = {"score": "el2n", "networks": settings.count, "epochs": settings.epochs}
+        with suppress(AlreadyExistsError):  # another command's scores, which its experts may follow already
+            write_tensors(place, {"scores": scores}, kind=KIND, metadata=metadata, replace=False)
+    yield Finished(metrics=meter.measure())
+
+
+def _scores(
+    config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device
+) -> Generator[Event, None, NDArray[np.float64]]:
+    """Compute the mean EL2N score [n] of every training image and return them. Yields a phase as a heartbeat."""
+    experts, labels = ExpertNetworks(config, dataset, store_uri, device), dataset.train_labels
+    rows = {k: np.flatnonzero(labels == k) for k in range(dataset.classes)}
+    networks = (experts.restored(expert).eval() for expert in range(experts.count))
+    steps = mean_el2n(networks, experts.count, rows, lambda own: torch.from_numpy(dataset.train_images[own]).to(device))
+    due = 0.0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            scores = np.empty(len(labels))
+            for k, of_class in end.value.items():
+                scores[rows[k]] = of_class
+            return scores
+        if time.monotonic() >= due:
+            yield Phase("scoring the images")
+            due = time.monotonic() + REPORT_INTERVAL

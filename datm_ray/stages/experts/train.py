@@ -1,0 +1,406 @@
+"""Training of experts. One task trains several experts together (a stack), and stores one trajectory per expert.
+
+A stack killed at any moment resumes after the last epoch in its progress folder (see `progress`), with
+bit-identical results. The experts of each stack are recorded before training, so every attempt trains the same stacks.
+A stack keeps experts that are in the store already, but does not store them again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import (
+    LARGEST_STACK,
+    STACKED_MAP_BYTES,
+    StackFunctions,
+    can_be_stacked,
+)
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.training.curriculum import Curriculum
+from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.loop import accuracy
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
+from datm_ray.monitor.logs import fields
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
+from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.stages.experts.curriculum import curriculum_of
+from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
+
+
+def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
+    """Folder in the store of the experts that a run uses: those of its data set, network and training settings."""
+    fingerprint = expert_fingerprint(config, dataset_fingerprint)
+    return group_in_store(store_uri, dataset, config.network.architecture, fingerprint)
+
+
+def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
+    """Folder in the store of experts of one data set, architecture and fingerprint of the training.
+
+    Characters of the data set's name that a folder's name must not have are replaced.
+    """
+    # A data set may be named after any folder; the fingerprint separates data sets of one name.
+    folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
+    return TrajectoryStore(store_uri).group(folder, architecture, fingerprint)
+
+
+def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
+    """Number of experts that one worker trains together (a stack).
+
+    The number is `cluster.experts_at_a_time`; if it is not given, what the device computes fastest.
+    """
+    cluster = config.cluster
+    if cluster.experts_at_a_time is not None:
+        return cluster.experts_at_a_time
+    if uses_gpu(cluster):
+        # With fewer of the largest stacks than workers, stacks are smaller, so that no worker is idle.
+        return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
+    network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
+    if not can_be_stacked(network):
+        return 1
+    whole = config.experts.batch_size * image_cost(network, image).largest
+    return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
+
+
+def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
+    """Divide experts into stacks, which are trained together. Returns the numbers of the experts in each.
+
+    Only stacks with a missing expert are returned. Expert e belongs to stack e // size.
+
+    The last stack ends with the last expert. If it would hold one expert alone, it gets a second one (unless `size` is
+    1), because a network alone rounds differently from one in a stack. If these stacks are fewer than the workers and
+    the missing experts are consecutive, the experts are divided evenly, with at least `least` in a stack.
+
+    Args:
+        missing: numbers of the experts that are not stored.
+        size: number of experts in a stack.
+        count: number of experts of the recipe.
+        workers: number of workers that train at the same time.
+        least: smallest number of experts in a stack that is made smaller for idle workers.
+    """
+    firsts = sorted({each // size * size for each in missing})
+    parts = min(workers, len(missing) // least)
+    if len(firsts) < parts and len(missing) == missing[-1] - missing[0] + 1:
+        return [tuple(part.tolist()) for part in np.array_split(np.array(missing), parts)]
+    return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
+
+
+_log = logging.getLogger(__name__)
+
+
+class ExpertWorker:
+    """Trains experts on one data set.
+
+    Attributes:
+        dataset: the data set.
+        device: device that trains.
+    """
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self.device = prepare_device(cluster)
+        self._cluster = cluster
+        self.dataset = dataset
+        self._images = images_on(dataset.train_images, self.device)
+        self._labels = to_device(dataset.train_labels, self.device)
+        self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
+
+    def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
+        """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
+
+        Stored trajectories stay unchanged.
+
+        Args:
+            experts: numbers of the experts.
+
+        Raises:
+            StoreError: the store cannot be written, or its disk stays full.
+        """
+        group = expert_group(store_uri, config, self.dataset.name, self.dataset.fingerprint)
+        wanted = [expert for expert in experts if expert < config.experts.count]
+        account, meter = Account(self.device, self._cluster), Meter(self.device)
+        progress = progress_of(config, group, experts, account)
+        try:
+            if not set(wanted) <= set(group.experts()):
+                curriculum = self._curriculum(config, store_uri)
+                yield from self._train_and_store(config, group, experts, progress, meter, curriculum)
+        except (StoreError, CorruptFileError):
+            # Another command has stored these experts meanwhile, and removed the progress that both were reading.
+            if not set(wanted) <= set(group.experts()):
+                raise
+        progress.remove()
+        yield Finished(metrics=meter.measure())
+
+    def _train_and_store(
+        self,
+        config: RunConfig,
+        group: ExpertGroup,
+        experts: Sequence[int],
+        progress: ExpertProgress,
+        meter: Meter,
+        curriculum: Curriculum | None,
+    ) -> Iterator[Event]:
+        yield from self._train(config, experts, progress, meter, curriculum)
+        progress.note_cost()  # before storing: a command with all experts stored skips this stage
+        for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
+            progress.require_whole(config.experts.epochs)
+            info = self._info(config, group, expert)
+            for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
+                yield Note(waiting)
+            group.write_expert(expert, progress.snapshots(expert), info)
+            _log.info("expert stored %s", fields(expert=expert, group=group.key, epochs=len(info.epochs)))
+        progress.note_cost()
+
+    def _train(
+        self,
+        config: RunConfig,
+        experts: Sequence[int],
+        progress: ExpertProgress,
+        meter: Meter,
+        curriculum: Curriculum | None,
+    ) -> Iterator[Event]:
+        yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
+        dataset, settings = self.dataset, config.experts
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+        seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
+        networks = [build_network(spec, seed).to(self.device) for seed in seeds]
+        functions = self._functions_for(spec, networks[0], len(experts), settings.precision)
+        if functions.note:
+            yield Note(functions.note)
+        state = progress.resume(self.device)
+        if state is None:
+            state = ExpertState.initial(networks)
+            progress.add(state, torch.full((len(experts),), float("nan")))
+        else:
+            _log.info("experts resumed %s", fields(experts=f"{experts[0]}-{experts[-1]}", epoch=state.epoch))
+        first, began = state.epoch, time.monotonic()
+        with saving() as is_asked:
+            for losses in train_experts(functions, self._images, self._labels, settings, seeds, state, curriculum):
+                seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
+                _require_finite(losses, experts, state.epoch)
+                measured = self._accuracies(networks[0], state, settings)
+                for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
+                    yield Note(waiting)
+                shown = {"loss": float(losses.mean())}
+                metrics = meter.measure() | {
+                    "datm_ray_expert_epoch": float(state.epoch),
+                    "datm_ray_expert_loss": shown["loss"],
+                    "datm_ray_expert_images_per_second": seen * len(experts) * len(self._labels) / seconds,
+                    "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
+                }
+                if measured is not None:
+                    shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
+                yield Progress(state.epoch, settings.epochs, shown, metrics, saved=progress.is_written)
+                if is_asked():
+                    for waiting in progress.write(state):
+                        yield Note(waiting)
+                    raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
+                began = time.monotonic()
+
+    def _curriculum(self, config: RunConfig, store_uri: str) -> Curriculum | None:
+        """Which images experts see in each epoch; `None` if they see all images in every epoch.
+
+        Raises:
+            MissingExpertsError: the scores that order the images are not stored.
+        """
+        if config.scoring_run is None:
+            return None
+        scoring = expert_group(store_uri, config.scoring_run, self.dataset.name, self.dataset.fingerprint)
+        return curriculum_of(config, self.dataset, scoring)
+
+    def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
+        """Training step for `stacked` networks together. The worker compiles it once for all its tasks."""
+        if (spec, stacked, precision) not in self._functions:
+            self._functions[spec, stacked, precision] = StackFunctions(
+                network,
+                stacked=stacked,
+                compile_=self._cluster.compile,
+                channels_last=self._cluster.channels_last,
+                in_bfloat16=precision == "bfloat16",
+            )
+        return self._functions[spec, stacked, precision]
+
+    def _accuracies(self, network: nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
+        """Test accuracies [s] of experts after an epoch, in [0, 1]; `None` without a test, see `experts.test_every`."""
+        if not settings.test_every or state.epoch % settings.test_every:
+            return None
+        images = images_on(self.dataset.test_images, self.device)
+        labels = to_device(self.dataset.test_labels, self.device)
+        measured = []
+        for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
+            unflatten_into(network, parameters)
+            unflatten_buffers_into(network, buffers)
+            measured.append(accuracy(network, images, labels))
+        return torch.tensor(measured)
+
+    def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
+        dataset, seed = self.dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
+        network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
+        return expert_info(config, group, dataset.fingerprint, network, expert, seed=seed, epochs=config.kept_epochs)
+
+
+def expert_info(
+    config: RunConfig,
+    group: ExpertGroup,
+    dataset_fingerprint: str,
+    network: nn.Module,
+    expert: int,
+    *,
+    seed: int,
+    epochs: tuple[int, ...],
+    imported: Mapping[str, object] | None = None,
+) -> TrajectoryInfo:
+    """Describe an expert for its file: where it comes from, and the layout of its vectors.
+
+    Args:
+        config: recipe of the expert, with its network alone.
+        group: folder of the experts in the store.
+        dataset_fingerprint: fingerprint of the data set.
+        network: any network of the expert's architecture.
+        expert: number of the expert.
+        seed: seed of the training; -1 if unknown.
+        epochs: stored epochs.
+        imported: file that an imported expert comes from, and other facts; `None` for a trained expert.
+    """
+    flat, buffers = FlatNetwork(network), float_buffers(network)
+    origin = {} if imported is None else {"imported": dict(imported)}
+    # Without a curriculum, files have the bytes that they had before the key existed.
+    settings = config.experts.model_dump(exclude={"count"} if config.experts.curriculum else {"count", "curriculum"})
+    return TrajectoryInfo(
+        dataset=group.key.dataset,
+        dataset_fingerprint=dataset_fingerprint,
+        architecture=config.network.architecture,
+        recipe={"network": config.network.model_dump(), "experts": settings, **origin},
+        fingerprint=group.key.fingerprint,
+        seed=seed,
+        expert=expert,
+        parameter_names=flat.names,
+        parameter_shapes=flat.shapes,
+        epochs=epochs,
+        buffer_names=tuple(buffers),
+        buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
+        storage=config.experts.storage,
+    )
+
+
+def origins(group: ExpertGroup, count: int) -> dict[int, str]:
+    """Number of each stored expert below `count` -> digest of the weights it was imported with; "" if it was trained.
+
+    The list ends with the first trained expert that keeps several epochs: the following ones are taken to be trained.
+    """
+    found = dict[int, str]()
+    for expert in sorted(each for each in group.experts() if each < count):
+        info = group.read_info(expert)
+        found[expert] = str(info.recipe.get("imported", {}).get("digest", ""))
+        if not found[expert] and len(info.epochs) > 1:  # spares reading hundreds of experts
+            break
+    return found
+
+
+def progress_of(
+    config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
+) -> ExpertProgress:
+    """Progress folder of experts that are trained together.
+
+    Args:
+        experts: numbers of these experts.
+        account: meter of the worker that trains them; `None` for a reader.
+    """
+    wanted = [expert for expert in experts if expert < config.experts.count]
+    return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
+
+
+@dataclass(frozen=True)
+class ExpertsCost:
+    """Cost of the experts of one network (architecture)."""
+
+    architecture: str
+    known: int
+    """Number of experts whose cost is known. It is unknown for imported experts and for those of earlier versions."""
+    spent: Spent
+
+
+EXPERTS_COST = "experts-cost.json"
+"""Name of the file with the experts' costs in the folder of a run."""
+
+
+def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
+    """Write the costs of a run's experts into the run's folder."""
+    (folder / EXPERTS_COST).write_json(
+        [{"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json()} for each in costs]
+    )
+
+
+def read_experts_cost(folder: Location) -> list[ExpertsCost]:
+    """Costs of a run's experts, one per network in the recipe's order; empty if none were noted."""
+    place = folder / EXPERTS_COST
+    costs = place.read_json() if place.exists() else []
+    with rejecting_nonsense(place):
+        return [
+            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in costs
+        ]
+
+
+def has_experts(folder: Location) -> bool:
+    """True unless the run's cost file says that no network needed training. True if there is no such file yet."""
+    return not (folder / EXPERTS_COST).exists() or bool(read_experts_cost(folder))
+
+
+def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
+    """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
+
+    The cost of experts trained together is divided evenly among those that are stored or used. Others get no share.
+    """
+    found: list[tuple[set[int], Spent]] = []
+    stored = set(group.experts())
+    for place in group.costs():
+        with _losing_only_a_cost(place):
+            cost = place.read_json()
+            used = {expert for expert in cost["experts"] if expert < config.experts.count}
+            if used:
+                every = used | (stored & set(cost["experts"]))
+                found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
+    known = set().union(*(experts for experts, _ in found))
+    return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
+
+
+@contextmanager
+def _losing_only_a_cost(place: Location) -> Iterator[None]:
+    """Context that changes the remedy of a `CorruptFileError` of a cost file.
+
+    The remedy tells the user that only the cost is lost, not the experts.
+    """
+    try:
+        with rejecting_nonsense(place):
+            yield
+    except CorruptFileError as error:
+        remedy = "Move this note away; the experts stay, and only what it says of their cost is lost"
+        raise CorruptFileError(error.fact, error.cause, remedy) from error
+
+
+def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:
+    for expert, loss in zip(experts, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"expert {expert} diverged in epoch {epoch}: its loss is {loss}",
+                "the learning rate is too high for this network and data",
+                "lower experts.learning_rate",
+            )

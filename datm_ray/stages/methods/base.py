@@ -1,0 +1,462 @@
+"""Interface between distillation and methods: what a method receives, and what it returns.
+
+A method is a subclass of `Method`. It says which networks must be trained before, what an iteration costs, and what it
+computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
+pipelines, MetaDD, evaluation and the report work with any method. Names: `datm_ray/methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from datm_ray.config import Role, RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows
+from datm_ray.core.training.loop import Heartbeat
+from datm_ray.data.dataset import Dataset
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError
+from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
+from datm_ray.planning.memory import ALONE, DistillationPlan, laid_out, plans_of
+from datm_ray.planning.shape import DataShape
+from datm_ray.runtime.mesh import Mesh
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.methods.initial import first_set
+
+STEP_SIZE = 0.01
+"""Step size for training on a set without a learned step size: the value published for DM."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some images of each of some classes of a set, which one worker makes independently of other such pieces."""
+
+    number: int
+    """Number of the piece within its set, from 0."""
+    classes: range
+    images: range
+    """Range of the images that the piece has of each class, in the numbering of the whole set: from 0 to ipc - 1."""
+
+    def rows(self, ipc: int) -> NDArray[np.int64]:
+        """Indices of the piece's images, class by class, in a whole set with `ipc` images per class."""
+        rows: NDArray[np.int64] = (np.array(self.classes)[:, None] * ipc + np.array(self.images)).flatten()
+        return rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's part in the distillation of one set: settings, data, and which images the worker holds."""
+
+    config: RunConfig
+    dataset: Dataset
+    store_uri: str
+    mesh: Mesh
+    """Workers that distil the set together."""
+    device: torch.device
+    sharing: int
+    """Number of distilling workers that may run on this node at the same time."""
+    piece: Piece | None = None
+    """Piece (some images of some classes) that the worker makes; `None` if the set is not made in pieces."""
+    experts: Sequence[ExpertNetworks] | None = None
+    """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Rows of the synthetic set that the worker holds.
+
+        If the worker makes a piece (some images of some classes), rows are counted within the piece.
+        """
+        if self.piece is not None:
+            return Rows(0, len(self.piece.classes) * len(self.piece.images))
+        return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """For each row of workers in the mesh, the networks that it computes; empty if the mesh has one row."""
+        return self.config.roles if self.mesh.rows > 1 else ()
+
+    @property
+    def role(self) -> Role:
+        """Backbones and MetaDD networks that this worker computes."""
+        return self.roles[self.mesh.row] if self.roles else self.config.whole_role
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Number of channels, height and width of an image, in pixels."""
+        return (self.dataset.channels, *self.dataset.size)
+
+    def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
+        """Memory plan, with micro-batch sizes, of each backbone that this worker computes, by the backbone's index.
+
+        Args:
+            compiled: True if student steps are compiled, which takes less memory.
+
+        Raises:
+            ConfigError: a worker of the set needs more memory than it may take.
+        """
+        apart = {} if self.mesh.rows > 1 else ALONE
+        config = laid_out(self.config, {**apart, "shards": self.mesh.columns, "compile": compiled})
+        plans = plans_of(config, DataShape(self.image, self.dataset.classes, 0), self.sharing)
+        return {number: plans[number] for number in self.role.backbones}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Work and memory of one iteration on one worker for one network. Plans of memory and time use it."""
+
+    passes: Mapping[str, float]
+    """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network."""
+    at_once: int
+    """Largest number of images in the network at the same time. If memory is short, micro-batches divide them."""
+    is_divisible: bool = field(default=True, kw_only=True)
+    """False if micro-batches must not divide the images, for example because batch statistics couple them."""
+    maps: int
+    """Peak memory of a micro-batch, as a multiple of the bytes that all layers write in one forward pass."""
+    vectors: int
+    """Number of vectors as long as the network's parameters that stay in memory: networks, gradients, sums."""
+    held: int | None = None
+    """Number of the set's images that a worker holds; `None` if it holds all images of its classes."""
+    trace: int = 0
+    """Further bytes that stay in memory through the iteration."""
+    summed: int = 0
+    """Number of bytes that an iteration sums over class shards (workers with different classes)."""
+    sums: int = 0
+    """Number of sums over class shards (workers with different classes) in an iteration."""
+
+
+class Outlook(Protocol):
+    """A method's forecast for a recipe before the run starts, such as how far experts move, as text and as data."""
+
+    @property
+    def title(self) -> str:
+        """Title shown above the forecast's lines."""
+        ...
+
+    def lines(self) -> list[str]:
+        """Forecast as lines of text, with advice if something is likely to fail."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Forecast as plain data for JSON."""
+        ...
+
+
+class Method:
+    """One way to change a synthetic set, as one worker computes it; `Method(part)` for the worker's part in the set.
+
+    The work splits by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over the
+    workers that hold the other classes. A subclass must define `gradient`. By default, images follow this gradient,
+    labels are hard, and no network is trained before. A subclass overrides what differs.
+    """
+
+    state: ClassVar[type[State[Any]]] = Descent
+    """Class of the state that checkpoints save; made from the set before the first iteration and `config.distill`."""
+    options: ClassVar[Mapping[str, float]] = {}
+    """Names of `distill.options` that the method reads -> default values; see `option`."""
+    batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
+    """never: no network may have batch normalisation, for example because gradients or features are matched. always:
+    `network` must have batch normalisation. either: `network` may have it."""
+    reads_backbones: ClassVar[bool] = False
+    """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
+    precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
+    """Values of `cluster.precision` that the method supports."""
+    gives_step_size: ClassVar[bool] = True
+    """True if networks train on the set with a step size that is learned or published with it; False if one is chosen
+    on validation images."""
+    preparation: str = ""
+    """Work of `prepare` in words for the user, such as "compiling student steps"; "" if it takes almost no time."""
+    calibration: str = ""
+    """Work of `calibrate` in words for the user; "" if it takes almost no time."""
+    notes: Sequence[str] = ()
+    """Messages to the user before the first iteration."""
+    facts: Mapping[str, Any] = {}
+    """Settings and facts that affect rounding, such as precision. Checkpoints store them."""
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """Backbones that must be trained before the distillation, each as a run with that network alone.
+
+        By default the first one if the recipe has MetaDD, otherwise none.
+        """
+        return config.each_backbone()[:1] if config.metadd else []
+
+    @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Epochs of each backbone's experts that a run reads. By default all epochs that are stored."""
+        return config.kept_epochs
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` for a recipe that the method cannot distil."""
+        if cls.batch_norm == "always":
+            config.require_batch_norm()
+        elif cls.batch_norm == "never":
+            config.require_matchable()
+        for name in config.distill.options.keys() - cls.options.keys():
+            raise ConfigError(
+                f"distill.options has {name!r}, which method {config.method} does not read",
+                remedy=f"it reads {', '.join(cls.options)}" if cls.options else "leave it out",
+            )
+        if config.backbones and not cls.reads_backbones:
+            raise ConfigError(
+                f"backbones has further networks, and method {config.method} computes one",
+                remedy="leave them out, or set reads_backbones in its class",
+            )
+        if config.cluster.precision not in cls.precisions:
+            raise ConfigError(
+                f"cluster.precision is {config.cluster.precision!r}, which method {config.method} does not follow",
+                remedy=f"use --set cluster.precision={cls.precisions[0]}",
+            )
+        if config.workers_per_set > 1 and cls.pieces(config, 1):
+            raise ConfigError(
+                "cluster.shards or cluster.auxiliaries_apart asks for several workers a set",
+                f"method {config.method} makes a set in pieces, each by one worker",
+                "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take pieces",
+            )
+        if config.prior is not None and not cls.iterations(config):
+            raise ConfigError(
+                f"prior is set, and method {config.method} learns no images", remedy="use --set prior=null"
+            )
+        if config.evaluate.fair and not cls.trained_backbones(config):
+            raise ConfigError(
+                "evaluate.fair compares with random images under the labels of experts, and the run trains none",
+                f"method {config.method} needs no experts",
+                "leave out --fair (evaluate.fair)",
+            )
+
+    @classmethod
+    def check_images(cls, config: RunConfig, images: RawDataset) -> None:
+        """Raise a `DatmError` for images that the method cannot distil.
+
+        The caller checks before that each class has at least `distill.ipc` training images.
+        """
+
+    @classmethod
+    def iterations(cls, config: RunConfig) -> int:
+        """Number of updates of the set.
+
+        With 0, the set before the first iteration is the result, and neither `calibrate` nor `step` is called.
+        """
+        return config.distill.iterations
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Pieces in which the set is made, each by one worker; empty if all workers make the set together.
+
+        The pieces must not depend on the number of workers.
+        """
+        return ()
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Work and memory of an iteration, for the worker with the most classes. By default, each image passes once.
+
+        Args:
+            config: the recipe.
+            classes: number of classes of the data.
+            shards: number of workers among which the classes are divided.
+            cost: cost of one image in the network.
+        """
+        held = config.distill.ipc * -(-classes // shards)
+        return Demand({"training": held}, at_once=held, maps=2, vectors=2)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Work of choosing the set before the first iteration: kind of work -> images that pass the first network.
+
+        Kinds of work: see `Demand.passes`.
+
+        Args:
+            training_images: number of training images, without validation images.
+        """
+        settings, passes = config.distill, 0
+        if cls.trained_backbones(config):
+            passes = config.experts.count * settings.has_soft_labels + 2 * (settings.initial == "correct")
+        return {"scoring": passes * settings.ipc * classes}
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Text for plans: what a distillation computes.
+
+        Args:
+            images: number of images of the set.
+            chunk: number of images of a micro-batch.
+        """
+        return f"{config.distill.iterations:,} updates of {images:,} images, in micro-batches of {chunk:,}"
+
+    @classmethod
+    def outlook(cls, config: RunConfig, training_images: int) -> Outlook | None:
+        """Forecast for a recipe before it starts, such as how far experts move; `None` if the method has none.
+
+        Args:
+            training_images: number of training images, without validation images.
+        """
+        return None
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._rows = dict[int, NDArray[np.int64]]()
+        if part.config.distill.learning_rate_images is None:
+            self.calibration = "measuring the first loss"
+
+    @property
+    def piece(self) -> Piece:
+        """Piece (some images of some classes) that the worker makes.
+
+        Raises:
+            ValueError: the worker's part has no piece, though the method makes sets in pieces.
+        """
+        if self.part.piece is None:
+            raise ValueError("the set is made in pieces; give the part one of `pieces`")
+        return self.part.piece
+
+    @cached_property
+    def experts(self) -> Sequence[ExpertNetworks]:
+        """Experts of each backbone in `trained_backbones`, in this order.
+
+        Raises:
+            MissingExpertsError: the store lacks experts.
+        """
+        part = self.part
+        if part.experts is not None:
+            return part.experts
+        trained = self.trained_backbones(part.config)
+        return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
+
+    def choose(self) -> Generator[None, None, SyntheticSet]:
+        """Choose the set before the first iteration and return it. Yields between steps, for heartbeats."""
+        yield
+        return self.first_set()
+
+    def first_set(self) -> SyntheticSet:
+        """Choose the set before the first iteration, in one step."""
+        return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
+
+    def prepare(self, heartbeat: Heartbeat) -> None:
+        """Do slow work once before the first iteration, such as compiling. By default, nothing."""
+
+    def calibrate(self, state: Any) -> Iterator[str]:
+        """Find values that the recipe leaves open, before the first iteration of a new set. Yields messages.
+
+        Raises:
+            DatmError: the set would learn nothing.
+        """
+        if self.part.config.distill.learning_rate_images is None:
+            share = self.share_of_images(state.movement(self._gradient(state)[1]), state.synthetic.images)
+            if not share:
+                raise ConfigError("the loss has no gradient in the images", remedy="give distill.learning_rate_images")
+            state.image_rate = FIRST_MOVE / share
+            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
+            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
+
+    def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
+        """Euclidean norm of a gradient or a movement of images, divided by the norm of the images.
+
+        Args:
+            gradient: [n c h w] this worker's part of the gradient; parts of several backbones are added.
+            images: [n c h w] the images that this worker holds.
+        """
+        mesh = self.part.mesh
+        squares = [each.double().square().sum() for each in (mesh.sum_over_backbones(gradient), images)]
+        of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
+        return float(of_gradient / of_images)
+
+    def option(self, name: str) -> float:
+        """Value of one of the method's own settings: from `distill.options`, or its default in `options`."""
+        return self.part.config.distill.options.get(name, self.options[name])
+
+    def fresh_network(self, iteration: int, backbone: int = 0) -> nn.Module:
+        """Network of a backbone with random parameters, drawn for each iteration. Every shard gets the same network."""
+        part = self.part
+        config, dataset = part.config.each_backbone()[backbone], part.dataset
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+        seed = derive_seed(config.seed, Purpose.FRESH_NETWORK, backbone, iteration)
+        return build_network(spec, seed).to(part.device)
+
+    def real_images(self, label: int, count: int, iteration: int) -> Tensor:
+        """Images [m c h w] of a class, drawn for each iteration without repetition; all if the class has fewer."""
+        drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
+        return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
+
+    def _rows_of(self, label: int) -> NDArray[np.int64]:
+        if label not in self._rows:
+            self._rows[label] = np.flatnonzero(self.part.dataset.train_labels == label)
+        return self._rows[label]
+
+    def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
+        """Compute the loss [] of this worker's rows and networks, and its gradient in their images [n c h w].
+
+        The caller adds both over workers, so each worker returns its own part of the sum.
+
+        Args:
+            synthetic: rows of the set that the worker holds, class by class.
+            iteration: number of iterations done; random draws depend on it and on `config.seed` alone.
+            all_sum: adds a tensor over the workers that hold the other classes.
+        """
+        raise NotImplementedError
+
+    def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
+        """Loss [] of this worker's rows and backbones, and its gradient [n c h w]; zeros if it computes no backbone.
+
+        Workers that compute other backbones wait for each other.
+        """
+        images = state.synthetic.images
+        found = images.new_zeros(()), torch.zeros_like(images)
+
+        def compute(all_sum: AllSum) -> None:
+            nonlocal found
+            if self.part.role.backbones:
+                found = self.gradient(state.synthetic, state.iteration, all_sum)
+
+        self.part.mesh.in_rows(compute)
+        return found
+
+    def step(self, state: Any, meta: MetaTerm | None) -> None:
+        """Run one iteration together with the other workers of the mesh. `meta` is `None` without MetaDD."""
+        mesh = self.part.mesh
+        state.step(
+            lambda: self._gradient(state),
+            meta=meta,
+            all_sum=mesh.sum_over_classes,
+            sum_over_backbones=mesh.sum_over_backbones,
+        )
+
+    def measured(self, state: Any) -> Mapping[str, float]:
+        """Measurements of the last iteration: suffix of a metric name, such as `matching_loss` -> value."""
+        return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
+
+    def shown(self, state: Any) -> Mapping[str, float]:
+        """Values of the last iteration to show beside the progress bar: name -> value."""
+        return {"loss": state.history[-1].loss}
+
+    def counts(self, state: Any) -> Mapping[str, int]:
+        """Counts that describe the finished distillation: name, such as skipped updates -> number."""
+        return {"skipped": state.skipped}
+
+    def images_seen(self) -> float:
+        """Number of images that all networks of all workers see in one iteration, on average."""
+        part = self.part
+        cost = ImageCost(0, 0, 0, 0, 0)
+        return len(part.config.weights) * sum(self.demand(part.config, part.dataset.classes, 1, cost).passes.values())
+
+    def warnings(self, state: Any) -> Iterator[str]:
+        """Messages to the user after the last iteration, if the set learned less than the recipe says."""
+        if 4 * state.skipped > state.iteration:
+            yield (
+                f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "
+                f"{state.rate_key}"
+            )
+
+    def close(self) -> None:
+        """Release files and threads."""

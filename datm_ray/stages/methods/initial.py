@@ -1,0 +1,90 @@
+"""First images and labels of a set: real images, labelled by trained networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
+from datm_ray.core.training.loop import Heartbeat, no_heartbeat
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.experts.networks import ExpertNetworks
+
+if TYPE_CHECKING:
+    from datm_ray.stages.methods.base import Part
+
+
+def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> SyntheticSet:
+    """Make the images and labels with which this worker's classes start.
+
+    By default these are real images that experts classify correctly, labelled by the experts' mean logits. The recipe
+    may ask for random images or noise instead, or for hard labels.
+
+    Args:
+        part: this worker's part in the distillation.
+        experts: experts of the first backbone; `None` takes random images or noise, with hard labels.
+        step_size: step size of all backbones.
+    """
+    config, dataset, rows = part.config, part.dataset, part.rows
+    step_sizes = torch.full((len(config.weights),), step_size, device=part.device)
+    shape = (rows.last - rows.first, dataset.channels, *dataset.size)
+    images = torch.zeros(shape, device=part.device)
+    soft_labels = torch.zeros(len(images), dataset.classes, device=part.device)
+    labels = torch.tensor(rows.classes(config.distill.ipc), device=part.device)
+    labels = labels.repeat_interleave(config.distill.ipc)
+
+    def choose(heartbeat: Heartbeat) -> None:
+        if part.mesh.row == 0:
+            images.copy_(torch.tensor(_first_images(part, experts, heartbeat)))
+            if experts is None or not config.distill.has_soft_labels:
+                soft_labels.copy_(hard_logits(labels, dataset.classes))
+            else:
+                soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))
+
+    part.mesh.until_all_are_done(choose)
+    # Machines may round differently. Workers of other backbones add zeros, so all get the bits of the first row.
+    images, soft_labels = part.mesh.sum_over_backbones(images), part.mesh.sum_over_backbones(soft_labels)
+    return SyntheticSet(images, soft_labels, step_sizes, labels)
+
+
+def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbeat) -> NDArray[np.float32]:
+    """Images [n c h w] with which this worker's rows of the set start: real images or noise."""
+    dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
+    if settings.initial == "noise":
+        shape = (settings.ipc * dataset.classes, *part.image)
+        return generator(part.config.seed, Purpose.INITIAL_NOISE).standard_normal(shape, np.float32)[rows]
+    return dataset.train_images[first_rows(part, experts, part.rows, heartbeat)]
+
+
+def first_rows(
+    part: Part, experts: ExpertNetworks | None, rows: Rows, heartbeat: Heartbeat = no_heartbeat
+) -> NDArray[np.int64]:
+    """Indices of the training images from which these rows of the set start.
+
+    They are correctly classified images or random ones, see `distill.initial`.
+
+    Args:
+        part: this worker's part in the distillation.
+        experts: networks that decide which images are classified correctly; `None` chooses random images.
+        rows: rows of whole classes.
+    """
+    dataset, settings = part.dataset, part.config.distill
+    if settings.initial == "random" or experts is None:
+        return random_rows(dataset.train_labels, settings.ipc, part.config.seed)[rows.first : rows.last]
+
+    def predict(expert: int, asked: NDArray[np.int64]) -> NDArray[np.int64]:
+        images = torch.tensor(dataset.train_images[asked], device=part.device)
+        return experts.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
+
+    return correct_rows(
+        dataset.train_labels,
+        settings.ipc,
+        part.config.seed,
+        experts=experts.count,
+        predict=predict,
+        classes=rows.classes(settings.ipc),
+    )

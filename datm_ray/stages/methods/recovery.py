@@ -1,0 +1,163 @@
+"""Recovery of images from a teacher (SRe2L) in one worker: one block (at most `recover.block` images) at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.errors import ConfigError
+from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
+from datm_ray.methods.state import MetaRecord, MetaTerm, State
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method, Part, Piece
+from datm_ray.stages.methods.initial import first_rows
+
+FEW_IMAGES = 32
+"""Number of images in a block below which a run warns that batch statistics are unreliable."""
+
+
+class RecoveryFromTeacher(Method):
+    """SRe2L: recovers the images of one block (part of a set) from a teacher, which is expert 0 of `network`."""
+
+    state: ClassVar[type[State[Any]]] = Recovery
+    batch_norm = "always"
+    gives_step_size = False
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """Run with the teacher's network alone: the one backbone that must be trained before."""
+        return config.each_backbone()[:1]
+
+    @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Numbers of the stored epochs that a run reads: the last alone. The teacher is expert 0 after this epoch."""
+        return (config.experts.epochs,)
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        super().check(config)
+        if config.dataset.normalisation == "zca":
+            raise ConfigError(
+                "dataset.normalisation is 'zca', and recovered pixels are kept between black and white",
+                "whitened values have no such bounds",
+                "use --set dataset.normalisation=standard",
+            )
+        if config.recover.rounds > config.distill.iterations:
+            raise ConfigError(
+                f"recover.rounds is {config.recover.rounds}, and there are {config.distill.iterations} iterations",
+                "a round has at least one iteration",
+                "lower recover.rounds",
+            )
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Blocks into which the set is divided: at most `recover.block` images each, of about equal sizes.
+
+        A block has one image of each of as many classes as fit. If all classes fit, it has several images of each.
+        """
+        most, ipc = config.recover.block, config.distill.ipc
+        groups = np.array_split(np.arange(classes), -(-classes // most))
+        each = max(1, most // len(groups[0]))
+        parts = np.array_split(np.arange(ipc), -(-ipc // each))
+        found = [(range(group[0], group[-1] + 1), range(part[0], part[-1] + 1)) for part in parts for group in groups]
+        return [Piece(number, *ranges) for number, ranges in enumerate(found)]
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
+        largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
+        return Demand({"training": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Text for plans: the numbers of blocks, iterations and images."""
+        return f"{config.distill.iterations:,} iterations of each block of {chunk:,} of {images:,} images"
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        self.calibration = ""  # Adam has its own learning rate, so none is found
+        if part.rows.last < FEW_IMAGES:
+            self.notes = (f"a block has {part.rows.last} images, whose statistics say little: raise recover.block",)
+
+    def calibrate(self, state: Any) -> Iterator[str]:
+        """Yields nothing, because the recipe leaves no value open."""
+        return iter(())
+
+    @cached_property
+    def _loss(self) -> RecoveryLoss:
+        config = self.part.config
+        channels_last = config.cluster.channels_last
+        return RecoveryLoss(self.experts[0].restored(0), config.recover, channels_last=channels_last)
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Values [c 1 1] of black and of white pixels in normalised images."""
+        normaliser, shape = self.part.dataset.transform.normaliser(), self.part.image
+        black, white = (normaliser(torch.full((1, *shape), value))[0, :, :1, :1] for value in (0.0, 1.0))
+        return black.to(self.part.device), white.to(self.part.device)
+
+    def first_set(self) -> SyntheticSet:
+        """Make the images with which the block starts, noise or real ones, with hard labels.
+
+        The task that joins the blocks may replace the labels, see `stages/pieces.py`.
+        """
+        config, piece = self.part.config, self.piece
+        labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
+        if config.distill.initial == "noise":
+            noise = generator(config.seed, Purpose.RECOVERY_NOISE, piece.number)
+            images = torch.from_numpy(noise.standard_normal((len(labels), *self.part.image), np.float32))
+        else:
+            images = self._real_images()
+        hard = hard_logits(labels, self.part.dataset.classes)
+        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=self.part.device)
+        return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
+
+    def _real_images(self) -> Tensor:
+        """Real images [n c h w] with which the block starts."""
+        piece, ipc = self.piece, self.part.config.distill.ipc
+        of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
+        chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
+        return torch.from_numpy(self.part.dataset.train_images[chosen])
+
+    def step(self, state: Any, meta: MetaTerm | None) -> None:
+        """Run one iteration: one step of Adam on the loss of a random view of the block's images.
+
+        Args:
+            meta: MetaDD's term, which is added to the loss; `None` without MetaDD.
+        """
+        config, synthetic = self.part.config, state.synthetic
+        if config.recover.rounds > 1 and state.first_images is None:
+            state.first_images = synthetic.variable("images").clone()
+        iterations = config.distill.iterations
+        view = draw_view(config.recover, config.seed, self.piece.number, state.iteration, iterations)
+        images = synthetic.images.detach().requires_grad_()
+        seen = view.of(images)
+        inner = seen.detach().requires_grad_()
+        loss, statistics = self._loss(inner, synthetic.labels)
+        (along,) = torch.autograd.grad(loss, inner)
+        if meta is not None:
+            rows = torch.from_numpy(meta.rows).to(inner.device)
+            found, of_meta = meta.metadd.gradient(inner[rows], synthetic.labels[rows], networks=meta.networks)
+            terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
+            state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
+            along = along.index_add(0, rows, of_meta)
+        (gradient,) = torch.autograd.grad(seen, images, along)
+        state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
+
+    def shown(self, state: Any) -> Mapping[str, float]:
+        """Loss of the last iteration, and its part from batch statistics: name -> value."""
+        return {"loss": state.history[-1].loss, "statistics": state.history[-1].statistics}
+
+    def images_seen(self) -> float:
+        """Number of images that the teacher sees in one iteration: the images of a block."""
+        return float(self.part.rows.last)

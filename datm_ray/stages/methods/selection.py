@@ -1,0 +1,302 @@
+"""Choice of real images (method select) in one worker, class by class and without iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.registry import build_network, embedding
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.core.training.loop import SCORING_BATCH
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.methods.selection import (
+    Scores,
+    best_crops,
+    crop_for_tile,
+    draw_boxes,
+    drawn_order,
+    el2n_scores,
+    forgetting_scores,
+    keep,
+    moderate_scores,
+    padded,
+    tiled,
+)
+from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method, Piece
+from datm_ray.store.trajectories import epochs_in_words
+
+MOST_PIECES = 32
+"""Largest number of pieces into which a set is divided. Each piece reads several networks again, so more would be
+slow."""
+LEAST_EPOCHS = 3
+"""Smallest number of stored epochs, inclusive and without epoch 0, for which forgetting can be counted."""
+
+Rows = Mapping[int, NDArray[np.int64]]
+"""Class -> indices of its real training images, in the order drawn."""
+Work = Generator[None, None, dict[int, Scores]]
+"""Generator that pauses between scoring steps, and returns class -> scores of its images."""
+
+
+class Selection(Method):
+    """Chooses real images by the scores that a teacher or all experts of `network` give them, or at random."""
+
+    batch_norm = "either"
+    gives_step_size = False
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """The one backbone that must be trained before, as a run with this network alone.
+
+        Expert 0 is the teacher and labels the set; el2n and forgetting use all experts.
+        """
+        return config.each_backbone()[:1]
+
+    @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Epochs of each expert that a run reads: for forgetting all; otherwise the last one and `select.epoch`."""
+        if config.select.by == "forgetting":
+            return config.kept_epochs
+        return (config.select.epoch or config.experts.epochs, config.experts.epochs)
+
+    @classmethod
+    def iterations(cls, config: RunConfig) -> int:
+        """Always 0, because the chosen images are the set."""
+        return 0
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        super().check(config)
+        if config.metadd is not None:
+            raise ConfigError(
+                "metadd changes images, and method select leaves real ones as they are",
+                remedy="leave out the metadd section, or choose another method",
+            )
+        _check_select(config)
+
+    @classmethod
+    def check_images(cls, config: RunConfig, images: RawDataset) -> None:
+        """Raise a `DatmError` for too few images, images that do not divide into tiles, or missing features."""
+        settings, smallest = config.select, int(np.bincount(images.train.labels, minlength=images.classes).min())
+        if settings.by == "rded" and smallest < _crops_of_class(config):
+            raise DatasetError(
+                f"select.tiles={settings.tiles} needs {_crops_of_class(config)} training images of each class, and a "
+                f"class has {smallest}",
+                remedy="lower select.tiles or distill.ipc",
+            )
+        if settings.by == "rded" and any(side % settings.tiles for side in images.size):
+            raise DatasetError(
+                f"images of {'x'.join(map(str, images.size))} do not divide into {settings.tiles} tiles a side",
+                remedy="use --set select.tiles=1, or another dataset.resize",
+            )
+        if settings.by == "moderate":
+            spec = config.network.for_images(images.channels, images.size, images.classes)
+            embedding(build_network(spec, seed=0).eval(), torch.zeros(1, images.channels, *images.size))
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Blocks of classes of about equal sizes: one block per class, but at most `MOST_PIECES` blocks."""
+        groups = np.array_split(np.arange(classes), min(classes, MOST_PIECES))
+        images = range(config.distill.ipc)
+        return [Piece(number, range(own[0], own[-1] + 1), images) for number, own in enumerate(groups)]
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Memory for scoring one batch of real images; no work, because the method has no iterations."""
+        held = config.distill.ipc * max(len(piece.classes) for piece in cls.pieces(config, classes))
+        return Demand({}, at_once=1, maps=1, vectors=1, held=held, trace=2 * SCORING_BATCH * cost.largest)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Work of choosing the images: kind of work -> images that pass a network.
+
+        Each crop passes the teacher once, or each image passes each expert and epoch once. Labelling the set is added.
+
+        Args:
+            training_images: number of training images, without validation images.
+        """
+        settings, count = config.select, config.experts.count
+        passes = {
+            "rded": classes * min(settings.pool, training_images // classes) * settings.crops,
+            "moderate": training_images,
+            "el2n": training_images * count,
+            "forgetting": training_images * count * len(_epochs_of_training(config)),
+            "random": 0,
+        }[settings.by]
+        return {"scoring": passes + 2 * config.distill.ipc * classes * config.distill.has_soft_labels}
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Text for plans: how many images are chosen, by which score."""
+        settings = config.select
+        crops = f": {settings.crops:,} crops of up to {settings.pool:,} images of a class"
+        return f"{images:,} images chosen by {settings.by}{crops if settings.by == 'rded' else ''}, without iterations"
+
+    def choose(self) -> Generator[None, None, SyntheticSet]:
+        """Choose the images of this worker's piece (some classes) and return them with hard labels.
+
+        Yields between steps. The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        """
+        config, device = self.part.config, self.part.device
+        rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self.piece.classes}
+        images = yield from self._condensed(rows) if config.select.by == "rded" else self._real(rows)
+        labels = torch.tensor(self.piece.classes, device=device).repeat_interleave(config.distill.ipc)
+        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=device)
+        return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
+
+    def _real(self, rows: Rows) -> Generator[None, None, Tensor]:
+        """Uncropped real images [n c h w] with the best scores, class by class; yields between scoring steps."""
+        settings = self.part.config.select
+        score: Callable[[Rows], Work] = {
+            "moderate": self._moderate,
+            "el2n": self._el2n,
+            "forgetting": self._forgetting,
+            "random": _equal,
+        }[settings.by]
+        scores = yield from score(rows)
+        hardest = settings.hardest and settings.by in ("el2n", "forgetting")
+        ipc = self.part.config.distill.ipc
+        return self._images(np.concatenate([own[keep(scores[k], ipc, hardest=hardest)] for k, own in rows.items()]))
+
+    def _moderate(self, rows: Rows) -> Work:
+        network, found = self._network(0), dict[int, Scores]()
+        for label, own in rows.items():
+            features = yield from self._computed(lambda images: embedding(network, images), own)
+            found[label] = moderate_scores(features.numpy())
+        return found
+
+    def _el2n(self, rows: Rows) -> Work:
+        count, epoch = self.experts[0].count, self.part.config.select.epoch
+        networks = (self._network(expert, epoch) for expert in range(count))
+        return (yield from mean_el2n(networks, count, rows, self._images))
+
+    def _forgetting(self, rows: Rows) -> Work:
+        count, found = self.experts[0].count, {label: np.zeros(len(own)) for label, own in rows.items()}
+        for expert in range(count):
+            correct: dict[int, list[NDArray[np.bool_]]] = {label: [] for label in rows}
+            for epoch in _epochs_of_training(self.part.config):
+                network = self._network(expert, epoch)
+                for label, own in rows.items():
+                    logits = yield from self._computed(network, own)
+                    correct[label].append((logits.argmax(dim=1) == label).numpy())
+            for label in rows:
+                found[label] += forgetting_scores(np.stack(correct[label])) / count
+        return found
+
+    def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
+        """Images [n c h w], tiled from the crops of lowest loss, class by class; yields between scoring steps."""
+        network, found = self._network(0), list[Tensor]()
+        for label, own in rows.items():
+            found.append((yield from self._condensed_class(network, label, own[: self.part.config.select.pool])))
+        return torch.cat(found)
+
+    def _condensed_class(
+        self, network: nn.Module, label: int, pool: NDArray[np.int64]
+    ) -> Generator[None, None, Tensor]:
+        settings, seed, size = self.part.config.select, self.part.config.seed, self.part.dataset.size
+        boxes = draw_boxes(len(pool), settings.crops, settings.least_share, seed, label)
+
+        def crop(places: NDArray[np.int64], numbers: NDArray[np.int64]) -> Tensor:
+            drawn = boxes[places, numbers].to(self.part.device)
+            return crop_for_tile(self._images(pool[places]), drawn, settings.tiles)
+
+        def losses(crops: NDArray[np.int64]) -> Tensor:
+            logits = network(padded(crop(*np.divmod(crops, settings.crops)), *size)).double()
+            return cross_entropy(logits, torch.full((len(crops),), label, device=logits.device), reduction="none")
+
+        every = yield from _in_batches(losses, np.arange(len(pool) * settings.crops))
+        numbers, lowest = best_crops(every.numpy().reshape(len(pool), settings.crops))
+        places = keep(lowest, _crops_of_class(self.part.config))
+        return tiled(crop(places, numbers[places]), settings.tiles)
+
+    def _network(self, expert: int, epoch: int | None = None) -> nn.Module:
+        return self.experts[0].restored(expert, epoch).eval()
+
+    def _images(self, rows: NDArray[np.int64]) -> Tensor:
+        """Real training images [n c h w] at these indices, on the device."""
+        return torch.from_numpy(self.part.dataset.train_images[rows]).to(self.part.device)
+
+    def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
+        """Values of `function` for the real images at the indices `rows`, in main memory; yields between batches."""
+        return _in_batches(lambda batch: function(self._images(batch)), rows)
+
+
+def mean_el2n(
+    networks: Iterable[nn.Module], count: int, rows: Rows, images: Callable[[NDArray[np.int64]], Tensor]
+) -> Work:
+    """Compute the mean EL2N score of each image over networks in evaluation mode; returned as class -> scores.
+
+    Args:
+        networks: networks that are scored with, one at a time.
+        count: number of networks.
+        rows: class -> indices of its images.
+        images: function from indices to real images [n c h w] on the networks' device.
+    """
+    found = {label: np.zeros(len(own)) for label, own in rows.items()}
+    for network in networks:
+        for label, own in rows.items():
+            logits = yield from _in_batches(lambda batch, network=network: network(images(batch)), own)  # type: ignore[misc]
+            found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
+    return found
+
+
+def _check_select(config: RunConfig) -> None:
+    """Raise a `ConfigError` if values of `select` do not fit each other or the stored epochs of the experts."""
+    settings, wanted, stored = config.select, _crops_of_class(config), config.kept_epochs
+    if settings.by == "rded" and settings.pool < wanted:
+        raise ConfigError(
+            f"select.pool is {settings.pool}, and {wanted} crops of each class are wanted",
+            "an image gives one crop at most",
+            f"use --set select.pool={wanted} or more",
+        )
+    if settings.by == "el2n" and settings.epoch is not None and settings.epoch not in stored:
+        raise ConfigError(
+            f"select.epoch is {settings.epoch}, and experts store {epochs_in_words(stored)}",
+            "experts.keep_epochs and experts.epochs decide which epochs there are",
+            f"use a stored epoch, or --set experts.keep_epochs={settings.epoch}",
+        )
+    if settings.by == "forgetting" and len(trained := _epochs_of_training(config)) < LEAST_EPOCHS:
+        raise ConfigError(
+            f"select.by is 'forgetting', and experts store {epochs_in_words(trained)} of their training",
+            "an image is forgotten from one stored epoch to the next",
+            f"use --set experts.keep_epochs={max(LEAST_EPOCHS, config.experts.epochs)}, and as many experts.epochs",
+        )
+
+
+def _crops_of_class(config: RunConfig) -> int:
+    """Number of crops per class that rded keeps."""
+    return config.distill.ipc * config.select.tiles**2
+
+
+def _epochs_of_training(config: RunConfig) -> list[int]:
+    """Stored epochs of the experts, without the untrained epoch 0."""
+    return [epoch for epoch in config.kept_epochs if epoch > 0]
+
+
+def _equal(rows: Rows) -> Work:
+    """Give all images the same score, so that the drawn order decides."""
+    yield
+    return {label: np.zeros(len(own)) for label, own in rows.items()}
+
+
+def _in_batches(
+    function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
+) -> Generator[None, None, Tensor]:
+    """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
+
+    Returns the values of all items in main memory. Yields between batches.
+    """
+    found = []
+    for first in range(0, len(items), SCORING_BATCH):
+        yield
+        with torch.no_grad():
+            found.append(function(items[first : first + SCORING_BATCH]).cpu())
+    return torch.cat(found)

@@ -1,0 +1,534 @@
+"""Trajectory matching in one worker: the experts it reads, the networks it matches, and the values it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.synthetic import AllSum, SyntheticSet
+from datm_ray.core.training.loop import Heartbeat
+from datm_ray.errors import ConfigError, StoreError, ThresholdError
+from datm_ray.methods.state import FIRST_MOVE, MetaTerm
+from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
+from datm_ray.methods.trajectory.difficulty import draw_plan
+from datm_ray.methods.trajectory.distance import Distance
+from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
+from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
+from datm_ray.runtime.ahead import Ahead
+from datm_ray.runtime.devices import precision_on, to_device_ahead
+from datm_ray.stages.methods.base import Demand, Method, Part
+from datm_ray.stages.methods.initial import first_set
+from datm_ray.store.trajectories import ExpertGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backbone:
+    """One backbone that this worker matches, with its experts and memory plan."""
+
+    number: int
+    group: ExpertGroup
+    """Folder of the network's experts in the store."""
+    functions: StudentStepFunctions
+    plan: DistillationPlan
+    """Memory plan of the network."""
+    chunk: int
+    """Number of images in a micro-batch."""
+
+
+COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
+"""Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
+1.9 compiled, 7.3 to 8.9 uncompiled."""
+NETWORK_VECTORS = 10
+"""Number of vectors with p parameters in memory, beside the student's stored steps: two networks, target, v, sums of
+gradients, and start and target of the next iteration."""
+_AGAIN = (
+    f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
+    "--set name=..."
+)
+
+
+class TrajectoryMatching(Method):
+    """Trajectory matching (DATM, MTT): a worker matches its backbones, each with that backbone's experts."""
+
+    functions: type[StudentStepFunctions] = StudentStepFunctions
+    """Class that computes a student step and its reverse. Benchmarks may set another one."""
+    refuses: bool = True
+    """True to raise an error for sets that cannot be matched. Benchmarks may set it to False."""
+    state = Distillation
+    reads_backbones = True
+    precisions = ("auto", "float32", "tf32", "bfloat16")
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """All backbones, each as a run with that network alone, because each is matched with its own experts."""
+        return config.each_backbone()
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` if a network cannot be matched, or experts lack an epoch that can be matched."""
+        super().check(config)
+        config.require_matched_epochs()
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Work and memory of an iteration: student steps on this worker's part of the minibatches.
+
+        The student's parameters after each step stay in memory. With several class shards, each step sums two vectors
+        over them.
+        """
+        settings, images = config.distill, config.distill.ipc * classes
+        rows = rows_at_a_time(images, settings.ipc * -(-classes // shards), min(settings.batch_size, images))
+        steps, vector = settings.student_steps, 4 * cost.parameters
+        return Demand(
+            {"matching": steps * rows},
+            at_once=rows,
+            maps=COMPILED_MAPS if config.cluster.compile else UNCOMPILED_MAPS,
+            vectors=NETWORK_VECTORS,
+            trace=(steps + 1) * vector,
+            summed=steps * (2 * vector + 4) if shards > 1 else 0,
+            sums=2 * steps,
+        )
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Text for plans: the numbers of iterations, student steps and images."""
+        settings, batch = config.distill, min(config.distill.batch_size, images)
+        steps = f"{settings.student_steps:,} student steps of {batch:,} of {images:,} images"
+        without = f", without the first {share:.0%} of the parameters" if (share := settings.unmatched_share) else ""
+        return f"{settings.iterations:,} iterations of {steps}, in micro-batches of {chunk:,}{without}"
+
+    @classmethod
+    def outlook(cls, config: RunConfig, training_images: int) -> Distance:
+        """Forecast for a recipe: the distances in parameter space that experts and the student move."""
+        return Distance.of(config, training_images)
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        config, role = part.config, part.role
+        cluster = config.cluster
+        options = StepOptions(
+            compiled=cluster.compile,
+            channels_last=cluster.channels_last,
+            precision=precision_on(cluster, part.device),
+            graphs=cluster.cuda_graphs and part.device.type == "cuda",
+        )
+        steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
+        # Uncompiled steps take more memory.
+        plans = part.plans(compiled=cluster.compile and not any(each.note for each in steps.values()))
+        self._backbones = [
+            _Backbone(number, group, steps[number], plans[number], plans[number].chunk)
+            for number in role.backbones
+            for group in [self.experts[number].group]
+        ]
+        # A thread hides the wait for a remote store or for a GPU. On a CPU the draws take the iteration's own cores.
+        is_remote = any(each.group.location.local_path is None for each in self._backbones)
+        has_waits = is_remote or part.device.type == "cuda"
+        self._ahead = Ahead(self._inputs, config.distill.iterations, in_thread=has_waits)
+        self.calibration = "measuring the first matching losses"
+        self.preparation = f"{'compiling' if cluster.compile else 'preparing'} student steps"
+        self.notes = sorted({each.note for each in steps.values()} - {""})
+        first = next(iter(steps.values()), None)
+        self.facts = {} if first is None else first.facts | ({"not_compiled_because": first.note} if first.note else {})
+
+    def first_set(self) -> SyntheticSet:
+        """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
+        return first_set(self.part, self.experts[0], self.first_step_size)
+
+    @property
+    def first_step_size(self) -> float:
+        """Step size of the first set: the recipe's, or a likely one."""
+        distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
+        return distance.step_size or distance.likely_step_size
+
+    def close(self) -> None:
+        """Stop preparing the inputs of the next iteration."""
+        self._ahead.close()
+
+    def prepare(self, heartbeat: Heartbeat) -> None:
+        """Compile student steps. On a GPU, also find by trial how many images of a micro-batch fit."""
+        for place, backbone in enumerate(self._backbones):
+
+            def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
+                functions.prepare(chunk, self.part.image, self.part.dataset.classes, heartbeat)
+
+            if self.part.device.type == "cuda":
+                chunk = chunk_by_trial(step, backbone.plan, self.part.device)
+                self._backbones[place] = dataclasses.replace(backbone, chunk=chunk)
+            else:
+                step(backbone.chunk)
+
+    def calibrate(self, state: Distillation) -> Iterator[str]:
+        """Find the initial step sizes and the images' learning rate where the recipe leaves them open.
+
+        Losses are measured for `PAIRS` pairs of start and target. Yields messages about the results.
+
+        Raises:
+            ThresholdError: all measured losses exceed `distill.threshold`, start and target are equal in all pairs, or
+                the loss has no gradient in the images.
+        """
+        given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.threshold
+        pairs = self._pairs(state.iteration)
+        if given is None:
+            measured = self._search(state, pairs)
+            state.synthetic.step_sizes.copy_(torch.tensor([each.step_size for each in measured]))
+        else:
+            measured = self._measured(lambda own, all_sum: measure(given, pairs[own], state.synthetic, all_sum))
+        losses = [loss for each in measured for loss in each.losses if not math.isnan(loss)]
+        above, start = sum(loss > threshold for loss in losses), _listed(each.loss for each in measured)
+        if not losses and self.refuses:
+            raise ThresholdError(
+                f"start and target are identical in all {PAIRS} pairs that were measured, so there is nothing to match",
+                "the experts have come to rest before these epochs",
+                "lower distill.start_epochs",
+            )
+        if above == len(losses) and self.refuses:
+            best = measured if given is None else self._search(state, pairs)
+            raise self._hopeless("the set would start", [each.loss for each in measured], state, pairs, best)
+        if given is None:
+            found = _listed(each.step_size for each in measured)
+            yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
+        if self.part.config.distill.learning_rate_images is None:
+            state.image_rate = self._image_rate(state, pairs)
+            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
+            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
+        if above:
+            yield (
+                f"{_of(above, len(losses), 'matching loss')} at the start {'exceeds' if above == 1 else 'exceed'} "
+                f"distill.threshold {threshold:g}, and such iterations are skipped. The mean loss is {start}: "
+                f"{self._distance(state)}"
+            )
+
+    def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
+        """Pairs of an expert's start and target parameters for calibration, spread evenly over the start epochs.
+
+        Returns the index of each backbone that this worker matches -> `PAIRS` pairs.
+        """
+        config, allowed = self.part.config, self.part.config.distill.start_epochs
+        starts = np.linspace(allowed.first, allowed.upper_bound(iteration) - 1, PAIRS).round().astype(int).tolist()
+        origins = [Origin(number % config.experts.count, start) for number, start in enumerate(starts)]
+        return {
+            backbone.number: [self._match(backbone, origin, iteration + k) for k, origin in enumerate(origins)]
+            for backbone in self._backbones
+        }
+
+    def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
+        """Find the best step size of every network of the run, with its losses. All workers get the same results."""
+        near = self._distance(state).likely_step_size
+
+        def search(own: int, all_sum: AllSum) -> Measured:
+            return find_step_size(lambda tried: measure(tried, pairs[own], state.synthetic, all_sum), near)
+
+        return self._measured(search)
+
+    def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
+        """Measure every network of the run, each on the workers that match it. All workers get the same results.
+
+        Args:
+            of_backbone: function (index of a backbone, sum over the workers with other classes) -> measurement.
+        """
+        found = torch.zeros(len(self.part.config.weights), 3 + PAIRS, dtype=torch.float64)
+
+        def work(all_sum: AllSum) -> None:
+            for backbone in self._backbones:
+                own = of_backbone(backbone.number, all_sum)
+                row = [own.step_size, own.least_tried, own.most_tried, *own.losses]
+                found[backbone.number] = torch.tensor(row, dtype=torch.float64)
+
+        self.part.mesh.in_rows(work)
+        rows = self.part.mesh.sum_over_backbones(found.to(self.part.device)).tolist()
+        return [Measured(row[0], tuple(row[3:]), *row[1:3]) for row in rows]
+
+    def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
+        """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.
+
+        The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` change nothing, so they count
+        only if all losses are above it.
+        """
+        for skip_above in (self.part.config.distill.threshold, math.inf):
+            shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
+            if found := [share for share in shares if math.isfinite(share) and share]:
+                return FIRST_MOVE / statistics.fmean(found)
+        raise ThresholdError(
+            "the matching loss has no gradient in the images, so no distill.learning_rate_images can be found",
+            str(self._distance(state)),
+            "give distill.learning_rate_images, or lower distill.start_epochs",
+        )
+
+    def _image_share(
+        self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
+    ) -> float:
+        """Norm of the gradient in the images for the pair `number` of each network, divided by the images' norm.
+
+        Networks whose loss exceeds `skip_above` add nothing.
+        """
+        total = torch.zeros_like(state.synthetic.images)
+
+        def work(all_sum: AllSum) -> None:
+            for backbone in self._backbones:
+                pair = pairs[backbone.number][number]
+                total.add_(pair.weight * pair.gradient(state.synthetic, all_sum, skip_above).images)
+
+        self.part.mesh.in_rows(work)
+        return self.share_of_images(state.movement(total), state.synthetic.images)
+
+    def _distance(self, state: Distillation) -> Distance:
+        """Distances in parameter space that experts move and, with the set's present step size, the student."""
+        given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
+        return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
+
+    def _hopeless(
+        self,
+        what: str,
+        losses: Sequence[float],
+        state: Distillation,
+        pairs: Mapping[int, Sequence[Match]],
+        best: Sequence[Measured],
+        again: str = "",
+    ) -> ThresholdError:
+        """Make an error about losses above `distill.threshold`, with numbers, and settings that bring losses below it.
+
+        Args:
+            what: start of the message, before "with a matching loss of".
+            losses: matching losses of the networks, above `distill.threshold`.
+            best: the best step size that was found for every network.
+            again: end of the message, about running the same command again; "" for none.
+        """
+        settings, now = self.part.config.distill, float(state.synthetic.step_size)
+        remedy = f"try {self._better(best)}"
+        if not min(each.loss for each in best) <= settings.threshold:
+            lower = "distill.learning_rate_images or start_epochs" if state.momenta else "distill.start_epochs"
+            remedy = "raise distill.threshold to 1" if settings.threshold < 1 else f"lower {lower}"
+            least, most = min(each.least_tried for each in best), max(each.most_tried for each in best)
+            remedy = f"no step size from {least:.2g} to {most:.2g} is enough: {remedy}"
+        fewer = round(settings.student_steps * best[0].step_size / now)
+        if len(best) == 1 and 1 <= fewer < settings.student_steps:
+            cut = {n: [dataclasses.replace(each, steps=each.steps[:fewer]) for each in own] for n, own in pairs.items()}
+            (short,) = self._measured(lambda own, all_sum: measure(now, cut[own], state.synthetic, all_sum))
+            if short.loss <= settings.threshold:
+                remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
+        fact = f"{what} with a matching loss of {_listed(losses, 5)}, above distill.threshold {settings.threshold:g}"
+        return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
+
+    def _better(self, best: Sequence[Measured]) -> str:
+        """Text that recommends the setting with the best step size found for the present set, and gives its loss."""
+        found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
+        if self.part.config.distill.initial_step_size is not None:
+            return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
+        number = min(each.step_size for each in best)  # one setting for all networks: none goes too far
+        among = f"the smallest of {found}, " if len(best) > 1 else ""
+        return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
+
+    def step(self, state: Distillation, meta: MetaTerm | None) -> None:
+        """Run one iteration: match every network once. Meanwhile the inputs of the next iteration are prepared.
+
+        Args:
+            meta: MetaDD's term; `None` without MetaDD.
+
+        Raises:
+            ThresholdError: the losses of many iterations in a row exceeded `distill.threshold`.
+        """
+        origins, matches = self._ahead.get(state.iteration)
+        state.step(
+            matches,
+            origins,
+            meta=meta,
+            all_sum=self.part.mesh.sum_over_classes,
+            sum_over_backbones=self.part.mesh.sum_over_backbones,
+            in_rows=self.part.mesh.in_rows,
+        )
+        if self.refuses and (times := state.stuck):
+            losses, pairs = [each.loss for each in state.history[-state.backbones :]], self._pairs(state.iteration)
+            what = f"{times} iterations in a row changed nothing, the last"
+            raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
+
+    def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
+        """Inputs of an iteration: expert and start epoch of every network of the run, and this worker's matches.
+
+        The matches are on the device. Their bits depend on the iteration's number alone.
+        """
+        origins = self._origins(iteration)
+        return origins, [self._match(each, origins[each.number], iteration) for each in self._backbones]
+
+    def _origins(self, iteration: int) -> list[Origin]:
+        config, allowed = self.part.config, self.part.config.distill.start_epochs
+        starts = range(allowed.first, allowed.upper_bound(iteration))
+        plans = [
+            draw_plan(starts, config.experts.count, config.seed, iteration, backbone)
+            for backbone in range(len(config.weights))
+        ]
+        return [Origin(plan.expert, plan.start) for plan in plans]
+
+    def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
+        """Number of the expert, and two of its epochs: where the student starts, and its target."""
+        return origin.expert, [origin.epoch, origin.epoch + self.part.config.distill.expert_epochs]
+
+    def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
+        config, settings = self.part.config, self.part.config.distill
+        steps = draw_student_steps(
+            settings.ipc * self.part.dataset.classes,
+            settings.student_steps,
+            settings.batch_size,
+            settings.augmentation,
+            config.seed,
+            iteration,
+            backbone.number,
+        )
+        held = [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps]
+        first, last = backbone.group.read_params(*self._wanted(origin))
+        matched = first_matched(len(first), settings.unmatched_share)
+        if np.array_equal(first[matched:], last[matched:]):
+            self._require_motion(backbone, origin, matched)  # a single such pair skips its iteration
+        start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
+        return Match(
+            backbone.functions,
+            start,
+            target,
+            place_steps(held, backbone.chunk, start),
+            backbone.number,
+            config.weights[backbone.number],
+            backbone.chunk,
+            matched,
+        )
+
+    def _require_motion(self, backbone: _Backbone, origin: Origin, matched: int) -> None:
+        """Raise a `StoreError` if the expert's matched parameters are identical at its first and last stored epochs.
+
+        Called if start and target of an iteration are identical, which alone is no error.
+        """
+        expert, (start, target) = self._wanted(origin)
+        group = backbone.group
+        epochs = group.read_info(expert).epochs
+        first, last = group.read_params(expert, [epochs[0], epochs[-1]])
+        if not np.array_equal(first[matched:], last[matched:]):
+            return
+        raise StoreError(
+            f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical, and so are its "
+            f"first and last, {epochs[0]} and {epochs[-1]}: it does not move, and there is nothing to match",
+            "it was imported from a script that stored the same parameters at every epoch, or experts.learning_rate "
+            "is too low for experts.storage",
+            f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",
+        )
+
+    def measured(self, state: Distillation) -> dict[str, float]:
+        """Measurements of the last iteration for the first backbone: suffix of a metric name -> value."""
+        first = state.history[-state.backbones]
+        return {
+            "matching_loss": first.loss,
+            "step_size": first.step_size,
+            "skipped_steps": state.skipped,
+            "shortened_steps": state.shortened,
+            "start_epoch": first.start,
+            "upper_bound": self.part.config.distill.start_epochs.upper_bound(first.iteration),
+        }
+
+    def shown(self, state: Distillation) -> dict[str, float]:
+        """Loss and step size of the first backbone in the last iteration, and the number of skipped updates so far."""
+        first = state.history[-state.backbones]
+        return {"loss": first.loss, "step_size": first.step_size, "skipped": float(state.skipped)}
+
+    def counts(self, state: Distillation) -> dict[str, int]:
+        """Numbers of skipped, diverged and shortened updates of the finished distillation, by name."""
+        return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
+
+    def images_seen(self) -> float:
+        """Number of images in all student steps of one iteration, over all backbones."""
+        config, settings = self.part.config, self.part.config.distill
+        images = settings.ipc * self.part.dataset.classes
+        batches = -(-images // min(images, settings.batch_size))  # batches of one pass; the first may be smaller
+        return settings.student_steps * images / batches * len(config.weights)
+
+    def warnings(self, state: Distillation) -> Iterator[str]:
+        """Messages if the set learned nothing, or less than the recipe says, so that nobody takes this for success."""
+        settings = self.part.config.distill
+        updates, above = len(state.history), state.skipped - state.diverged
+        if 4 * above > updates:
+            lower = "Try distill.initial_step_size=null, lower"
+            if settings.initial_step_size is None:
+                best = self._search(state, self._pairs(state.iteration))
+                is_enough = min(each.loss for each in best) <= settings.threshold
+                lower = f"Try {self._better(best)}, or lower" if is_enough else "Lower"
+            yield (
+                f"{_of(above, updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, and "
+                f"taught nothing: {self._distance(state)}. {lower} the start epochs, or "
+                "see in the report whether it came all at once"
+            )
+        if 4 * state.diverged > updates:
+            yield (
+                f"{_of(state.diverged, updates, 'update')} {_was(state.diverged)} skipped because a value was not "
+                "finite or a step size not positive: lower distill.learning_rate_images or learning_rate_step_size, or "
+                "use cluster.precision=float32"
+            )
+        if 4 * state.shortened > updates:
+            yield (
+                f"{_of(state.shortened, updates, 'gradient')} {_was(state.shortened)} shortened to "
+                f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
+                "distill.learning_rate_images, or raise the limit"
+            )
+
+
+class MatchingTrainingTrajectories(TrajectoryMatching):
+    """MTT: students start at any epoch of a range from 0 on, images at any real ones, and labels are the classes."""
+
+    state = HardLabelled
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` also for start epochs that are DATM's: a range that begins later, or that grows."""
+        super().check(config)
+        starts = config.distill.start_epochs
+        if starts.first or starts.bound <= starts.last:
+            range_ = f"begins at {starts.first}" if starts.first else f"grows from {starts.bound} to {starts.last + 1}"
+            raise ConfigError(
+                f"distill.start_epochs {range_}, and method {config.method} has a fixed range from epoch 0 on",
+                "ranges by difficulty are what DATM adds",
+                f"use --set 'distill.start_epochs=[0, {starts.last + 1}]', or --set method=datm",
+            )
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """No work: no network sees the first images before they are matched."""
+        return {"scoring": 0}
+
+    def first_set(self) -> SyntheticSet:
+        """Choose random real images, or noise, with hard labels, before the first iteration."""
+        return first_set(self.part, None, self.first_step_size)
+
+
+def rows_at_a_time(images: int, held: int, batch: int) -> int:
+    """Number of images of a minibatch for which a worker plans memory, if it holds `held` of the set's images.
+
+    Minibatches are drawn from the whole set, so the worker's part of them varies; about one in a thousand has more.
+    With micro-batches of the average part, half of all steps would need a second call for a few images.
+
+    Args:
+        images: images of the whole set.
+        held: images that the worker holds.
+        batch: images of a minibatch, over all workers.
+    """
+    share = held / images
+    spread = math.sqrt(batch * share * (1 - share) * (images - batch) / max(1, images - 1))
+    return min(held, batch, math.ceil(batch * share + 3 * spread))
+
+
+def _listed(numbers: Iterable[float], digits: int = 3) -> str:
+    """Numbers as text with `digits` significant digits, joined by "and"."""
+    return " and ".join(f"{number:.{digits}g}" for number in numbers)
+
+
+def _of(part: int, whole: int, noun: str) -> str:
+    """Text for a part of a number, such as "1 of 1 update" or "2 of 3 matching losses"."""
+    return f"{part} of {whole} {noun}" + ("es" if noun.endswith("s") else "s") * (whole != 1)
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"

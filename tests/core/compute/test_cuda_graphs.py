@@ -1,0 +1,151 @@
+"""Tests CUDA graphs without a GPU: a fake records the operations of a call and plays them on the same memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from datm_ray.config import NetworkSpec
+from datm_ray.core.compute.cuda_graphs import Replayed
+from datm_ray.core.compute.torch_compat import storage_id
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
+
+SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
+
+
+class Tape(TorchDispatchMode):
+    """Plays a CUDA graph's part: `replay` runs the recorded operations again, on the memory of the recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replays = 0
+        self._recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and record it unless its result shares memory with its arguments."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        held = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(results) if isinstance(each, Tensor)]
+        storages = {storage_id(each) for each in held}
+        is_view = not func._schema.is_mutable and any(storage_id(each) in storages for each in made)
+        if not is_view:
+            self._recorded.append((func, args, kwargs, [] if func._schema.is_mutable else made))
+        return results
+
+    def replay(self) -> None:
+        """Compute all recorded results again, each into the memory that it had in the recording."""
+        self.replays += 1
+        for func, args, kwargs, made in self._recorded:
+            found = [each for each in tree_leaves(func(*args, **kwargs)) if isinstance(each, Tensor)]
+            for into, value in zip(made, found, strict=False):
+                if not into._is_zerotensor():
+                    into.copy_(value)
+
+
+class Stream:
+    """Stands for a CUDA stream."""
+
+    def wait_stream(self, other: Stream) -> None:
+        """Do nothing: a CPU computes in order."""
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Tapes recorded so far, with torch's CUDA graphs replaced by tapes."""
+    made: list[Tape] = []
+
+    def new() -> Tape:
+        made.append(Tape())
+        return made[-1]
+
+    @contextmanager
+    def graph(tape: Tape, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        with tape:
+            yield
+
+    @contextmanager
+    def stream(_: Stream) -> Iterator[None]:
+        yield
+
+    fakes = {"CUDAGraph": new, "graph": graph, "Stream": Stream, "current_stream": Stream, "stream": stream}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return made
+
+
+def test_a_replay_computes_the_results_of_new_arguments_in_new_memory(tapes: list[Tape]) -> None:
+    """Every call copies its arguments in and its results out, so that earlier results and arguments stay."""
+    single, double = Replayed(lambda x, y: (x @ y).relu()), Replayed(lambda x, y: (x + y, [x * y][0]))
+    calls = [(torch.randn(3, 3), torch.randn(3, 3)) for _ in range(4)]
+    before = [(x.clone(), y.clone()) for x, y in calls]
+    products, pairs = [single(*call) for call in calls], [double(*call) for call in calls]
+    assert [tape.replays for tape in tapes] == [4, 4]
+    for product, pair, (x, y), given in zip(products, pairs, before, calls, strict=True):
+        assert torch.equal(product, (x @ y).relu())
+        assert torch.equal(pair[0], x + y)
+        assert torch.equal(pair[1], x * y)
+        assert torch.equal(torch.stack(given), torch.stack((x, y)))
+
+
+def test_a_function_that_cannot_be_recorded_runs_as_without(
+    tapes: list[Tape], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A function that reads a value is logged in one line and computed by itself; short memory is an error."""
+    reading = Replayed(lambda x: x * float(x.sum()))
+    with caplog.at_level(logging.WARNING):
+        assert [reading(torch.full((2,), value)).tolist() for value in (1.0, 2.0)] == [[2.0, 2.0], [8.0, 8.0]]
+    (record,) = caplog.records
+    assert "no CUDA graphs" in record.getMessage()
+    assert "not permitted when stream is capturing" in record.getMessage()
+    assert [tape.replays for tape in tapes] == [0]
+
+    def too_large(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Replayed(too_large)(torch.zeros(1))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("order", ["reverse-over-forward", "reverse-over-reverse"])
+def test_matching_gradients_of_replayed_steps_have_equal_bits(tapes: list[Tape], order: Order, precision: Any) -> None:
+    """Three iterations with replayed steps, in chunks of several sizes, have the bits of plain steps."""
+    network, draw = FlatNetwork(build_network(SPEC, 0)), torch.Generator().manual_seed(0)
+    start = flatten(network.module)
+    target = start + 0.1 * torch.randn(start.shape, generator=draw)
+    images, labels = torch.randn(7, 3, 8, 8, generator=draw), torch.randn(7, 4, generator=draw)
+    held = SyntheticSet(images, labels, torch.tensor([0.05]), torch.arange(7) % 4)
+
+    def gradients(*, graphs: bool) -> list[MatchingGradient]:
+        options = StepOptions(compiled=False, order=order, precision=precision, graphs=graphs)
+        functions = StudentStepFunctions(network, options)
+        steps = [draw_student_steps(7, 4, 5, "crop_scale_flip", 1, iteration) for iteration in range(3)]
+        chunks = (None, 3, 3)
+        return [
+            matching_gradient(functions, start, target, held, each, chunk=chunk)
+            for each, chunk in zip(steps, chunks, strict=True)
+        ]
+
+    for replayed, plain in zip(gradients(graphs=True), gradients(graphs=False), strict=True):
+        assert replayed.loss == plain.loss
+        assert torch.equal(replayed.images, plain.images)
+        assert torch.equal(replayed.soft_labels, plain.soft_labels)
+        assert torch.equal(replayed.step_size, plain.step_size)
+    # Both functions of 2, 5 and 3 images. The first iteration has two steps of each of the first two sizes.
+    assert [tape.replays for tape in tapes] == [2, 2, 2, 2, 12, 12]

@@ -1,0 +1,363 @@
+"""Tests the training loop against one written by hand, and the protocols against the published numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
+from datm_ray.core.images.augment import augment, draw_augmentation
+from datm_ray.core.networks.parameters import flatten, flatten_buffers
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import LARGEST_STACK, StackFunctions
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.training.experts import ExpertState
+from datm_ray.core.training.loop import (
+    PROTOCOLS,
+    Schedule,
+    Trainer,
+    Training,
+    TrainingState,
+    accuracy,
+    are_trained_together,
+    predict_logits,
+    scoring_schedule,
+    stack_sizes,
+    train,
+    train_to_end,
+    train_together,
+)
+from datm_ray.errors import ConfigError
+
+PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
+RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
+COSINE = replace(RICH, decay_epoch=None, cosine=True, warmup_epochs=2)
+WARM = replace(RICH, warmup_epochs=2)
+
+
+def make_network(seed: int = 0) -> nn.Module:
+    return build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2), seed)
+
+
+def make_data(count: int = 20) -> tuple[Tensor, Tensor]:
+    """Separable noise: the place of a bright row is the class."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=draw)
+    images[torch.arange(count), 0, 1 + 2 * labels] += 2
+    return images, labels
+
+
+def train_by_hand(network: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, seed: int) -> list[float]:
+    """The published loop: torch's SGD, every image once an epoch, a new optimiser at the decay; losses by epoch."""
+
+    def sgd(rate: float) -> torch.optim.SGD:
+        return torch.optim.SGD(
+            network.parameters(), rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
+
+    optimizer, losses = sgd(schedule.learning_rate), []
+    for epoch in range(schedule.epochs):
+        if epoch == schedule.decay_epoch:
+            optimizer = sgd(schedule.learning_rate * 0.1)
+        order, total = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)), 0.0
+        for batch, first in enumerate(range(0, len(images), schedule.batch_size)):
+            rows = torch.from_numpy(order[first : first + schedule.batch_size])
+            draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+            loss = cross_entropy(
+                network(augment(images[rows], draw_augmentation(schedule.augmentation, len(rows), draw))), labels[rows]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(rows)
+        losses.append(total / len(images))
+    return losses
+
+
+@pytest.mark.parametrize("schedule", [PLAIN, RICH], ids=["plain", "momentum, decay and augmentation"])
+def test_training_equals_the_published_loop(schedule: Schedule) -> None:
+    """Training equals a loop by hand that keeps the short last batch and drops the momentum at the decay."""
+    images, labels = make_data()
+    ours, by_hand = make_network(), make_network()
+    epochs = list(train(ours, images, labels, schedule, seed=4))
+    losses = train_by_hand(by_hand, images, labels, schedule, seed=4)
+    torch.testing.assert_close(flatten(ours), flatten(by_hand), rtol=1e-5, atol=1e-6)
+    assert [epoch.loss for epoch in epochs] == pytest.approx(losses, rel=1e-4)
+    assert [epoch.number for epoch in epochs] == list(range(1, schedule.epochs + 1))
+    assert [epoch.step for epoch in epochs] == [3 * epoch for epoch in range(1, schedule.epochs + 1)]
+
+
+def trainings(schedule: Schedule, soft: bool) -> list[Training]:
+    """Three networks in float64, each with images, a seed and a learning rate of its own."""
+    images, labels = make_data(40)
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randperm(40, generator=draw)[:20] for _ in range(3)]
+    targets = torch.randn(40, 3, generator=draw).double() if soft else labels
+    rates = [schedule.learning_rate * factor for factor in (1, 0.3, 0.3)]
+    return [
+        Training(
+            make_network(number).double(),
+            images[own].double(),
+            targets[own],
+            replace(schedule, learning_rate=rate),
+            4 + number,
+        )
+        for number, (own, rate) in enumerate(zip(rows, rates, strict=True))
+    ]
+
+
+def functions_of(stack: list[Training], compile_: bool = False) -> StackFunctions:
+    functions = StackFunctions(stack[0].network, stacked=len(stack), compile_=compile_)
+    assert functions.note == ""
+    return functions
+
+
+def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Networks trained together, and the same ones trained one after another."""
+    stack, alone = trainings(schedule, soft), trainings(schedule, soft)
+    epochs = [state.epoch for state in train_together(functions_of(stack, compile_), stack)]
+    assert epochs == list(range(1, schedule.epochs + 1))
+    for each in alone:
+        train_to_end(each.network, each.images, each.targets, each.schedule, each.seed)
+    return [each.network for each in stack], [each.network for each in alone]
+
+
+@pytest.mark.parametrize(
+    "schedule", [PLAIN, RICH, COSINE, WARM], ids=["plain", "momentum, decay and augmentation", "cosine", "warm-up"]
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_networks_trained_together_equal_those_trained_one_after_another(schedule: Schedule, soft: bool) -> None:
+    """Networks with rates of their own equal those trained alone to 1e-12 in float64, also at a short last batch."""
+    for ours, alone in zip(*together(schedule, soft), strict=True):
+        torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_networks_trained_together_are_compiled_exactly() -> None:
+    """The compiled step is exact to 1e-12 in float64, with the last batch filled up."""
+    for ours, alone in zip(*together(RICH, soft=True, compile_=True), strict=True):
+        torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
+
+
+def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None:
+    """Long trainings of several networks that stack go together.
+
+    Short ones, one network, ResNets, AdamW and networks under a teacher do not.
+    """
+    network = make_network()
+    resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
+    long = replace(RICH, epochs=1000)
+    assert are_trained_together(network, 2, (1, 8, 8), 20, long)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, RICH)
+    assert not are_trained_together(network, 1, (1, 8, 8), 20, long)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, long, is_taught=True)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, long.with_adamw())
+    assert not are_trained_together(resnet, 2, (1, 8, 8), 20, long)
+
+
+def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
+    """Networks stay alone if their maps are large but still fit the cache, as measured; a GPU takes them together."""
+    shapes = [(64, 10), (128, 10), (128, 20), (128, 100)]
+    image, together = (3, 32, 32), []
+    for width, images in shapes:
+        network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=width), 0)
+        assert are_trained_together(network, 5, image, images, PROTOCOLS["published"], on_gpu=True)
+        together.append(are_trained_together(network, 5, image, images, PROTOCOLS["published"]))
+    assert together == [True, False, True, True]
+
+
+def test_stacks_have_one_size_if_possible_and_leave_no_network_alone() -> None:
+    """Five seeds of any number of candidates are stacks of five; every stack has two to eight networks."""
+    assert [stack_sizes(5 * candidates) for candidates in (1, 3, 4)] == [[5], [5] * 3, [5] * 4]
+    assert [stack_sizes(each) for each in (1, 2, 6, 9, 11)] == [[1], [2], [6], [3] * 3, [6, 5]]
+    for networks in range(2, 60):
+        sizes = stack_sizes(networks)
+        assert sum(sizes) == networks
+        assert 2 <= min(sizes) <= max(sizes) <= LARGEST_STACK
+
+
+def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:
+    """A trainer that trains one network after another gives the results of single trainings."""
+    images, labels = make_data()
+    alone = [make_network(0), make_network(1)]
+    own = [Training(make_network(seed), images, labels, PLAIN, 4 + seed) for seed in range(2)]
+    assert list(Trainer().train_all(own)) == list(range(1, 7))
+    for each, other in zip(own, alone, strict=True):
+        train_to_end(other, images, labels, PLAIN, each.seed)
+        assert torch.equal(flatten(each.network), flatten(other))
+
+
+def copied(state: TrainingState) -> ExpertState:
+    """State as a file holds it."""
+    velocity = None if state.velocity is None else state.velocity.clone()
+    return ExpertState(state.parameters.clone(), state.buffers.clone(), velocity, state.epoch, state.step)
+
+
+ADAMW = replace(RICH, learning_rate=0.01).with_adamw(0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "norm", "is_stack"),
+    [
+        (PLAIN, "instance", False),
+        (PLAIN, "instance", True),
+        (RICH, "batch", False),
+        (RICH, "instance", True),
+        (COSINE, "instance", True),
+        (ADAMW, "batch", False),
+    ],
+)
+def test_a_training_resumes_after_any_epoch_with_the_same_bits(schedule: Schedule, norm: str, is_stack: bool) -> None:
+    """Parameters, buffers and the optimiser's vectors are the whole state, before, at and after the decay."""
+    images, labels = make_data()
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2, norm=norm)
+
+    def stack() -> list[Training]:
+        rates = (0.05, 0.02) if is_stack else (schedule.learning_rate,)
+        own = [replace(schedule, learning_rate=rate) for rate in rates]
+        return [Training(build_network(spec, 0), images, labels, each, 4) for each in own]
+
+    def training(saved: ExpertState | None) -> tuple[list[Training], list[ExpertState]]:
+        own = stack()
+        states = train_together(functions_of(own), own, saved) if is_stack else Trainer().train(own, None, saved)
+        return own, [copied(state) for state in states]
+
+    whole, states = training(None)
+    for state in states:
+        resumed, later = training(state)
+        assert [each.epoch for each in later] == list(range(state.epoch + 1, schedule.epochs + 1))
+        for each, other in zip(resumed, whole, strict=True):
+            assert torch.equal(flatten(each.network), flatten(other.network))
+            assert torch.equal(flatten_buffers(each.network), flatten_buffers(other.network))
+
+
+def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
+    """The decay divides the rate by ten and drops the momentum; a constant gradient shows both."""
+
+    class Constant(nn.Module):
+        """Loss log(1 + exp(-p)) for class 1 of two: with p far below zero its gradient is -1."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor(-200.0, dtype=torch.float64))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([torch.zeros_like(self.p), self.p]).expand(len(images), 2)
+
+    network, schedule = Constant(), Schedule(4, 1, 1.0, momentum=0.5, decay_epoch=2)
+    epochs = train(network, torch.zeros(1, 1, 1, 1), torch.tensor([1]), schedule, seed=0)
+    places = [float(network.p.detach()) for _ in epochs]
+    assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
+
+
+def test_adamw_equals_torchs() -> None:
+    """AdamW equals torch's: its decay shrinks parameters directly, and not through the gradient."""
+    images, labels = make_data(1)  # AdamW's first step is the gradient's sign, so zeros must agree
+    schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
+    network, slow = make_network(), make_network()
+    train_to_end(network, images, labels, schedule, 0)
+    for learning_rate in (0.01, 0.001):
+        optimizer = torch.optim.AdamW(slow.parameters(), lr=learning_rate, weight_decay=0.5)
+        torch.nn.functional.cross_entropy(slow(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(flatten(network), flatten(slow), rtol=1e-4, atol=1e-5)
+
+
+def test_a_section_changes_what_it_names_of_its_protocol() -> None:
+    """The defaults are the protocol, halfway is as in the protocols, and a warm-up without end is refused."""
+    for name, protocol in PROTOCOLS.items():
+        plain = EvaluateConfig.model_validate({"protocol": name})
+        assert scoring_schedule(plain, 0.3) == replace(protocol, learning_rate=0.3, augmentation=PUBLISHED_AUGMENTATION)
+    changed = EvaluateConfig(protocol="quick", epochs=500, batch_size=256, augmentation="")
+    assert scoring_schedule(changed, 0.01) == replace(PROTOCOLS["short"], batch_size=256)
+    cosine = scoring_schedule(EvaluateConfig(protocol="quick", schedule="cosine", warmup_epochs=5), 0.01)
+    assert (cosine.epochs, cosine.decay_epoch, cosine.cosine, cosine.warmup_epochs) == (20, None, True, 5)
+    with pytest.raises(ConfigError, match=r"warmup_epochs is 20, and there are 20 epochs"):
+        scoring_schedule(EvaluateConfig(protocol="quick", warmup_epochs=20), 0.01)
+
+
+def test_published_protocol_has_the_published_numbers() -> None:
+    """The published protocol has 1001 epochs of batch 128, and a tenth of the rate after epoch index 501."""
+    published = PROTOCOLS["published"]
+    assert (published.epochs, published.batch_size) == (1001, 128)
+    assert (published.momentum, published.weight_decay) == (0.9, 5e-4)
+    assert published.decay_epoch == 1000 // 2 + 1 + 1
+
+
+def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
+    """Logits whose softmax is one-hot train exactly like class numbers."""
+    images, labels = make_data()
+    hard, soft = make_network(), make_network()
+    train_to_end(hard, images, labels, RICH, 0)
+    train_to_end(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, 0)
+    torch.testing.assert_close(flatten(soft), flatten(hard), rtol=1e-4, atol=1e-5)
+
+
+def test_soft_labels_are_logits() -> None:
+    """The loss of soft labels is the cross-entropy with the softmax of the logits."""
+    images, _ = make_data(6)
+    targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    network = make_network()
+    expected = -(targets.softmax(1) * network(images).log_softmax(1)).sum(1).mean()
+    (epoch,) = train(network, images, targets, replace(PLAIN, epochs=1), seed=0)
+    assert epoch.loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_seed_alone_decides_the_result() -> None:
+    """The seed alone decides the parameters bit for bit, whatever the state of the global generators."""
+    images, labels = make_data()
+    results = []
+    for seed, noise in ((1, 10), (1, 20), (2, 10)):
+        torch.manual_seed(noise)
+        network = make_network()
+        train_to_end(network, images, labels, RICH, seed)
+        results.append(flatten(network))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_measuring_between_epochs_changes_nothing() -> None:
+    """Measuring accuracy between epochs changes neither training mode nor results."""
+    images, labels = make_data()
+    watched, alone = make_network(), make_network()
+    for _ in train(watched, images, labels, RICH, seed=0):
+        accuracy(watched, images, labels)
+        assert watched.training
+    train_to_end(alone, images, labels, RICH, 0)
+    assert torch.equal(flatten(watched), flatten(alone))
+
+
+def test_a_separable_problem_is_learned() -> None:
+    """A separable problem goes from chance to all new images right in a few epochs."""
+    images, labels = make_data(90)
+    network = make_network()
+    before = accuracy(network, images[60:], labels[60:])
+    last = train_to_end(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), 0)
+    assert before < 0.7
+    assert accuracy(network, images[60:], labels[60:]) == 1
+    assert last.number == 30
+    assert last.loss < 0.1
+
+
+def test_logits_are_predicted_in_evaluation_mode_in_chunks() -> None:
+    """Prediction uses evaluation mode, and the size of its chunks does not matter."""
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 3))
+    images, _ = make_data(7)
+    logits = predict_logits(network, images, batch_size=3)
+    torch.testing.assert_close(logits, predict_logits(network, images))
+    assert not logits.requires_grad
+    assert network.training
+    assert int(network.get_buffer("1.num_batches_tracked")) == 0
+
+
+def test_accuracy_is_the_share_of_images_that_are_right() -> None:
+    """Accuracy is the share of correctly classified images, counted by hand."""
+    images = torch.tensor([[3.0, 1, 1], [0, 2, 1], [0, 1, 5], [1, 0, 0]]).view(4, 3, 1, 1)
+    assert accuracy(nn.Flatten(), images, torch.tensor([0, 1, 1, 0])) == 0.75
