@@ -33,12 +33,11 @@ from torch import Tensor
 from datm_ray.config import DistillConfig, NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
-from datm_ray.stages.checkpoint import Rows
 
 TOLERANCE = 1e-5
 """Largest difference between images of one process and of several, as a share of their norm; the tests' tolerance."""

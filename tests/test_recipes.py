@@ -8,8 +8,8 @@ import torch
 from datm_ray.config import RunConfig, unread_keys
 from datm_ray.core.networks.registry import build_network, spatial_features
 from datm_ray.errors import ConfigError
-from datm_ray.planning.shape import data_shape
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
+from datm_ray.shape import data_shape
 from datm_ray.stages.methods.registry import method_of
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold

@@ -22,7 +22,7 @@ from PIL import Image
 from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, load_config_text, override, run_identity
 from datm_ray.core.scores import augmentation_robust, label_robust
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
@@ -30,7 +30,7 @@ from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_tab
 from datm_ray.report.results import shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import CHECKPOINT, Rows
+from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location

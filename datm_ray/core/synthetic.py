@@ -26,6 +26,27 @@ def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@dataclass(frozen=True, order=True)
+class Rows:
+    """Range [first, last) of images, sorted by class, of a synthetic set: those that one worker holds."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
+        """Rows of a shard's classes in a set with `ipc` images per class.
+
+        If `shards` does not divide `classes`, the first shards have one class more.
+        """
+        bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
+        return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
+
+    def classes(self, ipc: int) -> range:
+        """Classes of the images in the rows, in a set with `ipc` images per class."""
+        return range(self.first // ipc, self.last // ipc)
+
+
 @dataclass
 class SyntheticSet:
     """Synthetic set: the learned variables and the images' classes."""

@@ -14,6 +14,8 @@ direction. Tests: tests/methods/test_selection.py.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from datm_ray.core.images.augment import crop_boxes, resized_crop
 from datm_ray.core.randomness import Purpose, generator
 
 Scores = NDArray[np.float64]
+Work = Generator[None, None, dict[int, Scores]]
+"""Generator that pauses between scoring steps, and returns class -> scores of its images."""
 
 
 def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.int64]:

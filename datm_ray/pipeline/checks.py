@@ -31,10 +31,10 @@ from datm_ray.monitor.loggers import require_logger
 from datm_ray.pipeline.folder import RECIPE, DataNote, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
-from datm_ray.planning.memory import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.rows import CONTROLS, row_schedule
+from datm_ray.stages.methods.memory import plans_of, require_whole_classes
 from datm_ray.stages.methods.registry import method_of, teacher_of, trained_backbones
 from datm_ray.store.files.filesystem import Location, open_location
 

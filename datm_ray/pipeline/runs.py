@@ -13,7 +13,7 @@ from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
-from datm_ray.planning.shape import DataShape
+from datm_ray.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts.train import expert_group, origins
 from datm_ray.stages.methods.registry import trained_networks

@@ -13,19 +13,11 @@ from datm_ray.config import DatasetConfig, NetworkConfig, NetworkSpec, RunConfig
 from datm_ray.core.training.loop import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.machines import FORWARD_PASSES, workers_here
-from datm_ray.planning.memory import (
-    ALONE,
-    distilling_memory,
-    experts_memory,
-    laid_out,
-    plans_of,
-    prior_memory,
-    scoring_memory,
-)
-from datm_ray.planning.shape import DataShape, network_cost, prior_cost
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.planning.machines import FORWARD_PASSES
+from datm_ray.planning.memory import distilling_memory, experts_memory, prior_memory, scoring_memory
+from datm_ray.runtime.devices import uses_gpu, workers_here
 from datm_ray.runtime.executor import Executor, Task
+from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.evaluate.rows import (
     FAIR_ROWS,
     ROWS,
@@ -39,7 +31,8 @@ from datm_ray.stages.evaluate.rows import (
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.stages.experts.train import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels, missing_epochs
-from datm_ray.stages.methods.base import Piece
+from datm_ray.stages.methods.memory import ALONE, laid_out, plans_of
+from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.validation import is_apart, only_validations_are_left
@@ -343,7 +336,7 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[Ru
     if runs.alone or (executor is not None and config.workers_per_set > executor.workers):
         return laid_out(config, ALONE), 1
     wanted = sum(each.workers_per_set for each in runs.unfinished()) or config.workers_per_set
-    return config, min(executor.workers_per_machine if executor else workers_here(config), wanted)
+    return config, min(executor.workers_per_machine if executor else workers_here(config.cluster), wanted)
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:

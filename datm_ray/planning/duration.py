@@ -23,9 +23,8 @@ from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import PROTOCOLS, scoring_schedule, validation_protocol
 from datm_ray.methods.state import columns
 from datm_ray.planning.machines import Machine
-from datm_ray.planning.memory import DistillationPlan
-from datm_ray.planning.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
 from datm_ray.runtime.devices import uses_gpu
+from datm_ray.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
 from datm_ray.stages.evaluate.rows import (
     fewest_tasks,
     is_taught,
@@ -38,6 +37,7 @@ from datm_ray.stages.evaluate.rows import (
 from datm_ray.stages.experts.train import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.methods.base import Outlook
+from datm_ray.stages.methods.memory import DistillationPlan
 from datm_ray.stages.methods.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.prior import is_trained
 from datm_ray.stages.validation import validations

@@ -6,7 +6,6 @@ Tests: tests/planning/test_duration.py.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +15,7 @@ import torch
 
 from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.runtime.devices import uses_gpu, workers_here
 
 FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
@@ -81,17 +80,12 @@ class Machine:
         return 2 * (members - 1) / members * size / self.bandwidth + rounds * LATENCY[self.device]
 
 
-def workers_here(config: RunConfig) -> int:
-    """Number of CPU workers on this machine: `cluster.workers`, or as many as its CPUs allow."""
-    return config.cluster.workers or max(1, (os.cpu_count() or 1) // config.cluster.threads_per_worker)
-
-
 def machine_here(config: RunConfig) -> Machine:
     """Machine to plan for if the user describes no cluster: `cluster.workers` workers, or as many as fit here."""
     cluster = config.cluster
     if uses_gpu(cluster):
         return Machine.of("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
-    return Machine.of("core", workers_here(config), cluster.threads_per_worker)
+    return Machine.of("core", workers_here(cluster), cluster.threads_per_worker)
 
 
 UNITS = {

@@ -27,8 +27,8 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gr
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
-from datm_ray.planning.shape import network_cost
 from datm_ray.runtime.devices import precision_on, prepare_device, restoring_determinism
+from datm_ray.shape import network_cost
 from datm_ray.stages.experts.train import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 

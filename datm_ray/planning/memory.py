@@ -1,281 +1,40 @@
-"""Memory that workers take: a process, and tensors with a margin. What does not fit is refused before anything starts.
+"""Main memory that Ray reserves for the workers of each stage: a process, and tensors with a margin.
 
-The set, parameters and images are counted exactly, activations as a multiple of what all layers write in one forward
-pass (`core/networks/image_cost.py`), measured on CPUs. On a GPU a trial step decides in the end (`chunk_by_trial`).
-Images of the data set are left out, because the workers of a node share them. Accuracy: benchmarks/README.md. Tests:
+A distilling worker's memory is planned in `stages/methods/memory.py`, with the same accuracy. Images of the data set
+are left out, because the workers of a node share them. Accuracy: benchmarks/README.md. Tests:
 tests/planning/test_memory.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
-from datm_ray.config import NetworkConfig, Role, RunConfig
+from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.images.batches import BLOCK_BYTES
-from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
-from datm_ray.core.prior import KEPT_MAPS, micro_batch
-from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH, scoring_schedule
-from datm_ray.errors import ConfigError
-from datm_ray.memory import available_memory
-from datm_ray.planning.machines import workers_here
-from datm_ray.planning.shape import DataShape, network_cost, prior_cost
-from datm_ray.runtime.devices import free_gpu_memory, uses_gpu
+from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
+from datm_ray.runtime.devices import uses_gpu
+from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.experts.progress import LARGEST_WRITE
-from datm_ray.stages.methods.registry import method_of, teacher_of
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.stages.methods.memory import MARGIN, PROCESS_BYTES, plans_of
+from datm_ray.stages.methods.registry import teacher_of
 
-if TYPE_CHECKING:
-    from datm_ray.stages.methods.base import Demand
-
-PROCESS_BYTES, TRAINING_PROCESS_BYTES = 1200 * 2**20, 900 * 2**20
-"""Bytes of a CPU worker without its tensors.
-
-PROCESS_BYTES: it distils; measured 935 to 1,200 MiB, most if it had trained networks before. TRAINING_PROCESS_BYTES: it
-trains networks; measured 790 to 830 MiB, and 940 MiB with compiled steps of experts on small tensors.
-"""
+TRAINING_PROCESS_BYTES = 900 * 2**20
+"""Bytes of a CPU worker that trains networks, without its tensors. Measured: 790 to 830 MiB, and 940 MiB with compiled
+steps of experts on small tensors."""
 GPU_PROCESS_BYTES = 4 * 2**30
 """Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
-CONTEXT_BYTES = 2**29
-"""GPU memory of one process's context of CUDA, which it has beside its tensors. Assumed, not measured."""
-MARGIN, GPU_SHARE = 1.25, 0.9
-"""MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share of a GPU's free
-memory, or of the worker's part of the GPU, that a worker may fill."""
 STACKED_MAPS, ALONE_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass.
 
 STACKED_MAPS: networks in a stack, whose calls are small on CPUs; measured up to 3.4. ALONE_MAPS: one network; measured
 1.3 to 1.5. `MARGIN` comes on top.
 """
-SET_COPIES, IMAGE_COPIES = 5, 6
-"""SET_COPIES: copies of a set (with momentum, gradient, updated set, and the set kept by validation). IMAGE_COPIES:
-copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
-VECTORS, FROZEN_VECTORS = 8, 2
-"""VECTORS: parameter vectors of a network in training (with gradients, velocity, GSAM's and updated ones).
-FROZEN_VECTORS: those of a MetaDD network (the restored network and its frozen copy)."""
+VECTORS = 8
+"""Number of parameter vectors of a network in training, with gradients, velocity, GSAM's and updated ones."""
 STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
 """Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
 megapixels at full size. Assumed."""
-PARTS = {
-    "process": ("the process itself", ""),
-    "synthetic": ("its share of the synthetic set", "distill.ipc"),
-    "network": ("the network and sums of its gradients", "network.width"),
-    "trace": ("the trace of the student's steps", "distill.student_steps"),
-    "call": ("one micro-batch", "network.width or dataset.resize"),
-    "validation": ("validation", "network.width or dataset.resize"),
-    "prior": ("a micro-batch through the prior's decoder", "prior.width"),
-    "meta": ("the networks of metadd", "dataset.resize, or choose smaller metadd.auxiliaries"),
-}
-"""Part of a worker's memory -> what it is, and which setting makes it smaller; "" if none does."""
-ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
-"""Settings of the section `cluster` with which one worker distils a set, see `laid_out`."""
-
-
-@dataclass(frozen=True)
-class DistillationPlan:
-    """Memory plan of one worker and one network that it distils with, or of a worker that only computes MetaDD."""
-
-    name: str
-    """Phrase that says what the worker does, for messages."""
-    budget: float
-    """Bytes that the worker may take; infinite if this process cannot see its GPU."""
-    parts: Mapping[str, int]
-    """Bytes that the worker takes, by part, see `PARTS`."""
-    chunk: int
-    """Images of a micro-batch: as many as memory and a CPU's cache allow, of nearly equal size; 0 for MetaDD alone."""
-    demand: Demand
-    """Work and memory of an iteration of the method."""
-
-    @property
-    def total(self) -> int:
-        """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
-        parts = self.parts
-        apart = (parts[name] for name in ("validation", "meta", "prior"))
-        worst = max(parts["trace"] + parts["call"], *apart)  # never at the same time
-        return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
-
-    def __str__(self) -> str:
-        limit = "as the GPU allows" if math.isinf(self.budget) else f"of {size_in_words(self.budget)}"
-        return f"{size_in_words(self.total)} {limit}"
-
-    def lines(self) -> list[str]:
-        """Lines with the parts of the worker's memory, after a heading."""
-        parts = [f"    {size_in_words(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
-        return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain data. The limit is `None` if this process cannot see the worker's GPU."""
-        limit = None if math.isinf(self.budget) else self.budget
-        return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
-
-    def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
-        can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
-        size, name = max((size, name) for name, size in can_help.items())
-        words, knob = PARTS[name]
-        if name == "call" and not self.demand.is_divisible:  # a block, whose statistics couple its images
-            knob = "recover.block"
-        found = [*remedies, f"raise --memory (cluster.memory) to {size_in_words(1.01 * self.total)}"]
-        raise ConfigError(
-            f"a worker that {self.name} needs {size_in_words(self.total)} and may take {size_in_words(self.budget)}",
-            f"{size_in_words(size)} of it is {words}",
-            ", or ".join([*found, f"lower {knob}"] if knob else found),
-        )
-
-
-def laid_out(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Copy of a run with other settings of its section `cluster`."""
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
-
-
-def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[DistillationPlan]:
-    """Plans of every network that a recipe works on, in the networks' order, then of workers that only compute MetaDD.
-
-    Args:
-        shape: the recipe's data. With 0 training images, the data set does not count in a machine's memory.
-        sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
-
-    Raises:
-        ConfigError: a worker would need more memory than it may take, or there are more shards than classes.
-    """
-    require_whole_classes(config.cluster.shards, shape.classes, config.name)
-    sharing = sharing or min(workers_here(config), config.workers_per_set)
-    budget = worker_budget(config, shape.bytes, sharing)
-    pairs = [(role, backbone) for role in config.roles for backbone in role.backbones or (None,)]
-    plans = [_plan(config, shape, *pair, budget) for pair in pairs]
-    for plan, pair in zip(plans, pairs, strict=True):
-        if plan.total > budget:
-            has_others = config.cluster.memory is None and sharing > config.workers_per_set
-            remedies = ["lower cluster.workers, so that fewer sets are distilled at a time"] if has_others else []
-            for shards in range(config.cluster.shards + 1, shape.classes + 1):
-                if _plan(laid_out(config, {"shards": shards}), shape, *pair, budget).total <= budget:
-                    remedies.append(f"use --set cluster.shards={shards}, which divides the set")
-                    break
-            plan.refuse(*remedies)
-    return plans
-
-
-def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float) -> DistillationPlan:
-    """Plan of a worker with this role for one of its networks, or for MetaDD alone if `backbone` is `None`."""
-    shards, images, backbones = config.cluster.shards, shape.synthetic(config), config.each_backbone()
-    sizes = [network_cost(each, shape) for each in backbones]
-    first, size = sizes[0], sizes[backbone or 0]
-    seen = [network_cost([backbones[0], *config.each_auxiliary()][number], shape) for number in role.meta_networks]
-    own = method_of(config).demand(config, shape.classes, shards, size)
-    vectors = own.vectors * sum(sizes[number].parameters for number in role.backbones)
-    frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
-    trained = 0 if method_of(config).pieces(config, shape.classes) else min(PROTOCOLS["short"].batch_size, images)
-    validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces skip validation, but are labelled
-    copies = SET_COPIES + (len(role.backbones) > 1) + bool(config.distill.average_decay)
-    held = own.held or shape.synthetic(config, shards)
-    parts = dict.fromkeys(PARTS, 0) | {
-        "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
-        "synthetic": copies * held * shape.row,
-        "network": 4 * (FROZEN_VECTORS * frozen + vectors),
-        "validation": validated + (images * shape.row if shards > 1 else 0),
-        "meta": sum(IMAGES_AT_A_TIME * each.maps for each in seen),
-    }
-    if config.prior is not None:
-        decoder, latents = prior_cost(config.prior, shape.image)
-        whitening = math.prod(shape.image) ** 2 * (config.dataset.kind == "zca")
-        parts["synthetic"] += SET_COPIES * held * 4 * latents
-        parts["network"] += 4 * (2 * decoder.parameters + whitening)  # the encoder is about as large
-        parts["prior"] = min(held, micro_batch(decoder)) * (KEPT_MAPS * decoder.maps + IMAGE_COPIES * shape.row)
-    if backbone is None:
-        name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
-        return DistillationPlan(name, budget, parts, 0, own)
-    of_an_image = own.maps * size.maps + IMAGE_COPIES * shape.row
-    free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace
-    chunk = _micro_batch(config, own, free / of_an_image, size.largest)
-    parts |= {"trace": own.trace, "call": chunk * of_an_image}
-    name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")
-    return DistillationPlan(name, budget, parts, chunk, own)
-
-
-def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
-    """Number of images in a micro-batch, at least 1, so that all micro-batches of a step are nearly equal.
-
-    Args:
-        most: upper limit by memory. On CPUs the cache may lower it.
-        largest: bytes of one image's largest map.
-    """
-    if not demand.is_divisible:
-        return demand.at_once
-    most = min(most, demand.at_once)
-    if not uses_gpu(config.cluster):
-        most = min(most, 2 * CACHED_MAP_BYTES // (demand.maps * largest))  # a compiled step writes maps twice
-    return math.ceil(demand.at_once / math.ceil(demand.at_once / max(1, int(most))))
-
-
-def require_whole_classes(shards: int, classes: int, name: str) -> None:
-    """Raise a `ConfigError` if there are more shards than classes."""
-    if shards > classes:
-        raise ConfigError(
-            f"cluster.shards is {shards}, but {name} has {classes} classes",
-            "a shard holds whole classes",
-            f"use --set cluster.shards={classes} or fewer",
-        )
-
-
-def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
-    """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free for it.
-
-    On a GPU that workers share, this is at most what the worker's context of CUDA and its tensors leave of its part of
-    the whole GPU. The result is infinite for GPUs that this process cannot see.
-
-    Args:
-        data_bytes: size of the data set; the workers of a machine share one copy.
-        sharing: number of workers that share the machine's main memory.
-    """
-    cluster = config.cluster
-    if cluster.memory_bytes is not None:
-        return cluster.memory_bytes
-    if not uses_gpu(cluster):
-        return max(0, available_memory() - data_bytes) // sharing
-    if not torch.cuda.is_available():
-        return math.inf
-    # Others that share the GPU may have started already, so a share of what is free would be too little.
-    part = cluster.gpus_per_worker or 1.0
-    context = CONTEXT_BYTES if part < 1 else 0
-    share = min(part, 1.0) * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
-    return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
-
-
-def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:
-    """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
-
-    A trial also allocates the plan's part "trace". It fits if its peak memory stays within the plan's budget.
-
-    Args:
-        step: computes one step with the given number of images.
-
-    Raises:
-        ConfigError: a step of one image does not fit.
-    """
-    limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
-    while chunk:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            trace = torch.empty(plan.parts["trace"], dtype=torch.uint8, device=device)
-            step(chunk)
-            del trace
-            if torch.cuda.max_memory_allocated(device) <= limit:
-                return chunk
-        except torch.OutOfMemoryError:
-            trace = None
-        chunk //= 2
-    raise ConfigError(
-        f"a worker that {plan.name} has too little GPU memory for a step of one image",
-        f"it may take {'all of it' if math.isinf(plan.budget) else size_in_words(plan.budget)}",
-        "raise cluster.gpus_per_worker or --memory, use more cluster.shards, or lower distill.student_steps or "
-        "network.width",
-    )
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:

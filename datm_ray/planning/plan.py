@@ -13,11 +13,12 @@ import torch
 from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.errors import ConfigError
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.machines import Machine, machine_here, parse_cluster, workers_here
+from datm_ray.planning.machines import Machine, machine_here, parse_cluster
 from datm_ray.planning.measure import measured
-from datm_ray.planning.memory import laid_out, plans_of
-from datm_ray.planning.shape import DataShape, data_shape, fitting_cost, parse_shape
+from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import require_precision
+from datm_ray.shape import DataShape, data_shape, fitting_cost, parse_shape
+from datm_ray.stages.methods.memory import laid_out, plans_of
 from datm_ray.stages.methods.registry import method_of
 
 
@@ -45,7 +46,7 @@ def plan_run(
     config = config.resolved(data.image[1:])
     if cluster is None:
         fitting_cost(config.dataset, data).require_memory()
-        sharing = min(workers_here(config), wanted or config.workers_per_set)
+        sharing = min(workers_here(config.cluster), wanted or config.workers_per_set)
         found = Proposal(config, data, plans_of(config, data, sharing), machine)
     else:
         found = propose(config, data, machine)

@@ -30,8 +30,8 @@ from datm_ray.planning.draft import AS_ASKED, Choices, Draft, Planner, Wish, dat
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
-from datm_ray.planning.memory import plans_of
-from datm_ray.planning.shape import DataShape
+from datm_ray.shape import DataShape
+from datm_ray.stages.methods.memory import plans_of
 from datm_ray.store.trajectories import size_in_words
 
 LARGEST_SIDE = 64

@@ -86,6 +86,11 @@ def uses_gpu(cluster: ClusterConfig) -> bool:
     return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
+def workers_here(cluster: ClusterConfig) -> int:
+    """Number of CPU workers on this machine: `cluster.workers`, or as many as its CPUs allow."""
+    return cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
+
+
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """Turn an array into a tensor. Callers must not write to it, because on the CPU it shares the array's memory.
 

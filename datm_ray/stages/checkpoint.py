@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from datm_ray.config import DistillConfig
+from datm_ray.core.synthetic import Rows
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.methods.state import State, with_present_names
 from datm_ray.runtime.mesh import Mesh
@@ -35,27 +36,6 @@ ATTEMPT = "attempt.json"
 AnyState = TypeVar("AnyState", bound=State[Any])
 KIND = "checkpoint"
 _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
-
-
-@dataclass(frozen=True, order=True)
-class Rows:
-    """Range [first, last) of images, sorted by class, of a synthetic set: those that one worker holds."""
-
-    first: int
-    last: int
-
-    @classmethod
-    def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Rows of a shard's classes in a set with `ipc` images per class.
-
-        If `shards` does not divide `classes`, the first shards have one class more.
-        """
-        bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
-        return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
-
-    def classes(self, ipc: int) -> range:
-        """Classes of the images in the rows, in a set with `ipc` images per class."""
-        return range(self.first // ipc, self.last // ipc)
 
 
 @dataclass

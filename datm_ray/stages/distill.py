@@ -29,7 +29,7 @@ import torch
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError, OvertakenError, ThresholdError
@@ -51,15 +51,15 @@ from datm_ray.runtime.executor import (
 )
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.checkpoint import PARTS, Attempt, Rows, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.experts.progress import WRITE_SHARE
+from datm_ray.stages.experts.progress import REPORT_INTERVAL, WRITE_SHARE
 from datm_ray.stages.metadd import MetaNetworks
-from datm_ray.stages.methods.base import Method, Part
+from datm_ray.stages.methods.base import Method
+from datm_ray.stages.methods.part import Part
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.stages.prior import PriorOfSet
 from datm_ray.stages.validation import (
-    REPORT_INTERVAL,
     Candidates,
     is_due,
     only_validations_are_left,

@@ -10,13 +10,12 @@ from torch import Tensor
 from datm_ray.config import MetaConfig, Role, RunConfig, short_names
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaTerm
 from datm_ray.runtime.mesh import Mesh
-from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods.base import Piece
+from datm_ray.stages.methods.part import Piece
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import SCORING_BATCH, accuracy, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
@@ -28,13 +28,13 @@ from datm_ray.monitor.spent import Account, total
 from datm_ray.runtime.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, Rows, save_checkpoint
+from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import remove_folder
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.metadd import MetaNetworks
-from datm_ray.stages.methods.base import Part, Piece
+from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense

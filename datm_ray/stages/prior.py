@@ -49,7 +49,7 @@ from datm_ray.runtime.executor import Event, Finished, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
 from datm_ray.stages.experts.train import group_in_store
-from datm_ray.stages.methods.base import Part
+from datm_ray.stages.methods.part import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors

@@ -27,7 +27,7 @@ from datm_ray.artifact import read_artifact
 from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import (
     PROTOCOLS,
     Heartbeat,
@@ -46,14 +46,12 @@ from datm_ray.methods.state import State
 from datm_ray.monitor.spent import Spent
 from datm_ray.runtime.devices import images_on, to_device
 from datm_ray.runtime.executor import Progress
-from datm_ray.stages.checkpoint import Rows, read_iteration
-from datm_ray.stages.experts.progress import remove_folder
+from datm_ray.stages.checkpoint import read_iteration
+from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 
 CANDIDATES = "candidates"
-REPORT_INTERVAL = 1.0
-"""Seconds between two reports of a network's epochs."""
 
 
 def is_due(settings: DistillConfig, iteration: int) -> bool:

@@ -19,12 +19,13 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.planning.duration import Proposal, show_time
 from datm_ray.planning.machines import BANDWIDTH, LATENCY, machine_here, parse_cluster
 from datm_ray.planning.measure import compiled_gain, measured
-from datm_ray.planning.memory import plans_of, scoring_memory
+from datm_ray.planning.memory import scoring_memory
 from datm_ray.planning.plan import plan_run, propose
-from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, network_cost
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.shape import KNOWN_SHAPES, DataShape, network_cost
 from datm_ray.stages.distill import read_cost
+from datm_ray.stages.methods.memory import plans_of
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 

@@ -14,21 +14,18 @@ from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
 from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
-from datm_ray.planning.memory import (
-    GPU_PROCESS_BYTES,
+from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
+from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
+from datm_ray.stages.methods.memory import (
     MARGIN,
     PROCESS_BYTES,
     DistillationPlan,
     chunk_by_trial,
-    distilling_memory,
-    experts_memory,
     laid_out,
     plans_of,
-    scoring_memory,
     worker_budget,
 )
-from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
-from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.stages.methods.trajectory import rows_at_a_time
 from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
@@ -155,7 +152,7 @@ def test_a_block_that_does_not_fit_names_its_size() -> None:
 
 def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers on one machine share its memory beside the common data set; fewer workers are suggested."""
-    monkeypatch.setattr("datm_ray.planning.memory.available_memory", lambda: 10 * GIB)
+    monkeypatch.setattr("datm_ray.stages.methods.memory.available_memory", lambda: 10 * GIB)
     config = tiny_config("cluster.device=cpu", "cluster.workers=4")
     assert worker_budget(config) == 10 * GIB
     assert worker_budget(config, data_bytes=2 * GIB, sharing=2) == 4 * GIB
@@ -173,8 +170,8 @@ def test_micro_batches_shrink_to_what_is_left_of_the_budget(monkeypatch: pytest.
     assert roomy.chunk == 39  # 40 are in the cache: 12 * 39 + 32
     image = roomy.parts["call"] // 39
     left = sum(roomy.parts[name] for name in ("synthetic", "network", "trace")) + 5.5 * image
-    monkeypatch.setattr("datm_ray.planning.memory.SCORING_BATCH", 0)  # else validation needs more
-    monkeypatch.setattr("datm_ray.planning.memory.PROTOCOLS", {"short": Schedule(1, 0, 0.1)})
+    monkeypatch.setattr("datm_ray.stages.methods.memory.SCORING_BATCH", 0)  # else validation needs more
+    monkeypatch.setattr("datm_ray.stages.methods.memory.PROTOCOLS", {"short": Schedule(1, 0, 0.1)})
     memory = int(PROCESS_BYTES + MARGIN * left)
     assert plan_of(tiny_config(*changes, f"cluster.memory={memory}", "cluster.compile=true")).chunk == 5
     with pytest.raises(ConfigError, match=r"needs .* and may take"):

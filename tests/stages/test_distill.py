@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
+from datm_ray.core.synthetic import Rows
 from datm_ray.errors import ConfigError, CorruptFileError, OvertakenError
 from datm_ray.methods.trajectory.iteration import Distillation
 from datm_ray.monitor.progress import Reporter
@@ -29,15 +30,7 @@ from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progres
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import (
-    CHECKPOINT,
-    Attempt,
-    Rows,
-    load_checkpoint,
-    read_computed,
-    read_curves,
-    save_checkpoint,
-)
+from datm_ray.stages.checkpoint import CHECKPOINT, Attempt, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.methods.trajectory import TrajectoryMatching

@@ -22,7 +22,7 @@ from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods.base import Piece
+from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.recovery import RecoveryFromTeacher
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
 from datm_ray.stages.worker import StageWorker

@@ -22,12 +22,12 @@ from datm_ray.errors import ConfigError, MissingExpertsError
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
-from datm_ray.planning.memory import plans_of
 from datm_ray.planning.plan import plan_run
-from datm_ray.planning.shape import KNOWN_SHAPES
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor
+from datm_ray.shape import KNOWN_SHAPES
 from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.methods.memory import plans_of
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -518,6 +519,21 @@ def predict_logits(
         heartbeat()
     network.train(was_training)
     return torch.cat(logits)
+
+
+def in_batches(
+    function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
+) -> Generator[None, None, Tensor]:
+    """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
+
+    Returns the values of all items in main memory. Yields between batches.
+    """
+    found = []
+    for first in range(0, len(items), SCORING_BATCH):
+        yield
+        with torch.no_grad():
+            found.append(function(items[first : first + SCORING_BATCH]).cpu())
+    return torch.cat(found)
 
 
 def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:

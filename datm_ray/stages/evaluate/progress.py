@@ -25,8 +25,7 @@ from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter
 from datm_ray.runtime.executor import Note, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.experts.progress import TrainingProgress, remove_folder
-from datm_ray.stages.validation import REPORT_INTERVAL
+from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, remove_folder
 from datm_ray.store.files.filesystem import Location
 
 SAVE_INTERVAL = 30.0

@@ -8,22 +8,24 @@ whatever its curriculum.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from datm_ray.config import RunConfig
+from datm_ray.core.training.loop import in_batches
 from datm_ray.data.dataset import Dataset
+from datm_ray.methods.selection import Work, el2n_scores
 from datm_ray.runtime.devices import Meter
 from datm_ray.runtime.executor import Event, Finished, Phase
 from datm_ray.stages.experts.curriculum import KIND
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.progress import REPORT_INTERVAL
 from datm_ray.stages.experts.train import ExpertWorker, expert_group
-from datm_ray.stages.methods.selection import mean_el2n
-from datm_ray.stages.validation import REPORT_INTERVAL
 from datm_ray.store.files.filesystem import AlreadyExistsError
 from datm_ray.store.tensors import write_tensors
 
@@ -70,3 +72,25 @@ def _scores(
         if time.monotonic() >= due:
             yield Phase("scoring the images")
             due = time.monotonic() + REPORT_INTERVAL
+
+
+def mean_el2n(
+    networks: Iterable[nn.Module],
+    count: int,
+    rows: Mapping[int, NDArray[np.int64]],
+    images: Callable[[NDArray[np.int64]], Tensor],
+) -> Work:
+    """Compute the mean EL2N score of each image over networks in evaluation mode; returned as class -> scores.
+
+    Args:
+        networks: networks that are scored with, one at a time.
+        count: number of networks.
+        rows: class -> indices of its images.
+        images: function from indices to real images [n c h w] on the networks' device.
+    """
+    found = {label: np.zeros(len(own)) for label, own in rows.items()}
+    for network in networks:
+        for label, own in rows.items():
+            logits = yield from in_batches(lambda batch, network=network: network(images(batch)), own)  # type: ignore[misc]
+            found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
+    return found

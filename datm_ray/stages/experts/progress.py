@@ -47,6 +47,8 @@ from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
 
 WRITE_SHARE = 0.05
 """Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
+REPORT_INTERVAL = 1.0
+"""Seconds between two reports of a network's epochs."""
 LARGEST_WRITE = 256 * 2**20
 """Largest size in bytes of networks' parameters that are kept in memory before a write; one epoch may be larger."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60

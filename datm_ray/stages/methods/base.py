@@ -1,4 +1,4 @@
-"""Interface between distillation and methods: what a method receives, and what it returns.
+"""Interface between distillation and methods: what a method says and computes. What it receives: `part.py`.
 
 A method is a subclass of `Method`. It says which networks must be trained before, what an iteration costs, and what it
 computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
@@ -17,98 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.config import Role, RunConfig
+from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows
 from datm_ray.core.training.loop import Heartbeat
-from datm_ray.data.dataset import Dataset
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
-from datm_ray.planning.memory import ALONE, DistillationPlan, laid_out, plans_of
-from datm_ray.planning.shape import DataShape
-from datm_ray.runtime.mesh import Mesh
-from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.initial import first_set
+from datm_ray.stages.methods.part import Part, Piece
 
 STEP_SIZE = 0.01
 """Step size for training on a set without a learned step size: the value published for DM."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some images of each of some classes of a set, which one worker makes independently of other such pieces."""
-
-    number: int
-    """Number of the piece within its set, from 0."""
-    classes: range
-    images: range
-    """Range of the images that the piece has of each class, in the numbering of the whole set: from 0 to ipc - 1."""
-
-    def rows(self, ipc: int) -> NDArray[np.int64]:
-        """Indices of the piece's images, class by class, in a whole set with `ipc` images per class."""
-        rows: NDArray[np.int64] = (np.array(self.classes)[:, None] * ipc + np.array(self.images)).flatten()
-        return rows
-
-
-@dataclass(frozen=True)
-class Part:
-    """One worker's part in the distillation of one set: settings, data, and which images the worker holds."""
-
-    config: RunConfig
-    dataset: Dataset
-    store_uri: str
-    mesh: Mesh
-    """Workers that distil the set together."""
-    device: torch.device
-    sharing: int
-    """Number of distilling workers that may run on this node at the same time."""
-    piece: Piece | None = None
-    """Piece (some images of some classes) that the worker makes; `None` if the set is not made in pieces."""
-    experts: Sequence[ExpertNetworks] | None = None
-    """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
-
-    @cached_property
-    def rows(self) -> Rows:
-        """Rows of the synthetic set that the worker holds.
-
-        If the worker makes a piece (some images of some classes), rows are counted within the piece.
-        """
-        if self.piece is not None:
-            return Rows(0, len(self.piece.classes) * len(self.piece.images))
-        return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
-
-    @property
-    def roles(self) -> tuple[Role, ...]:
-        """For each row of workers in the mesh, the networks that it computes; empty if the mesh has one row."""
-        return self.config.roles if self.mesh.rows > 1 else ()
-
-    @property
-    def role(self) -> Role:
-        """Backbones and MetaDD networks that this worker computes."""
-        return self.roles[self.mesh.row] if self.roles else self.config.whole_role
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """Number of channels, height and width of an image, in pixels."""
-        return (self.dataset.channels, *self.dataset.size)
-
-    def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
-        """Memory plan, with micro-batch sizes, of each backbone that this worker computes, by the backbone's index.
-
-        Args:
-            compiled: True if student steps are compiled, which takes less memory.
-
-        Raises:
-            ConfigError: a worker of the set needs more memory than it may take.
-        """
-        apart = {} if self.mesh.rows > 1 else ALONE
-        config = laid_out(self.config, {**apart, "shards": self.mesh.columns, "compile": compiled})
-        plans = plans_of(config, DataShape(self.image, self.dataset.classes, 0), self.sharing)
-        return {number: plans[number] for number in self.role.backbones}
 
 
 @dataclass(frozen=True)

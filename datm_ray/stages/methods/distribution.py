@@ -13,8 +13,9 @@ from datm_ray.core.networks.registry import embedding
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.methods.distribution import distance_and_gradient, draw_shared
-from datm_ray.planning.memory import chunk_by_trial
-from datm_ray.stages.methods.base import Demand, Method, Part
+from datm_ray.stages.methods.base import Demand, Method
+from datm_ray.stages.methods.memory import chunk_by_trial, plans_of_part
+from datm_ray.stages.methods.part import Part
 
 
 class DistributionMatching(Method):
@@ -46,7 +47,7 @@ class DistributionMatching(Method):
 
     def __init__(self, part: Part) -> None:
         super().__init__(part)
-        self._plans = part.plans(compiled=False)
+        self._plans = plans_of_part(part, compiled=False)
         self._chunks = {number: plan.chunk for number, plan in self._plans.items()}
 
     def prepare(self, heartbeat: Heartbeat) -> None:

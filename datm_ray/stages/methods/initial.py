@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
+from datm_ray.core.synthetic import Rows, SyntheticSet, correct_rows, hard_logits, random_rows
 from datm_ray.core.training.loop import Heartbeat, no_heartbeat
-from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.experts.networks import ExpertNetworks
-
-if TYPE_CHECKING:
-    from datm_ray.stages.methods.base import Part
+from datm_ray.stages.methods.part import Part
 
 
 def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> SyntheticSet:

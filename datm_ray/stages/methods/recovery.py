@@ -13,13 +13,13 @@ from torch import Tensor
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
-from datm_ray.stages.checkpoint import Rows
-from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method, Part, Piece
+from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.stages.methods.initial import first_rows
+from datm_ray.stages.methods.part import Part, Piece
 
 FEW_IMAGES = 32
 """Number of images in a block below which a run warns that batch statistics are unreliable."""

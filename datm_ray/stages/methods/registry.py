@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from datm_ray.config import RunConfig
 from datm_ray.config.plugins import imported
 from datm_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from datm_ray.stages.methods.base import Method
+from datm_ray.stages.methods.base import Method
 
 METHODS = {
     "datm": "datm_ray.stages.methods.trajectory:TrajectoryMatching",
@@ -27,8 +23,6 @@ def method_of(config: RunConfig) -> type[Method]:
     Raises:
         ConfigError: there is no such method, or it cannot be imported.
     """
-    from datm_ray.stages.methods.base import Method
-
     name = config.method
     place = METHODS.get(name, name)
     if ":" not in place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,23 +14,25 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network, embedding
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
-from datm_ray.core.training.loop import SCORING_BATCH
+from datm_ray.core.training.loop import SCORING_BATCH, in_batches
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.methods.selection import (
     Scores,
+    Work,
     best_crops,
     crop_for_tile,
     draw_boxes,
     drawn_order,
-    el2n_scores,
     forgetting_scores,
     keep,
     moderate_scores,
     padded,
     tiled,
 )
-from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method, Piece
+from datm_ray.stages.experts.difficulty import mean_el2n
+from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
 
 MOST_PIECES = 32
@@ -41,8 +43,6 @@ LEAST_EPOCHS = 3
 
 Rows = Mapping[int, NDArray[np.int64]]
 """Class -> indices of its real training images, in the order drawn."""
-Work = Generator[None, None, dict[int, Scores]]
-"""Generator that pauses between scoring steps, and returns class -> scores of its images."""
 
 
 class Selection(Method):
@@ -212,7 +212,7 @@ class Selection(Method):
             logits = network(padded(crop(*np.divmod(crops, settings.crops)), *size)).double()
             return cross_entropy(logits, torch.full((len(crops),), label, device=logits.device), reduction="none")
 
-        every = yield from _in_batches(losses, np.arange(len(pool) * settings.crops))
+        every = yield from in_batches(losses, np.arange(len(pool) * settings.crops))
         numbers, lowest = best_crops(every.numpy().reshape(len(pool), settings.crops))
         places = keep(lowest, _crops_of_class(self.part.config))
         return tiled(crop(places, numbers[places]), settings.tiles)
@@ -226,26 +226,7 @@ class Selection(Method):
 
     def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
         """Values of `function` for the real images at the indices `rows`, in main memory; yields between batches."""
-        return _in_batches(lambda batch: function(self._images(batch)), rows)
-
-
-def mean_el2n(
-    networks: Iterable[nn.Module], count: int, rows: Rows, images: Callable[[NDArray[np.int64]], Tensor]
-) -> Work:
-    """Compute the mean EL2N score of each image over networks in evaluation mode; returned as class -> scores.
-
-    Args:
-        networks: networks that are scored with, one at a time.
-        count: number of networks.
-        rows: class -> indices of its images.
-        images: function from indices to real images [n c h w] on the networks' device.
-    """
-    found = {label: np.zeros(len(own)) for label, own in rows.items()}
-    for network in networks:
-        for label, own in rows.items():
-            logits = yield from _in_batches(lambda batch, network=network: network(images(batch)), own)  # type: ignore[misc]
-            found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
-    return found
+        return in_batches(lambda batch: function(self._images(batch)), rows)
 
 
 def _check_select(config: RunConfig) -> None:
@@ -285,18 +266,3 @@ def _equal(rows: Rows) -> Work:
     """Give all images the same score, so that the drawn order decides."""
     yield
     return {label: np.zeros(len(own)) for label, own in rows.items()}
-
-
-def _in_batches(
-    function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
-) -> Generator[None, None, Tensor]:
-    """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
-
-    Returns the values of all items in main memory. Yields between batches.
-    """
-    found = []
-    for first in range(0, len(items), SCORING_BATCH):
-        yield
-        with torch.no_grad():
-            found.append(function(items[first : first + SCORING_BATCH]).cpu())
-    return torch.cat(found)

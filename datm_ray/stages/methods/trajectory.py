@@ -23,11 +23,12 @@ from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import precision_on, to_device_ahead
-from datm_ray.stages.methods.base import Demand, Method, Part
+from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.initial import first_set
+from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
+from datm_ray.stages.methods.part import Part
 from datm_ray.store.trajectories import ExpertGroup
 
 
@@ -124,7 +125,7 @@ class TrajectoryMatching(Method):
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         # Uncompiled steps take more memory.
-        plans = part.plans(compiled=cluster.compile and not any(each.note for each in steps.values()))
+        plans = plans_of_part(part, compiled=cluster.compile and not any(each.note for each in steps.values()))
         self._backbones = [
             _Backbone(number, group, steps[number], plans[number], plans[number].chunk)
             for number in role.backbones
