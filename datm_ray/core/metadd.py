@@ -234,15 +234,6 @@ def meta_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
     return (scaled >= threshold).all(dim=0)
 
 
-def heterogeneous_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Mask [m b h w] of each network's features, in pixels, that are not features of all networks.
-
-    Args:
-        scaled: [m b h w] maps scaled to [0, 1]; a feature is a pixel whose value reaches `threshold`.
-    """
-    return (scaled >= threshold) & ~meta_features(scaled, threshold)
-
-
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
     """Meta-feature ratio [b] of m networks' maps [m b h w], scaled to [0, 1]; 0 if no map reaches `threshold`.
 

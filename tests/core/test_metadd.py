@@ -17,7 +17,6 @@ from datm_ray.core.metadd import (
     MetaDD,
     MetaLoss,
     evidence,
-    heterogeneous_features,
     meta_feature_ratio,
     meta_features,
     meta_loss,
@@ -203,14 +202,14 @@ def test_the_terms_are_those_of_the_formulas() -> None:
     assert float(loss.ratio) == pytest.approx(1 / 2)
 
 
-def test_masks_part_the_features() -> None:
-    """A pixel that is a feature to any network is either a meta feature or heterogeneous."""
+def test_the_ratio_counts_pixels_one_by_one() -> None:
+    """Meta features reach the threshold in all maps; the ratio divides their number by that of any map's features."""
     scaled = torch.rand(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     for threshold in (0.3, 0.5, 0.7):
-        shared, own = meta_features(scaled, threshold), heterogeneous_features(scaled, threshold)
-        assert torch.equal(shared | own.any(dim=0), (scaled >= threshold).any(dim=0))
-        assert not bool((shared & own).any())
-        expected = shared.sum(dim=(1, 2)) / (scaled >= threshold).any(dim=0).sum(dim=(1, 2))
+        reached = [[[float(value) >= threshold for value in pixel] for pixel in each.flatten(1).T]
+                   for each in scaled.unbind(1)]  # fmt: skip
+        assert meta_features(scaled, threshold).flatten(1).tolist() == [[all(p) for p in each] for each in reached]
+        expected = torch.tensor([sum(map(all, each)) / sum(map(any, each)) for each in reached])
         assert torch.allclose(meta_feature_ratio(scaled, threshold), expected)
     assert float(meta_feature_ratio(torch.zeros(2, 1, 4, 4)).sum()) == 0.0
 
