@@ -19,7 +19,7 @@ from datm_ray.report import RunSummary, published_files
 from datm_ray.report.card import as_markdown
 from datm_ray.report.results import Cell, Line, Table
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.scores import NetworkScores, Score
+from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine
 from tests.test_report import configure, finished_run as run_with_scores
