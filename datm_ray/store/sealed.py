@@ -21,6 +21,7 @@ takes microseconds for a batch of any size, because it checks only offsets and l
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ _SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
 _SEAL_MAGIC = b"DATMSEAL"
 _FIRST_READ = 64 * 1024  # bytes; more than the end of an expert with 400 snapshots
 _CHUNK = 1024 * 1024  # bytes hashed at a time while writing
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _READS = 12  # most attempts to read a file that looks damaged
 
 T = TypeVar("T")
@@ -190,11 +192,12 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
         arrow = pa.ipc.open_file(pa.BufferReader(bytes(_ARROW_HEAD) + footer))
         header = {key.decode(): value.decode() for key, value in (arrow.schema.metadata or {}).items()}
         content = json.loads(index)
-        lengths = [length for length, _ in content["parts"]]
+        lengths, digests = [length for length, _ in content["parts"]], [digest for _, digest in content["parts"]]
         if not all(type(length) is int and length >= 0 for length in lengths):
             raise ValueError("a part has no length")
+        if not all(_DIGEST.fullmatch(digest) for digest in digests):  # a digest becomes part of a path in the cache
+            raise ValueError("a part has no digest")
         ends = list(accumulate(lengths, initial=0))
-        digests = [digest for _, digest in content["parts"]]
         parts = tuple(Part(start, end, digest) for (start, end), digest in zip(pairwise(ends), digests, strict=True))
         sealed = SealedFile(location, arrow.schema, header, parts, content["summary"], whole)
         consistent = sealed.n_batches == arrow.num_record_batches

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -100,6 +101,21 @@ def test_damage_of_the_store_does_not_enter_the_cache(group, folder):
     assert len(list(folder.iterdir())) == 1
     with pytest.raises(CorruptFileError):
         group.verify(0)
+
+
+@pytest.mark.parametrize("wrong", ["\0", "../x", ["a"], None])
+def test_a_digest_that_could_name_no_entry_is_refused(wrong, folder, monkeypatch):
+    """A crafted remote file whose parts have no digests is damaged: they become names of files in the cache."""
+
+    def digest_of(file: BinaryIO, length: int) -> object:
+        file.read(length)
+        return wrong
+
+    monkeypatch.setattr("datm_ray.store.sealed._read_digest", digest_of)
+    group = open_group(f"memory://{uuid.uuid4().hex}")
+    group.write_expert(0, make_snapshots(make_large_info()), make_large_info())
+    with pytest.raises(CorruptFileError, match="makes no sense"):
+        group.read_params(0, [4])
 
 
 def test_a_rewritten_expert_is_not_read_from_the_cache(group, folder):
