@@ -88,16 +88,9 @@ def configured_cache() -> Cache | None:
 
 @cache
 def _cache(folder: str, gibibytes: str) -> Cache:
-    """Open a cache, or return the one that this process has already opened with the same arguments.
+    """Open a cache of this size, or return the one that this process has already opened with the same arguments.
 
     Two caches of one folder would each count only their own bytes, and exceed the size more.
-
-    Args:
-        folder: absolute path of the cache's folder.
-        gibibytes: size of the cache as text, a number of GiB above 0.
-
-    Raises:
-        StoreError: `gibibytes` is not such a number.
     """
     try:
         size = int(float(gibibytes) * 2**30)

@@ -24,14 +24,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store.cache import configured_cache
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, MissingFileError, open_location
 from datm_ray.store.sealed import (
@@ -228,7 +228,7 @@ class LabelStore:
         self._forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self._place, self._memory)
+        return partial(LabelStore, memory=self._memory), (self._place,)
 
     @classmethod
     def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
@@ -315,15 +315,7 @@ class LabelStore:
             StoreError: the file cannot be written, or a logit cannot be stored as float16.
         """
         place = self._file(epoch)
-        if place.exists():
-            return False
-        self.location.remove_leftovers()
-        try:
-            with place.create(replace=False) as file:
-                _write(place, file, records, self.info, epoch)
-        except AlreadyExistsError:
-            return False
-        return True
+        return place.write_once(lambda file: _write(place, file, records, self.info, epoch))
 
     def read(self, epoch: int, images: Sequence[int] | NDArray[np.int64]) -> LabelRecords:
         """Records of some images in a stored epoch, in the order of `images`; the caller may change the arrays.
@@ -353,15 +345,8 @@ class LabelStore:
         reading_again(self._file(epoch), verify)
 
     def _reading(self, epoch: int, read: Callable[[], T]) -> T:
-        def attempt() -> T:
-            try:
-                return read()
-            except DatmError:
-                self._forget()  # the next access checks the file again
-                raise
-
         try:
-            return reading_again(self._file(epoch), attempt)
+            return reading_again(self._file(epoch), read, forget=self._forget)
         except MissingFileError as error:
             raise StoreError(
                 f"{self.location.uri} has no labels of epoch {epoch}; it has {epochs_in_words(self.epochs())}",
@@ -389,11 +374,9 @@ class LabelStore:
         kept = {number: self._blocks.get((epoch, number)) for number in numbers}
         found = {number: block for number, block in kept.items() if block is not None}
         absent = [number for number in numbers if number not in found]
-        if absent:
-            fresh = self._open(epoch).blocks(absent, self.info)
-            found.update(zip(absent, fresh, strict=True))
-            for number, block in zip(absent, fresh, strict=True):
-                self._blocks.put((epoch, number), block)
+        for number, block in zip(absent, self._open(epoch).blocks(absent, self.info), strict=True):
+            found[number] = block
+            self._blocks.put((epoch, number), block)
         return [found[number] for number in numbers]
 
     def _open(self, epoch: int) -> _OpenedEpoch:
@@ -448,17 +431,15 @@ class _OpenedEpoch:
 def _open_epoch(location: Location, info: LabelInfo, epoch: int) -> _OpenedEpoch:
     sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
     with rejecting_nonsense(location):
-        belongs = (json.loads(sealed.header["info"]), int(sealed.header["epoch"])) == (info.to_json(), epoch)
+        if (json.loads(sealed.header["info"]), int(sealed.header["epoch"])) != (info.to_json(), epoch):
+            raise CorruptFileError(
+                f"{location.uri} holds another epoch, or labels of another store",
+                "It was renamed or copied",
+                "Put it back where it belongs, or remove it and label the epoch again",
+            )
         block = int(sealed.header["block"])
-        consistent = sealed.n_batches == -(-info.images // block) and sealed.schema.equals(_SCHEMA) and block > 0
-    if not belongs:
-        raise CorruptFileError(
-            f"{location.uri} holds another epoch, or labels of another store",
-            "It was renamed or copied",
-            "Put it back where it belongs, or remove it and label the epoch again",
-        )
-    if not consistent:
-        raise damaged(location, "Its blocks are not those it announces")
+        if block < 1 or sealed.n_batches != -(-info.images // block) or not sealed.schema.equals(_SCHEMA):
+            raise damaged(location, "Its blocks are not those it announces")
     return _OpenedEpoch(sealed, block)
 
 
@@ -549,7 +530,3 @@ def _info_from_json(content: Mapping[str, Any]) -> LabelInfo:
     if not all(isinstance(text, str) for text in (info.set_fingerprint, info.teacher_fingerprint)):
         raise TypeError("a fingerprint is no text")
     return info
-
-
-def _rebuilt(place: Location, memory: int) -> LabelStore:
-    return LabelStore(place, memory=memory)

@@ -35,7 +35,7 @@ import pyarrow as pa
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import Cache
-from datm_ray.store.files.filesystem import Location
+from datm_ray.store.files.filesystem import Location, unguarded
 
 _ARROW_MAGIC = b"ARROW1"
 _ARROW_HEAD = 8  # bytes: 6 of magic and 2 of padding
@@ -156,23 +156,21 @@ class SealedFile:
     def _read(self, numbers: Iterable[int], cache: Cache | None = None) -> Sequence[memoryview]:
         """Bytes of the parts with these numbers, each checked against its digest. `cache`: see `batches`."""
         parts = [self.parts[number] for number in numbers]
-        found = [cache.get(part.sha256) if cache else None for part in parts]
-        absent = [part for part, chunk in zip(parts, found, strict=True) if chunk is None]
-        fetched = iter(self._fetch(absent, cache))
-        return [next(fetched) if chunk is None else chunk for chunk in found]
-
-    def _fetch(self, parts: Sequence[Part], cache: Cache | None) -> Sequence[memoryview]:
-        ranges = [(part.start, part.end) for part in parts]
+        cached = {part: cache.get(part.sha256) for part in parts} if cache else {}
+        found = {part: chunk for part, chunk in cached.items() if chunk is not None}
+        absent = [part for part in dict.fromkeys(parts) if part not in found]
+        ranges = [(part.start, part.end) for part in absent]
         if self.whole is not None:
-            chunks: Sequence[memoryview] = [memoryview(self.whole)[start:end] for start, end in ranges]
+            fetched: Sequence[memoryview] = [memoryview(self.whole)[start:end] for start, end in ranges]
         else:
-            chunks = self.location.read_ranges(ranges) if parts else []
-        for part, chunk in zip(parts, chunks, strict=True):
+            fetched = self.location.read_ranges(ranges) if ranges else []
+        for part, chunk in zip(absent, fetched, strict=True):
             if sha256(chunk).hexdigest() != part.sha256:
                 raise damaged(self.location, f"Bytes {part.start} to {part.end} are not those written")
             if cache:
                 cache.put(part.sha256, chunk)
-        return chunks
+            found[part] = chunk
+        return [found[part] for part in parts]
 
 
 def open_sealed(location: Location, *, format_name: str, format_version: int) -> SealedFile:
@@ -200,15 +198,20 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
         ends = list(accumulate(lengths, initial=0))
         parts = tuple(Part(start, end, digest) for (start, end), digest in zip(pairwise(ends), digests, strict=True))
         sealed = SealedFile(location, arrow.schema, header, parts, content["summary"], whole)
-        consistent = sealed.n_batches == arrow.num_record_batches
-        _check_format(sealed, format_name, format_version)
-    if not consistent or ends[-1] + len(index) + _SEAL_END.size + len(footer) != size:
-        raise damaged(location, "Its parts do not add up to its size")
+        if header.get("format") != format_name:
+            raise CorruptFileError(f'{location.uri} is a file of format "{header.get("format")}", not "{format_name}"')
+        require_known(location, int(header["format_version"]), format_version)
+        announced = ends[-1] + len(index) + _SEAL_END.size + len(footer)
+        if sealed.n_batches != arrow.num_record_batches or announced != size:
+            raise damaged(location, "Its parts do not add up to its size")
     return sealed
 
 
 def reading_again(
-    location: Location, read: Callable[[], T], failures: tuple[type[DatmError], ...] = (CorruptFileError,)
+    location: Location,
+    read: Callable[[], T],
+    failures: tuple[type[DatmError], ...] = (CorruptFileError,),
+    forget: Callable[[], object] = unguarded,
 ) -> T:
     """Return the result of `read`, which is repeated if it finds a damaged file that has changed meanwhile.
 
@@ -216,6 +219,7 @@ def reading_again(
         location: file that another process may replace.
         read: opens the file anew at each call.
         failures: errors after which `read` may be repeated.
+        forget: drops what `read` keeps between calls; called after every error, so that the next access reads anew.
 
     Raises:
         CorruptFileError: the file is damaged and no longer changes.
@@ -225,7 +229,10 @@ def reading_again(
     for attempt in range(_READS):
         try:
             return read()
-        except failures:
+        except DatmError as error:
+            forget()
+            if not isinstance(error, failures):
+                raise
             before, stamp = stamp, location.stamp()
             if stamp == before:
                 raise
@@ -342,13 +349,6 @@ def _unknown(location: Location) -> CorruptFileError:
         "It is truncated, or was not written by datm_ray",
         f"Check the name. {_MEND}",
     )
-
-
-def _check_format(sealed: SealedFile, name: str, version: int) -> None:
-    uri, header = sealed.location.uri, sealed.header
-    if header.get("format") != name:
-        raise CorruptFileError(f'{uri} is a file of format "{header.get("format")}", not "{name}"')
-    require_known(sealed.location, int(header["format_version"]), version)
 
 
 def require_known(location: Location, version: int, known: int) -> None:

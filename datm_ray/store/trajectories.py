@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store.cache import configured_cache
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.precision import from_storage, storage_type, to_storage
@@ -222,17 +222,11 @@ class ExpertGroup:
         """
         if (info.key, info.expert) != (self.key, expert):
             raise ValueError(f"the info of expert {info.expert} of {info.key} given for expert {expert} of {self.key}")
-        file_location = self._file(expert)
-        if file_location.exists():
-            return False
-        self.location.remove_leftovers()
-        try:
-            with file_location.create(replace=False) as file:
-                _write(file_location, file, snapshots, replace(info, format_version=FORMAT_VERSION))
-        except AlreadyExistsError:
-            return False
-        self._opened.pop(expert, None)
-        return True
+        place, info = self._file(expert), replace(info, format_version=FORMAT_VERSION)
+        is_new = place.write_once(lambda file: _write(place, file, snapshots, info))
+        if is_new:
+            self._opened.pop(expert, None)
+        return is_new
 
     def read_info(self, expert: int) -> TrajectoryInfo:
         """Origin of an expert and the layout of its vectors, without its parameters.
@@ -270,22 +264,15 @@ class ExpertGroup:
         """Delete all files of the group: experts, also damaged ones, transform, costs, scores, prior, progress."""
         for expert in self.experts():
             self.remove_expert(expert)
-        for name in (self.location / _COSTS).list():
-            (self.location / _COSTS / name).remove()
-        local = (self.location / _COSTS).local_path
-        if local is not None:
-            shutil.rmtree(local, ignore_errors=True)  # the empty folder; object stores have no folders
-        for folder in self.progress.list():
-            for name in (self.progress / folder).list():
-                (self.progress / folder / name).remove()
-        if self.progress.local_path is not None:
-            shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders
-        if self.has_transform():
-            self.transform_file.remove()
-        for name in self.other_files():
-            (self.location / name).remove()
-        if PRIOR_PROGRESS in self.location.list():
-            (self.location / PRIOR_PROGRESS).remove()
+        folders = [self.location / _COSTS, *(self.progress / name for name in self.progress.list())]
+        files = [folder / name for folder in folders for name in folder.list()]
+        known = (_TRANSFORM_FILE, PRIOR_PROGRESS, *self.other_files())
+        files += [self.location / name for name in self.location.list() if name in known]
+        for file in files:
+            file.remove()
+        for folder in (self.location / _COSTS, self.progress):
+            if folder.local_path is not None:
+                shutil.rmtree(folder.local_path, ignore_errors=True)  # empty folders; object stores have none
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
         """Parameters [p] after each of these epochs, exactly as stored; the caller may change the arrays.
@@ -366,14 +353,11 @@ class ExpertGroup:
         return self._opened[expert]
 
     def _read(self, expert: int, epochs: Sequence[int]) -> list[Snapshot]:
-        def read() -> list[Snapshot]:
-            try:
-                return self._open(expert).snapshots(epochs)
-            except DatmError:
-                self._opened.pop(expert, None)  # the next access checks the file again
-                raise
-
-        return reading_again(self._file(expert), read)
+        return reading_again(
+            self._file(expert),
+            lambda: self._open(expert).snapshots(epochs),
+            forget=lambda: self._opened.pop(expert, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -406,19 +390,17 @@ def _open_expert(location: Location, key: GroupKey, expert: int) -> _OpenedExper
     sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
     with rejecting_nonsense(location):
         info = _info_from_json(sealed.header["info"])
+        if (info.key, info.expert) != (key, expert):
+            raise CorruptFileError(
+                f"{location.uri} holds expert {info.expert} of {info.key}",
+                "It was renamed or copied from another group",
+                "Put it back where it belongs",
+            )
         measured = (np.array(sealed.summary[name], np.float32) for name in ("train_loss", "test_accuracy"))
         progress = Progress(info.epochs, *measured)
-        measured_epochs = {progress.train_loss.shape, progress.test_accuracy.shape}
-        consistent = sealed.n_batches == len(info.epochs) and measured_epochs == {(len(info.epochs),)}
-        consistent = consistent and sealed.schema.equals(_schema(info))
-    if (info.key, info.expert) != (key, expert):
-        raise CorruptFileError(
-            f"{location.uri} holds expert {info.expert} of {info.key}",
-            "It was renamed or copied from another group",
-            "Put it back where it belongs",
-        )
-    if not consistent:
-        raise damaged(location, "Its batches are not those it announces")
+        shapes = {(sealed.n_batches,), progress.train_loss.shape, progress.test_accuracy.shape}
+        if shapes != {(len(info.epochs),)} or not sealed.schema.equals(_schema(info)):
+            raise damaged(location, "Its batches are not those it announces")
     return _OpenedExpert(sealed, info, progress)
 
 

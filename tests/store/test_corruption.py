@@ -35,7 +35,7 @@ ARRAYS = {"images": np.arange(12, dtype=np.float32).reshape(3, 4), "labels": np.
 def one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read each file once, because nobody replaces files here; this halves the time."""
     for module in ("tensors", "trajectories"):
-        monkeypatch.setattr(f"datm_ray.store.{module}.reading_again", lambda location, read: read())
+        monkeypatch.setattr(f"datm_ray.store.{module}.reading_again", lambda location, read, **_: read())
 
 
 @pytest.fixture

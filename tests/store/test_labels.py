@@ -375,7 +375,7 @@ TINY = replace(INFO, images=9, classes=4, keep=1, epochs=1)
 def test_damage_is_found_or_harmless(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of thousands of damages to either file is refused, or changes nothing that is read."""
     for module in ("tensors", "labels"):  # nobody replaces files here; this halves the time
-        monkeypatch.setattr(f"datm_ray.store.{module}.reading_again", lambda location, read: read())
+        monkeypatch.setattr(f"datm_ray.store.{module}.reading_again", lambda location, read, **_: read())
     monkeypatch.setattr(labels, "BLOCK_BYTES", 4 * TINY.record_bits // 8)
     uri = f"memory://{uuid.uuid4().hex}"
     store = filled(uri, TINY, 1)

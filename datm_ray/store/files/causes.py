@@ -83,9 +83,9 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
         )
     if isinstance(error, PermissionError):
         return f"Access is denied ({reason(error)})", "Check the owner of the folder, or the credentials"
-    if names & {"SSLError"}:
+    if "SSLError" in names:
         return _of_tls(error)
-    if names & {"ProxyConnectionError"}:
+    if "ProxyConnectionError" in names:
         return (
             f"The proxy of http_proxy or https_proxy does not answer ({reason(error)})",
             "Check that variable, or add the server's host to no_proxy",

@@ -21,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace as replaced
 from io import BytesIO
 from tempfile import TemporaryFile, gettempdir
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec import AbstractFileSystem, filesystem
 from fsspec.core import url_to_fs
@@ -43,6 +43,7 @@ from datm_ray.store.files.traffic import request
 
 T = TypeVar("T")
 
+_MISSING = (FileNotFoundError, NotADirectoryError)
 # Schemes of filesystems that do not wrap another one, with or without the slashes.
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
 
@@ -101,14 +102,7 @@ class Location:
         A file that another machine has just written on a shared disk may be missing for some seconds, see `appears`.
         """
         # Not fs.exists(): it also returns False if access is denied or the server does not answer.
-        with self._asking("look for"):
-            try:
-                self._ask_afresh(lambda: self.fs.info(self.path))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                if lacks_bucket(error):
-                    raise
-                return False
-            return True
+        return self._unless_missing("look for", lambda: self.fs.info(self.path)) is not None
 
     def require_writable(self) -> None:
         """Raise StoreError if a local folder cannot be made or written, or if S3 does not answer.
@@ -152,14 +146,7 @@ class Location:
         return {name: int(entries[path]["size"]) for name, path in sorted(self._children(entries).items())}
 
     def _listed(self, *, detail: bool) -> Sequence[Any]:
-        with self._asking("list"):
-            try:
-                found: Sequence[Any] = self._ask_afresh(lambda: self.fs.ls(self.path, detail=detail))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                if lacks_bucket(error):
-                    raise
-                return []
-            return found
+        return self._unless_missing("list", lambda: self.fs.ls(self.path, detail=detail)) or []
 
     def _children(self, paths: Iterable[str]) -> dict[str, str]:
         """Direct children of this folder among the listed `paths`: name -> path. Temporary files are left out."""
@@ -227,7 +214,9 @@ class Location:
             AlreadyExistsError: `replace` is False, and the file exists when the block ends. The existing file stays.
         """
         with self.explaining("write"):
-            draft: _Draft = _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
+            draft: _Upload | local.LocalDraft = (
+                _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
+            )
         try:
             yield draft.file
             with self.explaining("write"), request("write", self.uri) as moved:
@@ -239,6 +228,22 @@ class Location:
                     raise AlreadyExistsError(f"{self.uri} exists already") from None
         finally:
             draft.discard()
+
+    def write_once(self, write: Callable[[BinaryIO], None]) -> bool:
+        """Write the file atomically unless it exists. Returns True if this call stored it.
+
+        Args:
+            write: writes the content into an empty binary file. It is not called if the file exists already.
+        """
+        if self.exists():
+            return False
+        self.parent.remove_leftovers()
+        try:
+            with self.create(replace=False) as file:
+                write(file)
+        except AlreadyExistsError:  # another writer was faster
+            return False
+        return True
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -305,11 +310,21 @@ class Location:
         with self.explaining(action), request("look", self.uri):
             yield
 
+    def _unless_missing(self, action: str, call: Callable[[], T]) -> T | None:
+        """Return the result of `call`; None if the file or folder is missing."""
+        with self._asking(action):
+            try:
+                return self._ask_afresh(call)
+            except _MISSING as error:
+                if lacks_bucket(error):
+                    raise
+                return None
+
     def _ask_afresh(self, call: Callable[[], T]) -> T:
         """Return the result of `call`. If a local file is missing, read its folder, then call again."""
         try:
             return self._ask(call)
-        except (FileNotFoundError, NotADirectoryError):
+        except _MISSING:
             if self.local_path is None:
                 raise
             local.refresh(os.path.dirname(self.local_path))
@@ -466,16 +481,6 @@ def _local(path: str) -> Location:
         path = path[2:].lstrip("/")
     path = os.path.join(os.getcwd(), os.path.expanduser(path) if path not in ("", ".") else "").rstrip("/") or "/"
     return Location(filesystem("file", use_listings_cache=False), path, path)
-
-
-class _Draft(Protocol):
-    """File being written, not yet visible under its name."""
-
-    file: BinaryIO
-
-    def commit(self, *, replace: bool, guard: Callable[[], None]) -> None: ...
-
-    def discard(self) -> None: ...
 
 
 class _Upload:

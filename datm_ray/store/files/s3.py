@@ -16,12 +16,12 @@ import logging
 import os
 import random
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -285,13 +285,7 @@ def _bucket(path: str) -> str:
     return f"s3://{path.partition('/')[0]}"
 
 
-_logged: set[str] = set()
-_logging = threading.Lock()
-
-
+@cache
 def _say_once(text: str) -> None:
-    with _logging:
-        is_new = text not in _logged
-        _logged.add(text)
-    if is_new:
-        _log.warning(text)
+    """Log a warning, unless this process has logged it before."""
+    _log.warning(text)

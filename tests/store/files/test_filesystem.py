@@ -165,11 +165,7 @@ def test_a_file_written_once_stays(folder):
 
 def test_writing_once_needs_no_hard_links(local, monkeypatch):
     """The first file stays on filesystems without hard links too."""
-
-    def no_links(source, target):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
     with (local / "file").create(replace=False) as draft:
         draft.write(b"first")
     with pytest.raises(AlreadyExistsError), (local / "file").create(replace=False) as draft:
@@ -369,11 +365,7 @@ def test_failures_are_explained_in_one_line(local, error, words):
 def test_an_error_says_whether_another_attempt_may_help(local, monkeypatch):
     """A broken or full disk is one machine's, so another attempt may help; a forbidden place stays forbidden."""
     for code in (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EACCES):
-
-        def fail(*_: object, code: int = code, **__: object) -> None:
-            raise OSError(code, os.strerror(code))
-
-        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(os, "replace", failing(code))
         with pytest.raises(StoreError) as caught:
             (local / "file").write_text("x")
         assert isinstance(caught.value, TransientStoreError) == (code != errno.EACCES), os.strerror(code)
@@ -404,22 +396,18 @@ def test_a_full_disk_is_explained():
         file.write(b"x")
 
 
-def test_an_unknown_scheme_is_explained():
-    """An unknown scheme is an error that lists the known ones."""
-    with pytest.raises(StoreError, match=r"^Cannot open foo://x\..* Use a local path or an s3://"):
-        open_location("foo://x")
-
-
-def test_a_missing_package_is_explained():
-    """A scheme whose package is missing is an error that names the package."""
-    with pytest.raises(StoreError, match=r"^Cannot open gs://bucket\. A Python package is missing: .*gcsfs"):
-        open_location("gs://bucket")
-
-
-def test_an_empty_name_is_refused():
-    """An empty string is not taken for the current folder."""
-    with pytest.raises(StoreError, match="is empty"):
-        open_location("")
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("foo://x", r"^Cannot open foo://x\..* Use a local path or an s3://"),
+        ("gs://bucket", r"^Cannot open gs://bucket\. A Python package is missing: .*gcsfs"),
+        ("", "is empty"),  # not the current folder
+    ],
+)
+def test_what_cannot_be_opened_is_explained(uri, message):
+    """An unknown scheme, a missing package and an empty name are errors of their own."""
+    with pytest.raises(StoreError, match=message):
+        open_location(uri)
 
 
 @pytest.mark.parametrize("uri", ["s3://key:secret@bucket/x", "foo://me:secret@host/x", "s3://secret@bucket"])
