@@ -37,7 +37,7 @@ from torch.utils.data import TensorDataset
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
 from datm_ray.data.transform import Images, Normaliser, Transform
-from datm_ray.errors import ConfigError, CorruptFileError, StoreError
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import damaged, rejecting_nonsense
 from datm_ray.store.tensors import dump_tensors, read_tensors, write_tensors
@@ -231,40 +231,34 @@ def save_artifact(
         transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
             set's file. `None` stores the transform in the set's file.
     """
-    arrays = {
-        "images": synthetic.images.detach().cpu().numpy(),
-        "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
-        "labels": synthetic.labels.cpu().numpy(),
-        # `step_size` beside `step_sizes` is for earlier versions of this program.
-        "step_size": synthetic.step_size.detach().cpu().numpy(),
-        "step_sizes": synthetic.step_sizes.detach().cpu().numpy(),
-    }
+    images, soft_labels = synthetic.images.detach(), synthetic.soft_labels.detach()
+    step_sizes = tuple(synthetic.step_sizes.tolist())
+    artifact = Artifact(
+        images, soft_labels, synthetic.labels, step_sizes[0], step_sizes, class_names, transform, recipe, provenance
+    )
     kept = transforms is not None and keep_transform(transform, transforms) is not None
-    arrays, metadata = _with_context(arrays, transform, class_names, recipe, provenance, kept=kept)
+    arrays, metadata = _parts(artifact, kept=kept)
     write_tensors(location, arrays, kind=KIND, metadata=metadata)
 
 
-def _with_context(
-    arrays: dict[str, NDArray[Any]],
-    transform: Transform,
-    class_names: tuple[str, ...],
-    recipe: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    *,
-    kept: bool = False,
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays and metadata of a set's file: with the whole transform, or with its digest alone if `kept`."""
-    transform_metadata = transform.to_metadata()
-    if kept:
-        transform_metadata["digest"] = transform.digest
-    else:
-        arrays = arrays | {_PREFIX + name: array for name, array in transform.to_arrays().items()}
-    metadata = {
-        "class_names": list(class_names),
-        "transform": transform_metadata,
-        "recipe": dict(recipe),
-        "provenance": dict(provenance),
+    transform = artifact.transform
+    arrays = {
+        "images": artifact.images.cpu().numpy(),
+        "soft_labels": artifact.soft_labels.cpu().numpy(),
+        "labels": artifact.labels.cpu().numpy(),
+        "step_size": np.array(artifact.step_size, np.float32),  # for earlier versions of this program
+        "step_sizes": np.array(artifact.step_sizes, np.float32),
     }
+    metadata = {
+        "class_names": list(artifact.class_names),
+        "transform": transform.to_metadata() | ({"digest": transform.digest} if kept else {}),
+        "recipe": dict(artifact.recipe),
+        "provenance": dict(artifact.provenance),
+    }
+    if not kept:
+        arrays |= {_PREFIX + name: array for name, array in transform.to_arrays().items()}
     return arrays, metadata
 
 
@@ -407,9 +401,8 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
             "Export the set again with `datm-ray export FILE --format safetensors`",
         ) from error
     if written != found:
-        fault = "no checksum" if written is None else "a wrong checksum"
         raise CorruptFileError(
-            f"{location.uri} has {fault}",
+            f"{location.uri} has {'no checksum' if written is None else 'a wrong checksum'}",
             "It was altered, or was written by another program",
             "Export the set again with `datm-ray export FILE --format safetensors`",
         )
@@ -489,8 +482,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
             if name != folder
         ]
         if renamed:
-            more = f", and {len(renamed) - 3} more" if len(renamed) > 3 else ""
-            lines.append(f"Folders with other names than their classes: {', '.join(renamed[:3])}{more}.")
+            lines.append(f"Folders with other names than their classes: {few(renamed)}.")
     if kind == "parquet":
         lines.append("Parquet holds images, classes and soft labels; the step size is in the .arrow file.")
     if kind == "pt":
@@ -501,13 +493,10 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
 
 
 def _png_files(artifact: Artifact) -> dict[str, bytes]:
-    files = {}
-    folders = _folders(artifact.class_names)
-    seen: dict[int, int] = {}
+    files, folders, seen = {}, _folders(artifact.class_names), Counter[int]()
     for label, png in zip(artifact.labels.tolist(), _encode_all(artifact), strict=True):
-        index = seen.get(label, 0)
-        seen[label] = index + 1
-        files[f"{folders[label]}/{index:05d}.png"] = png
+        files[f"{folders[label]}/{seen[label]:05d}.png"] = png
+        seen[label] += 1
     return files
 
 
@@ -549,20 +538,8 @@ def _datm_files(artifact: Artifact) -> dict[str, bytes]:
     return files
 
 
-def _whole(artifact: Artifact) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set with its transform, in the form that `read_artifact` reads."""
-    arrays = {
-        "images": artifact.images.cpu().numpy(),
-        "soft_labels": artifact.soft_labels.cpu().numpy(),
-        "labels": artifact.labels.cpu().numpy(),
-        "step_size": np.array(artifact.step_size, np.float32),
-        "step_sizes": np.array(artifact.step_sizes, np.float32),
-    }
-    return _with_context(arrays, artifact.transform, artifact.class_names, artifact.recipe, artifact.provenance)
-
-
 def _arrow_file(artifact: Artifact) -> dict[str, bytes]:
-    arrays, metadata = _whole(artifact)
+    arrays, metadata = _parts(artifact)
     sink = io.BytesIO()
     dump_tensors(sink, arrays, kind=KIND, metadata=metadata)
     return {"synthetic.arrow": sink.getvalue()}
@@ -571,7 +548,7 @@ def _arrow_file(artifact: Artifact) -> dict[str, bytes]:
 def _safetensors_file(artifact: Artifact) -> dict[str, bytes]:
     from safetensors.numpy import save
 
-    arrays, metadata = _whole(artifact)
+    arrays, metadata = _parts(artifact)
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     metadata[_CHECKSUM] = _checksum(contiguous, metadata)
     return {"synthetic.safetensors": save(contiguous, {KIND: json.dumps(metadata, sort_keys=True)})}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 
 class DatmError(Exception):
@@ -38,6 +39,12 @@ def one_line(text: str) -> str:
     """Join the text's lines, and replace control characters, which a terminal would obey, by escapes."""
     text = re.sub(r"[^\S\r\n]*[\r\n]\s*", " ", text.strip())
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first `most` names, then the number of the others: "a, b, c and 2 more"."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + f" and {len(listed) - most} more" * (len(listed) > most)
 
 
 def _ended(text: str) -> str:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from datm_ray.data.contents import HEAD_BYTES, Content, recognise, unreadable
-from datm_ray.errors import DatasetError, TransientStoreError
+from datm_ray.errors import DatasetError, TransientStoreError, few
 from datm_ray.memory import available_memory
 
 T = TypeVar("T")
@@ -64,10 +64,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # without a handler, Pillow's warnings would go to the terminal
-
+# Without a handler, Pillow's warnings would go to the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 SURVEYED = 1000
 """Largest number of images whose headers `survey` reads."""
@@ -214,16 +212,15 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
     def decode_one(index: int) -> _Unreadable | None:
         def put(image: ImageFile.ImageFile) -> None:
             _require_known_range(part.name(index), _read_header(image).mode)
-            pixels[order[index]] = _pixels(_turned(image), shape)
+            pixels[order[index]] = pixels_of(image, shape)
 
         return _with_image(part, index, put)
 
     with _pillow_prepared():
         done = _in_parallel(len(part), decode_one, torch.get_num_threads())
     if away := sorted({part.name(i) for i, each in enumerate(done) if each and each.is_away}):
-        more = f" and {len(away) - 1} more" * (len(away) > 1)
         raise TransientStoreError(
-            f"image {away[0]}{more} cannot be read any more ({next(each.reason for each in done if each)})",
+            f"image {few(away, 1)} cannot be read any more ({next(each.reason for each in done if each)})",
             "its disk is not mounted on this node, or files were moved",
             "give every node the same files at the same path, then run the same command again: it resumes",
         )
@@ -236,9 +233,8 @@ def _pillow_prepared() -> Iterator[None]:
     """Raise Pillow's limit on texts in PNG files and hide its warnings while the block runs."""
     limit = PngImagePlugin.MAX_TEXT_CHUNK
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # `_with_image` limits the pixels; Pillow repairs the other faults that it warns of
+        # `_with_image` limits the pixels, and Pillow repairs the other faults that it warns of.
+        warnings.simplefilter("ignore")
         PngImagePlugin.MAX_TEXT_CHUNK = max(limit, TEXT_BYTES)
         try:
             yield
@@ -283,8 +279,8 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
         return
     side = next((side for side in _SIDES if side < min(shape[1:]) and needed(side, side) <= free), None)
     raise DatasetError(
-        f"{images:,} images of {'x'.join(map(str, shape))}{example} need {_gib(needed(*shape[1:]))} of memory, and "
-        f"{_gib(free)} is free",
+        f"{images:,} images of {'x'.join(map(str, shape))}{example} need {in_words(needed(*shape[1:]))} of memory, "
+        f"and {in_words(free)} is free",
         f"They are kept in memory as they are read and, as float32, {'twice' if copies > 1 else 'once'} more",
         f"Use --set dataset.resize={side}, which resizes each image as it is read, or {_STREAMED}"
         if side
@@ -292,8 +288,9 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+def in_words(size: int) -> str:
+    """Text for a size in bytes: in GiB, or in MiB below half a GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.0f} MiB"
 
 
 def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
@@ -325,9 +322,8 @@ def _require_known_range(name: str, mode: str) -> None:
 
 def _read_header(image: ImageFile.ImageFile) -> _Header:
     args = image.tile[0][3] if image.tile else ""
-    raw, *more = (
-        args if isinstance(args, tuple) and args else (args,)
-    )  # such as "RGB;16B"; for PPM also the largest value
+    # Such as "RGB;16B"; for PPM also the largest value.
+    raw, *more = args if isinstance(args, tuple) and args else (args,)
     is_16bit = ";16" in str(raw) or (image.format == "PPM" and more[:1] > [255])
     is_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     orientation = _orientation(image)
@@ -420,10 +416,9 @@ def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _U
         raise DatasetError(f"image {name} cannot be read ({only.reason})", only.cause, only.remedy)
     if bad:
         folder = os.path.commonpath([name for name, _ in bad])
-        named = ", ".join(f"{os.path.relpath(name, folder)} ({each.reason})" for name, each in bad[:3])
-        total, more = sum(map(len, sets)), f" and {len(bad) - 3} more" * (len(bad) > 3)
+        named = few(f"{os.path.relpath(name, folder)} ({each.reason})" for name, each in bad)
         raise DatasetError(
-            f"{len(bad)} of {total} images cannot be read, in {folder}: {named}{more}",
+            f"{len(bad)} of {sum(map(len, sets))} images cannot be read, in {folder}: {named}",
             remedy=". ".join(dict.fromkeys(each.remedy.split(":")[0] for _, each in bad)),
         )
     return [[result for result in of_set if not isinstance(result, _Unreadable)] for of_set in results]

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -287,6 +286,8 @@ def read_parquet(
     Raises:
         DatasetError: a file cannot be read, lacks a column, or has other classes than the first file.
     """
+    import pyarrow as pa
+
     shards = [_read_shard(file, streamed) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if (shard.class_names, type(shard.labels)) != (shards[0].class_names, type(shards[0].labels)):
@@ -299,25 +300,13 @@ def read_parquet(
     if isinstance(shards[0].labels, list):
         names = class_names or tuple(sorted({label for shard in shards for label in shard.labels}))
     labels = np.concatenate([_numbered(file, shard, names) for file, shard in zip(files, shards, strict=True)])
+    files = [file.absolute() for file in files]
+    rows = ParquetRows(tuple(files), tuple(each.groups for each in shards), tuple(f.stat().st_size for f in files))
     if streamed:
-        files = [file.absolute() for file in files]
-        rows = ParquetRows(tuple(files), tuple(each.groups for each in shards), tuple(f.stat().st_size for f in files))
         return ParquetSet(Encoded(labels, rows.open, rows.name, rows.mark), names)
-    starts = [0, *accumulate(len(shard.labels) for shard in shards)]
-
-    def place(index: int) -> tuple[int, int]:
-        shard = bisect_right(starts, index) - 1
-        return shard, index - starts[shard]
-
-    def open_row(index: int) -> BinaryIO:
-        shard, row = place(index)
-        return BytesIO(shards[shard].images[row].as_py())
-
-    def name(index: int) -> str:
-        shard, row = place(index)
-        return f"{files[shard]} row {row}"
-
-    return ParquetSet(Encoded(labels, open_row, name), names)
+    chunks = [chunk for shard in shards for chunk in shard.images.cast(pa.large_binary()).chunks]
+    images = pa.chunked_array(chunks, pa.large_binary())
+    return ParquetSet(Encoded(labels, lambda row: BytesIO(images[row].as_py()), rows.name), names)
 
 
 def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
 from datm_ray.data.streamed import streamed
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, few
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
 
@@ -172,7 +172,8 @@ def _folder(request: Request) -> Loaded:
     Without a labelled test folder, a fixed fifth of each class is the test set. `path` may also be a zip archive with
     this layout.
     """
-    with file_tree(_needed_path("folder", request), image_suffixes()) as tree:
+    root = Path(_needed_path("folder", request)).expanduser()
+    with file_tree(root, image_suffixes()) as tree:
         images = [tuple(name.split("/")) for name in tree.listing.files]
         training = _folder_for("train", tree, images)
         if training is None:
@@ -243,7 +244,7 @@ def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, t
     empty = sorted(set(listing.subfolders(training)) - names)
     if names and empty:
         raise DatasetError(
-            f"class {empty[0]!r}{f' (and {len(empty) - 1} more)' * (len(empty) > 1)} of {tree.root} has no image left",
+            f"class {few(map(repr, empty), 1)} of {tree.root} has no image left",
             "; ".join(listing.notes()) or "Its folder is empty",
             "Add images that are PNG or JPEG, or move the folder away if it is no class",
         )
@@ -273,21 +274,20 @@ def _parquet(request: Request) -> Loaded:
 
     Two files are given as TRAIN.parquet,TEST.parquet.
     """
-    if request.path is None:
-        raise _no_path("parquet")
-    files = find_files(request.path)
+    path = _needed_path("parquet", request)
+    files = find_files(path)
     read = partial(read_parquet, streamed=request.streamed)
     parts = [read(files.train)]
     parts += [read(files.test, parts[0].class_names)] if files.test else []
     named = {part.class_names for part in parts}
     if len(named) > 1:
         raise DatasetError(
-            f"the training and test files of {request.path} name different classes",
+            f"the training and test files of {path} name different classes",
             "They belong to two data sets",
             "Set dataset.path to TRAIN.parquet,TEST.parquet of one data set",
         )
     if not len(parts[0].encoded):
-        raise _no_images(Path(request.path), "one image a row")
+        raise _no_images(Path(path), "one image a row")
     names = parts[0].class_names or _numbered(parts[0].encoded.labels)
     sets, notes = _image_sets([part.encoded for part in parts], request)
     return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=(*files.notes, *notes))
@@ -324,20 +324,14 @@ def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[Imag
     if request.streamed and request.resize:
         image, notes = survey(encoded, request.resize)
         return [ImageSet(streamed(files, image), files.labels) for files in encoded], notes
-    decoded = decode(encoded, request.resize, request.copies, request.largest)
-    return [
-        ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)
-    ], decoded.notes
+    pixels, notes = decode(encoded, request.resize, request.copies, request.largest)
+    return [ImageSet(images, files.labels) for images, files in zip(pixels, encoded, strict=True)], notes
 
 
-def _needed_path(name: str, request: Request) -> Path:
+def _needed_path(name: str, request: Request) -> str:
     if request.path is None:
-        raise _no_path(name)
-    return Path(request.path).expanduser()
-
-
-def _no_path(name: str) -> DatasetError:
-    return DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
+        raise DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
+    return request.path
 
 
 def _no_images(root: Path, layout: str, notes: Sequence[str] = (), tables: int = 0) -> DatasetError:

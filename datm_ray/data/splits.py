@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, few
 
 Role = Literal["train", "test", "val"]
 
@@ -43,12 +43,8 @@ def role_of(*names: str) -> Role | None:
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
     """Line for the user that lists the training, test and unused files or folders."""
-    held_out = f"test images: {_few(test)}" if test else "test images: a fixed fifth of each class of these"
-    return f"training images: {_few(train)}; {held_out}" + (f"; not used: {_few(unused)}" if unused else "")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    held_out = f"test images: {few(test)}" if test else "test images: a fixed fifth of each class of these"
+    return f"training images: {few(train)}; {held_out}" + (f"; not used: {few(unused)}" if unused else "")
 
 
 class Stream(IntEnum):

@@ -37,13 +37,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from datm_ray.data.decode import pixels_of
-from datm_ray.data.patience import Lines, Say, eigenpairs, silent, slabs
+from datm_ray.data.decode import in_words, pixels_of
+from datm_ray.data.patience import Lines, Matrix, Say, eigenpairs, silent, slabs
 from datm_ray.errors import CorruptFileError, DatasetError, one_line
 from datm_ray.memory import available_memory
 
 Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Means and deviations of the channels, for pixels in [0, 1]."""
 AnyFloats = NDArray[np.floating[Any]]
@@ -85,13 +86,11 @@ class Normaliser(nn.Module):
     def __init__(
         self, kind: Kind, shape: tuple[int, int, int], scale: Tensor, shift: Tensor, rest: float | None = None
     ) -> None:
-        """Make a module from its buffers.
+        """Make a module from its buffers, see the attributes `scale` and `shift`.
 
         Args:
             kind: "zca" or "standard".
             shape: channels, height and width of the images.
-            scale: whitening matrix, its factor F, or reciprocal deviations, see the attribute `scale`.
-            shift: shift of each value for `zca`, of each channel for `standard`.
             rest: number b if the whitening matrix is b I - F F^T with F in `scale`; otherwise None.
         """
         super().__init__()
@@ -139,7 +138,7 @@ class Transform:
     """Eigenvectors of the covariance, as columns [d r]; None for `standard` and if `stored_matrix` is given.
 
     r is d, or the number of directions in which the images differ, if there are fewer images than values."""
-    values: NDArray[np.float64] | None = None
+    values: Doubles | None = None
     """Eigenvalues [r], all >= 0; None if there are no vectors."""
     eps: float = PUBLISHED_EPS
     """Number added to every eigenvalue; unused if there are no vectors."""
@@ -306,7 +305,7 @@ class Transform:
         """True if there are fewer eigenvectors than values in an image."""
         return self.vectors is not None and self.vectors.shape[0] > self.vectors.shape[1]
 
-    def _factor(self, *, inverse: bool) -> tuple[NDArray[np.float64], float]:
+    def _factor(self, *, inverse: bool) -> tuple[Matrix, float]:
         """F [d r] and b of the whitening matrix W = b I - F F^T; with `inverse`, of its inverse b I + F F^T."""
         assert self.vectors is not None
         rest = math.sqrt(self.eps) if inverse else 1 / math.sqrt(self.eps)
@@ -314,9 +313,9 @@ class Transform:
         return self.vectors.astype(np.float64) * np.sqrt(lengths), rest
 
     @property
-    def _deviations(self) -> NDArray[np.float64]:
+    def _deviations(self) -> Doubles:
         assert self.values is not None
-        deviations: NDArray[np.float64] = np.sqrt(self.values + self.eps)
+        deviations: Doubles = np.sqrt(self.values + self.eps)
         return deviations
 
     def _inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -369,13 +368,8 @@ def _map_chunks(
         kind: kind of the transform, for messages.
         shape: channels, height and width of the images that the transform was fitted on.
         dtype: type of the result.
-
-    Raises:
-        DatasetError: the images have another shape.
-        TypeError: the images are integers other than uint8.
     """
-    if not isinstance(images, Tensor):
-        images = _shared(images)
+    images = images if isinstance(images, Tensor) else _shared(images)
     if not images.is_floating_point() and images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}: give floats from 0 to 1, or uint8 from 0 to 255")
     batch = images if images.ndim == 4 else images[None]
@@ -451,10 +445,10 @@ class FitCost:
         return cls(kind, shape, size, seconds / 60, 4 * values * (rank + 1) + 8 * rank)
 
     def __str__(self) -> str:
-        size = f"{_in_words(self.size)} of memory"
+        size = f"{in_words(self.size)} of memory"
         if self.minutes < 1:
             return size
-        return f"{size}, {_in_words(self.stored)} of disk and about {self.time} on two CPU cores"
+        return f"{size}, {in_words(self.stored)} of disk and about {self.time} on two CPU cores"
 
     @property
     def time(self) -> str:
@@ -468,8 +462,7 @@ class FitCost:
         free = available_memory()
         if self.size > free:
             raise DatasetError(
-                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, "
-                f"and {_in_words(free)} is free",
+                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, and {in_words(free)} is free",
                 "Whitening has a row and a column for every value of an image",
                 "Use --set dataset.normalisation=standard, or a smaller dataset.resize",
             )
@@ -478,10 +471,6 @@ class FitCost:
 def _is_smaller(images: int, values: int) -> bool:
     """True if the Gram matrix [n n] of the images is smaller than the covariance [d d]."""
     return 0 < images < values
-
-
-def _in_words(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.0f} MiB"
 
 
 def fit_transform(
@@ -537,16 +526,14 @@ def fit_transform(
 
 def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str, say: Say) -> Transform:
     count, values, note = len(images), images[0].size, Lines(say).note
-    fitted = ("zca", images.shape[1:], levels, eps, count)
+    fitted, total = ("zca", images.shape[1:], levels, eps, count), _pixel_sums(images)
     if _is_smaller(count, values):
         say(f"zca: eigenvectors of a {count:,} x {count:,} matrix, as there are fewer images than values")
-        total = _pixel_sums(images)
         pairs = _eigenpairs_of_few(images, total, levels, device, note)
         fingerprint = _digest(*fitted, total, *sorted(hashlib.sha256(image.tobytes()).digest() for image in images))
     else:
         say(f"zca: covariance of {values:,} x {values:,}")
-        sums = _exact_sums(images, note)
-        total, covariance = sums.total, _covariance(sums, levels)
+        covariance = _covariance(images, total, levels, note)
         fingerprint = _digest(*fitted, total, covariance)
         say(f"zca: eigenvectors of the covariance, {values:,} x {values:,}")
         pairs = _eigh(covariance, device, note)
@@ -562,47 +549,41 @@ def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str, sa
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    count: int
-    total: NDArray[np.float64]  # sums [d] of pixels - _CENTRE
-    products: NDArray[np.float64]  # sums [d d] of products of pixels - _CENTRE
+def _covariance(images: NDArray[np.uint8], total: Doubles, levels: int, note: Say = silent) -> Matrix:
+    """Unbiased covariance [d d] of pixels / levels. `total` is from `_pixel_sums`."""
+    covariance = _exact_products(images, note)
+    covariance -= np.outer(total, total) / len(images)
+    covariance /= (len(images) - 1) * levels**2
+    return covariance
 
 
-def _exact_sums(images: NDArray[np.uint8], note: Say = silent) -> _Sums:
-    """Sums over images of each pixel and of each product of two pixels, all minus `_CENTRE`, without rounding.
+def _exact_products(images: NDArray[np.uint8], note: Say = silent) -> Matrix:
+    """Sums [d d] over images of each product of two pixels minus `_CENTRE`, without rounding.
 
     Sums within a chunk are integers that float32 holds exactly, and sums over chunks are integers that float64 holds
     exactly. So the speed is that of single precision, and the bits do not depend on a library's order of additions.
     """
     width = images[0].size
-    total, products = np.zeros(width), np.zeros((width, width))
+    products = np.zeros((width, width))
     for start in range(0, len(images), _EXACT_ROWS):
         chunk = images[start : start + _EXACT_ROWS].reshape(-1, width).astype(np.float32) - _CENTRE
-        total += chunk.sum(axis=0, dtype=np.float64)
         note(f"zca: covariance, {start:,} of {len(images):,} images")
         for columns in slabs(width, len(chunk) * width):
             products[columns] += chunk[:, columns].T @ chunk
-    return _Sums(len(images), total, products)
+    return products
 
 
-def _covariance(sums: _Sums, levels: int) -> NDArray[np.float64]:
-    """Unbiased covariance [d d] of pixels / levels. Overwrites `sums.products`, which may take gigabytes."""
-    covariance = sums.products
-    covariance -= np.outer(sums.total, sums.total) / sums.count
-    covariance /= (sums.count - 1) * levels**2
-    return covariance
-
-
-def _pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _pixel_sums(images: NDArray[np.uint8]) -> Doubles:
     """Sums [d] over the images of each pixel minus `_CENTRE`, without rounding."""
-    sums: NDArray[np.float64] = images.reshape(len(images), -1).sum(axis=0, dtype=np.float64)
+    sums = np.zeros(images[0].size)
+    for rows in _chunks(len(images), 8 * sums.size):
+        sums += images[rows].reshape(-1, sums.size).sum(axis=0, dtype=np.float64)
     return sums - _CENTRE * len(images)
 
 
 def _eigenpairs_of_few(
-    images: NDArray[np.uint8], total: NDArray[np.float64], levels: int, device: str, note: Say = silent
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    images: NDArray[np.uint8], total: Doubles, levels: int, device: str, note: Say = silent
+) -> tuple[Doubles, Matrix]:
     """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, from the images' products [n n].
 
     Args:
@@ -625,9 +606,7 @@ def _eigenpairs_of_few(
     return values, found[:, : len(values)]
 
 
-def _eigh(
-    matrix: NDArray[np.float64], device: str, note: Say = silent
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigh(matrix: Matrix, device: str, note: Say = silent) -> tuple[Doubles, Matrix]:
     """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be freed: do not use it afterwards.
 
     If the device fails, for example because others use its memory, the CPU computes them.
@@ -644,7 +623,7 @@ def _eigh(
     return eigenpairs(matrix, note)
 
 
-def _eigh_by_torch(matrix: NDArray[np.float64], device: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigh_by_torch(matrix: Matrix, device: str) -> tuple[Doubles, Matrix]:
     found = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
     return found.eigenvalues.cpu().numpy(), found.eigenvectors.cpu().numpy()
 

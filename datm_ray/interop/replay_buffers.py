@@ -22,8 +22,10 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import count
+from operator import attrgetter
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -48,8 +50,6 @@ PUBLISHED_PER_FILE = 10
 
 PUBLISHED_PADDING = 3
 """Padding in pixels of the published ConvNet's first convolution for one channel; the ConvNet here pads by 1."""
-
-_ANOTHER_RECIPE = "give the recipe of these experts: their data set, network and epochs"
 
 _Trajectory = list[list[NDArray[Any]]]
 
@@ -120,9 +120,8 @@ def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: st
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
         settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
-        remedy = (
-            " ".join(["give", *(f"--set {shlex.quote(each)}" for each in settings)]) if settings else _ANOTHER_RECIPE
-        )
+        given = " ".join(f"--set {shlex.quote(each)}" for each in settings)
+        remedy = f"give {given or 'the recipe of these experts: their data set, network and epochs'}"
         raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), remedy)
     return networks[differences.index(None)]
 
@@ -195,20 +194,18 @@ class _Network:
     def settings_for(self, trajectory: _Trajectory) -> list[str]:
         """Settings `section.field=value` that make the recipe fit the trajectory; empty if none are found."""
         config, d = self._config, self._config.distill
-        wanted: dict[str, int | str] = {}
         epochs = min(len(trajectory) - 1, config.experts.epochs)
-        wanted["experts.epochs"] = epochs
+        wanted: dict[str, int | str] = {"experts.epochs": epochs}
         if config.latest_matched > epochs:
             span = min(d.expert_epochs, max(1, epochs // 2))
             bound = epochs + 1 - span
-            wanted |= {"distill.expert_epochs": span}
+            wanted["distill.expert_epochs"] = span
             wanted["distill.start_epochs"] = f"[{min(d.start_epochs.first, bound - 1)},{bound}]"
         if config.network.architecture == "convnet" and config.network.depth and trajectory[0][0].ndim == 4:
             a_block = (len(self._flat.shapes) - 2) // config.network.depth
             wanted["network.width"] = trajectory[0][0].shape[0]
             wanted["network.depth"] = (len(trajectory[0]) - 2) // a_block
-        now = config.model_dump()
-        changes = [f"{key}={value}" for key, value in wanted.items() if value != _value_at(now, key)]
+        changes = [f"{key}={value}" for key, value in wanted.items() if value != attrgetter(key)(config)]
         try:
             other = _Network(override(config, changes), self._raw, self._store_uri)
         except DatmError:
@@ -230,16 +227,13 @@ class _Network:
             return Imported(str(self._group.key), known[digest], new=False)
         self._require_same_epochs(epochs)
         self._store_transform()
-        nan = float("nan")
+        nan = math.nan
         snapshots = [Snapshot(epoch, -1, nan, nan, vector) for epoch, vector in zip(epochs, vectors, strict=True)]
-        taken = set(self._group.experts())
+        info_of = partial(expert_info, self._config, self._group, self._raw.fingerprint, self._flat.module)
+        facts, taken = {**origin, "digest": digest}, set(self._group.experts())
         for expert in count():
             if expert not in taken:
-                facts, fingerprint = {**origin, "digest": digest}, self._raw.fingerprint
-                module = self._flat.module
-                info = expert_info(
-                    self._config, self._group, fingerprint, module, expert, seed=-1, epochs=epochs, imported=facts
-                )
+                info = info_of(expert, seed=-1, epochs=epochs, imported=facts)
                 if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
                     known[digest] = expert
                     return Imported(str(self._group.key), expert, new=True)
@@ -270,11 +264,6 @@ class _Network:
             settings = self._config.dataset
             transform = transform_of(self._raw, settings.kind, settings.statistics, device=device)
             self._group.write_transform(transform.to_arrays(), transform.to_metadata())
-
-
-def _value_at(values: dict[str, Any], key: str) -> Any:
-    section, _, field = key.partition(".")
-    return values[section][field]
 
 
 def _read(location: Location) -> list[_Trajectory]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
@@ -36,7 +36,7 @@ from datm_ray.core.training.loop import predict_logits
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
-from datm_ray.errors import ConfigError, CorruptFileError, StoreError
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
 from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
@@ -44,8 +44,6 @@ from datm_ray.store.trajectories import Snapshot, size_in_words
 
 MEASURED_IMAGES = 1000
 """Largest number of test images on which an imported network is measured."""
-MOST_NAMES = 3
-"""Largest number of parameter names that an error message lists for one problem, such as missing parameters."""
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 
@@ -227,11 +225,9 @@ def _torchvision_parts(network: nn.Module) -> dict[str, str]:
     return parts if stage else {}
 
 
-def _named(what: str, names: Iterable[str]) -> str:
-    """Text that starts with `what` and lists at most `MOST_NAMES` of the names; "" if there are none."""
-    listed = sorted(names)
-    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
-    return f"{what} {', '.join(listed[:MOST_NAMES])}{more}" if listed else ""
+def _named(what: str, names: Collection[str]) -> str:
+    """Text that starts with `what` and lists a few of the names; "" if there are none."""
+    return f"{what} {few(sorted(names))}" if names else ""
 
 
 def _store(
@@ -252,7 +248,7 @@ def _store(
     origin = {"file": PurePosixPath(file.path).name, "digest": digest}
     epochs = (config.experts.epochs,)
     info = expert_info(config, group, raw.fingerprint, network, missing[0], seed=-1, epochs=epochs, imported=origin)
-    if not group.write_expert(missing[0], [Snapshot(epochs[0], -1, float("nan"), correct, params, buffers)], info):
+    if not group.write_expert(missing[0], [Snapshot(epochs[0], -1, math.nan, correct, params, buffers)], info):
         raise StoreError(
             f"{file.uri} was not stored in {group.location.uri}",
             f"another process stored expert {missing[0]} at the same time",

@@ -446,10 +446,22 @@ def test_resize_is_antialiased(tmp_path: Path, encode: Encode) -> None:
     assert np.abs(ants.astype(int) - 127).max() < 20
 
 
-def test_unusable_image_is_named(tmp_path: Path, encode: Encode) -> None:
-    """A broken image file is an error that names its path."""
-    root = write_files(tmp_path, folder_files(encode, ("",)) | {"ants/zz.png": b"\x89PNG nonsense"})
-    with pytest.raises(DatasetError, match=r"zz\.png cannot be read \(no image of a known kind\)"):
+@pytest.mark.parametrize(
+    ("roles", "added", "message"),
+    [
+        (("",), {"ants/zz.png": b"\x89PNG nonsense"}, r"zz\.png cannot be read \(no image of a known kind\)"),
+        (("train/", "test/"), {"test/cows/0.png": b""}, r"class 'cows' that the training folder lacks"),
+        (("one/", "two/"), {}, r"no images in one, two, but folders.* train and test"),
+        (("insects/",), {}, r"has 1 class.*'insects'"),  # nearly always a path one level off
+        ((), {}, "no training images found"),
+    ],
+)
+def test_bad_folder_is_explained(
+    roles: tuple[str, ...], added: dict[str, bytes], message: str, tmp_path: Path, encode: Encode
+) -> None:
+    """Each fault of a folder of images gives an error of its own."""
+    root = write_files(tmp_path, folder_files(encode, roles) | added)
+    with pytest.raises(DatasetError, match=message):
         load_raw("folder", str(root))
 
 
@@ -471,13 +483,6 @@ def test_truncated_image_is_named(tmp_path: Path, encode: Encode) -> None:
     files = folder_files(encode, ("",), size=(64, 64), format="BMP")
     files["bees/03.png"] = files["bees/03.png"][:500]
     with pytest.raises(DatasetError, match=r"bees/03\.png cannot be read"):
-        load_raw("folder", str(write_files(tmp_path, files)))
-
-
-def test_class_only_in_the_test_folder_is_named(tmp_path: Path, encode: Encode) -> None:
-    """A class in the test folder alone is an error that names it."""
-    files = folder_files(encode, ("train/", "test/")) | {"test/cows/0.png": encode(1)}
-    with pytest.raises(DatasetError, match=r"class 'cows' that the training folder lacks"):
         load_raw("folder", str(write_files(tmp_path, files)))
 
 
@@ -508,26 +513,6 @@ def test_parts_are_known_by_their_usual_names(tmp_path: Path, encode: Encode) ->
     raw = load_raw("folder", str(root))
     assert raw.class_names == ("ants", "bees")
     assert [len(images) for images in sets_of(raw)] == [18, 2, 20]
-
-
-def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path: Path, encode: Encode) -> None:
-    """Two folders that hold class folders are not taken for two classes."""
-    root = write_files(tmp_path, folder_files(encode, ("one/", "two/")))
-    with pytest.raises(DatasetError, match=r"no images in one, two, but folders.* train and test"):
-        load_raw("folder", str(root))
-
-
-def test_single_class_is_refused(tmp_path: Path, encode: Encode) -> None:
-    """A single class is refused, because it nearly always means a path one level off."""
-    files = {f"insects/{name}": content for name, content in folder_files(encode, ("",)).items()}
-    with pytest.raises(DatasetError, match=r"has 1 class.*'insects'"):
-        load_raw("folder", str(write_files(tmp_path, files)))
-
-
-def test_empty_folder_is_named(tmp_path: Path) -> None:
-    """A folder without images is an error that says so."""
-    with pytest.raises(DatasetError, match="no training images found"):
-        load_raw("folder", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["folder", "tiny-imagenet", "parquet"])
@@ -681,30 +666,19 @@ def test_parquet_of_plain_bytes(tmp_path: Path, write_parquet: WriteParquet) -> 
         ({"images": [{"bytes": b"x"}] * 30}, r"30 of 30 images cannot be read, .*: bad\.parquet row 0 \("),
         ({"class_names": ("ant", "bee")}, r"label 2, outside 0\.\.1"),
         ({"class_names": ("ant", "bee", "cow", "dog")}, r"no image of 1 of 4 classes, 'dog'"),
+        ({"labels": [0, 1, -1] * 10}, r"label -1, outside 0\.\.1"),
+        ({"labels": [0, 1, 10**12] * 10}, r"label 1000000000000, outside"),
+        ({"labels": [0, 1, 3] * 10}, r"no image of 1 of 4 classes, '2'"),
     ],
 )
 def test_bad_parquet_is_explained(
     options: dict[str, Any], message: str, tmp_path: Path, write_parquet: WriteParquet
 ) -> None:
-    """Each fault of a Parquet file gives an error of its own."""
-    path = write_parquet(tmp_path / "bad.parquet", LABELS, **options)
+    """Each fault of a Parquet file, also in its labels, gives an error of its own."""
+    images = [{"bytes": encode_value(i)} for i in range(30)]
+    path = write_parquet(tmp_path / "bad.parquet", **{"labels": LABELS, "images": images} | options)
     with pytest.raises(DatasetError, match=message):
         load_raw("parquet", str(path))
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 1, -1] * 10, r"label -1, outside 0\.\.1"),
-        ([0, 1, 10**12] * 10, r"label 1000000000000, outside"),
-        ([0, 1, 3] * 10, r"no image of 1 of 4 classes, '2'"),
-    ],
-)
-def test_bad_labels_are_explained(labels: list[Any], message: str, tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Labels that are not integers from 0 without gaps are an error."""
-    images = [{"bytes": encode_value(i)} for i in range(30)]
-    with pytest.raises(DatasetError, match=message):
-        load_raw("parquet", str(write_parquet(tmp_path / "bad.parquet", labels, images=images)))
 
 
 def test_unreadable_parquet_is_named(tmp_path: Path) -> None:
