@@ -160,7 +160,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
 
 
 def marks(files: Encoded) -> list[str]:
-    """Texts that tell the files apart, made of name and size, in the order of the files.
+    """One text per file, with its name and size, by which workers know that they read the same files.
 
     Raises:
         DatasetError: the files can only be read by this process, or a file is missing.

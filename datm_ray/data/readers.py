@@ -23,7 +23,7 @@ from datm_ray.data.files import FileTree, file_tree
 from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
-from datm_ray.data.streamed import streamed
+from datm_ray.data.streamed import StreamedPixels
 from datm_ray.errors import DatasetError, few
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
@@ -323,7 +323,7 @@ def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[Imag
     """Decode images, or prepare to decode them later if they are streamed. Returns sets and lines on conversions."""
     if request.streamed and request.resize:
         image, notes = survey(encoded, request.resize)
-        return [ImageSet(streamed(files, image), files.labels) for files in encoded], notes
+        return [ImageSet(StreamedPixels(files, np.arange(len(files)), image), files.labels) for files in encoded], notes
     pixels, notes = decode(encoded, request.resize, request.copies, request.largest)
     return [ImageSet(images, files.labels) for images, files in zip(pixels, encoded, strict=True)], notes
 

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
+from datm_ray.data.decode import marks
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.data.streamed import StreamedPixels
 from datm_ray.errors import DatasetError, one_line
@@ -246,10 +247,12 @@ def _split(images: ImageSet, fraction: float, stream: Stream, class_names: Seque
 def _fingerprint(class_names: Sequence[str], levels: int, sets: Sequence[ImageSet]) -> str:
     digest = hashlib.sha256(repr((tuple(class_names), levels)).encode())
     for images in sets:
-        digest.update(repr(images.images.shape).encode())
-        if isinstance(images.images, StreamedPixels):
-            digest.update("\n".join(images.images.marks()).encode(errors="surrogateescape"))
+        pixels = images.images
+        digest.update(repr(pixels.shape).encode())
+        if isinstance(pixels, StreamedPixels):
+            texts = marks(pixels.files.take(pixels.rows))
+            digest.update("\n".join(texts).encode(errors="surrogateescape"))
         else:
-            digest.update(np.ascontiguousarray(images.images).data)
+            digest.update(np.ascontiguousarray(pixels).data)
         digest.update(images.labels.astype("<i8").data)
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import Encoded, decode_rows, marks
+from datm_ray.data.decode import Encoded, decode_rows
 from datm_ray.data.transform import Transform
 
 Rows = NDArray[np.int64] | slice
@@ -43,14 +43,6 @@ class StreamedPixels:
         """
         return decode_rows(self.files, self.rows[rows], self.image)
 
-    def marks(self) -> list[str]:
-        """One text per file of the images, with its name and size, by which workers know that they read the same files.
-
-        Raises:
-            DatasetError: a file is missing, or only this process can read the files.
-        """
-        return marks(self.files.take(self.rows))
-
     def take(self, rows: NDArray[np.int64]) -> StreamedPixels:
         """Select the images at these rows. Nothing is read."""
         return StreamedPixels(self.files, self.rows[rows], self.image)
@@ -80,8 +72,3 @@ class StreamedImages:
             DatasetError: a file is missing or damaged.
         """
         return self.transform.apply(self.pixels[rows].astype(np.float32) / np.float32(self.levels))
-
-
-def streamed(files: Encoded, image: tuple[int, int, int]) -> StreamedPixels:
-    """All images of `files`, each resized to `image` (channels, height, width) when it is read."""
-    return StreamedPixels(files, np.arange(len(files)), image)

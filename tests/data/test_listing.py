@@ -16,10 +16,7 @@ from datm_ray.data import decode, load_raw
 from datm_ray.data.contents import recognise
 from datm_ray.data.files import file_tree, list_folder
 from datm_ray.errors import DatasetError
-from tests.data.conftest import write_files
-
-Encode = Callable[..., bytes]
-WriteParquet = Callable[..., Path]
+from tests.data.conftest import Encode, WriteParquet, write_files
 
 
 @pytest.fixture

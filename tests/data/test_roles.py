@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,8 @@ import pytest
 from datm_ray.data import load_raw
 from datm_ray.data.splits import role_of
 from datm_ray.errors import DatasetError
-from tests.data.conftest import require_parquet
+from tests.data.conftest import Encode, WriteParquet, require_parquet
 
-Encode = Callable[..., bytes]
-WriteParquet = Callable[..., Path]
 LABELS = [0, 1, 2] * 10
 
 

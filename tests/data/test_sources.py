@@ -8,7 +8,6 @@ import os
 import pickle
 import tracemalloc
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -20,10 +19,7 @@ from PIL import Image
 from datm_ray.data import ImageSet, Loaded, RawDataset, Request, decode, known_sources, load_raw, source, sources
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError
-from tests.data.conftest import require_parquet, write_files
-
-Encode = Callable[..., bytes]
-WriteParquet = Callable[..., Path]
+from tests.data.conftest import Encode, WriteParquet, require_parquet, write_files
 
 
 def sets_of(raw: RawDataset) -> tuple[ImageSet, ImageSet, ImageSet]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ from datm_ray.data import RawDataset, decode, load_raw, parquet, streamed
 from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
 from datm_ray.errors import DatasetError, TransientStoreError
-from tests.data.conftest import write_files
+from tests.data.conftest import Encode, WriteParquet, write_files
 
 PHOTOS = Path(__file__).parent.parent / "samples" / "photos"
-Encode = Callable[..., bytes]
-WriteParquet = Callable[..., Path]
 
 
 @pytest.fixture(params=["folder", "parquet"])
