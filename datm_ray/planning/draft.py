@@ -73,6 +73,8 @@ Planner = Callable[[RunConfig, bool], Proposal]
 """Plans a recipe on this machine, with measured speeds. Arguments: the recipe; True to time compiled steps."""
 Choices = Iterator[tuple[str, Any, str]]
 """Type of a rule's result: an iterator over (key of the recipe, value, reason)."""
+Fitted = tuple[dict[str, Any], dict[str, str]]
+"""Type of the result of a rule that fills the time: key -> value, and key -> reason."""
 
 
 @dataclass
@@ -182,6 +184,84 @@ class Draft:
         """Distance of one epoch of plain SGD: learning rate times steps. (`Distance` needs a whole recipe.)"""
         return self.rate * math.ceil(self.training / self.batch_size)
 
+    def augmentation(self, *sections: str) -> Choices:
+        """Choose the augmentation of sections of the recipe."""
+        if self.side >= SMALLEST_PICTURE:
+            is_grey = self.raw.channels == 1
+            every = PUBLISHED_AUGMENTATION.removeprefix("color_") if is_grey else PUBLISHED_AUGMENTATION
+            why = "as published" + (" but for colour, which grey images lack" if is_grey else "")
+            yield from ((f"{section}.augmentation", every, why) for section in sections)
+            return
+        for section in sections:
+            if section == "evaluate":
+                why = f"at {self.side} pixels cutout and flip would make other pictures"
+                yield "evaluate.augmentation", "crop_scale_rotate", why
+            else:
+                yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
+
+    def evaluation(self, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
+        """Values of the longest evaluation within `EVALUATION_SHARE` of the time.
+
+        Networks on all real images are added if they take at most `REAL_SHARE` of the time.
+        """
+        for protocol, seeds in EVALUATIONS:
+            found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
+            seconds = self.clock(values | found)["evaluation"]
+            if seconds <= EVALUATION_SHARE * self.time:
+                break
+        real = {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
+        if self.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * self.time:
+            found |= real
+        return found
+
+    def reasons_for(
+        self, values: dict[str, Any], enough: str, real_epochs: str, least: int = LEAST_ITERATIONS
+    ) -> dict[str, str]:
+        """Key -> reason for values that the rules of several methods choose, such as those of `evaluation` and `saved`.
+
+        Args:
+            values: the chosen values.
+            enough: what a wider network would leave too little of, in words.
+            real_epochs: reason for the number of epochs on all real images.
+            least: smallest number of iterations that the rules choose.
+        """
+        iterations, is_widest = values.get("distill.iterations", 0), values["network.width"] == WIDTHS[0]
+        return {
+            "network.width": "channels, as published"
+            if is_widest
+            else f"channels; more would leave fewer than {enough} in {self.asked}",
+            "cluster.shards": "all workers of this machine distil the set together"
+            if values.get("cluster.shards", 1) > 1
+            else "sums over workers would take longer than they save, or there is one worker",
+            "evaluate.protocol": f"the longest that takes at most a fifth of {self.asked}, or the shortest that trains "
+            "networks",
+            "evaluate.seeds": "networks of a row, for a mean and its deviation",
+            "evaluate.full": "networks on all real images take at most a tenth of the time"
+            if values["evaluate.full"]
+            else "left out: networks on all real images take more than a tenth of the time",
+            "evaluate.real_epochs": real_epochs,
+            "distill.iterations": "as many as the rest of the time allows" if iterations > least else self.too_short,
+            "distill.validate_every": f"{VALIDATIONS} times, to choose the set to keep",
+            "distill.checkpoint_every": f"about {min(CHECKPOINTS, iterations)} times; Ctrl-C saves too",
+        }
+
+    def widest(self, of_width: Callable[[Draft, int], tuple[dict[str, Any], bool]]) -> dict[str, Any]:
+        """Values for the largest width of the network for which the time is enough.
+
+        Args:
+            of_width: returns the values for a width, and True if the time is enough.
+        """
+        is_long = self.wish.seconds >= EXACT_FROM
+        for width in WIDTHS:
+            self.exactly = False
+            values, is_enough = of_width(self, width)
+            if is_long and (is_enough or width == WIDTHS[-1]):
+                self.exactly = True
+                values, is_enough = of_width(self, width)
+            if is_enough:
+                break
+        return values
+
 
 def data(draft: Draft) -> Choices:
     """Choose the data, their normalisation, and the depth of a convnet.
@@ -224,95 +304,9 @@ def data(draft: Draft) -> Choices:
         yield "network.depth", resolved.network.depth, why
 
 
-def augmentation(draft: Draft, *sections: str) -> Choices:
-    """Choose the augmentation of sections of the recipe."""
-    if draft.side >= SMALLEST_PICTURE:
-        is_grey = draft.raw.channels == 1
-        every = PUBLISHED_AUGMENTATION.removeprefix("color_") if is_grey else PUBLISHED_AUGMENTATION
-        why = "as published" + (" but for colour, which grey images lack" if is_grey else "")
-        yield from ((f"{section}.augmentation", every, why) for section in sections)
-        return
-    for section in sections:
-        if section == "evaluate":
-            why = f"at {draft.side} pixels cutout and flip would make other pictures"
-            yield "evaluate.augmentation", "crop_scale_rotate", why
-        else:
-            yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
-
-
-def evaluation(draft: Draft, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
-    """Values of the longest evaluation within `EVALUATION_SHARE` of the time.
-
-    Networks on all real images are added if they take at most `REAL_SHARE` of the time.
-    """
-    for protocol, seeds in EVALUATIONS:
-        found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
-        seconds = draft.clock(values | found)["evaluation"]
-        if seconds <= EVALUATION_SHARE * draft.time:
-            break
-    real = {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
-    if draft.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * draft.time:
-        found |= real
-    return found
-
-
-def evaluation_reasons(draft: Draft, values: dict[str, Any], real_epochs: str) -> dict[str, str]:
-    """Key -> reason for the values that `evaluation` returns. `real_epochs` is the reason for their number."""
-    return {
-        "evaluate.protocol": f"the longest that takes at most a fifth of {draft.asked}, or the shortest that trains "
-        "networks",
-        "evaluate.seeds": "networks of a row, for a mean and its deviation",
-        "evaluate.full": "networks on all real images take at most a tenth of the time"
-        if values["evaluate.full"]
-        else "left out: networks on all real images take more than a tenth of the time",
-        "evaluate.real_epochs": real_epochs,
-    }
-
-
-def shards_reason(shards: int) -> str:
-    """Reason for `cluster.shards`."""
-    if shards > 1:
-        return "all workers of this machine distil the set together"
-    return "sums over workers would take longer than they save, or there is one worker"
-
-
-def width_reason(draft: Draft, width: int, enough: str) -> str:
-    """Reason for `network.width`; `enough` is what a wider network would leave too little of, in words."""
-    if width == WIDTHS[0]:
-        return "channels, as published"
-    return f"channels; more would leave fewer than {enough} in {draft.asked}"
-
-
 def saved(iterations: int) -> dict[str, int]:
     """Values of when a distillation is validated and saved, by its number of iterations."""
     return {
         "distill.validate_every": -(-iterations // VALIDATIONS),
         "distill.checkpoint_every": -(-iterations // CHECKPOINTS),
     }
-
-
-def iteration_reasons(draft: Draft, iterations: int, least: int = LEAST_ITERATIONS) -> dict[str, str]:
-    """Key -> reason for the number of iterations, at least `least`, and for the values of `saved`."""
-    return {
-        "distill.iterations": "as many as the rest of the time allows" if iterations > least else draft.too_short,
-        "distill.validate_every": f"{VALIDATIONS} times, to choose the set to keep",
-        "distill.checkpoint_every": f"about {min(CHECKPOINTS, iterations)} times; Ctrl-C saves too",
-    }
-
-
-def widest(draft: Draft, of_width: Callable[[Draft, int], tuple[dict[str, Any], bool]]) -> dict[str, Any]:
-    """Values for the largest width of the network for which the time is enough.
-
-    Args:
-        of_width: returns the values for a width, and True if the time is enough.
-    """
-    is_long = draft.wish.seconds >= EXACT_FROM
-    for width in WIDTHS:
-        draft.exactly = False
-        values, is_enough = of_width(draft, width)
-        if is_long and (is_enough or width == WIDTHS[-1]):
-            draft.exactly = True
-            values, is_enough = of_width(draft, width)
-        if is_enough:
-            break
-    return values

@@ -80,17 +80,15 @@ class Proposal:
     def _experts(self) -> list[list[Work]]:
         tasks, workers = list[list[Work]](), self.machine.workers
         for network in trained_networks(self.config):
-            own, size = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
-            images = self._trained * (2 if own.optimiser == "gsam" else 1)
-            passes = own.epochs * own.share_seen(range(own.epochs)) * images
+            size = experts_at_a_time(network, self.shape.image, self.shape.classes)
             most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
-            found = stacks(range(own.count), size, own.count, most, least)
-            tasks += [[("experts", network, len(each) * passes)] for each in found]
-            if scoring := network.scoring_run:
-                count = scoring.experts.count
-                found, trained = stacks(range(count), size, count, most, least), scoring.experts.epochs * images
-                tasks += [[("experts", network, len(each) * trained)] for each in found]
-                tasks.append([("scoring", network, count * self._trained)])
+            for own in (run.experts for run in (network, network.scoring_run) if run):
+                images = self._trained * (2 if own.optimiser == "gsam" else 1)
+                passes = own.epochs * own.share_seen(range(own.epochs)) * images
+                found = stacks(range(own.count), size, own.count, most, least)
+                tasks += [[("experts", network, len(each) * passes)] for each in found]
+            if network.scoring_run:
+                tasks.append([("scoring", network, network.scoring_run.experts.count * self._trained)])
         if self.config.prior is not None and is_trained(self.config):  # an encoder is as large as a decoder
             tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
         return tasks

@@ -21,14 +21,8 @@ from datm_ray.planning.draft import (
     WIDTHS,
     Choices,
     Draft,
-    augmentation,
-    evaluation,
-    evaluation_reasons,
-    iteration_reasons,
+    Fitted,
     saved,
-    shards_reason,
-    widest,
-    width_reason,
 )
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts.train import experts_at_a_time
@@ -75,7 +69,7 @@ def experts(draft: Draft) -> Choices:
         draft.rate,
         "as published" if published else "twice the published rate, because there are fewer steps",
     )
-    yield from augmentation(draft, "experts", "distill", "evaluate")
+    yield from draft.augmentation("experts", "distill", "evaluate")
 
 
 def matching(draft: Draft) -> Choices:
@@ -114,12 +108,12 @@ def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
     }
 
 
-def fitted(draft: Draft) -> tuple[dict[str, Any], dict[str, str]]:
+def fitted(draft: Draft) -> Fitted:
     """Choose the width of the network and the numbers of experts, epochs, student steps and iterations.
 
     The largest width is taken for which the time is enough, see `ENOUGH_EXPERTS`. Returns the values and their reasons.
     """
-    values = widest(draft, _of_width)
+    values = draft.widest(_of_width)
     return values, _reasons(draft, values)
 
 
@@ -131,7 +125,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
     workers = draft.workers(values)
     values["cluster.shards"] = draft.shards(values, workers)
-    values |= evaluation(draft, values, values["experts.epochs"])
+    values |= draft.evaluation(values, values["experts.epochs"])
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
         values |= _lengths(draft, steps)
@@ -195,21 +189,20 @@ def _numbers(
 
 def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     """Key -> reason for the values that `fitted` returns."""
-    width, iterations, steps = (values[key] for key in ("network.width", "distill.iterations", "distill.student_steps"))
-    count, is_enough = values["experts.count"], iterations >= ENOUGH_ITERATIONS
+    count, steps = values["experts.count"], values["distill.student_steps"]
     span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
     is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
     limit = "a tenth of the free disk holds" if is_full else "the time allows beside the iterations"
     enough = f"{ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations"
+    usual = draft.reasons_for(values, enough, "as many as the experts have")
     disk = ", or too few experts on the free disk" if _is_short_of_disk(draft, values) else ""
     least = "the least; a tenth of the free disk holds no more" if is_full else draft.too_short
     return {
-        "network.width": width_reason(draft, width, enough) + disk,
-        "cluster.shards": shards_reason(values["cluster.shards"]),
+        **usual,
+        "network.width": usual["network.width"] + disk,
         "cluster.experts_at_a_time": "all workers train experts",
-        **evaluation_reasons(draft, values, "as many as the experts have"),
         "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"
-        if is_enough
+        if values["distill.iterations"] >= ENOUGH_ITERATIONS
         else draft.too_short,
         "distill.expert_epochs": f"distance {span:.2g}, for {steps} student steps",
         "experts.epochs": f"distance {reached:.0f}: beyond the latest target, and far enough to label images",
@@ -217,7 +210,6 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
         if values["experts.keep_epochs"]
         else "those that can be matched; all epochs would take too much space",
         "experts.count": f"as many as {limit}" if count > LEAST_EXPERTS else least,
-        **iteration_reasons(draft, iterations),
     }
 
 

@@ -22,20 +22,11 @@ from datm_ray.planning.draft import (
     VALIDATIONS,
     Choices,
     Draft,
-    augmentation,
-    evaluation,
-    evaluation_reasons,
-    iteration_reasons,
+    Fitted,
     saved,
-    shards_reason,
-    widest,
-    width_reason,
 )
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.methods.recovery import FEW_IMAGES
-
-Fitted = tuple[dict[str, Any], dict[str, str]]
-"""Key -> value, and key -> reason."""
 
 REAL_IMAGES = (256, 128, 64, 32)
 """Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""
@@ -62,17 +53,16 @@ def embeddings(draft: Draft) -> Choices:
     yield "distill.initial", "random", "real images, as published"
     yield "distill.labels", "hard", "the classes, because no network is trained that could label"
     yield "distill.learning_rate_images", None, FOUND
-    yield from augmentation(draft, "distill", "evaluate")
+    yield from draft.augmentation("distill", "evaluate")
 
 
 def fitted_embeddings(draft: Draft) -> Fitted:
     """Choose the width of the network and the numbers of real images and iterations of dm."""
-    values = widest(draft, _embeddings_of)
+    values = draft.widest(_embeddings_of)
     real, protocol = values["distill.real_batch"], values["evaluate.protocol"]
     enough = f"{ENOUGH_UPDATES} iterations"
     reasons = {
-        "network.width": width_reason(draft, values["network.width"], enough),
-        "cluster.shards": shards_reason(values["cluster.shards"]),
+        **draft.reasons_for(values, enough, "as many as experts would have"),
         "distill.real_batch": "of each class, as published"
         if real == REAL_IMAGES[0]
         else "all images of the largest class"
@@ -80,8 +70,6 @@ def fitted_embeddings(draft: Draft) -> Fitted:
         else f"of each class; as many as leave {enough} in {draft.asked}, or the least",
         "distill.initial_step_size": f"the published {PUBLISHED_STEP_SIZE}"
         + (f", in proportion to fewer epochs (evaluate.protocol {protocol})" if protocol != "published" else ""),
-        **evaluation_reasons(draft, values, "as many as experts would have"),
-        **iteration_reasons(draft, values["distill.iterations"]),
     }
     return values, reasons
 
@@ -89,7 +77,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
 def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {"network.width": width}
     values["cluster.shards"] = draft.shards(values, draft.workers(values))
-    values |= evaluation(draft, values, math.ceil(TRAINED / draft.epoch))
+    values |= draft.evaluation(values, math.ceil(TRAINED / draft.epoch))
     longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
     values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")
     for real in dict.fromkeys(min(count, max(draft.trained)) for count in REAL_IMAGES):
@@ -130,12 +118,12 @@ def selection(draft: Draft) -> Choices:
         yield "select.pool", max(POOL, draft.wish.ipc), "images of a class that are cropped, as published; all if fewer"
     else:
         yield "select.by", "moderate", f"whole images; a crop of {draft.side} pixels often shows another picture"
-    yield from augmentation(draft, "evaluate")
+    yield from draft.augmentation("evaluate")
 
 
 def fitted_selection(draft: Draft) -> Fitted:
     """Choose the width of the network and the epochs of the teacher of select."""
-    values = widest(draft, _selection_of)
+    values = draft.widest(_selection_of)
     return values, _teacher_reasons(draft, values, f"{ENOUGH_EPOCHS} epochs of the teacher")
 
 
@@ -148,7 +136,7 @@ def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
     """Values of a teacher that takes at most a share of the time, and of the evaluation."""
     values: dict[str, Any] = {"network.width": width}
     values["experts.epochs"] = _epochs(draft, values, share)
-    return values | evaluation(draft, values, values["experts.epochs"])
+    return values | draft.evaluation(values, values["experts.epochs"])
 
 
 def statistics(draft: Draft) -> Choices:
@@ -189,13 +177,13 @@ def recovery(draft: Draft) -> Choices:
 
 def fitted_recovery(draft: Draft) -> Fitted:
     """Choose the width of the network, the epochs of the teacher, and the number of iterations of sre2l."""
-    values = widest(draft, _recovery_of)
+    values = draft.widest(_recovery_of)
     del values["distill.validate_every"]  # pieces are not validated
     enough = f"{ENOUGH_EPOCHS} epochs of the teacher or {ENOUGH_RECOVERY} iterations"
-    reasons = iteration_reasons(draft, values["distill.iterations"], LEAST_RECOVERY)
+    reasons = _teacher_reasons(draft, values, enough, LEAST_RECOVERY)
     if values["distill.iterations"] == _most_iterations(draft):
         reasons["distill.iterations"] = "as published"
-    return values, reasons | _teacher_reasons(draft, values, enough)
+    return values, reasons
 
 
 def _recovery_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
@@ -208,16 +196,17 @@ def _most_iterations(draft: Draft) -> int:
     return MOST_RECOVERY if draft.side >= LARGE_PICTURE else MOST_OF_SMALL
 
 
-def _teacher_reasons(draft: Draft, values: dict[str, Any], enough: str) -> dict[str, str]:
+def _teacher_reasons(
+    draft: Draft, values: dict[str, Any], enough: str, least: int = LEAST_ITERATIONS
+) -> dict[str, str]:
     epochs = values["experts.epochs"]
     return {
-        "network.width": width_reason(draft, values["network.width"], enough),
+        **draft.reasons_for(values, enough, "as many as the teacher has", least),
         "experts.epochs": "as published for CIFAR-100"
         if epochs == MOST_EPOCHS
         else "as many as its share of the time allows"
         if epochs > LEAST_EPOCHS
         else draft.too_short,
-        **evaluation_reasons(draft, values, "as many as the teacher has"),
     }
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from datm_ray.config import DatasetConfig, RunConfig
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
@@ -26,7 +25,7 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.splits import role_of
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.planning import rules_matching, rules_others
-from datm_ray.planning.draft import AS_ASKED, Choices, Draft, Planner, Wish, data
+from datm_ray.planning.draft import AS_ASKED, Choices, Draft, Fitted, Planner, Wish, data
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
@@ -76,8 +75,7 @@ class Suggestion:
 
 
 Rule = Callable[[Draft], Choices]
-Fit = Callable[[Draft], tuple[dict[str, Any], dict[str, str]]]
-"""Chooses the values that fill the time: returns key -> value and key -> reason."""
+Fit = Callable[[Draft], Fitted]
 RULES: dict[str, tuple[Sequence[Rule], Fit]] = {
     "datm": ((data, rules_matching.experts, rules_matching.matching), rules_matching.fitted),
     "mtt": ((data, rules_matching.experts, rules_matching.matching), rules_matching.fitted),
