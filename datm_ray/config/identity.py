@@ -20,13 +20,18 @@ from datm_ray.config.sections import (
     keys_read_of_distill,
 )
 
-LATER_KEYS: dict[str, Any] = {
-    **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
-    **{"unmatched_share": 0.0, "average_decay": None},
+LATER_KEYS: dict[str, Any] = {"method": "datm", "prior": None, "metadd": None}
+"""Keys and sections that earlier versions lacked -> value that their runs used. An identity leaves out a key that has
+this value, so that earlier runs keep their identity."""
+LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
+    "dataset": {"streamed": False, "mean": None, "std": None},
+    "experts": {"schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None},
+    "distill": {
+        **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
+        **{"unmatched_share": 0.0, "average_decay": None},
+    },
 }
-"""Keys of `distill` that earlier versions lacked -> value that their runs used."""
-LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None}
-"""Keys of experts that earlier versions lacked -> value that their experts used."""
+"""Section -> its keys that earlier versions lacked, as in `LATER_KEYS`."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select"}
 """Section that only one packaged method reads -> that method."""
 SCORING_KEYS = (
@@ -71,13 +76,12 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "distill": {"checkpoint_every"},
         "evaluate": {"seeds", "networks", "optimiser", "full", "fair", *SCORING_KEYS},
         "experts": {"keep_epochs", "test_every"},
+        "metadd": {"experts": {"keep_epochs", "test_every"}},
     }
     identity = config.model_dump(exclude=left_out)
     for key in unread_keys(config):
         section, _, name = key.partition(".")
         (identity[section] if name else identity).pop(name or section, None)
-    if not config.dataset.streamed:  # keeps the identity of runs made before the key existed
-        identity["dataset"].pop("streamed")
     if config.cluster.deterministic:
         identity["cluster"] = {"deterministic": True}
     starts = config.distill.start_epochs
@@ -88,29 +92,16 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             "final_start_bound": starts.last + 1,
             "expand_iterations": starts.expand_iterations,
         }
-    if config.dataset.statistics is None:  # keeps the identity of runs made before the keys existed
-        identity["dataset"].pop("mean")
-        identity["dataset"].pop("std")
-    if config.method == "datm":  # keeps the identity of runs made before the key existed
-        identity.pop("method")
-    for name, default in LATER_KEYS.items():
-        if identity["distill"].get(name, ...) == default:  # keeps the identity of runs made before the key existed
-            identity["distill"].pop(name)
-    identity["experts"] = _without_later_keys(identity["experts"])
-    if config.prior is None:  # keeps the identity of runs made before the section existed
-        identity.pop("prior")
-    if config.metadd is None:  # keeps the identity of runs made before the section existed
-        identity.pop("metadd")
-    else:
-        for name in ("keep_epochs", "test_every"):
-            identity["metadd"]["experts"].pop(name)
-        identity["metadd"]["experts"] = _without_later_keys(identity["metadd"]["experts"])
-    return identity
+    for section, later in LATER_KEYS_OF_SECTIONS.items():
+        identity[section] = _without(later, identity[section])
+    if config.metadd is not None:
+        identity["metadd"]["experts"] = _without(LATER_KEYS_OF_SECTIONS["experts"], identity["metadd"]["experts"])
+    return _without(LATER_KEYS, identity)
 
 
-def _without_later_keys(experts: dict[str, Any]) -> dict[str, Any]:
-    """Settings of experts without the keys of `LATER_EXPERT_KEYS` that have the value given there."""
-    return {name: value for name, value in experts.items() if LATER_EXPERT_KEYS.get(name, ...) != value}
+def _without(usual: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values without those that equal the value of the same key in `usual`."""
+    return {name: value for name, value in values.items() if usual.get(name, ...) != value}
 
 
 def scoring_identity(config: RunConfig) -> dict[str, Any]:
@@ -140,7 +131,8 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     """
     if config.network.depth is None:
         raise ValueError(UNRESOLVED)
-    recipe = _without_later_keys(config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"}))
+    experts = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
+    recipe = _without(LATER_KEYS_OF_SECTIONS["experts"], experts)
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
     # A group of their own, because scoring networks keep fewer epochs than experts that are trained alike.

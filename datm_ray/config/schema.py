@@ -131,12 +131,14 @@ class RunConfig(Section):
 
     def require_matchable(self) -> None:
         """Raise a `ConfigError` if a network of the run can be trained but not matched."""
-        for key in self._unmatchable:
-            raise ConfigError(
-                f"{key}.norm is 'batch', which cannot be matched",
-                "batch statistics couple the images of a batch, so the gradient is not a sum over images",
-                f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
-            )
+        for number, each in enumerate(self.each_backbone()):
+            if each.network.norm == "batch":
+                key = f"backbones.{number - 1}.network" if number else "network"
+                raise ConfigError(
+                    f"{key}.norm is 'batch', which cannot be matched",
+                    "batch statistics couple the images of a batch, so the gradient is not a sum over images",
+                    f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
+                )
 
     def require_batch_norm(self) -> None:
         """Raise a `ConfigError` if `network`, the teacher's architecture, has no batch normalisation."""
@@ -146,14 +148,6 @@ class RunConfig(Section):
                 "images are recovered from the statistics of batch normalisation",
                 "use --set network.norm=batch, with an architecture that has it, such as resnet18",
             )
-
-    @property
-    def _unmatchable(self) -> list[str]:
-        """Configuration keys of the networks that cannot be matched."""
-        networks = {"network": self.network} | {
-            f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
-        }
-        return [key for key, network in networks.items() if network.norm == "batch"]
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
         """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of `None`.
