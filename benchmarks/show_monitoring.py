@@ -79,7 +79,7 @@ class Watcher(Reporter):
         """Set when nothing more is to be watched."""
 
     @contextmanager
-    def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
+    def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[_Passing]:
         """Start a stage as a reporter does, and observe its events."""
         with super().stage(title, tasks) as inner:
             yield _Passing(inner, self)
@@ -97,8 +97,8 @@ class _Passing:
     def __init__(self, inner: Stage, watcher: Watcher) -> None:
         self._inner, self._watcher = inner, watcher
 
-    def tick(self) -> None:
-        self._inner.tick()
+    def add(self, task: Task) -> None:
+        self._inner.add(task)
 
     def event(self, task: Task, event: Event) -> None:
         self._inner.event(task, event)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from datm_ray.errors import one_line
 from datm_ray.monitor.logs import fields, printable, verbosity
@@ -53,19 +53,6 @@ _SHOWN = {"is_shown": True}
 """Attribute of log records that the progress display prints itself; the terminal's log handler skips them."""
 
 
-class Stage(Protocol):
-    """Display of one stage's events."""
-
-    def add(self, task: Task) -> None:
-        """Add a task that was created after the stage's start."""
-
-    def event(self, task: Task, event: Event) -> None:
-        """Show an event of a task."""
-
-    def tick(self) -> None:
-        """Show a line if one is due, even if no event has arrived."""
-
-
 class Reporter:
     """Display of messages and stages on standard error. Standard output is reserved for results."""
 
@@ -86,20 +73,15 @@ class Reporter:
     def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
         """Show a stage of these tasks while the context lasts."""
         if not self._quiet and verbosity() < 1 and sys.stderr.isatty():
-            try:
-                from rich.progress import Progress as Bars
-            except ImportError:
-                pass
-            else:
-                with _bars(Bars) as bars, _ticking(_BarStage(self, title, tasks, bars)) as stage:
-                    yield stage
-                return
-        with _ticking(_LineStage(self, title, tasks)) as stage:
-            yield stage
+            with _bars() as bars, _ticking(_BarStage(self, title, tasks, bars)) as stage:
+                yield stage
+        else:
+            with _ticking(Stage(self, title, tasks)) as stage:
+                yield stage
 
 
 @contextmanager
-def _ticking(stage: _LineStage) -> Iterator[_LineStage]:
+def _ticking(stage: Stage) -> Iterator[Stage]:
     """Call the stage's `tick` from a thread every `TICK` seconds while the context lasts."""
     ended = threading.Event()
 
@@ -235,7 +217,7 @@ class Tracker:
         return max(seconds, slowest[1].seconds_left(now) if slowest else 0.0)
 
 
-class _LineStage:
+class Stage:
     """Display of a stage by lines: at start and end, every `LINE_INTERVAL` seconds, and for events such as `Lost`."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task]) -> None:
@@ -326,7 +308,7 @@ class _LineStage:
         return ", ".join(parts)
 
 
-class _BarStage(_LineStage):
+class _BarStage(Stage):
     """Display of a stage by one line, and a bar for each running task."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task], bars: Bars) -> None:
@@ -367,9 +349,10 @@ class _BarStage(_LineStage):
         self._bars.headline = one_line(text)  # type: ignore[attr-defined]
 
 
-def _bars(bars: type[Bars]) -> Bars:
+def _bars() -> Bars:
+    # Imported here because most commands show no bars.
     from rich.console import Console, RenderableType
-    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, ProgressColumn, TextColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -379,7 +362,7 @@ def _bars(bars: type[Bars]) -> Bars:
             speed = getattr(task, "speed", None)
             return Text(f"{speed:.1f}/s" if speed else "", style="dim")
 
-    class Headed(bars):  # type: ignore[valid-type,misc]
+    class Headed(Bars):
         """Bars below a line of text."""
 
         headline = ""

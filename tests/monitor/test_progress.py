@@ -214,7 +214,7 @@ def test_a_closed_standard_error_ends_the_display_quietly(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(threading, "excepthook", failed.append)
     monkeypatch.setattr(telemetry, "TICK", 0.001)
-    monkeypatch.setattr(telemetry._LineStage, "tick", tick)
+    monkeypatch.setattr(telemetry.Stage, "tick", tick)
     with Reporter(quiet=True).stage("Distillation", [ONE]):
         assert ticks.wait(10)
     assert failed == []
@@ -278,7 +278,6 @@ def test_losses_notes_and_ends_are_always_printed(lines, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names in brackets are no markup, and signs that a terminal lacks stop no work."""
-    pytest.importorskip("rich")
 
     class Terminal(io.TextIOWrapper):
         def isatty(self) -> bool:
