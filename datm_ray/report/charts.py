@@ -109,6 +109,21 @@ def _iteration_axes(figure: Figure, last: int, label: str) -> Axes:
     return axes
 
 
+def _plot_with_mean(axes: Axes, iteration: NDArray[Any], values: Floats) -> None:
+    """Plot a value of every iteration, and its running mean."""
+    mean, window = _running_mean(values)
+    axes.plot(iteration, values, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
+    axes.plot(iteration, mean, color=ACCENT, label=f"mean of {window}" if window > 1 else "value")
+
+
+def _course(values: Floats) -> str:
+    """Text on a chart's running mean: where it starts and ends; without these if no value is finite."""
+    mean, _ = _running_mean(values)
+    ends = mean[np.isfinite(mean)]
+    course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
+    return f"over {count(len(values), 'iteration')}; its running mean goes{course}."
+
+
 def _tidy(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -119,16 +134,13 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration, skipped = history["history.iteration"] + 1, history["history.skipped"]
     loss: Floats = history["history.loss"]
     used = np.where(skipped | ~np.isfinite(loss), np.nan, loss)
-    window = max(1, len(loss) // 40)
-    mean = _running_mean(used, window)
     threshold = run.config.distill.threshold
     highest = float(np.nanmax(used)) if np.isfinite(used).any() else threshold
     near = bool(skipped.any()) or threshold <= 2 * highest  # a distant threshold would flatten the curve
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, len(loss), "matching loss")
-        axes.plot(iteration, used, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
-        axes.plot(iteration, mean, color=ACCENT, label=f"mean of {window}" if window > 1 else "loss")
+        _plot_with_mean(axes, iteration, used)
         if near:
             axes.axhline(threshold, color=SIGNAL, linewidth=1, dashes=(4, 3), label="threshold")
         if skipped.any():
@@ -145,14 +157,11 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         axes.set_ylim(0, 1.12 * max(highest, threshold if near else 0))
         axes.legend(loc="lower left", ncols=2)
 
-    ends = mean[np.isfinite(mean)]
-    course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
     tail = "" if near else f" The threshold, {threshold:g}, lies far above."
     return Picture(
         "Matching loss",
         _svg(draw),
-        f"Matching loss over {count(len(loss), 'iteration')}; its running mean goes{course}. "
-        f"{count(int(skipped.sum()), 'iteration')} skipped.",
+        f"Matching loss {_course(used)} {count(int(skipped.sum()), 'iteration')} skipped.",
         "Distance of the student from the target, relative to that at its start: 0 is a perfect match, 1 is no "
         f"progress.{tail}",
     )
@@ -160,22 +169,16 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
 
 def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
     loss = np.where(history["history.skipped"], np.nan, history["history.loss"])
-    window = max(1, len(loss) // 40)
-    mean = _running_mean(loss, window)
-    ends = mean[np.isfinite(mean)]
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, len(loss), "loss")
-        iteration = history["history.iteration"] + 1
-        axes.plot(iteration, loss, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
-        axes.plot(iteration, mean, color=ACCENT, label=f"mean of {window}" if window > 1 else "loss")
+        _plot_with_mean(axes, history["history.iteration"] + 1, loss)
         axes.legend(loc="best")
 
-    course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
     return Picture(
         "Loss",
         _svg(draw),
-        f"Loss over {count(len(loss), 'iteration')}; its running mean goes{course}.",
+        f"Loss {_course(loss)}",
         "The method’s loss before each update, without MetaDD’s terms.",
     )
 
@@ -282,12 +285,10 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
 
 def _ratio_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration, ratio = history["meta.iteration"] + 1, 100 * history["meta.ratio"]
-    window = max(1, len(ratio) // 40)
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, int(iteration[-1]), "meta-feature ratio in %")
-        axes.plot(iteration, ratio, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
-        axes.plot(iteration, _running_mean(ratio, window), color=ACCENT, label=f"mean of {window}")
+        _plot_with_mean(axes, iteration, ratio)
         axes.legend(loc="best")
 
     return Picture(
@@ -341,10 +342,11 @@ def _short(name: str) -> str:
     return printable if len(printable) <= 14 else printable[:13] + "…"
 
 
-def _running_mean(values: Floats, window: int) -> Floats:
-    """Mean of the finite values among the last `window`; nan if there are none."""
+def _running_mean(values: Floats) -> tuple[Floats, int]:
+    """Mean of the finite values in a window that ends at each value, nan if there are none; and the window's length."""
+    window = max(1, len(values) // 40)
     known = np.isfinite(values)
     sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
     sums = sums - np.append(np.zeros(window), sums[:-window])[: len(sums)]
     counts = counts - np.append(np.zeros(window, int), counts[:-window])[: len(counts)]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), window
