@@ -12,7 +12,6 @@ import re
 import socket
 import struct
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -50,10 +49,11 @@ _OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
 
 
 @dataclass(frozen=True)
-class Mesh(ABC):
+class Mesh:
     """Position of this worker in a grid of workers, and collective operations with the other workers.
 
-    Workers of a row compute the same networks, workers of a column the same shard of the classes.
+    Workers of a row compute the same networks, workers of a column the same shard of the classes. The methods of this
+    base class are those of a worker without others: sums are the tensors themselves, and nothing is waited for.
 
     All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
     with may get the argument itself as the result.
@@ -80,25 +80,24 @@ class Mesh(ABC):
         """True if this worker has rank 0; only this rank reports and writes."""
         return self.rank == 0
 
-    @abstractmethod
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over this row: the workers of the same networks, each with a shard of the classes.
 
         Every worker of the row gets the same bits.
         """
+        return tensor
 
-    @abstractmethod
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over this column: the workers of the same shard of the classes, each with other networks.
 
         Every worker of the column gets the same bits.
         """
+        return tensor
 
-    @abstractmethod
     def sum_over_all(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all workers. Every worker gets the same bits."""
+        return tensor
 
-    @abstractmethod
     def gather(self, tensor: Tensor) -> Tensor | None:
         """Concatenate the tensors of row 0 (first networks) along dimension 0, in the order of columns (class shards).
 
@@ -107,12 +106,11 @@ class Mesh(ABC):
         Returns:
             The whole tensor on rank 0, `None` on other ranks.
         """
+        return tensor
 
-    @abstractmethod
     def barrier(self) -> None:
         """Wait until all workers have called this method."""
 
-    @abstractmethod
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
         """Do this worker's own work, then wait until every worker has finished its work. Returns the work's result.
 
@@ -121,8 +119,8 @@ class Mesh(ABC):
         Args:
             work: function that does the work and regularly calls its argument, the heartbeat.
         """
+        return work(lambda: None)
 
-    @abstractmethod
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
         """Do the work of this row of workers (those of the same networks), then wait until every row has finished.
 
@@ -133,6 +131,7 @@ class Mesh(ABC):
                 other rows. The work must communicate through this argument only. All workers of the row must call it
                 equally often.
         """
+        work(self.sum_over_classes)
 
     def from_first(self, work: Callable[[Heartbeat], float]) -> float:
         """Call `work` on rank 0 alone while the other ranks wait, and return its number on all ranks."""
@@ -142,33 +141,6 @@ class Mesh(ABC):
 
 class Alone(Mesh):
     """Mesh of one worker, which runs the whole task alone."""
-
-    def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself: there are no other workers."""
-        return tensor
-
-    def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself: there are no other workers."""
-        return tensor
-
-    def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself: there are no other workers."""
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor | None:
-        """Return the tensor itself: there are no other workers."""
-        return tensor
-
-    def barrier(self) -> None:
-        """Return at once: there are no other workers to wait for."""
-
-    def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
-        """Return the result of `work`: there are no other workers to wait for."""
-        return work(lambda: None)
-
-    def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Call `work` with the sum over classes: one worker has no other row of workers to wait for."""
-        work(self.sum_over_classes)
 
 
 @dataclass(frozen=True)
