@@ -604,7 +604,7 @@ def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPat
     assert nodes.planned() == (1, 1)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     shapes = ClusterConfig(gpus_per_worker=1.0, light=WorkerShape(gpus_per_worker=0.25))
-    assert [ray_cluster.Nodes(shapes).capacity(light=light) for light in (False, True)] == [2, 8]
+    assert [ray_cluster.Nodes(shapes, light=light).capacity() for light in (False, True)] == [2, 8]
     assert ray_cluster.with_gpus(ClusterConfig()).gpus_per_worker == 1.0
     with pytest.raises(ClusterError, match="do not fit"):
         ray_cluster.Nodes(ClusterConfig(gpus_per_worker=16.0)).require(1)

@@ -207,30 +207,32 @@ class _Node(NamedTuple):
 
 
 class Nodes:
-    """Number of workers that the cluster's nodes can hold, and how long to wait for more."""
+    """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more."""
 
-    def __init__(self, cluster: ClusterConfig) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: ClusterConfig, *, light: bool = False) -> None:
+        """Count workers.
+
+        Args:
+            cluster: section `cluster` of the recipe.
+            light: True for workers with the shape of `cluster.light`, False for those that distil.
+        """
+        self._cluster, self._is_light = cluster.shaped(light=light), light
         self._nodes: dict[str, _Node] = {}
         """Live nodes by identifier."""
-        self._fits: dict[bool, dict[str, int]] = {}
-        """Results of `fits`: key True for light workers, key False for all other workers."""
+        self._fits: dict[str, int] = {}
+        """Result of `fits` for these nodes."""
         self._checked = float("-inf")
 
-    def fits(self, *, light: bool = False) -> dict[str, int]:
+    def fits(self) -> dict[str, int]:
         """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free.
 
         A node without the labels that the workers ask for holds none.
-
-        Args:
-            light: True for workers with the shape of `cluster.light`.
         """
-        nodes, chosen = self._alive(), self._chosen(light=light)
-        if light not in self._fits:
-            cluster = self._cluster.shaped(light=light)
-            held = {node: fitting(each.resources, cluster) for node, each in chosen.items()}
-            self._fits[light] = {node: held.get(node, 0) for node in nodes}
-        return self._fits[light]
+        nodes = self._alive()
+        if self._fits.keys() != nodes.keys():
+            held = {node: fitting(each.resources, self._cluster) for node, each in self._chosen().items()}
+            self._fits = {node: held.get(node, 0) for node in nodes}
+        return self._fits
 
     def _alive(self) -> dict[str, _Node]:
         """Live nodes by identifier, read from Ray at most once per `CHECK_INTERVAL`."""
@@ -241,78 +243,76 @@ class Nodes:
             self._checked = time.monotonic()
         return self._nodes
 
-    def _chosen(self, *, light: bool) -> dict[str, _Node]:
-        """Live nodes that have the labels of the workers' selector; `light`: see `fits`."""
-        selector = self._cluster.shaped(light=light).labels
-        return {node: each for node, each in self._alive().items() if matches(each.labels, selector)}
+    def _chosen(self) -> dict[str, _Node]:
+        """Live nodes that have the labels of the workers' selector."""
+        return {node: each for node, each in self._alive().items() if matches(each.labels, self._cluster.labels)}
 
-    def _lacking(self, *, light: bool) -> str:
-        """Text about the workers' label selector if no live node satisfies it, else ""; `light`: see `fits`."""
-        selector = self._cluster.shaped(light=light).labels
-        if not selector or self._chosen(light=light):
+    def _lacking(self) -> str:
+        """Text about the workers' label selector if no live node satisfies it, else ""."""
+        selector = self._cluster.labels
+        if not selector or self._chosen():
             return ""
-        key = "cluster.light.labels" if light and self._cluster.light else "cluster.labels"
+        key = "cluster.light.labels" if self._is_light and self._cluster.light else "cluster.labels"
         wanted = ", ".join(f"{name}: {condition}" for name, condition in selector.items())
         return f"no node has the labels of {key} ({wanted})"
 
-    def _holders(self, *, light: bool) -> str:
-        return counted(sum(map(bool, self.fits(light=light).values())), "node")
+    def _holders(self) -> str:
+        return counted(sum(map(bool, self.fits().values())), "node")
 
-    def capacity(self, *, light: bool = False) -> int:
-        """Number of workers that all nodes together can hold if all their resources are free; `light`: see `fits`."""
-        return sum(self.fits(light=light).values())
+    def capacity(self) -> int:
+        """Number of workers that all nodes together can hold if all their resources are free."""
+        return sum(self.fits().values())
 
-    def memory(self, *, light: bool = False) -> int:
-        """Bytes of memory of the largest node that can hold a worker, else of any node; `light`: see `fits`.
+    def memory(self) -> int:
+        """Bytes of memory of the largest node that can hold a worker, else of any node.
 
         `sys.maxsize` while there is no node.
         """
-        fits = self.fits(light=light)
+        fits = self.fits()
         sizes = {node: int(each.resources.get("memory", 0)) for node, each in self._alive().items()}
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
-    def others(self, nodes: set[str], *, light: bool = False) -> bool:
-        """True if a node outside of `nodes` can hold a worker; `light`: see `fits`."""
-        return any(count and node not in nodes for node, count in self.fits(light=light).items())
+    def others(self, nodes: set[str]) -> bool:
+        """True if a node outside of `nodes` can hold a worker."""
+        return any(count and node not in nodes for node, count in self.fits().items())
 
-    def growth(self, *, light: bool = False) -> float:
-        """Number of workers that all nodes of an autoscaler can hold, running ones included; `light`: see `fits`.
+    def growth(self) -> float:
+        """Number of workers that all nodes of an autoscaler can hold, running ones included.
 
         Labels do not count, because an autoscaler does not say which ones its nodes will have.
         """
-        return self._held_by(node_types(), light=light)
+        return self._held_by(node_types())
 
-    def _held_by(self, kinds: list[NodeType], *, light: bool) -> float:
-        cluster = self._cluster.shaped(light=light)
-        held = ((fitting(each.resources, cluster), each.nodes) for each in kinds)
+    def _held_by(self, kinds: list[NodeType]) -> float:
+        held = ((fitting(each.resources, self._cluster), each.nodes) for each in kinds)
         return sum(workers * nodes for workers, nodes in held if workers)
 
-    def most(self, *, light: bool = False) -> float:
-        """Number of workers that the cluster can hold at most: growth, and nodes of no autoscaler; `light`: see `fits`.
+    def most(self) -> float:
+        """Number of workers that the cluster can hold at most: growth, and nodes of no autoscaler.
 
         Nodes that an autoscaler has started already are part of its growth.
         """
-        fits, kinds = self.fits(light=light), [each for each in node_types() if each.nodes]
+        fits, kinds = self.fits(), [each for each in node_types() if each.nodes]
         standing = (
             fits.get(name, 0)
             for name, node in self._alive().items()
             if not any(each.has_started(node.resources, node.labels) for each in kinds)
         )
-        return sum(standing) + self._held_by(kinds, light=light)
+        return sum(standing) + self._held_by(kinds)
 
-    def may_grow(self, *, light: bool = False) -> bool:
-        """True if an autoscaler can start nodes that hold workers; `light`: see `fits`."""
-        return self.growth(light=light) > 0
+    def may_grow(self) -> bool:
+        """True if an autoscaler can start nodes that hold workers."""
+        return self.growth() > 0
 
-    def patience(self, *, light: bool = False) -> float:
-        """Seconds to wait for free resources; `light`: see `fits`.
+    def patience(self) -> float:
+        """Seconds to wait for free resources.
 
         They are `cluster.wait_for_nodes`, else without limit where an autoscaler can start nodes, else 60.
         """
         if self._cluster.wait_for_nodes is not None:
             return self._cluster.wait_for_nodes
-        return math.inf if self.may_grow(light=light) else SHORT_WAIT
+        return math.inf if self.may_grow() else SHORT_WAIT
 
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect (`cluster.workers`, else all that fit), and how many the largest node holds."""
@@ -320,21 +320,21 @@ class Nodes:
         workers = self._cluster.workers or max(1, sum(fits))
         return workers, min(workers, max(1, *fits)) if fits else 1
 
-    def require(self, workers: int, what: str = "", *, light: bool = False) -> None:
-        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time; `light`: see `fits`.
+    def require(self, workers: int, what: str = "") -> None:
+        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time.
 
         The autoscaler is asked only if the running nodes hold too few.
         """
-        if self._cluster.wait_for_nodes or self.capacity(light=light) >= workers:
+        if self._cluster.wait_for_nodes or self.capacity() >= workers:
             return
-        if self.most(light=light) < workers:
-            raise self._too_few(workers, what, light=light)
+        if self.most() < workers:
+            raise self._too_few(workers, what)
 
-    def _too_few(self, workers: int, what: str, *, light: bool) -> ClusterError:
+    def _too_few(self, workers: int, what: str) -> ClusterError:
         wait = "set cluster.wait_for_nodes to wait for nodes started on demand"
-        if lacking := self._lacking(light=light):
+        if lacking := self._lacking():
             return ClusterError(f"{what}{lacking}", remedy=f"{_LABEL_REMEDY}; {wait}")
-        needed, chosen = bundle_of(worker_options(self._cluster, light)), self._chosen(light=light)
+        needed, chosen = bundle_of(worker_options(self._cluster)), self._chosen()
 
         def words(amounts: Mapping[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
@@ -344,27 +344,27 @@ class Nodes:
             name: sum(each.resources.get(name, 0.0) for each in chosen.values()) for name in {"CPU", "GPU", *needed}
         }
         has = "the cluster has" if len(chosen) == len(self._alive()) else "nodes with the chosen labels have"
-        kind = "worker of cluster.light" if light else "worker"
+        kind = "worker of cluster.light" if self._is_light else "worker"
         return ClusterError(
             f"{what}{counted(workers, kind)} with {words(needed)} each do not fit: {has} {words(there)}",
             remedy=f"lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; {wait}",
         )
 
-    def waiting(self, size: int, seconds: float, *, light: bool = False) -> str:
-        """Message for the user that a task has waited `seconds` for `size` free workers; `light`: see `fits`."""
-        holds = f"{self._holders(light=light)} can hold {self.capacity(light=light)}, if nobody else uses them"
-        lacking = self._lacking(light=light)
+    def waiting(self, size: int, seconds: float) -> str:
+        """Message for the user that a task has waited `seconds` for `size` free workers."""
+        holds = f"{self._holders()} can hold {self.capacity()}, if nobody else uses them"
+        lacking = self._lacking()
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {lacking or holds}"
 
-    def not_enough(self, size: int, *, light: bool = False) -> ClusterError:
-        """Error for a task whose `size` workers did not become free in time; `light`: see `fits`."""
-        held = self.capacity(light=light)
+    def not_enough(self, size: int) -> ClusterError:
+        """Error for a task whose `size` workers did not become free in time."""
+        held = self.capacity()
         fewer = held < size
-        waited = f"{counted(size, 'worker')} did not become free within {self.patience(light=light):g} s"
-        if lacking := self._lacking(light=light):
+        waited = f"{counted(size, 'worker')} did not become free within {self.patience():g} s"
+        if lacking := self._lacking():
             return ClusterError(waited, lacking, _LABEL_REMEDY)
         return ClusterError(
-            f"{waited}; the cluster has {self._holders(light=light)} that can hold {counted(held, 'worker')}",
+            f"{waited}; the cluster has {self._holders()} that can hold {counted(held, 'worker')}",
             "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
             "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
             if fewer

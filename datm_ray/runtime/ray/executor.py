@@ -83,7 +83,7 @@ class RayExecutor:
         try:
             self.cluster = cluster = with_gpus(cluster)
             self.gpus_per_worker: float | None = default_gpus(cluster)
-            self.nodes = Nodes(cluster)
+            self.nodes, self.light_nodes = Nodes(cluster), Nodes(cluster, light=True)
             self.nodes.require(cluster.workers or 1)
             self.workers, self.workers_per_machine = self.nodes.planned()
         except BaseException:
@@ -104,7 +104,7 @@ class RayExecutor:
     @property
     def light_workers(self) -> int:
         """Highest number of workers that run tasks with `is_light` at the same time."""
-        return self.cluster.workers or max(1, self.nodes.capacity(light=True))
+        return self.cluster.workers or max(1, self.light_nodes.capacity())
 
     def share(self, value: Any) -> Any:
         """Put a value into Ray's object store. All actors of a node share its arrays without copies."""
@@ -159,7 +159,7 @@ class RayExecutor:
                 "put on workers of their own",
                 "lower them, or raise cluster.workers",
             )
-        self.nodes.require(size, f"{name}: ", light=light)
+        (self.light_nodes if light else self.nodes).require(size, f"{name}: ")
 
 
 @dataclass(eq=False)
@@ -379,7 +379,7 @@ class _Stage:
             if not pending and room <= 0:  # most of the time, with many tasks
                 break
             options, avoided = self._options(job.task), self._avoided(job)
-            largest = self._nodes.memory(light=job.task.is_light)  # more was requested before nodes of workers came
+            largest = self._nodes_of(job.task).memory()  # more was requested before nodes of workers came
             suitable = (each for each in pending if each.suits(options) and each.memory <= largest)
             if requested := next(suitable, None):
                 pending.remove(requested)
@@ -407,7 +407,7 @@ class _Stage:
                 yield from self._begin(job, job.group.workers)
             elif self._nodes.capacity() < size and size_for(job.sizes, self._nodes.capacity()):
                 self._release(job)  # a node was lost meanwhile
-            elif job.group.memory > self._nodes.memory(light=job.task.is_light):
+            elif job.group.memory > self._nodes_of(job.task).memory():
                 self._release(job)  # more was requested before nodes of workers came
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
                 self._release(job)  # the other nodes have no free resources
@@ -429,9 +429,12 @@ class _Stage:
         job.streams = {worker.stream: rank for rank, worker in enumerate(workers)}
         yield job.task, Started(job.size)
 
+    def _nodes_of(self, task: Task) -> Nodes:
+        return self._executor.light_nodes if task.is_light else self._nodes
+
     def _options(self, task: Task) -> dict[str, Any]:
         # A request for more memory than any node of workers has would wait for ever.
-        memory = min(task.memory, self._nodes.memory(light=task.is_light))
+        memory = min(task.memory, self._nodes_of(task).memory())
         return worker_options(self._cluster, task.is_light, memory)
 
     def _avoided(self, job: _Job) -> set[str]:
@@ -440,7 +443,7 @@ class _Stage:
             return set()
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
         bad |= set(job.history.nodes)
-        return bad if bad and self._nodes.others(bad, light=job.task.is_light) else set()
+        return bad if bad and self._nodes_of(job.task).others(bad) else set()
 
     def _drop(self, worker: PoolWorker) -> None:
         worker.stop()
@@ -591,7 +594,7 @@ class _Stage:
         if job.failed_on or not worker.node or not knows_labels():
             return False
         job.failed_on = worker.node
-        return self._nodes.others({worker.node}, light=job.task.is_light)
+        return self._nodes_of(job.task).others({worker.node})
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
         """Return the node on which a worker was lost, "" if unknown. Counts the loss, and stops free actors there."""
@@ -671,13 +674,13 @@ class _Stage:
         if self._blocked_since == math.inf:
             self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
         job, waited = waiting[0], now - self._blocked_since
-        light = job.task.is_light
+        nodes = self._nodes_of(job.task)
         size = job.group.size if job.group else job.sizes[0]
-        if waited > self._nodes.patience(light=light) and size == job.sizes[-1]:  # smaller groups are tried first
-            raise self._nodes.not_enough(size, light=light)
+        if waited > nodes.patience() and size == job.sizes[-1]:  # smaller groups are tried first
+            raise nodes.not_enough(size)
         if now - self._reported_at > WAIT_INTERVAL:
             self._reported_at = now
-            yield job.task, Note(self._nodes.waiting(size, waited, light=light))
+            yield job.task, Note(nodes.waiting(size, waited))
 
 
 def _answer(reference: Any) -> bool:

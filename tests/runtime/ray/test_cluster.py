@@ -233,14 +233,19 @@ def node(name: str, labels: dict[str, str], **resources: float) -> dict[str, Any
     return {"NodeID": name, "Alive": True, "Labels": labels, "Resources": resources}
 
 
+def both(cluster: ClusterConfig) -> list[ray_cluster.Nodes]:
+    """Nodes for workers that distil, and for light ones."""
+    return [ray_cluster.Nodes(cluster), ray_cluster.Nodes(cluster, light=True)]
+
+
 def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes without the labels count for nothing, for workers and light ones, and errors blame what is missing."""
     found = [node("large", {"tier": "large"}, CPU=8.0), node("small", {"tier": "small"}, CPU=2.0)]
     monkeypatch.setattr(ray, "nodes", lambda: found)
-    nodes = ray_cluster.Nodes(ClusterConfig(labels={"tier": "small"}, light=WorkerShape(labels={"tier": "!small"})))
-    assert [nodes.fits(light=light) for light in (False, True)] == [{"large": 0, "small": 2}, {"large": 8, "small": 0}]
+    nodes, light = both(ClusterConfig(labels={"tier": "small"}, light=WorkerShape(labels={"tier": "!small"})))
+    assert [nodes.fits(), light.fits()] == [{"large": 0, "small": 2}, {"large": 8, "small": 0}]
     assert not nodes.others({"small"})
-    assert nodes.others({"small"}, light=True)
+    assert light.others({"small"})
     nodes.require(2)
     with pytest.raises(ClusterError, match=r"3 workers .* do not fit: nodes with the chosen labels have 2 CPU"):
         nodes.require(3)
@@ -251,16 +256,16 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     assert nodes.capacity() == 0
     assert lacking in nodes.waiting(1, 60.0)
     assert f"within 60 s. {lacking.capitalize()}" in str(nodes.not_enough(1))
-    mixed = ray_cluster.Nodes(ClusterConfig(labels={"tier": "tiny"}, light=WorkerShape(labels={"tier": "small"})))
-    assert "can hold 2, if nobody" in mixed.waiting(1, 60.0)
-    assert "no node has the labels of cluster.light.labels" in mixed.waiting(1, 60.0, light=True)
-    assert "can hold 2 workers. Other jobs use" in str(mixed.not_enough(1))
-    assert "No node has the labels of cluster.light.labels" in str(mixed.not_enough(1, light=True))
-    assert (mixed.others({"large"}), mixed.others({"large"}, light=True)) == (True, False)
-    light = ray_cluster.Nodes(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
+    nodes, light = both(ClusterConfig(labels={"tier": "tiny"}, light=WorkerShape(labels={"tier": "small"})))
+    assert "can hold 2, if nobody" in nodes.waiting(1, 60.0)
+    assert "no node has the labels of cluster.light.labels" in light.waiting(1, 60.0)
+    assert "can hold 2 workers. Other jobs use" in str(nodes.not_enough(1))
+    assert "No node has the labels of cluster.light.labels" in str(light.not_enough(1))
+    assert (nodes.others({"large"}), light.others({"large"})) == (True, False)
+    nodes, light = both(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
     with pytest.raises(ClusterError, match=r"birds: no node has the labels of cluster\.light\.labels"):
-        light.require(1, "birds: ", light=True)
-    light.require(2)
+        light.require(1, "birds: ")
+    nodes.require(2)
 
 
 def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +276,8 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
     cluster = ClusterConfig(threads_per_worker=2, light=WorkerShape(labels={"tier": "!small"}))
     for found, sizes in (([], (None, None)), ([head], (64, 64)), ([head, small], (16, 64)), ([small, large], (16, 32))):
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
-        nodes = ray_cluster.Nodes(cluster)
-        expected = tuple(sys.maxsize if size is None else size * 2**30 for size in sizes)
-        assert (nodes.memory(), nodes.memory(light=True)) == expected
+        expected = [sys.maxsize if size is None else size * 2**30 for size in sizes]
+        assert [nodes.memory() for nodes in both(cluster)] == expected
 
 
 class Requested:
@@ -326,7 +330,7 @@ def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
     executor = object.__new__(ray_executor.RayExecutor)
     executor.cluster = ClusterConfig(light=WorkerShape(labels={"tier": "small"}))
-    executor.nodes, executor.pool = ray_cluster.Nodes(executor.cluster), []
+    (executor.nodes, executor.light_nodes), executor.pool = both(executor.cluster), []
     executor.metrics, executor._number, executor._stage = mock.Mock(), 0, Stage(0, object, (), "")
 
     def run(size: int, *, is_light: bool = False) -> None:
