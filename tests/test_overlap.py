@@ -216,16 +216,14 @@ def test_another_number_of_workers_resumes_the_same_stacks(tmp_path: Path) -> No
     """Experts are divided among all workers; a resumed command keeps the stacks, and none is noted at the end."""
     config = tiny_config("experts.count=12")
     runs = Pipeline([config], str(tmp_path)).runs
-    sizes = {
-        workers: [len(task.arguments[2]) for _, task in tasks.expert_tasks(runs, workers)] for workers in (1, 5, 6)
-    }
+    sizes = {workers: [len(task.arguments[2]) for task in tasks.expert_tasks(runs, workers)] for workers in (1, 5, 6)}
     assert sizes == {1: [8, 4], 5: [3, 3, 2, 2, 2], 6: [2] * 6}
     with pytest.raises(KeyboardInterrupt):
         run_all(Interleaved(workers=5, stop_after=14), tmp_path, config)
     group = runs.experts(config)
     assert [len(stack) for stack in read_stacks(group)] == sizes[5]
     missing = set(runs.missing_experts(config))
-    resumed = [task.arguments[2] for _, task in tasks.expert_tasks(runs, 64)]
+    resumed = [task.arguments[2] for task in tasks.expert_tasks(runs, 64)]
     assert resumed == [stack for stack in read_stacks(group) if missing & set(stack)]
     Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
     assert read_stacks(group) == []

@@ -341,7 +341,7 @@ def test_a_name_without_results_can_be_used_with_other_settings(tmp_path: Path, 
 def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_run: Path) -> None:
     """A run without the control has neither its networks nor its row, says so, and can have it later."""
     both = Pipeline([tiny_config("name=one"), tiny_config("name=two", "distill.ipc=2")], str(tmp_path / "none"))
-    left = [task for _, task in tasks.evaluate_tasks(both.runs, both.scored_rows)]
+    left = tasks.evaluate_tasks(both.runs, both.scored_rows)
     assert [task.arguments[4] for task in left].index("full") == len(left) - 2
     shutil.copytree(finished_run, tmp_path / "out")
     for path in (tmp_path / "out/controls").rglob("full-*.json"):
@@ -382,7 +382,7 @@ def test_scoring_counts_all_networks_of_a_task(
         stacks_of_any_work(monkeypatch)
     pipeline = Pipeline([tiny_config(f"cluster.compile={is_stacked}".lower())], str(tmp_path))
     found = tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)
-    rows = [task.name.split()[1] for _, task in found]
+    rows = [task.name.split()[1] for task in found]
     assert len(rows) == len(counted)
     assert dict(zip(rows, counted, strict=True)) == expected
 
@@ -402,7 +402,7 @@ def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
             path.unlink()
     content = kept.read_bytes()
     pipeline = Pipeline([config], str(tmp_path / "out"))
-    names = [task.name for _, task in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)]
+    names = [task.name for task in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)]
     assert names == [f"tiny {row} 0-1" for row in ("random-hard", "random-soft", "distilled", "full")]
     more = tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows, workers=8)
     assert len(more) == 7
@@ -465,7 +465,7 @@ def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
     runs = Pipeline([config, more], str(tmp_path))
     every = [*tasks.expert_tasks(runs.runs), *tasks.distill_tasks(runs.runs)]
     every += tasks.evaluate_tasks(runs.runs, runs.scored_rows)
-    weights = {task.name.partition(" of ")[0]: task.weight for _, task in every}
+    weights = {task.name.partition(" of ")[0]: task.weight for task in every}
     assert weights["more"] / weights["tiny"] == pytest.approx(60 * 6 * 10 / (6 * 3 * 50))  # batches of 50
     assert weights["experts 0-1"] / weights["experts 6-8"] == pytest.approx(2 * 20 / (3 * 5)), weights
     distilled = weights["tiny distilled 0"]

@@ -30,7 +30,6 @@ from datm_ray.pipeline.folder import (
     write_note,
 )
 from datm_ray.pipeline.runs import Runs
-from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
@@ -74,14 +73,7 @@ class Pipeline:
     ) -> None:
         """Read the runs' images, and check everything that can be checked before a start. Writes and starts nothing.
 
-        Args:
-            configs: the runs; at least one.
-            out: output folder of all runs, a path or URI.
-            store: trajectory store, a path or URI; `None` puts it into the output folder.
-            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
-            alone: True if one process will do all the work.
-            asked: network to score on -> command-line option that asked for it, for messages; `None` for no such
-                option.
+        Arguments: see `Runs`.
 
         Raises:
             DatmError: a data set or path cannot be read, or a recipe's values cannot be used.
@@ -135,31 +127,31 @@ class Pipeline:
             ConfigError: a set does not fit into memory.
         """
         checks.require_startable(self.runs)
-        stages = {
-            "experts to train": tasks.expert_tasks(self.runs),
-            "sets to distil": tasks.distill_tasks(self.runs),
-            "networks to train for evaluation": tasks.evaluate_tasks(self.runs, self.scored_rows),
+        runs, scoring = self.runs, tasks.scoring_runs(self.runs)
+
+        def experts(networks: Sequence[RunConfig] | None = None) -> tuple[int, list[str]]:
+            missing = sum(len(runs.missing_experts(config)) for config in tasks.expert_recipes(runs, networks))
+            return missing, [task.name for task in tasks.expert_tasks(runs, networks=networks)]
+
+        priors = [config.name for config in runs.missing_priors()]
+        orders = [task.name for task in tasks.scoring_tasks(runs)]
+        sets = list(dict.fromkeys(task.run for task in tasks.distill_tasks(runs)))
+        labelled = tasks.epochs_to_label(runs)
+        evaluation = tasks.evaluate_tasks(runs, self.scored_rows)
+        found = {
+            "priors to train": (len(priors), priors),
+            "networks to train for scoring images": experts(scoring),
+            "orders of images to score": (len(orders), orders),
+            "experts to train": experts(),
+            "sets to distil": (len(sets), sets),
+            "epochs to label": (sum(labelled.values()), list(labelled)),
+            "networks to train for evaluation": (
+                sum(len(task.arguments[5]) for task in evaluation),
+                [task.name for task in evaluation],
+            ),
         }
-        found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
-        scoring = tasks.scoring_runs(self.runs)
-        before = {
-            "networks to train for scoring images": tasks.expert_tasks(self.runs, networks=scoring),
-            "orders of images to score": tasks.scoring_tasks(self.runs),
-        }
-        found = {title: (len(left), [task.name for _, task in left]) for title, left in before.items() if left} | found
-        sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
-        found["sets to distil"] = (len(sets), sets)
-        if priors := self.runs.missing_priors():
-            found = {"priors to train": (len(priors), [config.name for config in priors])} | found
-        if labelled := tasks.epochs_to_label(self.runs):
-            found["epochs to label"] = (sum(labelled.values()), list(labelled))
-            found["networks to train for evaluation"] = found.pop("networks to train for evaluation")
-        experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
-        networks = sum(len(task.arguments[5]) for _, task in stages["networks to train for evaluation"])
-        counts = {"experts to train": experts, "networks to train for evaluation": networks}
-        recipes = tasks.expert_recipes(self.runs, scoring)
-        counts["networks to train for scoring images"] = sum(len(self.runs.missing_experts(each)) for each in recipes)
-        return {title: (counts.get(title, count), names) for title, (count, names) in found.items()}
+        always = ("experts to train", "sets to distil", "networks to train for evaluation")
+        return {title: each for title, each in found.items() if each[0] or title in always}
 
     def data(self) -> list[dict[str, Any]]:
         """Facts of each data set: name, number of classes, images of each part, shape of an image, and notes."""
@@ -356,7 +348,7 @@ class Pipeline:
         self._clear_up()
         self._note_stacks(executor)
 
-        def open_tasks(runs: Runs) -> list[DatasetTask]:
+        def open_tasks(runs: Runs) -> list[Task]:
             return [*tasks.expert_tasks(runs, executor.light_workers), *tasks.prior_tasks(runs)]
 
         if self.runs.networks() or self.runs.missing_priors():
@@ -409,9 +401,9 @@ class Pipeline:
         pieces: dict[str, set[str]] = {}
         """Name of each set made in pieces -> names of the tasks whose pieces are missing."""
 
-        def open_tasks(runs: Runs) -> list[DatasetTask]:
+        def open_tasks(runs: Runs) -> list[Task]:
             found = tasks.distill_tasks(runs, executor)
-            for _, task in found:
+            for task in found:
                 if task.method == "make_piece":
                     pieces.setdefault(task.run, set()).add(task.name)
             return found
@@ -420,22 +412,21 @@ class Pipeline:
             if task.stage == "evaluation":
                 self._report_row(task, reporter)
                 return []
+            (own,) = (config for config in self.configs if config.name == task.run)
             if task.method == "make_piece":
                 pieces[task.run].discard(task.name)
-                (config,) = (config for config in self.configs if config.name == task.run)
-                return [] if pieces[task.run] else [tasks.join_task(self.runs, config)[1]]
+                return [] if pieces[task.run] else [tasks.join_task(self.runs, own)]
             unfinished = {config.name for config in self.runs.unfinished()}
             # Rows of the last sets join running evaluations. If none run, the evaluation stage scores them.
             if not evaluates or executor.light_workers == 1 or not (unfinished or given):
                 return []
-            (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
             later = unfinished | scored | tasks.epochs_to_label(self.runs).keys()
-            done = [each for each in self.configs if each.name not in later and each.dataset == dataset]
+            done = [each for each in self.configs if each.name not in later and each.dataset == own.dataset]
             if not done:
                 return []
             scored.update(config.name for config in done)
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.light_workers, of=done)
-            new = [each for _, each in found if given.isdisjoint(each.arguments[3])]
+            new = [each for each in found if given.isdisjoint(each.arguments[3])]
             given.update(uri for each in new for uri in each.arguments[3])
             return new
 
@@ -458,7 +449,7 @@ class Pipeline:
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         self._label(executor, reporter)
 
-        def open_tasks(runs: Runs) -> list[DatasetTask]:
+        def open_tasks(runs: Runs) -> list[Task]:
             return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.light_workers)
 
         def following(task: Task) -> list[Task]:
@@ -511,7 +502,7 @@ class Pipeline:
         self,
         title: str,
         method: str,
-        open_tasks: Callable[[Runs], Sequence[DatasetTask]],
+        open_tasks: Callable[[Runs], Sequence[Task]],
         executor: Executor,
         reporter: Reporter,
         following: Callable[[Task], Iterable[Task]] = lambda task: (),
@@ -529,9 +520,9 @@ class Pipeline:
             reporter.message(f"{title}: nothing to do, all finished")
             return
         by_dataset: dict[DatasetConfig, list[Task]] = {}
-        for dataset, task in left:
-            by_dataset.setdefault(dataset, []).append(task)
-        with reporter.stage(title, [task for _, task in left]) as stage:
+        for task in left:
+            by_dataset.setdefault(task.arguments[0].dataset, []).append(task)
+        with reporter.stage(title, left) as stage:
             for dataset, group in by_dataset.items():
                 names = {task.name for task in group}
                 for task, event in executor.run(StageWorker, self._setup(dataset, executor, reporter), method, group):
@@ -547,5 +538,5 @@ class Pipeline:
         if unseen := open_tasks(self.runs):
             if not self.runs.alone:
                 reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
-            fact = f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine"
+            fact = f"{title}: {len(unseen)} result(s), {unseen[0].name} the first, cannot be read on this machine"
             require_shared(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG, fact)

@@ -45,8 +45,8 @@ class Runs:
             store: trajectory store, a path or URI; `None` puts it into the output folder.
             elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
             alone: True if one process will do all the work.
-            asked: network to score on -> the option that asked for it, for messages. It lacks networks that recipes
-                themselves list.
+            asked: network to score on -> command-line option that asked for it, for messages. It lacks networks that
+                recipes themselves list.
         """
         self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
         self.out = open_location(out)

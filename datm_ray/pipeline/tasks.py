@@ -1,4 +1,7 @@
-"""Tasks that are left of each stage: experts to train, sets to distil, networks to score."""
+"""Tasks that are left of each stage: experts to train, sets to distil, networks to score.
+
+The first argument of every task is its run, whose data set the task's worker must hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datm_ray.config import DatasetConfig, NetworkConfig, NetworkSpec, RunConfig, short_names
+from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, short_names
 from datm_ray.core.training.loop import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
@@ -40,11 +43,8 @@ from datm_ray.stages.validation import is_apart, only_validations_are_left
 SETS_JOINED = 4
 """Number of copies of a set in the memory of a worker that joins pieces: first and final set, and data to write."""
 
-DatasetTask = tuple[DatasetConfig, Task]
-"""A task, and the data set its worker must hold."""
 
-
-def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[DatasetTask]:
+def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[Task]:
     """Make a task for every stack, a group of experts trained together, that has experts missing in the store.
 
     Args:
@@ -57,41 +57,42 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-            arguments = (config, runs.store_uri, stack)
             epochs = config.experts.epochs * config.experts.share_seen(range(config.experts.epochs))
             steps = epochs * (2 if config.experts.optimiser == "gsam" else 1)
             work = len(stack) * steps * len(runs.raw(config).train) * _flop(runs, config)
-            task = Task(
-                f"{name} of {group.key}",
-                arguments,
-                run=config.name,
-                stage="experts",
-                weight=work,
-                memory=experts_memory(config, runs.shape(config), len(stack)),
-                is_light=True,
+            tasks.append(
+                Task(
+                    f"{name} of {group.key}",
+                    (config, runs.store_uri, stack),
+                    run=config.name,
+                    stage="experts",
+                    weight=work,
+                    memory=experts_memory(config, runs.shape(config), len(stack)),
+                    is_light=True,
+                )
             )
-            tasks.append((config.dataset, task))
     return tasks
 
 
-def prior_tasks(runs: Runs) -> list[DatasetTask]:
+def prior_tasks(runs: Runs) -> list[Task]:
     """One task for every trained prior that any of the runs needs and the store does not hold."""
     tasks = []
     for config in runs.missing_priors():
         settings = config.prior
         assert settings is not None
         cost, _ = prior_cost(settings, runs.shape(config).image)
-        task = Task(
-            f"prior of {config.name}",
-            (config, runs.store_uri),
-            run=config.name,
-            stage="experts",
-            weight=2 * cost.flop * settings.epochs * len(runs.raw(config).train),
-            method="train_prior",
-            memory=prior_memory(config, runs.shape(config)),
-            is_light=True,
+        tasks.append(
+            Task(
+                f"prior of {config.name}",
+                (config, runs.store_uri),
+                run=config.name,
+                stage="experts",
+                weight=2 * cost.flop * settings.epochs * len(runs.raw(config).train),
+                method="train_prior",
+                memory=prior_memory(config, runs.shape(config)),
+                is_light=True,
+            )
         )
-        tasks.append((config.dataset, task))
     return tasks
 
 
@@ -110,22 +111,20 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
     return list(found.values())
 
 
-def scoring_tasks(runs: Runs) -> list[DatasetTask]:
+def scoring_tasks(runs: Runs) -> list[Task]:
     """Make a task for each of `scoring_runs`, which scores images with the run's networks after their training."""
-    tasks = []
-    for config in scoring_runs(runs):
-        group, count = runs.experts(config), config.experts.count
-        task = Task(
-            f"difficulty of images by {count} of {group.key}",
+    return [
+        Task(
+            f"difficulty of images by {config.experts.count} of {runs.experts(config).key}",
             (config, runs.store_uri),
             run=config.name,
             stage="experts",
-            weight=count * len(runs.raw(config).train) * _flop(runs, config),
+            weight=config.experts.count * len(runs.raw(config).train) * _flop(runs, config),
             memory=experts_memory(config, runs.shape(config), 1),
             is_light=True,
         )
-        tasks.append((config.dataset, task))
-    return tasks
+        for config in scoring_runs(runs)
+    ]
 
 
 def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
@@ -179,7 +178,7 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
     return experts_at_a_time(config, shape.image, shape.classes)
 
 
-def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
+def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
     """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
 
     If free workers validate sets, a set's task makes these validation tasks.
@@ -201,33 +200,36 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
             is_over = only_validations_are_left(folder, settings)
             if is_over or is_apart(size, wanted, executor.workers):
                 validation = _validation_task(runs, config)
-        (own, sharing), memory = layout(runs, config, executor), 0
+        own, sharing = layout(runs, config, executor)
         if is_over:  # the task only makes others
             size, fewer, work = 1, (), 1.0
-        else:
-            with suppress(ConfigError):  # workers of other machines check their own memory
-                memory = distilling_memory(own, runs.shape(config), sharing)
-        task = Task(
-            config.name,
-            (config, runs.store_uri, folder.uri, sharing, validation),
-            size,
-            fewer,
-            run=config.name,
-            stage="distillation",
-            weight=work,
-            memory=memory,
-            is_light=is_over,
+        tasks.append(
+            Task(
+                config.name,
+                (config, runs.store_uri, folder.uri, sharing, validation),
+                size,
+                fewer,
+                run=config.name,
+                stage="distillation",
+                weight=work,
+                memory=0 if is_over else _distilling_memory(runs, own, sharing),
+                is_light=is_over,
+            )
         )
-        tasks.append((config.dataset, task))
     return tasks
 
 
-def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[DatasetTask]:
-    """Make a task for each of these pieces, parts of a set that single workers make."""
-    memory, work, folder = 0, _work_of_set(runs, config), runs.folder(config).uri
+def _distilling_memory(runs: Runs, config: RunConfig, sharing: int) -> int:
     with suppress(ConfigError):  # workers of other machines check their own memory
-        memory = distilling_memory(laid_out(config, ALONE), runs.shape(config), 1)
-    tasks = [
+        return distilling_memory(config, runs.shape(config), sharing)
+    return 0
+
+
+def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[Task]:
+    """Make a task for each of these pieces, parts of a set that single workers make."""
+    memory = _distilling_memory(runs, laid_out(config, ALONE), 1)
+    work, folder = _work_of_set(runs, config), runs.folder(config).uri
+    return [
         Task(
             f"{config.name} {piece.number}",
             (config, runs.store_uri, folder, piece.number),
@@ -239,14 +241,13 @@ def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list
         )
         for piece in pieces
     ]
-    return [(config.dataset, task) for task in tasks]
 
 
-def join_task(runs: Runs, config: RunConfig) -> DatasetTask:
+def join_task(runs: Runs, config: RunConfig) -> Task:
     """Task that writes a set when all its pieces are made."""
     shape = runs.shape(config)
     images = shape.synthetic(config)
-    task = Task(
+    return Task(
         f"{config.name} whole",
         (config, runs.store_uri, runs.folder(config).uri),
         run=config.name,
@@ -256,7 +257,6 @@ def join_task(runs: Runs, config: RunConfig) -> DatasetTask:
         memory=scoring_memory(config, shape, images) + SETS_JOINED * images * shape.row,
         is_light=True,
     )
-    return config.dataset, task
 
 
 def _work_of_set(runs: Runs, config: RunConfig) -> float:
@@ -264,21 +264,16 @@ def _work_of_set(runs: Runs, config: RunConfig) -> float:
 
     The unit is a floating-point operation of a forward pass. Backward passes count as forward passes that take as long.
     """
-    method, raw = method_of(config), runs.raw(config)
+    method, raw, shape = method_of(config), runs.raw(config), runs.shape(config)
     if iterations := method.iterations(config):
-        return iterations * _work_of_iteration(runs, config)
+        work = 0.0
+        for each in config.each_backbone():
+            cost = network_cost(each, shape)
+            passes = method.demand(config, shape.classes, 1, cost).passes
+            work += cost.flop * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items())
+        return iterations * work
     passes = method.choosing(config, raw.classes, len(raw.train))
     return max(1.0, _flop(runs, config) * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items()))
-
-
-def _work_of_iteration(runs: Runs, config: RunConfig) -> float:
-    """Expected work of one iteration over all workers, without MetaDD. Unit: see `_work_of_set`."""
-    shape, work = runs.shape(config), 0.0
-    for each in config.each_backbone():
-        cost = network_cost(each, shape)
-        passes = method_of(config).demand(config, shape.classes, 1, cost).passes
-        work += cost.flop * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items())
-    return work
 
 
 def _validation_task(runs: Runs, config: RunConfig) -> Task:
@@ -339,7 +334,7 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[Ru
     return config, min(executor.workers_per_machine if executor else workers_here(config.cluster), wanted)
 
 
-def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
+def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
     """Make tasks that label finished sets. They cover the epochs whose labels the recipe stores and that have none yet.
 
     Args:
@@ -354,16 +349,17 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
         left = missing_epochs(runs.folder(config), config, runs.raw(config).fingerprint)
         for part in np.array_split(left, min(len(left), 4 * workers)) if left else []:
             epochs = tuple(int(epoch) for epoch in part)
-            task = Task(
-                f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
-                (config, runs.store_uri, runs.folder(config).uri, epochs),
-                run=config.name,
-                stage="labels",
-                weight=len(epochs) * config.distill.ipc * runs.raw(config).classes * _flop(runs, config),
-                method="label",
-                is_light=True,
+            tasks.append(
+                Task(
+                    f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
+                    (config, runs.store_uri, runs.folder(config).uri, epochs),
+                    run=config.name,
+                    stage="labels",
+                    weight=len(epochs) * config.distill.ipc * runs.raw(config).classes * _flop(runs, config),
+                    method="label",
+                    is_light=True,
+                )
             )
-            tasks.append((config.dataset, task))
     return tasks
 
 
@@ -385,7 +381,7 @@ def evaluate_tasks(
     *,
     workers: int = 1,
     of: Sequence[RunConfig] | None = None,
-) -> list[DatasetTask]:
+) -> list[Task]:
     """Make tasks for every row of the accuracy tables, such as "distilled", and every seed without a result.
 
     Runs that share a result share its task. Seeds whose networks are trained together are one task. The seeds of a row
@@ -397,7 +393,7 @@ def evaluate_tasks(
             early. Several workers get the longest rows first, so that none waits at the end.
         of: runs to score; `None` for all.
     """
-    tasks: list[DatasetTask] = []
+    tasks: list[Task] = []
     shared: dict[str, list[tuple[RunConfig, str, NetworkConfig | None]]] = {}
     for config in runs.configs:  # all runs, so that seeds are grouped alike whichever sets are finished
         for row, network in scored_rows(config):
@@ -415,8 +411,8 @@ def evaluate_tasks(
         spec, images = _networks_and_images(runs, config, row, network)
         parts = seeds_of_tasks(config, row, network, spec, images, least)
         found = (_evaluate_task(runs, config, row, network, numbers, work) for numbers in parts)
-        tasks += [(config.dataset, task) for task in found if task]
-    return sorted(tasks, key=lambda each: -each[1].weight if workers > 1 else 0)
+        tasks += filter(None, found)
+    return sorted(tasks, key=lambda task: -task.weight if workers > 1 else 0)
 
 
 def _networks_and_images(

@@ -110,11 +110,11 @@ def test_lost_scoring_networks_resume_with_the_same_bits(together: str, tmp_path
     groups = [scoring_group(trained(tmp_path / "whole", CURRICULUM, f"cluster.experts_at_a_time={together}"))]
     pipeline = Pipeline([config], str(tmp_path / "parts"))
     left = expert_tasks(pipeline.runs, networks=scoring_runs(pipeline.runs))
-    assert [task.arguments[2] for _, task in left] == ([(0,), (1,), (2,)] if together == "1" else [(0, 1, 2)])
+    assert [task.arguments[2] for task in left] == ([(0,), (1,), (2,)] if together == "1" else [(0, 1, 2)])
     worker = StageWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     with pytest.raises(MissingExpertsError, match="0 of the 3 experts"):
-        list(worker.score(*scoring_tasks(pipeline.runs)[0][1].arguments))
-    for event in worker.train(*left[0][1].arguments):
+        list(worker.score(*scoring_tasks(pipeline.runs)[0].arguments))
+    for event in worker.train(*left[0].arguments):
         if isinstance(event, Progress) and event.done == 1:
             break
     groups.append(scoring_group(trained(tmp_path / "parts", CURRICULUM, f"cluster.experts_at_a_time={together}")))
@@ -128,11 +128,11 @@ def test_scoring_networks_are_divided_among_the_workers(tmp_path: Path) -> None:
     for config, parts in expert_stacks(pipeline.runs, 2, [scoring]):
         note_stacks(pipeline.runs.experts(config), parts)
     left = expert_tasks(pipeline.runs, 2, [scoring])
-    assert [task.arguments[2] for _, task in left] == [(0, 1), (2, 3)]
+    assert [task.arguments[2] for task in left] == [(0, 1), (2, 3)]
     worker = StageWorker(pipeline.runs.dataset(scoring.dataset), scoring.cluster)
-    list(worker.train(*left[0][1].arguments))
-    assert [task.arguments[2] for _, task in expert_tasks(pipeline.runs, 2, [scoring])] == [(2, 3)]
-    list(worker.train(*left[1][1].arguments))
+    list(worker.train(*left[0].arguments))
+    assert [task.arguments[2] for task in expert_tasks(pipeline.runs, 2, [scoring])] == [(2, 3)]
+    list(worker.train(*left[1].arguments))
     assert expert_tasks(pipeline.runs, 2, [scoring]) == []
     assert len(scoring_tasks(pipeline.runs)) == 1
 
