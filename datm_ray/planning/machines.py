@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -88,27 +88,17 @@ def machine_here(config: RunConfig) -> Machine:
     return Machine.of("core", workers_here(cluster), cluster.threads_per_worker)
 
 
-UNITS = {
-    "gpus": {"": 1.0},
-    "cpus": {"": 1.0},
-    "memory": {},
-    "tflops": {"": 1e12},
-    "gflops": {"": 1e9},
-    "network": {"kbps": 125.0, "mbps": 125e3, "gbps": 125e6, "tbps": 125e9},
-}
-"""Key of a cluster's description -> its units, and their factors to FLOP/s or bytes per second. Memory has those of
-`parse_bytes`."""
-
 _COUNT, _SPEED = "a whole number from 1 to 999999", "a number above 0"
-NEEDED = {
-    "gpus": _COUNT,
-    "cpus": _COUNT,
-    "memory": "a size of at least 1MiB with its unit, such as 80GiB",
-    "tflops": _SPEED,
-    "gflops": _SPEED,
-    "network": "a speed with its unit, such as 25Gbps",
+KEYS: dict[str, tuple[dict[str, float], str]] = {
+    "gpus": ({"": 1.0}, _COUNT),
+    "cpus": ({"": 1.0}, _COUNT),
+    "memory": ({}, "a size of at least 1MiB with its unit, such as 80GiB"),
+    "tflops": ({"": 1e12}, _SPEED),
+    "gflops": ({"": 1e9}, _SPEED),
+    "network": ({"kbps": 125.0, "mbps": 125e3, "gbps": 125e6, "tbps": 125e9}, "a speed with its unit, such as 25Gbps"),
 }
-"""Key of a cluster's description -> what its value must be, in words."""
+"""Key of a cluster's description -> its units with their factors to FLOP/s or bytes per second, and what its value must
+be, in words. Memory has the units of `parse_bytes`."""
 
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
@@ -122,14 +112,12 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     Raises:
         ConfigError: the text cannot be read, or the cluster has fewer cores than one worker takes.
     """
-    given, fault = dict[str, float](), ""
-    for part in text.split(","):
-        key, _, value = (each.strip() for each in part.partition("="))
-        fault = fault or _fault(key, value, given)
-        given[key] = _value(key, value)
-    if fault := fault or _fault_together(given):
+    parts = (part.partition("=") for part in text.split(","))
+    entries = [(key.strip(), value.strip()) for key, _, value in parts]
+    if fault := next(_faults(entries), ""):
         example = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
         raise ConfigError(f"--cluster {text!r}: {fault}", remedy=f"write it like {example}")
+    given = {key: _value(key, value) for key, value in entries}
     device, cores, count = ("GPU", 1, given["gpus"]) if "gpus" in given else ("core", threads, given["cpus"])
     if count < cores:
         raise ConfigError(
@@ -141,26 +129,21 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     return replace(machine, memory=memory or None, bandwidth=given.get("network") or machine.bandwidth)
 
 
-def _fault(key: str, text: str, given: Mapping[str, float]) -> str:
-    """Fault of one entry of a description, in words; "" if it has none.
-
-    Args:
-        given: values of the entries before this entry, by key.
-    """
-    if key not in UNITS:
-        what = f"it has no key {key!r}" if key else "an entry has no key"
-        return f"{what}; the keys are {', '.join(UNITS)}"
-    if key in given:
-        return f"{key} is given twice"
-    return "" if _value(key, text) else f"{key} is {text!r}, and must be {NEEDED[key]}"
-
-
-def _fault_together(given: Mapping[str, float]) -> str:
-    """Fault of a description whose entries contradict each other or lack one, in words; "" if it has none."""
+def _faults(entries: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Yield the faults of a description in words: of single entries, then of all together. `entries`: (key, value)."""
+    keys = [key for key, _ in entries]
+    for place, (key, value) in enumerate(entries):
+        if key not in KEYS:
+            yield f"{f'it has no key {key!r}' if key else 'an entry has no key'}; the keys are {', '.join(KEYS)}"
+        elif key in keys[:place]:
+            yield f"{key} is given twice"
+        elif not _value(key, value):
+            yield f"{key} is {value!r}, and must be {KEYS[key][1]}"
     for one, other in (("gpus", "cpus"), ("tflops", "gflops")):
-        if {one, other} <= given.keys():
-            return f"it has both {one} and {other}; give one of them"
-    return "" if {"gpus", "cpus"} & given.keys() else "it has neither gpus nor cpus; give one of them"
+        if {one, other} <= {*keys}:
+            yield f"it has both {one} and {other}; give one of them"
+    if not {"gpus", "cpus"} & {*keys}:
+        yield "it has neither gpus nor cpus; give one of them"
 
 
 def _value(key: str, text: str) -> float:
@@ -172,4 +155,4 @@ def _value(key: str, text: str) -> float:
     number = float(match[1]) if match else 0.0
     if key in ("gpus", "cpus") and (number % 1 or number >= 10**6):
         return 0.0
-    return number * UNITS.get(key, {}).get(match[2], 0.0) if match else 0.0
+    return number * KEYS[key][0].get(match[2], 0.0) if match else 0.0
