@@ -25,6 +25,7 @@ from datm_ray.planning.suggest import Suggestion, default_name, measured_plans, 
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
+from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.store.files.local import free_space
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _prepared(
 
 
 def _set_of(stages: Pipeline) -> Artifact:
-    return read_artifact(stages.out / stages.configs[0].name / "synthetic.arrow")
+    return read_artifact(stages.out / stages.configs[0].name / SYNTHETIC)
 
 
 def _result(stages: Pipeline) -> Result:

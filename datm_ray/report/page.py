@@ -35,13 +35,13 @@ from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 
 
-def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
+def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
     """Write the page about these runs into the output folder, finished runs first. Returns the page's location.
 
     Raises:
         CorruptFileError: a file of a run is damaged. A missing file is no error: the page states that it is missing.
     """
-    place = out / name
+    place = out / "report.html"
     page = render(sorted(map(read_run, runs), key=lambda run: run.unfinished))
     place.write_atomic(page.encode(errors="backslashreplace"))  # a class's name may not be valid UTF-8
     return place

@@ -211,9 +211,9 @@ def _artifact(place: Location) -> Artifact | None:
     return read_artifact(place) if place.exists() else None
 
 
-def write_summary(out: Location, summaries: Sequence[RunSummary], name: str = "summary.json") -> Location:
+def write_summary(out: Location, summaries: Sequence[RunSummary]) -> Location:
     """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the file."""
-    place = out / name
+    place = out / "summary.json"
     place.write_json([_summary(summary) for summary in summaries])
     return place
 
