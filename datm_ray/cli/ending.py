@@ -274,13 +274,7 @@ def _remove_home() -> None:
         shutil.rmtree(_home, ignore_errors=True)
 
 
-def note_out(context: typer.Context, value: str) -> str:
-    """Store a command's output folder in its context, for `end_cleanly`. Returns the folder."""
-    context.find_root().ensure_object(dict)["out"] = value
-    return value
-
-
-def note_dry_run(context: typer.Context, value: bool) -> bool:
-    """Store in a command's context whether the command must write nothing, for `end_cleanly`. Returns the value."""
-    context.find_root().ensure_object(dict)["dry_run"] = value
+def note(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
+    """Store an option's value in the command's context, by the option's name, for `main`. Returns the value."""
+    context.find_root().ensure_object(dict)[option.name] = value
     return value

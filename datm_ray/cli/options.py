@@ -117,8 +117,8 @@ class Invocation(NamedTuple):
     set_: list[str] | None
     out: str
     store: str | None
-    executor: str
-    address: str | None
+    executor: str = "ray"
+    address: str | None = None
 
     def next(self, command: str) -> str:
         """Text of the shell command for the next stage."""

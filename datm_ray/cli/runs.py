@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from datm_ray._version import __version__
-from datm_ray.cli.ending import Commands, note_dry_run, note_out
+from datm_ray.cli.ending import Commands, note
 from datm_ray.cli.options import (
     Invocation,
     Json,
@@ -45,7 +45,7 @@ app = typer.Typer(
 ExportFormat = Literal["png", "parquet", "pt", "arrow", "safetensors"]
 """Export formats: the keys of `artifact.EXPORTS`, written out here because importing that module loads torch."""
 Out = Annotated[
-    str, typer.Option("--out", "-o", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
+    str, typer.Option("--out", "-o", metavar="URI", callback=note, help="Folder for everything the run writes.")
 ]
 ExecutorName = Annotated[
     Literal["ray", "serial"],
@@ -63,9 +63,7 @@ SkipFull = Annotated[
     bool,
     typer.Option("--skip-full", help="Leave out the control on all real data, which takes longest (evaluate.full)."),
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", callback=note_dry_run, help="Print the remaining work. Nothing is written.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", callback=note, help="Print the remaining work. Nothing is written.")]
 
 
 @app.callback(invoke_without_command=True)

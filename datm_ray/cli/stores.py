@@ -12,7 +12,7 @@ from datm_ray.cli.ending import say
 from datm_ray.cli.options import ExpertsOf, IntoStore, Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
 
 if TYPE_CHECKING:
-    from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
+    from datm_ray.store.trajectories import ExpertGroup
 
 store_app = typer.Typer(
     help="Inspect, check, import and export stored experts.", no_args_is_help=True, rich_markup_mode=None
@@ -250,7 +250,7 @@ def store_import(
     print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
     count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
     settings = [*(set_ or []), f"experts.count={count}"]
-    print(f"Next: {Invocation([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
+    print(f"Next: {Invocation([recipe], settings, 'runs', store).next('distill')}")
 
 
 @store_app.command("import-teacher")
@@ -279,7 +279,7 @@ def store_import_teacher(
             f"Try: `datm-ray store rm {store} {imported.group} --expert {imported.expert}`, "
             "then import it with a recipe that fits."
         )
-    print(f"Next: {Invocation([recipe], list(set_ or []), 'runs', store, 'ray', None).next('run')}")
+    print(f"Next: {Invocation([recipe], set_, 'runs', store).next('run')}")
 
 
 @store_app.command("export")
@@ -311,25 +311,28 @@ def store_export(
         print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")
 
 
-def _open_store(uri: str, *, unfinished: bool = False) -> TrajectoryStore:
+def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
+    """Groups of experts of a store.
+
+    Args:
+        unfinished: True to include groups without a finished expert.
+
+    Raises:
+        MissingExpertsError: there are none.
+    """
     from datm_ray.errors import MissingExpertsError
     from datm_ray.store.files.filesystem import open_location
     from datm_ray.store.trajectories import TrajectoryStore
 
     store = TrajectoryStore(uri)
-    if not store.groups(unfinished=unfinished):
+    keys = store.groups(unfinished=unfinished)
+    if not keys:
         inside = open_location(uri) / "experts"
         if inside.exists() and TrajectoryStore(inside.uri).groups(unfinished=unfinished):
             raise MissingExpertsError(f"{uri} is a folder of runs", remedy=f"give its store, {inside.uri}")
         raise MissingExpertsError(
             f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
         )
-    return store
-
-
-def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
-    store = _open_store(uri, unfinished=unfinished)
-    keys = store.groups(unfinished=unfinished)
     return [store.group(key.dataset, key.architecture, key.fingerprint) for key in keys]
 
 
