@@ -305,6 +305,12 @@ class ExpertConfig(Section):
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (only for display); 0: none. Only stored epochs keep the value."""
 
+    @property
+    def image_passes(self) -> float:
+        """Gradients for each training image, over the whole training of one expert; gsam computes two in a step."""
+        each = 2 if self.optimiser == "gsam" else 1
+        return each * self.epochs * self.share_seen(range(self.epochs))
+
     def share_seen(self, epochs: range) -> float:
         """Mean share of the images that an expert sees in these epochs, counted from 0; 1 without a curriculum."""
         if self.curriculum is None or not epochs:

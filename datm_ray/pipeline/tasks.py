@@ -57,16 +57,14 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-            epochs = config.experts.epochs * config.experts.share_seen(range(config.experts.epochs))
-            steps = epochs * (2 if config.experts.optimiser == "gsam" else 1)
-            work = len(stack) * steps * len(runs.raw(config).train) * _flop(runs, config)
+            passes = len(stack) * config.experts.image_passes * len(runs.raw(config).train)
             tasks.append(
                 Task(
                     f"{name} of {group.key}",
                     (config, runs.store_uri, stack),
                     run=config.name,
                     stage="experts",
-                    weight=work,
+                    weight=passes * _flop(runs, config),
                     memory=experts_memory(config, runs.shape(config), len(stack)),
                     is_light=True,
                 )

@@ -83,9 +83,7 @@ class Proposal:
             size = experts_at_a_time(network, self.shape.image, self.shape.classes)
             most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
             for own in (run.experts for run in (network, network.scoring_run) if run):
-                images = self._trained * (2 if own.optimiser == "gsam" else 1)
-                passes = own.epochs * own.share_seen(range(own.epochs)) * images
-                found = stacks(range(own.count), size, own.count, most, least)
+                found, passes = stacks(range(own.count), size, own.count, most, least), own.image_passes * self._trained
                 tasks += [[("experts", network, len(each) * passes)] for each in found]
             if network.scoring_run:
                 tasks.append([("scoring", network, network.scoring_run.experts.count * self._trained)])
