@@ -19,6 +19,7 @@ from datm_ray import cli
 from datm_ray.api import recipe_of
 from datm_ray.config import to_yaml
 from datm_ray.errors import ConfigError, DatasetError, MissingExpertsError
+from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import tiny_config
 
 Capture = pytest.CaptureFixture[str]
@@ -133,3 +134,35 @@ def test_numbers_of_numpy_are_numbers_for_a_recipe() -> None:
     """`init` takes numbers of NumPy, and looks for the files."""
     with pytest.raises(DatasetError, match="does not exist"):
         datm_ray.init("/no/such/folder", np.int64(1), np.float32(3), resize=np.int64(8))  # type: ignore[arg-type]
+
+
+def test_sets_of_several_seeds_share_their_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of docs/methods/scores.md makes a set for each seed from the same experts, and prints their means."""
+    page = (Path(__file__).parents[1] / "docs/methods/scores.md").read_text()
+    code = page.partition("## Several sets")[2].split("```python\n")[1].split("```")[0]
+    seeds = []
+
+    def of_tiny(recipe: str, out: str, settings: dict[str, Any]) -> Any:
+        assert recipe == "digits-ipc1"
+        seeds.append(settings["seed"])
+        return run(
+            tiny_config("distill.iterations=1", "distill.validate_every=0", "evaluate.seeds=1"),
+            out=out,
+            settings=settings,
+            executor="serial",
+            progress=False,
+        )
+
+    run = datm_ray.run
+    monkeypatch.setattr(datm_ray, "run", of_tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert seeds == [0, 1, 2]
+    assert len(TrajectoryStore("runs/seeds/experts").groups()) == 1
+    images = [datm_ray.load(f"runs/seeds/digits-{seed}/synthetic.arrow").images for seed in seeds]
+    assert not torch.equal(images[0], images[1])
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "random-hard", "random-soft", "distilled"
+    ]  # fmt: skip

@@ -462,6 +462,19 @@ def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> 
     assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
 
 
+def test_sets_of_other_seeds_can_share_their_experts() -> None:
+    """Runs of other seeds share the experts, scoring networks and auxiliaries of one `experts.seed`."""
+    settings = ["metadd={auxiliaries: [{architecture: lenet}]}", "experts.curriculum={}"]
+    base = override(RunConfig(), settings).resolved((32, 32))
+    other, shared = override(base, ["seed=1"]), override(base, ["seed=1", "experts.seed=0"])
+    for trained in (lambda run: run, lambda run: run.scoring_run, lambda run: run.each_auxiliary()[0]):
+        known, apart, same = (expert_fingerprint(trained(run), "d") for run in (base, other, shared))
+        assert known == same != apart
+    assert len({stable_hash(run_identity(run)) for run in (base, other, shared)}) == 3
+    assert "seed" not in run_identity(base)["experts"]
+    assert override(shared, ["metadd.experts.seed=3"]).each_auxiliary()[0].expert_seed == 3
+
+
 STATISTICS = ["dataset.mean=[0.5, 0.5, 0.5]", "dataset.std=[0.2, 0.2, 0.2]"]
 
 

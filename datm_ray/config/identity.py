@@ -25,7 +25,7 @@ LATER_KEYS: dict[str, Any] = {"method": "datm", "prior": None, "metadd": None}
 this value, so that earlier runs keep their identity."""
 LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"streamed": False, "mean": None, "std": None},
-    "experts": {"schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None},
+    "experts": {"seed": None, "schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None},
     "distill": {
         **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
         **{"unmatched_share": 0.0, "average_decay": None},
@@ -131,7 +131,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     """
     if config.network.depth is None:
         raise ValueError(UNRESOLVED)
-    experts = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
+    experts = config.experts.model_dump(exclude={"count", "seed", "keep_epochs", "test_every"})
     recipe = _without(LATER_KEYS_OF_SECTIONS["experts"], experts)
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
@@ -144,7 +144,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
             "normalisation": config.dataset.statistics or config.dataset.kind,
             "network": config.network.model_dump(),
             "experts": recipe,
-            "seed": config.seed,
+            "seed": config.expert_seed,
         }
     )
 

@@ -106,6 +106,11 @@ class RunConfig(Section):
         return self
 
     @property
+    def expert_seed(self) -> int:
+        """Seed of the experts' training."""
+        return self.seed if self.experts.seed is None else self.experts.seed
+
+    @property
     def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
         """Sections with settings for training networks: key, such as `metadd.experts` -> section."""
         auxiliaries = {} if self.metadd is None else {"metadd.experts": self.metadd.experts}
@@ -181,11 +186,14 @@ class RunConfig(Section):
     def each_auxiliary(self) -> list[RunConfig]:
         """One copy of the run for each of MetaDD's auxiliaries, which is the copy's only network; empty without metadd.
 
-        In the copies, `metadd.experts` replaces `experts`.
+        In the copies, `metadd.experts` replaces `experts`; without a seed of its own it has that of `experts`.
         """
         if self.metadd is None:
             return []
-        alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
+        experts = self.metadd.experts
+        if experts.seed is None:
+            experts = experts.model_copy(update={"seed": self.experts.seed})
+        alone = {"backbones": (), "metadd": None, "experts": experts}
         return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
 
     @property

@@ -296,6 +296,8 @@ class ExpertConfig(Section):
     """gsam: scale the ascent step by each parameter's size."""
     curriculum: CurriculumConfig | None = None
     """Easy images first (PAD), such as `{first_share: 0.75, whole_from: 20}`; null: all images in every epoch."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of the experts; null: the run's seed. Runs with other seeds and this one in common share their experts."""
     keep_epochs: Count | None = None
     """Store epochs 0 to this one and the final one; null: those that the method may read."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -628,7 +630,7 @@ class EvaluateConfig(Section):
 SELDOM = {
     "dataset": "normalisation mean std validation",
     "network": "norm pooling",
-    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive curriculum keep_epochs storage "
+    "experts": "seed schedule warmup_epochs momentum weight_decay rho alpha adaptive curriculum keep_epochs storage "
     "precision test_every",
     "distill": "learning_rate_step_size real_batch initial labels gradient_limit unmatched_share average_decay options "
     "validate_every "

@@ -19,7 +19,7 @@ KIND = "difficulty"
 def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum | None:
     """Curriculum of a run's experts (which images they see in an epoch); `None` if they see all in every epoch.
 
-    Images with equal scores are in a random order, drawn for the class by the run's seed.
+    Images with equal scores are in a random order, drawn for the class by the experts' seed.
 
     Args:
         scoring: folder of the networks whose scores order the images, see `RunConfig.scoring_run`.
@@ -42,5 +42,5 @@ def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> 
         scores = read_tensors(place, kind=KIND).arrays["scores"]
         if scores.shape != labels.shape:
             raise ValueError(f"it has {len(scores)} scores for {len(labels)} images")
-    drawn = (drawn_order(np.flatnonzero(labels == k), config.seed, k) for k in range(dataset.classes))
+    drawn = (drawn_order(np.flatnonzero(labels == k), config.expert_seed, k) for k in range(dataset.classes))
     return Curriculum(settings, [own[keep(scores[own], len(own))] for own in drawn])

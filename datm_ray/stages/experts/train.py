@@ -180,7 +180,7 @@ class ExpertWorker:
         yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
         dataset, settings = self.dataset, config.experts
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
-        seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
+        seeds = [derive_seed(config.expert_seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self.device) for seed in seeds]
         functions = self._functions_for(spec, networks[0], len(experts), settings.precision)
         if functions.note:
@@ -252,7 +252,7 @@ class ExpertWorker:
         return torch.tensor(measured)
 
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
-        dataset, seed = self.dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
+        dataset, seed = self.dataset, derive_seed(config.expert_seed, Purpose.EXPERT, expert)
         network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
         return expert_info(config, group, dataset.fingerprint, network, expert, seed=seed, epochs=config.kept_epochs)
 
