@@ -974,7 +974,7 @@ def test_every_command_has_the_usual_short_options(datm_ray: CommandLine) -> Non
             text = getattr(parameter, "help", None) or ""
             assert text[:1].isupper() or text.split()[0] in ("png",), (name, parameter.name, text)
             assert text.endswith("."), (name, parameter.name, text)
-    working = ("run", "init", "plan", "experts", "distill", "evaluate", "report", "export", "job submit")
+    working = ("run", "init", "plan", "experts", "distill", "evaluate", "report", "export", "publish", "job submit")
     working += ("store verify", "store rm", "store import", "store import-teacher", "store export")
     verbose = [name for name, command in all_commands() if any("-v" in each.opts for each in command.params)]
     assert sorted(verbose) == sorted(working)

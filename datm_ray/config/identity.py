@@ -73,7 +73,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     left_out: dict[str, Any] = {
         "cluster": True,
         "dataset": {"path"},
-        "distill": {"checkpoint_every"},
+        "distill": {"checkpoint_every", "continue_from"},
         "evaluate": {"seeds", "networks", "optimiser", "full", "fair", *SCORING_KEYS},
         "experts": {"keep_epochs", "test_every"},
         "metadd": {"experts": {"keep_epochs", "test_every"}},

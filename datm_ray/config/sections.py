@@ -383,6 +383,8 @@ class DistillConfig(Section):
     """Synthetic images per class."""
     iterations: Count = 10_000
     """Number of updates of the synthetic set."""
+    continue_from: str | None = None
+    """Folder of a finished run of this recipe with fewer iterations, to continue; null: from the first images."""
     student_steps: Count = 80
     """SGD steps of the student per iteration."""
     expert_epochs: Count = 2
@@ -632,9 +634,8 @@ SELDOM = {
     "network": "norm pooling",
     "experts": "seed schedule warmup_epochs momentum weight_decay rho alpha adaptive curriculum keep_epochs storage "
     "precision test_every",
-    "distill": "learning_rate_step_size real_batch initial labels gradient_limit unmatched_share average_decay options "
-    "validate_every "
-    "validation_seeds checkpoint_every",
+    "distill": "continue_from learning_rate_step_size real_batch initial labels gradient_limit unmatched_share "
+    "average_decay options validate_every validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
     "select": "least_share epoch hardest",
     "metadd": "divergence variance_of threshold",
@@ -648,7 +649,7 @@ SELDOM = {
 
 READ_OF_DISTILL = {
     "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation average_decay "
-    "options validate_every validation_seeds checkpoint_every",
+    "options validate_every validation_seeds checkpoint_every continue_from",
     "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
 }

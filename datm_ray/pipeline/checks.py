@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datm_ray.config import NetworkConfig, RunConfig, run_identity
+from datm_ray.config import NetworkConfig, RunConfig, run_identity, unread_keys
 from datm_ray.config.schema import RENAMED
 from datm_ray.core.images.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
@@ -32,6 +32,7 @@ from datm_ray.pipeline.folder import RECIPE, DataNote, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
 from datm_ray.runtime.executor import Executor, require_precision
+from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.rows import CONTROLS, row_schedule
 from datm_ray.stages.methods.memory import plans_of, require_whole_classes
@@ -61,6 +62,7 @@ def check(runs: Runs) -> None:
     for config in runs.configs:
         _check_scoring(config)
         _check_folder(runs, config)
+        _check_continued(runs, config)
         _check_data(runs, config)
     require_same_experts(runs)
 
@@ -136,6 +138,47 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
             "give another --out or --set name=..., or, for the run that is there, "
             f"{(runs.folder(config) / RECIPE).uri} as the recipe",
         )
+
+
+def _check_continued(runs: Runs, config: RunConfig) -> None:
+    """Raise a `DatmError` if `distill.continue_from` is given and its run cannot go on as this one."""
+    place = config.distill.continue_from
+    if place is None or "distill.continue_from" in unread_keys(config):
+        return
+    if not method_of(config).can_continue:
+        raise ConfigError(
+            f"distill.continue_from is given, and method {config.method} cannot continue a set",
+            "its iterations may depend on how many there are",
+            "leave it out, or set can_continue in the class of the method if they do not",
+        )
+    source = open_location(place)
+    earlier, note = read_recipe(source), DataNote.read(source)
+    if earlier is None or note is None or not (source / SYNTHETIC).exists() or not (source / CHECKPOINT).exists():
+        raise RunDirectoryError(
+            f"{source.uri}, which distill.continue_from names, holds no finished run",
+            "it is another folder, or its distillation has not ended",
+            "give the folder of a finished run, <out>/<name>",
+        )
+    there, here = (_but_its_length(each) for each in (earlier, config))
+    if there != here or note.fingerprint != runs.raw(config).fingerprint:
+        what = ", ".join(differences(there, here)) or "its images"
+        raise RunDirectoryError(
+            f"the run in {source.uri} cannot go on as {config.name!r}: it differs in {what}",
+            remedy="change nothing but name and distill.iterations, or leave out distill.continue_from",
+        )
+    if earlier.distill.iterations >= config.distill.iterations:
+        raise ConfigError(
+            f"the run in {source.uri} has {earlier.distill.iterations} iterations, and distill.iterations is "
+            f"{config.distill.iterations}",
+            remedy="ask for more iterations; they count from the first images",
+        )
+
+
+def _but_its_length(config: RunConfig) -> dict[str, Any]:
+    """Settings that a run must share with the run that it continues."""
+    identity = run_identity(config)
+    del identity["name"], identity["distill"]["iterations"]
+    return identity
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:

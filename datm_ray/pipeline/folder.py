@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from datm_ray.config import RunConfig, load_recipe_of_run
+from datm_ray.config import RunConfig, load_recipe_of_run, unread_keys
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report import RunSummary, published_files, write_report, write_summary
-from datm_ray.stages.checkpoint import CHECKPOINT
-from datm_ray.stages.distill import INITIAL, SYNTHETIC
+from datm_ray.stages.checkpoint import CHECKPOINT, copy_checkpoint
+from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.experts.train import has_experts
 from datm_ray.stages.labels import labels_location
@@ -62,6 +62,21 @@ def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) ->
     counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
     facts = {"name": raw.name, "fingerprint": raw.fingerprint, **counts}
     (folder / DATA).write_json(facts | {"experts": {**(earlier.experts if earlier else {}), **experts}})
+
+
+def continue_set(config: RunConfig, folder: Location) -> int | None:
+    """Copy the state of the run that a set continues into the set's folder, unless the set has a state already.
+
+    Returns the number of iterations of the copied state; `None` if nothing was copied.
+    """
+    place = config.distill.continue_from
+    if place is None or "distill.continue_from" in unread_keys(config) or (folder / CHECKPOINT).exists():
+        return None
+    source = open_location(place)
+    for name in (INITIAL, COST):
+        if (source / name).exists():
+            (folder / name).write_atomic((source / name).read_bytes())
+    return copy_checkpoint(source, folder)
 
 
 def has_results(folder: Location) -> bool:

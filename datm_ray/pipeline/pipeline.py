@@ -23,6 +23,7 @@ from datm_ray.pipeline import checks, tasks
 from datm_ray.pipeline.folder import (
     LEASE,
     RECIPE,
+    continue_set,
     has_results,
     read_recipe,
     stored_labels,
@@ -395,6 +396,9 @@ class Pipeline:
     def _distill(self, executor: Executor, reporter: Reporter, *, evaluates: bool = False) -> None:
         """Distil the sets. With `evaluates`, workers that are free score finished sets while others are distilled."""
         checks.require_names(self.runs)
+        for config in self.runs.unfinished():
+            if (done := continue_set(config, self.runs.folder(config))) is not None:
+                reporter.message(f"{config.name}: continues from iteration {done} of {config.distill.continue_from}")
         scored, given = set[str](), set[str]()
         """Names of sets that have evaluation tasks, and URIs of these tasks' results. Sets may share results."""
 

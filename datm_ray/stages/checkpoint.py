@@ -147,6 +147,19 @@ def _load(
     return state
 
 
+def copy_checkpoint(source: Location, folder: Location) -> int:
+    """Copy the checkpoint of a finished distillation to another folder. Returns its number of iterations.
+
+    checkpoint.arrow is copied last, so a copy that was cut short is no checkpoint.
+    """
+    names = read_tensors(source / CHECKPOINT, kind=KIND).metadata.get("parts", ())
+    with rejecting_nonsense(source / CHECKPOINT):
+        files = [f"{PARTS}/{name}" for name in names if _part_rows(source, name)]
+    for name in (*files, CHECKPOINT):
+        (folder / name).write_atomic((source / name).read_bytes())
+    return read_iteration(folder)
+
+
 def read_computed(folder: Location) -> list[dict[str, Any]]:
     """How student steps were computed up to the checkpoint, such as their precision.
 

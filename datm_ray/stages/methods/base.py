@@ -92,6 +92,9 @@ class Method:
     `network` must have batch normalisation. either: `network` may have it."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
+    can_continue: ClassVar[bool] = False
+    """True if iterations do not depend on how many follow, so that a finished set can go on, see
+    `distill.continue_from`."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
     gives_step_size: ClassVar[bool] = True

@@ -22,6 +22,7 @@ class DistributionMatching(Method):
     """Matches mean embeddings of real and synthetic images in fresh networks. No network is trained beforehand."""
 
     reads_backbones = True
+    can_continue = True
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:

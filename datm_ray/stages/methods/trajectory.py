@@ -67,6 +67,7 @@ class TrajectoryMatching(Method):
     """True to raise an error for sets that cannot be matched. Benchmarks may set it to False."""
     state = Distillation
     reads_backbones = True
+    can_continue = True
     precisions = ("auto", "float32", "tf32", "bfloat16")
 
     @classmethod

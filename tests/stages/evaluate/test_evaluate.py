@@ -158,16 +158,14 @@ def test_networks_are_grouped_by_their_part_in_the_distillation(tmp_path: Path) 
     assert all(each.learned.mean == 0.0 and each.control is not None for each in scores)
 
 
-@pytest.mark.parametrize(("stored", "second"), [([0.1, 0.2], 0.2), ([0.1], 0.1)])
+@pytest.mark.parametrize(("stored", "second"), [([0.125, 0.25], 0.25), ([0.125], 0.125)])
 def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
     tmp_path: Path, stored: list[float], second: float
 ) -> None:
     """Each matched network has its own step size; the others use the first network's, as earlier versions do."""
     config = tiny_config("backbones=[{network: {width: 8, depth: 2}}]")
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
-    synthetic = SyntheticSet(
-        torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored, dtype=torch.float64), torch.arange(10)
-    )
+    synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
     worker = EvaluateWorker(dataset, config.cluster)
@@ -176,7 +174,7 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
         return worker._training_set(config, "", folder, "distilled", 0, network)[2]
 
     assert learned(config.backbones[0].network) == second
-    assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.1] * 3
+    assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.125] * 3
 
 
 @pytest.mark.parametrize("network", [None, NetworkConfig(architecture="vit-small")])
