@@ -20,8 +20,8 @@ from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lin
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 """Bound of the number of images, exclusive -> Hugging Face's name for the size."""
-PREVIEW_PIXELS = 640
-"""Width of preview.png up to which small images are enlarged."""
+PREVIEW_PIXELS = 96
+"""Width of one image in preview.png up to which small images are enlarged."""
 
 
 def published_files(summary: RunSummary) -> dict[str, bytes]:
@@ -88,7 +88,7 @@ def _training_in_words(artifact: Artifact) -> str:
 def _preview(artifact: Artifact) -> bytes:
     """Picture of some images of the set, a row for each class, as a PNG file."""
     sheet, _, _ = contact_sheet(artifact)
-    scale = max(1, PREVIEW_PIXELS // sheet.shape[1])
+    scale = max(1, PREVIEW_PIXELS // artifact.images.shape[3])
     sink = io.BytesIO()
     Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1)).save(sink, "PNG")
     return sink.getvalue()
