@@ -2,8 +2,8 @@
 
 The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
 the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
-each seed; the distilled set uses its learned step size. Each row uses the test set once per seed, and never to choose
-anything.
+each seed; the distilled set uses its own step size if its method gives one (`Method.gives_step_size`), else one
+that is chosen likewise. Each row uses the test set once per seed, and never to choose anything.
 
 A set is also scored on other architectures (`ON_OTHERS`). Its learned step size belongs to its backbone, so two
 accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every

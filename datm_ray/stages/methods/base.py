@@ -97,9 +97,9 @@ class Method:
     `distill.continue_from`."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
-    gives_step_size: ClassVar[bool] = True
-    """True if networks train on the set with a step size that is learned or published with it; False if one is chosen
-    on validation images."""
+    gives_step_size: ClassVar[bool] = False
+    """True if the method learns the set's step size, or its paper publishes one: networks that score the set train with
+    it. False if their step size is chosen on validation images, as that of the controls is."""
     preparation: str = ""
     """Work of `prepare` in words for the user, such as "compiling student steps"; "" if it takes almost no time."""
     calibration: str = ""

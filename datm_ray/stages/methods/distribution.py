@@ -23,6 +23,7 @@ class DistributionMatching(Method):
 
     reads_backbones = True
     can_continue = True
+    gives_step_size = True  # the published one, 0.01
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:

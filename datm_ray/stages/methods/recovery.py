@@ -30,7 +30,6 @@ class RecoveryFromTeacher(Method):
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
-    gives_step_size = False
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:

@@ -49,7 +49,6 @@ class Selection(Method):
     """Chooses real images by the scores that a teacher or all experts of `network` give them, or at random."""
 
     batch_norm = "either"
-    gives_step_size = False
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:

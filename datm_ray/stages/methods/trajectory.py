@@ -68,6 +68,7 @@ class TrajectoryMatching(Method):
     state = Distillation
     reads_backbones = True
     can_continue = True
+    gives_step_size = True
     precisions = ("auto", "float32", "tf32", "bfloat16")
 
     @classmethod

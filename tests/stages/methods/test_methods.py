@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
+from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.registry import METHODS, method_of
 from tests.conftest import CommandLine, tiny_config
 from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
@@ -194,6 +197,31 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
     assert "distilled" in pipeline.table()
     first, last = (load(str(tmp_path / "out/digits-dc" / name)) for name in ("initial.arrow", "synthetic.arrow"))
     assert float((first.images - last.images).norm() / first.images.norm()) > 0.01
+    (scored,) = (tmp_path / "out/digits-dc/evaluation").glob("distilled-*.json")
+    result = json.loads(scored.read_text())
+    assert result["learned_step_size"] is None
+    assert result["step_size"] in CONTROL_STEP_SIZES
+
+
+@pytest.mark.parametrize(
+    ("method", "candidates"),
+    [("datm", 1), ("mtt", 1), ("dm", 1), ("sre2l", 3), ("select", 3), ("own", 3), ("learning", 1)],
+)
+def test_a_set_without_a_learned_step_size_is_scored_as_its_controls_are(
+    method: str, candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set trains with its own step size if its method gives one; otherwise with as many candidates as controls."""
+    monkeypatch.setitem(METHODS, "own", "datm_ray.stages.methods.base:Method")
+    monkeypatch.setitem(METHODS, "learning", f"{__name__}:Giving")
+    config = RunConfig(method=method)
+    assert training_of(config, "distilled", None)[0] == candidates
+    assert training_of(config, "random-hard", None)[0] == len(CONTROL_STEP_SIZES) == 3
+
+
+class Giving(Method):
+    """Method of a user's own that learns the set's step size."""
+
+    gives_step_size = True
 
 
 WRONG = {
