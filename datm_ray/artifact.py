@@ -11,6 +11,9 @@ bits, and the set's file names the digest:
 `datm_ray.load(path)` reads a set. Its transform is read at its first use: from the set's own folder, or from the folder
 `transforms` in it or in a folder above. The exports "arrow" and "safetensors" are single files with everything, which
 `load` reads from any place.
+
+How networks were trained to score the set is noted beside it by the evaluation, in `scoring.json`. `Artifact.training`
+reads this note, and the exports "arrow" and "safetensors" hold it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +48,8 @@ from datm_ray.store.tensors import dump_tensors, read_tensors, write_tensors
 from datm_ray.store.trajectories import TRANSFORM_KIND
 
 KIND = "synthetic-set"
+SCORING = "scoring.json"
+"""Name of the note, in a run's folder, on the training of the networks that scored its set."""
 TRANSFORMS = "transforms"
 """Folder of the transforms that are stored apart from their sets."""
 INLINE_BYTES = 64 * 1024
@@ -52,6 +58,10 @@ _SEARCHED = 50  # most names searched for runs, in a folder that is given for a 
 _PARENTS = 3  # number of folders above a set's own in which its transform is searched
 _CHECKSUM = "sha256"  # key in the metadata of the export "safetensors", whose format has no checksum
 _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
+_NOT_CHOSEN = (
+    "the learning rate {:.4g} of this set was neither learned for such a training nor chosen on validation images: "
+    "score the set with `datm-ray evaluate` and load it from its run's folder, or try some rates"
+)
 _PREFIX = "transform."  # prefix of the transform's arrays among those of a set
 
 
@@ -127,6 +137,9 @@ class Artifact:
     """Versions, hardware, data set and experts of the run."""
     place: str = ""
     """Path or URI that the set was read from; "" if it was not read from a file."""
+    held_scoring: Schedule | Location | None = None
+    """How networks were trained to score the set, or the place where its run notes it; `None` if neither is known. Use
+    `training` to get it."""
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
@@ -138,14 +151,21 @@ class Artifact:
         """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
         `training().optimizer(network)` makes the optimizer, `training().rate(epoch)` is the learning rate of an epoch,
-        and `training().augment(images)` augments a batch. The learning rate is the recipe's. If the recipe has none, it
-        is the one learned with the set, which suits SGD; networks with AdamW had the best of a few rates. If
-        `temperature` is not `None`, a teacher's logits of every batch replaced the set's labels, see
-        `datm_ray.ReplayedLabels`. Sets whose recipe names no protocol get the published one, without augmentation.
+        and `training().augment(images)` augments a batch. If `temperature` is not `None`, a teacher's logits of every
+        batch replaced the set's labels, see `datm_ray.ReplayedLabels`.
+
+        The last evaluation noted these settings in the set's folder; published and exported sets (arrow, safetensors)
+        hold them. Each network's learning rate may have been chosen on validation images; this is the one that most
+        networks had. Without a note, the settings are those of the recipe that made the set, with the learning rate of
+        the recipe or the one learned with the set. A `UserWarning` tells if it was neither learned nor chosen. Sets
+        whose recipe names no protocol get the published one, without augmentation.
 
         Raises:
-            ConfigError: this version has no such protocol or optimiser.
+            ConfigError: this version has no such protocol, optimiser or augmentation.
+            CorruptFileError: the note is damaged.
         """
+        if scoring := self._scoring():
+            return scoring
         scored = self.recipe.get("evaluate", {})
         name, optimiser = scored.get("protocol", "published"), scored.get("optimiser", "sgd")
         if name not in PROTOCOLS or optimiser not in ("sgd", "adamw"):
@@ -154,7 +174,33 @@ class Artifact:
                 "it was made by another version",
                 "upgrade datm_ray, or choose the settings yourself",
             )
-        return schedule_of(scored, scored.get("learning_rate") or self.step_size)
+        schedule = schedule_of(scored, scored.get("learning_rate") or self.step_size)
+        if not (scored.get("learning_rate") or self._gives_step_size(schedule)):
+            warnings.warn(_NOT_CHOSEN.format(schedule.learning_rate), stacklevel=2)
+        return schedule
+
+    def _scoring(self) -> Schedule | None:
+        """How networks were trained to score the set; `None` if this is not noted, or the note cannot be reached."""
+        held = self.held_scoring
+        if not isinstance(held, Location):
+            return held
+        try:
+            if not held.exists():
+                return None
+            content = held.read_json()
+        except StoreError:  # the set alone may be readable
+            return None
+        with rejecting_nonsense(held):
+            return Schedule.from_json(content)
+
+    def _gives_step_size(self, schedule: Schedule) -> bool:
+        """True if the step size in the set's file suits this training: the method learned it, or its paper has it."""
+        if schedule.optimiser != "sgd" or schedule.temperature is not None:
+            return False
+        method, distill = self.recipe.get("method", "datm"), self.recipe.get("distill", {})
+        if ":" in method:  # a user's own, which may have learned it
+            return not math.isclose(self.step_size, distill.get("initial_step_size") or 0.01, rel_tol=1e-6)
+        return method not in ("sre2l", "select")
 
     @property
     def transform(self) -> Transform:
@@ -257,6 +303,8 @@ def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray
         "recipe": dict(artifact.recipe),
         "provenance": dict(artifact.provenance),
     }
+    if scoring := artifact._scoring():
+        metadata["scoring"] = scoring.to_json()
     if not kept:
         arrays |= {_PREFIX + name: array for name, array in transform.to_arrays().items()}
     return arrays, metadata
@@ -325,6 +373,7 @@ def read_artifact(location: Location) -> Artifact:
             recipe=metadata["recipe"],
             provenance=metadata["provenance"],
             place=location.uri,
+            held_scoring=_scoring_of(location, metadata),
         )
     _require_sound(artifact, location.uri)
     return artifact
@@ -379,6 +428,13 @@ def _transform_of(
     if not re.fullmatch(r"[0-9a-f]{32}", str(metadata["digest"])):  # the digest becomes part of a path
         raise damaged(location, "The digest of its transform is invalid")
     return KeptTransform(location, metadata["digest"], tuple(map(int, metadata["shape"])))
+
+
+def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Schedule | Location | None:
+    """How a set was scored, from its file, or the place where its run notes it; `None` outside a run's folder."""
+    if "scoring" in metadata:
+        return Schedule.from_json(metadata["scoring"])
+    return location.parent / SCORING if location.path.rpartition("/")[2] == "synthetic.arrow" else None
 
 
 def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:

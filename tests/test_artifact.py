@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +24,7 @@ from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, PILToTensor
 
-from datm_ray.artifact import EXPORTS, KIND, Artifact, export, left_out, load, save_artifact
+from datm_ray.artifact import EXPORTS, KIND, SCORING, Artifact, export, left_out, load, save_artifact
 from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS
@@ -146,11 +148,70 @@ def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
     other = dataclasses.replace(loaded, recipe={"evaluate": scored}).training()
     assert (other.epochs, other.batch_size, other.learning_rate, other.cosine) == (30, 7, 0.2, True)
     assert other.rate(15) == pytest.approx(0.1)
-    adamw = dataclasses.replace(loaded, recipe={"evaluate": {"protocol": "quick", "optimiser": "adamw"}}).training()
+    scored = {"protocol": "quick", "optimiser": "adamw", "learning_rate": 1e-3}
+    adamw = dataclasses.replace(loaded, recipe={"evaluate": scored}).training()
     assert (adamw.optimiser, adamw.weight_decay, adamw.epochs) == ("adamw", 0.05, 20)
     for unknown in ({"protocol": "slower"}, {"optimiser": "lion"}):
         with pytest.raises(ConfigError, match=f"{next(iter(unknown.values()))}.*this version does not have"):
             dataclasses.replace(loaded, recipe={"evaluate": unknown}).training()
+
+
+CHOSEN = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03, augmentation="flip_crop", batch_size=16)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "safetensors"])
+def test_a_set_trains_as_its_run_noted_wherever_it_is_exported(kind: str, path: Path, tmp_path: Path) -> None:
+    """A set's training is the one noted in its folder, in exports too; other sets of the folder do not read it."""
+    before = load(str(path))
+    assert before.training().learning_rate == before.step_size
+    open_location(str(tmp_path / SCORING)).write_json(CHOSEN.to_json())
+    shutil.copy(path, tmp_path / "initial.arrow")
+    assert load(str(path)).training() == before.training() == CHOSEN
+    assert load(str(tmp_path / "initial.arrow")).training().learning_rate == before.step_size
+    (name,) = export(before, kind, open_location(str(tmp_path / "elsewhere")))
+    assert load(str(tmp_path / "elsewhere" / name)).training() == CHOSEN
+
+
+def test_a_damaged_note_is_an_error_of_its_own(path: Path, tmp_path: Path) -> None:
+    """A set with a damaged note is loaded and used as ever; only its training is an error, with the note's name."""
+    right = CHOSEN.to_json()
+    wrong = [{"epochs": 0}, {"learning_rate": -1.0}, {"learning_rate": "fast"}, {"lr": 1}, {"warmup_epochs": 20}]
+    wrong += [{"momentum": math.nan}, {"epochs": 2.5}, {"optimiser": "lion"}, {"decay_epoch": -1}, {"temperature": 0}]
+    for content in (*(right | each for each in wrong), [], None, "x", {"epochs": 1}):
+        (tmp_path / SCORING).write_text(json.dumps(content))
+        loaded = load(str(path))
+        assert len(loaded.dataset()) == 20
+        with pytest.raises(CorruptFileError, match=SCORING.replace(".", r"\.")):
+            loaded.training()
+    (tmp_path / SCORING).write_text(json.dumps(right | {"augmentation": "spin"}))
+    with pytest.raises(ConfigError, match="spin"):
+        loaded.training()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_known"),
+    [
+        ({"method": "sre2l"}, False),
+        ({"method": "select"}, False),
+        ({"method": "a:B", "distill": {"initial_step_size": None}}, True),
+        ({"method": "a:B", "distill": {"initial_step_size": 0.0123}}, False),
+        ({"method": "dm"}, True),
+        ({"method": "mtt"}, True),
+        ({}, True),
+        ({"evaluate": {"optimiser": "adamw"}}, False),
+        ({"evaluate": {"labels": "teacher"}}, False),
+        ({"evaluate": {"labels": "teacher", "learning_rate": 0.2}}, True),
+        ({"evaluate": {"optimiser": "adamw", "learning_rate": 0.2}}, True),
+    ],
+)
+def test_a_rate_that_nobody_chose_is_reported(recipe: dict[str, Any], is_known: bool, artifact: Artifact) -> None:
+    """Without a note, a warning tells of a learning rate that was neither given, learned nor chosen for its use."""
+    unscored = dataclasses.replace(artifact, recipe=recipe, held_scoring=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule = unscored.training()
+    assert schedule.learning_rate == recipe.get("evaluate", {}).get("learning_rate", artifact.step_size)
+    assert [str(each.message).count("neither learned") for each in caught] == ([] if is_known else [1])
 
 
 def test_the_normaliser_reads_images_as_a_data_set_does(artifact: Artifact) -> None:

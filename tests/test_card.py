@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -13,11 +14,13 @@ import yaml
 from PIL import Image
 
 from datm_ray import load, publish
+from datm_ray.artifact import SCORING
 from datm_ray.config import NetworkConfig
+from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report import RunSummary, published_files
-from datm_ray.report.card import as_markdown
-from datm_ray.report.results import Cell, Line, Table
+from datm_ray.report.card import as_markdown, card
+from datm_ray.report.results import Cell, Line, Table, read_run
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
@@ -95,6 +98,19 @@ def test_the_code_of_a_card_trains_a_network(
     exec(code.replace("training.epochs", "2"), names)
     assert not torch.equal(before, network[1].weight)
     assert names["predicted"].shape == (5,)
+
+
+def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path: Path) -> None:
+    """The card and the published set have the training noted by the evaluation; before, the card says what is not."""
+    recipe = {"method": "select", "evaluate": {"protocol": "quick"}}
+    unscored = dataclasses.replace(load(tmp_path / "runs/toys-ipc2" / SYNTHETIC), recipe=recipe)
+    assert "learning_rate 0.0123, which was neither learned nor chosen\n" in card(read_run(summary), unscored)
+    chosen = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
+    (summary.folder / SCORING).write_json(chosen.to_json())
+    files = published_files(summary)
+    assert "# epochs 20, batch_size 128, optimiser sgd, learning_rate 0.03\n" in files["README.md"].decode()
+    (tmp_path / "synthetic.safetensors").write_bytes(files["synthetic.safetensors"])
+    assert load(tmp_path / "synthetic.safetensors").training() == chosen
 
 
 def test_the_preview_shows_the_images(summary: RunSummary) -> None:

@@ -32,11 +32,12 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save_file as save_weights
 
-from datm_ray.artifact import KIND, export, load, save_artifact
+from datm_ray.artifact import KIND, SCORING, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
 from datm_ray.config import DistillConfig, to_yaml
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.experts import ExpertState
+from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
@@ -100,6 +101,13 @@ def read_set(path: Path) -> object:
     found = load(str(path))
     images = found.normalise(np.ones((1, *found.transform.shape), np.float32))
     return [found.images, found.soft_labels, found.labels, found.step_sizes, found.pixels(), images, found.recipe]
+
+
+def read_scoring(path: Path) -> object:
+    set_file = path.parent / "synthetic.arrow"
+    if not set_file.exists():
+        write_set(path.parent).rename(set_file)
+    return load(str(set_file)).training()
 
 
 def read_of_transform(path: Path) -> object:
@@ -314,6 +322,7 @@ KINDS = {
         {"fingerprint": "x", "training_images": 3}, lambda p: DataNote.read(open_location(str(p.parent))), DATA
     ),
     "result": json_kind(RESULT, lambda p: _Result.read(open_location(str(p)))),
+    "scoring of a set": json_kind(PROTOCOLS["quick"].to_json(), read_scoring, SCORING),
     "experts' cost": json_kind(COSTS, lambda p: read_experts_cost(open_location(str(p.parent)))),
     "recipe": Kind(write_recipe, lambda path: get_recipe(str(path)), exact=False, count=40),
     "replay buffer": Kind(write_buffer, lambda path: _read(open_location(str(path)))),

@@ -432,6 +432,8 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
     assert scored["distilled"] != accuracies(Pipeline([own], str(out)))["distilled"]
     assert scored["full"] == accuracies(Pipeline([own], str(out)))["full"]
     assert "tiny (a teacher's labels)" in pipeline.table()
+    training = load(str(out / "tiny/synthetic.arrow")).training()
+    assert (training.learning_rate, training.temperature, training.cosine) == (0.05, taught.evaluate.temperature, True)
     worker = EvaluateWorker(pipeline.runs.dataset(taught.dataset), taught.cluster)
     uris = [str(tmp_path / f"{number}.json") for number in range(2)]
     folder = str(out / "tiny")

@@ -9,6 +9,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/experts-cost.json cost of its experts, copied from the store
     <out>/<run>/*.arrow           see `stages/distill.py`
     <out>/<run>/evaluation/       one JSON file per row and seed
+    <out>/<run>/scoring.json      how networks of the row "distilled" were trained, see `artifact.py`
     <out>/transforms/             normalisations of the sets, once each; see `artifact.py`
     <out>/controls/               training on real images, shared by runs
     <out>/report.html, summary.json

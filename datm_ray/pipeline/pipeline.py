@@ -38,7 +38,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.evaluate.progress import remove_progress
 from datm_ray.stages.evaluate.rows import result_location, scored_rows
-from datm_ray.stages.evaluate.scores import read_score
+from datm_ray.stages.evaluate.scores import note_scoring, read_score
 from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.methods.base import Outlook
@@ -468,6 +468,8 @@ class Pipeline:
         }
         for folder in folders:
             remove_progress(folder)
+        for config in self.configs:
+            note_scoring(self.out, config, self.runs.raw(config).fingerprint)
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
         """Show the score of each row of the accuracy table that an evaluation task has completed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import io
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,12 +78,15 @@ def as_markdown(table: Table) -> str:
 
 
 def _training_in_words(artifact: Artifact) -> str:
-    training = artifact.training()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training = artifact.training()
     shown = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
-    names = ("epochs", "batch_size", "learning_rate", "optimiser")
-    return ", ".join(
+    names = ("epochs", "batch_size", "optimiser", "learning_rate")
+    words = [
         f"{name} {shown[name]:.3g}" if isinstance(shown[name], float) else f"{name} {shown[name]}" for name in names
-    )
+    ]
+    return ", ".join(words) + (", which was neither learned nor chosen" if caught else "")
 
 
 def _preview(artifact: Artifact) -> bytes:

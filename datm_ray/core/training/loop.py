@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from datm_ray.config import EvaluateConfig, ExpertConfig
 from datm_ray.config.identity import SCORING_KEYS
-from datm_ray.core.images.augment import augment, draw_augmentation
+from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.batches import Images, batches, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
@@ -69,6 +70,38 @@ class Schedule:
     temperature: float | None = None
     """Temperature of a teacher whose logits of every batch replace the set's labels; `None` without a teacher."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Fields as plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: object) -> Schedule:
+        """Schedule whose `to_json` gave this content.
+
+        Raises:
+            ValueError: a field is missing, unknown, of another type or outside its range.
+            ConfigError: there is no such augmentation.
+        """
+        kinds = get_type_hints(cls)
+        if not isinstance(content, dict) or content.keys() != kinds.keys():
+            raise ValueError("it has other fields than a schedule")
+        wrong = [name for name, kind in kinds.items() if not _is_of(kind, content[name])]
+        if not wrong:
+            schedule = cls(**content)
+            wrong = schedule._out_of_range()
+            parse_strategy(schedule.augmentation)
+        if wrong:
+            raise ValueError(f"wrong {', '.join(wrong)}")
+        return schedule
+
+    def _out_of_range(self) -> list[str]:
+        """Names of the numbers that no training can have."""
+        positive = ("epochs", "batch_size", "learning_rate", "temperature")
+        others = ("momentum", "weight_decay", "decay_epoch", "warmup_epochs")
+        values = {name: value for name in positive + others if (value := getattr(self, name)) is not None}
+        wrong = [name for name, each in values.items() if not 0 <= each < math.inf or (name in positive and not each)]
+        return wrong + ["warmup_epochs"] * (self.warmup_epochs >= self.epochs)
+
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Optimizer of a network's parameters, at the schedule's highest learning rate."""
         if self.optimiser == "adamw":
@@ -95,6 +128,14 @@ class Schedule:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""
         random = np.random.default_rng(int(torch.randint(2**62, ())))
         return augment(images, draw_augmentation(self.augmentation, len(images), random))
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    """True if a value read from JSON has a field's type, which may be a union or a choice of literals."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    kinds = get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 PROTOCOLS: dict[str, Schedule] = {

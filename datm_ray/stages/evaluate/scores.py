@@ -11,10 +11,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from datm_ray.artifact import SCORING
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.monitor.spent import Spent, total
-from datm_ray.stages.evaluate.rows import FAIR_ROWS, ON_OTHERS, ROWS, has_learned_step_size, result_location
+from datm_ray.stages.evaluate.rows import (
+    FAIR_ROWS,
+    ON_OTHERS,
+    ROWS,
+    has_learned_step_size,
+    is_taught,
+    result_location,
+    row_schedule,
+)
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -110,18 +119,37 @@ class _Result:
     seconds: float
     cost: Spent | None
     """Cost of the result; `None` if an earlier version of this package wrote the file."""
+    step_size: float | None
+    """Chosen step size; `None` if an earlier version of this package wrote the file."""
 
     @classmethod
     def read(cls, place: Location) -> _Result:
         content = place.read_json()
         with rejecting_nonsense(place):
-            learned = content.get("test_accuracy_with_learned_step_size")
+            learned, step_size = (content.get(key) for key in ("test_accuracy_with_learned_step_size", "step_size"))
             return cls(
                 float(content["test_accuracy"]),
                 math.nan if learned is None else float(learned),
                 float(content["seconds"]),
                 Spent.from_json(content["cost"]) if "cost" in content else None,
+                None if step_size is None else float(step_size),
             )
+
+
+def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> None:
+    """Write how the networks of the row "distilled" were trained into the run's folder, where a set finds it.
+
+    The note holds the step size that most seeds chose; of several, the first one's. There is no note while a seed is
+    unfinished.
+    """
+    results = _read_all_seeds(out, config, dataset_fingerprint, "distilled")
+    chosen = [each.step_size for each in results if each.step_size is not None]
+    if not chosen:
+        return
+    schedule = dataclasses.replace(row_schedule(config, "distilled"), learning_rate=statistics.mode(chosen))
+    if is_taught(config, "distilled"):
+        schedule = dataclasses.replace(schedule, temperature=config.evaluate.temperature)
+    (out / config.name / SCORING).write_json(schedule.to_json())
 
 
 def _read_all_seeds(

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from datm_ray.artifact import save_artifact
+from datm_ray.artifact import SCORING, save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState
-from datm_ray.core.training.loop import Trainer, Training, TrainingState
+from datm_ray.core.training.loop import Schedule, Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account, Spent
@@ -43,12 +43,14 @@ from datm_ray.stages.evaluate.rows import (
     fewest_tasks,
     has_learned_step_size,
     result_location,
+    row_schedule,
     seeds_of_tasks,
     training_of,
 )
 from datm_ray.stages.evaluate.scores import (
     FAIR_PARTS,
     NetworkScores,
+    note_scoring,
     read_fair_rows,
     read_fair_scores,
     read_network_scores,
@@ -110,6 +112,19 @@ def test_other_architectures_have_both_and_choose_on_validation_data(worker: Eva
     result = result_of(worker, tmp_path, NetworkConfig(architecture="lenet"))
     assert (result["step_size"], result["test_accuracy"], result["validation_accuracy"]) == (0.03, TEST[0.03], 0.9)
     assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
+
+
+def test_a_run_notes_the_step_size_that_most_of_its_networks_chose(tmp_path: Path) -> None:
+    """The note has the row's schedule with the most frequent step size, and waits for the last seed."""
+    config, out = tiny_config("evaluate.seeds=4", "evaluate.optimiser=adamw"), open_location(str(tmp_path))
+    for number, step_size in enumerate((1e-3, 3e-3, 3e-3, 3e-4)):
+        assert not (out / "tiny" / SCORING).exists()
+        values = {"test_accuracy": 0.5, "seconds": 1.0, "step_size": step_size}
+        result_location(out, config, "d" * 16, "distilled", number).write_json(values)
+        note_scoring(out, config, "d" * 16)
+    noted = Schedule.from_json((out / "tiny" / SCORING).read_json())
+    assert noted == dataclasses.replace(row_schedule(config, "distilled"), learning_rate=3e-3)
+    assert noted.optimiser == "adamw"
 
 
 def place(config: RunConfig, row: str, network: NetworkConfig | None = None) -> str:

@@ -201,6 +201,7 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
     result = json.loads(scored.read_text())
     assert result["learned_step_size"] is None
     assert result["step_size"] in CONTROL_STEP_SIZES
+    assert last.training().learning_rate == result["step_size"]
 
 
 @pytest.mark.parametrize(
