@@ -150,9 +150,9 @@ class Artifact:
     def training(self) -> Schedule:
         """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
-        `training().optimizer(network)` makes the optimizer, `training().rate(epoch)` is the learning rate of an epoch,
-        and `training().augment(images)` augments a batch. If `temperature` is not `None`, a teacher's logits of every
-        batch replaced the set's labels, see `datm_ray.ReplayedLabels`.
+        `training().optimizer(network)` makes the optimizer, `training().batches(loader, optimizer, epoch)` gives an
+        epoch's batches at its learning rate, and `training().augment(images)` augments a batch. If `temperature` is not
+        `None`, a teacher's logits of every batch replaced the set's labels, see `datm_ray.ReplayedLabels`.
 
         The last evaluation noted these settings in the set's folder; published and exported sets (arrow, safetensors)
         hold them. Each network's learning rate may have been chosen on validation images; this is the one that most

@@ -11,13 +11,16 @@ import sys
 import urllib.request
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datm_ray import cli
+from datm_ray.artifact import Artifact
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core.networks import stacked
 from datm_ray.core.training import loop
@@ -202,6 +205,30 @@ def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code, captured.out, captured.err
 
     return call
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[tuple[float, bool]]]:
+    """Each optimizer step inside the block: its learning rate, and whether the optimizer had a momentum before it."""
+    found: list[tuple[float, bool]] = []
+
+    def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found.append((optimizer.param_groups[0]["lr"], any(optimizer.state.values())))
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def scoring_steps(artifact: Artifact, schedule: loop.Schedule) -> list[tuple[float, bool]]:
+    """Optimizer steps of a network that scores a set, see `recorded_steps`."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(len(artifact.class_names)))
+    network(artifact.images[:1])
+    with recorded_steps() as steps:
+        loop.train_to_end(network, artifact.images, artifact.soft_labels, schedule, seed=0)
+    return steps
 
 
 def documented_keys(command: str) -> set[str]:

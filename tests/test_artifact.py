@@ -33,6 +33,7 @@ from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
+from tests.conftest import recorded_steps, scoring_steps
 
 NAMES = ("a cat", "dog")
 RECIPE = {"name": "test", "distill": {"ipc": 10}, "evaluate": {"protocol": "quick", "augmentation": "flip_crop"}}
@@ -74,6 +75,10 @@ README = Path(__file__).parents[1] / "README.md"
 USING = (README.parent / "docs/using-a-set.md").read_text()
 
 
+CHOSEN = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03, augmentation="flip_crop", batch_size=16)
+COSINE: dict[str, Any] = {"decay_epoch": None, "cosine": True, "warmup_epochs": 2, "batch_size": 8}
+
+
 @pytest.mark.parametrize("kind", ["zca", "standard"])
 def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's snippet trains a network on a set and tests it, with any normalisation."""
@@ -90,6 +95,11 @@ def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch:
     exec(snippet, names)
     assert 0 <= float(names["accuracy"]) <= 1
     assert not torch.equal(network[1].weight, before)
+    for schedule in (CHOSEN, dataclasses.replace(CHOSEN, **COSINE), dataclasses.replace(CHOSEN, optimiser="adamw")):
+        open_location(str((tmp_path / place[1]).parent / SCORING)).write_json(schedule.to_json())
+        with recorded_steps() as steps:
+            exec(snippet, names)
+        assert steps == scoring_steps(load(place[1]), schedule)
 
 
 def test_the_example_with_a_network_of_ones_own_runs(
@@ -105,9 +115,13 @@ def test_the_example_with_a_network_of_ones_own_runs(
     for shown, real in (("runs/birds/synthetic.arrow", "synthetic.arrow"), ("/data/birds/test", "test")):
         assert shown in snippet
         snippet = snippet.replace(shown, str(tmp_path / real))
+    open_location(str(tmp_path / SCORING)).write_json(CHOSEN.to_json())
     names: dict[str, Any] = {}
-    exec(snippet, names)
+    with recorded_steps() as steps:
+        exec(snippet, names)
     assert names["epoch"] == 19
+    assert steps == scoring_steps(names["synthetic"], CHOSEN)
+    assert [has_momentum for _, has_momentum in steps].count(False) == 2
     assert capsys.readouterr().out.endswith(" of 4 images\n")
 
 
@@ -154,9 +168,6 @@ def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
     for unknown in ({"protocol": "slower"}, {"optimiser": "lion"}):
         with pytest.raises(ConfigError, match=f"{next(iter(unknown.values()))}.*this version does not have"):
             dataclasses.replace(loaded, recipe={"evaluate": unknown}).training()
-
-
-CHOSEN = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03, augmentation="flip_crop", batch_size=16)
 
 
 @pytest.mark.parametrize("kind", ["arrow", "safetensors"])

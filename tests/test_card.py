@@ -24,7 +24,7 @@ from datm_ray.report.results import Cell, Line, Table, read_run
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import CommandLine
+from tests.conftest import CommandLine, recorded_steps, scoring_steps
 from tests.test_report import configure, finished_run as run_with_scores
 
 
@@ -86,16 +86,19 @@ def test_a_card_says_how_the_set_was_made(summary: RunSummary) -> None:
 def test_the_code_of_a_card_trains_a_network(
     summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The code on the card runs in the published folder, with any network, and predicts classes of real images."""
+    """The code on the card trains any network as those that scored the set, and predicts classes of real images."""
+    scoring = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
+    (summary.folder / SCORING).write_json(scoring.to_json())
     for name, content in published_files(summary).items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     code = sections((tmp_path / "README.md").read_text())["Use it"].split("```python\n")[1].split("```")[0]
-    assert "training.epochs" in code
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
     before = network[1].weight.clone()
     names = {"network": network, "test_images": torch.rand(5, 1, 6, 6)}
-    exec(code.replace("training.epochs", "2"), names)
+    with recorded_steps() as steps:
+        exec(code, names)
+    assert steps == scoring_steps(load("synthetic.safetensors"), scoring)
     assert not torch.equal(before, network[1].weight)
     assert names["predicted"].shape == (5,)
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.data import DataLoader
 
 from datm_ray.config import EvaluateConfig, ExpertConfig
 from datm_ray.config.identity import SCORING_KEYS
@@ -123,6 +124,23 @@ class Schedule:
         rate = self.learning_rate / 10 if is_late else self.learning_rate
         steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
         return rate * share_of_rate(step, steps, warmup, cosine=self.cosine)
+
+    def batches(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, epoch: int) -> Iterator[Any]:
+        """Yield a loader's batches for one epoch, and set the learning rate before each, as it was while scoring.
+
+        At the start of `decay_epoch` the optimizer's momentum is reset.
+
+        Args:
+            loader: gives the batches of an epoch, `batch_size` images each.
+            optimizer: the one that the caller steps once for each batch; all its groups get the learning rate.
+            epoch: number of the epoch, from 0. Epochs must be asked for in order.
+        """
+        if epoch == self.decay_epoch:
+            optimizer.state.clear()
+        for step, batch in enumerate(loader, epoch * len(loader)):
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate(step, len(loader))
+            yield batch
 
     def augment(self, images: Tensor) -> Tensor:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""

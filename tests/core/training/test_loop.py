@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
 from datm_ray.core.images.augment import augment, draw_augmentation
@@ -254,6 +255,28 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
     epochs = train(network, torch.zeros(1, 1, 1, 1), torch.tensor([1]), schedule, seed=0)
     places = [float(network.p.detach()) for _ in epochs]
     assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [RICH, WARM, COSINE, replace(RICH.with_adamw(), decay_epoch=2), replace(COSINE.with_adamw(), epochs=4)],
+    ids=["decay", "warm-up", "cosine", "adamw with decay", "adamw with cosine"],
+)
+def test_the_batches_of_a_users_loop_train_as_scoring_does(schedule: Schedule) -> None:
+    """A user's loop over `batches` ends with the very parameters of a scored network: rates and resets are the same."""
+    schedule = replace(schedule, augmentation="")
+    image, probabilities = make_data(1)[0], torch.tensor([[0.7, 0.2, 0.1]])
+    images, targets = image.repeat(20, 1, 1, 1), probabilities.repeat(20, 1)  # equal, since the orders differ
+    scored, own = make_network(), make_network()
+    train_to_end(scored, images, targets.log(), schedule, seed=0)
+    optimizer = schedule.optimizer(own)
+    loader = DataLoader(TensorDataset(images, targets.log().softmax(dim=1)), schedule.batch_size, shuffle=True)
+    for epoch in range(schedule.epochs):
+        for x, y in schedule.batches(loader, optimizer, epoch):
+            optimizer.zero_grad()
+            cross_entropy(own(x), y).backward()
+            optimizer.step()
+    assert torch.equal(flatten(own), flatten(scored))
 
 
 def test_adamw_equals_torchs() -> None:
