@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 
 from datm_ray.artifact import save_artifact
-from datm_ray.config import NetworkConfig, RunConfig, load_config_text, override, run_identity
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, RunConfig, load_config_text, override, run_identity
 from datm_ray.core.scores import augmentation_robust, label_robust
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_table, write_report
+from datm_ray.report.differences import differences
 from datm_ray.report.results import shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
@@ -424,6 +425,54 @@ def test_text_table_is_aligned(out: Location) -> None:
     assert rows[2].split() == ["distilled", "91.0", "±", "1.0", "not", "yet"]
     assert rows[-1].split()[-3:] == ["92.9", "%", "–"]
     assert last.endswith("n = 2 or 3 for one, 2 for two")
+
+
+def test_what_differs_between_runs_stands_below_their_table(out: Location) -> None:
+    """Lines below the table name network and training where runs differ, with the runs; equal values are not shown."""
+    plain = ["network.width=16", "evaluate.epochs=300", "evaluate.augmentation=''"]
+    resnet = ["network.architecture=resnet18", "network.width=16"]
+    changes: dict[str, list[str]] = {
+        "one": [],
+        "two": plain,
+        "three": [*plain, "evaluate.seeds=2"],
+        "four": [*resnet, "evaluate.optimiser=adamw", "evaluate.labels=teacher"],
+    }
+    configs = {name: override(configure(name), change) for name, change in changes.items()}
+
+    def below(*names: str) -> list[str]:
+        runs = [RunSummary(configs[name], out / name, SCORES) for name in names]
+        lines = accuracy_table(runs).split("\n\n")[1].splitlines()[1:]
+        text = text_of(page_of(out, *runs))
+        assert all(f"The runs differ in {line}." in text for line in lines)
+        assert text.count("The runs differ") == len(lines)
+        return lines
+
+    assert below("one") == below("two", "three") == []
+    none, dsa = "300 epochs, no augmentation", f"1,001 epochs, augmentation {PUBLISHED_AUGMENTATION}"
+    assert below("one", "two", "three") == [
+        "network: convnet (width 128) (one); convnet (width 16) (two, three)",
+        f"training: {dsa} (one); {none} (two, three)",
+    ]
+    network, training = below("one", "four")
+    assert network == "network: convnet (one); resnet18 (width 16) (four)"
+    assert training == (
+        "training: SGD, weight decay 0.0005, the set's labels (one); "
+        "AdamW, weight decay 0.05, a teacher's labels at temperature 20, CutMix 0 (four)"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["protocol=short", "epochs=7", "batch_size=7", "optimiser=adamw", "learning_rate=0.2", "schedule=cosine",
+     "warmup_epochs=3", "weight_decay=0.1", "augmentation=flip", "labels=stored", "real_epochs=7",
+     "temperature=4", "cutmix=1"],
+)  # fmt: skip
+def test_every_setting_of_a_training_is_distinguished(change: str) -> None:
+    """Each key of `evaluate` that changes how networks are trained changes the line on the training."""
+    taught = [override(configure(name), ["evaluate.labels=teacher"]) for name in ("one", "two")]
+    (line,) = differences([taught[0], override(taught[1], [f"evaluate.{change}"])])
+    assert line.startswith("training: ")
+    assert differences(taught) == []
 
 
 def test_text_table_states_n_once_where_it_is_one(out: Location) -> None:

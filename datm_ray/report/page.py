@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from datm_ray.config import to_yaml
+from datm_ray.report.differences import differences
 from datm_ray.report.gallery import galleries, left_out
 from datm_ray.report.results import (
     SKIPPED,
@@ -61,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
         columns=[column_name(summary) for summary in summaries],
         accuracies=accuracies(summaries),
         skipped="" if "full" in shown_rows(summaries) else SKIPPED,
+        differences=differences([summary.config for summary in summaries]),
         evaluated=any(summary.scores for summary in summaries),
         runs=[_run_view(run) for run in runs],
     )

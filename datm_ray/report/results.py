@@ -14,6 +14,7 @@ from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, short_names
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
+from datm_ray.report.differences import differences
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
@@ -321,11 +322,12 @@ def accuracies(summaries: Sequence[RunSummary]) -> Table:
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
-    """Test accuracy of every run and row as text. A sentence below explains the cells."""
+    """Test accuracy of every run and row as text. Lines below explain the cells and say in what the runs differ."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
     skipped = [SKIPPED] if "full" not in shown_rows(summaries) else []
-    return "\n".join([as_text(accuracies(summaries)), "", _networks_behind(summaries), *skipped])
+    unequal = differences([summary.config for summary in summaries])
+    return "\n".join([as_text(accuracies(summaries)), "", _networks_behind(summaries), *unequal, *skipped])
 
 
 SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
