@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datm_ray._version import __version__
 
 if TYPE_CHECKING:
-    from datm_ray.api import distill, evaluate, init, plan, run, train_experts
+    from datm_ray.api import Result, distill, evaluate, init, plan, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.pipeline import publish
@@ -24,6 +24,7 @@ __all__ = [
     "Artifact",
     "Method",
     "ReplayedLabels",
+    "Result",
     "RunConfig",
     "__version__",
     "distill",
@@ -47,6 +48,7 @@ _HOME = {
     "train_experts": "datm_ray.api",
     "distill": "datm_ray.api",
     "evaluate": "datm_ray.api",
+    "Result": "datm_ray.api",
     "Method": "datm_ray.stages.methods.base",
     "RunConfig": "datm_ray.config",
     "ReplayedLabels": "datm_ray.replay",

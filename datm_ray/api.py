@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig, with_settings
@@ -23,9 +25,12 @@ from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.planning.suggest import Suggestion, default_name, measured_plans, read_images, rules_of, suggest
 from datm_ray.recipes import get_recipe
+from datm_ray.report.results import names_of, scores_by_name
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
+from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.store.files.filesystem import Location
 from datm_ray.store.files.local import free_space
 
 if TYPE_CHECKING:
@@ -50,6 +55,16 @@ class Result:
     """Row of results ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
     report: str
     """Path or URI of the HTML report over all runs of the output folder."""
+    networks: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    """Architecture -> column -> test accuracy of each network, 0 to 1: the recipe's own, then those of
+    `evaluate.networks`. "learned": with the set's own step size, if it has one; "tuned": with one chosen on validation
+    images; "control": random real images. Empty if `evaluate.networks` is empty."""
+    history: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Curve of the distillation -> array. "iteration" (from 0), "loss" and "skipped" have a value for each iteration;
+    with trajectories also "step_size", "expert", "start" and "decrease", of the first backbone. "validation.iteration"
+    and "validation.accuracy" (0 to 1) have one for each validation, "validation.chosen_at" is the iteration of the set
+    that was kept (0: the last), and "meta." has MetaDD's terms. Empty if no checkpoint exists, as for images that were
+    chosen or recovered in pieces."""
 
 
 class Options(TypedDict, total=False):
@@ -263,5 +278,18 @@ def _set_of(stages: Pipeline) -> Artifact:
 
 def _result(stages: Pipeline) -> Result:
     (summary,) = summaries(stages.out, stages.configs)
-    accuracies = {score.row: score.accuracies for score in summary.scores}
-    return Result(stages.configs[0].name, _set_of(stages), accuracies, report(stages.out.uri).uri)
+    networks = zip(names_of(summary.networks), summary.networks, strict=True)
+    return Result(
+        summary.config.name,
+        _set_of(stages),
+        {score.row: score.accuracies for score in summary.scores},
+        report(stages.out.uri).uri,
+        {name: {k: score.accuracies for k, score in scores_by_name(each).items()} for name, each in networks},
+        _history(summary.folder),
+    )
+
+
+def _history(folder: Location) -> dict[str, NDArray[Any]]:
+    """Curves of a run's distillation, see `Result.history`; empty without a checkpoint."""
+    curves = read_curves(folder) if (folder / CHECKPOINT).exists() else {}
+    return {name.removeprefix("history."): curve for name, curve in curves.items() if name != "history.backbone"}

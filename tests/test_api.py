@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -40,7 +41,25 @@ def test_a_run_returns_its_set_and_scores(
     expected = datm_ray.load(finished_run / "tiny/synthetic.arrow")
     assert torch.equal(result.synthetic.images, expected.images)
     assert Path(result.report).read_text().startswith("<!doctype html>")
+    assert result.networks == {}
+    assert result.history["iteration"].tolist() == list(range(6))
+    assert np.isfinite(result.history["loss"]).all()
+    assert result.history["step_size"][-1] > 0
+    assert result.history["validation.iteration"].tolist() == [3, 6]
+    chosen = int(result.history["validation.chosen_at"])
+    assert (
+        result.history["validation.accuracy"].max()
+        == dict(zip(result.history["validation.iteration"], result.history["validation.accuracy"], strict=True))[chosen]
+    )
+    described = " ".join(documented(datm_ray.Result, "history").split())
+
+    assert all(f'"{name}"' in described for name in result.history)
     assert capsys.readouterr() == ("", "")
+
+
+def documented(of: type, name: str) -> str:
+    """Text below a field of a dataclass."""
+    return inspect.getsource(of).partition(f"    {name}: ")[2].split('"""')[1]
 
 
 def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> None:
@@ -51,10 +70,14 @@ def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> 
     store = datm_ray.train_experts(config, out, **SERIAL)
     assert len(list(Path(store).rglob("expert-*.arrow"))) == config.experts.count
     synthetic = datm_ray.distill(config, out, **SERIAL)
-    result = datm_ray.evaluate(config, out, settings={"evaluate.seeds": 1}, **SERIAL)
+    settings = {"evaluate.seeds": 1, "evaluate.networks": ["lenet"]}
+    result = datm_ray.evaluate(config, out, settings=settings, **SERIAL)
     assert torch.equal(result.synthetic.images, synthetic.images)
     assert torch.equal(synthetic.images, datm_ray.load(str(finished_run / "tiny/synthetic.arrow")).images)
     assert len(result.accuracies["distilled"]) == 1
+    assert list(result.networks) == ["convnet (width 4)", "lenet"]
+    assert all(list(columns) == ["learned", "tuned", "control"] for columns in result.networks.values())
+    assert all(0 <= accuracy <= 1 for values in result.networks["lenet"].values() for accuracy in values)
 
 
 def test_settings_replace_those_of_a_recipe(tmp_path: Path) -> None:

@@ -26,13 +26,23 @@ from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
-from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_table, write_report
+from datm_ray.monitor.spent import Spent
+from datm_ray.report import (
+    RunSummary,
+    accuracy_table,
+    fair_table,
+    networks_table,
+    results,
+    write_report,
+    write_summary,
+)
 from datm_ray.report.differences import differences
-from datm_ray.report.results import shown_rows
+from datm_ray.report.results import Maps, read_run, shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
+from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
 
@@ -199,6 +209,37 @@ def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
     assert ["mean, seen and unseen", "", "–", "91.0", "–"] in on_page
     assert ["all real data", "98.0 ± 1.4", "not yet"] in on_page
     assert ["alexnet", "unseen", "–", "91.0 ± 1.0", "not yet"] in on_page
+
+
+def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/command-line.md names the keys that summary.json has for a run with every table, and no others."""
+    label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
+    augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
+    scores = [dataclasses.replace(score, cost=Spent()) for score in SCORES]
+    run = dataclasses.replace(
+        finished_run(out, configure(), scores=scores),
+        networks=[NetworkScores(NetworkConfig(architecture="lenet"), "seen", *scores[:3])],
+        fair=FairScores((label,), (augmentation,)),
+        fair_rows=[Score(row, (0.5, 0.6), 1.0, Spent()) for row in FAIR_ROWS],
+    )
+    one = np.zeros((1, 1, 6, 6), np.float32)
+    with_maps = dataclasses.replace(read_run(run), maps=Maps(["convnet"], [0], (one, one), (0.1, 0.2), 0.5))
+    monkeypatch.setattr(results, "read_run", lambda _: with_maps)
+    (written,) = write_summary(out, [run]).read_json()
+    assert set(written["test_accuracy"]) == {*ROWS, *FAIR_ROWS}
+    found = keys_below({**written, "test_accuracy": list(written["test_accuracy"].values())})
+    text = (Path(__file__).parents[1] / "docs/command-line.md").read_text().partition("## summary.json")[2]
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|.*\|$", text, re.MULTILINE)))) == found
+
+
+def keys_below(value: object) -> set[str]:
+    """Keys of all objects in JSON data, except those of recipes, networks and provenances."""
+    if isinstance(value, list):
+        return set().union(*map(keys_below, value))
+    if not isinstance(value, dict):
+        return set()
+    below = (keys_below(each) for key, each in value.items() if key not in ("recipe", "network", "provenance"))
+    return set(value).union(*below)
 
 
 def test_run_is_described_in_numbers(out: Location) -> None:
