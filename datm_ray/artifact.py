@@ -50,6 +50,8 @@ from datm_ray.store.trajectories import TRANSFORM_KIND
 KIND = "synthetic-set"
 SCORING = "scoring.json"
 """Name of the note, in a run's folder, on the training of the networks that scored its set."""
+OTHERS_IMAGES = "images_best.pt"
+"""File of images in the sets of DATM, MTT and programs that derive from them."""
 TRANSFORMS = "transforms"
 """Folder of the transforms that are stored apart from their sets."""
 INLINE_BYTES = 64 * 1024
@@ -333,6 +335,8 @@ def load(uri: str | os.PathLike[str]) -> Artifact:
         CorruptFileError: the file is not a synthetic set, is truncated or altered, or its parts contradict each other.
     """
     location = open_location(os.fspath(uri))
+    if location.path.endswith((".pt", ".pth")):
+        raise _of_another_program(location, location.parent)
     try:
         return read_artifact(location)
     except StoreError as error:
@@ -340,10 +344,21 @@ def load(uri: str | os.PathLike[str]) -> Artifact:
         names = location.list()[:_SEARCHED] if is_folder else []
         found = [name for name in names if name in ("synthetic.arrow", "synthetic.safetensors")]
         found += [f"{name}/synthetic.arrow" for name in names if (location / name / "synthetic.arrow").exists()]
+        if not found and OTHERS_IMAGES in names:
+            raise _of_another_program(location / OTHERS_IMAGES, location) from error
         if not found:
             raise
         places = " or ".join((location / name).uri for name in found[:3])
         raise StoreError(f"{uri} is a folder", remedy=f"Give a set in it: {places}") from error
+
+
+def _of_another_program(file: Location, folder: Location) -> StoreError:
+    return StoreError(
+        f"{file.uri} holds tensors of another program, and no set of datm_ray",
+        "its files state neither classes nor normalisation",
+        f"Score it by a recipe with `method: given` and `given: {{path: {folder.uri}}}`, and load the synthetic.arrow "
+        "of that run",
+    )
 
 
 def read_artifact(location: Location) -> Artifact:
@@ -534,7 +549,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
         )
         renamed = [
             f"{name!r} is in {folder!r}"
-            for name, folder in zip(artifact.class_names, _folders(artifact.class_names), strict=True)
+            for name, folder in zip(artifact.class_names, class_folders(artifact.class_names), strict=True)
             if name != folder
         ]
         if renamed:
@@ -549,7 +564,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
 
 
 def _png_files(artifact: Artifact) -> dict[str, bytes]:
-    files, folders, seen = {}, _folders(artifact.class_names), Counter[int]()
+    files, folders, seen = {}, class_folders(artifact.class_names), Counter[int]()
     for label, png in zip(artifact.labels.tolist(), _encode_all(artifact), strict=True):
         files[f"{folders[label]}/{seen[label]:05d}.png"] = png
         seen[label] += 1
@@ -632,7 +647,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
-def _folders(class_names: tuple[str, ...]) -> list[str]:
+def class_folders(class_names: tuple[str, ...]) -> list[str]:
     """Names of the classes' folders; names that would share a folder also end in the class's number."""
     names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]

@@ -404,7 +404,7 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(run_identity(elsewhere)) == stable_hash(run_identity(config))
     assert run_identity(config).keys() == RunConfig.model_fields.keys() - {
-        *("cluster", "metadd", "method", "prior", "recover", "select"),
+        *("cluster", "metadd", "method", "prior", "recover", "select", "given"),
     }  # a set section is part of the identity, and so is another method
     assert run_identity(override(config, ["method=dm"]))["method"] == "dm"
     assert "recover" in run_identity(override(config, ["method=sre2l"]))
@@ -419,7 +419,7 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
 
 def test_keys_that_the_method_does_not_read_decide_nothing() -> None:
     """Every packaged method names the keys of `distill` that it reads; the others do not change a run's identity."""
-    assert unread_keys(RunConfig()) == ["distill.real_batch", "recover", "select"]
+    assert unread_keys(RunConfig()) == ["distill.real_batch", "recover", "select", "given"]
     assert unread_keys(RunConfig(method="own:Method")) == []
     for names in (*map(str.split, READ_OF_DISTILL.values()), *UNREAD_BY_MATCHING.values()):
         assert set(names) < DistillConfig.model_fields.keys()

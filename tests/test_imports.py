@@ -54,11 +54,11 @@ ALLOWED = {
     "shape.py": ("core", "data", "store", "config", "errors"),
     "runtime": ("runtime", "monitor", "core", "store", "config", "errors"),
     "monitor": ("monitor", "runtime", "store", "config", "errors"),
-    "stages": ("stages", *BELOW_STAGES, "artifact", "replay"),
+    "stages": ("stages", *BELOW_STAGES, "artifact", "replay", "interop.sets"),
     "stages/experts": ("stages.experts", *BELOW_STAGES),
-    "stages/methods": ("stages.methods", "stages.experts", *BELOW_STAGES),
+    "stages/methods": ("stages.methods", "stages.experts", *BELOW_STAGES, "interop.sets"),
     "planning": ("planning", "stages", *BELOW_STAGES, "artifact"),
-    "interop": ("interop", "stages", "core", "data", "store", "config", "errors"),
+    "interop": ("interop", "stages", "artifact", "core", "data", "store", "config", "errors"),
 }
 """Folder or file -> parts of this package that it may use: folders and modules, such as `core.randomness`."""
 

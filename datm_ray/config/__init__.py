@@ -41,6 +41,7 @@ from datm_ray.config.sections import (
     DistillConfig as DistillConfig,
     EvaluateConfig as EvaluateConfig,
     ExpertConfig as ExpertConfig,
+    GivenConfig as GivenConfig,
     MetaConfig as MetaConfig,
     MetaLossConfig as MetaLossConfig,
     NetworkConfig as NetworkConfig,

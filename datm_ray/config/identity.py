@@ -20,7 +20,7 @@ from datm_ray.config.sections import (
     keys_read_of_distill,
 )
 
-LATER_KEYS: dict[str, Any] = {"method": "datm", "prior": None, "metadd": None}
+LATER_KEYS: dict[str, Any] = {"method": "datm", "prior": None, "metadd": None, "given": None}
 """Keys and sections that earlier versions lacked -> value that their runs used. An identity leaves out a key that has
 this value, so that earlier runs keep their identity."""
 LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """Section -> its keys that earlier versions lacked, as in `LATER_KEYS`."""
-SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select"}
+SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
 """Section that only one packaged method reads -> that method."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
@@ -65,7 +65,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
 
     `cluster`, except `cluster.deterministic` if it is true, and the keys that the run's method does not read are left
-    out. The data set's path is left out, because the data set's content has its own fingerprint. Number of seeds,
+    out. The paths of the data set and of a given set are left
+    out, because their content has a fingerprint of its own. Number of seeds,
     further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may change in a
     finished run. Stored epochs beyond the matched ones, measurements of test accuracy, and the interval of checkpoints
     are left out, because the set does not depend on them.
@@ -92,6 +93,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             "final_start_bound": starts.last + 1,
             "expand_iterations": starts.expand_iterations,
         }
+    if identity.get("given"):
+        identity["given"].pop("path")
     for section, later in LATER_KEYS_OF_SECTIONS.items():
         identity[section] = _without(later, identity[section])
     if config.metadd is not None:

@@ -18,6 +18,7 @@ from datm_ray.config.sections import (
     DistillConfig,
     EvaluateConfig,
     ExpertConfig,
+    GivenConfig,
     MetaConfig,
     NamedNetwork,
     NetworkConfig,
@@ -58,11 +59,13 @@ class RunConfig(Section):
     the first network alone."""
     method: str = "datm"
     """How the set is made: datm or mtt (trajectories), dm (embeddings), sre2l (from a teacher), select (real images),
-    or package.module:Class."""
+    given (a finished set), or package.module:Class."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     recover: RecoverConfig = RecoverConfig()
     select: SelectConfig = SelectConfig()
+    given: GivenConfig | None = None
+    """A set that another program or run has made, such as `{path: downloads/datm}`, for given; null for none."""
     metadd: MetaConfig | None = None
     """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
     prior: PriorConfig | None = None

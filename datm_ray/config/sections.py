@@ -484,6 +484,18 @@ class SelectConfig(Section):
     """el2n, forgetting: keep images of the highest scores; false: of the lowest scores, better for few images."""
 
 
+class GivenConfig(Section):
+    """A set that another program or another run has made, for given alone. IPC: see `distill`."""
+
+    path: str
+    """Folder with images_best.pt and labels_best.pt, or of images in a folder for each class, or an .arrow or
+    .safetensors set."""
+    step_size: Positive | None = None
+    """Learning rate with which networks train on the set; null: the set's own, else chosen on validation images."""
+    digest: str | None = None
+    """16 hex digits that the set's content must have; null: computed from the set. The path decides no result."""
+
+
 class AuxiliaryExpertConfig(ExpertConfig):
     """Training of MetaDD's auxiliaries; only their last epoch is used."""
 
@@ -638,6 +650,7 @@ SELDOM = {
     "average_decay options validate_every validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
     "select": "least_share epoch hardest",
+    "given": "digest",
     "metadd": "divergence variance_of threshold",
     "prior": "epochs batch_size learning_rate inversion_steps",
     "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
@@ -652,6 +665,7 @@ READ_OF_DISTILL = {
     "options validate_every validation_seeds checkpoint_every continue_from",
     "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
+    "given": "ipc",
 }
 """Packaged method -> keys of `distill` that it reads. The methods that users write may read any key. `select` reads
 `start_epochs`, because it scores images by stored epochs, which depend on them."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ Tensors = Any
 """Lists and tuples, nested as in the file, of arrays, numbers and texts."""
 
 _DTYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
+_INTEGERS = {"LongStorage": "<i8", "IntStorage": "<i4"}
 _PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
 _CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None, "EMPTY_TUPLE": ()}
 _MAX_DIMENSIONS = 8
@@ -53,10 +55,14 @@ class _Storage:
     values: NDArray[Any]
 
 
-def read_torch_file(location: Location) -> Tensors:
+def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
     """Read a file that `torch.save` wrote. Returns its lists and tuples, nested as in the file.
 
     Tensors become read-only arrays. Lists may also hold numbers and texts. A local file is memory-mapped.
+
+    Args:
+        location: the file.
+        integers: True to accept tensors of integers of 32 or 64 bits besides those of floats.
 
     Raises:
         StoreError: the file is missing or cannot be read.
@@ -65,14 +71,14 @@ def read_torch_file(location: Location) -> Tensors:
     """
     (content,) = location.read_ranges([(0, location.size())])
     with zipfile.ZipFile(pa.BufferReader(pa.py_buffer(content))) as archive:
-        return _Reader(archive, len(content)).read()
+        return _Reader(archive, len(content), _DTYPES | (_INTEGERS if integers else {})).read()
 
 
 class _Reader:
     """Reads one archive. Raises ValueError if its members together have more bytes than the file."""
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        self._archive, self._left = archive, size
+    def __init__(self, archive: zipfile.ZipFile, size: int, dtypes: Mapping[str, str]) -> None:
+        self._archive, self._left, self._dtypes = archive, size, dtypes
         self._storages: dict[str, _Storage] = {}
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -151,12 +157,12 @@ class _Reader:
 
     def _storage(self, identifier: Any) -> _Storage:
         match identifier:
-            case ("storage", _Global("torch", dtype), str(key), _, int(count)) if dtype in _DTYPES:
+            case ("storage", _Global("torch", dtype), str(key), _, int(count)) if dtype in self._dtypes:
                 pass
             case _:
-                raise ValueError("a tensor is stored as something else than floats")
+                raise ValueError("a tensor is stored as something else than floats or, where asked for, integers")
         if key not in self._storages:
-            values = np.frombuffer(self._member(f"data/{key}"), _DTYPES[dtype])
+            values = np.frombuffer(self._member(f"data/{key}"), self._dtypes[dtype])
             self._storages[key] = _Storage(from_storage(values, "bfloat16") if dtype == "BFloat16Storage" else values)
         if self._storages[key].values.size != count:
             raise ValueError(f"a storage has {self._storages[key].values.size} values, not {count}")

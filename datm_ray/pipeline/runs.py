@@ -16,6 +16,7 @@ from datm_ray.data.transform import FitCost, Transform
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts.train import expert_group, origins
+from datm_ray.stages.methods.given import with_content
 from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.stages.prior import is_trained, prior_folder
 from datm_ray.store.files.filesystem import Location, open_location
@@ -69,6 +70,8 @@ class Runs:
                 d.source, d.path, resize=d.resize, validation=d.validation, copies=copies, streamed=d.streamed
             )
         config = config.resolved(raw.size)
+        if config.method == "given":
+            config = with_content(config, raw, is_made=(self.folder(config) / SYNTHETIC).exists())
         self._raw[config.dataset] = raw
         return config
 

@@ -119,6 +119,8 @@ def what_was_done(run: Run) -> str:
     experts = f"{count(config.experts.count, 'expert')} trained for {count(config.experts.epochs, 'epoch')} each"
     taught = f"from {experts}, " if run.summary.has_experts else ""
     done = f"distilled to {_size(run)}, {taught}in {count(run.total, 'iteration')}"
+    if config.method == "given":
+        return f"{_size(run)}, made elsewhere, stand for {origin[:1].lower()}{origin[1:]}."
     if not run.total:
         done = f"reduced to {_size(run)}, {taught}by choice, without iterations"
     return f"{origin} {verb} {done}."

@@ -405,7 +405,8 @@ class Distillation:
 
     def _found_values(self, state: State[Any], is_new: bool) -> dict[str, Any]:
         settings, place, found = self._config.distill, self._folder / INITIAL, dict[str, Any]()
-        if settings.initial_step_size is None and (is_new or place.exists()):
+        is_open = settings.initial_step_size is None and self._method.has_step_size(self._config)
+        if is_open and (is_new or place.exists()):
             found["initial_step_size"] = (
                 state.synthetic.step_sizes.tolist() if is_new else list(read_artifact(place).step_sizes)
             )

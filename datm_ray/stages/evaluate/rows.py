@@ -336,7 +336,7 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
     """
     is_given = row in SOFT and config.evaluate.learning_rate is not None
     is_replaced = is_given or is_taught(config, row)
-    is_there = method_of(config).gives_step_size and config.evaluate.optimiser == "sgd"
+    is_there = method_of(config).has_step_size(config) and config.evaluate.optimiser == "sgd"
     return row in DISTILLED and is_there and not is_replaced
 
 

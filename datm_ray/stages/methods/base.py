@@ -169,6 +169,14 @@ class Method:
         """
 
     @classmethod
+    def has_step_size(cls, config: RunConfig) -> bool:
+        """True if networks train on the set with its own step size; False if one is chosen on validation images.
+
+        By default `gives_step_size`.
+        """
+        return cls.gives_step_size
+
+    @classmethod
     def iterations(cls, config: RunConfig) -> int:
         """Number of updates of the set.
 

@@ -13,6 +13,7 @@ METHODS = {
     "dm": "datm_ray.stages.methods.distribution:DistributionMatching",
     "sre2l": "datm_ray.stages.methods.recovery:RecoveryFromTeacher",
     "select": "datm_ray.stages.methods.selection:Selection",
+    "given": "datm_ray.stages.methods.given:Given",
 }
 """Name of each packaged method -> module and class."""
 

@@ -1,0 +1,301 @@
+"""Read synthetic sets that another program or another run has made, so that they can be scored.
+
+Layouts:
+    images_best.pt, labels_best.pt, lr_best.pt   tensors of DATM, MTT and others that derive from MTT; the step size may
+                                                 be missing
+    a folder for each class                      image files, as SRe2L, RDED and `datm-ray export` write them
+    .arrow, .safetensors                         sets of this program
+
+Images in .pt files are normalised already, and the files do not say how. Image files are pixels. Sets of this program
+hold their transform. Nothing in a file is executed, see `interop.torch_files`. Tests: tests/test_given.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.artifact import OTHERS_IMAGES, Artifact, class_folders, read_artifact
+from datm_ray.data.decode import decode, image_suffixes
+from datm_ray.data.files import file_tree
+from datm_ray.data.transform import Transform
+from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
+from datm_ray.interop.torch_files import read_torch_file
+from datm_ray.store.files.filesystem import Location, open_location
+
+SMALLEST_PROBABILITY = 1e-9
+"""Probability, in soft labels that are probabilities, below which logits do not fall."""
+_OWN = ("synthetic.arrow", "synthetic.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class GivenSet:
+    """A synthetic set as its files hold it, sorted by class."""
+
+    uri: str
+    images: NDArray[Any]
+    """[n c h w] normalised float32, or pixels in uint8."""
+    labels: NDArray[np.int64]
+    """[n] class of each image, ascending."""
+    soft_labels: NDArray[np.float32] | None
+    """[n k] logits; `None` if the images have classes alone."""
+    step_size: float | None
+    """Learning rate learned with the set; `None` if the files hold none."""
+    transform: Transform | None = None
+    """Transform of a set of this program; `None` for others."""
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over images, labels, step size and transform, whatever the files' names."""
+        digest = sha256(repr((self.step_size, self.transform and self.transform.digest)).encode())
+        for array in (self.images, self.labels, *([] if self.soft_labels is None else [self.soft_labels])):
+            digest.update(repr((array.dtype.str, array.shape)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    def images_for(self, transform: Transform) -> NDArray[np.float32]:
+        """Images [n c h w] in the space of a run's transform.
+
+        Normalised images of another program count as being in this space.
+        """
+        if self.images.dtype == np.uint8:
+            return transform.apply(self.images.astype(np.float32) / np.float32(255))
+        if self.transform is None or self.transform.digest == transform.digest:
+            return self.images
+        return transform.apply(self.transform.invert(self.images))
+
+    def require_fitting(self, image: tuple[int, int, int], class_names: Sequence[str], ipc: int) -> None:
+        """Raise a `ConfigError` of one line if the set does not fit a run.
+
+        Args:
+            image: channels, height and width of the run's real images.
+            class_names: names of the run's classes.
+            ipc: images per class that the recipe states.
+        """
+        own, classes = self.images.shape[1:], len(class_names)
+        if own != image:
+            raise ConfigError(
+                f"the images of {self.uri} are {_by(own)}, and those of the data set {_by(image)}",
+                "the set was made for other images, or for images of another size",
+                "give its dataset.source, and its size as dataset.resize",
+            )
+        if self.soft_labels is not None and self.soft_labels.shape[1] != classes:
+            raise ConfigError(
+                f"the soft labels of {self.uri} are for {self.soft_labels.shape[1]} classes, and the data set has "
+                f"{classes}",
+                remedy="give the dataset.source of the set",
+            )
+        counts = np.bincount(self.labels, minlength=classes)
+        if len(counts) > classes:
+            raise ConfigError(
+                f"{self.uri} has images of class {len(counts) - 1}, and the data set has {classes} classes, from 0 on",
+                remedy="give the dataset.source of the set",
+            )
+        other = int(np.flatnonzero(counts != counts[0])[0]) if counts.min() != counts.max() else 0
+        if other:
+            raise ConfigError(
+                f"{self.uri} has {counts[0]} images of class {class_names[0]!r} and {counts[other]} of "
+                f"{class_names[other]!r}",
+                "a set has as many images of each class, so that controls can have as many",
+                "complete the set, or score it by classes of equal size",
+            )
+        if counts[0] != ipc:
+            raise ConfigError(
+                f"{self.uri} has {counts[0]} images of each class, and distill.ipc is {ipc}",
+                remedy=f"use --set distill.ipc={counts[0]}",
+            )
+
+
+def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
+    """Read a set in any of the layouts.
+
+    Args:
+        uri: a folder or a file, as a path or URI; images of a folder for each class must lie on a local disk.
+        class_names: names of the classes, by which class folders are known.
+
+    Raises:
+        ConfigError: nothing is there, or the set is in no known layout.
+        CorruptFileError: a file is damaged, or holds other things than a set.
+        DatasetError: an image file cannot be read.
+    """
+    place = open_location(uri)
+    if not place.exists():
+        raise ConfigError(f"given.path {uri} does not exist", remedy="give the folder or file of the set")
+    if place.path.endswith((".arrow", ".safetensors")):
+        return _of_artifact(read_artifact(place), class_names)
+    if place.path.endswith(".pt"):
+        return _of_tensors(place)
+    names = place.list()
+    if OTHERS_IMAGES in names:
+        return _of_tensors(place / OTHERS_IMAGES)
+    for name in filter(names.__contains__, _OWN):
+        return _of_artifact(read_artifact(place / name), class_names)
+    tensors = [name for name in names if name.endswith(".pt")]
+    if tensors:
+        raise ConfigError(
+            f"given.path {uri} has no {OTHERS_IMAGES}",
+            remedy=f"give one of its files, such as {uri}/{tensors[0]}",
+        )
+    return _of_images(place, class_names)
+
+
+def _of_tensors(place: Location) -> GivenSet:
+    """Set in files of tensors; `place` is that of the images, and the others have its name but for the first word."""
+    name = PurePosixPath(place.path).name
+    if not name.startswith("images"):
+        raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
+    rest = name.removeprefix("images")
+    images, labels = _tensor(place), _tensor(place.parent / f"labels{rest}")
+    rate = place.parent / f"lr{rest}"
+    step_size = _step_size(_tensor(rate), rate) if rate.exists() else None
+    if images.ndim != 4 or images.dtype.kind != "f" or not len(images) or labels.shape[:1] != images.shape[:1]:
+        raise CorruptFileError(
+            f"{place.uri} and labels{rest} are no set: {list(images.shape)} and {list(labels.shape)}",
+            "images are floats [n c h w], and labels [n] or [n k]",
+        )
+    if not (np.isfinite(images).all() and np.isfinite(labels).all()):
+        raise CorruptFileError(f"{place.uri} or labels{rest} has values that are not finite", "the set has diverged")
+    if images.min() >= 0:
+        raise ConfigError(
+            f"{place.uri} has values from {images.min():.3g} to {images.max():.3g}, which do not look normalised",
+            "normalised images have values below 0; these may be pixels",
+            "normalise them first, or give a folder of image files",
+        )
+    if labels.ndim == 1 and (labels < 0).any():
+        raise CorruptFileError(f"labels{rest} beside {place.uri} has the class {labels.min():g}, below 0")
+    soft = _as_logits(labels.astype(np.float32)) if labels.ndim == 2 else None
+    classes = labels.astype(np.int64) if soft is None else _classes_of(soft)
+    return _sorted(place.uri, images.astype(np.float32), classes, soft, step_size)
+
+
+def _tensor(place: Location) -> NDArray[Any]:
+    """One tensor that `torch.save` wrote.
+
+    Raises:
+        CorruptFileError: the file holds something else.
+    """
+    try:
+        found = read_torch_file(place, integers=True)
+    except StoreError:
+        raise
+    except Exception as error:  # archives and pickles raise errors of many classes
+        raise _no_tensor(place, f"it cannot be read as a tensor ({error})") from error
+    if isinstance(found, int | float):
+        return np.asarray(found)
+    if not isinstance(found, np.ndarray):
+        raise _no_tensor(place, "it holds several values")
+    return found
+
+
+def _no_tensor(place: Location, cause: str) -> CorruptFileError:
+    return CorruptFileError(f"{place.uri} is not a tensor", cause, "Write it with torch.save(tensor.cpu(), FILE)")
+
+
+def _step_size(found: NDArray[Any], place: Location) -> float:
+    value = float(found.reshape(-1)[0]) if found.size == 1 else math.nan
+    if not 0 < value < math.inf:
+        raise CorruptFileError(f"{place.uri} is not a step size: it is {found.tolist()}", "it must be above 0")
+    return value
+
+
+def _as_logits(soft: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Soft labels [n k] as logits. Rows that are all probabilities are replaced by their logarithms."""
+    if soft.min() >= 0 and bool(np.allclose(soft.sum(axis=1), 1, atol=1e-3)):
+        return np.log(np.maximum(soft, SMALLEST_PROBABILITY)).astype(np.float32)
+    return soft
+
+
+def _classes_of(soft: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Classes [n] of images with soft labels [n k].
+
+    Published sets hold class after class, as many images of each; a learned label need not be highest at its class. If
+    most labels contradict this order, the highest value decides.
+    """
+    n, k = soft.shape
+    highest = soft.argmax(axis=1).astype(np.int64)
+    ordered = np.repeat(np.arange(k), n // k) if n % k == 0 else highest
+    return ordered if (ordered == highest).mean() >= 0.5 else highest
+
+
+def _of_artifact(artifact: Artifact, class_names: Sequence[str]) -> GivenSet:
+    if artifact.class_names != tuple(class_names):
+        both = zip(artifact.class_names, class_names, strict=False)
+        theirs, ours = next((pair for pair in both if pair[0] != pair[1]), ("", ""))
+        counts = f"{len(artifact.class_names)} classes, and the data set {len(class_names)}"
+        raise ConfigError(
+            f"{artifact.place} has {f'the class {theirs!r} in the place of {ours!r}' if theirs else counts}",
+            "it was made from another data set",
+            "give the dataset.source of the set",
+        )
+    step_size = artifact.step_size if _has_step_size(artifact.recipe) else None
+    arrays = (artifact.images.numpy(), artifact.labels.numpy(), artifact.soft_labels.numpy())
+    return _sorted(artifact.place, *arrays, step_size, artifact.transform)
+
+
+def _has_step_size(recipe: Mapping[str, Any]) -> bool:
+    """True if the step size of a set of this program was learned, published or given, False for the default value."""
+    if recipe.get("method", "datm") not in ("select", "sre2l", "given"):
+        return True
+    section, key = ("given", "step_size") if recipe["method"] == "given" else ("distill", "initial_step_size")
+    return recipe.get(section, {}).get(key) is not None
+
+
+def _of_images(place: Location, class_names: Sequence[str]) -> GivenSet:
+    if place.local_path is None:
+        raise ConfigError(
+            f"given.path {place.uri} has no {OTHERS_IMAGES} and no set", remedy="copy image files to a local disk"
+        )
+    with file_tree(Path(place.local_path), image_suffixes()) as tree:
+        files = [(name, Path(name).parts[0]) for name in tree.listing.files if len(Path(name).parts) > 1]
+        if not files:
+            raise ConfigError(
+                f"given.path {place.uri} holds no set",
+                f"it has neither {OTHERS_IMAGES}, nor {_OWN[0]}, nor a folder of images for each class",
+                "give the folder or file of the set",
+            )
+        label_of = _labels_of(sorted({folder for _, folder in files}), class_names, place.uri)
+        encoded = tree.encoded([(name, label_of[folder]) for name, folder in files])
+        (pixels,), _ = decode([encoded])
+    return _sorted(place.uri, pixels, encoded.labels, None, None)
+
+
+def _labels_of(folders: Sequence[str], class_names: Sequence[str], uri: str) -> dict[str, int]:
+    """Label of each class folder: by the name of its class, else by the number in its name, from 0 on."""
+    known = {name: label for label, name in enumerate(class_folders(tuple(class_names)))}
+    known |= {name: label for label, name in enumerate(class_names)}
+    if known.keys() >= set(folders):
+        return {folder: known[folder] for folder in folders}
+    numbers = {folder: int(found[1]) for folder in folders if (found := re.fullmatch(r"\D*(\d+)", folder))}
+    if sorted(numbers.values()) == list(range(len(class_names))) and len(numbers) == len(folders):
+        return numbers
+    other = next(folder for folder in folders if folder not in known)
+    raise DatasetError(
+        f"the folder {other!r} in {uri} is no class of the data set",
+        f"its classes are {', '.join(map(repr, class_names[:3]))}{', ...' if len(class_names) > 3 else ''}",
+        f"Name the folders as the classes, or number them from 0 to {len(class_names) - 1} in their order",
+    )
+
+
+def _sorted(
+    uri: str,
+    images: NDArray[Any],
+    labels: NDArray[np.int64],
+    soft_labels: NDArray[np.float32] | None,
+    step_size: float | None,
+    transform: Transform | None = None,
+) -> GivenSet:
+    order = np.argsort(labels, kind="stable")
+    soft_labels = None if soft_labels is None else soft_labels[order]
+    return GivenSet(uri, images[order], labels[order], soft_labels, step_size, transform)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,136 @@
+"""A set that another program or another run has made (method given), scored like the sets that are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from datm_ray.config import GivenConfig, RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError
+from datm_ray.interop.sets import GivenSet, read_set
+from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.store.files.filesystem import open_location
+
+
+class Given(Method):
+    """Reads the set at `given.path`. There are no iterations, and nothing is trained for the set itself."""
+
+    batch_norm = "either"
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """The first network if `evaluate` needs a teacher, or experts that label random images; otherwise none."""
+        return config.each_backbone()[:1] if config.evaluate.has_teacher or config.evaluate.fair else []
+
+    @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Last epoch of each expert, which labels images."""
+        return (config.experts.epochs,)
+
+    @classmethod
+    def has_step_size(cls, config: RunConfig) -> bool:
+        """True if the recipe or the set gives a step size. In a resolved run it is `given.step_size`."""
+        return section_of(config).step_size is not None
+
+    @classmethod
+    def iterations(cls, config: RunConfig) -> int:
+        """Always 0, because the set is finished."""
+        return 0
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        super().check(config)
+        section_of(config)
+        if config.metadd is not None:
+            raise ConfigError(
+                "metadd changes images, and method given leaves those of the set as they are",
+                remedy="leave out the metadd section, or choose another method",
+            )
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Almost nothing, because the method has no iterations."""
+        return Demand({}, at_once=1, maps=1, vectors=1)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Empty: no network sees the set before it is scored."""
+        return {}
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Text for plans: how many images are read."""
+        return f"{images:,} images of a finished set, without iterations"
+
+    def first_set(self) -> SyntheticSet:
+        """Images and labels of the set, in this run's normalised space."""
+        part, settings = self.part, section_of(self.part.config)
+        found = read_set(settings.path, part.dataset.class_names)
+        _require_digest(found, settings)
+        found.require_fitting(part.image, part.dataset.class_names, part.config.distill.ipc)
+        rows = slice(part.rows.first, part.rows.last)
+        mine = replace(found, images=found.images[rows])
+        labels = torch.tensor(found.labels[rows], device=part.device)
+        if found.soft_labels is None:
+            soft_labels = hard_logits(labels, part.dataset.classes)
+        else:
+            soft_labels = torch.tensor(found.soft_labels[rows], device=part.device)
+        images = torch.tensor(mine.images_for(part.dataset.transform), device=part.device)
+        step_size = settings.step_size or STEP_SIZE
+        return SyntheticSet(images, soft_labels, torch.full((1,), step_size, device=part.device), labels)
+
+    def shown(self, state: Any) -> Mapping[str, float]:
+        """Nothing, because there are no iterations."""
+        return {}
+
+
+def section_of(config: RunConfig) -> GivenConfig:
+    """Section `given` of a run.
+
+    Raises:
+        ConfigError: the recipe has none.
+    """
+    if config.given is None:
+        raise ConfigError(
+            "given.path is missing", "method given scores a finished set", "use --set given.path=FOLDER, or a file"
+        )
+    return config.given
+
+
+def with_content(config: RunConfig, raw: RawDataset, *, is_made: bool) -> RunConfig:
+    """Copy of a run of method given that states its set's content: digest, absolute path and step size.
+
+    Args:
+        config: the run, resolved for its images' size.
+        raw: real images of the run.
+        is_made: True if the run has its set, so that a run whose digest is known need not read the files again.
+
+    Raises:
+        DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
+    """
+    settings = section_of(config)
+    if is_made and settings.digest:
+        return config
+    found = read_set(settings.path, raw.class_names)
+    _require_digest(found, settings)
+    found.require_fitting((raw.channels, *raw.size), raw.class_names, config.distill.ipc)
+    place, step_size = open_location(settings.path).uri, settings.step_size or found.step_size
+    stated = settings.model_copy(update={"path": place, "digest": found.digest, "step_size": step_size})
+    return config.model_copy(update={"given": stated})
+
+
+def _require_digest(found: GivenSet, settings: GivenConfig) -> None:
+    digest = found.digest if settings.digest else None
+    if digest != settings.digest:
+        raise ConfigError(
+            f"the content of {found.uri} has the digest {digest}, and given.digest is {settings.digest}",
+            "the files are of another set, or were changed",
+            "restore them, or leave out given.digest and give another --out or --set name=...",
+        )
