@@ -19,7 +19,10 @@ from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.networks.registry import build_network
+from datm_ray.data.dataset import transform_of
+from datm_ray.data.sources import load_raw
 from datm_ray.interop.torch_files import read_torch_file
+from datm_ray.recipes import get_recipe
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
@@ -260,6 +263,32 @@ def test_imported_experts_name_their_source(datm_ray: CommandLine, recipe: str) 
     shown = datm_ray("store", "show", "s")[1]
     assert "imported: " in shown
     assert datm_ray("store", "verify", "s")[0] == 0
+
+
+def test_an_import_measures_the_last_epoch(datm_ray: CommandLine, recipe: str) -> None:
+    """Networks that have learned the images are right on test images; those that have not are warned of in a line."""
+    torch.save([trajectory(1)], "guessing.pt")
+    code, out, err = datm_ray("store", "import", "guessing.pt", "--recipe", recipe, "--store", "s")
+    assert code == 0
+    assert re.search(r"^The last epoch of the first one classifies [12]?\d\.0% of 20 test images correctly$", out, re.M)
+    (warning,) = err.splitlines()
+    assert "no better than guessing one of 10 classes. The recipe normalises images otherwise" in warning
+    assert f"`datm-ray store rm s {imported_group('s').key}`" in warning
+    config = get_recipe(recipe)
+    raw = load_raw(config.dataset.source, config.dataset.path, validation=config.dataset.validation)
+    images = transform_of(raw, config.dataset.kind).normalise(raw.test.images)
+    network, labels = published_network(7), torch.from_numpy(raw.test.labels)
+    optimizer = torch.optim.Adam(network.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    learned = [parameter.detach().clone() for parameter in network.parameters()]
+    torch.save([[*trajectory(2)[:-1], learned], trajectory(3)], "trained.pt")
+    code, out, err = datm_ray("store", "import", "trained.pt", "--recipe", recipe, "--store", "trained")
+    assert code == 0
+    assert "The last epoch of the first one classifies 100.0% of 20 test images correctly" in out
+    assert not err
 
 
 def test_an_import_can_be_repeated_and_continued(datm_ray: CommandLine, recipe: str) -> None:

@@ -27,8 +27,8 @@ from datm_ray.data.sources import load_raw
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
 from datm_ray.interop import teachers
+from datm_ray.interop.accuracy import Accuracy
 from datm_ray.interop.teachers import (
-    ImportedTeacher,
     import_teacher,
     load_weights,
     read_weights,
@@ -113,8 +113,8 @@ def test_an_imported_teacher_is_torchvisions_network(reference: nn.Module, tmp_p
     transform, info = found.group.read_transform().arrays, found.group.read_info(0)
     np.testing.assert_array_equal([transform["mean"], transform["std"]], np.array([MEAN, STD], np.float32))
     assert (info.epochs, info.recipe["imported"]["file"]) == ((3,), "a.safetensors")
-    assert (imported.expert, imported.images) == (0, len(raw.test))
-    assert imported.accuracy == pytest.approx((answers == dataset.test_labels).mean())
+    assert (imported.expert, imported.accuracy.images) == (0, len(raw.test))
+    assert imported.accuracy.share == pytest.approx((answers == dataset.test_labels).mean())
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 65), ("mobilenet-v2", 65), ("resnet101", 0)])
@@ -281,19 +281,19 @@ def test_a_network_that_guesses_is_stored_with_a_warning(datm_ray: CommandLine, 
 ])  # fmt: skip
 def test_guessing_is_a_matter_of_the_number_of_images(share: float, images: int, is_guessing: bool) -> None:
     """A network guesses if its accuracy is at most two standard deviations above that of a guess."""
-    assert ImportedTeacher("", 0, share, images, 10).is_guessing == is_guessing
+    assert Accuracy(share, images, 10).is_guessing == is_guessing
 
 
 def test_an_import_that_comes_second_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If another process stores the expert during an import, the import says that it stored nothing."""
-    measured = teachers._measured
+    measured = teachers.accuracy_of
 
-    def meanwhile(*arguments: Any) -> tuple[float, int]:
-        monkeypatch.setattr(teachers, "_measured", measured)
+    def meanwhile(*arguments: Any) -> Accuracy:
+        monkeypatch.setattr(teachers, "accuracy_of", measured)
         import_teacher(write(tmp_path, small_weights(), "one.pth"), small_recipe(), str(tmp_path / "store"))
         return measured(*arguments)
 
-    monkeypatch.setattr(teachers, "_measured", meanwhile)
+    monkeypatch.setattr(teachers, "accuracy_of", meanwhile)
     with pytest.raises(StoreError, match=r"two\.pth was not stored in .*Another process stored expert 0 .*store show"):
         import_teacher(
             write(tmp_path, small_weights(classifier__bias=1.0), "two.pth"), small_recipe(), str(tmp_path / "store")

@@ -247,6 +247,16 @@ def store_import(
     for each in imported:
         print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
     new = sum(each.new for each in imported)
+    accuracy = imported[0].accuracy
+    if accuracy is not None:
+        share = f"{accuracy.share:.1%} of {accuracy.images:,}"
+        print(f"The last epoch of the first one classifies {share} test images correctly")
+        if accuracy.is_guessing:
+            say(
+                f"the experts are no better than guessing one of {accuracy.classes} classes. "
+                "The recipe normalises images otherwise than their program did, or its classes have another order. "
+                f"Try: `datm-ray store rm {store} {imported[0].group}`, then import with another dataset.normalisation."
+            )
     print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
     count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
     settings = [*(set_ or []), f"experts.count={count}"]
@@ -271,10 +281,11 @@ def store_import_teacher(
 
     imported = import_teacher(file, config, store)
     print(f"{imported.group} expert {imported.expert}")
-    print(f"The network classifies {imported.accuracy:.1%} of {imported.images:,} test images correctly")
-    if imported.is_guessing:
+    accuracy = imported.accuracy
+    print(f"The network classifies {accuracy.share:.1%} of {accuracy.images:,} test images correctly")
+    if accuracy.is_guessing:
         say(
-            f"the network is no better than guessing one of {imported.classes} classes. "
+            f"the network is no better than guessing one of {accuracy.classes} classes. "
             "Its classes have another order, or dataset.mean and dataset.std are not those of its training. "
             f"Try: `datm-ray store rm {store} {imported.group} --expert {imported.expert}`, "
             "then import it with a recipe that fits."

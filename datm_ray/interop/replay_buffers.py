@@ -10,7 +10,8 @@ ConvNet here by 1.
 A buffer does not name its data set, network or number of epochs: a recipe gives them. A buffer does not hold the image
 transform of its experts either. Imported experts are stored with the transform of the recipe's data set. If their own
 transform was different (other whitening, or fitted on images that are validation data here), they match synthetic
-images less well. An expert's info records that it was imported, and from which file.
+images less well. So the last epoch of the first trajectory is measured on test images. An expert's info records that
+it was imported, and from which file.
 
 Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
 exported without the statistics. Files are read as data (see `interop.torch_files`): nothing in them is executed.
@@ -35,11 +36,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import RunConfig, override
-from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
+from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import Transform
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.interop.accuracy import Accuracy, accuracy_of
 from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.store.files.filesystem import Location, open_location
@@ -66,6 +69,10 @@ class Imported:
 
     new: bool
     """True if this import stored the trajectory; False if an earlier import had stored it."""
+
+    accuracy: Accuracy | None
+    """Accuracy of the last epoch on test images, for the first trajectory; `None` for others, which are not measured.
+    It shows whether the recipe normalises as the experts' program did, and whether classes have the same order."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,10 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
         for position, trajectory in enumerate(trajectories):
             network = _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
             trajectories[position] = []  # free its memory for the next one
-            yield network.store(trajectory, {"file": PurePosixPath(location.path).name, "position": position})
+            is_first = location == locations[0] and not position
+            accuracy = network.accuracy(trajectory, location.uri) if is_first else None
+            origin: dict[str, object] = {"file": PurePosixPath(location.path).name, "position": position}
+            yield network.store(trajectory, origin, accuracy)
 
 
 def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
@@ -212,19 +222,33 @@ class _Network:
             return []
         return changes if other.difference(trajectory) is None else []
 
-    def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
+    def accuracy(self, trajectory: _Trajectory, uri: str) -> Accuracy:
+        """Accuracy of the last epoch on test images, under the transform with which experts are stored.
+
+        Args:
+            trajectory: snapshots by epoch.
+            uri: file of the trajectory, for messages.
+        """
+        self._store_transform()
+        stored = self._group.read_transform()
+        transform = Transform.from_arrays(stored.arrays, stored.metadata, self._group.location.uri)
+        unflatten_into(self._flat.module, torch.from_numpy(_vector(trajectory[self._config.experts.epochs])))
+        return accuracy_of(self._flat.module, self._raw, transform, uri)
+
+    def store(self, trajectory: _Trajectory, origin: dict[str, object], accuracy: Accuracy | None = None) -> Imported:
         """Store one trajectory whose shapes were checked, unless it is stored already.
 
         Args:
             trajectory: snapshots by epoch.
             origin: facts on the trajectory's file, for the expert's info.
+            accuracy: accuracy on test images, for the result; `None` if it was not measured.
         """
         epochs = self._config.kept_epochs
         vectors = [_vector(trajectory[epoch]) for epoch in epochs]
         digest = sha256(b"".join(sha256(vector.tobytes()).digest() for vector in vectors)).hexdigest()
         known = self._imported()
         if digest in known:
-            return Imported(str(self._group.key), known[digest], new=False)
+            return Imported(str(self._group.key), known[digest], new=False, accuracy=accuracy)
         self._require_same_epochs(epochs)
         self._store_transform()
         nan = math.nan
@@ -236,7 +260,7 @@ class _Network:
                 info = info_of(expert, seed=-1, epochs=epochs, imported=facts)
                 if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
                     known[digest] = expert
-                    return Imported(str(self._group.key), expert, new=True)
+                    return Imported(str(self._group.key), expert, new=True, accuracy=accuracy)
         raise AssertionError("count() ends")
 
     def _require_same_epochs(self, epochs: Sequence[int]) -> None:

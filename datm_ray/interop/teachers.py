@@ -15,7 +15,6 @@ the share of correct answers on test images, which shows most mistakes; the comm
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from hashlib import sha256
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
@@ -32,18 +30,16 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock, SpatialNetwork
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training.loop import predict_logits
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
+from datm_ray.interop.accuracy import Accuracy, accuracy_of
 from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import Snapshot, size_in_words
 
-MEASURED_IMAGES = 1000
-"""Largest number of test images on which an imported network is measured."""
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 
@@ -56,16 +52,8 @@ class ImportedTeacher:
     """Key of the expert group that holds the network."""
     expert: int
     """Number of the expert in its group."""
-    accuracy: float
-    """Share of correct answers on `images` test images, in [0, 1]."""
-    images: int
-    classes: int
-
-    @property
-    def is_guessing(self) -> bool:
-        """True if the accuracy is at most two standard deviations above the mean accuracy of random guessing."""
-        chance = 1 / self.classes
-        return self.accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / self.images)
+    accuracy: Accuracy
+    """Accuracy on test images."""
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
@@ -241,36 +229,18 @@ def _store(
             "they were trained or imported before",
             f"use them, delete them with `datm-ray store rm {store_uri} {group.key}`, or give another --store",
         )
-    correct, images = _measured(network, raw, transform, file)
+    accuracy = accuracy_of(network, raw, transform, file.uri)
     group.write_transform(transform.to_arrays(), transform.to_metadata())
     params, buffers = flatten(network).numpy(), flatten_buffers(network).numpy()
     digest = sha256(params.tobytes() + buffers.tobytes()).hexdigest()
     origin = {"file": PurePosixPath(file.path).name, "digest": digest}
     epochs = (config.experts.epochs,)
     info = expert_info(config, group, raw.fingerprint, network, missing[0], seed=-1, epochs=epochs, imported=origin)
-    if not group.write_expert(missing[0], [Snapshot(epochs[0], -1, math.nan, correct, params, buffers)], info):
+    snapshot = Snapshot(epochs[0], -1, float("nan"), accuracy.share, params, buffers)
+    if not group.write_expert(missing[0], [snapshot], info):
         raise StoreError(
             f"{file.uri} was not stored in {group.location.uri}",
             f"another process stored expert {missing[0]} at the same time",
             f"see it with `datm-ray store show {store_uri} {group.key}`; use it, or give another --store",
         )
-    return ImportedTeacher(str(group.key), missing[0], correct, images, raw.classes)
-
-
-def _measured(network: nn.Module, raw: RawDataset, transform: Transform, file: Location) -> tuple[float, int]:
-    """Share of correct answers, in [0, 1], on evenly spaced test images, and the number of these images.
-
-    Raises:
-        CorruptFileError: a logit is not finite.
-    """
-    rows = np.linspace(0, len(raw.test) - 1, min(len(raw.test), MEASURED_IMAGES)).astype(np.int64)
-    images = transform.normalise(raw.test.images[rows].astype(np.float32) / np.float32(raw.levels))
-    logits = predict_logits(network, images)
-    if not logits.isfinite().all():
-        raise CorruptFileError(
-            f"the network of {file.uri} gives logits that are not finite",
-            "its values are so large that float32 overflows, or its statistics belong to another network",
-            "import a file of an earlier epoch, or train the network again",
-        )
-    labels = torch.from_numpy(raw.test.labels[rows])
-    return float((logits.argmax(dim=1) == labels).float().mean()), len(rows)
+    return ImportedTeacher(str(group.key), missing[0], accuracy)
