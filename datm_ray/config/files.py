@@ -185,7 +185,8 @@ def _takes_text(path: Sequence[str]) -> bool:
     """True if the field at this path takes any text. Then `a #1` or `1e3` are not read as YAML."""
     field, section = fields_at(path[:-1]).get(path[-1]), fields_at(path[:-2]).get(path[-2]) if path[1:] else None
     if field is None and section is not None and get_origin(section.annotation) is dict:
-        return _is_text(get_args(section.annotation)[1])
+        value = get_args(section.annotation)[1]
+        return _is_text(value) and int not in get_args(value)
     return field is not None and _is_text(field.annotation)
 
 

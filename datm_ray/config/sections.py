@@ -419,8 +419,8 @@ class DistillConfig(Section):
     """Share of the parameters, from the first layer on, that the matching loss leaves out (PAD); 0: none."""
     average_decay: Fraction | None = None
     """Decay of a moving average of the images, such as 0.99; the average is validated and kept. null: no average."""
-    options: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]] = {}
-    """Numbers that a method of your own reads, such as {temperature: 2}."""
+    options: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)] | str] = {}
+    """Settings that a method of your own reads, such as {temperature: 2, space: features, augment: true}."""
     validate_every: Annotated[int, Field(ge=0)] = 500
     """Iterations between validations, which choose the set to keep; 0: none, the last set is kept."""
     validation_seeds: Count = 1

@@ -62,7 +62,7 @@ def distance_and_gradient(
         for part in range(rows.start, rows.stop, chunk or ipc):
             piece = slice(part, min(part + (chunk or ipc), rows.stop))
             raw = synthetic[piece].detach().requires_grad_()
-            along = (embedding(network, augment(raw, _repeated(augmentation, len(raw)))) @ gap).sum() * (2 / ipc)
+            along = (embedding(network, augment(raw, repeated(augmentation, len(raw)))) @ gap).sum() * (2 / ipc)
             gradient[piece] = torch.autograd.grad(along, raw)[0]
     return loss, gradient
 
@@ -74,9 +74,10 @@ def _mean(network: nn.Module, images: Tensor, augmentation: Augmentation, chunk:
     The augmentation of one sample is applied to all images.
     """
     parts = images.split(chunk or len(images))
-    sums = [embedding(network, augment(part, _repeated(augmentation, len(part)))).sum(dim=0) for part in parts]
+    sums = [embedding(network, augment(part, repeated(augmentation, len(part)))).sum(dim=0) for part in parts]
     return torch.stack(sums).sum(dim=0) / len(images)
 
 
-def _repeated(augmentation: Augmentation, count: int) -> Augmentation:
+def repeated(augmentation: Augmentation, count: int) -> Augmentation:
+    """Augmentation of one sample for `count` images, all alike."""
     return augmentation.take(np.zeros(count, np.int64))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.config import RunConfig
+from datm_ray.core.images.augment import augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -25,6 +26,7 @@ from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
+from datm_ray.methods.distribution import draw_shared, repeated
 from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.initial import first_set
@@ -85,8 +87,9 @@ class Method:
 
     state: ClassVar[type[State[Any]]] = Descent
     """Class of the state that checkpoints save; made from the set before the first iteration and `config.distill`."""
-    options: ClassVar[Mapping[str, float]] = {}
-    """Names of `distill.options` that the method reads -> default values; see `option`."""
+    options: ClassVar[Mapping[str, bool | float | str]] = {}
+    """Names of `distill.options` that the method reads -> default values: numbers, texts, or True and False; see
+    `option`. A recipe must give a value of the same kind."""
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
     """never: no network may have batch normalisation, for example because gradients or features are matched. always:
     `network` must have batch normalisation. either: `network` may have it."""
@@ -134,6 +137,10 @@ class Method:
                 f"distill.options has {name!r}, which method {config.method} does not read",
                 remedy=f"it reads {', '.join(cls.options)}" if cls.options else "leave it out",
             )
+        for name, value in config.distill.options.items():
+            kind = _kind_of(cls.options[name])
+            if _kind_of(value) != kind:
+                raise ConfigError(f"distill.options.{name} is {value!r}", remedy=f"give {kind}")
         if config.backbones and not cls.reads_backbones:
             raise ConfigError(
                 f"backbones has further networks, and method {config.method} computes one",
@@ -306,8 +313,11 @@ class Method:
         of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
         return float(of_gradient / of_images)
 
-    def option(self, name: str) -> float:
-        """Value of one of the method's own settings: from `distill.options`, or its default in `options`."""
+    def option(self, name: str) -> Any:
+        """Value of one of the method's own settings: from `distill.options`, or its default in `options`.
+
+        The value is of the default's kind: a number, a text, or True or False.
+        """
         return self.part.config.distill.options.get(name, self.options[name])
 
     def fresh_network(self, iteration: int, backbone: int = 0) -> nn.Module:
@@ -322,6 +332,15 @@ class Method:
         """Images [m c h w] of a class, drawn for each iteration without repetition; all if the class has fewer."""
         drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
         return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
+
+    def augmented(self, label: int, iteration: int, *batches: Tensor) -> list[Tensor]:
+        """Augment batches [b c h w], such as real and synthetic images of a class, by one and the same draw.
+
+        The operation of `distill.augmentation` and its parameters are drawn for the class and the iteration, and are
+        equal for all images of all batches (siamese). Differentiable in the images.
+        """
+        drawn = draw_shared(self.part.config.distill.augmentation, self.part.config.seed, iteration, label)
+        return [augment(batch, repeated(drawn, len(batch))) for batch in batches]
 
     def _rows_of(self, label: int) -> NDArray[np.int64]:
         if label not in self._rows:
@@ -394,3 +413,10 @@ class Method:
 
     def close(self) -> None:
         """Release files and threads."""
+
+
+def _kind_of(value: bool | float | str) -> str:
+    """Kind of an option's value, in words."""
+    if isinstance(value, bool):
+        return "true or false"
+    return "a text" if isinstance(value, str) else "a number"

@@ -7,16 +7,20 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import DistillConfig, RunConfig, override, run_identity
+from datm_ray.config import DistillConfig, RunConfig, load_config_text, override, run_identity, to_yaml
+from datm_ray.core.images.augment import augment
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, DivergenceError
 from datm_ray.methods import state as state_module
+from datm_ray.methods.distribution import draw_shared
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
@@ -169,7 +173,7 @@ def test_the_learning_rate_of_images_may_be_found(tmp_path: Path) -> None:
 
 def module_of_the_page() -> str:
     """Source of the example in docs/methods/own.md."""
-    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    source, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     return str(source)
 
 
@@ -186,12 +190,12 @@ def own_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.mark.usefixtures("own_methods")
 def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
     """The example of docs/methods/own.md makes a set from its recipe, in about 30 lines, and lowers its loss."""
-    assert len(module_of_the_page().splitlines()) <= 32
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(module_of_the_page().splitlines()) <= 34
+    recipe, *_ = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "digits-dc.yaml").write_text(recipe)
     quick = ("network.width=4", "distill.iterations=8", "distill.validate_every=8", "evaluate.protocol=quick")
     config = override(get_recipe(str(tmp_path / "digits-dc.yaml")), [*quick, "evaluate.seeds=1", "evaluate.full=false"])
-    assert config.distill.options == {"real": 64}
+    assert config.distill.options == {"real": 64, "augment": True}
     pipeline, shown = run(config, tmp_path / "out")
     assert "Experts: none, method my_methods:GradientMatching needs no trained networks" in shown
     assert "distilled" in pipeline.table()
@@ -225,8 +229,55 @@ class Giving(Method):
     gives_step_size = True
 
 
+def test_a_pages_snippets_of_augmentation_and_pixels_run() -> None:
+    """The documented draws augment two batches alike, and pixels lead back to the images, with gradients."""
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    images = torch.rand(3, 3, 8, 8)
+    names: dict[str, Any] = {"seed": 1, "iteration": 2, "label": 3, "images": images, "others": images.clone()}
+    (drawing,) = (each for each in snippets if "draw_augmentation" in each)
+    exec(drawing, names)
+    assert torch.equal(names["augmented"], names["again"])
+    assert not torch.equal(names["augmented"], images)
+    pixels = torch.randint(0, 255, (20, 3, 8, 8), dtype=torch.uint8).numpy()
+    for kind in ("zca", "standard"):
+        transform = fit_transform(kind, pixels, 255)
+        start = transform.normalise(pixels).requires_grad_()
+        names = {"transform": transform, "images": start}
+        (snippet,) = (each for each in snippets if "denormalise" in each)
+        exec(snippet, names)
+        assert torch.allclose(names["images"], start, atol=1e-3)
+        assert names["images"].grad_fn is not None
+
+
+def test_augmented_batches_of_a_class_share_one_draw() -> None:
+    """Every image of every batch gets the operation and parameters of the first, as DM's images do."""
+    config = tiny_config("method=dm", "distill.augmentation=scale_rotate_crop")
+    method = Method.__new__(Method)
+    method.part = SimpleNamespace(config=config)  # type: ignore[assignment]
+    one, several = torch.rand(1, 1, 8, 8), torch.rand(4, 1, 8, 8)
+    first, second = method.augmented(7, 5, one.expand(2, -1, -1, -1), torch.cat([several, one]))
+    alone = augment(one, draw_shared("scale_rotate_crop", config.seed, 5, 7))
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[:1], alone)
+    assert torch.equal(second[-1:], alone)
+    assert not torch.equal(method.augmented(7, 6, one)[0], alone)
+
+
+def test_options_may_be_texts_and_truths_and_numbers_stay_numbers() -> None:
+    """Values keep their kind from YAML and the command line, and the identity of numbers is that of before."""
+    given = ["distill.options.a=2", "distill.options.b=2.5", "distill.options.c=fast", "distill.options.d=true"]
+    config = override(RunConfig(method="own:Method"), given)
+    found = config.distill.options
+    assert [(type(value), value) for value in found.values()] == [(int, 2), (float, 2.5), (str, "fast"), (bool, True)]
+    assert load_config_text(to_yaml(config), "again") == config
+    numbers = override(RunConfig(method="own:Method"), ["distill.options={real: 64}"])
+    assert run_identity(numbers)["distill"]["options"] == {"real": 64}
+    with pytest.raises(ConfigError):
+        override(config, ["distill.options.a=.nan"])
+
+
 WRONG = {
-    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, mtt, dm, sre2l, select, or give pac",
+    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, mtt, dm, sre2l, select, given, or give",
     "method=no_package:Class": "method 'no_package:Class' cannot be imported: No module named 'no_package'",
     "method=my_methods:Absent": "method 'my_methods:Absent' cannot be imported",
     "method=my_methods:nothing": "method 'my_methods:nothing' is no subclass of datm_ray.Method",
@@ -234,6 +285,8 @@ WRONG = {
     "method=:": "method ':' cannot be imported: Empty module name",
     "method=broken:Class": "method 'broken:Class' cannot be imported: division by zero",
     "method=dm distill.options.real=3": "distill.options has 'real', which method dm does not read. Leave it out",
+    "method=my_methods:GradientMatching distill.options.real=many": "distill.options.real is 'many'. Give a number",
+    "method=my_methods:GradientMatching distill.options.augment=1": "distill.options.augment is 1. Give true or false",
     "distill.options.real=3": "distill.options has 'real', which method datm does not read. Leave it out",
     "method=my_methods:GradientMatching backbones=[{network: lenet}]": "method my_methods:GradientMatching computes",
     "method=mtt distill.start_epochs=[2,9]": "distill.start_epochs begins at 2, and method mtt has a fixed range from",
