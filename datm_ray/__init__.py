@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datm_ray.api import Result, distill, evaluate, init, plan, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
+    from datm_ray.core.networks.architectures import SpatialNetwork
     from datm_ray.pipeline import publish
     from datm_ray.recipes import get_recipe
     from datm_ray.replay import ReplayedLabels
@@ -26,6 +27,7 @@ __all__ = [
     "ReplayedLabels",
     "Result",
     "RunConfig",
+    "SpatialNetwork",
     "__version__",
     "distill",
     "evaluate",
@@ -51,6 +53,7 @@ _HOME = {
     "Result": "datm_ray.api",
     "Method": "datm_ray.stages.methods.base",
     "RunConfig": "datm_ray.config",
+    "SpatialNetwork": "datm_ray.core.networks.architectures",
     "ReplayedLabels": "datm_ray.replay",
     "get_recipe": "datm_ray.recipes",
 }

@@ -217,7 +217,7 @@ def evaluate(
     address: Address = None,
     arch: Annotated[
         str | None,
-        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Also score the sets on these architectures."),
+        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Also score the sets on these networks, or your own."),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option("--seeds", metavar="N", help="Train N networks for each row (evaluate.seeds).")

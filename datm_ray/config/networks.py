@@ -37,7 +37,8 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
 
     Args:
         names: NAME or NAME:WIDTH. NAME means every network of this architecture in the recipe, or the published network
-            if the recipe has none. NAME:WIDTH means the first of these networks, with its width replaced.
+            if the recipe has none. NAME:WIDTH means the first of these networks, with its width replaced. A NAME may
+            be package.module:Builder: what follows a colon is a width if it begins with a digit.
 
     Raises:
         ConfigError: a width is not a positive number.
@@ -46,11 +47,7 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
     own += config.metadd.auxiliaries if config.metadd else ()
     networks: dict[NetworkConfig, str] = {}
     for name in map(str.strip, names):
-        architecture, _, width = name.partition(":")
-        if width and not (width.isdecimal() and int(width)):
-            raise ConfigError(
-                f"--arch {name!r} has no number after the colon", remedy="write NAME:WIDTH, as resnet18:32"
-            )
+        architecture, width = _architecture_and_width(name)
         found = [each for each in own if each.architecture == architecture] or [
             NetworkConfig(architecture=architecture)
         ]
@@ -59,3 +56,16 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
         for each in found:
             networks.setdefault(each, name)
     return networks
+
+
+def _architecture_and_width(name: str) -> tuple[str, str]:
+    """Divide NAME:WIDTH; the width is "" if there is none, as in package.module:Builder."""
+    architecture, colon, width = name.rpartition(":")
+    if not colon or width.isidentifier():
+        return name, ""
+    if not (width.isdecimal() and int(width)):
+        raise ConfigError(
+            f"--arch {name!r} has no number after the colon",
+            remedy="write NAME:WIDTH, as resnet18:32, or package.module:Builder",
+        )
+    return architecture, width

@@ -21,7 +21,7 @@ def imported(key: str, place: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as failure:  # a user's module may raise anything
-        what = "class" if key == "method" else "function"
+        what = {"method": "class", "network.architecture": "class or function"}.get(key, "function")
         raise ConfigError(
             f"{key} {place!r} cannot be imported: {failure or type(failure).__name__}",
             f"its package is not installed here, or the {what} has another name",

@@ -159,12 +159,14 @@ class NetworkConfig(Section):
         resnet18, resnet50, resnet101, mobilenet-v2, vgg11  width, norm
         alexnet, vit-small                                  width
         lenet                                               nothing: its size is the published one
+        package.module:Builder                              what the builder reads
 
     Architectures without norm in their row refuse norm "batch" and "group".
     """
 
     architecture: str = "convnet"
-    """convnet, resnet18, resnet50, resnet101, vgg11, mobilenet-v2, alexnet, lenet, mlp, vit-small, or your own."""
+    """convnet, resnet18, resnet50, resnet101, vgg11, mobilenet-v2, alexnet, lenet, mlp, vit-small, or
+    package.module:Builder of your own."""
     width: Count = PUBLISHED_WIDTH
     """Channels of convnet's layers; others scale in proportion."""
     depth: Count | None = None

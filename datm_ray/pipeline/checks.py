@@ -16,7 +16,7 @@ from datm_ray.config import NetworkConfig, RunConfig, run_identity, unread_keys
 from datm_ray.config.schema import RENAMED
 from datm_ray.core.images.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.networks.registry import build_network, require_maps
+from datm_ray.core.networks.registry import build_network, require_logits, require_maps, require_stated_norm
 from datm_ray.data.transform import require_per_channel
 from datm_ray.errors import (
     ClusterError,
@@ -281,22 +281,27 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
             )
     asked = {network.resolved(runs.raw(config).size): name for network, name in runs.asked.items()}
     for number, network in enumerate(config.evaluate.networks):
-        _check_network(runs, config, network, asked.get(network, f"evaluate.networks.{number}"))
+        _check_network(runs, config, network, asked.get(network, f"evaluate.networks.{number}"), states_norm=False)
 
 
 def _check_network(
-    runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
+    runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False, states_norm: bool = True
 ) -> nn.Module:
     """Build a network for the run's images.
 
     Raises:
-        ConfigError: the network is impossible, or lacks class activation maps while `has_maps`. The error names `key`,
-            the setting that gives the network.
+        ConfigError: the network is impossible, lacks class activation maps while `has_maps`, or, as a user's, has
+            another norm than its key says while `states_norm`. The error names `key`, the setting that gives the
+            network.
     """
     raw = runs.raw(config)
     spec = network.for_images(raw.channels, raw.size, raw.classes)
     try:
         built = build_network(spec, seed=0)
+        if ":" in network.architecture:  # a user's
+            require_logits(built, spec)
+            if states_norm:
+                require_stated_norm(built, spec)
         if has_maps:
             require_maps(built)
     except ConfigError as failure:
@@ -312,7 +317,7 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Se
         if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
             raise StoreError(
                 f"the experts in {group.location.uri} do not fit the present {config.network.architecture}",
-                "another version of this package trained them",
+                "another version of this package, or of your network's module, trained them",
                 f"give another --store, or delete them with `datm-ray store rm {runs.store_uri} {group.key}`",
             )
         missing = set(epochs) - set(info.epochs)

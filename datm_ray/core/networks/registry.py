@@ -1,6 +1,7 @@
 """Networks by name: a registry, parameters from a seed, and feature maps of any network.
 
-A network maps images [b c h w] to logits [b k]. `@register_network` adds further architectures. The architectures are
+A network maps images [b c h w] to logits [b k]. A recipe may name a builder of a user's module as
+`package.module:Builder`, and `@register_network` gives builders short names in one process. The architectures are
 in `architectures.py`, parameters as one vector in `parameters.py`, training in `core/training`.
 """
 
@@ -10,8 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from datm_ray.config import NetworkSpec
+from datm_ray.config.plugins import imported
 from datm_ray.core.compute.torch_compat import BatchNorm
 from datm_ray.core.networks.architectures import (
     ConvNet,
@@ -38,7 +41,9 @@ __all__ = [
     "embedding",
     "network_names",
     "register_network",
+    "require_logits",
     "require_maps",
+    "require_stated_norm",
     "spatial_features",
 ]
 
@@ -76,16 +81,102 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
     """Build the network of `spec` with its architecture's initialisation, drawn from `seed` alone.
 
     Raises:
-        ConfigError: the architecture is unknown, or it does not support the image size or the normalisation.
+        ConfigError: the architecture is unknown or cannot be imported, or it does not support the image size or the
+            normalisation.
     """
-    if spec.architecture not in _BUILDERS:
-        raise ConfigError(
-            f"network.architecture is {spec.architecture!r}, which is not registered",
-            remedy=f"choose one of: {', '.join(network_names())}",
-        )
+    builder = _builder_of(spec.architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Purpose.INITIAL_PARAMETERS))
-        return _BUILDERS[spec.architecture](spec)
+        return builder(spec) if spec.architecture in _BUILDERS else _built(builder, spec)
+
+
+def _builder_of(architecture: str) -> Builder:
+    if architecture in _BUILDERS:
+        return _BUILDERS[architecture]
+    module, colon, _ = architecture.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"network.architecture is {architecture!r}, which is not registered",
+            remedy=f"choose one of: {', '.join(network_names())}, or give package.module:Builder of your own",
+        )
+    try:
+        found: Builder = imported("network.architecture", architecture)
+    except ConfigError:
+        if module not in _BUILDERS:
+            raise
+        raise ConfigError(
+            f"network.architecture is {architecture!r}, and what follows the colon is no width",
+            remedy=f"write NAME:WIDTH, as {module}:32, for --arch; in a recipe, the width is a key of its own",
+        ) from None
+    if not callable(found):
+        raise ConfigError(
+            f"network.architecture {architecture!r} is no builder",
+            f"it is a {type(found).__name__}",
+            "give a class or function that takes a datm_ray.config.NetworkSpec and returns a torch.nn.Module",
+        )
+    return found
+
+
+def _built(builder: Builder, spec: NetworkSpec) -> nn.Module:
+    """Network of a user's builder.
+
+    Raises:
+        ConfigError: the builder raises an error, or returns no module.
+    """
+    try:
+        network = builder(spec)
+        if isinstance(network, nn.Module) and any(map(is_lazy, network.parameters())):
+            with torch.no_grad():
+                network.eval()(torch.zeros(1, spec.channels, *spec.size))  # lazy layers take their shapes
+            network.train()
+    except ConfigError:
+        raise
+    except Exception as failure:  # a user's builder may raise anything
+        size = "x".join(map(str, (spec.channels, *spec.size)))
+        raise ConfigError(
+            f"network.architecture {spec.architecture!r} cannot be built for images of {size} in {spec.classes} "
+            f"classes: {failure or type(failure).__name__}",
+            remedy="mend the builder; DATM_RAY_DEBUG=1 shows where it failed",
+        ) from failure
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"network.architecture {spec.architecture!r} returns a {type(network).__name__}",
+            remedy="return a torch.nn.Module",
+        )
+    return network
+
+
+def require_logits(network: nn.Module, spec: NetworkSpec) -> None:
+    """Raise a `ConfigError` if a user's network does not give logits [b k] for images [b c h w] of its spec."""
+    images, training = torch.zeros(2, spec.channels, *spec.size), network.training
+    try:
+        with torch.no_grad():
+            logits = network.eval()(images)
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    except Exception as failure:  # a user's network may raise anything
+        found = f"{type(failure).__name__}: {failure}"
+    finally:
+        network.train(training)
+    if found != [2, spec.classes]:
+        raise ConfigError(
+            f"network.architecture {spec.architecture!r} gives {found} for images {list(images.shape)}",
+            f"logits {[2, spec.classes]} are expected",
+            "make the builder follow channels, size and classes of its spec",
+        )
+
+
+def require_stated_norm(network: nn.Module, spec: NetworkSpec) -> None:
+    """Raise a `ConfigError` if `network.norm` is wrong about batch normalisation in a user's network.
+
+    Methods decide by this key what they can do.
+    """
+    if couples_samples(network) != (spec.norm == "batch"):
+        has, norm = ("has", "batch") if couples_samples(network) else ("has no", "none")
+        raise ConfigError(
+            f"network.architecture {spec.architecture!r} {has} batch normalisation, and network.norm is {spec.norm!r}",
+            "methods decide by network.norm what they can do",
+            f"use network.norm={norm}, or make the builder follow spec.norm",
+        )
 
 
 def couples_samples(network: nn.Module) -> bool:

@@ -531,7 +531,7 @@ def result_location(
     if training := _training_identity(config, dataset_fingerprint, row):
         folder = folder / f"trained-{stable_hash(training)}"
     if network is not None:
-        folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
+        folder = folder / f"{network.architecture.replace(':', '-')}-{stable_hash(network.model_dump())}"
     return folder / f"{row}-{number:02d}.json"
 
 

@@ -56,11 +56,16 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
 def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
     """Folder in the store of experts of one data set, architecture and fingerprint of the training.
 
-    Characters of the data set's name that a folder's name must not have are replaced.
+    Characters of the two names that a folder's name must not have are replaced.
     """
-    # A data set may be named after any folder; the fingerprint separates data sets of one name.
-    folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
-    return TrajectoryStore(store_uri).group(folder, architecture, fingerprint)
+    # A data set may be named after any folder, and a network after any module. The fingerprint separates equal names.
+    names = _as_folder(dataset, "dataset"), _as_folder(architecture, "network")
+    return TrajectoryStore(store_uri).group(*names, fingerprint)
+
+
+def _as_folder(name: str, usual: str) -> str:
+    """Name with the characters that a folder's name must not have replaced; `usual` if none is left."""
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "-", name).lstrip("._+=-") or usual
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
@@ -287,7 +292,7 @@ def expert_info(
     return TrajectoryInfo(
         dataset=group.key.dataset,
         dataset_fingerprint=dataset_fingerprint,
-        architecture=config.network.architecture,
+        architecture=group.key.architecture,
         recipe={"network": config.network.model_dump(), "experts": settings, **origin},
         fingerprint=group.key.fingerprint,
         seed=seed,
