@@ -139,9 +139,9 @@ class Artifact:
     """Versions, hardware, data set and experts of the run."""
     place: str = ""
     """Path or URI that the set was read from; "" if it was not read from a file."""
-    held_scoring: Schedule | Location | None = None
-    """How networks were trained to score the set, or the place where its run notes it; `None` if neither is known. Use
-    `training` to get it."""
+    held_scoring: Mapping[str, Any] | Location | None = None
+    """How networks were trained to score the set, as `Schedule.to_json` gives it, or the place where its run notes it;
+    `None` if neither is known. Use `training` to get it."""
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
@@ -183,16 +183,17 @@ class Artifact:
 
     def _scoring(self) -> Schedule | None:
         """How networks were trained to score the set; `None` if this is not noted, or the note cannot be reached."""
-        held = self.held_scoring
-        if not isinstance(held, Location):
-            return held
-        try:
-            if not held.exists():
-                return None
-            content = held.read_json()
-        except StoreError:  # the set alone may be readable
+        held, content = self.held_scoring, self.held_scoring
+        if held is None:
             return None
-        with rejecting_nonsense(held):
+        if isinstance(held, Location):
+            try:
+                if not held.exists():
+                    return None
+                content = held.read_json()
+            except StoreError:  # the set alone may be readable
+                return None
+        with rejecting_nonsense(held if isinstance(held, Location) else open_location(self.place or "synthetic.arrow")):
             return Schedule.from_json(content)
 
     def _gives_step_size(self, schedule: Schedule) -> bool:
@@ -445,10 +446,10 @@ def _transform_of(
     return KeptTransform(location, metadata["digest"], tuple(map(int, metadata["shape"])))
 
 
-def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Schedule | Location | None:
+def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Mapping[str, Any] | Location | None:
     """How a set was scored, from its file, or the place where its run notes it; `None` outside a run's folder."""
     if "scoring" in metadata:
-        return Schedule.from_json(metadata["scoring"])
+        return dict(metadata["scoring"])
     return location.parent / SCORING if location.path.rpartition("/")[2] == "synthetic.arrow" else None
 
 

@@ -27,7 +27,7 @@ from torchvision.transforms import Compose, PILToTensor
 from datm_ray.artifact import EXPORTS, KIND, SCORING, Artifact, export, left_out, load, save_artifact
 from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.loop import PROTOCOLS
+from datm_ray.core.training.loop import PROTOCOLS, Schedule
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
@@ -181,6 +181,23 @@ def test_a_set_trains_as_its_run_noted_wherever_it_is_exported(kind: str, path: 
     assert load(str(tmp_path / "initial.arrow")).training().learning_rate == before.step_size
     (name,) = export(before, kind, open_location(str(tmp_path / "elsewhere")))
     assert load(str(tmp_path / "elsewhere" / name)).training() == CHOSEN
+
+
+@pytest.mark.parametrize("kind", ["arrow", "safetensors"])
+def test_sets_of_other_versions_load_whatever_their_schedule_has(kind: str, path: Path, tmp_path: Path) -> None:
+    """An export whose schedule has fields of a later version loads; one of an earlier version trains by defaults."""
+    before, out = load(str(path)), open_location(str(tmp_path / "elsewhere"))
+    earlier = {name: value for name, value in CHOSEN.to_json().items() if name not in ("temperature", "cosine")}
+    artifact = dataclasses.replace(before, held_scoring=earlier)
+    (name,) = export(artifact, kind, out)
+    assert load(str(tmp_path / "elsewhere" / name)).training() == CHOSEN
+    with pytest.MonkeyPatch.context() as later:
+        later.setattr(Schedule, "to_json", lambda self: {**dataclasses.asdict(self), "lookahead": 5})
+        (name,) = export(artifact, kind, out)
+    loaded = load(str(tmp_path / "elsewhere" / name))
+    assert torch.equal(loaded.images, before.images)
+    with pytest.raises(CorruptFileError, match="other fields than a schedule"):
+        loaded.training()
 
 
 def test_a_damaged_note_is_an_error_of_its_own(path: Path, tmp_path: Path) -> None:

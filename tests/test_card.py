@@ -15,9 +15,10 @@ from PIL import Image
 
 from datm_ray import load, publish
 from datm_ray.artifact import SCORING
-from datm_ray.config import NetworkConfig
-from datm_ray.core.training.loop import PROTOCOLS
+from datm_ray.config import NetworkConfig, load_config_text, override, run_identity
+from datm_ray.core.training.loop import PROTOCOLS, schedule_of
 from datm_ray.errors import RunDirectoryError
+from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
 from datm_ray.report.card import as_markdown, card
 from datm_ray.report.results import Cell, Line, Table, read_run
@@ -25,7 +26,7 @@ from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, recorded_steps, scoring_steps
-from tests.test_report import configure, finished_run as run_with_scores
+from tests.test_report import configure, finished_run as run_with_scores, save_set
 
 
 def card_of(summary: RunSummary) -> str:
@@ -79,8 +80,51 @@ def test_a_card_says_how_the_set_was_made(summary: RunSummary) -> None:
     assert "600 real images of toys were distilled to 6 synthetic images" in sections(text)[""]
     assert "- cores: 2" in made
     assert "- versions: torch 9.8.7" in made
-    assert yaml.safe_load(made.split("```")[1].removeprefix("yaml"))["distill"]["iterations"] == 12
     assert summary.folder.uri not in text
+
+
+@pytest.mark.parametrize("name", ["digits-ipc1", "digits-dm-ipc10", "cifar10-ipc1", "digits-select-ipc10"])
+def test_the_recipe_of_a_card_makes_the_same_set(name: str, tmp_path: Path) -> None:
+    """The recipe on a card can be run, has the run's identity, and no path or cluster of this machine."""
+    config = override(get_recipe(name), ["dataset.path=/home/me/images", "distill.gradient_limit=null"])
+    config = override(config, ["cluster.workers=7"]).resolved((32, 32))
+    folder = open_location(str(tmp_path / config.name))
+    run = run_with_scores(open_location(str(tmp_path)), config)
+    text = sections(card_of(RunSummary(config, folder, run.scores, 600)))["How it was made"]
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    assert run_identity(load_config_text(recipe, "card")) == run_identity(config)
+    assert "home" not in recipe
+    assert "cluster" not in recipe
+
+
+def test_a_later_card_keeps_the_licence(summary: RunSummary) -> None:
+    """A card that is written again keeps the licence that was filled in, and has the new accuracies."""
+    first = card_of(RunSummary(summary.config, summary.folder, [], 600))
+    filled = first.replace("license: other", "license: cc-by-4.0").split("## Licence")[0] + "## Licence\n\nCC BY 4.0.\n"
+    again = published_files(summary, earlier=filled)["README.md"].decode()
+    assert "license: cc-by-4.0" in again.split("---\n")[1]
+    assert again.endswith("## Licence\n\nCC BY 4.0.\n")
+    assert "| distilled | 91.0 ± 1.0 (3) |" in again
+
+
+def test_what_a_card_does_not_know_is_left_out(summary: RunSummary, tmp_path: Path) -> None:
+    """A fact without a value has no line; pixels that nothing clipped are not mentioned."""
+    save_set(summary.folder / SYNTHETIC, summary.config, ("a", "b", "c"), expert_fingerprint="")
+    text = card_of(summary)
+    assert "expert fingerprint" not in text
+    clipped = text.split("`train.parquet`")[1].split("## Accuracy")[0]
+    assert "synthetic.safetensors keeps them" in clipped
+    assert ".arrow" not in clipped
+
+
+def test_a_card_of_labels_by_a_teacher_says_so(summary: RunSummary) -> None:
+    """The card of a set that was scored with a teacher's labels says that its code has none of them."""
+    assert "teacher" not in card_of(summary)
+    config = override(summary.config, ["evaluate.labels=teacher", "evaluate.temperature=4"])
+    taught = run_with_scores(summary.folder.parent, override(config, ["name=taught"]))
+    schedule = schedule_of({"labels": "teacher", "temperature": 4.0}, 0.1)
+    (taught.folder / SCORING).write_json(schedule.to_json())
+    assert "a teacher's labels for every batch, at temperature 4" in sections(card_of(taught))["Accuracy"]
 
 
 def test_the_code_of_a_card_trains_a_network(
@@ -146,6 +190,13 @@ def test_one_command_publishes_a_finished_run(datm_ray: CommandLine, finished_ru
     found, kept = load(tmp_path / "hub/synthetic.safetensors"), load(run / SYNTHETIC)
     assert torch.equal(found.images, kept.images)
     assert publish(str(run), str(tmp_path / "again")) == publish(str(run), str(tmp_path / "hub"))
+    assert publish(f"{run.as_uri()}/", str(tmp_path / "hub"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("# My repository\n")
+    code, _, err = datm_ray("publish", str(run), "--out", str(tmp_path / "mine"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is no card of a set" in err
+    assert [place.name for place in (tmp_path / "mine").iterdir()] == ["README.md"]
     code, _, err = datm_ray("publish", str(finished_run), "--out", str(tmp_path / "hub"))
     assert (code, err.count("\n")) == (2, 1)
     assert "is not the folder of a run" in err

@@ -472,6 +472,7 @@ def test_sets_of_other_seeds_can_share_their_experts() -> None:
         assert known == same != apart
     assert len({stable_hash(run_identity(run)) for run in (base, other, shared)}) == 3
     assert "seed" not in run_identity(base)["experts"]
+    assert run_identity(override(base, ["experts.seed=0"])) == run_identity(base)
     assert override(shared, ["metadd.experts.seed=3"]).each_auxiliary()[0].expert_seed == 3
 
 

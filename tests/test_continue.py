@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import datm_ray
 from datm_ray.config import RunConfig, override, run_identity, to_yaml
 from datm_ray.errors import ConfigError, DatmError, RunDirectoryError
+from datm_ray.pipeline.folder import continue_set
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
-from datm_ray.stages.distill import INITIAL, SYNTHETIC
-from datm_ray.store.files.filesystem import open_location
+from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
+from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import CommandLine, tiny_config
 
 SERIAL: Any = {"executor": "serial", "progress": False}
@@ -64,6 +66,60 @@ def test_the_run_that_continues_is_named_and_resumes(datm_ray: CommandLine, tmp_
     code, _, shown = datm_ray("distill", str(path), "-o", str(out), "--executor", "serial")
     assert code == 0
     assert "continues from" not in shown
+
+
+def test_a_set_continues_once_and_then_needs_no_source(tmp_path: Path) -> None:
+    """A run that has the state of the shorter run, or is finished, needs the shorter run no more."""
+    distilled(tmp_path, of_length(4, "short"))
+    long = distilled(tmp_path, going_on(tmp_path))
+    (tmp_path / "short").rename(tmp_path / "away")
+    assert torch.equal(distilled(tmp_path, going_on(tmp_path)).images, long.images)
+    (tmp_path / "long" / SYNTHETIC).unlink()
+    assert torch.equal(distilled(tmp_path, going_on(tmp_path)).images, long.images)
+
+
+def test_a_validation_that_one_long_run_lacks_is_reported(
+    tmp_path: Path, datm_ray: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command says that the last set is a further candidate if validations do not divide the iterations."""
+    out, path = tmp_path / "runs", tmp_path / "long.yaml"
+    distilled(out, of_length(3, "short", "method=dm"))
+    path.write_text(to_yaml(going_on(out, "method=dm")))
+    _, _, shown = datm_ray("distill", str(path), "-o", str(out), "--executor", "serial")
+    assert "the set of iteration 3 was validated too" in shown
+
+
+def test_a_cut_off_copy_is_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that ends after its first part leaves neither a state nor a cost, and the next command copies again."""
+    distilled(tmp_path, of_length(4, "short"))
+    config, folder = going_on(tmp_path), open_location(str(tmp_path / "long"))
+    copied = []
+
+    def cut_off(self: Location, content: bytes) -> None:
+        copied.append(self)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        write(self, content)
+
+    write = Location.write_atomic
+    monkeypatch.setattr(Location, "write_atomic", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        continue_set(config, folder)
+    monkeypatch.setattr(Location, "write_atomic", write)
+    assert not {CHECKPOINT, COST} & set(folder.list())
+    assert continue_set(config, folder) == 4
+    assert continue_set(config, folder) is None
+
+
+def test_experts_of_other_weights_cannot_continue_a_set(tmp_path: Path) -> None:
+    """A shorter run whose experts had other weights than those in this run's store is refused."""
+    distilled(tmp_path, of_length(4, "short"))
+    note = tmp_path / "short/dataset.json"
+    content = json.loads(note.read_text())
+    assert content["experts"]
+    note.write_text(json.dumps(content | {"experts": dict.fromkeys(content["experts"], "00000000")}))
+    with pytest.raises(RunDirectoryError, match="the weights of its experts"):
+        datm_ray.distill(going_on(tmp_path), str(tmp_path), **SERIAL)
 
 
 def test_the_place_of_the_shorter_run_is_no_part_of_a_result(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         }
     if identity.get("given"):
         identity["given"].pop("path")
+    if config.expert_seed == config.seed:
+        identity["experts"]["seed"] = None
     for section, later in LATER_KEYS_OF_SECTIONS.items():
         identity[section] = _without(later, identity[section])
     if config.metadd is not None:

@@ -141,11 +141,16 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 
 
 def _check_continued(runs: Runs, config: RunConfig) -> None:
-    """Raise a `DatmError` if `distill.continue_from` is given and its run cannot go on as this one."""
-    place = config.distill.continue_from
+    """Raise a `DatmError` if `distill.continue_from` is given and its run cannot continue as this one.
+
+    That run is needed only until its state is copied.
+    """
+    place, folder = config.distill.continue_from, runs.folder(config)
     if place is None or "distill.continue_from" in unread_keys(config):
         return
-    if not method_of(config).can_continue:
+    if (folder / CHECKPOINT).exists() or (folder / SYNTHETIC).exists():
+        return
+    if not method_of(config).can_continue or method_of(config).pieces(config, runs.raw(config).classes):
         raise ConfigError(
             f"distill.continue_from is given, and method {config.method} cannot continue a set",
             "its iterations may depend on how many there are",
@@ -160,8 +165,10 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
             "give the folder of a finished run, <out>/<name>",
         )
     there, here = (_but_its_length(each) for each in (earlier, config))
-    if there != here or note.fingerprint != runs.raw(config).fingerprint:
-        what = ", ".join(differences(there, here)) or "its images"
+    origins = runs.origins(config)
+    others = [name for name, digest in note.experts.items() if origins.get(name, digest) != digest]
+    if there != here or note.fingerprint != runs.raw(config).fingerprint or others:
+        what = ", ".join(differences(there, here)) or ("the weights of its experts" if others else "its images")
         raise RunDirectoryError(
             f"the run in {source.uri} cannot go on as {config.name!r}: it differs in {what}",
             remedy="change nothing but name and distill.iterations, or leave out distill.continue_from",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datm_ray.config import RunConfig, load_recipe_of_run, unread_keys
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
-from datm_ray.report import RunSummary, published_files, write_report, write_summary
+from datm_ray.report import CARD, RunSummary, is_card, published_files, write_report, write_summary
 from datm_ray.stages.checkpoint import CHECKPOINT, copy_checkpoint
 from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
@@ -73,10 +73,11 @@ def continue_set(config: RunConfig, folder: Location) -> int | None:
     if place is None or "distill.continue_from" in unread_keys(config) or (folder / CHECKPOINT).exists():
         return None
     source = open_location(place)
-    for name in (INITIAL, COST):
-        if (source / name).exists():
-            (folder / name).write_atomic((source / name).read_bytes())
-    return copy_checkpoint(source, folder)
+    (folder / INITIAL).write_atomic((source / INITIAL).read_bytes())
+    done = copy_checkpoint(source, folder)
+    if (source / COST).exists():
+        (folder / COST).write_atomic((source / COST).read_bytes())
+    return done
 
 
 def has_results(folder: Location) -> bool:
@@ -120,16 +121,16 @@ def report(out: str) -> Location:
 def publish(run: str, out: str) -> list[str]:
     """Write a finished set for publication: a card (README.md) with its accuracies, preview, Parquet, safetensors.
 
-    No data set is needed. Returns the names of the files written.
+    No data set is needed. Returns the names of the files written. An earlier card of `publish` keeps its licence.
 
     Args:
         run: folder of a run, a path or URI.
         out: folder to write to.
 
     Raises:
-        RunDirectoryError: the folder holds no run, or its set is not finished.
+        RunDirectoryError: the folder holds no run, its set is not finished, or `out` has a README.md that is no card.
     """
-    folder = open_location(run)
+    folder, to = open_location(run.rstrip("/")), open_location(out)
     config = read_recipe(folder)
     if config is None or folder.parent / config.name != folder:
         raise RunDirectoryError(
@@ -137,7 +138,14 @@ def publish(run: str, out: str) -> list[str]:
             "a run's folder holds its recipe.yaml and has the run's name",
             "give <out>/<name>, such as runs/digits-ipc1",
         )
-    files, to = published_files(*summaries(folder.parent, [config])), open_location(out)
+    present = (to / CARD).read_bytes().decode(errors="replace") if (to / CARD).exists() else ""
+    if present and not is_card(present):
+        raise RunDirectoryError(
+            f"{(to / CARD).uri} exists and is no card of a set",
+            "the folder holds something else",
+            "give another --out, such as a new folder",
+        )
+    files = published_files(summaries(folder.parent, [config])[0], earlier=present)
     for name, content in files.items():
         (to / name).write_atomic(content)
     return list(files)

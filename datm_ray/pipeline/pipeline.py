@@ -399,6 +399,11 @@ class Pipeline:
         for config in self.runs.unfinished():
             if (done := continue_set(config, self.runs.folder(config))) is not None:
                 reporter.message(f"{config.name}: continues from iteration {done} of {config.distill.continue_from}")
+                if (every := config.distill.validate_every) and done % every:
+                    reporter.message(
+                        f"{config.name}: the set of iteration {done} was validated too, since it was the last one, so "
+                        "another set may be kept than by one long run"
+                    )
         scored, given = set[str](), set[str]()
         """Names of sets that have evaluation tasks, and URIs of these tasks' results. Sets may share results."""
 

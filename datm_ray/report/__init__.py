@@ -5,14 +5,16 @@ states what is missing. Equal files give equal bytes. All figures come from exis
 evaluates nothing.
 """
 
-from datm_ray.report.card import published_files
+from datm_ray.report.card import CARD, is_card, published_files
 from datm_ray.report.page import write_report
 from datm_ray.report.results import RunSummary, accuracy_table, fair_table, networks_table, write_summary
 
 __all__ = [
+    "CARD",
     "RunSummary",
     "accuracy_table",
     "fair_table",
+    "is_card",
     "networks_table",
     "published_files",
     "write_report",

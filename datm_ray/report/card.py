@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import io
+import re
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import yaml
 from PIL import Image
 
-from datm_ray.artifact import EXPORTS, Artifact, left_out
+from datm_ray.artifact import EXPORTS, Artifact
+from datm_ray.config import RunConfig, unread_keys
+from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, what_was_done
@@ -21,12 +23,20 @@ from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lin
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 """Bound of the number of images, exclusive -> Hugging Face's name for the size."""
+CARD = "README.md"
+"""Name of the card's file, which hubs show."""
+_LICENCE = "\n## Licence\n"
+"""Heading of a card's last section."""
 PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
 
-def published_files(summary: RunSummary) -> dict[str, bytes]:
+def published_files(summary: RunSummary, earlier: str = "") -> dict[str, bytes]:
     """Files with which a finished set is published, by name: card, preview, Parquet and safetensors.
+
+    Args:
+        summary: the run.
+        earlier: text of an earlier card, whose licence the new one keeps; "" if there is none.
 
     Raises:
         RunDirectoryError: the run has no synthetic set yet.
@@ -38,7 +48,8 @@ def published_files(summary: RunSummary) -> dict[str, bytes]:
             "its distillation is not finished",
             "run the same `datm-ray run` again: it resumes",
         )
-    files = {"README.md": card(run, run.synthetic).encode(errors="replace"), "preview.png": _preview(run.synthetic)}
+    text = _with_licence_of(earlier, card(run, run.synthetic))
+    files = {CARD: text.encode(errors="replace"), "preview.png": _preview(run.synthetic)}
     return files | EXPORTS["parquet"](run.synthetic) | EXPORTS["safetensors"](run.synthetic)
 
 
@@ -57,12 +68,13 @@ def card(run: Run, artifact: Artifact) -> str:
         made=f"The method is {run.config.method}.",
         training=_training_in_words(artifact),
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
-        clipped=next(iter(left_out(artifact, "parquet")), ""),
+        clipped=_clipped(artifact.clipped_share()),
+        teacher=_taught(artifact),
         table=as_markdown(rows) if summary.scores else "",
         networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
-        facts=[(name, _in_one_line(value)) for name, value in provenance_lines(artifact.provenance)],
+        facts=[(name, _in_one_line(value)) for name, value in provenance_lines(artifact.provenance) if value],
         costs=as_markdown(table) if (table := costs_of(cost_lines(summary))) else "",
-        recipe=yaml.safe_dump(_plain(artifact.recipe), sort_keys=False, allow_unicode=True).strip(),
+        recipe=yaml.safe_dump(_recipe(run.config), sort_keys=False, allow_unicode=True).strip(),
         dataset=_in_one_line(run.dataset),
     )
 
@@ -77,16 +89,21 @@ def as_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _training_in_words(artifact: Artifact) -> str:
+def _training(artifact: Artifact) -> tuple[Schedule, bool]:
+    """How networks were trained on the set, and whether their learning rate was learned or chosen."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        training = artifact.training()
+        return artifact.training(), not caught
+
+
+def _training_in_words(artifact: Artifact) -> str:
+    training, is_chosen = _training(artifact)
     shown = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
     names = ("epochs", "batch_size", "optimiser", "learning_rate")
     words = [
         f"{name} {shown[name]:.3g}" if isinstance(shown[name], float) else f"{name} {shown[name]}" for name in names
     ]
-    return ", ".join(words) + (", which was neither learned nor chosen" if caught else "")
+    return ", ".join(words) + ("" if is_chosen else ", which was neither learned nor chosen")
 
 
 def _preview(artifact: Artifact) -> bytes:
@@ -98,8 +115,46 @@ def _preview(artifact: Artifact) -> bytes:
     return sink.getvalue()
 
 
-def _plain(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in recipe.items() if value not in (None, [], {})}
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """Settings that differ from the defaults and decide the set, without paths of this machine; a recipe by itself."""
+    left_out: dict[str, Any] = {"cluster": True, "dataset": {"path"}, "distill": {"continue_from"}, "given": {"path"}}
+    for key in unread_keys(config):
+        section, _, name = key.partition(".")
+        left_out[section] = (left_out.get(section) or set()) | {name} if name else True
+    found = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+    return {name: value for name, value in found.items() if value != {}}
+
+
+def _clipped(share: float) -> str:
+    """Sentence on pixels whose values lie outside 0 to 1; "" if there are none."""
+    if not share:
+        return ""
+    shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
+    return f"{shown} of the pixels' values lay outside 0..1 and were clipped there; synthetic.safetensors keeps them."
+
+
+def _taught(artifact: Artifact) -> str:
+    """Sentence on a teacher whose labels the scored networks had in place of the set's own; "" without a teacher."""
+    temperature = _training(artifact)[0].temperature
+    if temperature is None:
+        return ""
+    return (
+        f"The networks below had a teacher's labels for every batch, at temperature {temperature:g}, in place of the "
+        "set's own. These labels are not part of this folder, and the code above trains on the set's own."
+    )
+
+
+def is_card(text: str) -> bool:
+    """True if a README.md is the card of a set, as `card` writes it."""
+    return text.startswith("---\npretty_name: ") and "\n- dataset-distillation\n" in text.partition("\n---\n")[0]
+
+
+def _with_licence_of(earlier: str, text: str) -> str:
+    """Card with the licence of an earlier card: its line `license:` and its last section, which users fill in."""
+    line, section = re.search("^license: .*$", earlier, re.MULTILINE), earlier.partition(_LICENCE)[2]
+    if line is None or not section:
+        return text
+    return text.replace("license: other", line[0], 1).partition(_LICENCE)[0] + _LICENCE + section
 
 
 def _in_one_line(text: str) -> str:

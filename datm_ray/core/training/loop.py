@@ -77,16 +77,17 @@ class Schedule:
 
     @classmethod
     def from_json(cls, content: object) -> Schedule:
-        """Schedule whose `to_json` gave this content.
+        """Schedule whose `to_json` gave this content. Fields that an earlier version lacked have their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or outside its range.
             ConfigError: there is no such augmentation.
         """
         kinds = get_type_hints(cls)
-        if not isinstance(content, dict) or content.keys() != kinds.keys():
+        needed = {each.name for each in dataclasses.fields(cls) if each.default is dataclasses.MISSING}
+        if not isinstance(content, dict) or not needed <= content.keys() <= kinds.keys():
             raise ValueError("it has other fields than a schedule")
-        wrong = [name for name, kind in kinds.items() if not _is_of(kind, content[name])]
+        wrong = [name for name, value in content.items() if not _is_of(kinds[name], value)]
         if not wrong:
             schedule = cls(**content)
             wrong = schedule._out_of_range()

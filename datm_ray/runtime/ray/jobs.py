@@ -121,7 +121,8 @@ class Jobs:
             ConfigError: a folder cannot be used.
             ClusterError: the cluster does not accept the job, or a running job writes to the same folder.
         """
-        for name, place in (("--out", out), ("--store", store)):
+        continued = [("distill.continue_from", config.distill.continue_from) for config in configs]
+        for name, place in (("--out", out), ("--store", store), *continued):
             if place is not None:
                 _require_reachable(name, place)
         environment = environment or job_environment()

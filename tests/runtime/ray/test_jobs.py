@@ -539,6 +539,9 @@ def test_relative_places_of_a_job_are_refused() -> None:
     _require_reachable("--out", "/shared/runs")
     with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
         _require_reachable("--out", "runs")
+    config = tiny_config("distill.continue_from=runs/short")
+    with pytest.raises(ConfigError, match=r"distill\.continue_from 'runs/short' is relative"):
+        Jobs.__new__(Jobs).submit([config], "s3://bucket/runs")
 
 
 @pytest.mark.parametrize(
