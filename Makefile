@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-pad bench-plan bench-rounding bench-scaling bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-bfloat16 bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-pad bench-plan bench-rounding bench-scaling bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,9 @@ bench-own-images: install  ## init and run on parts of CIFAR-10 and Tiny-ImageNe
 
 bench-plan: install  ## what `plan` says against short runs: time and memory
 	$(BIN)/python benchmarks/bench_plan.py
+
+bench-bfloat16: install  ## CPU time in bfloat16 against float32, at the published size of CIFAR-10
+	$(BIN)/python benchmarks/bench_bfloat16.py
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py

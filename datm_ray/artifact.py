@@ -177,32 +177,36 @@ class Artifact:
                 "upgrade datm_ray, or choose the settings yourself",
             )
         schedule = schedule_of(scored, scored.get("learning_rate") or self.step_size)
-        if not (scored.get("learning_rate") or self._gives_step_size(schedule)):
+        is_sgd_on_own_labels = schedule.optimiser == "sgd" and schedule.temperature is None
+        if not (scored.get("learning_rate") or (is_sgd_on_own_labels and self.has_step_size)):
             warnings.warn(_NOT_CHOSEN.format(schedule.learning_rate), stacklevel=2)
         return schedule
 
     def _scoring(self) -> Schedule | None:
         """How networks were trained to score the set; `None` if this is not noted, or the note cannot be reached."""
-        held, content = self.held_scoring, self.held_scoring
-        if held is None:
+        if self.held_scoring is None:
             return None
-        if isinstance(held, Location):
-            try:
-                if not held.exists():
-                    return None
-                content = held.read_json()
-            except StoreError:  # the set alone may be readable
+        if not isinstance(self.held_scoring, Location):
+            with rejecting_nonsense(open_location(self.place or "synthetic.arrow")):
+                return Schedule.from_json(self.held_scoring)
+        try:
+            if not self.held_scoring.exists():
                 return None
-        with rejecting_nonsense(held if isinstance(held, Location) else open_location(self.place or "synthetic.arrow")):
+            content = self.held_scoring.read_json()
+        except StoreError:  # the set alone may be readable
+            return None
+        with rejecting_nonsense(self.held_scoring):
             return Schedule.from_json(content)
 
-    def _gives_step_size(self, schedule: Schedule) -> bool:
-        """True if the step size in the set's file suits this training: the method learned it, or its paper has it."""
-        if schedule.optimiser != "sgd" or schedule.temperature is not None:
-            return False
+    @property
+    def has_step_size(self) -> bool:
+        """True if the set's step size was learned, published or given, for SGD on its own labels; False if it is a
+        default, so that networks which scored the set had one that was chosen on validation images."""
         method, distill = self.recipe.get("method", "datm"), self.recipe.get("distill", {})
         if ":" in method:  # a user's own, which may have learned it
             return not math.isclose(self.step_size, distill.get("initial_step_size") or 0.01, rel_tol=1e-6)
+        if method == "given":
+            return self.recipe.get("given", {}).get("step_size") is not None
         return method not in ("sre2l", "select")
 
     @property
@@ -251,6 +255,14 @@ class Artifact:
         unit = self.denormalise(self.images)
         half = 0.5 / 255  # changes by rounding to a pixel do not count
         return float(((unit < -half) | (unit > 1 + half)).float().mean())
+
+    def clipped_in_words(self) -> str:
+        """Start of a sentence on the pixels that `pixels` clips; "" if there are none."""
+        share = self.clipped_share()
+        if not share:
+            return ""
+        shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
+        return f"{shown} of the pixels' values lay outside 0..1 and were clipped"
 
     def pixels(self) -> NDArray[np.uint8]:
         """Synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
@@ -539,11 +551,8 @@ def _listed(folder: Location) -> Sequence[str]:
 def left_out(artifact: Artifact, kind: str) -> list[str]:
     """Sentences on what an export of this kind loses or changes, see `export`; empty if nothing."""
     lines = []
-    if kind in ("png", "parquet") and (share := artifact.clipped_share()):
-        shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
-        lines.append(
-            f"{shown} of the pixels' values lay outside 0..1 and were clipped; arrow, safetensors and pt keep them."
-        )
+    if kind in ("png", "parquet") and (clipped := artifact.clipped_in_words()):
+        lines.append(f"{clipped}; arrow, safetensors and pt keep them.")
     if kind == "png":
         lines.append(
             "PNG holds images and classes; soft labels and step size are in the .arrow file, and in --format pt."

@@ -221,6 +221,9 @@ def test_a_damaged_note_is_an_error_of_its_own(path: Path, tmp_path: Path) -> No
     [
         ({"method": "sre2l"}, False),
         ({"method": "select"}, False),
+        ({"method": "select", "distill": {"initial_step_size": 0.0123}}, False),
+        ({"method": "given", "given": {"step_size": None}}, False),
+        ({"method": "given", "given": {"step_size": 0.0123}}, True),
         ({"method": "a:B", "distill": {"initial_step_size": None}}, True),
         ({"method": "a:B", "distill": {"initial_step_size": 0.0123}}, False),
         ({"method": "dm"}, True),

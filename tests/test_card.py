@@ -113,7 +113,7 @@ def test_what_a_card_does_not_know_is_left_out(summary: RunSummary, tmp_path: Pa
     text = card_of(summary)
     assert "expert fingerprint" not in text
     clipped = text.split("`train.parquet`")[1].split("## Accuracy")[0]
-    assert "synthetic.safetensors keeps them" in clipped
+    assert "`synthetic.safetensors` keeps them" in clipped
     assert ".arrow" not in clipped
 
 

@@ -65,11 +65,10 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
 
     `cluster`, except `cluster.deterministic` if it is true, and the keys that the run's method does not read are left
-    out. The paths of the data set and of a given set are left
-    out, because their content has a fingerprint of its own. Number of seeds,
-    further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may change in a
-    finished run. Stored epochs beyond the matched ones, measurements of test accuracy, and the interval of checkpoints
-    are left out, because the set does not depend on them.
+    out. The paths of the data set and of a given set are left out, because their content has a fingerprint of its own.
+    Number of seeds, further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may
+    change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, the interval of
+    checkpoints and the run that is continued are left out, because the set does not depend on them.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -77,6 +76,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "distill": {"checkpoint_every", "continue_from"},
         "evaluate": {"seeds", "networks", "optimiser", "full", "fair", *SCORING_KEYS},
         "experts": {"keep_epochs", "test_every"},
+        "given": {"path"},
         "metadd": {"experts": {"keep_epochs", "test_every"}},
     }
     identity = config.model_dump(exclude=left_out)
@@ -93,8 +93,6 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             "final_start_bound": starts.last + 1,
             "expand_iterations": starts.expand_iterations,
         }
-    if identity.get("given"):
-        identity["given"].pop("path")
     if config.expert_seed == config.seed:
         identity["experts"]["seed"] = None
     for section, later in LATER_KEYS_OF_SECTIONS.items():

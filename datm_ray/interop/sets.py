@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -235,17 +235,9 @@ def _of_artifact(artifact: Artifact, class_names: Sequence[str]) -> GivenSet:
             "it was made from another data set",
             "give the dataset.source of the set",
         )
-    step_size = artifact.step_size if _has_step_size(artifact.recipe) else None
+    step_size = artifact.step_size if artifact.has_step_size else None
     arrays = (artifact.images.numpy(), artifact.labels.numpy(), artifact.soft_labels.numpy())
     return _sorted(artifact.place, *arrays, step_size, artifact.transform)
-
-
-def _has_step_size(recipe: Mapping[str, Any]) -> bool:
-    """True if the step size of a set of this program was learned, published or given, False for the default value."""
-    if recipe.get("method", "datm") not in ("select", "sre2l", "given"):
-        return True
-    section, key = ("given", "step_size") if recipe["method"] == "given" else ("distill", "initial_step_size")
-    return recipe.get(section, {}).get(key) is not None
 
 
 def _of_images(place: Location, class_names: Sequence[str]) -> GivenSet:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datm_ray.config import NetworkConfig, RunConfig, run_identity, unread_keys
+from datm_ray.config import NetworkConfig, RunConfig, run_identity
 from datm_ray.config.schema import RENAMED
 from datm_ray.core.images.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
@@ -28,7 +28,7 @@ from datm_ray.errors import (
     StoreError,
 )
 from datm_ray.monitor.loggers import require_logger
-from datm_ray.pipeline.folder import RECIPE, DataNote, has_results, read_recipe
+from datm_ray.pipeline.folder import RECIPE, DataNote, continued_run, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
 from datm_ray.runtime.executor import Executor, require_precision
@@ -145,10 +145,8 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
 
     That run is needed only until its state is copied.
     """
-    place, folder = config.distill.continue_from, runs.folder(config)
-    if place is None or "distill.continue_from" in unread_keys(config):
-        return
-    if (folder / CHECKPOINT).exists() or (folder / SYNTHETIC).exists():
+    source = continued_run(config, runs.folder(config))
+    if source is None:
         return
     if not method_of(config).can_continue or method_of(config).pieces(config, runs.raw(config).classes):
         raise ConfigError(
@@ -156,7 +154,6 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
             "its iterations may depend on how many there are",
             "leave it out, or set can_continue in the class of the method if they do not",
         )
-    source = open_location(place)
     earlier, note = read_recipe(source), DataNote.read(source)
     if earlier is None or note is None or not (source / SYNTHETIC).exists() or not (source / CHECKPOINT).exists():
         raise RunDirectoryError(
@@ -170,7 +167,7 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
     if there != here or note.fingerprint != runs.raw(config).fingerprint or others:
         what = ", ".join(differences(there, here)) or ("the weights of its experts" if others else "its images")
         raise RunDirectoryError(
-            f"the run in {source.uri} cannot go on as {config.name!r}: it differs in {what}",
+            f"the run in {source.uri} cannot continue as {config.name!r}: it differs in {what}",
             remedy="change nothing but name and distill.iterations, or leave out distill.continue_from",
         )
     if earlier.distill.iterations >= config.distill.iterations:

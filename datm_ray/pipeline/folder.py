@@ -64,15 +64,23 @@ def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) ->
     (folder / DATA).write_json(facts | {"experts": {**(earlier.experts if earlier else {}), **experts}})
 
 
+def continued_run(config: RunConfig, folder: Location) -> Location | None:
+    """Folder of the shorter run that a set has still to continue; `None` if there is none, or its state was copied."""
+    place = config.distill.continue_from
+    if place is None or "distill.continue_from" in unread_keys(config):
+        return None
+    has_state = (folder / CHECKPOINT).exists() or (folder / SYNTHETIC).exists()
+    return None if has_state else open_location(place)
+
+
 def continue_set(config: RunConfig, folder: Location) -> int | None:
     """Copy the state of the run that a set continues into the set's folder, unless the set has a state already.
 
     Returns the number of iterations of the copied state; `None` if nothing was copied.
     """
-    place = config.distill.continue_from
-    if place is None or "distill.continue_from" in unread_keys(config) or (folder / CHECKPOINT).exists():
+    source = continued_run(config, folder)
+    if source is None:
         return None
-    source = open_location(place)
     (folder / INITIAL).write_atomic((source / INITIAL).read_bytes())
     done = copy_checkpoint(source, folder)
     if (source / COST).exists():

@@ -68,7 +68,7 @@ def card(run: Run, artifact: Artifact) -> str:
         made=f"The method is {run.config.method}.",
         training=_training_in_words(artifact),
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
-        clipped=_clipped(artifact.clipped_share()),
+        clipped=artifact.clipped_in_words(),
         teacher=_taught(artifact),
         table=as_markdown(rows) if summary.scores else "",
         networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
@@ -123,14 +123,6 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
         left_out[section] = (left_out.get(section) or set()) | {name} if name else True
     found = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
     return {name: value for name, value in found.items() if value != {}}
-
-
-def _clipped(share: float) -> str:
-    """Sentence on pixels whose values lie outside 0 to 1; "" if there are none."""
-    if not share:
-        return ""
-    shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
-    return f"{shown} of the pixels' values lay outside 0..1 and were clipped there; synthetic.safetensors keeps them."
 
 
 def _taught(artifact: Artifact) -> str:

@@ -96,7 +96,7 @@ class Method:
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     can_continue: ClassVar[bool] = False
-    """True if iterations do not depend on how many follow, so that a finished set can go on, see
+    """True if iterations do not depend on how many follow, so that a finished set can continue, see
     `distill.continue_from`."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
@@ -156,6 +156,11 @@ class Method:
                 "cluster.shards or cluster.auxiliaries_apart asks for several workers a set",
                 f"method {config.method} makes a set in pieces, each by one worker",
                 "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take pieces",
+            )
+        if config.metadd is not None and not cls.iterations(config):
+            raise ConfigError(
+                f"metadd changes images, and method {config.method} leaves them as they are",
+                remedy="leave out the metadd section, or choose another method",
             )
         if config.prior is not None and not cls.iterations(config):
             raise ConfigError(

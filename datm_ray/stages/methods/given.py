@@ -48,11 +48,6 @@ class Given(Method):
         """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
         super().check(config)
         section_of(config)
-        if config.metadd is not None:
-            raise ConfigError(
-                "metadd changes images, and method given leaves those of the set as they are",
-                remedy="leave out the metadd section, or choose another method",
-            )
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:

@@ -74,11 +74,6 @@ class Selection(Method):
     def check(cls, config: RunConfig) -> None:
         """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
         super().check(config)
-        if config.metadd is not None:
-            raise ConfigError(
-                "metadd changes images, and method select leaves real ones as they are",
-                remedy="leave out the metadd section, or choose another method",
-            )
         _check_select(config)
 
     @classmethod

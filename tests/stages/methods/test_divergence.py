@@ -30,6 +30,7 @@ from datm_ray.stages.methods import trajectory
 from datm_ray.stages.methods.trajectory import TrajectoryMatching, _of
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
+from datm_ray.store.trajectories import ExpertGroup
 from tests.conftest import tiny_config
 
 QUIET = Reporter(quiet=True)
@@ -114,13 +115,16 @@ def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_
     assert (curves["history.step_size"] > 0).all()
 
 
+def groups(config: RunConfig, *stores: Path) -> list[ExpertGroup]:
+    """The run's group of experts in each store."""
+    dataset = Pipeline([config], str(stores[-1])).runs.dataset(config.dataset)
+    return [expert_group(str(store), config, dataset.name, dataset.fingerprint) for store in stores]
+
+
 def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) -> None:
     """A trajectory without movement is one line of error before the first update, which blames no learning rate."""
     config = tiny_config()
-    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
-    moving, still = (
-        expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "still")
-    )
+    moving, still = groups(config, experts, tmp_path / "still")
     for expert in range(config.experts.count):
         info = moving.read_info(expert)
         first = moving.read_snapshot(expert, 0)
@@ -135,10 +139,7 @@ def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) 
 def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
     """An expert at rest for one epoch skips iterations that start there and none of the others."""
     config = tiny_config()
-    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
-    moving, resting = (
-        expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "resting")
-    )
+    moving, resting = groups(config, experts, tmp_path / "resting")
     for expert in range(config.experts.count):
         info = moving.read_info(expert)
         every = {epoch: moving.read_snapshot(expert, epoch) for epoch in info.epochs}

@@ -228,7 +228,7 @@ def test_any_network_is_a_teacher(tmp_path: Path) -> None:
         (("select.pool=5", "select.tiles=2"), r"select\.pool is 5, and 12 crops of each class are wanted.*pool=12"),
         (("select.by=el2n", "experts.epochs=9", "select.epoch=7"), r"epoch is 7, and experts store epochs 0-4, 9\."),
         (("select.by=forgetting", "experts.keep_epochs=1"), r"experts store epochs 1, 5 of their training"),
-        (("metadd={auxiliaries: [lenet]}",), "method select leaves real ones as they are"),
+        (("metadd={auxiliaries: [lenet]}",), "method select leaves them as they are"),
         (("cluster.shards=2",), "Method select makes a set in pieces"),
         (("select.tiles=2", "distill.ipc=60", "select.pool=300"), r"needs 240 training images of each class"),
         (("select.tiles=2", "dataset.resize=9"), "images of 9x9 do not divide into 2 tiles"),
