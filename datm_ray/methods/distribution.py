@@ -5,21 +5,30 @@
 psi is the embedding of a network with random parameters, drawn anew in every iteration: the classifier's input. A_c is
 one operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has its own
 loss, so classes can be divided over workers without sums between them. Means are sums over images, so micro-batches are
-exact.
+exact. Nearly all time goes into the embeddings of real images, which need no derivative.
 
-Shapes: n synthetic images of this process, m real images of a class, c h w image, d numbers of an embedding.
+Shapes: n synthetic images of this process, m real images of a class, b images of a micro-batch, c h w image, d numbers
+of an embedding, p parameters of a network.
 Tests: tests/methods/test_distribution.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import grad
+from torch.nn.functional import pad
 
+from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
+from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation
+from datm_ray.core.networks.instance_norm import set_explicit
+from datm_ray.core.networks.parameters import FlatNetwork, flatten, flatten_buffers
 from datm_ray.core.networks.registry import embedding
 from datm_ray.core.randomness import Purpose, generator
 
@@ -36,46 +45,150 @@ def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augment
     return draw_augmentation(strategy, 1, generator(seed, Purpose.SHARED_AUGMENTATION, iteration, label))
 
 
+class EmbeddingFunctions:
+    """Embeddings by networks of one architecture, and their derivative in the images; compiled if the machine can.
+
+    Attributes:
+        note: one line on why the functions are not compiled although asked to be; "" otherwise.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        compiled: bool = True,
+        channels_last: bool = True,
+        precision: Precision = "float32",
+    ) -> None:
+        """Prepare the functions for networks with the architecture and on the device of `network`.
+
+        Args:
+            network: network whose parameters need no gradient.
+            compiled: True to compile if the machine can. Only a call with new shapes compiles.
+            channels_last: True to keep maps with their channels innermost in memory.
+            precision: precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16
+                computes layers and their derivatives in bfloat16. Sums over images are in the parameters' type.
+        """
+        self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
+        self._is_compiled = compiled and not self.note
+        self._order = torch.channels_last if channels_last else torch.contiguous_format
+        self._precision = precision
+        network = copy.deepcopy(network)
+        set_explicit(network, self._is_compiled)
+        self._network = FlatNetwork(_Embedding(network))
+        self._forward: Callable[..., Tensor] = self._embed
+        self._reverse: Callable[..., Tensor] = self._differentiate
+        if self._is_compiled:
+            self._forward = CompiledForShapes(self._embed, channels_last=channels_last)
+            self._reverse = CompiledForShapes(self._differentiate, channels_last=channels_last)
+
+    @property
+    def facts(self) -> dict[str, str | bool]:
+        """Options that are really used, as plain data."""
+        return {"precision": self._precision, "compiled": self._is_compiled} | (
+            {"not_compiled_because": self.note} if self.note else {}
+        )
+
+    def values_of(self, network: nn.Module) -> Tensor:
+        """Parameters of a network, then its buffers, as one vector [p], which the other functions read."""
+        return torch.cat([flatten(network), flatten_buffers(network)])
+
+    def forward(self, values: Tensor, images: Tensor, size: int) -> Tensor:
+        """Compute the embeddings [b d] of images [b c h w].
+
+        Args:
+            values: [p] values of the network, see `values_of`.
+            images: at most `size` images.
+            size: number of images in the computation. Compiled code fills up with zeros, so that it has one shape.
+        """
+        with tf32_products(self._precision == "tf32", values.device):
+            return self._forward(values, self._arranged(images, size))[: len(images)]
+
+    def reverse(self, values: Tensor, images: Tensor, direction: Tensor, size: int) -> Tensor:
+        """Differentiate, in the images [b c h w], the sum over images of the products <direction, embedding>.
+
+        Args:
+            direction: [d].
+            values, images, size: see `forward`.
+        """
+        with tf32_products(self._precision == "tf32", values.device):
+            return self._reverse(values, self._arranged(images, size), direction)[: len(images)]
+
+    def _arranged(self, images: Tensor, size: int) -> Tensor:
+        if self._is_compiled and len(images) < size:
+            images = pad(images, (0, 0) * 3 + (0, size - len(images)))
+        return images.contiguous(memory_format=self._order)
+
+    def _embed(self, values: Tensor, images: Tensor) -> Tensor:
+        kind = torch.bfloat16 if self._precision == "bfloat16" else values.dtype
+        parameters, buffers = values.to(kind).split([self._network.count, len(values) - self._network.count])
+        return self._network.with_buffers(parameters, buffers, images.to(kind)).to(values.dtype)
+
+    def _differentiate(self, values: Tensor, images: Tensor, direction: Tensor) -> Tensor:
+        gradient: Tensor = grad(lambda images: (self._embed(values, images) @ direction).sum())(images)
+        return gradient
+
+
+class _Embedding(nn.Module):
+    """A network as a module that returns embeddings, the input of its classifier, in place of logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return embedding(self.network, images)
+
+
+def even_size(count: int, most: int) -> int:
+    """Size of micro-batches of at most `most` images that divide `count` images as evenly as possible."""
+    return math.ceil(count / math.ceil(count / most))
+
+
 def distance_and_gradient(
-    network: nn.Module,
+    functions: EmbeddingFunctions,
+    values: Tensor,
     synthetic: Tensor,
-    real: Sequence[Tensor],
+    real: Iterable[Tensor],
     augmentations: Sequence[Augmentation],
-    chunk: int | None = None,
+    sizes: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss [] with one network, and its exact gradient [n c h w] in the synthetic images.
 
-    Only the graph of one micro-batch is kept.
+    Only one class's real images and the graph of one micro-batch are kept.
 
     Args:
-        network: network whose parameters need no gradient.
+        functions: embeddings by networks of the network's architecture.
+        values: [p] values of the network, see `EmbeddingFunctions.values_of`.
         synthetic: [n c h w] images, class by class, the same number of each class.
         real: real images [m c h w] of each class.
         augmentations: augmentation of one sample for each class.
-        chunk: number of images of a micro-batch; `None` for all images of a class.
+        sizes: numbers of synthetic and of real images in a micro-batch.
     """
-    gradient, loss, ipc = torch.zeros_like(synthetic), synthetic.new_zeros(()), len(synthetic) // max(1, len(real))
-    for number, (images, augmentation) in enumerate(zip(real, augmentations, strict=True)):
-        rows = slice(number * ipc, (number + 1) * ipc)
-        gap = _mean(network, synthetic[rows], augmentation, chunk) - _mean(network, images, augmentation, chunk)
+    gradient, loss, (own, theirs) = torch.zeros_like(synthetic), synthetic.new_zeros(()), sizes
+    parts = zip(synthetic.chunk(len(augmentations)), gradient.chunk(len(augmentations)), strict=True)
+    for (images, derivative), others, augmentation in zip(parts, real, augmentations, strict=True):
+        gap = _mean(functions, values, images, augmentation, own)
+        gap -= _mean(functions, values, others, augmentation, theirs)
         loss += gap.square().sum()
-        for part in range(rows.start, rows.stop, chunk or ipc):
-            piece = slice(part, min(part + (chunk or ipc), rows.stop))
-            raw = synthetic[piece].detach().requires_grad_()
-            along = (embedding(network, augment(raw, repeated(augmentation, len(raw)))) @ gap).sum() * (2 / ipc)
-            gradient[piece] = torch.autograd.grad(along, raw)[0]
+        for piece, result in zip(images.split(own), derivative.split(own), strict=True):
+            raw = piece.detach().requires_grad_()
+            shown = augment(raw, repeated(augmentation, len(raw)))
+            along = functions.reverse(values, shown.detach(), gap, own)
+            result.copy_(torch.autograd.grad(shown, raw, along * (2 / len(images)))[0])
     return loss, gradient
 
 
 @torch.no_grad()
-def _mean(network: nn.Module, images: Tensor, augmentation: Augmentation, chunk: int | None) -> Tensor:
-    """Mean embedding [d] of the images after augmentation, `chunk` images at a time; `None` takes all at once.
+def _mean(
+    functions: EmbeddingFunctions, values: Tensor, images: Tensor, augmentation: Augmentation, size: int
+) -> Tensor:
+    """Mean embedding [d] of the images after augmentation, `size` images at a time.
 
     The augmentation of one sample is applied to all images.
     """
-    parts = images.split(chunk or len(images))
-    sums = [embedding(network, augment(part, repeated(augmentation, len(part)))).sum(dim=0) for part in parts]
-    return torch.stack(sums).sum(dim=0) / len(images)
+    shown = (augment(part, repeated(augmentation, len(part))) for part in images.split(size))
+    return torch.stack([functions.forward(values, part, size).sum(dim=0) for part in shown]).sum(dim=0) / len(images)
 
 
 def repeated(augmentation: Augmentation, count: int) -> Augmentation:

@@ -17,11 +17,12 @@ from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.devices import uses_gpu, workers_here
 
-FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
+FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9, "embedding": 0.6}
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
-"training" is on a synthetic set, "real" on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
-COMPILING = {"matching": 1.7, "experts": 0.8}
+"training" is on a synthetic set, "real" on real data; "embedding" is compiled, in DM. Measured with ConvNet-3 of width
+128 at 32x32 on one core."""
+COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.5}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
 Measured by `measure.measured` for digits-ipc1, with an empty compiler cache, on an idle core of an EPYC with AVX-512. A

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.registry import build_network, embedding
 from datm_ray.core.synthetic import draw_rows
 from datm_ray.errors import ConfigError
-from datm_ray.methods.distribution import distance_and_gradient, draw_shared
+from datm_ray.methods.distribution import EmbeddingFunctions, distance_and_gradient, draw_shared
 
 DSA = "color_crop_cutout_flip_scale_rotate"
 CLASSES, IPC = 4, 3
@@ -44,6 +45,21 @@ def obvious(
     return loss.detach(), torch.autograd.grad(loss, images)[0]
 
 
+def computed(
+    network: nn.Module,
+    synthetic: Tensor,
+    real: Sequence[Tensor],
+    augmentations: Sequence[Augmentation],
+    *,
+    sizes: tuple[int, int] = (IPC, 8),
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss and gradient as the method computes them, uncompiled unless `options` say otherwise."""
+    functions = EmbeddingFunctions(network, **{"compiled": False, **options})
+    values = functions.values_of(network)
+    return distance_and_gradient(functions, values, synthetic, real, augmentations, sizes)
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -60,19 +76,50 @@ def test_gradient_is_that_of_autograd_whatever_the_micro_batches(network: Networ
     for iteration in range(12 if network.pooling == "max" else 2):
         arguments = problem(network, iteration)
         expected = obvious(*arguments)
-        for chunk in (None, 1, 2, 100):
-            torch.testing.assert_close(distance_and_gradient(*arguments, chunk), expected, rtol=1e-9, atol=1e-12)
+        for sizes in ((IPC, 8), (1, 1), (2, 3), (IPC, 100)):
+            torch.testing.assert_close(computed(*arguments, sizes=sizes), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_compiled_gradient_is_the_uncompiled_one(channels_last: bool) -> None:
+    """Compiled code fills micro-batches up to one shape, and every class still has its own mean."""
+    arguments = problem(NetworkConfig(width=4, depth=2))
+    found = computed(*arguments, sizes=(2, 5), compiled=True, channels_last=channels_last)
+    torch.testing.assert_close(found, obvious(*arguments), rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_changes_the_gradient_little() -> None:
+    """In bfloat16 the gradient points where the exact one does, and is no exact copy of it."""
+    network, *rest = problem(NetworkConfig(width=16, depth=2))
+    exact = obvious(network, *rest)[1]
+    found = computed(network, *rest, precision="bfloat16")[1]
+    error = float((found - exact).norm() / exact.norm())
+    assert 1e-4 < error < 0.1
+
+
+def test_buffers_of_a_network_are_its_own() -> None:
+    """A network's random buffers, such as fixed features, travel with its parameters."""
+
+    def fixed() -> nn.Sequential:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 2))
+        network.register_buffer("scale", torch.rand(3))
+        return network
+
+    images, (first, second) = torch.randn(5, 3, 8, 8), (fixed(), fixed())
+    functions = EmbeddingFunctions(first, compiled=False)
+    assert torch.equal(functions.values_of(second)[-3:], second.get_buffer("scale"))
+    assert torch.equal(functions.forward(functions.values_of(second), images, 5), second[:-1](images))
 
 
 @pytest.mark.parametrize("parts", [(2, 2), (1, 1, 1, 1), (3, 1)])
 def test_classes_divide_without_a_sum(parts: tuple[int, ...]) -> None:
     """Shards of the classes have the gradients of one process, and losses that add up to its loss."""
     network, synthetic, real, augmentations = problem(NetworkConfig(width=4, depth=2))
-    whole = distance_and_gradient(network, synthetic, real, augmentations)
+    whole = computed(network, synthetic, real, augmentations)
     bounds = np.cumsum([0, *parts])
     shards = [
-        distance_and_gradient(network, synthetic[IPC * a : IPC * b], real[a:b], augmentations[a:b])
-        for a, b in pairwise(bounds)
+        computed(network, synthetic[IPC * a : IPC * b], real[a:b], augmentations[a:b]) for a, b in pairwise(bounds)
     ]
     torch.testing.assert_close(torch.stack([loss for loss, _ in shards]).sum(), whole[0], rtol=1e-12, atol=0)
     assert torch.equal(torch.cat([gradient for _, gradient in shards]), whole[1])
@@ -82,7 +129,7 @@ def test_all_images_of_a_class_are_augmented_alike() -> None:
     """Synthetic images that equal the real ones have distance 0, whatever is drawn."""
     for iteration in range(12):
         network, synthetic, _, augmentations = problem(NetworkConfig(width=4, depth=2), iteration)
-        loss, gradient = distance_and_gradient(network, synthetic, synthetic.split(IPC), augmentations)
+        loss, gradient = computed(network, synthetic, synthetic.split(IPC), augmentations)
         assert float(loss) < 1e-20
         assert float(gradient.abs().max()) < 1e-10
 

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from datm_ray.core.compute.torch_compat import UNSAFE_VIEW, ZEROS_LIKE_VALUE, compile_graph, schema_of, trace
+from datm_ray.core.compute.torch_compat import (
+    UNSAFE_VIEW,
+    ZEROS_LIKE_VALUE,
+    compile_graph,
+    schema_of,
+    shapes_only,
+    trace,
+)
 from datm_ray.core.compute.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
 
 
@@ -68,6 +75,29 @@ class Compiled:
         for given, expected in zip(arguments, self._expected, strict=True):
             if _layout(given) != _layout(expected):
                 raise ValueError(f"compiled for a tensor of {_layout(expected)}, called with {_layout(given)}")
+
+
+class CompiledForShapes:
+    """A function of tensors that is traced and compiled once for each combination of their shapes and types."""
+
+    def __init__(self, function: Callable[..., Any], *, channels_last: bool = True) -> None:
+        """Keep the function; its first call for some shapes compiles it.
+
+        Args:
+            function: function of several tensors that writes to none of them.
+            channels_last: see `Compiled`.
+        """
+        self._function, self._channels_last = function, channels_last
+        self._built: dict[tuple[Any, ...], Compiled] = {}
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """Compute the function's result."""
+        key = tuple((tensor.shape, tensor.dtype) for tensor in arguments)
+        if key not in self._built:
+            with shapes_only():
+                graph = traced(self._function, *map(torch.empty_like, arguments))
+            self._built[key] = Compiled(graph, arguments[0].device.type, channels_last=self._channels_last)
+        return self._built[key](*arguments)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

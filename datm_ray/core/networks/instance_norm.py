@@ -38,6 +38,13 @@ class InstanceNorm(nn.GroupNorm):
         return instance_norm(images, self.weight, self.bias, self.eps, explicit=self.explicit)
 
 
+def set_explicit(network: nn.Module, explicit: bool) -> None:
+    """Set `InstanceNorm.explicit` in all instance normalisations of a network."""
+    for part in network.modules():
+        if isinstance(part, InstanceNorm):
+            part.explicit = explicit
+
+
 def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
     """Normalise maps to mean 0 and variance 1 per image and channel, then scale and shift them.
 

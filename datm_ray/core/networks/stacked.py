@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import conv2d, group_norm, pad
 
-from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
-from datm_ray.core.compute.torch_compat import BatchNorm, shapes_only
+from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
+from datm_ray.core.compute.torch_compat import BatchNorm
 from datm_ray.core.networks.architectures import GlobalAverage, SpatialNetwork
 from datm_ray.core.networks.image_cost import image_cost
-from datm_ray.core.networks.instance_norm import InstanceNorm, instance_norm
+from datm_ray.core.networks.instance_norm import InstanceNorm, instance_norm, set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import couples_samples
 
@@ -157,12 +157,12 @@ class StackFunctions:
         self._chunk, self._size = chunk, stacked
         self._network = FlatNetwork(network)
         self._stacked = StackedNetwork(self._network) if can_be_stacked(network) else None
-        for part in network.modules():
-            if isinstance(part, InstanceNorm):
-                part.explicit = self._is_compiled and (stacked == 1 or self._stacked is not None)
+        set_explicit(network, self._is_compiled and (stacked == 1 or self._stacked is not None))
         self._largest: dict[tuple[int, int, int], int] = {}
         """Shape of an image -> bytes of its largest map in the network."""
-        self._built: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._function: Callable[..., tuple[Tensor, Tensor]] = self._all
+        if self._is_compiled:
+            self._function = CompiledForShapes(self._all, channels_last=channels_last)
 
     @property
     def fills_up(self) -> bool:
@@ -210,18 +210,7 @@ class StackFunctions:
         is_mapped = len(parameters) > 1 and self._stacked is None
         innermost = self._channels_last and not is_mapped
         images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()
-        return self._function(parameters, images, labels)(parameters, images, labels, weights)
-
-    def _function(self, parameters: Tensor, images: Tensor, labels: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-        if not self._is_compiled:
-            return self._all
-        key = (parameters.shape, images.shape, labels.shape)
-        if key not in self._built:
-            with shapes_only():
-                like = (torch.empty_like(parameters), torch.empty_like(images), torch.empty_like(labels))
-                graph = traced(self._all, *like, like[0].new_empty(images.shape[1]))
-            self._built[key] = Compiled(graph, parameters.device.type, channels_last=self._channels_last)
-        return self._built[key]
+        return self._function(parameters, images, labels, weights)
 
     def _all(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if len(parameters) == 1:

@@ -29,7 +29,7 @@ from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.compute.cuda_graphs import Replayed
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.compute.torch_compat import shapes_only
-from datm_ray.core.networks.instance_norm import InstanceNorm
+from datm_ray.core.networks.instance_norm import set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import couples_samples
 from datm_ray.core.training.loop import Heartbeat, no_heartbeat
@@ -209,9 +209,7 @@ class StudentStepFunctions:
 
     def _arranged(self, module: nn.Module) -> nn.Module:
         module = copy.deepcopy(module)
-        for part in module.modules():
-            if isinstance(part, InstanceNorm):
-                part.explicit = self._compiled
+        set_explicit(module, self._compiled)
         return module
 
 
