@@ -243,7 +243,7 @@ def test_recipes_of_dm_read_no_more_images_than_there_are() -> None:
         (count, minutes): suggested(raw([count] * 10, (3, 32, 32), count // 10), 1, minutes, method="dm").config.distill
         for count, minutes in ((1000, 600), (1000, 20), (100, 600))
     }
-    assert [each.real_batch for each in found.values()] == [256, 32, 90]
+    assert [each.real_batch for each in found.values()] == [256, 128, 90]
     assert all(each.iterations >= ENOUGH_UPDATES for each in found.values())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import ExpertConfig, NetworkSpec
+from datm_ray.core.compute import compilation
 from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.networks import stacked
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
@@ -246,7 +247,7 @@ def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
         def __call__(self, *arguments: Tensor) -> Any:
             return self._graph(*arguments)
 
-    monkeypatch.setattr(stacked, "Compiled", Uncompiled)
+    monkeypatch.setattr(compilation, "Compiled", Uncompiled)
     monkeypatch.setattr(stacked, "compiler_problem", lambda device_type: "")
     networks, (images, labels) = make_networks(2), data()
     state = ExpertState.initial(networks)
