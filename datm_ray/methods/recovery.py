@@ -18,7 +18,7 @@ Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/tes
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, RecoverConfig
+from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
 from datm_ray.core.compute.torch_compat import BatchNorm
 from datm_ray.core.images.augment import crop_boxes
 from datm_ray.core.randomness import Purpose, generator
@@ -106,14 +108,21 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
 
 class RecoveryLoss:
-    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to its running statistics."""
+    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to its running statistics.
 
-    def __init__(self, network: nn.Module, options: RecoverConfig, *, channels_last: bool = False) -> None:
+    Attributes:
+        note: one line on why the gradient is not compiled although asked to be; "" otherwise.
+    """
+
+    def __init__(
+        self, network: nn.Module, options: RecoverConfig, *, compiled: bool = False, channels_last: bool = False
+    ) -> None:
         """Copy the network, frozen and in evaluation mode.
 
         Args:
             network: the teacher.
             options: weights of the loss.
+            compiled: True to compile `gradient` if the machine can. Its first call with new shapes compiles.
             channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds differently.
 
         Raises:
@@ -133,6 +142,11 @@ class RecoveryLoss:
         self._gaps: list[Tensor] = []
         for layer in self._layers:
             layer.register_forward_pre_hook(self._measure)
+        self._named = dict(self._network.named_parameters())
+        self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
+        self._function: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._differentiate
+        if compiled and not self.note:
+            self._function = CompiledForShapes(self._differentiate, channels_last=channels_last)
 
     def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BatchNorm)
@@ -147,8 +161,28 @@ class RecoveryLoss:
         Returns the loss, and the loss's term [] of statistics before its weight `recover.statistics`. Both are
         differentiable in the images.
         """
+        return self._loss(images, labels, self._named)
+
+    def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiate the loss in the images [n c h w] of classes [n].
+
+        Returns the gradient [n c h w], the loss [], and its term [] of statistics, as `__call__` does.
+        """
+        return self._function(images.contiguous(memory_format=self._format), labels, *self._named.values())
+
+    def _differentiate(self, images: Tensor, labels: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_of(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            found = self._loss(images, labels, dict(zip(self._named, parameters, strict=True)))
+            return found[0], found
+
+        gradient, found = grad(loss_of, has_aux=True)(images)
+        return gradient, *found
+
+    def _loss(self, images: Tensor, labels: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute what `__call__` does, with these parameters: name -> values."""
         self._gaps.clear()
-        classified = cross_entropy(self._network(images.contiguous(memory_format=self._format)), labels)
+        seen = images.contiguous(memory_format=self._format)
+        classified = cross_entropy(functional_call(self._network, dict(named), (seen,)), labels)
         gaps = torch.stack(self._gaps)
         self._gaps.clear()
         statistics = gaps.sum() + (self._options.first_layer - 1) * gaps[0]

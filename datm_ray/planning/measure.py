@@ -24,6 +24,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.loop import SCORING_BATCH, predict_logits, train
 from datm_ray.methods.distribution import EmbeddingFunctions
+from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
@@ -42,7 +43,7 @@ STEPS = 3
 QUICK_FLOP = 1e11
 """Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer; far
 smaller ones would not, because their maps fit into the CPU's cache."""
-COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0)}
+COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
 """Kind of step -> (a, b): a compiled step is a + b / width times as fast as an uncompiled step, for networks of so many
 channels. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels (benchmarks/LOG.md,
 2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long."""
@@ -98,6 +99,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
         "real": min(schedule.batch_size, real),
         "scoring": min(SCORING_BATCH, real),
         "embedding": proposal.plans[0].chunk,
+        "recovery": proposal.plans[0].chunk,
     }
     if flop:
         counts = {kind: max(2, min(n, int(QUICK_FLOP / (flop * FORWARD_PASSES[kind])))) for kind, n in counts.items()}
@@ -117,8 +119,9 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
         "real": train(first, *data["real"], endless, 0),
         "scoring": (predict_logits(first, data["scoring"][0]) for _ in itertools.count()),
         "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
+        "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),
     }
-    for kind in {"matching", "embedding"} - proposal.plans[0].demand.passes.keys():
+    for kind in {"matching", "embedding", "recovery"} - proposal.plans[0].demand.passes.keys():
         del work[kind]
     times = {"matching": STEPS, "experts": stack * (2 if experts.optimiser == "gsam" else 1)}
     return {kind: (times.get(kind, 1) * counts[kind], each) for kind, each in work.items()}
@@ -146,6 +149,15 @@ def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compile
     while True:
         with torch.no_grad():
             yield functions.forward(values, images, len(images))
+
+
+def _recovery(
+    config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool
+) -> Iterator[Any]:
+    """Gradients of SRe2L's loss in all images."""
+    loss = RecoveryLoss(network, config.recover, compiled=compiled, channels_last=config.cluster.channels_last)
+    while True:
+        yield loss.gradient(images, labels)
 
 
 def _seconds(work: Iterator[Any], *, by_cpu: bool) -> tuple[float, float]:

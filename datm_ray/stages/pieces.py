@@ -67,6 +67,8 @@ class PieceWorker:
         self._cluster, self._dataset = cluster, dataset
         self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
         """Groups in the store with their numbers of experts, and their networks."""
+        self._made: dict[Any, Any] = {}
+        """What methods made from these networks, see `Part.kept`."""
 
     def _experts(self, config: RunConfig, store_uri: str) -> list[ExpertNetworks]:
         """Trained networks of a run's method: those of the last piece if they are the same, else restored."""
@@ -74,7 +76,7 @@ class PieceWorker:
         groups = [expert_group(store_uri, each, data.name, data.fingerprint) for each in trained]
         wanted = [(group.location.uri, config.experts.count) for group in groups]
         if wanted != self._kept[0]:
-            self._kept = [], []  # leave the device before others come
+            self._kept, self._made = ([], []), {}  # leave the device before others come
             self._kept = wanted, [ExpertNetworks(each, data, store_uri, self._device) for each in trained]
         return self._kept[1]
 
@@ -102,7 +104,8 @@ class PieceWorker:
         unvalidated = config.distill.model_copy(update={"validate_every": 0})
         config = config.model_copy(update={"distill": unvalidated})
         experts = self._experts(config, store_uri)
-        part = Part(config, self._dataset, store_uri, Alone(), self._device, sharing=1, piece=piece, experts=experts)
+        place = (config, self._dataset, store_uri, Alone(), self._device)
+        part = Part(*place, sharing=1, piece=piece, experts=experts, kept=self._made)
         with closing(method_of(config)(part)) as method:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 

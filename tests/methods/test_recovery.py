@@ -21,10 +21,13 @@ from datm_ray.methods.state import MOST_DIVERGED
 BOUNDS = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))
 
 
-def teacher_network() -> nn.Module:
-    """Small ResNet-18 in float64, whose running statistics are those of a few batches."""
-    spec = NetworkSpec(architecture="resnet18", width=8, norm="batch", channels=3, size=(16, 16), classes=4)
-    network = build_network(spec, seed=0).double()
+def teacher_network(seed: int = 0, architecture: str = "resnet18") -> nn.Module:
+    """Small network in float64, whose running statistics are those of a few batches."""
+    changes = {"depth": 2} if architecture == "convnet" else {}
+    spec = NetworkSpec(
+        architecture=architecture, width=8, norm="batch", channels=3, size=(16, 16), classes=4, **changes
+    )
+    network = build_network(spec, seed).double()
     network.train()
     with torch.no_grad():
         for seed in range(3):
@@ -70,6 +73,8 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
     torch.testing.assert_close(rest, 0.3 * statistics.detach(), rtol=1e-12, atol=0)
     (gradient,), (theirs,) = torch.autograd.grad(loss, images), torch.autograd.grad(plain, images)
     torch.testing.assert_close(gradient, theirs, rtol=1e-10, atol=1e-14)
+    together = teacher.gradient(images.detach(), labels)
+    torch.testing.assert_close(together, (gradient, loss.detach(), statistics.detach()), rtol=1e-12, atol=1e-15)
     along = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     step = 1e-6
     ahead, behind = (float(teacher(images.detach() + sign * step * along, labels)[0]) for sign in (1, -1))
@@ -84,6 +89,19 @@ def test_the_order_of_maps_in_memory_changes_rounding_alone() -> None:
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(loss, images)[0] for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_compiled_gradient_is_the_uncompiled_one(channels_last: bool) -> None:
+    """Compiled code for two teachers of one architecture keeps each one's parameters and statistics."""
+    images, labels = some_images()
+    for seed in (0, 1):
+        network = teacher_network(seed, "convnet")
+        plain = RecoveryLoss(network, RecoverConfig()).gradient(images, labels)
+        compiled = RecoveryLoss(network, RecoverConfig(), compiled=True, channels_last=channels_last)
+        assert not compiled.note
+        torch.testing.assert_close(compiled.gradient(images, labels), plain, rtol=1e-9, atol=1e-13)
 
 
 def test_the_teacher_is_a_frozen_copy_in_evaluation_mode() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class Part:
     """Piece (some images of some classes) that the worker makes; `None` if the set is not made in pieces."""
     experts: Sequence[ExpertNetworks] | None = None
     """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What a method made from these networks and keeps for the worker's next piece, such as compiled code."""
 
     @cached_property
     def rows(self) -> Rows:

@@ -14,6 +14,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
+from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
@@ -75,7 +76,7 @@ class RecoveryFromTeacher(Method):
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
         """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
-        return Demand({"training": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+        return Demand({"recovery": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
@@ -85,8 +86,16 @@ class RecoveryFromTeacher(Method):
     def __init__(self, part: Part) -> None:
         super().__init__(part)
         self.calibration = ""  # Adam has its own learning rate, so none is found
-        if part.rows.last < FEW_IMAGES:
-            self.notes = (f"a block has {part.rows.last} images, whose statistics say little: raise recover.block",)
+        self.preparation = "compiling the recovery" if part.config.cluster.compile else ""
+        few = f"a block has {part.rows.last} images, whose statistics say little: raise recover.block"
+        self.notes = list(filter(None, [few if part.rows.last < FEW_IMAGES else "", self._loss.note]))
+        self.facts = {"not_compiled_because": self._loss.note} if self._loss.note else {}
+
+    def prepare(self, heartbeat: Heartbeat) -> None:
+        """Compile the gradient in the images. A worker keeps it for all blocks of one size."""
+        labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
+        self._loss.gradient(torch.zeros(len(labels), *self.part.image, device=self.part.device), labels)
+        heartbeat()
 
     def calibrate(self, state: Any) -> Iterator[str]:
         """Yields nothing, because the recipe leaves no value open."""
@@ -94,9 +103,13 @@ class RecoveryFromTeacher(Method):
 
     @cached_property
     def _loss(self) -> RecoveryLoss:
-        config = self.part.config
-        channels_last = config.cluster.channels_last
-        return RecoveryLoss(self.experts[0].restored(0), config.recover, channels_last=channels_last)
+        config, kept = self.part.config, self.part.kept
+        options = {"compiled": config.cluster.compile, "channels_last": config.cluster.channels_last}
+        key = (config.recover.model_dump_json(), *options.values())
+        if key not in kept:
+            kept[key] = RecoveryLoss(self.experts[0].restored(0), config.recover, **options)
+        loss: RecoveryLoss = kept[key]
+        return loss
 
     @cached_property
     def _bounds(self) -> tuple[Tensor, Tensor]:
@@ -141,17 +154,16 @@ class RecoveryFromTeacher(Method):
         view = draw_view(config.recover, config.seed, self.piece.number, state.iteration, iterations)
         images = synthetic.images.detach().requires_grad_()
         seen = view.of(images)
-        inner = seen.detach().requires_grad_()
-        loss, statistics = self._loss(inner, synthetic.labels)
-        (along,) = torch.autograd.grad(loss, inner)
+        along, loss, statistics = self._loss.gradient(seen.detach(), synthetic.labels)
         if meta is not None:
-            rows = torch.from_numpy(meta.rows).to(inner.device)
-            found, of_meta = meta.metadd.gradient(inner[rows], synthetic.labels[rows], networks=meta.networks)
+            rows = torch.from_numpy(meta.rows).to(seen.device)
+            shown, labels = seen.detach()[rows], synthetic.labels[rows]
+            found, of_meta = meta.metadd.gradient(shown, labels, networks=meta.networks)
             terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
             state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
             along = along.index_add(0, rows, of_meta)
         (gradient,) = torch.autograd.grad(seen, images, along)
-        state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
+        state.follow(gradient, loss, statistics, config.recover, self._bounds)
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Loss of the last iteration, and its part from batch statistics: name -> value."""
