@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import json
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import mobilenet_v2, resnet, resnet18
 
 from datm_ray.artifact import load
@@ -28,12 +30,8 @@ from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
 from datm_ray.interop import teachers
 from datm_ray.interop.accuracy import Accuracy
-from datm_ray.interop.teachers import (
-    import_teacher,
-    load_weights,
-    read_weights,
-    torchvision_names,
-)
+from datm_ray.interop.names import torchvision_names
+from datm_ray.interop.teachers import import_teacher, load_weights, read_weights
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
@@ -96,6 +94,50 @@ def test_every_kind_of_file_gives_the_same_weights(reference: nn.Module, tmp_pat
     assert all(torch.equal(weights[key], each) for key, each in reference.state_dict().items())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_torch_are_left_out(tmp_path: Path, prefix: str) -> None:
+    """Weights of a network that was compiled, or trained in parallel, have the names of the network."""
+    weights = {f"{prefix}fc.{name}": torch.ones(2) for name in ("weight", "bias")}
+    assert read_weights(open_location(write(tmp_path, weights, "a.pth"))).keys() == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_checkpoints_of_training_programs_are_read(tmp_path: Path, is_new: bool) -> None:
+    """A checkpoint as timm's program writes it, with options, an optimiser and numbers of numpy, gives its weights."""
+    network = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    network(torch.ones(1, 3)).sum().backward()
+    sgd.step()
+    options = argparse.Namespace(model="resnet18", mean=(0.4,), more=argparse.Namespace(workers=None))
+    checkpoint = {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": network.state_dict(),
+        "optimizer": sgd.state_dict(),
+        "args": options,
+        "metric": np.float64(77.1),
+        "saver": {"best_metric": np.float32(0.5), "epochs": np.int64(3)},
+    }
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=is_new)
+    weights = read_weights(open_location(str(path)))
+    assert weights.keys() == {"weight", "bias"}
+    assert torch.equal(weights["weight"], network.weight)
+    torch.save(checkpoint | {"args": argparse.Namespace(evil=Evil())}, path, _use_new_zipfile_serialization=is_new)
+    with pytest.raises(CorruptFileError, match=r"holds an object of \S+, and objects could run code\. Write"):
+        read_weights(open_location(str(path)))
+
+
+def test_a_whole_network_is_refused_by_its_class(tmp_path: Path) -> None:
+    """A file with a network in place of its state_dict is refused, and the line names the network's class."""
+    path = tmp_path / "network.pt"
+    torch.save(nn.Sequential(nn.Linear(1, 1)), path)
+    with pytest.raises(
+        CorruptFileError, match=r"holds an object of torch\.nn\.modules\.\w+\.Sequential, .*state_dict\("
+    ):
+        read_weights(open_location(str(path)))
+
+
 def test_an_imported_teacher_is_torchvisions_network(reference: nn.Module, tmp_path: Path) -> None:
     """An imported teacher has torchvision's logits of images under the recipe's normalisation, and its transform."""
     config = recipe().resolved((8, 8))
@@ -132,6 +174,104 @@ def test_torchvisions_names_are_known(name: str, size: int) -> None:
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(network(images), reference(images), atol=1e-10, rtol=1e-9)
+
+
+FIRST_OF_STAGES = (1, 2, 4, 7, 11, 14, 17)
+"""Places of the first block of each stage in torchvision's MobileNetV2; its first convolution has place 0."""
+
+
+def timm_name(name: str) -> str:
+    """Name in timm's mobilenetv2_100 of a weight of torchvision's MobileNetV2."""
+    if name.startswith("classifier."):
+        return name.replace(".1.", ".")
+    place, *inner = name.removeprefix("features.").split(".")
+    if place in ("0", "18"):
+        names = {"0": ("conv_stem", "bn1"), "18": ("conv_head", "bn2")}[place]
+        return f"{names[int(inner[0])]}.{inner[-1]}"
+    stage = max(number for number, first in enumerate(FIRST_OF_STAGES) if first <= int(place))
+    first = ["conv_dw", "bn1", "conv_pw", "bn2"]
+    order = [*first] if stage == 0 else ["conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"]
+    outer, within = int(inner[1]), int(inner[2]) if len(inner) == 4 else 0
+    activated = len(order) // 2 - 1  # convolutions that are followed by an activation, each with its normalisation
+    position = 2 * outer + within if outer < activated else activated + outer
+    return f"blocks.{stage}.{int(place) - FIRST_OF_STAGES[stage]}.{order[position]}.{inner[-1]}"
+
+
+def test_timms_names_of_mobilenet_are_known() -> None:
+    """Weights of MobileNetV2 by timm's names fit, and give torchvision's logits."""
+    reference = with_statistics(mobilenet_v2(num_classes=5)).double()
+    weights = {timm_name(name): each for name, each in reference.state_dict().items()}
+    shapes = {
+        "blocks.0.0.conv_pw.weight": (16, 32, 1, 1),
+        "blocks.2.1.conv_dw.weight": (192, 1, 3, 3),
+        "blocks.6.0.bn3.running_var": (320,),
+        "conv_head.weight": (1280, 320, 1, 1),
+        "bn2.bias": (1280,),
+        "classifier.weight": (5, 1280),
+    }  # as timm 1.0.31 has them
+    assert {name: tuple(weights[name].shape) for name in shapes} == shapes
+    spec = NetworkConfig(architecture="mobilenet-v2", norm="batch").for_images(3, (65, 65), 5)
+    network = build_network(spec, 0).double().eval()
+    assert load_weights(network, weights) == ""
+    images = torch.randn(2, 3, 65, 65, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), reference(images), atol=1e-10, rtol=1e-9)
+
+
+def timm_transformer(hidden: int, patch: int, tokens: int) -> dict[str, Tensor]:
+    """Random weights of timm's vit_small without a class token, for images of 3 channels and 5 classes."""
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (hidden, 3, patch, patch)}
+    shapes |= {"patch_embed.proj.bias": (hidden,), "pos_embed": (1, tokens, hidden)}
+    for block in (f"blocks.{number}" for number in range(12)):
+        linear = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+        for name, (outputs, inputs) in linear.items():
+            shapes[f"{block}.{name}.weight"] = outputs * hidden, inputs * hidden
+            shapes[f"{block}.{name}.bias"] = (outputs * hidden,)
+        shapes |= {f"{block}.{norm}.{kind}": (hidden,) for norm in ("norm1", "norm2") for kind in ("weight", "bias")}
+    shapes |= {"norm.weight": (hidden,), "norm.bias": (hidden,), "head.weight": (5, hidden), "head.bias": (5,)}
+    draw = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def logits_of_transformer(weights: Mapping[str, Tensor], images: Tensor, heads: int) -> Tensor:
+    """Logits of timm's vision transformer with class_token=False, global_pool="avg" and fc_norm=False."""
+
+    def linear(name: str, values: Tensor) -> Tensor:
+        return functional.linear(values, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name: str, values: Tensor) -> Tensor:
+        size = values.shape[-1:]
+        return functional.layer_norm(values, size, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    kernel = weights["patch_embed.proj.weight"]
+    patches = functional.conv2d(images, kernel, weights["patch_embed.proj.bias"], stride=kernel.shape[-1])
+    x = patches.flatten(2).transpose(1, 2) + weights["pos_embed"]
+    for block in (f"blocks.{number}" for number in range(12)):
+        parts = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).unflatten(2, (3, heads, -1))
+        mixed = functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        x = x + linear(f"{block}.attn.proj", mixed.transpose(1, 2).flatten(2))
+        x = x + linear(f"{block}.mlp.fc2", functional.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x))))
+    return linear("head", norm("norm", x).mean(dim=1))
+
+
+def test_timms_names_of_a_transformer_are_known() -> None:
+    """Weights of a vit-small without class token, by timm's names, fit and give the logits of timm's formulas.
+
+    One with a class token, or with its last normalisation after the mean, is refused by the names that differ.
+    """
+    spec = NetworkConfig(architecture="vit-small", norm="none", width=64).for_images(3, (8, 8), 5)
+    network, weights = build_network(spec, 0).double().eval(), timm_transformer(192, 1, 64)
+    assert load_weights(network, weights) == ""
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = logits_of_transformer(weights, images, heads=3)
+        torch.testing.assert_close(network(images), expected, atol=1e-10, rtol=1e-9)
+    with_token = weights | {"cls_token": torch.zeros(1, 1, 192), "pos_embed": torch.zeros(1, 65, 192)}
+    difference = load_weights(network, with_token)
+    assert difference == "it has unknown cls_token; other shapes: pos_embed [1, 65, 192] instead of [1, 64, 192]"
+    late = {name if name[:5] != "norm." else f"fc_{name}": each for name, each in weights.items()}
+    difference = load_weights(network, late)
+    assert difference == "it lacks norm.bias, norm.weight; it has unknown fc_norm.bias, fc_norm.weight"
 
 
 def test_own_names_are_known() -> None:

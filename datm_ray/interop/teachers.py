@@ -1,20 +1,22 @@
 """Import of trained classifiers, such as torchvision's, as experts whose last epoch alone is stored.
 
 A file holds a state_dict, written by `torch.save` or by safetensors: tensors by name. Names may be those of
-torchvision, which timm's ResNets share, or those of the networks here. Running statistics are stored too, so SRe2L,
-labels and MetaDD use an imported network like one that was trained here. Trajectory matching cannot, because it needs
-earlier epochs.
+torchvision, those of timm, or those of the networks here. Running statistics are stored too, so SRe2L, labels and
+MetaDD use an imported network like one that was trained here. Trajectory matching cannot, because it needs earlier
+epochs.
 
 A file does not say how its images were normalised, nor in which order its classes are. So the recipe must give
 `dataset.mean` and `dataset.std`, and the classes of its data set must have the order of the file's. The import measures
 the share of correct answers on test images, which shows most mistakes; the command line warns of a guessing network.
 
-`torch.load` reads files with `weights_only=True`, which executes nothing from them. Tests: tests/test_teachers.py.
+`torch.load` reads files with `weights_only=True`, which executes nothing from them. Options of a training program and
+numbers of numpy beside the weights become empty objects. Tests: tests/test_teachers.py.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,7 +29,6 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from datm_ray.config import RunConfig
-from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock, SpatialNetwork
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import transform_of
@@ -35,6 +36,7 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
 from datm_ray.interop.accuracy import Accuracy, accuracy_of
+from datm_ray.interop.names import timm_names, torchvision_names
 from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
@@ -42,6 +44,22 @@ from datm_ray.store.trajectories import Snapshot, size_in_words
 
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+"""What torch puts before the names of a network that is trained in parallel, averaged or compiled."""
+
+
+class _Discarded:
+    """Empty object in place of one that a training program stored beside a state_dict. Its values are not kept."""
+
+    def __new__(cls, *_: object) -> _Discarded:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_DISCARDED = ("argparse.Namespace", *(f"numpy.{core}.multiarray.scalar" for core in ("_core", "core")), "numpy.dtype")
+"""Classes and functions that a file may name beside its tensors; torch calls `_Discarded` in their place."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +119,7 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
 
 
 def read_weights(place: Location) -> dict[str, Tensor]:
-    """Tensors of a state_dict by name, without the prefix of torch's data parallelism.
+    """Tensors of a state_dict by name, without the prefixes of torch's data parallelism and compiler.
 
     Raises:
         StoreError: the file is missing, cannot be read, or does not fit into memory.
@@ -110,14 +128,9 @@ def read_weights(place: Location) -> dict[str, Tensor]:
     size = place.size()
     (content,) = place.read_ranges([(0, size)])
     try:
-        if place.path.endswith(".safetensors"):
-            found: Any = load_safetensors(bytes(content))
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # other pickle versions: torch reads or refuses them
-                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        found = _content(content, is_safetensors=place.path.endswith(".safetensors"))
         found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
-        weights = {name.removeprefix("module."): tensor.detach() for name, tensor in found.items()}
+        weights = {_PREFIXES.sub("", name): tensor.detach() for name, tensor in found.items()}
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in weights.values()):
             raise ValueError("a tensor has values twice")  # a small file could ask for any amount of memory
         is_finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
@@ -128,9 +141,12 @@ def read_weights(place: Location) -> dict[str, Tensor]:
                 f"the file has {size_in_words(size)}",
                 "end other programs, or import it on a machine with more memory",
             ) from error
+        named = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # torch names what it does not execute
         raise CorruptFileError(
             f"{place.uri} is not a state_dict",
-            "It holds other things than tensors by name, objects that could run code, or was cut off",
+            f"It holds an object of {named[1]}, and objects could run code"
+            if named
+            else "It holds other things than tensors by name, or was cut off",
             "Write it with torch.save(network.state_dict(), FILE) or safetensors.torch.save_file",
         ) from error
     if not is_finite:
@@ -138,6 +154,15 @@ def read_weights(place: Location) -> dict[str, Tensor]:
         raise CorruptFileError(f"{place.uri} holds values that are not finite", "The training diverged", remedy)
     _require_variances(place, weights)
     return weights
+
+
+def _content(content: memoryview, *, is_safetensors: bool) -> Any:
+    """Value that a file of torch or safetensors holds. Raises errors of many classes if there is none."""
+    if is_safetensors:
+        return load_safetensors(bytes(content))
+    with warnings.catch_warnings(), torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]):
+        warnings.simplefilter("ignore")  # other pickle versions: torch reads or refuses them
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _require_variances(place: Location, weights: Mapping[str, Tensor]) -> None:
@@ -152,14 +177,16 @@ def _require_variances(place: Location, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Write weights, by torchvision's names or the network's own, into a network of this package.
+    """Write weights, by names of torchvision, of timm or of the network itself, into a network of this package.
 
     Returns:
-        "" if they fit; otherwise what differs, and the network stays unchanged.
+        "" if they fit; otherwise what differs from the names that most of the weights have, and the network stays
+        unchanged.
     """
     own = dict(network.named_parameters()) | float_buffers(network)
-    names = {name: name for name in own} if own.keys() <= weights.keys() else torchvision_names(network)
     given = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    known = (torchvision_names(network), timm_names(network), {name: name for name in own})
+    names = max(known, key=lambda names: len(given.keys() & names.values()))
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in own.items()}
     differences = [
         _named("it lacks", shapes.keys() - given.keys()),
@@ -178,39 +205,6 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
             for name, tensor in own.items():
                 tensor.copy_(given[names[name]])
     return "; ".join(filter(None, differences))
-
-
-def torchvision_names(network: nn.Module) -> dict[str, str]:
-    """Name in torchvision of every parameter and float buffer of a ResNet or MobileNetV2; other names stay."""
-    parts = _torchvision_parts(network)
-    found = {}
-    for name in [*dict(network.named_parameters()), *float_buffers(network)]:
-        prefix = next((part for part in parts if name.startswith(f"{part}.")), "")
-        found[name] = parts[prefix] + name.removeprefix(prefix) if prefix else name
-    return found
-
-
-def _torchvision_parts(network: nn.Module) -> dict[str, str]:
-    """Name of a module in this package's ResNet or MobileNetV2 -> its name in torchvision; empty for others."""
-    if not isinstance(network, SpatialNetwork) or not isinstance(network.features, nn.Sequential):
-        return {}
-    layers = list(network.features)
-    if any(isinstance(layer, InvertedResidual) for layer in layers):
-        places = [place for place, layer in enumerate(layers) if isinstance(layer, InvertedResidual)]
-        return {f"features.{place}.branch": f"features.{place}.conv" for place in places} | {
-            "classifier": "classifier.1"
-        }
-    parts, stage, number = {"features.0": "conv1", "features.1": "bn1", "classifier": "fc"}, 0, 0
-    for place, layer in enumerate(layers):
-        if isinstance(layer, ResidualBlock):
-            begins = stage == 0 or isinstance(layer.shortcut, nn.Sequential)
-            stage, number = (stage + 1, 0) if begins else (stage, number + 1)
-            ours, theirs = f"features.{place}", f"layer{stage}.{number}"
-            parts[f"{ours}.shortcut"] = f"{theirs}.downsample"
-            for inner in range(len(layer.branch)):
-                step, kind = divmod(inner, 3)
-                parts[f"{ours}.branch.{inner}"] = f"{theirs}.{('conv', 'bn', 'relu')[kind]}{step + 1}"
-    return parts if stage else {}
 
 
 def _named(what: str, names: Collection[str]) -> str:

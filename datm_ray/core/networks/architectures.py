@@ -341,7 +341,7 @@ def vit_small(spec: NetworkSpec) -> SpatialNetwork:
     hidden = heads * (_scaled(384, spec) // heads)
     features = nn.Sequential(
         _PatchTokens(spec.channels, patch, height * width, hidden),
-        *(_TransformerLayer(hidden, heads) for _ in range(12)),
+        *(TransformerLayer(hidden, heads) for _ in range(12)),
         _LayerNorm(hidden),
         _TokenMaps(height, width),
     )
@@ -378,7 +378,7 @@ class _PatchTokens(nn.Module):
         return tokens + self.positions
 
 
-class _TransformerLayer(nn.Module):
+class TransformerLayer(nn.Module):
     """Transformer layer: attention, then two linear layers with 4 d hidden units, each with a residual connection."""
 
     def __init__(self, hidden: int, heads: int) -> None:
