@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, UNREAD_BY_MATCHING
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import differences
 from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.stages.methods.registry import teacher_of, trained_networks
 
 
 def refusal(text: str | bytes, folder: Path) -> str:
@@ -545,9 +547,45 @@ def test_how_a_set_is_scored_is_no_part_of_a_run_and_stands_in_the_sets_file() -
     assert override(RunConfig(), ["evaluate.learning_rate=none"]) == base
 
 
+def test_a_teacher_of_evaluation_is_the_same_network_for_every_method() -> None:
+    """`evaluate.teacher` alone decides its experts, and not the set; it changes nothing while labels are the set's."""
+    teacher = "evaluate.teacher={network: {architecture: resnet18, width: 16, norm: batch}, experts: {epochs: 3}}"
+    taught = [teacher, "evaluate.labels=teacher", "dataset.normalisation=standard"]
+    runs = [override(get_recipe(f"digits-{name}ipc10"), taught).resolved((8, 8)) for name in ("", "dm-", "sre2l-")]
+    assert len({each.network for each in runs}) > 1
+    of = [teacher_of(run) for run in runs]
+    assert len({expert_fingerprint(each, "d") for each in of}) == 1
+    assert (of[0].network.architecture, of[0].experts.epochs, of[0].experts.count) == ("resnet18", 3, 1)
+    assert [len(trained_networks(run)) for run in runs] == [2, 1, 2]
+    for run in runs:
+        base = override(run, ["evaluate.teacher=null", "evaluate.labels=own"])
+        assert run_identity(run) == run_identity(base)
+        idle = override(run, ["evaluate.labels=own"])
+        assert (idle.own_teacher(), len(trained_networks(idle))) == ([], len(trained_networks(base)))
+        assert recipe_of_set(idle) == recipe_of_set(base) != recipe_of_set(run)
+        assert load_config_text(to_yaml(run), "test") == run
+    assert "teacher" not in run_identity(runs[0])["evaluate"]
+
+
+def test_a_teacher_that_is_a_backbone_is_trained_once() -> None:
+    """A teacher with the network and training of the run's experts is expert 0 of them, and no further network."""
+    run = get_recipe("digits-sre2l-ipc10").resolved((8, 8))
+    teacher = json.dumps({"network": run.network.model_dump(), "experts": run.experts.model_dump()})
+    taught = override(run, ["evaluate.labels=teacher", f"evaluate.teacher={teacher}"])
+    assert [each.network for each in trained_networks(taught)] == [run.network]
+    assert expert_fingerprint(teacher_of(taught), "d") == expert_fingerprint(run, "d")
+    other = override(taught, ["evaluate.teacher.experts.epochs=7"])
+    assert len(trained_networks(other)) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            ["evaluate.teacher={network: lenet, experts: {epochs: 3, warmup_epochs: 3}}"],
+            r"evaluate\.teacher\.experts\.warmup_epochs is 3, and there are 3 epochs",
+        ),
+        (["evaluate.teacher={}"], r"evaluate\.teacher\.network is missing"),
         (["evaluate.cutmix=1"], r"evaluate\.cutmix mixes images.*set evaluate\.labels=teacher"),
         (["evaluate.epochs=5", "evaluate.warmup_epochs=5"], r"evaluate\.warmup_epochs is 5, and there are 5 epochs"),
         (["experts.warmup_epochs=100"], r"experts\.warmup_epochs is 100, and there are 100 epochs in all"),

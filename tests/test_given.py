@@ -23,7 +23,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
-from datm_ray.stages.methods.registry import method_of
+from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -98,6 +98,8 @@ def test_a_teacher_labels_a_given_set_where_the_recipe_asks_for_one(made: Path, 
     assert scores(tmp_path).keys() == {"random-hard", "random-soft", "distilled"}
     assert scores(tmp_path)["distilled"][1] in (0.01, 0.03, 0.1)
     assert torch.equal(load(str(tmp_path / "tiny/synthetic.arrow")).labels, source(made).labels)
+    own = given(made / "png", "evaluate.labels=teacher", "evaluate.teacher={network: lenet}")
+    assert [each.network.architecture for each in trained_networks(own)] == ["lenet"]
 
 
 def test_a_set_of_a_run_with_another_transform_is_brought_into_this_ones(made: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, run_identity, to_yaml
 from datm_ray.core.synthetic import random_rows
+from datm_ray.core.training.teacher import Teacher
 from datm_ray.data import Transform
 from datm_ray.data.dataset import transform_of
 from datm_ray.errors import (
@@ -443,6 +444,38 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
         assert found == [(each, 0.05, None) for each in scored[row]]
         for uri in uris:
             Path(uri).unlink()
+
+
+def test_runs_of_several_methods_are_scored_under_one_teacher(tmp_path: Path) -> None:
+    """With `evaluate.teacher`, the networks of every method learn from one network, which is trained once and noted.
+
+    A method without experts then has random images under these labels in its table.
+    """
+    own = ["evaluate.teacher={network: lenet, experts: {epochs: 2}}", "evaluate.seeds=1", "evaluate.full=false"]
+    changes = [*TAUGHT, *own, "distill.validate_every=0"]
+    chosen = tiny_config("name=chosen", "method=select", "experts.count=1", "distill.initial_step_size=0.1", *changes)
+    matched = tiny_config("name=matched", "method=dm", *changes)
+    pipeline = Pipeline([matched], str(tmp_path))
+    assert pipeline.plan()[0].startswith("1 expert to train: expert 0 of digits/lenet/")
+    with pytest.raises(MissingExpertsError, match=r"lenet/\w+ holds 0 of 1 experts of matched"):
+        pipeline.evaluate(serial(matched), QUIET)
+    pipeline.run_all(serial(matched), QUIET)
+    assert set(accuracies(pipeline)) == {"random-hard", "random-soft", "distilled"}
+    both = Pipeline([matched, chosen], str(tmp_path))
+    assert both.plan()[0].startswith("1 expert to train: expert 0 of digits/convnet/")  # chooses; the teacher is there
+    both.run_all(serial(matched), QUIET)
+    assert "random-soft" in accuracies(Pipeline([chosen], str(tmp_path)))
+    (shared,) = (str(key) for key in TrajectoryStore(both.store_uri).groups() if key.architecture == "lenet")
+    for config in (matched, chosen):
+        note = json.loads((tmp_path / config.name / "dataset.json").read_text())
+        assert f"{shared}/0" in note["experts"]
+    assert "training" not in both.table()
+    worker = EvaluateWorker(both.runs.dataset(matched.dataset), matched.cluster)
+    images = torch.from_numpy(both.runs.dataset(matched.dataset).test_images[:5])
+    folder = open_location(str(tmp_path / "matched"))
+    taught = [worker._lessons(each, both.store_uri, "distilled", folder, images) for each in (matched, chosen)]
+    logits = [each.network(images) for each in taught if isinstance(each, Teacher)]
+    assert torch.equal(*logits)
 
 
 def test_a_teacher_that_is_not_trained_and_an_endless_warm_up_are_refused(tmp_path: Path) -> None:

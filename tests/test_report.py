@@ -506,7 +506,7 @@ def test_what_differs_between_runs_stands_below_their_table(out: Location) -> No
     "change",
     ["protocol=short", "epochs=7", "batch_size=7", "optimiser=adamw", "learning_rate=0.2", "schedule=cosine",
      "warmup_epochs=3", "weight_decay=0.1", "augmentation=flip", "labels=stored", "real_epochs=7",
-     "temperature=4", "cutmix=1"],
+     "temperature=4", "cutmix=1", "teacher={network: lenet}"],
 )  # fmt: skip
 def test_every_setting_of_a_training_is_distinguished(change: str) -> None:
     """Each key of `evaluate` that changes how networks are trained changes the line on the training."""

@@ -33,6 +33,8 @@ from datm_ray.interop.accuracy import Accuracy
 from datm_ray.interop.names import torchvision_names
 from datm_ray.interop.teachers import import_teacher, load_weights, read_weights
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.train import expert_group
+from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import CommandLine
@@ -451,6 +453,17 @@ def test_an_import_needs_the_normalisation_and_a_network(tmp_path: Path) -> None
         import_teacher(file, recipe(method="dm", network="convnet"), str(tmp_path))
     with pytest.raises(DatasetError, match=r"dataset\.mean has 3 number\(s\), and the images have 1 channel"):
         import_teacher(file, recipe(dataset={"mean": [0.1] * 3, "std": [0.2] * 3}), str(tmp_path))
+
+
+def test_a_teacher_of_evaluation_is_imported_for_a_method_without_experts(tmp_path: Path) -> None:
+    """A file that fits `evaluate.teacher` becomes the teacher of a run of dm, which trains no network itself."""
+    teacher = {"network": {"architecture": "mobilenet-v2", "norm": "batch", "width": 8}, "experts": {"epochs": 3}}
+    evaluate = {"labels": "teacher", "teacher": teacher}
+    config = recipe(method="dm", network="convnet", evaluate=evaluate).resolved((8, 8))
+    imported = import_teacher(write(tmp_path, small_weights(), "a.pth"), config, str(tmp_path / "store"))
+    raw = load_raw("digits", None)
+    group = expert_group(str(tmp_path / "store"), teacher_of(config), raw.name, raw.fingerprint)
+    assert (str(group.key), group.experts()) == (imported.group, [0])
 
 
 RECIPE = """

@@ -116,8 +116,12 @@ class RunConfig(Section):
     @property
     def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
         """Sections with settings for training networks: key, such as `metadd.experts` -> section."""
-        auxiliaries = {} if self.metadd is None else {"metadd.experts": self.metadd.experts}
-        return {"experts": self.experts, **auxiliaries, "evaluate": self.evaluate}
+        found: dict[str, ExpertConfig | EvaluateConfig] = {"experts": self.experts, "evaluate": self.evaluate}
+        if self.metadd is not None:
+            found["metadd.experts"] = self.metadd.experts
+        if self.evaluate.teacher is not None:
+            found["evaluate.teacher.experts"] = self.evaluate.teacher.experts
+        return found
 
     @property
     def _unmatched_epochs(self) -> str:
@@ -177,7 +181,10 @@ class RunConfig(Section):
             auxiliaries = tuple(each.resolved(size) for each in self.metadd.auxiliaries)
             changes["metadd"] = self.metadd.model_copy(update={"auxiliaries": auxiliaries})
         scored = dict.fromkeys(each.resolved(size) for each in self.evaluate.networks)
-        changes["evaluate"] = self.evaluate.model_copy(update={"networks": tuple(scored)})
+        teacher = self.evaluate.teacher
+        if teacher is not None:
+            teacher = teacher.model_copy(update={"network": teacher.network.resolved(size)})
+        changes["evaluate"] = self.evaluate.model_copy(update={"networks": tuple(scored), "teacher": teacher})
         return parse_config(self.model_copy(update=changes).model_dump(), self.name)
 
     def each_backbone(self) -> list[RunConfig]:
@@ -193,11 +200,24 @@ class RunConfig(Section):
         """
         if self.metadd is None:
             return []
-        experts = self.metadd.experts
+        return [self._with_experts(network, self.metadd.experts) for network in self.metadd.auxiliaries]
+
+    def own_teacher(self) -> list[RunConfig]:
+        """One copy of the run for the network of `evaluate.teacher`; empty if it is not given, or labels no images.
+
+        In the copy, `evaluate.teacher.experts` replaces `experts`; without a seed of its own it has that of `experts`.
+        """
+        teacher = self.evaluate.teacher
+        if teacher is None or not self.evaluate.has_teacher:
+            return []
+        return [self._with_experts(teacher.network, teacher.experts)]
+
+    def _with_experts(self, network: NetworkConfig, experts: ExpertConfig) -> RunConfig:
+        """Copy of the run with one network, whose experts are trained otherwise, with the seed of the run's experts."""
         if experts.seed is None:
             experts = experts.model_copy(update={"seed": self.experts.seed})
-        alone = {"backbones": (), "metadd": None, "experts": experts}
-        return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
+        alone = {"backbones": (), "metadd": None, "network": network, "experts": experts}
+        return self.model_copy(update=alone)
 
     @property
     def scoring_run(self) -> ScoringRun | None:

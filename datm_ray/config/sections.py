@@ -588,6 +588,15 @@ class PriorConfig(Section):
         return ":" not in self.kind
 
 
+class TeacherConfig(Section):
+    """A network of its own that labels images for scored networks, so that runs of several methods can share it."""
+
+    network: NamedNetwork
+    """Architecture of the teacher, such as `resnet18`."""
+    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
+    """Training of the teacher; only its last epoch is used."""
+
+
 class EvaluateConfig(Section):
     """Training of fresh networks on the synthetic set, scored on the test set."""
 
@@ -609,8 +618,11 @@ class EvaluateConfig(Section):
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
-    """Soft labels for training. own: the set's; teacher: expert 0's logits for every augmented batch; stored: expert
-    0's logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
+    """Soft labels for training. own: the set's; teacher: a teacher's logits for every augmented batch; stored: its
+    logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
+    teacher: TeacherConfig | None = None
+    """Teacher that runs of any method can share, such as `{network: resnet18, experts: {epochs: 50}}`;
+    null: expert 0 of the run's first network. Used if `labels` is teacher or stored."""
     temperature: Positive = 20.0
     """Divisor of the logits of teacher and network. Used if `labels` is teacher or stored."""
     cutmix: NonNegative = 0.0
@@ -655,7 +667,7 @@ SELDOM = {
     "given": "digest",
     "metadd": "divergence variance_of threshold",
     "prior": "epochs batch_size learning_rate inversion_steps",
-    "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
+    "evaluate": "optimiser real_epochs full fair augmentation labels teacher temperature cutmix keep_labels top_logits "
     "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",

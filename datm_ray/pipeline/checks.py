@@ -261,7 +261,10 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
     if runs.stored_transform(config.dataset) is None:
         runs.fitting_cost(config.dataset).require_memory()
     strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
-    for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
+    for strategy in (
+        *strategies,
+        *(each.experts.augmentation for each in [*config.each_auxiliary(), *config.own_teacher()]),
+    ):
         parse_strategy(strategy)
 
 
@@ -283,6 +286,9 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
                 "MetaDD compares what different architectures see",
                 "give another one, such as {architecture: resnet18}",
             )
+    for teacher in config.own_teacher():
+        built = _check_network(runs, config, teacher.network, "evaluate.teacher.network")
+        _check_experts(runs, teacher, built, [teacher.experts.epochs])
     asked = {network.resolved(runs.raw(config).size): name for network, name in runs.asked.items()}
     for number, network in enumerate(config.evaluate.networks):
         _check_network(runs, config, network, asked.get(network, f"evaluate.networks.{number}"), states_norm=False)

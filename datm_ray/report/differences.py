@@ -41,6 +41,8 @@ def _training(config: RunConfig) -> list[str]:
     settings, schedule = config.evaluate, row_schedule(config, "distilled")
     rate = "learned or chosen" if settings.learning_rate is None else f"{settings.learning_rate:g}"
     labels = {"own": "the set's labels", "teacher": "a teacher's labels", "stored": "stored labels"}[settings.labels]
+    teachers = [f"{each.experts.epochs} epochs of {each.network.architecture}" for each in config.own_teacher()]
+    labels += f" ({teachers[0]})" if teachers else ""
     taught = f" at temperature {settings.temperature:g}, CutMix {settings.cutmix:g}" if settings.has_teacher else ""
     return [
         f"{schedule.epochs:,} epochs",

@@ -11,8 +11,9 @@ matched network has its own learned step size. With AdamW no step size was learn
 data.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
-network: its logits of every augmented batch replace the labels, see `core.training.teacher`. With `stored`, the labels
-of the distilled set are made beforehand, see `stages.labels`. No step size was learned for such labels.
+network, or of `evaluate.teacher`: its logits of every augmented batch replace the labels, see `core.training.teacher`.
+With `stored`, the labels of the distilled set are made beforehand, see `stages.labels`. No step size was learned for
+such labels.
 
 The networks of a task, a network for each seed and candidate step size, are trained in stacks where this is faster
 (`core.training.loop.Trainer`). A task that is stopped or killed resumes with the same bits (see `progress`).
@@ -83,7 +84,7 @@ from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.progress import SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import labels_location
-from datm_ray.stages.methods.registry import method_of, teacher_of, trained_backbones
+from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of
 from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
@@ -385,7 +386,7 @@ def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
     """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
-    is_labelled, is_full = bool(trained_backbones(config)), config.evaluate.full
+    is_labelled, is_full = bool(scoring_networks(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += FAIR_ROWS if config.evaluate.fair else ()
     on_others = ON_OTHERS if is_labelled else UNLABELLED_ON_OTHERS

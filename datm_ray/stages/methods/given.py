@@ -25,8 +25,10 @@ class Given(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The first network if `evaluate` needs a teacher, or experts that label random images; otherwise none."""
-        return config.each_backbone()[:1] if config.evaluate.has_teacher or config.evaluate.fair else []
+        """The first network if `evaluate` needs it as teacher, or experts that label random images; otherwise none."""
+        evaluate = config.evaluate
+        is_teacher = evaluate.has_teacher and evaluate.teacher is None
+        return config.each_backbone()[:1] if is_teacher or evaluate.fair else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, expert_fingerprint
 from datm_ray.config.plugins import imported
 from datm_ray.errors import ConfigError
 from datm_ray.stages.methods.base import Method
@@ -51,21 +51,36 @@ def trained_backbones(config: RunConfig) -> list[RunConfig]:
 
 
 def teacher_of(config: RunConfig) -> RunConfig:
-    """First trained backbone, as a run with this network alone. Its expert 0 is the teacher of `evaluate.labels`.
+    """Network whose expert 0 is the teacher of `evaluate.labels`, as a run with this network alone.
+
+    This is the network of `evaluate.teacher` or, if that is not given, the first trained backbone.
 
     Raises:
-        ConfigError: the run trains no backbone.
+        ConfigError: the run trains no backbone and has no teacher of its own.
     """
-    trained = trained_backbones(config)
+    trained = [*config.own_teacher(), *trained_backbones(config)]
     if not trained:
         raise ConfigError(
             f"evaluate.labels is {config.evaluate.labels!r}, and method {config.method} trains no network that could "
             "be the teacher",
-            "use --set evaluate.labels=own",
+            remedy="use --set evaluate.labels=own, or give a teacher, such as --set evaluate.teacher.network=resnet18",
         )
     return trained[0]
 
 
+def scoring_networks(config: RunConfig) -> list[RunConfig]:
+    """Networks that must be trained before a set is scored, each as a run with it alone: backbones, then a teacher."""
+    return _with_teacher(config, trained_backbones(config))
+
+
 def trained_networks(config: RunConfig) -> list[RunConfig]:
-    """Networks that must be trained before a distillation, each as a run with it alone: backbones, then auxiliaries."""
-    return [*trained_backbones(config), *config.each_auxiliary()]
+    """Networks that must be trained for a run, each as a run with it alone: backbones, auxiliaries, then a teacher."""
+    return _with_teacher(config, [*trained_backbones(config), *config.each_auxiliary()])
+
+
+def _with_teacher(config: RunConfig, networks: list[RunConfig]) -> list[RunConfig]:
+    """The networks, and that of `evaluate.teacher` unless its experts are those of one of them."""
+    for teacher in config.own_teacher():
+        if all(expert_fingerprint(each, "") != expert_fingerprint(teacher, "") for each in networks):
+            return [*networks, teacher]
+    return networks
