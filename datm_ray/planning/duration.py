@@ -160,7 +160,7 @@ class Proposal:
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""
-        is_compiled = self.config.cluster.compile and network.network.norm != "batch"
+        is_compiled = self.config.cluster.compile and (kind == "recovery" or network.network.norm != "batch")
         each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
 

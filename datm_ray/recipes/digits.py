@@ -104,8 +104,8 @@ def digits_mtt_ipc10() -> RunConfig:
 def digits_dm_ipc10() -> RunConfig:
     """Real digits, 10 images per class, by distribution matching (DM). It trains no experts.
 
-    Measured 97.8±0.7 %, random real images with hard labels 94.9±0.5, digits-ipc10 97.8±0.4, all real data 98.9±0.2:
-    one distillation each and five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). It took 103 seconds of a busy
+    Measured 97.6±0.5 %, random real images with hard labels 94.9±0.5, digits-ipc10 97.8±0.4, all real data 98.9±0.2:
+    one distillation each and five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). It took 43 seconds of a busy
     CPU core, digits-ipc10 184 and its experts 89. Learning rates and iterations were chosen on validation images.
     """
     base = digits_ipc10()

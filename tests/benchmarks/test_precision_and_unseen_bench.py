@@ -1,4 +1,4 @@
-"""Tests the benchmarks of bfloat16, of DM, and of experts that a set never saw."""
+"""Tests the benchmarks of bfloat16, of iterations of DM and SRe2L, and of experts that a set never saw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def benches() -> Iterator[dict[str, Any]]:
     """The benchmarks, imported as when they run."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
-        yield {name: importlib.import_module(f"bench_{name}") for name in ("bfloat16", "distribution", "unseen")}
+        yield {
+            name: importlib.import_module(f"bench_{name}")
+            for name in ("bfloat16", "distribution", "recovery", "unseen")
+        }
     finally:
         sys.path.pop(0)
 
@@ -78,13 +81,24 @@ def test_both_precisions_compute_one_gradient(benches: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_an_iteration_of_dm_is_the_published_one(
-    benches: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "size", "ways"),
+    [
+        ("distribution", ["--classes", "2", "--width", "4"], ["published way", "compiled"]),
+        ("recovery", ["--images", "3", "--width", "8"], ["uncompiled", "uncompiled, channels innermost"]),
+    ],
+)
+def test_ways_to_compute_an_iteration_differ_by_rounding(
+    name: str,
+    size: list[str],
+    ways: list[str],
+    benches: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The table has the published way and ours, whose gradients differ by rounding alone."""
-    size = ["--classes", "2", "--width", "4", "--side", "8"]
-    benches["distribution"].main([*size, "--turns", "1", "--out", str(tmp_path)])
+    """A table of an iteration has a line for each way, and the first ones differ from float64 by rounding alone."""
+    benches[name].main([*size, "--side", "8", "--turns", "1", "--out", str(tmp_path)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["published way", "compiled"]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ways
     assert all(float(line.split("|")[4]) < 1e-4 for line in lines[2:4])
-    assert [file.name.split("_")[0] for file in tmp_path.iterdir()] == ["distribution"]
+    assert [file.name.split("_")[0] for file in tmp_path.iterdir()] == [name]

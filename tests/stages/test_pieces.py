@@ -16,12 +16,15 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
+from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.methods import recovery
 from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.recovery import RecoveryFromTeacher
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
@@ -281,6 +284,37 @@ def test_two_workers_on_ray_one_of_them_killed_recover_the_same_bits(
     assert losses
     assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
     assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+
+
+def test_a_gradient_is_compiled_where_the_run_is_long_enough() -> None:
+    """A short recovery would wait longer for its compiler than it computes; plans and workers follow one rule."""
+    for iterations, compiled, kind in ((3, True, "training"), (10**7, True, "recovery"), (10**7, False, "training")):
+        config = config_of(f"distill.iterations={iterations}", f"cluster.compile={str(compiled).lower()}")
+        plan = plan_run(config)
+        assert kind in plan.plans[0].demand.passes
+        compiling = Proposal(config, plan.shape, plan.plans, plan.machine).compiling("recovery", config)
+        assert (compiling > 0) == (kind == "recovery")
+
+
+@pytest.mark.slow
+def test_blocks_in_one_worker_share_the_compiled_gradient(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker makes one loss for all blocks of a run, and compiled blocks differ by rounding alone."""
+    made: list[RecoveryLoss] = []
+
+    def counted(*arguments: Any, **options: Any) -> RecoveryLoss:
+        made.append(RecoveryLoss(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(recovery, "RecoveryLoss", counted)
+    monkeypatch.setattr(recovery, "COMPILED_FROM", 0)
+    config = config_of("cluster.compile=true")
+    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
+    pipeline.distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert len(made) == 1
+    assert not made[0].note
+    torch.testing.assert_close(recovered(tmp_path).images, recovered(finished).images, rtol=1e-3, atol=1e-3)
 
 
 def test_a_plan_here_times_only_steps_that_the_method_has() -> None:

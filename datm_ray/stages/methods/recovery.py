@@ -11,19 +11,25 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import RunConfig
-from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
 
 FEW_IMAGES = 32
 """Number of images in a block below which a run warns that batch statistics are unreliable."""
+
+
+COMPILED_FROM, GPU_SPEED = 6e12, 100
+"""COMPILED_FROM: operations in forward passes of all images in all iterations from which on the gradient is compiled.
+On a CPU core this takes half a minute and halves the time of a minute or two. GPU_SPEED: factor for GPUs, assumed."""
 
 
 class RecoveryFromTeacher(Method):
@@ -76,7 +82,14 @@ class RecoveryFromTeacher(Method):
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
         """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
-        return Demand({"recovery": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+        kind = "recovery" if cls.is_compiled(config, classes, cost) else "training"
+        return Demand({kind: largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+
+    @classmethod
+    def is_compiled(cls, config: RunConfig, classes: int, cost: ImageCost) -> bool:
+        """True if the gradient is compiled: `cluster.compile`, and there is more work than compiling takes."""
+        work = config.distill.iterations * config.distill.ipc * classes * cost.flop
+        return config.cluster.compile and work >= COMPILED_FROM * (GPU_SPEED if uses_gpu(config.cluster) else 1)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
@@ -86,13 +99,17 @@ class RecoveryFromTeacher(Method):
     def __init__(self, part: Part) -> None:
         super().__init__(part)
         self.calibration = ""  # Adam has its own learning rate, so none is found
-        self.preparation = "compiling the recovery" if part.config.cluster.compile else ""
+        cost = image_cost(self.experts[0].network, part.image)
+        self._is_compiled = self.is_compiled(part.config, part.dataset.classes, cost)
+        self.preparation = "compiling the recovery" if self._is_compiled else ""
         few = f"a block has {part.rows.last} images, whose statistics say little: raise recover.block"
         self.notes = list(filter(None, [few if part.rows.last < FEW_IMAGES else "", self._loss.note]))
         self.facts = {"not_compiled_because": self._loss.note} if self._loss.note else {}
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile the gradient in the images. A worker keeps it for all blocks of one size."""
+        """Compile the gradient in the images, if it is worth it. A worker keeps it for all blocks of one size."""
+        if not self._is_compiled:
+            return
         labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
         self._loss.gradient(torch.zeros(len(labels), *self.part.image, device=self.part.device), labels)
         heartbeat()
@@ -104,7 +121,7 @@ class RecoveryFromTeacher(Method):
     @cached_property
     def _loss(self) -> RecoveryLoss:
         config, kept = self.part.config, self.part.kept
-        options = {"compiled": config.cluster.compile, "channels_last": config.cluster.channels_last}
+        options = {"compiled": self._is_compiled, "channels_last": config.cluster.channels_last}
         key = (config.recover.model_dump_json(), *options.values())
         if key not in kept:
             kept[key] = RecoveryLoss(self.experts[0].restored(0), config.recover, **options)
