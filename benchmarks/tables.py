@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from datm_ray.words import data_size
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
@@ -34,8 +36,6 @@ def cost_cells(what: str, number: int, cost: Mapping[str, float]) -> list[str]:
         number: of the things that cost so much together.
         cost: of `Spent.to_json`.
     """
-    from datm_ray.store.trajectories import size_in_words  # tables without costs need no store
-
     seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
-    sizes = [size_in_words(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
+    sizes = [data_size(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
     return [what, str(number), *seconds, *sizes]

@@ -41,11 +41,12 @@ from torch.utils.data import TensorDataset
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
 from datm_ray.data.transform import Images, Normaliser, Transform
-from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import damaged, rejecting_nonsense
 from datm_ray.store.tensors import dump_tensors, read_tensors, write_tensors
 from datm_ray.store.trajectories import TRANSFORM_KIND
+from datm_ray.words import counted, dimensions, listed
 
 KIND = "synthetic-set"
 SCORING = "scoring.json"
@@ -145,7 +146,7 @@ class Artifact:
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
-        what = f"{images:,} images of {'x'.join(map(str, self.images.shape[1:]))} in {classes:,} classes"
+        what = f"{images:,} images of {dimensions(self.images.shape[1:])} in {classes:,} classes"
         name, step_size = self.recipe.get("name", "without a name"), f"step size {self.step_size:.4g}"
         return f"<synthetic set {name}: {what}, {step_size}{f', from {self.place}' if self.place else ''}>"
 
@@ -434,9 +435,9 @@ def _faults(artifact: Artifact) -> Iterator[str]:
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             yield f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
         elif not bool(tensor.isfinite().all()):
-            yield f"{name} has {int((~tensor.isfinite()).sum())} value(s) that are not finite"
+            yield f"{name} has {counted(int((~tensor.isfinite()).sum()), 'value')} that are not finite"
     if not n or not k:
-        yield f"it has {n} image(s) of {k} class(es)"
+        yield f"it has {counted(n, 'image')} of {counted(k, 'class')}"
     elif not 0 <= int(labels.min()) <= int(labels.max()) < k:
         yield f"its labels are {int(labels.min())}..{int(labels.max())}, and its classes are 0..{k - 1}"
     if not all(isinstance(name, str) for name in artifact.class_names):
@@ -563,7 +564,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
             if name != folder
         ]
         if renamed:
-            lines.append(f"Folders with other names than their classes: {few(renamed)}.")
+            lines.append(f"Folders with other names than their classes: {listed(renamed, 3)}.")
     if kind == "parquet":
         lines.append("Parquet holds images, classes and soft labels; the step size is in the .arrow file.")
     if kind == "pt":

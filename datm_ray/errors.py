@@ -7,9 +7,7 @@ pickled, because they pass between Ray actors and the driver.
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Iterable
+from datm_ray.words import one_line
 
 
 class DatmError(Exception):
@@ -33,18 +31,6 @@ class DatmError(Exception):
         # The fact may begin with a user's key, path or command, which is not capitalised.
         sentences = [_ended(self.fact), *(_ended(_capital(part)) for part in (self.cause, self.remedy))]
         return one_line(" ".join(sentence for sentence in sentences if sentence))
-
-
-def one_line(text: str) -> str:
-    """Join the text's lines, and replace control characters, which a terminal would obey, by escapes."""
-    text = re.sub(r"[^\S\r\n]*[\r\n]\s*", " ", text.strip())
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
-
-
-def few(names: Iterable[str], most: int = 3) -> str:
-    """The first `most` names, then the number of the others: "a, b, c and 2 more"."""
-    listed = list(names)
-    return ", ".join(listed[:most]) + f" and {len(listed) - most} more" * (len(listed) > most)
 
 
 def _ended(text: str) -> str:

@@ -18,7 +18,7 @@ from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
 from datm_ray.data.transform import FitCost, require_per_channel
 from datm_ray.errors import ConfigError
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import data_size, dimensions
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class DataShape:
     """True if images stay in their files, see `dataset.streamed`."""
 
     def __str__(self) -> str:
-        image = "x".join(map(str, self.image))
-        held = f"{size_in_words(self.bytes)}, shared by the workers of a machine" if self.bytes else "read when needed"
-        images = f"{self.training_images:,} images of {image} in {self.classes:,} classes"
+        held = f"{data_size(self.bytes)}, shared by the workers of a machine" if self.bytes else "read when needed"
+        images = f"{self.training_images:,} images of {dimensions(self.image)} in {self.classes:,} classes"
         return f"{images} to train and validate on: {held}"
 
     @property

@@ -25,6 +25,7 @@ from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.recipes import get_recipe
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
+from datm_ray.words import data_size
 from tests.conftest import CommandLine, tiny_config
 
 KEY = GroupKey("digits", "convnet", "a1b2")
@@ -68,13 +69,12 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup) -> None:
     """`ls` and `show` print number and size of the experts, their epochs with gaps, and storage."""
     _, out, _ = datm_ray("store", "ls", "experts")
-    kibibytes = sum(group.size(expert) for expert in range(3)) / 1024
-    assert out == f"{KEY}  3 expert(s), epochs 0-2, 9, bfloat16, {kibibytes:.1f} KiB\n"
+    size = data_size(sum(group.size(expert) for expert in range(3)))
+    assert out == f"{KEY}  3 experts, epochs 0-2, 9, bfloat16, {size}\n"
     _, out, _ = datm_ray("store", "show", "experts")
     assert "parameters 1,000   bfloat16   format 2" in out
     assert (
-        f"expert     2: epochs 0-2, 9, final train loss 0.5000, test accuracy 0.9000, {group.size(2) / 1024:.1f} KiB"
-        in out
+        f"expert     2: epochs 0-2, 9, final train loss 0.5000, test accuracy 0.9000, {data_size(group.size(2))}" in out
     )
 
 
@@ -140,14 +140,14 @@ def test_verify_sums_up_what_is_whole(datm_ray: CommandLine, group: ExpertGroup)
     """`verify` of an intact store exits with 0 and prints number and size."""
     code, out, _ = datm_ray("store", "verify", "experts")
     assert code == 0
-    assert out.startswith("3 expert(s) are whole, ")
+    assert out.startswith("whole: 3 experts, ")
 
 
 def test_rm_deletes_nothing_without_yes(datm_ray: CommandLine, group: ExpertGroup) -> None:
     """`rm` without --yes prints what it would delete, and exits with 0."""
     code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--expert", "1")
     assert code == 0
-    assert out.startswith(f"Would delete 1 expert(s) of {group.location.uri}, ")
+    assert out.startswith(f"Would delete 1 expert of {group.location.uri}, ")
     assert group.experts() == [0, 1, 2]
 
 
@@ -158,7 +158,7 @@ def test_rm_deletes_single_experts_or_all(datm_ray: CommandLine, group: ExpertGr
     assert group.has_transform()
     (tmp_path / "experts" / str(KEY) / "expert-00001.arrow").write_bytes(b"damaged")
     code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--yes")
-    expected = f"Deleted 1 expert(s) of {group.location.uri}, their transform and what is in progress"
+    expected = f"Deleted 1 expert of {group.location.uri}, their transform and what is in progress"
     assert (code, out.rpartition(",")[0]) == (0, expected)
     assert [path for path in (tmp_path / "experts").rglob("*") if path.is_file()] == []
 
@@ -337,7 +337,7 @@ def test_export_and_import_are_inverse(datm_ray: CommandLine, recipe: str) -> No
     assert datm_ray("store", "import", "in.pt", *whole)[0] == 0
     key = str(imported_group("s").key)
     code, out, _ = datm_ray("store", "export", "s", key, "--out", "out", "--per-file", "2")
-    assert (code, out) == (0, "Wrote 2 file(s) to out\n")
+    assert (code, out) == (0, "Wrote 2 files to out\n")
     found = [each for number in range(2) for each in torch.load(f"out/replay_buffer_{number}.pt", weights_only=True)]
     assert len(found) == 3
     for one, other in zip(found, trajectories, strict=True):
@@ -349,7 +349,7 @@ def test_export_says_which_epochs_have_no_place(datm_ray: CommandLine, group: Ex
     """An export leaves out and names epochs after a gap, because a position in a buffer is an epoch."""
     code, out, _ = datm_ray("store", "export", "experts", str(KEY), "--out", "out")
     assert code == 0
-    assert "Without epoch(s) 9, which come after a gap" in out
+    assert "Without epochs 9, which come after a gap" in out
     found = torch.load("out/replay_buffer_0.pt", weights_only=True)
     assert [len(each) for each in found] == [3, 3, 3]
     assert [tuple(tensor.shape) for tensor in found[0][0]] == [(99, 10), (10,)]

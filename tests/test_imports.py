@@ -34,31 +34,33 @@ FORBIDDEN = {
 }
 """Folder or file -> packages of others that it does without."""
 
-BELOW_STAGES = ("monitor", "runtime", "methods", "core", "data", "store", "config", "errors", "memory", "shape")
+BASE = ("config", "errors", "words")
+BELOW_STAGES = ("monitor", "runtime", "methods", "core", "data", "store", *BASE, "memory", "shape")
 ALLOWED = {
-    "errors.py": (),
+    "words.py": (),
+    "errors.py": ("words",),
     "memory.py": (),
     "_version.py": (),
     "config": ("config", "errors"),
     "recipes": ("recipes", "config", "errors"),
-    "core": ("core", "config", "errors"),
+    "core": ("core", *BASE),
     "core/compute": ("core.compute",),
     "core/images": ("core.images", "core.compute", "core.randomness", "errors"),
-    "core/networks": ("core.networks", "core.compute", "core.randomness", "config", "errors"),
+    "core/networks": ("core.networks", "core.compute", "core.randomness", *BASE),
     "core/training": ("core.training", "core.networks", "core.images", "core.randomness", "config", "errors"),
-    "methods": ("methods", "core", "config", "errors"),
-    "store": ("store", "errors"),
-    "data": ("data", "errors", "memory"),
-    "artifact.py": ("core", "data", "store", "errors"),
+    "methods": ("methods", "core", *BASE),
+    "store": ("store", "errors", "words"),
+    "data": ("data", "errors", "words", "memory"),
+    "artifact.py": ("core", "data", "store", "errors", "words"),
     "replay.py": ("artifact", "core", "store", "errors"),
-    "shape.py": ("core", "data", "store", "config", "errors"),
-    "runtime": ("runtime", "monitor", "core", "store", "config", "errors"),
-    "monitor": ("monitor", "runtime", "store", "config", "errors"),
+    "shape.py": ("core", "data", "store", *BASE),
+    "runtime": ("runtime", "monitor", "core", "store", *BASE),
+    "monitor": ("monitor", "runtime", "store", *BASE),
     "stages": ("stages", *BELOW_STAGES, "artifact", "replay", "interop.sets"),
     "stages/experts": ("stages.experts", *BELOW_STAGES),
     "stages/methods": ("stages.methods", "stages.experts", *BELOW_STAGES, "interop.sets"),
     "planning": ("planning", "stages", *BELOW_STAGES, "artifact"),
-    "interop": ("interop", "stages", "artifact", "core", "data", "store", "config", "errors"),
+    "interop": ("interop", "stages", "artifact", "core", "data", "store", *BASE),
 }
 """Folder or file -> parts of this package that it may use: folders and modules, such as `core.randomness`."""
 

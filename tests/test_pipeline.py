@@ -640,7 +640,7 @@ def test_whitening_that_takes_minutes_is_planned(tmp_path: Path, monkeypatch: py
     assert len(Pipeline([white], str(tmp_path)).data_lines()) == 1  # fewer images than pixels
     monkeypatch.setattr("datm_ray.data.transform._EIGEN_SECONDS", 1e-7)
     _, line = Pipeline([white], str(tmp_path)).data_lines()
-    cost = "152 MiB of memory, 19 MiB of disk and about 3 minutes on two CPU cores"
+    cost = "152 MiB of memory, 19.1 MiB of disk and about 3 min on two CPU cores"
     assert line == f"digits: fitting zca takes {cost}, once"
     planned = plan_run(white).lines()
     assert f"  fitting zca      {cost}, once, by the process that starts the workers" in planned

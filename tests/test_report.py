@@ -250,7 +250,7 @@ def test_run_is_described_in_numbers(out: Location) -> None:
     assert "1 iteration changed nothing" in text
     assert "torch 9.8.7" in text
     assert "Toy <CPU>" in text
-    assert "1 h 6 min" in text
+    assert "1 h 7 min" in text
 
 
 def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:

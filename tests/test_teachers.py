@@ -451,7 +451,7 @@ def test_an_import_needs_the_normalisation_and_a_network(tmp_path: Path) -> None
     file = write(tmp_path, {"a": torch.zeros(1)}, "a.pth")
     with pytest.raises(ConfigError, match="method dm trains no network"):
         import_teacher(file, recipe(method="dm", network="convnet"), str(tmp_path))
-    with pytest.raises(DatasetError, match=r"dataset\.mean has 3 number\(s\), and the images have 1 channel"):
+    with pytest.raises(DatasetError, match=r"dataset\.mean has 3 numbers, and the images have 1 channel"):
         import_teacher(file, recipe(dataset={"mean": [0.1] * 3, "std": [0.2] * 3}), str(tmp_path))
 
 

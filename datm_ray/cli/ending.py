@@ -27,7 +27,8 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from datm_ray.errors import DatmError, one_line
+from datm_ray.errors import DatmError
+from datm_ray.words import one_line
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shell's convention 128 + signal number."""

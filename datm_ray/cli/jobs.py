@@ -11,6 +11,7 @@ import typer
 
 from datm_ray.cli.ending import INTERRUPTED
 from datm_ray.cli.options import Json, Recipes, Set, Store, Verbose, config_of, print_json
+from datm_ray.words import counted, duration
 
 if TYPE_CHECKING:
     from datm_ray.runtime.ray.jobs import Jobs
@@ -120,7 +121,7 @@ def job_list(address: Dashboard, json_: Json = False) -> None:
         print_json([dataclasses.asdict(job) for job in found])
         return
     for job in found:
-        print(f"{job.id}  {job.status:<9}  {job.seconds:>7,.0f} s  {job.recipes}  {job.out}")
+        print(f"{job.id}  {job.status:<9}  {duration(job.seconds):>11}  {job.recipes}  {job.out}")
 
 
 @job_app.command("status")
@@ -136,7 +137,7 @@ def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
         return
     ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
     print(f"{job.id}: {job.status}{ended}")
-    facts = {"recipes": job.recipes, "out": job.out, "time": f"{job.seconds:,.0f} s"}
+    facts = {"recipes": job.recipes, "out": job.out, "time": duration(job.seconds)}
     for title, value in (facts | found).items():
         print(f"  {title:<8} {value}")
 
@@ -155,7 +156,7 @@ def highlights(log: str, message: str) -> dict[str, str]:
     lost = [line for line in lines if WORKER_LOST in line]
     progress = [line for line in lines if any(mark in line for mark in TASKS_DONE)]
     found = {
-        "lost": f"{len(lost)} worker(s), the last time: {lost[-1]}" if lost else "",
+        "lost": f"{counted(len(lost), 'worker')}, the last time: {lost[-1]}" if lost else "",
         "progress": progress[-1] if progress else "",
         "last": lines[-1] if lines else message,
     }

@@ -23,6 +23,7 @@ from datm_ray.cli.options import (
     verbose_option,
 )
 from datm_ray.monitor import logs
+from datm_ray.words import counted, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -284,7 +285,7 @@ def export(
 
     loaded = load(artifact)
     written = export_artifact(loaded, format_, open_location(out))
-    print("\n".join([f"Wrote {len(written)} file(s) to {out}", *left_out(loaded, format_)]))
+    print("\n".join([f"Wrote {counted(len(written), 'file')} to {out}", *left_out(loaded, format_)]))
 
 
 @app.command()
@@ -346,8 +347,6 @@ def _reporter() -> Reporter:
 
 
 def _print_plan(pipeline: Pipeline, json_: bool) -> None:
-    from datm_ray.errors import one_line
-
     if json_:
         remaining = (
             {"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in pipeline.remaining().items()

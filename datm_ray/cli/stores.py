@@ -10,6 +10,7 @@ import typer
 
 from datm_ray.cli.ending import say
 from datm_ray.cli.options import ExpertsOf, IntoStore, Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
+from datm_ray.words import counted, data_size
 
 if TYPE_CHECKING:
     from datm_ray.store.trajectories import ExpertGroup
@@ -30,7 +31,7 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 
     Each line has the number of experts, the stored epochs, their precision and their size.
     """
-    from datm_ray.store.trajectories import epochs_in_words, size_in_words
+    from datm_ray.store.trajectories import epochs_in_words
 
     found = [_group_facts(group) for group in _groups(uri, unfinished=True)]
     if json_:
@@ -38,13 +39,13 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
         return
     for facts in found:
         if facts["prior"]:
-            kept = f"a trained prior, {size_in_words(facts['bytes'])}"
+            kept = f"a trained prior, {data_size(facts['bytes'])}"
         elif not facts["experts"]:
             kept = "no expert yet, training in progress or given up (`store rm` deletes the unfinished files)"
         else:
             stored = f"{epochs_in_words(facts['epochs'])}, {facts['storage']}"
             stored = "damaged, see `datm-ray store verify`" if facts["epochs"] is None else stored
-            kept = f"{len(facts['experts'])} expert(s), {stored}, {size_in_words(facts['bytes'])}"
+            kept = f"{counted(len(facts['experts']), 'expert')}, {stored}, {data_size(facts['bytes'])}"
         print(f"{facts['group']}  {kept}")
 
 
@@ -120,7 +121,7 @@ def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
 def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
     import math
 
-    from datm_ray.store.trajectories import epochs_in_words, size_in_words
+    from datm_ray.store.trajectories import epochs_in_words
 
     info, progress = group.read_info(number), group.read_progress(number)
     lines = []
@@ -133,7 +134,7 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
     result = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
     if math.isfinite(progress.test_accuracy[-1]):
         result += f", test accuracy {progress.test_accuracy[-1]:.4f}"
-    size = size_in_words(group.size(number))
+    size = data_size(group.size(number))
     return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {result}, {size}"]
 
 
@@ -147,7 +148,6 @@ def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from datm_ray.errors import CorruptFileError
-    from datm_ray.store.trajectories import size_in_words
 
     files: list[tuple[ExpertGroup, int | str | None]] = []
     for group in _groups(uri, unfinished=True):
@@ -164,8 +164,8 @@ def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
             f"{len(damaged)} of the files in {uri} are damaged or missing; the first: {damaged[0]}",
             remedy="restore copies, or delete them (`datm-ray store rm`) and run the step that wrote them again",
         )
-    more = f" and {others} other file(s)" if others else ""
-    print(f"{checked} expert(s){more} are whole, {size_in_words(size)}")
+    more = f" and {counted(others, 'other file')}" if others else ""
+    print(f"whole: {counted(checked, 'expert')}{more}, {data_size(size)}")
 
 
 def _verified(group: ExpertGroup, file: int | str | None) -> tuple[int, str]:
@@ -208,16 +208,16 @@ def store_rm(
 ) -> None:
     """Delete experts, a group with its transform, or a prior."""
     from datm_ray.errors import StoreError
-    from datm_ray.store.trajectories import PRIOR_FILE, size_in_words
+    from datm_ray.store.trajectories import PRIOR_FILE
 
     found = _group(uri, group, unfinished=True)
     numbers = sorted(set(expert or found.experts()))
     absent = set(numbers) - set(found.experts())
     if absent:
         raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
-    size = size_in_words(_bytes(found, numbers))
+    size = data_size(_bytes(found, numbers))
     rest = "" if expert else ", their transform and what is in progress"
-    what = f"{len(numbers)} expert(s) of {found.location.uri}{rest}, {size}"
+    what = f"{counted(len(numbers), 'expert')} of {found.location.uri}{rest}, {size}"
     if PRIOR_FILE in found.other_files():
         what = f"the prior {found.location.uri}, {size}"
     if not yes:
@@ -309,17 +309,18 @@ def store_export(
 
     found = _group(uri, group)
     from datm_ray.interop.replay_buffers import export_replay_buffers
+    from datm_ray.store.trajectories import epochs_in_words
 
     open_location(out).require_writable()
     exported = export_replay_buffers(found, open_location(out), per_file)
-    print(f"Wrote {len(exported.files)} file(s) to {out}")
+    print(f"Wrote {counted(len(exported.files), 'file')} to {out}")
     if exported.without_statistics:
         print("Without the running statistics of batch norms, which a replay buffer cannot hold")
     if exported.padded_otherwise:
         print("Warning: the published ConvNet pads images of one channel by 3 pixels, ours by 1: it is another network")
     if exported.left_out:
-        epochs = ", ".join(map(str, exported.left_out))
-        print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")
+        left_out = epochs_in_words(exported.left_out)
+        print(f"Without {left_out}, which come after a gap: a buffer's positions are its epochs")
 
 
 def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:

@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from datm_ray.data.contents import HEAD_BYTES, Content, recognise, unreadable
-from datm_ray.errors import DatasetError, TransientStoreError, few
+from datm_ray.errors import DatasetError, TransientStoreError
 from datm_ray.memory import available_memory
+from datm_ray.words import data_size, dimensions, listed
 
 T = TypeVar("T")
 
@@ -220,7 +221,7 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
         done = _in_parallel(len(part), decode_one, torch.get_num_threads())
     if away := sorted({part.name(i) for i, each in enumerate(done) if each and each.is_away}):
         raise TransientStoreError(
-            f"image {few(away, 1)} cannot be read any more ({next(each.reason for each in done if each)})",
+            f"image {listed(away, 1)} cannot be read any more ({next(each.reason for each in done if each)})",
             "its disk is not mounted on this node, or files were moved",
             "give every node the same files at the same path, then run the same command again: it resumes",
         )
@@ -279,18 +280,13 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
         return
     side = next((side for side in _SIDES if side < min(shape[1:]) and needed(side, side) <= free), None)
     raise DatasetError(
-        f"{images:,} images of {'x'.join(map(str, shape))}{example} need {in_words(needed(*shape[1:]))} of memory, "
-        f"and {in_words(free)} is free",
+        f"{images:,} images of {dimensions(shape)}{example} need {data_size(needed(*shape[1:]))} of memory, "
+        f"and {data_size(free)} is free",
         f"They are kept in memory as they are read and, as float32, {'twice' if copies > 1 else 'once'} more",
         f"Use --set dataset.resize={side}, which resizes each image as it is read, or {_STREAMED}"
         if side
         else f"Use fewer images, a smaller dataset.resize, or {_STREAMED}",
     )
-
-
-def in_words(size: int) -> str:
-    """Text for a size in bytes: in GiB, or in MiB below half a GiB."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.0f} MiB"
 
 
 def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
@@ -416,7 +412,7 @@ def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _U
         raise DatasetError(f"image {name} cannot be read ({only.reason})", only.cause, only.remedy)
     if bad:
         folder = os.path.commonpath([name for name, _ in bad])
-        named = few(f"{os.path.relpath(name, folder)} ({each.reason})" for name, each in bad)
+        named = listed((f"{os.path.relpath(name, folder)} ({each.reason})" for name, each in bad), 3)
         raise DatasetError(
             f"{len(bad)} of {sum(map(len, sets))} images cannot be read, in {folder}: {named}",
             remedy=". ".join(dict.fromkeys(each.remedy.split(":")[0] for _, each in bad)),

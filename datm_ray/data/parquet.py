@@ -29,6 +29,7 @@ from datm_ray.data.decode import Encoded
 from datm_ray.data.files import list_folder
 from datm_ray.data.splits import role_of, went_where
 from datm_ray.errors import DatasetError
+from datm_ray.words import counted
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
 """Limit on encoded images in memory: 64 MiB plus 20 times the file's size."""
@@ -439,7 +440,7 @@ def _image_bytes(file: Path, column: Any) -> Any:
         )
     if column.null_count:
         raise DatasetError(
-            f"the file {file} has {column.null_count} row(s) without image bytes",
+            f"the file {file} has {counted(column.null_count, 'row')} without image bytes",
             "The images are kept outside the Parquet file",
             "Write the data set again with the images embedded",
         )
@@ -453,7 +454,7 @@ def _labels(file: Path, column: Any) -> NDArray[np.int64] | list[str]:
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if not (is_text or pa.types.is_integer(kind)) or column.null_count:
         raise DatasetError(
-            f"the label column of {file} holds {kind} with {column.null_count} missing value(s)",
+            f"the label column of {file} holds {kind} with {counted(column.null_count, 'missing value')}",
             remedy="Write the labels as names of classes, or as integers from 0 to the number of classes - 1",
         )
     if is_text:

@@ -24,7 +24,8 @@ from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
 from datm_ray.data.streamed import StreamedPixels
-from datm_ray.errors import DatasetError, few
+from datm_ray.errors import DatasetError
+from datm_ray.words import counted, listed
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
 
@@ -244,7 +245,7 @@ def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, t
     empty = sorted(set(listing.subfolders(training)) - names)
     if names and empty:
         raise DatasetError(
-            f"class {few(map(repr, empty), 1)} of {tree.root} has no image left",
+            f"class {listed(map(repr, empty), 1)} of {tree.root} has no image left",
             "; ".join(listing.notes()) or "Its folder is empty",
             "Add images that are PNG or JPEG, or move the folder away if it is no class",
         )
@@ -263,7 +264,7 @@ def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, t
     name = tree.root.resolve().name.removesuffix(".zip")
     left_out = set(listing.files) - dict(train_files + test_files).keys()
     left = Counter(file.split("/")[0] if "/" in file else "beside the folders" for file in left_out)
-    unused = [f"{top} ({count} image{'s' * (count > 1)})" for top, count in sorted(left.items())]
+    unused = [f"{top} ({counted(count, 'image')})" for top, count in sorted(left.items())]
     notes = (*listing.notes(), went_where([training or "all folders"], [held_out] if held_out else [], unused))
     return _decoded(name, class_names, tree, train_files, test_files, request, notes)
 

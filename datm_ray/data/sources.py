@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from datm_ray.data.decode import marks
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.data.streamed import StreamedPixels
-from datm_ray.errors import DatasetError, one_line
+from datm_ray.errors import DatasetError
+from datm_ray.words import counted, listed, one_line
 
 TEST_FRACTION = 0.2
 """Share of the images that becomes the test set if a source has no test set."""
@@ -218,7 +219,7 @@ def _check_labels(role: str, labels: NDArray[np.int64], class_names: Sequence[st
     """Raise a `DatasetError` for fewer than two classes, a label out of range, or a class without an image."""
     if len(class_names) < 2:
         raise DatasetError(
-            f"the {role} set has {len(class_names)} class(es), {', '.join(map(repr, class_names))}",
+            f"the {role} set has {counted(len(class_names), 'class')}, {listed(map(repr, class_names))}",
             "The path may lead one folder too high or too low",
             "Give it images of two classes or more",
         )

@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.errors import DatasetError, few
+from datm_ray.errors import DatasetError
+from datm_ray.words import counted, listed
 
 Role = Literal["train", "test", "val"]
 
@@ -43,8 +44,8 @@ def role_of(*names: str) -> Role | None:
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
     """Line for the user that lists the training, test and unused files or folders."""
-    held_out = f"test images: {few(test)}" if test else "test images: a fixed fifth of each class of these"
-    return f"training images: {few(train)}; {held_out}" + (f"; not used: {few(unused)}" if unused else "")
+    held_out = f"test images: {listed(test, 3)}" if test else "test images: a fixed fifth of each class of these"
+    return f"training images: {listed(train, 3)}; {held_out}" + (f"; not used: {listed(unused, 3)}" if unused else "")
 
 
 class Stream(IntEnum):
@@ -86,7 +87,7 @@ def held_out(members: int, fraction: float) -> int:
 def _require_two(members: int, name: str, stream: Stream) -> None:
     if members < 2:
         raise DatasetError(
-            f"class {name!r} has {members} image(s) left, too few to split off a {stream.name.lower()} set",
+            f"class {name!r} has {counted(members, 'image')} left, too few to split off a {stream.name.lower()} set",
             "Training, validation and test set each need at least one image of every class",
             "Add images of this class or leave the class out",
         )

@@ -37,10 +37,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from datm_ray.data.decode import in_words, pixels_of
+from datm_ray.data.decode import pixels_of
 from datm_ray.data.patience import Lines, Matrix, Say, eigenpairs, silent, slabs
-from datm_ray.errors import CorruptFileError, DatasetError, one_line
+from datm_ray.errors import CorruptFileError, DatasetError
 from datm_ray.memory import available_memory
+from datm_ray.words import counted, data_size, dimensions, duration, one_line
 
 Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
@@ -445,24 +446,17 @@ class FitCost:
         return cls(kind, shape, size, seconds / 60, 4 * values * (rank + 1) + 8 * rank)
 
     def __str__(self) -> str:
-        size = f"{in_words(self.size)} of memory"
+        size = f"{data_size(self.size)} of memory"
         if self.minutes < 1:
             return size
-        return f"{size}, {in_words(self.stored)} of disk and about {self.time} on two CPU cores"
-
-    @property
-    def time(self) -> str:
-        """Estimated time as text, such as "2.5 hours" or "12 minutes"."""
-        if self.minutes < 1:
-            return f"{60 * self.minutes:.0f} seconds"
-        return f"{self.minutes / 60:,.1f} hours" if self.minutes >= 100 else f"{self.minutes:.2g} minutes"
+        return f"{size}, {data_size(self.stored)} of disk and about {duration(60 * self.minutes)} on two CPU cores"
 
     def require_memory(self) -> None:
         """Raise a `DatasetError` if fitting takes more memory than is free."""
         free = available_memory()
         if self.size > free:
             raise DatasetError(
-                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, and {in_words(free)} is free",
+                f"fitting zca to images of {dimensions(self.shape)} takes {self}, and {data_size(free)} is free",
                 "Whitening has a row and a column for every value of an image",
                 "Use --set dataset.normalisation=standard, or a smaller dataset.resize",
             )
@@ -505,7 +499,7 @@ def fit_transform(
         raise DatasetError(f"unknown normalisation {kind!r}", remedy="Use 'zca' or 'standard'")
     if len(images) < 2:
         raise DatasetError(
-            f"a set of {len(images)} image(s) is too small to fit a {kind} transform", remedy="Use two or more"
+            f"a set of {counted(len(images), 'image')} is too small to fit a {kind} transform", remedy="Use two or more"
         )
     if not eps > 0:
         raise DatasetError(
@@ -520,7 +514,7 @@ def fit_transform(
     if kind == "standard":
         return _fit_standard(images, levels)
     shown = say if cost.minutes >= _WORTH_A_LINE else silent
-    shown(f"fitting zca to {len(images):,} images of {'x'.join(map(str, cost.shape))}: about {cost.time}")
+    shown(f"fitting zca to {len(images):,} images of {dimensions(cost.shape)}: about {duration(60 * cost.minutes)}")
     return _fit_zca(images, levels, eps, device, shown)
 
 
@@ -652,7 +646,7 @@ def require_per_channel(mean: Sequence[float], channels: int) -> None:
     """Raise a `DatasetError` unless there is one mean for each channel."""
     if len(mean) != channels:
         raise DatasetError(
-            f"dataset.mean has {len(mean)} number(s), and the images have {channels} channel(s)",
+            f"dataset.mean has {counted(len(mean), 'number')}, and the images have {counted(channels, 'channel')}",
             remedy="Give one mean and one std for each channel",
         )
 

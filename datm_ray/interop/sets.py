@@ -30,6 +30,7 @@ from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
 from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.words import dimensions
 
 SMALLEST_PROBABILITY = 1e-9
 """Probability, in soft labels that are probabilities, below which logits do not fall."""
@@ -83,7 +84,7 @@ class GivenSet:
         own, classes = self.images.shape[1:], len(class_names)
         if own != image:
             raise ConfigError(
-                f"the images of {self.uri} are {_by(own)}, and those of the data set {_by(image)}",
+                f"the images of {self.uri} are {dimensions(own)}, and those of the data set {dimensions(image)}",
                 "the set was made for other images, or for images of another size",
                 "give its dataset.source, and its size as dataset.resize",
             )
@@ -287,7 +288,3 @@ def _sorted(
     order = np.argsort(labels, kind="stable")
     soft_labels = None if soft_labels is None else soft_labels[order]
     return GivenSet(uri, images[order], labels[order], soft_labels, step_size, transform)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

@@ -34,13 +34,14 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
-from datm_ray.errors import ConfigError, CorruptFileError, StoreError, few
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.interop.accuracy import Accuracy, accuracy_of
 from datm_ray.interop.names import timm_names, torchvision_names
 from datm_ray.stages.experts.train import expert_group, expert_info
 from datm_ray.stages.methods.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.trajectories import Snapshot, size_in_words
+from datm_ray.store.trajectories import Snapshot
+from datm_ray.words import data_size, listed
 
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
@@ -138,7 +139,7 @@ def read_weights(place: Location) -> dict[str, Tensor]:
         if isinstance(error, MemoryError) or "t allocate memory" in str(error):  # the latter is torch's
             raise StoreError(
                 f"there is not enough memory to read {place.uri}",
-                f"the file has {size_in_words(size)}",
+                f"the file has {data_size(size)}",
                 "end other programs, or import it on a machine with more memory",
             ) from error
         named = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # torch names what it does not execute
@@ -209,7 +210,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 def _named(what: str, names: Collection[str]) -> str:
     """Text that starts with `what` and lists a few of the names; "" if there are none."""
-    return f"{what} {few(sorted(names))}" if names else ""
+    return f"{what} {listed(sorted(names), 3)}" if names else ""
 
 
 def _store(

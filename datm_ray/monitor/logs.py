@@ -20,7 +20,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 
-from datm_ray.errors import DatmError, one_line
+from datm_ray.errors import DatmError
+from datm_ray.words import one_line
 
 LOG = "log.txt"
 """Name of the log file in a run's folder."""

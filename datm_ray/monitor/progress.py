@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datm_ray.errors import one_line
 from datm_ray.monitor.logs import fields, printable, verbosity
 from datm_ray.runtime.executor import (
     Event,
@@ -26,9 +25,8 @@ from datm_ray.runtime.executor import (
     Started,
     Stopped,
     Task,
-    counted,
 )
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import counted, data_size, duration, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -126,7 +124,7 @@ class _Running:
     def doing(self, now: float) -> str:
         """Text on the current phase, or on a long time without a step; "" if there is neither."""
         seconds = now - self.changed
-        return f", {self.phase or 'no step'} for {seconds:.0f} s" if self.phase or seconds > SILENCE else ""
+        return f", {self.phase or 'no step'} for {duration(seconds)}" if self.phase or seconds > SILENCE else ""
 
     def seconds_left(self, now: float) -> float:
         """Seconds for the rest of the task at its own speed; 0 until a tenth of the task has been timed."""
@@ -255,7 +253,7 @@ class Stage:
             self._show_phase(task, event)
         elif isinstance(event, Finished) and self._tracker.finished == self._tracker.tasks:
             _log.info("stage finished %s", fields(stage=self._title, seconds=now - self._started), extra=_SHOWN)
-            self._show_state(f"{self._title}: done in {now - self._started:.0f} s")
+            self._show_state(f"{self._title}: done in {duration(now - self._started)}")
         elif isinstance(event, Progress | Finished):
             self._show_if_due(now)
 
@@ -301,7 +299,7 @@ class Stage:
         tracker, slowest, left = self._tracker, self._tracker.slowest(now), self._tracker.seconds_left(now)
         done = f"{self._title}: {tracker.finished}/{tracker.tasks}{TASKS_DONE[0]}"
         parts = [done, f"{len(tracker.running)} running"]
-        parts += [] if math.isnan(left) else [f"{_duration(left)} left"]
+        parts += [] if math.isnan(left) else [f"about {duration(left)} left"]
         if slowest:
             step = f" at {slowest[1].last.done}/{slowest[1].last.total}" if slowest[1].last else ""
             parts.append(f"slowest{step}: {slowest[0]}{slowest[1].doing(now)}")
@@ -394,14 +392,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
         if (rate := metrics.get(f"datm_ray_{stage}_images_per_second")) is not None:
             shown += f"  {rate:,.0f} images/s"
     memory = metrics.get("datm_ray_worker_memory_bytes", math.nan)
-    return shown if math.isnan(memory) else f"{shown}  memory {size_in_words(memory)}"
-
-
-def _duration(seconds: float) -> str:
-    """Rounded duration, such as "about 12 min" or "about 2.5 h"."""
-    if seconds < 90:
-        return "about a minute"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    return shown if math.isnan(memory) else f"{shown}  memory {data_size(memory)}"
 
 
 def _record(task: Task, event: Event, seconds: float | None) -> None:

@@ -49,6 +49,7 @@ from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import LAG, Location, require_shared
+from datm_ray.words import counted, dimensions
 
 _log = logging.getLogger(__name__)
 
@@ -174,8 +175,8 @@ class Pipeline:
         lines = []
         for facts in self.data():
             counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
-            shape = "x".join(map(str, facts["image"]))
-            lines.append(f"{facts['name']}: {facts['classes']} classes, {counts} images of {shape}")
+            images = f"{counts} images of {dimensions(facts['image'])}"
+            lines.append(f"{facts['name']}: {facts['classes']} classes, {images}")
             lines += [f"{facts['name']}: {note}" for note in facts["notes"]]
         for dataset, raw in self.runs.datasets.items():
             cost = self.runs.fitting_cost(dataset)
@@ -547,7 +548,8 @@ class Pipeline:
                         stage.event(task, event)
                         self._log.event(task, event)
         if unseen := open_tasks(self.runs):
+            found = counted(len(unseen), "result")
             if not self.runs.alone:
-                reporter.message(f"{title}: looking up to {LAG} s for {len(unseen)} result(s) of other machines")
-            fact = f"{title}: {len(unseen)} result(s), {unseen[0].name} the first, cannot be read on this machine"
+                reporter.message(f"{title}: looking up to {LAG} s for {found} of other machines")
+            fact = f"{title}: {found}, {unseen[0].name} the first, cannot be read on this machine"
             require_shared(lambda: not open_tasks(self.runs), 0 if self.runs.alone else LAG, fact)

@@ -18,6 +18,7 @@ from datm_ray.data.splits import held_out
 from datm_ray.errors import DatasetError
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import machine_here
+from datm_ray.words import duration
 
 EPOCH_STEPS = 25
 """Smallest number of steps in an epoch of the experts, unless the batch would become smaller than `SMALLEST_BATCH`."""
@@ -132,8 +133,7 @@ class Draft:
     @property
     def asked(self) -> str:
         """The asked time in words."""
-        seconds = self.wish.seconds
-        return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+        return duration(self.wish.seconds)
 
     @property
     def too_short(self) -> str:

@@ -42,7 +42,7 @@ from datm_ray.stages.methods.registry import method_of, teacher_of, trained_netw
 from datm_ray.stages.prior import is_trained
 from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import data_size, duration
 
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 """Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
@@ -310,16 +310,16 @@ class Proposal:
             "evaluation": f"{config.evaluate.seeds:,} networks a row, "
             f"{scoring_schedule(config.evaluate, 1.0).epochs:,} epochs",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
-            "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in storage.items()),
+            "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
             "layout": self._layout,
             "on the clock": verbose and machine.basis and _listed(clock),
             "an iteration": verbose
-            and f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {size_in_words(summed)}",
+            and f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {data_size(summed)}",
         }
-        times = f"{show_time(sum(held.values()))} of {device}s, {show_time(sum(clock.values()))} on the clock"
+        times = f"{duration(sum(held.values()))} of {device}s, {duration(sum(clock.values()))} on the clock"
         about, worst = f"about {times}, " if machine.basis else "", max(self.plans, key=lambda each: each.total)
         return [
-            f"{config.name}: memory {worst} a worker, {about}{size_in_words(sum(storage.values()))} of storage",
+            f"{config.name}: memory {worst} a worker, {about}{data_size(sum(storage.values()))} of storage",
             *(f"  {label:<16} {value}" for label, value in rows.items() if value),
             *(line for each in self.plans if verbose for line in each.lines()),
         ]
@@ -337,16 +337,4 @@ class Proposal:
 
 
 def _listed(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {show_time(value)}" for name, value in seconds.items() if value)
-
-
-def show_time(seconds: float) -> str:
-    """Duration in at most two units, such as "95 s", "12 min", "1 h 05 min" or "3 days 4 h"."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 119.5:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{hours // 24:,} days {hours % 24} h"
+    return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if value)

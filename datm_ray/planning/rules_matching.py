@@ -24,8 +24,8 @@ from datm_ray.planning.draft import (
     Fitted,
     saved,
 )
-from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts.train import experts_at_a_time
+from datm_ray.words import counted
 
 BOUND, BOUND_POWER = 8.0, 0.57
 """The range of start epochs ends at distance (learning rate times steps) BOUND * ipc ** BOUND_POWER from epoch 0.

@@ -25,8 +25,8 @@ from datm_ray.planning.draft import (
     Fitted,
     saved,
 )
-from datm_ray.runtime.executor import counted
 from datm_ray.stages.methods.recovery import FEW_IMAGES
+from datm_ray.words import counted
 
 REAL_IMAGES = (256, 128, 64, 32)
 """Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""

@@ -31,7 +31,7 @@ from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
 from datm_ray.shape import DataShape
 from datm_ray.stages.methods.memory import plans_of
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import data_size, duration
 
 LARGEST_SIDE = 64
 """Side in pixels to which larger images are resized. Larger images have no published results."""
@@ -56,13 +56,13 @@ class Suggestion:
         found, stored = [], sum(self.plan.storage.values())
         if sum(self.plan.clock.values()) > self.wish.seconds:
             found.append(
-                f"This takes longer than the {self.wish.seconds / 60:g} minutes that you asked for. No shorter recipe "
+                f"This takes longer than the {duration(self.wish.seconds)} that you asked for. No shorter recipe "
                 "is possible with these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
             )
         if stored > self.wish.disk:
             found.append(
-                f"This stores {size_in_words(stored)}, and the disk of the folder runs has "
-                f"{size_in_words(int(self.wish.disk))} left. Try: run it with --out on another disk."
+                f"This stores {data_size(stored)}, and the disk of the folder runs has "
+                f"{data_size(int(self.wish.disk))} left. Try: run it with --out on another disk."
             )
         return found
 

@@ -20,6 +20,7 @@ from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, what_was_done
 from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lines, network_accuracies, read_run
+from datm_ray.words import one_line
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 """Bound of the number of images, exclusive -> Hugging Face's name for the size."""
@@ -61,10 +62,10 @@ def card(run: Run, artifact: Artifact) -> str:
     channels, height, width = artifact.images.shape[1:]
     rows = accuracies([summary])
     return environment.from_string(template).render(
-        title=_in_one_line(f"{run.config.name}: {run.dataset} distilled to {images:,} images"),
+        title=one_line(f"{run.config.name}: {run.dataset} distilled to {images:,} images"),
         size=next((name for bound, name in SIZES.items() if images < bound), "n>1M"),
         method=run.config.method.rpartition(":")[2],
-        done=_in_one_line(what_was_done(run)),
+        done=one_line(what_was_done(run)),
         made=f"The method is {run.config.method}.",
         training=_training_in_words(artifact),
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
@@ -72,10 +73,10 @@ def card(run: Run, artifact: Artifact) -> str:
         teacher=_taught(artifact),
         table=as_markdown(rows) if summary.scores else "",
         networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
-        facts=[(name, _in_one_line(value)) for name, value in provenance_lines(artifact.provenance) if value],
+        facts=[(name, one_line(value)) for name, value in provenance_lines(artifact.provenance) if value],
         costs=as_markdown(table) if (table := costs_of(cost_lines(summary))) else "",
         recipe=yaml.safe_dump(_recipe(run.config), sort_keys=False, allow_unicode=True).strip(),
-        dataset=_in_one_line(run.dataset),
+        dataset=one_line(run.dataset),
     )
 
 
@@ -84,7 +85,7 @@ def as_markdown(table: Table) -> str:
     rows = [
         [line.title, *(" ".join(filter(None, [each.value, each.note])) for each in line.cells)] for line in table.lines
     ]
-    cells = [[_in_one_line(cell).replace("|", "\\|") for cell in row] for row in [list(table.headings), *rows]]
+    cells = [[one_line(cell).replace("|", "\\|") for cell in row] for row in [list(table.headings), *rows]]
     cells.insert(1, ["---"] * len(table.headings))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
@@ -147,7 +148,3 @@ def _with_licence_of(earlier: str, text: str) -> str:
     if line is None or not section:
         return text
     return text.replace("license: other", line[0], 1).partition(_LICENCE)[0] + _LICENCE + section
-
-
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact
 from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
 from datm_ray.report.results import Run
-from datm_ray.report.words import count
+from datm_ray.words import counted
 
 Floats = NDArray[np.float64]
 
@@ -121,7 +121,7 @@ def _course(values: Floats) -> str:
     mean, _ = _running_mean(values)
     ends = mean[np.isfinite(mean)]
     course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
-    return f"over {count(len(values), 'iteration')}; its running mean goes{course}."
+    return f"over {counted(len(values), 'iteration')}; its running mean goes{course}."
 
 
 def _tidy(axes: Axes) -> None:
@@ -161,7 +161,7 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     return Picture(
         "Matching loss",
         _svg(draw),
-        f"Matching loss {_course(used)} {count(int(skipped.sum()), 'iteration')} skipped.",
+        f"Matching loss {_course(used)} {counted(int(skipped.sum()), 'iteration')} skipped.",
         "Distance of the student from the target, relative to that at its start: 0 is a perfect match, 1 is no "
         f"progress.{tail}",
     )
@@ -250,11 +250,11 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         )
         axes.margins(y=0.18)
 
-    networks = count(run.config.distill.validation_seeds, "network")
+    networks = counted(run.config.distill.validation_seeds, "network")
     return Picture(
         "Validation accuracy",
         _svg(draw),
-        f"Validation accuracy at {count(len(accuracy), 'point')}. The set of iteration {iteration[kept]} was kept, "
+        f"Validation accuracy at {counted(len(accuracy), 'point')}. The set of iteration {iteration[kept]} was kept, "
         f"with {accuracy[kept]:.1f} %.",
         f"{networks} trained on the current set, scored on images held back from training. The last set within one "
         "standard error of the best is kept.",
@@ -278,7 +278,8 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     return Picture(
         "Step size",
         _svg(draw),
-        f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} over {count(run.iterations, 'iteration')}.",
+        f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} "
+        f"over {counted(run.iterations, 'iteration')}.",
         f"The student’s learning rate, {kind}; dashed: the initial value.",
     )
 

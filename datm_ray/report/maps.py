@@ -17,7 +17,7 @@ from datm_ray.artifact import Artifact
 from datm_ray.report.charts import MUTED, STYLE, Picture
 from datm_ray.report.gallery import data_uri
 from datm_ray.report.results import Maps, Run
-from datm_ray.report.words import percent
+from datm_ray.words import percent
 
 IMAGES_DRAWN = 6
 """Largest number of images drawn, each from a different class."""

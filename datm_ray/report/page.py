@@ -29,11 +29,10 @@ from datm_ray.report.results import (
     share_of_full,
     shown_rows,
 )
-from datm_ray.report.words import count, duration, listed, percent
 from datm_ray.stages.distill import FOUND
 from datm_ray.stages.evaluate.rows import FAIR_ROWS
 from datm_ray.store.files.filesystem import Location
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import counted, data_size, duration, listed, percent
 
 
 def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
@@ -106,8 +105,8 @@ def _cost_cells(line: CostLine) -> dict[str, str]:
         "n": f"{line.count:,}",
         "worker time": duration(spent.seconds),
         "CPU or GPU time": f"{duration(line.device_seconds)} {kind}" if known else "–",
-        "peak memory": size_in_words(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
-        "read": size_in_words(spent.read_bytes) if known else "–",
+        "peak memory": data_size(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
+        "read": data_size(spent.read_bytes) if known else "–",
     }
 
 
@@ -115,10 +114,10 @@ def what_was_done(run: Run) -> str:
     """Description of one run in one sentence."""
     config, real = run.config, run.summary.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
-    origin = f"{count(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
-    experts = f"{count(config.experts.count, 'expert')} trained for {count(config.experts.epochs, 'epoch')} each"
+    origin = f"{counted(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
+    experts = f"{counted(config.experts.count, 'expert')} trained for {counted(config.experts.epochs, 'epoch')} each"
     taught = f"from {experts}, " if run.summary.has_experts else ""
-    done = f"distilled to {_size(run)}, {taught}in {count(run.total, 'iteration')}"
+    done = f"distilled to {_size(run)}, {taught}in {counted(run.total, 'iteration')}"
     if config.method == "given":
         return f"{_size(run)}, made elsewhere, stand for {origin[:1].lower()}{origin[1:]}."
     if not run.total:
@@ -129,9 +128,9 @@ def what_was_done(run: Run) -> str:
 def _size(run: Run) -> str:
     """Number of synthetic images as text, also as a percentage of the real images if their number is known."""
     if run.latest is None:
-        return f"{count(run.config.distill.ipc, 'image')} per class"
+        return f"{counted(run.config.distill.ipc, 'image')} per class"
     synthetic, real = len(run.latest.images), run.summary.training_images
-    return count(synthetic, "synthetic image") + (f" ({percent(synthetic / real)})" if real else "")
+    return counted(synthetic, "synthetic image") + (f" ({percent(synthetic / real)})" if real else "")
 
 
 def _key_figures(run: Run) -> list[tuple[str, str]]:
@@ -143,7 +142,7 @@ def _key_figures(run: Run) -> list[tuple[str, str]]:
         share = f", {percent(synthetic / real)} of {real:,} real ones" if real else ""
         figures.append((f"{synthetic:,}", ("synthetic image" if synthetic == 1 else "synthetic images") + share))
     if (distilled := find_score(scores, "distilled")) is not None:
-        figures.append((f"{distilled} %", f"test accuracy, {count(distilled.n, 'network')}"))
+        figures.append((f"{distilled} %", f"test accuracy, {counted(distilled.n, 'network')}"))
     if (of_full := share_of_full(scores)) is not None:
         figures.append((of_full, "of the accuracy with all real data"))
     if run.synthetic is not None:
@@ -158,10 +157,10 @@ def _state(run: Run) -> str:
     if run.synthetic is not None and not total:
         sentences = ["The images are chosen; the method has no iterations."]
     elif run.synthetic is not None:
-        sentences = [f"Distillation is finished: {count(run.iterations or total, 'iteration')}."]
+        sentences = [f"Distillation is finished: {counted(run.iterations or total, 'iteration')}."]
     elif run.history is not None:
         sentences = [
-            f"Distillation is not finished: {run.iterations:,} of {count(total, 'iteration')} are in the last "
+            f"Distillation is not finished: {run.iterations:,} of {counted(total, 'iteration')} are in the last "
             "checkpoint, and there is no synthetic set yet."
         ]
     elif run.initial is not None:
@@ -170,17 +169,17 @@ def _state(run: Run) -> str:
         sentences = ["Distillation has not started: there are no images yet."]
     if above := run.skipped - run.diverged:
         sentences.append(
-            f"{count(above, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
+            f"{counted(above, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
             f"{run.config.distill.threshold:g}."
         )
     if run.diverged:
         sentences.append(
-            f"{count(run.diverged, 'iteration')} changed nothing, because a value was not finite or a step size would "
-            "not have stayed positive."
+            f"{counted(run.diverged, 'iteration')} changed nothing, because a value was not finite or a step size "
+            "would not have stayed positive."
         )
     if run.shortened:
         sentences.append(
-            f"{count(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: the "
+            f"{counted(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: the "
             f"first-order decrease exceeded {run.config.distill.gradient_limit:g} times the loss."
         )
     rows = shown_rows([run.summary])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from datm_ray.errors import ClusterError, WorkerLostError
 from datm_ray.runtime.stopping import Interrupted
+from datm_ray.words import counted
 
 if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
     from datm_ray.config import ClusterConfig
@@ -299,8 +300,3 @@ def multiplies_bfloat16() -> bool:
     except (OSError, StopIteration):
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(abilities.split())
-
-
-def counted(count: int, noun: str) -> str:
-    """Count with its noun, such as "1 worker" or "2 workers"."""
-    return f"{count} {noun}{'s' * (count != 1)}"

@@ -504,13 +504,3 @@ def epochs_in_words(epochs: Sequence[int]) -> str:
     if len(words) > _MAX_STRETCHES:
         words = [*words[: _MAX_STRETCHES - 2], "...", words[-1]]
     return f"epochs {', '.join(words)}" if epochs else "no epochs"
-
-
-def size_in_words(size: float) -> str:
-    """Text for a number of bytes, such as "310.0 MiB". `config.parse_bytes` can read it, so users can copy it."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    digits = {"B": 0, "KiB": 1, "MiB": 1}.get(units[0], 2)
-    return f"{size:.{digits}f} {units[0]}"

@@ -270,7 +270,7 @@ def test_bad_images_are_counted_and_three_are_named(animals: Path, encode: Encod
     (animals / "dog/00.png").write_bytes(encode(1)[:50])
     assert_refused(
         animals,
-        r"3 of 20 images cannot be read, in .*animals: cat/01\.png \(empty\), cat/03\.png \(an HTML page\), "
+        r"3 of 20 images cannot be read, in .*animals: cat/01\.png \(empty\), cat/03\.png \(an HTML page\) and "
         r"dog/00\.png \(image file is truncated\)\. Fetch it again\.$",
     )
     (animals / "dog/09.png").unlink()

@@ -233,12 +233,13 @@ def test_folders_go_where_their_names_say(tmp_path: Path) -> None:
             (
                 {"test/ant": 1, "test/bee": 2, "dev/ant": 1, "dev/bee": 1, "extra/x": 2},
                 3,
-                "training images: train; test images: test; not used: dev (2 images), extra (2 images)",
+                "training images: train; test images: test; not used: dev (2 images) and extra (2 images)",
             ),
             (
                 {"retrain/ant": 1, "train_masks/ant": 1, "Testing set/ant": 1, "Testing set/bee": 2},
                 3,
-                "training images: train; test images: Testing set; not used: retrain (1 image), train_masks (1 image)",
+                "training images: train; test images: Testing set; "
+                "not used: retrain (1 image) and train_masks (1 image)",
             ),
         )
     ):

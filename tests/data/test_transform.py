@@ -101,10 +101,10 @@ def test_a_long_fit_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     fit_transform("zca", photographs(), 255, say=lines.append)
     fit_transform("zca", photographs(9), 255, say=lines.append)
     assert lines == [
-        "fitting zca to 300 images of 3x4x6: about 0 seconds",
+        "fitting zca to 300 images of 3x4x6: about 0 s",
         "zca: covariance of 72 x 72",
         "zca: eigenvectors of the covariance, 72 x 72",
-        "fitting zca to 9 images of 3x4x6: about 0 seconds",
+        "fitting zca to 9 images of 3x4x6: about 0 s",
         "zca: eigenvectors of a 9 x 9 matrix, as there are fewer images than values",
     ]
 
@@ -143,7 +143,7 @@ def test_given_statistics_are_used_as_they_are() -> None:
     np.testing.assert_allclose(fitted.invert(fitted.apply(scaled(images))), scaled(images), atol=1e-6)
     assert fitted.fingerprint == fit_transform("standard", images[:4], 255, given=given).fingerprint
     assert fitted.fingerprint != fit_transform("standard", images, 255).fingerprint
-    with pytest.raises(DatasetError, match=r"dataset\.mean has 1 number\(s\), and the images have 3 channel"):
+    with pytest.raises(DatasetError, match=r"dataset\.mean has 1 number, and the images have 3 channel"):
         fit_transform("standard", images, 255, given=([0.1], [0.5]))
 
 

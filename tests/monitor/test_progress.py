@@ -48,7 +48,7 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
     }
     assert lines(Progress(120, 300, values, metrics))[1:] == [
         "Distillation: 0/2 tasks done, 1 running, slowest at 120/300: digits-ipc1  loss 0.4124  step size 0.0213"
-        "  skipped 3  validation 0.9  start below 12  12,346 images/s  memory 310.0 MiB"
+        "  skipped 3  validation 0.9  start below 12  12,346 images/s  memory 310 MiB"
     ]
 
 
@@ -158,7 +158,7 @@ def test_a_line_says_who_runs_how_long_and_who_is_slowest(
         "Experts: 5 tasks to run",
         "Experts: 0/5 tasks done, 4 running, about 15 min left, slowest at 1/2: fast",
         "Experts: 0/5 tasks done, 4 running, about 11 min left, slowest at 1/4: slow, no step for 100 s",
-        "Experts: 1/5 tasks done, 3 running, about 26.6 h left, slowest at 1/4: slow, no step for 36100 s",
+        "Experts: 1/5 tasks done, 3 running, about 26 h 36 min left, slowest at 1/4: slow, no step for 10 h 2 min",
     ]
 
 

@@ -16,7 +16,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.planning.duration import Proposal, show_time
+from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import BANDWIDTH, LATENCY, machine_here, parse_cluster
 from datm_ray.planning.measure import compiled_gain, measured
 from datm_ray.planning.memory import scoring_memory
@@ -324,17 +324,3 @@ def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
     assert more - alone == 3 * 3 * 4 * lenet + 8
     whitened = propose(get_recipe("tiny-imagenet-ipc1"), KNOWN_SHAPES["tiny-imagenet"], parse_cluster("gpus=1"))
     assert whitened.storage["results"] > 4 * 12_288 * 12_291
-
-
-def test_times_are_shown_in_units_that_people_use() -> None:
-    """Times are shown in seconds, minutes, hours and days, at most two of them and never as a fraction."""
-    shown = {
-        4.4: "4 s",
-        95.4: "95 s",
-        119.6: "2 min",
-        720: "12 min",
-        3599: "1 h 00 min",
-        3900: "1 h 05 min",
-        273_600: "3 days 4 h",
-    }
-    assert {seconds: show_time(seconds) for seconds in shown} == shown

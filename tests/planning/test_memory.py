@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
+from datm_ray.config import ClusterConfig, RunConfig, override
 from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
@@ -27,7 +27,6 @@ from datm_ray.stages.methods.memory import (
     worker_budget,
 )
 from datm_ray.stages.methods.trajectory import rows_at_a_time
-from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 
 GIB, MIB = 2**30, 2**20
@@ -42,16 +41,11 @@ def plan_of(config: RunConfig) -> DistillationPlan:
 IMAGENET = DataShape((3, 224, 224), 1000, 1_281_167, is_streamed=True)
 READABLE = {"8GiB": 8 * GIB, "512MiB": 2**29, "6 GB": 6 * 10**9, "1.5gib": 3 * GIB // 2, " 2 G ": 2 * 10**9,
             "100kB": 100_000, "4096": 4096, "4096B": 4096, "8PiB": 2**53}  # fmt: skip
-PRINTED = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 310 * MIB: "310.0 MiB", 3.25 * GIB: "3.25 GiB",
-           5000 * GIB: "4.88 TiB", 2**60: "1048576.00 TiB"}  # fmt: skip
 
 
-def test_sizes_are_read_and_printed() -> None:
-    """Sizes are read in binary and decimal units or plain bytes, and an error's size can be given to --memory."""
+def test_sizes_are_read() -> None:
+    """Sizes are read in binary and decimal units or plain bytes."""
     assert {text: ClusterConfig(memory=text).memory_bytes for text in READABLE} == READABLE
-    assert {size: size_in_words(size) for size in PRINTED} == PRINTED
-    for size, text in PRINTED.items():
-        assert not size or parse_bytes(text) == pytest.approx(size, rel=0.005), text
 
 
 def test_an_unreadable_size_is_one_line() -> None:
@@ -159,7 +153,7 @@ def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.Monke
     assert worker_budget(config, data_bytes=20 * GIB) == 0
     assert worker_budget(tiny_config("cluster.memory=3GiB"), 2 * GIB, 2) == 3 * GIB
     large = DataShape((1, 8, 8), 10, 9 * GIB // 256)
-    with pytest.raises(ConfigError, match=r"may take \d+\.\d MiB.*Lower cluster\.workers"):
+    with pytest.raises(ConfigError, match=r"may take \d+ MiB.*Lower cluster\.workers"):
         plans_of(config, large, sharing=4)
 
 
@@ -346,7 +340,7 @@ def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.Mo
     """Resized images that exceed this machine's memory are refused unread; other machines set no limit."""
     monkeypatch.setattr("datm_ray.data.decode.available_memory", lambda: 20 * GIB)
     dataset = get_recipe("tiny-imagenet-ipc1").dataset.model_copy(update={"resize": 512})
-    with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659\.2 GiB.*resize=64"):
+    with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659 GiB.*resize=64"):
         data_shape(dataset, here=True)
     assert data_shape(dataset).image == (3, 512, 512)
 

@@ -32,7 +32,8 @@ from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
-from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS, size_in_words
+from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
+from datm_ray.words import data_size
 from tests.conftest import CommandLine, tiny_config
 from tests.stages.test_distill import TWO_NETWORKS, assert_equal_but_for_rounding, distil
 from tests.stages.test_pieces import SRE2L
@@ -315,8 +316,8 @@ def test_priors_are_listed_verified_and_deleted(finished: Path, tmp_path: Path, 
     name = str(stored(Path()).parent.relative_to("experts"))
     size = stored(Path()).stat().st_size
     code, out, _ = datm_ray("store", "ls", "experts")
-    assert (code, out) == (0, f"{name}  a trained prior, {size_in_words(size)}\n")
-    assert datm_ray("store", "verify", "experts")[1].startswith("0 expert(s) and 1 other file(s) are whole, ")
+    assert (code, out) == (0, f"{name}  a trained prior, {data_size(size)}\n")
+    assert datm_ray("store", "verify", "experts")[1].startswith("whole: 0 experts and 1 other file, ")
     content = bytearray(stored(Path()).read_bytes())
     content[len(content) // 2] ^= 1
     stored(Path()).write_bytes(content)
@@ -325,7 +326,7 @@ def test_priors_are_listed_verified_and_deleted(finished: Path, tmp_path: Path, 
     (stored(Path()).parent / PRIOR_PROGRESS).touch()
     assert datm_ray("store", "rm", "experts", name)[1].startswith("Would delete the prior ")
     code, out, _ = datm_ray("store", "rm", "experts", name, "--yes")
-    assert (code, out) == (0, f"Deleted the prior {Path('experts', name).absolute()}, {size_in_words(size)}.\n")
+    assert (code, out) == (0, f"Deleted the prior {Path('experts', name).absolute()}, {data_size(size)}.\n")
     assert [path for path in Path("experts").rglob("*") if path.is_file()] == []
 
 

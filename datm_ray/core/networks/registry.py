@@ -31,6 +31,7 @@ from datm_ray.core.networks.architectures import (
 )
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.errors import ConfigError
+from datm_ray.words import dimensions
 
 __all__ = [
     "Builder",
@@ -132,7 +133,7 @@ def _built(builder: Builder, spec: NetworkSpec) -> nn.Module:
     except ConfigError:
         raise
     except Exception as failure:  # a user's builder may raise anything
-        size = "x".join(map(str, (spec.channels, *spec.size)))
+        size = dimensions((spec.channels, *spec.size))
         raise ConfigError(
             f"network.architecture {spec.architecture!r} cannot be built for images of {size} in {spec.classes} "
             f"classes: {failure or type(failure).__name__}",

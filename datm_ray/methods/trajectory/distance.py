@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from datm_ray.config import RunConfig
+from datm_ray.words import counted
 
 BEST = 0.5
 """Ratio of the student's distance to the experts' distance with about the smallest first loss. Measured: 0.3 to 0.5, on
@@ -78,8 +79,8 @@ class Distance:
 
     def __str__(self) -> str:
         momentum = f" with momentum {self.momentum:.3g}" if self.momentum else ""
-        experts = f"{_steps(self.steps_per_epoch * self.expert_epochs)} of {self.learning_rate:.3g}{momentum}"
-        student = _steps(self.student_steps)
+        experts = f"{counted(self.steps_per_epoch * self.expert_epochs, 'step')} of {self.learning_rate:.3g}{momentum}"
+        student = counted(self.student_steps, "step")
         if self.step_size is None:
             student += f" of a size found before the first iteration, about {self.likely_step_size:.1g}"
         else:
@@ -109,7 +110,3 @@ class Distance:
             "student": None if self.step_size is None else self.student_steps * self.step_size,
             "likely_step_size": self.likely_step_size,
         }
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'s' * (count != 1)}"

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
 from datm_ray.monitor.logs import is_raw
-from datm_ray.runtime.executor import counted, require_precision
+from datm_ray.runtime.executor import require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
     NodeType,
@@ -31,6 +31,7 @@ from datm_ray.runtime.ray.compat import (
     node_types,
     runs_a_node,
 )
+from datm_ray.words import counted
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. Our actors hide the GPUs themselves.
@@ -338,7 +339,7 @@ class Nodes:
 
         def words(amounts: Mapping[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
-            return f"{amounts.get('CPU', 0):g} CPU(s) and {amounts.get('GPU', 0):g} GPU(s){others}"
+            return f"{counted(amounts.get('CPU', 0), 'CPU')} and {counted(amounts.get('GPU', 0), 'GPU')}{others}"
 
         there = {
             name: sum(each.resources.get(name, 0.0) for each in chosen.values()) for name in {"CPU", "GPU", *needed}

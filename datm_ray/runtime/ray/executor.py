@@ -35,7 +35,6 @@ from datm_ray.runtime.executor import (
     Started,
     Stopped,
     Task,
-    counted,
 )
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpus, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
@@ -45,6 +44,7 @@ from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
+from datm_ray.words import counted
 
 PENDING = 8
 """Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
@@ -96,7 +96,7 @@ class RayExecutor:
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
-        gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else " and no GPU"
+        gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
         more = ", more as nodes start" if self.nodes.may_grow() and cluster.workers is None else ""
         self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{more}{where}"

@@ -32,6 +32,7 @@ from datm_ray.runtime.ray.cluster import first_line
 from datm_ray.runtime.ray.dashboard import Dashboard, masked
 from datm_ray.runtime.stopping import SAVE_TIMEOUT
 from datm_ray.store.files.filesystem import open_location
+from datm_ray.words import duration
 
 AGENT_TIMEOUT = 60.0
 """Seconds to keep trying to submit to a cluster that answers but has no job agent yet."""
@@ -253,12 +254,12 @@ class Jobs:
                     return job
                 if silent > FOLLOW_TIMEOUT:
                     raise JobUnreachableError(
-                        f"{failure.fact}, for {silent / 60:.0f} minutes now",
+                        f"{failure.fact}, for {duration(silent)} now",
                         "the job keeps running without this connection",
                         f"follow it again with `{self.command('logs', number)}`",
                     ) from None
                 if not warned:
-                    warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job keeps running.")
+                    warn(f"{failure.fact}. Trying again for {duration(FOLLOW_TIMEOUT)}; the job keeps running.")
                 pause, warned = seldom, True
             else:
                 if len(log) > shown:

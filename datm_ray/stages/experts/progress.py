@@ -43,7 +43,8 @@ from datm_ray.store.files.filesystem import Location, MissingFileError
 from datm_ray.store.files.local import nearest
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
-from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
+from datm_ray.store.trajectories import ExpertGroup, Snapshot
+from datm_ray.words import data_size, duration
 
 WRITE_SHARE = 0.05
 """Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
@@ -418,11 +419,11 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
         if free > size + SPARE_BYTES:
             return
         if attempt % CHECKS_OF_A_MESSAGE == 0:
-            yield f"waiting for disk space: the disk of {place.uri} has {size_in_words(free)} left"
+            yield f"waiting for disk space: the disk of {place.uri} has {data_size(free)} left"
         time.sleep(DISK_CHECK_INTERVAL)
     raise StoreError(
-        f"the disk of {place.uri} has no space for {size_in_words(size)}",
-        f"it has been full for {DISK_CHECK_INTERVAL * DISK_CHECKS / 60:.0f} minutes",
+        f"the disk of {place.uri} has no space for {data_size(size)}",
+        f"it has been full for {duration(DISK_CHECK_INTERVAL * DISK_CHECKS)}",
         "free some space, or give another --store; then run the same command again: it resumes",
     )
 

@@ -27,7 +27,7 @@ from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.methods.base import Demand
 from datm_ray.stages.methods.part import Part
 from datm_ray.stages.methods.registry import method_of
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.words import data_size
 
 PROCESS_BYTES = 1200 * 2**20
 """Bytes of a CPU worker that distils, without its tensors. Measured: 935 to 1,200 MiB, most if it had trained networks
@@ -81,12 +81,12 @@ class DistillationPlan:
         return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
 
     def __str__(self) -> str:
-        limit = "as the GPU allows" if math.isinf(self.budget) else f"of {size_in_words(self.budget)}"
-        return f"{size_in_words(self.total)} {limit}"
+        limit = "as the GPU allows" if math.isinf(self.budget) else f"of {data_size(self.budget)}"
+        return f"{data_size(self.total)} {limit}"
 
     def lines(self) -> list[str]:
         """Lines with the parts of the worker's memory, after a heading."""
-        parts = [f"    {size_in_words(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
+        parts = [f"    {data_size(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
         return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
 
     def to_json(self) -> dict[str, Any]:
@@ -101,10 +101,10 @@ class DistillationPlan:
         words, knob = PARTS[name]
         if name == "call" and not self.demand.is_divisible:  # a block, whose statistics couple its images
             knob = "recover.block"
-        found = [*remedies, f"raise --memory (cluster.memory) to {size_in_words(1.01 * self.total)}"]
+        found = [*remedies, f"raise --memory (cluster.memory) to {data_size(1.01 * self.total)}"]
         raise ConfigError(
-            f"a worker that {self.name} needs {size_in_words(self.total)} and may take {size_in_words(self.budget)}",
-            f"{size_in_words(size)} of it is {words}",
+            f"a worker that {self.name} needs {data_size(self.total)} and may take {data_size(self.budget)}",
+            f"{data_size(size)} of it is {words}",
             ", or ".join([*found, f"lower {knob}"] if knob else found),
         )
 
@@ -269,7 +269,7 @@ def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: 
         chunk //= 2
     raise ConfigError(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",
-        f"it may take {'all of it' if math.isinf(plan.budget) else size_in_words(plan.budget)}",
+        f"it may take {'all of it' if math.isinf(plan.budget) else data_size(plan.budget)}",
         "raise cluster.gpus_per_worker or --memory, use more cluster.shards, or lower distill.student_steps or "
         "network.width",
     )

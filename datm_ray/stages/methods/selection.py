@@ -34,6 +34,7 @@ from datm_ray.stages.experts.difficulty import mean_el2n
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
+from datm_ray.words import dimensions
 
 MOST_PIECES = 32
 """Largest number of pieces into which a set is divided. Each piece reads several networks again, so more would be
@@ -88,7 +89,7 @@ class Selection(Method):
             )
         if settings.by == "rded" and any(side % settings.tiles for side in images.size):
             raise DatasetError(
-                f"images of {'x'.join(map(str, images.size))} do not divide into {settings.tiles} tiles a side",
+                f"images of {dimensions(images.size)} do not divide into {settings.tiles} tiles a side",
                 remedy="use --set select.tiles=1, or another dataset.resize",
             )
         if settings.by == "moderate":

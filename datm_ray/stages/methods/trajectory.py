@@ -30,6 +30,7 @@ from datm_ray.stages.methods.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
 from datm_ray.store.trajectories import ExpertGroup
+from datm_ray.words import counted, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ class TrajectoryMatching(Method):
         else:
             measured = self._measured(lambda own, all_sum: measure(given, pairs[own], state.synthetic, all_sum))
         losses = [loss for each in measured for loss in each.losses if not math.isnan(loss)]
-        above, start = sum(loss > threshold for loss in losses), _listed(each.loss for each in measured)
+        above, start = sum(loss > threshold for loss in losses), _numbers(each.loss for each in measured)
         if not losses and self.refuses:
             raise ThresholdError(
                 f"start and target are identical in all {PAIRS} pairs that were measured, so there is nothing to match",
@@ -198,7 +199,7 @@ class TrajectoryMatching(Method):
             best = measured if given is None else self._search(state, pairs)
             raise self._hopeless("the set would start", [each.loss for each in measured], state, pairs, best)
         if given is None:
-            found = _listed(each.step_size for each in measured)
+            found = _numbers(each.step_size for each in measured)
             yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
         if self.part.config.distill.learning_rate_images is None:
             state.image_rate = self._image_rate(state, pairs)
@@ -206,7 +207,7 @@ class TrajectoryMatching(Method):
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
         if above:
             yield (
-                f"{_of(above, len(losses), 'matching loss')} at the start {'exceeds' if above == 1 else 'exceed'} "
+                f"{above} of {counted(len(losses), 'matching loss')} at the start exceed{'s' * (above == 1)} "
                 f"distill.threshold {threshold:g}, and such iterations are skipped. The mean loss is {start}: "
                 f"{self._distance(state)}"
             )
@@ -319,12 +320,12 @@ class TrajectoryMatching(Method):
             (short,) = self._measured(lambda own, all_sum: measure(now, cut[own], state.synthetic, all_sum))
             if short.loss <= settings.threshold:
                 remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
-        fact = f"{what} with a matching loss of {_listed(losses, 5)}, above distill.threshold {settings.threshold:g}"
+        fact = f"{what} with a matching loss of {_numbers(losses, 5)}, above distill.threshold {settings.threshold:g}"
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
 
     def _better(self, best: Sequence[Measured]) -> str:
         """Text that recommends the setting with the best step size found for the present set, and gives its loss."""
-        found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
+        found, least = (_numbers(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
         if self.part.config.distill.initial_step_size is not None:
             return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
         number = min(each.step_size for each in best)  # one setting for all networks: none goes too far
@@ -461,19 +462,19 @@ class TrajectoryMatching(Method):
                 is_enough = min(each.loss for each in best) <= settings.threshold
                 lower = f"Try {self._better(best)}, or lower" if is_enough else "Lower"
             yield (
-                f"{_of(above, updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, and "
-                f"taught nothing: {self._distance(state)}. {lower} the start epochs, or "
+                f"{above} of {counted(updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, "
+                f"and taught nothing: {self._distance(state)}. {lower} the start epochs, or "
                 "see in the report whether it came all at once"
             )
         if 4 * state.diverged > updates:
             yield (
-                f"{_of(state.diverged, updates, 'update')} {_was(state.diverged)} skipped because a value was not "
-                "finite or a step size not positive: lower distill.learning_rate_images or learning_rate_step_size, or "
-                "use cluster.precision=float32"
+                f"{state.diverged} of {counted(updates, 'update')} {_was(state.diverged)} skipped because a value was "
+                "not finite or a step size not positive: lower distill.learning_rate_images or "
+                "learning_rate_step_size, or use cluster.precision=float32"
             )
         if 4 * state.shortened > updates:
             yield (
-                f"{_of(state.shortened, updates, 'gradient')} {_was(state.shortened)} shortened to "
+                f"{state.shortened} of {counted(updates, 'gradient')} {_was(state.shortened)} shortened to "
                 f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
                 "distill.learning_rate_images, or raise the limit"
             )
@@ -523,14 +524,9 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
     return min(held, batch, math.ceil(batch * share + 3 * spread))
 
 
-def _listed(numbers: Iterable[float], digits: int = 3) -> str:
-    """Numbers as text with `digits` significant digits, joined by "and"."""
-    return " and ".join(f"{number:.{digits}g}" for number in numbers)
-
-
-def _of(part: int, whole: int, noun: str) -> str:
-    """Text for a part of a number, such as "1 of 1 update" or "2 of 3 matching losses"."""
-    return f"{part} of {whole} {noun}" + ("es" if noun.endswith("s") else "s") * (whole != 1)
+def _numbers(numbers: Iterable[float], digits: int = 3) -> str:
+    """Numbers as a list, with `digits` significant digits."""
+    return listed(f"{number:.{digits}g}" for number in numbers)
 
 
 def _was(count: int) -> str:

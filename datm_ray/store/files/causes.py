@@ -8,7 +8,7 @@ import re
 import ssl
 from typing import Any
 
-from datm_ray.errors import one_line
+from datm_ray.words import one_line
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile of AWS_PROFILE"

@@ -41,6 +41,7 @@ from s3fs import S3FileSystem
 from datm_ray.store.files.causes import code_of, lacks_certificates, reason, status_of
 from datm_ray.store.files.patience import patience
 from datm_ray.store.files.traffic import count_retry
+from datm_ray.words import duration
 
 T = TypeVar("T")
 
@@ -164,9 +165,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         now = time.monotonic()
         if waited + pause > LINE_AFTER and now - self._last_line > LINE_EVERY and not is_first:
             self._last_line = now
-            until = (
-                f"for up to {max(1, round(left / 60))} min" if self._attempts is None else "as AWS_MAX_ATTEMPTS says"
-            )
+            until = f"for up to {duration(left)}" if self._attempts is None else "as AWS_MAX_ATTEMPTS says"
             _log.warning("%s does not answer (%s); trying again %s", _bucket(path), reason(error), until)
         return pause
 

@@ -194,7 +194,7 @@ def test_a_log_resumes_where_a_connection_ended(
     assert shown == "".join(lines)
     assert (job.status, job.exit_code) == ("failed", 3)
     assert len(warned) == 2
-    assert all("Trying again for 10 minutes; the job keeps running." in line for line in warned)
+    assert all("Trying again for 10 min; the job keeps running." in line for line in warned)
 
 
 def test_a_log_with_lost_parts_is_not_started_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
@@ -353,7 +353,7 @@ def test_a_status_shows_losses_progress_and_the_last_line(
         ):
             stage.event(task, event)
     assert highlights(capsys.readouterr().err, "Job is currently running.") == {
-        "lost": "2 worker(s), the last time: digits-ipc1: worker lost (no heartbeat for 61 s); starting attempt 3"
+        "lost": "2 workers, the last time: digits-ipc1: worker lost (no heartbeat for 61 s); starting attempt 3"
         " on another one",
         "progress": "Distillation: 0/1 tasks done, 1 running, slowest at 120/300: digits-ipc1  loss 0.41",
         "last": "digits-ipc1: runs with 1 of 2 workers (the cluster can hold no more)",
@@ -479,7 +479,7 @@ def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], m
             stage.event(task, event)
     logs.show(0)
     found = highlights(capsys.readouterr().err, "")
-    assert found["lost"].startswith("1 worker(s), the last time: 2")
+    assert found["lost"].startswith("1 worker, the last time: 2")
     assert found["lost"].endswith('  worker lost task=tiny attempt=1 reason="its node died"')
     assert found["progress"].endswith(
         "  progress stage=Distillation done=0 tasks=1 running=1 slowest=tiny step=120 steps=300 loss=0.41"

@@ -197,7 +197,7 @@ def test_missing_or_foreign_scores_are_one_line(finished: Path, tmp_path: Path) 
 def test_damaged_scores_are_found(finished: Path, tmp_path: Path, datm_ray: CommandLine) -> None:
     """`store verify` checks the scores beside the scoring networks, and their transform."""
     store = shutil.copytree(finished / "experts", tmp_path / "experts")
-    assert datm_ray("store", "verify", str(store))[1].startswith("5 expert(s) and 1 other file(s) are whole, ")
+    assert datm_ray("store", "verify", str(store))[1].startswith("whole: 5 experts and 1 other file, ")
     (place,) = store.rglob("difficulty-*.arrow")
     content = bytearray(place.read_bytes())
     content[len(content) // 2] ^= 1

@@ -306,7 +306,7 @@ def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(expert_progress.time, "sleep", waits.append)
     _, group, _ = worker_of(tiny_config(), tmp_path / "full")
     waiting = expert_progress.wait_for_disk_space(group.location, 0)
-    with pytest.raises(StoreError, match="for 10 minutes"):
+    with pytest.raises(StoreError, match="for 10 min"):
         messages.extend(sum(waits) for _ in waiting)
     assert messages == [60.0 * minute for minute in range(10)]  # else the worker would count as stuck meanwhile
 
