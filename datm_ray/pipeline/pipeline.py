@@ -31,6 +31,7 @@ from datm_ray.pipeline.folder import (
     write_note,
 )
 from datm_ray.pipeline.runs import Runs
+from datm_ray.pipeline.tasks import RowArguments
 from datm_ray.report import accuracy_table, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
@@ -148,7 +149,7 @@ class Pipeline:
             "sets to distil": (len(sets), sets),
             "epochs to label": (sum(labelled.values()), list(labelled)),
             "networks to train for evaluation": (
-                sum(len(task.arguments[5]) for task in evaluation),
+                sum(len(RowArguments(*task.arguments).numbers) for task in evaluation),
                 [task.name for task in evaluation],
             ),
         }
@@ -436,8 +437,8 @@ class Pipeline:
                 return []
             scored.update(config.name for config in done)
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.light_workers, of=done)
-            new = [each for each in found if given.isdisjoint(each.arguments[3])]
-            given.update(uri for each in new for uri in each.arguments[3])
+            new = [each for each in found if given.isdisjoint(RowArguments(*each.arguments).result_uris)]
+            given.update(uri for each in new for uri in RowArguments(*each.arguments).result_uris)
             return new
 
         self._run("Distillation", "distill", open_tasks, executor, reporter, following)
@@ -479,7 +480,7 @@ class Pipeline:
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
         """Show the score of each row of the accuracy table that an evaluation task has completed."""
-        *_, uris, row, numbers, network = task.arguments
+        *_, uris, row, numbers, network = RowArguments(*task.arguments)
         for config in self.configs:  # runs may share a row
             key = (self.out, config, self.runs.raw(config).fingerprint, row)
             if (row, network) not in self.scored_rows(config) or numbers[0] >= config.evaluate.seeds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -422,6 +422,18 @@ def _networks_and_images(
     return spec, len(raw.train) if row == "full" else config.distill.ipc * raw.classes
 
 
+class RowArguments(NamedTuple):
+    """Arguments of an evaluation task, see `EvaluateWorker.evaluate`."""
+
+    config: RunConfig
+    store_uri: str
+    folder_uri: str
+    result_uris: tuple[str, ...]
+    row: str
+    numbers: Sequence[int]
+    network: NetworkConfig | None
+
+
 def _evaluate_task(
     runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, numbers: Sequence[int], work: float
 ) -> Task | None:
@@ -440,7 +452,7 @@ def _evaluate_task(
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
     return Task(
         f"{config.name} {row}{_on(config, network)} {numbers[0]}{last}",
-        (config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
+        RowArguments(config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
         run=config.name,
         stage="evaluation",
         weight=work * len(numbers),
