@@ -281,19 +281,7 @@ class Distillation:
     def events(self) -> Iterator[Event]:
         """Run the remaining iterations and yield progress. All workers of the set yield the same events."""
         settings, meter = self._config.distill, Meter(self._device)
-        yield from map(Note, self._method.notes)
-        saved = self._saved_state()
-        state = saved or self._method.state((yield from self._chosen()), settings)
-        state.prior = None if self._prior is None else self._prior.prior
-        yield from map(Phase, filter(None, [self._method.preparation]))
-        self._mesh.until_all_are_done(self._method.prepare)
-        if saved is None and self._iterations:
-            yield from map(Phase, filter(None, [self._method.calibration]))
-            yield from map(Note, self._method.calibrate(state))
-        self._found = self._found_values(state, is_new=saved is None)
-        if saved is None:
-            self._save_set(state.synthetic, INITIAL)
-        yield from self._computed_otherwise(state.iteration)
+        state = yield from self._start()
         first = self._saved_at = state.iteration
         yield Progress(first, self._iterations, metrics=self._mesh_metrics)
         with saving() as is_asked:
@@ -303,7 +291,7 @@ class Distillation:
                 if self._validation is None:
                     self._save_checkpoint(state)
             while state.iteration < self._iterations:
-                is_late = self._stop_if(is_asked(), state)
+                is_late = self._late_or_stopped(is_asked(), state)
                 began = time.monotonic()
                 try:
                     self._method.step(state, self._meta_term(state.iteration))
@@ -312,7 +300,7 @@ class Distillation:
                     raise
                 seconds = time.monotonic() - began
                 if is_due(settings, state.iteration):
-                    self._stop_if(is_asked(), state)
+                    self._late_or_stopped(is_asked(), state)
                     yield from self._validated(state, [state.iteration])
                 is_last = state.iteration == self._iterations
                 saves = is_late or is_last or state.iteration % settings.checkpoint_every == 0
@@ -321,21 +309,38 @@ class Distillation:
                 metrics = meter.measure() | self._measured(state, seconds)
                 metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
                 yield Progress(state.iteration, self._iterations, self._shown(state), metrics, saved=saves)
-        counts = {**self._method.counts(state), "chosen_at": state.chosen_at}
-        if unvalidated(settings, state):  # the worker that writes the last result writes the set too
-            yield from map(Note, self._method.warnings(state))
-            yield Finished(counts, meter.measure())
-            return
+        yield from map(Note, self._method.warnings(state))
+        if not unvalidated(settings, state):  # otherwise the worker that writes the last result writes the set too
+            self._write_result(state)
+        yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
+
+    def _start(self) -> Generator[Event, None, State[Any]]:
+        """Read the last checkpoint and return its state; without one, choose and calibrate a first set."""
+        yield from map(Note, self._method.notes)
+        saved = self._saved_state()
+        state = saved or self._method.state((yield from self._chosen()), self._config.distill)
+        state.prior = None if self._prior is None else self._prior.prior
+        yield from map(Phase, filter(None, [self._method.preparation]))
+        self._mesh.until_all_are_done(self._method.prepare)
+        if saved is None and self._iterations:
+            yield from map(Phase, filter(None, [self._method.calibration]))
+            yield from map(Note, self._method.calibrate(state))
+        self._found = self._found_values(state, is_new=saved is None)
+        if saved is None:
+            self._save_set(state.synthetic, INITIAL)
+        yield from self._note_computing(state.iteration)
+        return state
+
+    def _write_result(self, state: State[Any]) -> None:
+        """Write the final set: the best validated one, or that of the last iteration. Also its cost and its maps."""
         final = state.chosen or state.result
         if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
-        yield from map(Note, self._method.warnings(state))
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         if self._mesh.is_first:
             self._candidates.remove()
-        yield Finished(counts, meter.measure())
 
     def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
         """Choose the set before the first iteration and return it. Yields a phase from time to time as a heartbeat."""
@@ -350,11 +355,11 @@ class Distillation:
                 yield Phase(CHOOSING)
                 due = time.monotonic() + REPORT_INTERVAL
 
-    def _stop_if(self, is_asked: bool, state: State[Any]) -> bool:
-        """Save the state and raise `Interrupted` if any worker was asked to stop.
+    def _late_or_stopped(self, is_asked: bool, state: State[Any]) -> bool:
+        """True if a checkpoint is due on any worker's clock. All workers decide alike.
 
-        Returns:
-            True if a checkpoint is due on any worker's clock. All workers decide alike.
+        Raises:
+            Interrupted: any worker was asked to stop. The state is saved.
         """
         mine = torch.tensor([float(is_asked), float(time.monotonic() > self._next_save)])
         any_asked, any_late = self._mesh.sum_over_all(mine).tolist()
@@ -414,7 +419,7 @@ class Distillation:
             found["learning_rate_images"] = state.image_rate
         return found
 
-    def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
+    def _note_computing(self, iteration: int) -> Iterator[Note]:
         """Record how student steps are computed from this iteration on. Yields a message if it differs from before."""
         now = dict(self._method.facts)
         if not now:
