@@ -170,7 +170,8 @@ def plan(
         cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
             "cpus=2,memory=24GiB". Default: this machine.
         data_shape: channels x height x width, classes and images of data that is not here, as "3x64x64,200,100000".
-        measure: True to time the run's own compiled steps on this machine. False times small steps, and on CPUs alone.
+        measure: True to time the run's own compiled steps on this machine. False times small steps if the run computes
+            on CPUs; times on GPUs then need tflops= in `cluster`.
 
     Raises:
         ConfigError: the set does not fit into memory, or an argument cannot be read.

@@ -37,7 +37,7 @@ from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.schema import fields_at
 from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, UNREAD_BY_MATCHING, DistillConfig, SelectConfig
 from datm_ray.errors import ConfigError
-from datm_ray.pipeline.checks import differences
+from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.stages.methods.registry import teacher_of, trained_networks
 
@@ -759,7 +759,7 @@ def test_start_epochs_are_one_value() -> None:
     longer = {"distill.start_epochs.final_bound": 30, "distill.start_epochs.expand_iterations": 5}
     changed = override(recipe, [f"{key}={value}" for key, value in longer.items()]).distill.start_epochs
     assert changed == StartEpochs(bound=10, final_bound=30, expand_iterations=5)
-    unlike = differences(run_identity(recipe), run_identity(override(recipe, ["distill.start_epochs.bound=12"])))
+    unlike = unequal_keys(run_identity(recipe), run_identity(override(recipe, ["distill.start_epochs.bound=12"])))
     assert unlike == ["distill.start_epochs.bound (10 there, 12 here)"]
 
 

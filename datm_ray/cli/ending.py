@@ -34,7 +34,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shell's convention 128 + signal number."""
 READER_GONE = 141
 """Exit code after a closed pipe, by the shell's convention 128 + signal number."""
-LOG = "datm-ray-error.log"
+ERROR_LOG = "datm-ray-error.log"
 """Name of the file with tracebacks of unexpected failures, in a run's output folder."""
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
@@ -192,9 +192,9 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
     text = _without_secrets("".join(lines)).encode(errors="backslashreplace")
     with suppress(OSError, ValueError):
         if out is not None and Path(out).is_dir():
-            with open(Path(out) / LOG, "ab") as file:
+            with open(Path(out) / ERROR_LOG, "ab") as file:
                 file.write(text)
-            return str(Path(out) / LOG)
+            return str(Path(out) / ERROR_LOG)
     with suppress(OSError):
         with tempfile.NamedTemporaryFile(prefix="datm-ray-error-", suffix=".log", delete=False) as kept:
             kept.write(text)

@@ -1,4 +1,4 @@
-"""Accuracy of an imported network on test images, which shows another normalisation or another order of classes."""
+"""Accuracy of an imported network on test images. A low one reveals another normalisation or order of classes."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
 
 
 def _of_tensors(place: Location) -> GivenSet:
-    """Set in files of tensors; `place` is that of the images, and the others have its name but for the first word."""
+    """Set in files of tensors: images<rest> at `place`, beside it labels<rest> and, with a step size, lr<rest>."""
     name = PurePosixPath(place.path).name
     if not name.startswith("images"):
         raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
@@ -178,7 +178,7 @@ def _of_tensors(place: Location) -> GivenSet:
 
 
 def _tensor(place: Location) -> NDArray[Any]:
-    """One tensor that `torch.save` wrote.
+    """Array of the tensor or number that `torch.save` wrote; 0-d for a number.
 
     Raises:
         CorruptFileError: the file holds something else.

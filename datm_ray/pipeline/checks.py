@@ -114,9 +114,9 @@ def require_names(runs: Runs) -> None:
 
 
 def _check_scoring(config: RunConfig) -> None:
-    """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or labels for too many epochs.
+    """Raise a `ConfigError` if scored networks cannot be trained as the section `evaluate` says.
 
-    `evaluate.keep_labels` may not exceed the number of epochs that networks train for.
+    `row_schedule` refuses a warm-up of all epochs, `teacher_of` a run that trains no teacher.
     """
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.has_teacher:
@@ -134,7 +134,7 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
     if earlier is not None and run_identity(earlier) != run_identity(config) and has_results(runs.folder(config)):
         raise RunDirectoryError(
             f"{runs.folder(config).uri} holds a run of {config.name!r} with another configuration",
-            f"it differs in {', '.join(differences(_compared(earlier), _compared(config)))}",
+            f"it differs in {', '.join(unequal_keys(_compared(earlier), _compared(config)))}",
             "give another --out or --set name=..., or, for the run that is there, "
             f"{(runs.folder(config) / RECIPE).uri} as the recipe",
         )
@@ -165,7 +165,7 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
     origins = runs.origins(config)
     others = [name for name, digest in note.experts.items() if origins.get(name, digest) != digest]
     if there != here or note.fingerprint != runs.raw(config).fingerprint or others:
-        what = ", ".join(differences(there, here)) or ("the weights of its experts" if others else "its images")
+        what = ", ".join(unequal_keys(there, here)) or ("the weights of its experts" if others else "its images")
         raise RunDirectoryError(
             f"the run in {source.uri} cannot continue as {config.name!r}: it differs in {what}",
             remedy="change nothing but name and distill.iterations, or leave out distill.continue_from",
@@ -406,7 +406,7 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
     return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"{key}.", part) for part in parts))
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def unequal_keys(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Keys at which two configurations differ, each with both values: "experts.epochs (50 there, 30 here)".
 
     Args:
@@ -417,7 +417,7 @@ def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         there, here = (side.get(key, "not set") for side in (earlier, now))
         name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
         if isinstance(there, dict) and isinstance(here, dict):
-            keys += differences(there, here, f"{prefix}{key}.")
+            keys += unequal_keys(there, here, f"{prefix}{key}.")
         elif isinstance(there, dict) or isinstance(here, dict):
             keys.append(f"{name} ({'set' if isinstance(there, dict) else 'not set'} there)")
         elif there != here:

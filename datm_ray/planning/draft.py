@@ -40,7 +40,7 @@ MOST_ITERATIONS, LEAST_ITERATIONS = 10_000, 20
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
 """Largest shares of the time: for experts, for evaluation, and for the evaluation's networks on all real images.
 Distillation gets the rest."""
-MARGIN = 0.85
+PLANNED_SHARE = 0.85
 """Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
 EXACT_FROM = 900.0
 """Time wanted for the whole run, in seconds, from which on compiled steps are timed. Compiling and timing take about a
@@ -113,7 +113,7 @@ class Draft:
         return self.plan(self.config(values)).storage["store"]
 
     def workers(self, values: dict[str, Any]) -> int:
-        """Number of workers of this machine, for the recipe with these values in shards, see `config`."""
+        """Number of workers on this machine if each one holds a shard of the set. Values: see `config`."""
         here = min(machine_here(self.config(values)).workers, self.raw.classes)  # fewer images in a shard: slower steps
         return self.plan(self.config(values | {"cluster.shards": here})).machine.workers
 
@@ -126,9 +126,9 @@ class Draft:
         return many if shared < alone else 1
 
     @property
-    def time(self) -> float:
+    def planned_seconds(self) -> float:
         """Seconds that are planned."""
-        return MARGIN * self.wish.seconds
+        return PLANNED_SHARE * self.wish.seconds
 
     @property
     def asked(self) -> str:
@@ -137,7 +137,7 @@ class Draft:
 
     @property
     def too_short(self) -> str:
-        """Reason of the smallest allowed number."""
+        """Reason for a number that is the smallest allowed one."""
         return f"the least; {self.asked} would be too short for more"
 
     @property
@@ -158,31 +158,31 @@ class Draft:
         return [int(count) for count in np.bincount(labels, minlength=self.raw.classes)]
 
     @property
-    def trained(self) -> list[int]:
+    def training_counts(self) -> list[int]:
         """Number of images of each class that networks are trained on, without validation images."""
         share = self.values["dataset.validation"]
         return [count - held_out(count, share) for count in self.counts]
 
     @property
-    def training(self) -> int:
+    def training_images(self) -> int:
         """Number of images that experts are trained on, without validation images."""
-        return sum(self.trained)
+        return sum(self.training_counts)
 
     @property
     def batch_size(self) -> int:
         """Images of an SGD step of experts: the largest power of two that leaves `EPOCH_STEPS` steps an epoch."""
-        batch: int = 2 ** int(math.log2(max(1, self.training / EPOCH_STEPS)))
+        batch: int = 2 ** int(math.log2(max(1, self.training_images / EPOCH_STEPS)))
         return min(max(SMALLEST_BATCH, batch), PUBLISHED_BATCH)
 
     @property
-    def rate(self) -> float:
+    def learning_rate(self) -> float:
         """Learning rate of plain SGD on batches of `batch_size`."""
         return PUBLISHED_RATE if self.batch_size == PUBLISHED_BATCH else RATE
 
     @property
-    def epoch(self) -> float:
+    def epoch_distance(self) -> float:
         """Distance of one epoch of plain SGD: learning rate times steps. (`Distance` needs a whole recipe.)"""
-        return self.rate * math.ceil(self.training / self.batch_size)
+        return self.learning_rate * math.ceil(self.training_images / self.batch_size)
 
     def augmentation(self, *sections: str) -> Choices:
         """Choose the augmentation of sections of the recipe."""
@@ -207,10 +207,10 @@ class Draft:
         for protocol, seeds in EVALUATIONS:
             found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
             seconds = self.clock(values | found)["evaluation"]
-            if seconds <= EVALUATION_SHARE * self.time:
+            if seconds <= EVALUATION_SHARE * self.planned_seconds:
                 break
         real = {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
-        if self.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * self.time:
+        if self.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * self.planned_seconds:
             found |= real
         return found
 

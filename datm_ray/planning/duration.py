@@ -52,8 +52,8 @@ NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --clu
 DECODING = "decoding"
 """Kind of work: an image through a prior's decoder, forward and backward."""
 Work = tuple[str, RunConfig, float]
-"""(kind of work, see `FORWARD_PASSES` and `DECODING`; run whose first network does it; image passes). A task is a list
-of these."""
+"""Part of a task: (kind of work, a key of `FORWARD_PASSES` or `DECODING`; run whose `network` computes it; number of
+image passes)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Proposal:
 
     @functools.cached_property
     def tasks(self) -> dict[str, list[list[Work]]]:
-        """Stage -> its tasks, each a list of the task's `Work`."""
+        """Stage -> its tasks. A task is a list of (kind of work, run, image passes), see `Work`."""
         tasks = {"experts": self._experts(), "distillation": self._distillation(), "validation": self._validation()}
         if labels := self._labels:
             tasks["labels"] = [[("scoring", teacher_of(self.config), labels.images)]] * labels.keep

@@ -62,11 +62,11 @@ DISK_SHARE = 0.1
 def experts(draft: Draft) -> Choices:
     """Choose the training of experts, and the augmentation of all networks."""
     batch, published = draft.batch_size, draft.batch_size == PUBLISHED_BATCH
-    steps = counted(math.ceil(draft.training / batch), "step")
-    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {steps}"
+    steps = counted(math.ceil(draft.training_images / batch), "step")
+    yield "experts.batch_size", batch, f"an epoch of {draft.training_images:,} images then has {steps}"
     yield (
         "experts.learning_rate",
-        draft.rate,
+        draft.learning_rate,
         "as published" if published else "twice the published rate, because there are fewer steps",
     )
     yield from draft.augmentation("experts", "distill", "evaluate")
@@ -74,7 +74,7 @@ def experts(draft: Draft) -> Choices:
 
 def matching(draft: Draft) -> Choices:
     """Choose the range of start epochs, the student's batches, and how the set is updated."""
-    ipc, epoch, share = draft.wish.ipc, draft.epoch, draft.images / draft.training
+    ipc, epoch, share = draft.wish.ipc, draft.epoch_distance, draft.images / draft.training_images
     is_mtt = draft.wish.method == "mtt"
     yield "distill.ipc", ipc, AS_ASKED
     distance = BOUND * ipc**BOUND_POWER
@@ -98,8 +98,8 @@ def matching(draft: Draft) -> Choices:
 
 def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
     """Values for a number of student steps: the epochs from start to target, and the experts' epochs."""
-    span = max(1, round(STEP_DISTANCE * steps / draft.epoch))
-    epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch))
+    span = max(1, round(STEP_DISTANCE * steps / draft.epoch_distance))
+    epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch_distance))
     return {
         "distill.student_steps": steps,
         "distill.expert_epochs": span,
@@ -172,12 +172,12 @@ def _numbers(
     """
     one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
     each, fixed = (two - one) / stack, 2 * one - two  # seconds of a round, and of compiling
-    rounds = int((EXPERTS_SHARE * draft.time - fixed) / each)
+    rounds = int((EXPERTS_SHARE * draft.planned_seconds - fixed) / each)
     count = max(LEAST_EXPERTS, min(workers * rounds, most))
     few = {"experts.count": count, "distill.iterations": VALIDATIONS, "distill.validate_every": 1}
     short = draft.plan(draft.config(values | few))
     iteration = sum(short.iteration)
-    iterations = VALIDATIONS + int((draft.time - sum(short.clock.values())) / iteration)
+    iterations = VALIDATIONS + int((draft.planned_seconds - sum(short.clock.values())) / iteration)
     spare = max(0, count - ENOUGH_EXPERTS) // workers
     fewer = min(spare, max(0, math.ceil((ENOUGH_ITERATIONS - iterations) * iteration / each)))
     iterations += int(fewer * each / iteration)
@@ -190,7 +190,7 @@ def _numbers(
 def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
     """Key -> reason for the values that `fitted` returns."""
     count, steps = values["experts.count"], values["distill.student_steps"]
-    span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
+    span, reached = (draft.epoch_distance * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
     is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
     limit = "a tenth of the free disk holds" if is_full else "the time allows beside the iterations"
     enough = f"{ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations"

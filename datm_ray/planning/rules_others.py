@@ -66,7 +66,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
         "distill.real_batch": "of each class, as published"
         if real == REAL_IMAGES[0]
         else "all images of the largest class"
-        if real == max(draft.trained)
+        if real == max(draft.training_counts)
         else f"of each class; as many as leave {enough} in {draft.asked}, or the least",
         "distill.initial_step_size": f"the published {PUBLISHED_STEP_SIZE}"
         + (f", in proportion to fewer epochs (evaluate.protocol {protocol})" if protocol != "published" else ""),
@@ -77,10 +77,10 @@ def fitted_embeddings(draft: Draft) -> Fitted:
 def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {"network.width": width}
     values["cluster.shards"] = draft.shards(values, draft.workers(values))
-    values |= draft.evaluation(values, math.ceil(TRAINED / draft.epoch))
+    values |= draft.evaluation(values, math.ceil(TRAINED / draft.epoch_distance))
     longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
     values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")
-    for real in dict.fromkeys(min(count, max(draft.trained)) for count in REAL_IMAGES):
+    for real in dict.fromkeys(min(count, max(draft.training_counts)) for count in REAL_IMAGES):
         values["distill.real_batch"] = real
         values |= _iterations(draft, values, MOST_UPDATES)
         if values["distill.iterations"] >= ENOUGH_UPDATES:
@@ -91,9 +91,9 @@ def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 def teacher(draft: Draft) -> Choices:
     """Choose the training of the one network that select and sre2l read."""
     batch = min(draft.batch_size, TEACHER_BATCH)
-    steps = counted(math.ceil(draft.training / batch), "step")
+    steps = counted(math.ceil(draft.training_images / batch), "step")
     yield "experts.count", 1, "the teacher"
-    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {steps}"
+    yield "experts.batch_size", batch, f"an epoch of {draft.training_images:,} images then has {steps}"
     why = f"{TEACHER_RATE} for batches of {TEACHER_BATCH}, as published for CIFAR-100, and in proportion"
     yield "experts.learning_rate", TEACHER_RATE * batch / TEACHER_BATCH, why
     for key, value in (("schedule", "cosine"), ("momentum", 0.9), ("weight_decay", 5e-4)):
@@ -129,7 +129,8 @@ def fitted_selection(draft: Draft) -> Fitted:
 
 def _selection_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values = _scored_teacher(draft, width, 1 - EVALUATION_SHARE - REAL_SHARE)
-    return values, values["experts.epochs"] >= ENOUGH_EPOCHS and sum(draft.clock(values).values()) <= draft.time
+    is_in_time = sum(draft.clock(values).values()) <= draft.planned_seconds
+    return values, is_in_time and values["experts.epochs"] >= ENOUGH_EPOCHS
 
 
 def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
     """Number of the teacher's epochs that take at most a share of the time; `LEAST_EPOCHS` even if they take longer."""
     few = LEAST_EPOCHS
     one, two = (draft.clock(values | {"experts.epochs": count * few})["experts"] for count in (1, 2))
-    return min(max(few, few + int((share * draft.time - one) / (two - one) * few)), MOST_EPOCHS)
+    return min(max(few, few + int((share * draft.planned_seconds - one) / (two - one) * few)), MOST_EPOCHS)
 
 
 def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LEAST_ITERATIONS) -> dict[str, int]:
@@ -225,6 +226,6 @@ def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LE
         return sum(draft.clock(values | {"distill.iterations": count, **saved(count)}).values())
 
     one, two = seconds(few), seconds(2 * few)
-    count = few + int((draft.time - one) / (two - one) * few)
+    count = few + int((draft.planned_seconds - one) / (two - one) * few)
     count = min(max(least, count), most)
     return {"distill.iterations": count, **saved(count)}

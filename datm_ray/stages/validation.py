@@ -72,7 +72,7 @@ def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class ValidationResult:
     """Validation of one candidate, a set of an intermediate iteration: its accuracy and cost."""
 
     accuracy: float
@@ -110,7 +110,7 @@ class Candidates:
         stems = sorted(name.removesuffix(".arrow") for name in names if name.endswith(".arrow"))
         return [int(stem) for stem in stems if f"{stem}.json" not in names]
 
-    def results(self, iterations: Sequence[int]) -> list[Result]:
+    def results(self, iterations: Sequence[int]) -> list[ValidationResult]:
         """Validation results of these iterations, in order, up to the first iteration without a result."""
         found, names = [], self._folder.list()
         for iteration in iterations:
@@ -118,7 +118,7 @@ class Candidates:
                 break
             content = (self._folder / name).read_json()
             with rejecting_nonsense(self._folder / name):
-                found.append(Result(float(content["accuracy"]), Spent.from_json(content["cost"])))
+                found.append(ValidationResult(float(content["accuracy"]), Spent.from_json(content["cost"])))
         return found
 
     def write_result(self, iteration: int, accuracy: float, error: float, cost: Spent) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from datm_ray.config import run_identity
 from datm_ray.errors import DatasetError
-from datm_ray.pipeline.checks import differences
+from datm_ray.pipeline.checks import unequal_keys
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def test_methods_differ_in_the_documented_settings(bench: ModuleType) -> None:
     ranges = {f"distill.start_epochs.{key}" for key in ("first", "bound", "final_bound", "expand_iterations")}
     for ipc in (1, 10, 50):
         for datm, mtt in zip(runs[ipc, "datm"], runs[ipc, "mtt"], strict=True):
-            changed = {each.split(" ")[0] for each in differences(run_identity(datm), run_identity(mtt))} - {"name"}
+            changed = {each.split(" ")[0] for each in unequal_keys(run_identity(datm), run_identity(mtt))} - {"name"}
             assert {"distill.labels", "distill.initial"} <= changed
             assert changed <= {"distill.labels", "distill.initial", *ranges}
             assert mtt.distill.start_epochs.last + 1 == bench.EPOCHS == mtt.experts.epochs
             assert datm.distill.ipc == ipc
         for datm, other in zip(runs[ipc, "datm"], runs[ipc, "datm, any first images"], strict=True):
-            changed = {each.split(" ")[0] for each in differences(run_identity(datm), run_identity(other))} - {"name"}
+            changed = {each.split(" ")[0] for each in unequal_keys(run_identity(datm), run_identity(other))} - {"name"}
             assert changed == {"distill.initial"}
     assert [each.seed for each in runs[1, "datm"]] == [0, 1]
 

@@ -19,7 +19,7 @@ from PIL import Image
 from datm_ray.config import NetworkSpec, RunConfig, run_identity
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.pipeline.checks import differences as keys_that_differ
+from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe
 
 
@@ -37,7 +37,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def differences(one: RunConfig, other: RunConfig) -> set[str]:
     """Keys in which two runs differ, apart from their names."""
-    keys = {each.split(" ")[0] for each in keys_that_differ(run_identity(one), run_identity(other))}
+    keys = {each.split(" ")[0] for each in unequal_keys(run_identity(one), run_identity(other))}
     return keys - {"name"}
 
 

@@ -235,7 +235,7 @@ def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
 
 @functools.cache
 def _load_tangent_rules() -> None:
-    """Make torch load its rules for tangents, which otherwise happens at the first tangent, with a needless warning."""
+    """Make torch load its rules for `torch.func.jvp` now, without the FutureWarning of its first call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 defines tangents with the deprecated torch.jit
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))

@@ -284,7 +284,7 @@ class _Stage:
     # --- from waiting to running ----------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups of ranks, give other tasks to free actors, and request missing actors."""
+        """Start waiting tasks: those of several workers on new groups, those of one on free actors. Request actors."""
         yield from self._start_groups()
         yield from self._request_group()
         waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
@@ -312,7 +312,7 @@ class _Stage:
 
     @property
     def _left(self) -> int:
-        """Number of workers that `cluster.workers` allows beside groups of ranks that run or that must start first."""
+        """Number of workers that `cluster.workers` leaves for tasks of one worker, beside groups that run or wait."""
         first = (job.group.size for job in self._jobs if job.group and (job.workers or not job.gives_way))
         return self._limit - sum(first)
 

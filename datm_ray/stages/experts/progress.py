@@ -95,7 +95,7 @@ class TrainingProgress:
         """
         self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
         self._account, self.spent = account, Spent()
-        self._attempt, self._before, self._replaced = uuid.uuid4().hex, _NO_ATTEMPT, ""
+        self._attempt, self._before, self._latest = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self._pending: list[_Epoch] = []
         self._first: int | None = None
         """First epoch that was added but is not in a file yet; `None` if all added epochs are."""
@@ -211,17 +211,17 @@ class TrainingProgress:
         metadata = {"spent": (lap if self._kept else self.spent).to_json()}
         write_tensors(self._folder / name, arrays, kind=self.kind, metadata=metadata)
         if not self._kept:
-            self._replace(name)
+            self._remove_earlier(name)
         ended = time.monotonic()
         self._pending, self._first, self._before = [], None, self._attempt
         self._next_write = ended + max(self._interval, (ended - started) / WRITE_SHARE)
 
-    def _replace(self, name: str) -> None:
-        """Note that `name` is the last file of this attempt, and remove the one that this attempt wrote before."""
-        if self._replaced:
+    def _remove_earlier(self, name: str) -> None:
+        """Remove the progress file that this attempt wrote before the file `name`, if there is one."""
+        if self._latest:
             with suppress(StoreError):  # somebody has removed it
-                (self._folder / self._replaced).remove()
-        self._replaced = name
+                (self._folder / self._latest).remove()
+        self._latest = name
 
     def remove(self) -> None:
         """Remove the progress folder, which a finished training no longer needs."""

@@ -309,7 +309,7 @@ def expert_info(
 def origins(group: ExpertGroup, count: int) -> dict[int, str]:
     """Number of each stored expert below `count` -> digest of the weights it was imported with; "" if it was trained.
 
-    The list ends with the first trained expert that keeps several epochs: the following ones are taken to be trained.
+    Reading ends after the first trained expert that keeps several epochs: the experts after it are taken to be trained.
     """
     found = dict[int, str]()
     for expert in sorted(each for each in group.experts() if each < count):
@@ -364,7 +364,7 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
         ]
 
 
-def has_experts(folder: Location) -> bool:
+def may_have_experts(folder: Location) -> bool:
     """True unless the run's cost file says that no network needed training. True if there is no such file yet."""
     return not (folder / EXPERTS_COST).exists() or bool(read_experts_cost(folder))
 
@@ -372,7 +372,7 @@ def has_experts(folder: Location) -> bool:
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
-    The cost of experts trained together is divided evenly among those that are stored or used. Others get no share.
+    The cost of a stack is divided evenly among those of its experts that are in the store or that this recipe uses.
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())

@@ -409,7 +409,7 @@ class Method:
         return len(part.config.weights) * sum(self.demand(part.config, part.dataset.classes, 1, cost).passes.values())
 
     def warnings(self, state: Any) -> Iterator[str]:
-        """Messages to the user after the last iteration, if the set learned less than the recipe says."""
+        """Messages after the last iteration; by default one if over a quarter of the updates were skipped."""
         if 4 * state.skipped > state.iteration:
             yield (
                 f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "

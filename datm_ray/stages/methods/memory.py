@@ -42,7 +42,7 @@ SET_COPIES, IMAGE_COPIES = 5, 6
 copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
 FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
-PARTS = {
+MEMORY_PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
     "network": ("the network and sums of its gradients", "network.width"),
@@ -66,7 +66,7 @@ class DistillationPlan:
     budget: float
     """Bytes that the worker may take; infinite if this process cannot see its GPU."""
     parts: Mapping[str, int]
-    """Bytes that the worker takes, by part, see `PARTS`."""
+    """Bytes that the worker takes, by part, see `MEMORY_PARTS`."""
     chunk: int
     """Images of a micro-batch: as many as memory and a CPU's cache allow, of nearly equal size; 0 for MetaDD alone."""
     demand: Demand
@@ -86,7 +86,7 @@ class DistillationPlan:
 
     def lines(self) -> list[str]:
         """Lines with the parts of the worker's memory, after a heading."""
-        parts = [f"    {data_size(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
+        parts = [f"    {data_size(size):>10}  {MEMORY_PARTS[name][0]}" for name, size in self.parts.items() if size]
         return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class DistillationPlan:
         """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
-        words, knob = PARTS[name]
+        words, knob = MEMORY_PARTS[name]
         if name == "call" and not self.demand.is_divisible:  # a block, whose statistics couple its images
             knob = "recover.block"
         found = [*remedies, f"raise --memory (cluster.memory) to {data_size(1.01 * self.total)}"]
@@ -170,7 +170,7 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
     validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces skip validation, but are labelled
     copies = SET_COPIES + (len(role.backbones) > 1) + bool(config.distill.average_decay)
     held = own.held or shape.synthetic(config, shards)
-    parts = dict.fromkeys(PARTS, 0) | {
+    parts = dict.fromkeys(MEMORY_PARTS, 0) | {
         "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
         "synthetic": copies * held * shape.row,
         "network": 4 * (FROZEN_VECTORS * frozen + vectors),
