@@ -51,6 +51,8 @@ from datm_ray.words import counted, dimensions, listed
 KIND = "synthetic-set"
 SCORING = "scoring.json"
 """Name of the note, in a run's folder, on the training of the networks that scored its set."""
+SYNTHETIC, SAFETENSORS = "synthetic.arrow", "synthetic.safetensors"
+"""Names of a set's file: in a run's folder and as export "arrow", and as export "safetensors"."""
 OTHERS_IMAGES = "images_best.pt"
 """File of images in the sets of DATM, MTT and programs that derive from them."""
 TRANSFORMS = "transforms"
@@ -167,8 +169,18 @@ class Artifact:
             ConfigError: this version has no such protocol, optimiser or augmentation.
             CorruptFileError: the note is damaged.
         """
+        schedule, is_chosen = self.scored_training()
+        if not is_chosen:
+            warnings.warn(_NOT_CHOSEN.format(schedule.learning_rate), stacklevel=2)
+        return schedule
+
+    def scored_training(self) -> tuple[Schedule, bool]:
+        """Training as `training` gives it, and True if its learning rate was learned, published, given or chosen.
+
+        Errors: see `training`.
+        """
         if scoring := self._scoring():
-            return scoring
+            return scoring, True
         scored = self.recipe.get("evaluate", {})
         name, optimiser = scored.get("protocol", "published"), scored.get("optimiser", "sgd")
         if name not in PROTOCOLS or optimiser not in ("sgd", "adamw"):
@@ -179,16 +191,14 @@ class Artifact:
             )
         schedule = schedule_of(scored, scored.get("learning_rate") or self.step_size)
         is_sgd_on_own_labels = schedule.optimiser == "sgd" and schedule.temperature is None
-        if not (scored.get("learning_rate") or (is_sgd_on_own_labels and self.has_step_size)):
-            warnings.warn(_NOT_CHOSEN.format(schedule.learning_rate), stacklevel=2)
-        return schedule
+        return schedule, bool(scored.get("learning_rate")) or (is_sgd_on_own_labels and self.has_step_size)
 
     def _scoring(self) -> Schedule | None:
         """How networks were trained to score the set; `None` if this is not noted, or the note cannot be reached."""
         if self.held_scoring is None:
             return None
         if not isinstance(self.held_scoring, Location):
-            with rejecting_nonsense(open_location(self.place or "synthetic.arrow")):
+            with rejecting_nonsense(open_location(self.place or SYNTHETIC)):
                 return Schedule.from_json(self.held_scoring)
         try:
             if not self.held_scoring.exists():
@@ -356,8 +366,8 @@ def load(uri: str | os.PathLike[str]) -> Artifact:
     except StoreError as error:
         is_folder = isinstance(error.__cause__, IsADirectoryError | FileNotFoundError)
         names = location.list()[:_SEARCHED] if is_folder else []
-        found = [name for name in names if name in ("synthetic.arrow", "synthetic.safetensors")]
-        found += [f"{name}/synthetic.arrow" for name in names if (location / name / "synthetic.arrow").exists()]
+        found = [name for name in names if name in (SYNTHETIC, SAFETENSORS)]
+        found += [f"{name}/{SYNTHETIC}" for name in names if (location / name / SYNTHETIC).exists()]
         if not found and OTHERS_IMAGES in names:
             raise _of_another_program(location / OTHERS_IMAGES, location) from error
         if not found:
@@ -463,7 +473,7 @@ def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Mapping[str,
     """How a set was scored, from its file, or the place where its run notes it; `None` outside a run's folder."""
     if "scoring" in metadata:
         return dict(metadata["scoring"])
-    return location.parent / SCORING if location.path.rpartition("/")[2] == "synthetic.arrow" else None
+    return location.parent / SCORING if location.path.rpartition("/")[2] == SYNTHETIC else None
 
 
 def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
@@ -608,7 +618,7 @@ def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
 def _datm_files(artifact: Artifact) -> dict[str, bytes]:
     """Files for DATM's evaluation.py: normalised images, soft-label logits, learned step size."""
     parts = {
-        "images_best.pt": artifact.images,
+        OTHERS_IMAGES: artifact.images,
         "labels_best.pt": artifact.soft_labels,
         "lr_best.pt": torch.tensor(artifact.step_size),
     }
@@ -624,7 +634,7 @@ def _arrow_file(artifact: Artifact) -> dict[str, bytes]:
     arrays, metadata = _parts(artifact)
     sink = io.BytesIO()
     dump_tensors(sink, arrays, kind=KIND, metadata=metadata)
-    return {"synthetic.arrow": sink.getvalue()}
+    return {SYNTHETIC: sink.getvalue()}
 
 
 def _safetensors_file(artifact: Artifact) -> dict[str, bytes]:
@@ -633,7 +643,7 @@ def _safetensors_file(artifact: Artifact) -> dict[str, bytes]:
     arrays, metadata = _parts(artifact)
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     metadata[_CHECKSUM] = _checksum(contiguous, metadata)
-    return {"synthetic.safetensors": save(contiguous, {KIND: json.dumps(metadata, sort_keys=True)})}
+    return {SAFETENSORS: save(contiguous, {KIND: json.dumps(metadata, sort_keys=True)})}
 
 
 EXPORTS: dict[str, Callable[[Artifact], dict[str, bytes]]] = {

@@ -158,6 +158,38 @@ def test_labels_may_be_classes_probabilities_or_logits(tmp_path: Path) -> None:
         assert torch.allclose(*both, atol=1e-6)
 
 
+@pytest.mark.parametrize("k", [2, 3, 10])
+def test_soft_labels_in_any_order_keep_their_classes(tmp_path: Path, k: int) -> None:
+    """Few classes agree with the order class after class by chance; learned labels in this order may be wrong."""
+    ordered = torch.arange(k).repeat_interleave(6)
+    names = DIGITS[:k]
+    shuffled = (ordered[torch.randperm(6 * k, generator=torch.Generator().manual_seed(seed))] for seed in range(20))
+    for number, labels in enumerate([torch.arange(6 * k) % k, ordered.flip(0), *shuffled]):
+        tensors = {"images_best": noise(6 * k), "labels_best": hard_logits(labels, k)}
+        found = read_set(str(written(tmp_path / str(number), **tensors)), names)
+        assert found.soft_labels is not None
+        assert found.labels.tolist() == found.soft_labels.argmax(1).tolist() == ordered.tolist()
+    learned = hard_logits(ordered, k)
+    learned[2] = learned[2].roll(1)
+    found = read_set(str(written(tmp_path / "learned", images_best=noise(6 * k), labels_best=learned)), names)
+    assert found.labels.tolist() == ordered.tolist()
+    assert np.array_equal(found.images, noise(6 * k).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.bool])
+def test_labels_may_be_of_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Classes may be whole numbers of any type, and soft labels 0 and 1 in integers or Booleans."""
+    classes, names = torch.arange(20) % 10, DIGITS
+    one_hot = torch.nn.functional.one_hot(classes, 10)
+    if dtype != torch.bool:
+        found = read_set(str(written(tmp_path / "1", images_best=noise(), labels_best=classes.to(dtype))), names)
+        assert found.labels.tolist() == sorted(classes.tolist())
+    found = read_set(str(written(tmp_path / "2", images_best=noise(), labels_best=one_hot.to(dtype))), names)
+    assert found.labels.tolist() == sorted(classes.tolist())
+    assert found.soft_labels is not None
+    assert found.soft_labels.max() == 0
+
+
 FAULTS = {
     "size": ({"images_best": torch.randn(20, 3, 8, 8)}, "are 3x8x8, and those of the data set 1x8x8"),
     "classes": ({"labels_best": torch.zeros(20, 100) - 1}, "are for 100 classes, and the data set has 10"),
@@ -168,6 +200,9 @@ FAULTS = {
     "not finite": ({"images_best": noise() * float("inf")}, "not finite"),
     "lengths": ({"labels_best": torch.arange(10)}, "are no set"),
     "negative": ({"labels_best": torch.arange(20) % 10 - 1}, "has the class -1"),
+    "no whole number": ({"labels_best": torch.arange(20) % 10 + 0.7}, "has the class 0.7"),
+    "huge": ({"labels_best": torch.full((20,), 2**40)}, "images of class 1099511627776, and the data set has 10"),
+    "dimensions": ({"labels_best": torch.rand(20, 10, 2)}, "are no set: [20, 1, 8, 8] and [20, 10, 2]"),
     "several": ({"labels_best": [1, 2]}, "It holds several values"),
     "step size": ({"lr_best": torch.tensor(-1.0)}, "is not a step size"),
 }
@@ -209,6 +244,23 @@ def test_a_path_without_a_set_is_refused(tmp_path: Path, made: Path) -> None:
         method_of(tiny_config("method=given")).check(tiny_config("method=given"))
 
 
+def test_errors_about_a_given_set_name_no_setting_of_the_data_set(tmp_path: Path) -> None:
+    """Files of other kinds and images of unequal size are refused in words about the set."""
+    for name in ("set.npz", "set.pth", "set.parquet"):
+        torch.save(noise(), tmp_path / name)
+        with pytest.raises(DatmError, match=r"given\.path .* is a file of no known kind") as raised:
+            read_set(str(tmp_path / name), DIGITS)
+        assert "dataset." not in str(raised.value)
+    (tmp_path / "set.zip").write_bytes(b"PK\x03\x04")
+    for height, name in enumerate(("cat", "dog"), 8):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((height, 8), np.uint8)).save(tmp_path / "images" / name / "x.png")
+    for place, words in (("set.zip", r"given\.path .* is a zip archive"), ("images", "the images differ in size")):
+        with pytest.raises(DatmError, match=words) as raised:
+            read_set(str(tmp_path / place), ("cat", "dog"))
+        assert "dataset." not in str(raised.value)
+
+
 def test_class_folders_may_have_numbers(tmp_path: Path) -> None:
     """Folders named as SRe2L (new000) and RDED (00000) name them count classes from 0; names of classes come first."""
     for folder, value in (("new001", 9), ("new000", 5)):
@@ -244,6 +296,39 @@ def test_a_finished_run_does_not_need_the_files(made: Path, tmp_path: Path) -> N
     shutil.rmtree(files)
     saved = get_recipe(str(tmp_path / "runs/tiny/recipe.yaml"))
     assert Pipeline([saved], str(tmp_path / "runs")).plan()[1] == "0 sets to distil"
+
+
+def test_a_recipe_that_states_the_digest_is_the_same_run_every_time(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set's own step size and absolute path are filled in before and after the run, and without the files too."""
+    files = shutil.copytree(made / "pt", tmp_path / "files")
+    monkeypatch.chdir(tmp_path)
+    digest = Pipeline([given(files)], "runs").configs[0].given
+    assert digest is not None
+    user = given(Path("files"), f"given.digest={digest.digest}")
+    first = run(user, Path("runs")).configs[0]
+    for name in ("files", "elsewhere"):
+        again = Pipeline([user], "runs")
+        assert run_identity(again.configs[0]) == run_identity(first)
+        assert again.plan()[1:] == ["0 sets to distil", "0 networks to train for evaluation"]
+        assert again.configs[0].given == first.given
+        if name == "files":
+            files.rename(tmp_path / "elsewhere")
+    for setting, message in (
+        ("step_size=0.5", "differs in given.step_size"),
+        ("digest=0123456789abcdef", "the digest"),
+    ):
+        with pytest.raises(DatmError, match=message):
+            Pipeline([given(Path("elsewhere"), f"given.digest={digest.digest}", f"given.{setting}")], "runs")
+
+
+def test_a_plan_counts_the_networks_that_a_given_set_needs(made: Path) -> None:
+    """A set that brings its step size needs one network for each seed, and one without it three, as the run counts."""
+    for place, candidates in (("pt", 1), ("arrow", 1), ("png", 3)):
+        tasks = plan_run(given(made / place), "cpus=2,gflops=100").tasks["evaluation"]
+        passes = [sum(each for kind, _, each in task if kind != "scoring") for task in tasks]
+        assert sorted(passes) == [20 * 20 * candidates, 20 * 20 * 3]
 
 
 def test_load_says_what_to_do_with_files_of_other_programs(made: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.artifact import OTHERS_IMAGES, Artifact, class_folders, read_artifact
+from datm_ray.artifact import OTHERS_IMAGES, SAFETENSORS, SYNTHETIC, Artifact, class_folders, read_artifact
 from datm_ray.data.decode import decode, image_suffixes
 from datm_ray.data.files import file_tree
 from datm_ray.data.transform import Transform
@@ -34,7 +34,6 @@ from datm_ray.words import dimensions
 
 SMALLEST_PROBABILITY = 1e-9
 """Probability, in soft labels that are probabilities, below which logits do not fall."""
-_OWN = ("synthetic.arrow", "synthetic.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +93,12 @@ class GivenSet:
                 f"{classes}",
                 remedy="give the dataset.source of the set",
             )
-        counts = np.bincount(self.labels, minlength=classes)
-        if len(counts) > classes:
+        if self.labels[-1] >= classes:
             raise ConfigError(
-                f"{self.uri} has images of class {len(counts) - 1}, and the data set has {classes} classes, from 0 on",
+                f"{self.uri} has images of class {self.labels[-1]}, and the data set has {classes} classes, from 0 on",
                 remedy="give the dataset.source of the set",
             )
+        counts = np.bincount(self.labels, minlength=classes)
         other = int(np.flatnonzero(counts != counts[0])[0]) if counts.min() != counts.max() else 0
         if other:
             raise ConfigError(
@@ -127,37 +126,53 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
         CorruptFileError: a file is damaged, or holds other things than a set.
         DatasetError: an image file cannot be read.
     """
+    place = _place_of(uri)
+    if place.path.endswith(".pt"):
+        return _of_tensors(place)
+    return _of_artifact(read_artifact(place), class_names) if _is_own(place) else _of_images(place, class_names)
+
+
+def read_step_size(uri: str) -> float | None:
+    """Step size of a set in any of the layouts, without its images where it has a file of its own.
+
+    `None` if the set has none. Arguments and errors: see `read_set`.
+    """
+    place = _place_of(uri)
+    if place.path.endswith(".pt"):
+        return _rate_of(place)
+    return _step_size_of(read_artifact(place)) if _is_own(place) else None
+
+
+def _place_of(uri: str) -> Location:
+    """File with a set's images in tensors, file with a set of this program, or folder with folders of images."""
     place = open_location(uri)
     if not place.exists():
         raise ConfigError(f"given.path {uri} does not exist", remedy="give the folder or file of the set")
-    if place.path.endswith((".arrow", ".safetensors")):
-        return _of_artifact(read_artifact(place), class_names)
-    if place.path.endswith(".pt"):
-        return _of_tensors(place)
+    if place.path.endswith(".pt") or _is_own(place):
+        return place
     names = place.list()
-    if OTHERS_IMAGES in names:
-        return _of_tensors(place / OTHERS_IMAGES)
-    for name in filter(names.__contains__, _OWN):
-        return _of_artifact(read_artifact(place / name), class_names)
+    for name in filter(names.__contains__, (OTHERS_IMAGES, SYNTHETIC, SAFETENSORS)):
+        return place / name
     tensors = [name for name in names if name.endswith(".pt")]
     if tensors:
         raise ConfigError(
             f"given.path {uri} has no {OTHERS_IMAGES}",
             remedy=f"give one of its files, such as {uri}/{tensors[0]}",
         )
-    return _of_images(place, class_names)
+    return place
+
+
+def _is_own(place: Location) -> bool:
+    return place.path.endswith((".arrow", ".safetensors"))
 
 
 def _of_tensors(place: Location) -> GivenSet:
     """Set in files of tensors: images<rest> at `place`, beside it labels<rest> and, with a step size, lr<rest>."""
-    name = PurePosixPath(place.path).name
-    if not name.startswith("images"):
-        raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
-    rest = name.removeprefix("images")
+    rest = _rest_of_name(place)
     images, labels = _tensor(place), _tensor(place.parent / f"labels{rest}")
-    rate = place.parent / f"lr{rest}"
-    step_size = _step_size(_tensor(rate), rate) if rate.exists() else None
-    if images.ndim != 4 or images.dtype.kind != "f" or not len(images) or labels.shape[:1] != images.shape[:1]:
+    step_size = _rate_of(place)
+    are_images = images.ndim == 4 and images.dtype.kind == "f" and len(images)
+    if not are_images or labels.ndim not in (1, 2) or len(labels) != len(images):
         raise CorruptFileError(
             f"{place.uri} and labels{rest} are no set: {list(images.shape)} and {list(labels.shape)}",
             "images are floats [n c h w], and labels [n] or [n k]",
@@ -170,11 +185,26 @@ def _of_tensors(place: Location) -> GivenSet:
             "normalised images have values below 0; these may be pixels",
             "normalise them first, or give a folder of image files",
         )
-    if labels.ndim == 1 and (labels < 0).any():
-        raise CorruptFileError(f"labels{rest} beside {place.uri} has the class {labels.min():g}, below 0")
+    if labels.ndim == 1 and ((labels < 0) | (labels % 1 != 0)).any():
+        wrong = labels[(labels < 0) | (labels % 1 != 0)][0]
+        raise CorruptFileError(f"labels{rest} beside {place.uri} has the class {wrong:g}", "classes are 0, 1, 2, ...")
     soft = _as_logits(labels.astype(np.float32)) if labels.ndim == 2 else None
     classes = labels.astype(np.int64) if soft is None else _classes_of(soft)
     return _sorted(place.uri, images.astype(np.float32), classes, soft, step_size)
+
+
+def _rest_of_name(place: Location) -> str:
+    """Part of the name that the files of a set in tensors share, such as "_best.pt"; `place` is that of the images."""
+    name = PurePosixPath(place.path).name
+    if not name.startswith("images"):
+        raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
+    return name.removeprefix("images")
+
+
+def _rate_of(place: Location) -> float | None:
+    """Step size in the file lr<rest> beside images<rest>; `None` without such a file."""
+    rate = place.parent / f"lr{_rest_of_name(place)}"
+    return _step_size(_tensor(rate), rate) if rate.exists() else None
 
 
 def _tensor(place: Location) -> NDArray[Any]:
@@ -217,13 +247,16 @@ def _as_logits(soft: NDArray[np.float32]) -> NDArray[np.float32]:
 def _classes_of(soft: NDArray[np.float32]) -> NDArray[np.int64]:
     """Classes [n] of images with soft labels [n k].
 
-    Published sets hold class after class, as many images of each; a learned label need not be highest at its class. If
-    most labels contradict this order, the highest value decides.
+    The highest value decides if it gives as many images of each class. Otherwise labels were learned, and need not be
+    highest at their class. Published sets hold class after class: this order decides, unless fewer labels agree with it
+    than halfway between chance (1/k) and all.
     """
     n, k = soft.shape
-    highest = soft.argmax(axis=1).astype(np.int64)
-    ordered = np.repeat(np.arange(k), n // k) if n % k == 0 else highest
-    return ordered if (ordered == highest).mean() >= 0.5 else highest
+    highest: NDArray[np.int64] = soft.argmax(axis=1).astype(np.int64)
+    if n % k or (np.bincount(highest, minlength=k) == n // k).all():
+        return highest
+    ordered: NDArray[np.int64] = np.repeat(np.arange(k), n // k)
+    return ordered if (ordered == highest).mean() >= (1 + 1 / k) / 2 else highest
 
 
 def _of_artifact(artifact: Artifact, class_names: Sequence[str]) -> GivenSet:
@@ -236,9 +269,12 @@ def _of_artifact(artifact: Artifact, class_names: Sequence[str]) -> GivenSet:
             "it was made from another data set",
             "give the dataset.source of the set",
         )
-    step_size = artifact.step_size if artifact.has_step_size else None
     arrays = (artifact.images.numpy(), artifact.labels.numpy(), artifact.soft_labels.numpy())
-    return _sorted(artifact.place, *arrays, step_size, artifact.transform)
+    return _sorted(artifact.place, *arrays, _step_size_of(artifact), artifact.transform)
+
+
+def _step_size_of(artifact: Artifact) -> float | None:
+    return artifact.step_size if artifact.has_step_size else None
 
 
 def _of_images(place: Location, class_names: Sequence[str]) -> GivenSet:
@@ -246,18 +282,44 @@ def _of_images(place: Location, class_names: Sequence[str]) -> GivenSet:
         raise ConfigError(
             f"given.path {place.uri} has no {OTHERS_IMAGES} and no set", remedy="copy image files to a local disk"
         )
-    with file_tree(Path(place.local_path), image_suffixes()) as tree:
+    root = Path(place.local_path)
+    if root.is_file() and root.suffix.lower() != ".zip":
+        raise ConfigError(
+            f"given.path {place.uri} is a file of no known kind",
+            "sets are files .pt, .arrow and .safetensors, and folders or .zip archives of images",
+            "give the folder or file of the set",
+        )
+    try:
+        labels, pixels = _labels_and_pixels(root, place.uri, class_names)
+    except DatasetError as failure:
+        raise _about_the_set(failure) from failure.__cause__
+    return _sorted(place.uri, pixels, labels, None, None)
+
+
+def _labels_and_pixels(root: Path, uri: str, class_names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Labels [n] and pixels [n c h w] of the images in a folder for each class, below a folder or in an archive."""
+    with file_tree(root, image_suffixes()) as tree:
         files = [(name, Path(name).parts[0]) for name in tree.listing.files if len(Path(name).parts) > 1]
         if not files:
             raise ConfigError(
-                f"given.path {place.uri} holds no set",
-                f"it has neither {OTHERS_IMAGES}, nor {_OWN[0]}, nor a folder of images for each class",
+                f"given.path {uri} holds no set",
+                f"it has neither {OTHERS_IMAGES}, nor {SYNTHETIC}, nor a folder of images for each class",
                 "give the folder or file of the set",
             )
-        label_of = _labels_of(sorted({folder for _, folder in files}), class_names, place.uri)
+        label_of = _labels_of(sorted({folder for _, folder in files}), class_names, uri)
         encoded = tree.encoded([(name, label_of[folder]) for name, folder in files])
         (pixels,), _ = decode([encoded])
-    return _sorted(place.uri, pixels, encoded.labels, None, None)
+    return encoded.labels, pixels
+
+
+def _about_the_set(failure: DatasetError) -> DatasetError:
+    """Error about files of a data set, in words about a given set: no setting of `dataset` changes its images."""
+    fact, remedy = failure.fact.replace("data set path", "given.path"), failure.remedy
+    if "dataset.resize" in remedy:
+        remedy = "Give images that are all as large as those of the data set, or a smaller set"
+    elif "dataset." in remedy:
+        remedy = "Give the folder or file of the set"
+    return DatasetError(fact, failure.cause, remedy)
 
 
 def _labels_of(folders: Sequence[str], class_names: Sequence[str], uri: str) -> dict[str, int]:

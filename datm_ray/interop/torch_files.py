@@ -30,7 +30,8 @@ Tensors = Any
 """Lists and tuples, nested as in the file, of arrays, numbers and texts."""
 
 _DTYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
-_INTEGERS = {"LongStorage": "<i8", "IntStorage": "<i4"}
+_INTEGERS = {"LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1"}
+_INTEGERS |= {"ByteStorage": "|u1", "BoolStorage": "|u1"}
 _PLAIN = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"}
 _CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None, "EMPTY_TUPLE": ()}
 _MAX_DIMENSIONS = 8
@@ -62,7 +63,7 @@ def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
 
     Args:
         location: the file.
-        integers: True to accept tensors of integers of 32 or 64 bits besides those of floats.
+        integers: True to accept tensors of integers and Booleans, which become 0 and 1, besides those of floats.
 
     Raises:
         StoreError: the file is missing or cannot be read.

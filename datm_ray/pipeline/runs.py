@@ -13,11 +13,11 @@ from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
+from datm_ray.pipeline.folder import read_recipe
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts.train import expert_group, origins
-from datm_ray.stages.methods.given import with_content
-from datm_ray.stages.methods.registry import trained_networks
+from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained, prior_folder
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -69,9 +69,8 @@ class Runs:
             raw = load_raw(
                 d.source, d.path, resize=d.resize, validation=d.validation, copies=copies, streamed=d.streamed
             )
-        config = config.resolved(raw.size)
-        if config.method == "given":
-            config = with_content(config, raw, is_made=(self.folder(config) / SYNTHETIC).exists())
+        made = read_recipe(self.folder(config)) if (self.folder(config) / SYNTHETIC).exists() else None
+        config = method_of(config).resolved(config.resolved(raw.size), raw, made)
         self._raw[config.dataset] = raw
         return config
 

@@ -43,7 +43,7 @@ def plan_run(
         raise ConfigError(f"--measure times steps on this machine, and {fact}", remedy=remedy)
     given = replace(parse_shape(shape), is_streamed=config.dataset.streamed) if shape else None
     data = given or data_shape(config.dataset, here=cluster is None)
-    config = config.resolved(data.image[1:])
+    config = method_of(config).resolved(config.resolved(data.image[1:]))
     if cluster is None:
         fitting_cost(config.dataset, data).require_memory()
         sharing = min(workers_here(config.cluster), wanted or config.workers_per_set)
@@ -64,10 +64,11 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
         ConfigError: no proposal fits into memory, or the machine has fewer workers than the recipe needs.
     """
     rows, gpu, found = len(config.roles), machine.device == "GPU", list[Proposal]()
+    apart = [name for name in ("backbones_apart", "auxiliaries_apart") if getattr(config.cluster, name)]
     unfit = ConfigError(
         f"{config.name} needs {rows} workers at the same time, and the cluster has {machine.workers}",
         "its networks are on workers of their own",
-        "lower cluster.backbones_apart, or describe a larger cluster",
+        f"use {' '.join(f'--set cluster.{name}=false' for name in apart)}, or describe a larger cluster",
     )
     layout: dict[str, Any] = {"workers": None, "device": "auto" if gpu else "cpu", "gpus_per_worker": int(gpu)}
     if size := machine.memory:

@@ -27,7 +27,7 @@ from typing import Any, cast
 
 import torch
 
-from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
+from datm_ray.artifact import SYNTHETIC as SYNTHETIC, TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
@@ -77,7 +77,7 @@ from datm_ray.store.files.filesystem import (
 from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
-INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
+INITIAL = "initial.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"

@@ -189,6 +189,19 @@ class Method:
         return cls.gives_step_size
 
     @classmethod
+    def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
+        """Copy of a run that states what only files of the method say, such as a finished set's step size.
+
+        By default the run itself.
+
+        Args:
+            config: the run, resolved for its images' size.
+            raw: real images of the run; `None` for a plan, which needs neither them nor the files.
+            made: configuration with which the run's set was made; `None` if there is no set yet.
+        """
+        return config
+
+    @classmethod
     def iterations(cls, config: RunConfig) -> int:
         """Number of updates of the set.
 

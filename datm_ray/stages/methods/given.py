@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from datm_ray.config import GivenConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.data.sources import RawDataset
-from datm_ray.errors import ConfigError
-from datm_ray.interop.sets import GivenSet, read_set
+from datm_ray.errors import ConfigError, DatmError
+from datm_ray.interop.sets import GivenSet, read_set, read_step_size
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.store.files.filesystem import open_location
 
@@ -39,6 +40,30 @@ class Given(Method):
     def has_step_size(cls, config: RunConfig) -> bool:
         """True if the recipe or the set gives a step size. In a resolved run it is `given.step_size`."""
         return section_of(config).step_size is not None
+
+    @classmethod
+    def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
+        """Copy of a run that states its set's content: digest, absolute path and step size, see `Method.resolved`.
+
+        Without real images, only a step size that can be read is filled in. Of a finished run whose recipe states the
+        digest, the files are read only if the recipe leaves out the step size, and may be missing.
+
+        Raises:
+            DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
+        """
+        settings, kept = section_of(config), made and made.given
+        place = open_location(settings.path)
+        stated: dict[str, Any] = {"path": place.uri}
+        if raw is None:
+            stated = {"step_size": settings.step_size or _readable_step_size(settings.path)}
+        elif kept and settings.digest == kept.digest and (settings.step_size == kept.step_size or not place.exists()):
+            stated["step_size"] = settings.step_size or kept.step_size
+        else:
+            found = read_set(settings.path, raw.class_names)
+            _require_digest(found, settings)
+            found.require_fitting((raw.channels, *raw.size), raw.class_names, config.distill.ipc)
+            stated |= {"digest": found.digest, "step_size": settings.step_size or found.step_size}
+        return config.model_copy(update={"given": settings.model_copy(update=stated)})
 
     @classmethod
     def iterations(cls, config: RunConfig) -> int:
@@ -101,26 +126,11 @@ def section_of(config: RunConfig) -> GivenConfig:
     return config.given
 
 
-def with_content(config: RunConfig, raw: RawDataset, *, is_made: bool) -> RunConfig:
-    """Copy of a run of method given that states its set's content: digest, absolute path and step size.
-
-    Args:
-        config: the run, resolved for its images' size.
-        raw: real images of the run.
-        is_made: True if the run has its set, so that a run whose digest is known need not read the files again.
-
-    Raises:
-        DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
-    """
-    settings = section_of(config)
-    if is_made and settings.digest:
-        return config
-    found = read_set(settings.path, raw.class_names)
-    _require_digest(found, settings)
-    found.require_fitting((raw.channels, *raw.size), raw.class_names, config.distill.ipc)
-    place, step_size = open_location(settings.path).uri, settings.step_size or found.step_size
-    stated = settings.model_copy(update={"path": place, "digest": found.digest, "step_size": step_size})
-    return config.model_copy(update={"given": stated})
+def _readable_step_size(uri: str) -> float | None:
+    """Step size of the set in these files; `None` if they hold none, or cannot be read here."""
+    with suppress(DatmError):
+        return read_step_size(uri)
+    return None
 
 
 def _require_digest(found: GivenSet, settings: GivenConfig) -> None:
