@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,9 +18,19 @@ from PIL import Image
 
 from datm_ray import load, publish
 from datm_ray.artifact import SCORING
-from datm_ray.config import NetworkConfig, load_config_text, override, run_identity
-from datm_ray.core.training.loop import PROTOCOLS, schedule_of
-from datm_ray.errors import RunDirectoryError
+from datm_ray.config import (
+    NetworkConfig,
+    load_config_text,
+    override,
+    parse_config,
+    run_identity,
+    to_yaml,
+    with_settings,
+)
+from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
+from datm_ray.errors import RunDirectoryError, StoreError
+from datm_ray.interop.sets import read_set
+from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
 from datm_ray.report.card import as_markdown, card
@@ -105,6 +118,90 @@ def test_a_later_card_keeps_the_licence(summary: RunSummary) -> None:
     assert "license: cc-by-4.0" in again.split("---\n")[1]
     assert again.endswith("## Licence\n\nCC BY 4.0.\n")
     assert "| distilled | 91.0 ± 1.0 (3) |" in again
+
+
+LICENCES = {
+    "license: mit": {"license": "mit"},
+    "license:\n- cc-by-4.0\n- mit": {"license": ["cc-by-4.0", "mit"]},
+    "license: other\nlicense_name: my-own\nlicense_link: LICENSE": {
+        "license": "other", "license_name": "my-own", "license_link": "LICENSE"
+    },
+    "": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", LICENCES)
+@pytest.mark.parametrize("section", ["## Licence\n\nMine.\n", "### LICENSE: mine\n\nMine.\n\n## Citation\n\nMe\n", ""])
+def test_every_form_of_a_licence_is_kept(summary: RunSummary, front: str, section: str) -> None:
+    """All keys of a licence stay in the front matter, and the section with its heading, or without one."""
+    first = card_of(RunSummary(summary.config, summary.folder, [], 600))
+    filled = first.replace("license: other\n", f"{front}\n" if front else "").split("## Licence")[0] + section
+    again = published_files(summary, earlier=filled)["README.md"].decode()
+    found = yaml.safe_load(again.split("---\n")[1])
+    assert {key: value for key, value in found.items() if key.startswith("license")} == LICENCES[front]
+    assert found["tags"] == ["dataset-distillation", "datm"]
+    assert len(re.findall(r"^#+ licen[cs]e", again, re.MULTILINE | re.IGNORECASE)) == bool(section)
+    assert again.endswith(section)
+    assert "| distilled | 91.0 ± 1.0 (3) |" in again
+
+
+def test_a_licence_that_cannot_be_read_is_not_lost(summary: RunSummary) -> None:
+    """A card whose front matter is no YAML is refused in one line."""
+    broken = card_of(summary).replace("license: other", "license: [mine")
+    with pytest.raises(RunDirectoryError, match="is no YAML, and its licence would be lost"):
+        published_files(summary, earlier=broken)
+
+
+def test_an_unfinished_publication_keeps_the_earlier_card(summary: RunSummary, tmp_path: Path) -> None:
+    """The card is written last, so that a card never stands beside the files of another set."""
+    run, hub = summary.folder, tmp_path / "hub"
+    (run / RECIPE).write_text(to_yaml(summary.config))
+    (run / DATA).write_json({"fingerprint": "0" * 16, "training_images": 600, "test_images": 9, "name": "toys"})
+    publish(run.uri, str(hub))
+    earlier = (hub / "README.md").read_text()
+    (hub / "README.md").write_text(earlier.replace("\n", "\r\n").replace("license: other", "license: mit"), newline="")
+    (hub / "train.parquet").unlink()
+    (hub / "train.parquet").mkdir()
+    with pytest.raises(StoreError):
+        publish(run.uri, str(hub))
+    assert "license: mit" in (hub / "README.md").read_text()
+    (hub / "train.parquet").rmdir()
+    assert publish(run.uri, str(hub))[-1] == "README.md"
+    assert (hub / "README.md").read_text() == earlier.replace("license: other", "license: mit")
+
+
+def test_no_other_warning_changes_a_card(summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate counts as chosen by the set's own data, whatever another module warns of meanwhile."""
+    artifact = load(tmp_path / "runs/toys-ipc2" / SYNTHETIC)
+    expected = card(read_run(summary), artifact)
+    assert "neither learned" not in expected
+
+    def warning_too(*given: Any) -> Schedule:
+        warnings.warn("an old call", DeprecationWarning, stacklevel=2)
+        return schedule_of(*given)
+
+    monkeypatch.setattr("datm_ray.artifact.schedule_of", warning_too)
+    with pytest.warns(DeprecationWarning, match="an old call"):
+        assert card(read_run(summary), artifact) == expected
+
+
+def test_the_recipe_of_a_given_sets_card_scores_the_published_set(
+    summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe on the card of a given set reads the safetensors file beside the card."""
+    given = {"path": "/home/me/set", "digest": "0" * 16, "step_size": 0.05}
+    config = with_settings(summary.config, {"method": "given", "given": given, "name": "theirs"})
+    run = run_with_scores(summary.folder.parent, config)
+    for name, content in published_files(run).items():
+        (tmp_path / name).write_bytes(content)
+    recipe = (tmp_path / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert "home" not in recipe
+    found = parse_config(yaml.safe_load(recipe), "card").given
+    assert found is not None
+    assert (found.step_size, found.digest) == (0.05, None)
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = read_set(found.path, ("a", "b", "c")), load(run.folder.uri + f"/{SYNTHETIC}")
+    assert np.array_equal(ours.images, theirs.images)
 
 
 def test_what_a_card_does_not_know_is_left_out(summary: RunSummary, tmp_path: Path) -> None:

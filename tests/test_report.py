@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import html
 import io
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -20,13 +21,24 @@ import torch
 from PIL import Image
 
 from datm_ray.artifact import save_artifact
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, RunConfig, load_config_text, override, run_identity
+from datm_ray.config import (
+    PUBLISHED_AUGMENTATION,
+    NetworkConfig,
+    RunConfig,
+    load_config_text,
+    override,
+    run_identity,
+    to_yaml,
+)
+from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.scores import augmentation_robust, label_robust
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.data.transform import fit_transform
-from datm_ray.errors import CorruptFileError
+from datm_ray.errors import CorruptFileError, RunDirectoryError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.monitor.spent import Spent
+from datm_ray.pipeline import report
+from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.report import (
     RunSummary,
     accuracy_table,
@@ -457,6 +469,22 @@ def test_no_runs_give_a_page(out: Location) -> None:
     assert "No test accuracy yet" in accuracy_table([])
 
 
+def test_a_moved_or_copied_run_is_left_out_of_the_report(tmp_path: Path) -> None:
+    """A folder that does not have its run's name is left out with a line, and the other runs are shown once each."""
+    for folder, name in (("a", "a"), ("a-copy", "a"), ("b-moved", "b")):
+        place = open_location(str(tmp_path / folder))
+        (place / RECIPE).write_text(to_yaml(configure(name)))
+        (place / DATA).write_json({"fingerprint": "0" * 16, "training_images": 20, "test_images": 9, "name": "digits"})
+    shown: list[str] = []
+    assert report(str(tmp_path), shown.append).uri == str(tmp_path / "report.html")
+    assert [each["run"] for each in json.loads((tmp_path / "summary.json").read_text())] == ["a"]
+    assert len(shown) == 2
+    assert "b-moved was moved or copied; the name of its run is 'b'" in shown[1]
+    (tmp_path / "a").rename(tmp_path / "a-moved")
+    with pytest.raises(RunDirectoryError, match="holds no runs"):
+        report(str(tmp_path))
+
+
 def test_text_table_is_aligned(out: Location) -> None:
     """The terminal's table has a right-aligned column for each run, and n in its last line."""
     runs = [RunSummary(configure("one"), out / "one", SCORES), RunSummary(configure("two"), out / "two", SCORES[:1])]
@@ -502,18 +530,43 @@ def test_what_differs_between_runs_stands_below_their_table(out: Location) -> No
     )
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["protocol=short", "epochs=7", "batch_size=7", "optimiser=adamw", "learning_rate=0.2", "schedule=cosine",
-     "warmup_epochs=3", "weight_decay=0.1", "augmentation=flip", "labels=stored", "real_epochs=7",
-     "temperature=4", "cutmix=1", "teacher={network: lenet}"],
-)  # fmt: skip
-def test_every_setting_of_a_training_is_distinguished(change: str) -> None:
-    """Each key of `evaluate` that changes how networks are trained changes the line on the training."""
-    taught = [override(configure(name), ["evaluate.labels=teacher"]) for name in ("one", "two")]
-    (line,) = differences([taught[0], override(taught[1], [f"evaluate.{change}"])])
-    assert line.startswith("training: ")
-    assert differences(taught) == []
+TRAINING = {"protocol": "short", "optimiser": "adamw", "augmentation": "flip", "real_epochs": "7", "teacher": "{network: lenet}"}
+"""Keys of `evaluate` that change how networks are trained, beside `SCORING_KEYS` -> another value."""
+SCORING = {
+    **{"labels": "own", "temperature": "4", "cutmix": "1", "keep_labels": "10", "top_logits": "5"},
+    **{"learning_rate": "0.2", "schedule": "cosine", "warmup_epochs": "3", "epochs": "7", "batch_size": "7"},
+    "weight_decay": "0.1",
+}
+
+
+@pytest.mark.parametrize("labels", ["own", "teacher", "stored"])
+def test_every_setting_of_a_training_is_distinguished(labels: str) -> None:
+    """Each key of `evaluate` that changes how networks of a row are trained changes the line on the training."""
+    assert SCORING.keys() == set(SCORING_KEYS)
+    unused = {
+        "own": {"labels", "temperature", "cutmix", "keep_labels", "top_logits", "teacher"},
+        "teacher": {"keep_labels", "top_logits"},
+        "stored": set[str](),
+    }[labels]
+    base = [override(configure(name), [f"evaluate.labels={labels}"]) for name in ("one", "two")]
+    assert differences(base) == []
+    for key, value in (TRAINING | SCORING).items():
+        if (labels, key) == ("own", "cutmix"):  # refused
+            continue
+        found = differences([base[0], override(base[1], [f"evaluate.{key}={value}"])])
+        assert len(found) == (key not in unused), key
+        assert all(line.startswith("training: ") for line in found)
+
+
+def test_images_that_differ_are_named(out: Location) -> None:
+    """Runs on other images, or with another normalisation, have a line on their images."""
+    zca = override(configure("zca"), ["dataset.normalisation=zca"])
+    plain = override(configure("plain"), ["dataset.normalisation=standard"])
+    assert differences([zca, plain]) == ["images: normalisation zca (zca); normalisation standard (plain)"]
+    for change in ("mean=[0.5]", "source=folder", "resize=16", "validation=0.2"):
+        others = [f"dataset.{change}", *(["dataset.std=[1.0]"] if "mean" in change else [])]
+        (line,) = differences([configure("one"), override(configure("two"), others)])
+        assert line.startswith("images: "), change
 
 
 def test_text_table_states_n_once_where_it_is_one(out: Location) -> None:

@@ -106,7 +106,7 @@ def run(
         _print_plan(pipeline, json_)
         return
     pipeline.run_all(start, _reporter())
-    written = write_report(out)
+    written = write_report(out, _reporter().message)
     if json_:
         print_json((pipeline.out / "summary.json").read_json())
         return
@@ -200,11 +200,13 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Distil synthetic sets from trained experts."""
+    from datm_ray.stages.distill import SYNTHETIC
+
     invocation = Invocation(recipes, _with_memory(set_, memory), out, store, executor, address)
     pipeline, start = _prepare(invocation)
     pipeline.distill(start, _reporter())
     for config in pipeline.configs:
-        print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
+        print(f"{config.name}: {(pipeline.out / config.name / SYNTHETIC).uri}")
     print(f"Next: {invocation.next('evaluate')}")
 
 
@@ -258,7 +260,7 @@ def report(
     """Write the HTML report on all runs of an output folder."""
     from datm_ray.pipeline import report as write_report
 
-    print(f"Report: {write_report(out).uri}")
+    print(f"Report: {write_report(out, _reporter().message).uri}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datm_ray.config import RunConfig, load_recipe_of_run, unread_keys
+from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report import CARD, RunSummary, is_card, published_files, write_report, write_summary
@@ -101,6 +102,11 @@ def read_recipe(folder: Location) -> RunConfig | None:
     return load_recipe_of_run(place.read_bytes().decode(errors="replace"), place.uri)
 
 
+def is_folder_of(config: RunConfig, folder: Location) -> bool:
+    """True if the folder has the name of the run whose recipe it holds; False for a folder that was moved or copied."""
+    return folder.parent / config.name == folder
+
+
 def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location | None:
     """Folder of the stored labels that a recipe asks for; `None` if it asks for none or none are stored yet."""
     if not config.evaluate.stores_labels:
@@ -109,16 +115,25 @@ def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str)
     return place if (place / INFO_FILE).exists() else None
 
 
-def report(out: str) -> Location:
+def report(out: str, say: Say = silent) -> Location:
     """Write report.html and summary.json over all runs of an output folder, and return the report's location.
 
     No data set is needed.
 
+    Args:
+        out: output folder, a path or URI.
+        say: shows a line about each folder that is left out, because it does not have the name of its run.
+
     Raises:
         RunDirectoryError: the folder holds no runs.
     """
-    folder = open_location(out)
-    configs = [config for name in folder.list() if (config := read_recipe(folder / name))]
+    folder, configs = open_location(out), list[RunConfig]()
+    for place in (folder / name for name in folder.list()):
+        config = read_recipe(place)
+        if config is not None and is_folder_of(config, place):
+            configs.append(config)
+        elif config is not None:
+            say(f"left out of the report: {place.uri} was moved or copied; the name of its run is {config.name!r}")
     if not configs:
         raise RunDirectoryError(f"{folder.uri} holds no runs", remedy="give the --out of an earlier `datm-ray run`")
     found = summaries(folder, configs)
@@ -127,26 +142,29 @@ def report(out: str) -> Location:
 
 
 def publish(run: str, out: str) -> list[str]:
-    """Write a finished set for publication: a card (README.md) with its accuracies, preview, Parquet, safetensors.
+    """Write a finished set for publication: preview, Parquet, safetensors, and a card (README.md) with its accuracies.
 
-    No data set is needed. Returns the names of the files written. An earlier card of `publish` keeps its licence.
+    No data set is needed. Returns the names of the files written, the card last, so that an earlier card stays until
+    the new set is complete. The licence of an earlier card of `publish` is kept.
 
     Args:
         run: folder of a run, a path or URI.
         out: folder to write to.
 
     Raises:
-        RunDirectoryError: the folder holds no run, its set is not finished, or `out` has a README.md that is no card.
+        RunDirectoryError: the folder holds no run, its set is not finished, or `out` has a README.md that is no card
+            or whose licence cannot be read.
     """
     folder, to = open_location(run.rstrip("/")), open_location(out)
     config = read_recipe(folder)
-    if config is None or folder.parent / config.name != folder:
+    if config is None or not is_folder_of(config, folder):
         raise RunDirectoryError(
             f"{folder.uri} is not the folder of a run",
             "a run's folder holds its recipe.yaml and has the run's name",
             "give <out>/<name>, such as runs/digits-ipc1",
         )
     present = (to / CARD).read_bytes().decode(errors="replace") if (to / CARD).exists() else ""
+    present = present.replace("\r\n", "\n")  # some editors end lines so
     if present and not is_card(present):
         raise RunDirectoryError(
             f"{(to / CARD).uri} exists and is no card of a set",

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import io
 import re
-import warnings
 from typing import Any
 
-import jinja2
 import yaml
 from PIL import Image
 
-from datm_ray.artifact import EXPORTS, Artifact
+from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact
 from datm_ray.config import RunConfig, unread_keys
-from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
-from datm_ray.report.page import costs_of, provenance_lines, what_was_done
+from datm_ray.report.page import costs_of, provenance_lines, template, what_was_done
 from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lines, network_accuracies, read_run
 from datm_ray.words import one_line
 
@@ -26,21 +22,21 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "1
 """Bound of the number of images, exclusive -> Hugging Face's name for the size."""
 CARD = "README.md"
 """Name of the card's file, which hubs show."""
-_LICENCE = "\n## Licence\n"
-"""Heading of a card's last section."""
+_LICENCE = re.compile(r"^#+ *licen[cs]e\b", re.MULTILINE | re.IGNORECASE)
+"""Start of the heading of a card's last section."""
 PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
 
 def published_files(summary: RunSummary, earlier: str = "") -> dict[str, bytes]:
-    """Files with which a finished set is published, by name: card, preview, Parquet and safetensors.
+    """Files with which a finished set is published, by name: preview, Parquet, safetensors, and last the card of these.
 
     Args:
         summary: the run.
         earlier: text of an earlier card, whose licence the new one keeps; "" if there is none.
 
     Raises:
-        RunDirectoryError: the run has no synthetic set yet.
+        RunDirectoryError: the run has no synthetic set yet, or the earlier card's licence cannot be read.
     """
     run = read_run(summary)
     if run.synthetic is None:
@@ -50,18 +46,16 @@ def published_files(summary: RunSummary, earlier: str = "") -> dict[str, bytes]:
             "run the same `datm-ray run` again: it resumes",
         )
     text = _with_licence_of(earlier, card(run, run.synthetic))
-    files = {CARD: text.encode(errors="replace"), "preview.png": _preview(run.synthetic)}
-    return files | EXPORTS["parquet"](run.synthetic) | EXPORTS["safetensors"](run.synthetic)
+    files = {"preview.png": _preview(run.synthetic), **EXPORTS["parquet"](run.synthetic)}
+    return files | EXPORTS["safetensors"](run.synthetic) | {CARD: text.encode(errors="replace")}
 
 
 def card(run: Run, artifact: Artifact) -> str:
     """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = importlib.resources.files("datm_ray.report").joinpath("card.md.j2").read_text(encoding="utf-8")
     summary, images = run.summary, len(artifact.images)
     channels, height, width = artifact.images.shape[1:]
     rows = accuracies([summary])
-    return environment.from_string(template).render(
+    return template("card.md.j2").render(
         title=one_line(f"{run.config.name}: {run.dataset} distilled to {images:,} images"),
         size=next((name for bound, name in SIZES.items() if images < bound), "n>1M"),
         method=run.config.method.rpartition(":")[2],
@@ -90,15 +84,8 @@ def as_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _training(artifact: Artifact) -> tuple[Schedule, bool]:
-    """How networks were trained on the set, and whether their learning rate was learned or chosen."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        return artifact.training(), not caught
-
-
 def _training_in_words(artifact: Artifact) -> str:
-    training, is_chosen = _training(artifact)
+    training, is_chosen = artifact.scored_training()
     shown = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
     names = ("epochs", "batch_size", "optimiser", "learning_rate")
     words = [
@@ -117,18 +104,23 @@ def _preview(artifact: Artifact) -> bytes:
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """Settings that differ from the defaults and decide the set, without paths of this machine; a recipe by itself."""
-    left_out: dict[str, Any] = {"cluster": True, "dataset": {"path"}, "distill": {"continue_from"}, "given": {"path"}}
+    """Settings that differ from the defaults and decide the set, without paths of this machine; a recipe by itself.
+
+    A given set is the published one, whose digest is another than that of the files it was read from.
+    """
+    left_out: dict[str, Any] = {"cluster": True, "dataset": {"path"}, "distill": {"continue_from"}, "given": {"digest"}}
     for key in unread_keys(config):
         section, _, name = key.partition(".")
         left_out[section] = (left_out.get(section) or set()) | {name} if name else True
     found = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+    if "given" in found:
+        found["given"]["path"] = SAFETENSORS
     return {name: value for name, value in found.items() if value != {}}
 
 
 def _taught(artifact: Artifact) -> str:
     """Sentence on a teacher whose labels the scored networks had in place of the set's own; "" without a teacher."""
-    temperature = _training(artifact)[0].temperature
+    temperature = artifact.scored_training()[0].temperature
     if temperature is None:
         return ""
     return (
@@ -143,8 +135,29 @@ def is_card(text: str) -> bool:
 
 
 def _with_licence_of(earlier: str, text: str) -> str:
-    """Card with the licence of an earlier card: its line `license:` and its last section, which users fill in."""
-    line, section = re.search("^license: .*$", earlier, re.MULTILINE), earlier.partition(_LICENCE)[2]
-    if line is None or not section:
+    """Card with the licence of an earlier card, which users fill in: keys `license...` and all from its heading on.
+
+    A section that the user has removed stays removed.
+
+    Raises:
+        RunDirectoryError: the front matter of the earlier card cannot be read.
+    """
+    if not earlier:
         return text
-    return text.replace("license: other", line[0], 1).partition(_LICENCE)[0] + _LICENCE + section
+    try:
+        front = dict(yaml.safe_load(earlier.removeprefix("---\n").partition("\n---\n")[0]))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"the front matter of the earlier {CARD} is no YAML, and its licence would be lost",
+            one_line(str(error)),
+            "mend it, or give another --out",
+        ) from error
+    kept = {key: value for key, value in front.items() if str(key).startswith("license")}
+    lines = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+    return _parted(text)[0].replace("license: other\n", lines, 1) + _parted(earlier)[1]
+
+
+def _parted(card: str) -> tuple[str, str]:
+    """Parts of a card before and from the heading of its licence on; the second is "" without such a heading."""
+    at = max((found.start() for found in _LICENCE.finditer(card)), default=len(card))
+    return card[:at], card[at:]

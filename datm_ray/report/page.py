@@ -47,14 +47,20 @@ def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
     return place
 
 
-def render(runs: Sequence[Run]) -> str:
+def template(name: str) -> jinja2.Template:
+    """Template of this package, by its file's name; values are escaped in HTML alone."""
+    text = importlib.resources.files("datm_ray.report").joinpath(name).read_text(encoding="utf-8")
+    is_page = name.endswith(".html.j2")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=is_page, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = importlib.resources.files("datm_ray.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def render(runs: Sequence[Run]) -> str:
     summaries = [run.summary for run in runs]
     datasets = list(dict.fromkeys(run.dataset for run in runs))
-    return environment.from_string(template).render(
+    return template("page.html.j2").render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
         matching=any(run.summary.has_experts for run in runs),
         done=[what_was_done(run) for run in runs],
