@@ -101,10 +101,10 @@ def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
 
 
 def _plain(value: object) -> object:
-    """Convert a path to text, and a number of numpy or torch to Python's; return any other value unchanged."""
+    """Convert a path to text, numbers and arrays of numpy or torch to Python's; return any other value unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def stages_of(

@@ -141,7 +141,7 @@ class Proposal:
                 task: list[Work] = [("experts" if is_stacked else kind, trained, passes)]
                 task += [
                     ("scoring", trained, seeds * count * held_out),
-                    ("scoring", backbone, seeds * shape.test_images),
+                    ("scoring", trained, seeds * shape.test_images),
                 ]
                 task += [("scoring", teacher_of(config), passes)] if is_taught(config, row) else []
                 tasks.append(task)
@@ -294,21 +294,22 @@ class Proposal:
         held, clock = ({stage: 3600 * hours[place] for stage, hours in self.stages.items()} for place in (0, 1))
         trained = [(each.experts, each.network.architecture) for each in trained_networks(config)]
         (computing, sums), summed = self.iteration, sum(each.demand.summed for each in self.plans if each.chunk)
-        device = machine.device.replace("core", "CPU")
+        device, seeds = machine.device.replace("core", "CPU"), config.evaluate.seeds
+        epochs = scoring_schedule(config.evaluate, 1.0).epochs
         prior = config.prior if is_trained(config) else None
         rows = {
             "data": str(shape),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
             "experts": "; ".join(
-                f"{each.count:,} {name}, {each.epochs:,} epochs" + ", easy images first" * bool(each.curriculum)
+                f"{each.count:,} {name}, {each.epochs:,} epoch{'s' * (each.epochs > 1)}"
+                + ", easy images first" * bool(each.curriculum)
                 for each, name in trained
             )
             or "none needed",
             "prior": prior is not None and f"a decoder, trained for {prior.epochs:,} epochs",
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
-            "evaluation": f"{config.evaluate.seeds:,} networks a row, "
-            f"{scoring_schedule(config.evaluate, 1.0).epochs:,} epochs",
+            "evaluation": f"{seeds:,} network{'s' * (seeds > 1)} a row, {epochs:,} epoch{'s' * (epochs > 1)}",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
             "layout": self._layout,
@@ -330,7 +331,7 @@ class Proposal:
         if self.replaced is None:
             return ""
         names, cluster = ("shards", "gpus_per_worker", "experts_at_a_time", "memory"), self.config.cluster
-        options = [f"--set cluster.{name}={value}" for name in names if (value := getattr(cluster, name))]
+        options = [f"--set cluster.{name}={value}" for name in names if (value := getattr(cluster, name)) is not None]
         distilling = min(self._pieces, self.machine.workers) or self.config.workers_per_set
         ignored = f"; not followed: {', '.join(self.replaced)} of the recipe" if self.replaced else ""
         return f"{' '.join(options)}: {distilling} of {self.machine.workers} workers distil{ignored}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datm_ray.config import NetworkConfig
+from datm_ray.config import NetworkConfig, override
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
@@ -199,6 +200,41 @@ def test_everything_that_takes_time_is_counted() -> None:
 
 
 FORWARD = network_cost(tiny_config().resolved((8, 8)), DIGITS).flop
+
+
+def test_test_images_pass_the_network_of_their_row() -> None:
+    """Networks of a row on another architecture are tested, not the backbone."""
+    tasks = proposal("evaluate.networks=[lenet]").tasks["evaluation"]
+    networks = [{own.network.architecture for _, own, _ in task} for task in tasks]
+    assert {"lenet"} in networks
+    assert all(len(each) == 1 for each in networks)
+
+
+@pytest.mark.parametrize("cluster", ["cpus=2,memory=24GiB,gflops=100", "gpus=2,memory=80GiB,tflops=20"])
+@pytest.mark.parametrize("own", [(), ("cluster.gpus_per_worker=1",), ("cluster.gpus_per_worker=0",)])
+def test_the_options_of_a_layout_give_the_layout(cluster: str, own: tuple[str, ...]) -> None:
+    """The recipe with the options that a plan prints has the planned layout, whatever the recipe had before."""
+    config = override(get_recipe("digits-ipc1"), own)
+    plan = plan_run(config, cluster, "1x8x8,10,1500")
+    copied = override(config, re.findall(r"--set (\S+?)[: ]", plan._layout)).cluster
+    for name in ("shards", "gpus_per_worker", "experts_at_a_time", "memory"):
+        assert getattr(copied, name) == getattr(plan.config.cluster, name)
+
+
+def test_advice_for_too_few_workers_names_the_keys_that_are_set() -> None:
+    """A recipe with networks on workers of their own, for which a cluster is too small, names the key to unset."""
+    config = override(get_recipe("digits16-metadd-ipc1"), ["cluster.auxiliaries_apart=true"])
+    with pytest.raises(ConfigError, match=r"Use --set cluster\.auxiliaries_apart=false, or") as raised:
+        plan_run(config, "cpus=1,memory=24GiB,gflops=100", "1x16x16,10,1500")
+    assert "backbones_apart" not in str(raised.value)
+
+
+def test_a_single_network_and_epoch_are_singular() -> None:
+    """A plan says "1 network" and "1 epoch"."""
+    one = ("experts.count=1", "experts.epochs=1", "evaluate.epochs=1", "evaluate.seeds=1")
+    lines = "\n".join(proposal("method=select", "select.by=el2n", *one).lines())
+    assert "1 convnet, 1 epoch\n" in lines
+    assert "1 network a row, 1 epoch\n" in lines
 
 
 def test_a_teacher_takes_time_and_memory() -> None:

@@ -180,9 +180,8 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
         ConfigError: the warm-up takes all epochs.
     """
     protocol, is_cosine = PROTOCOLS[settings.protocol], settings.schedule == "cosine"
-    epochs, halfway = protocol.epochs, protocol.decay_epoch
-    if settings.epochs is not None:
-        epochs, halfway = settings.epochs, settings.epochs // 2 + 1
+    epochs = settings.epochs or protocol.epochs
+    halfway = next((each.decay_epoch for each in PROTOCOLS.values() if each.epochs == epochs), epochs // 2 + 1)
     if settings.warmup_epochs >= epochs:
         raise ConfigError(
             f"evaluate.warmup_epochs is {settings.warmup_epochs}, and there are {epochs} epochs in all",

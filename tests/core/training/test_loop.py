@@ -300,6 +300,9 @@ def test_a_section_changes_what_it_names_of_its_protocol() -> None:
         assert scoring_schedule(plain, 0.3) == replace(protocol, learning_rate=0.3, augmentation=PUBLISHED_AUGMENTATION)
     changed = EvaluateConfig(protocol="quick", epochs=500, batch_size=256, augmentation="")
     assert scoring_schedule(changed, 0.01) == replace(PROTOCOLS["short"], batch_size=256)
+    for protocol in PROTOCOLS.values():  # its number of epochs, given with another protocol, decays where it does
+        stated = scoring_schedule(EvaluateConfig(protocol="quick", epochs=protocol.epochs, augmentation=""), 0.01)
+        assert stated == protocol
     cosine = scoring_schedule(EvaluateConfig(protocol="quick", schedule="cosine", warmup_epochs=5), 0.01)
     assert (cosine.epochs, cosine.decay_epoch, cosine.cosine, cosine.warmup_epochs) == (20, None, True, 5)
     with pytest.raises(ConfigError, match=r"warmup_epochs is 20, and there are 20 epochs"):
