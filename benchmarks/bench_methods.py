@@ -28,7 +28,6 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.report.results import RunSummary, cost_lines
 from datm_ray.stages.evaluate.scores import read_score
-from datm_ray.stages.experts.train import may_have_experts
 
 SCORED = NetworkConfig(architecture="convnet", width=32, depth=3)
 """Network that is trained on every set."""
@@ -141,7 +140,7 @@ def measured(pipeline: Pipeline, configs: Sequence[RunConfig], labels: str) -> d
 def hours(pipeline: Pipeline, config: RunConfig) -> str:
     """CPU hours of networks and of distillation."""
     folder = pipeline.out / config.name
-    summary = RunSummary(config, folder, [], has_experts=may_have_experts(folder))
+    summary = RunSummary(config, folder, [])
     spent = {line.title.partition(",")[0]: line.spent.cpu_seconds / 3600 for line in cost_lines(summary)}
     return f"{spent.get('experts', 0):.2f} + {spent.get('distillation', 0):.2f}"
 

@@ -21,7 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datm_ray import cli
 from datm_ray.artifact import Artifact
-from datm_ray.config import RunConfig, override, to_yaml
+from datm_ray.config import RunConfig, override, parse_config, to_yaml
+from datm_ray.config.files import _read_sections
 from datm_ray.core.networks import stacked
 from datm_ray.core.training import loop
 from datm_ray.monitor import logs
@@ -128,6 +129,11 @@ def end_of_processes() -> Iterator[None]:
 def tiny() -> RunConfig:
     """A configuration of every stage that runs in a few seconds."""
     return tiny_config()
+
+
+def load_config_text(text: str, origin: str) -> RunConfig:
+    """Configuration in YAML text without a base; `origin` names its source in messages."""
+    return parse_config(_read_sections(text, origin), origin)
 
 
 def tiny_config(*changes: str) -> RunConfig:

@@ -20,7 +20,6 @@ from datm_ray import load, publish
 from datm_ray.artifact import SCORING
 from datm_ray.config import (
     NetworkConfig,
-    load_config_text,
     override,
     parse_config,
     run_identity,
@@ -38,7 +37,7 @@ from datm_ray.report.results import Cell, Line, Table, read_run
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import CommandLine, recorded_steps, scoring_steps
+from tests.conftest import CommandLine, load_config_text, recorded_steps, scoring_steps
 from tests.test_report import configure, finished_run as run_with_scores, save_set
 
 

@@ -18,7 +18,6 @@ from datm_ray.config import (
     RunConfig,
     StartEpochs,
     expert_fingerprint,
-    load_config_text,
     load_recipe_of_run,
     override,
     parse_config,
@@ -40,6 +39,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.stages.methods.registry import teacher_of, trained_networks
+from tests.conftest import load_config_text
 
 
 def refusal(text: str | bytes, folder: Path) -> str:

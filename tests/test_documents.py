@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from datm_ray.cli import app
-from datm_ray.config import load_config_text, override
+from datm_ray.config import override
 from datm_ray.recipes import get_recipe
 from tests.cluster.files import (
     CLUSTER,
@@ -24,6 +24,7 @@ from tests.cluster.files import (
     mentioned_commands,
     shell_blocks,
 )
+from tests.conftest import load_config_text
 
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc"))
 SECRETS = [

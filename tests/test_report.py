@@ -25,7 +25,6 @@ from datm_ray.config import (
     PUBLISHED_AUGMENTATION,
     NetworkConfig,
     RunConfig,
-    load_config_text,
     override,
     run_identity,
     to_yaml,
@@ -57,6 +56,7 @@ from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
+from tests.conftest import load_config_text
 
 SCORES = [
     Score("random-hard", (0.70, 0.72), 3.0),

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torchvision.models import mobilenet_v2, resnet, resnet18
 
 from datm_ray.artifact import load
-from datm_ray.config import NetworkConfig, RunConfig, load_config_text, parse_config
+from datm_ray.config import NetworkConfig, RunConfig, parse_config
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import prepare
 from datm_ray.data.sources import load_raw
@@ -37,7 +37,7 @@ from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine
+from tests.conftest import CommandLine, load_config_text
 
 MEAN, STD = [0.3], [0.4]
 

@@ -5,7 +5,6 @@ starts. Needs the standard library, pydantic and PyYAML.
 """
 
 from datm_ray.config.files import (
-    load_config_text as load_config_text,
     load_recipe_of_run as load_recipe_of_run,
     override as override,
     to_yaml as to_yaml,

@@ -84,11 +84,6 @@ def plain_name(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
-def load_config_text(text: str, origin: str) -> RunConfig:
-    """Read a run's configuration, without a base, from YAML text; `origin` names its source in messages."""
-    return parse_config(_read_sections(text, origin), origin)
-
-
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Copy of `base` with `changes`: sections are merged key by key; lists and other values are replaced."""
     alike = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]

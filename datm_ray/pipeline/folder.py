@@ -13,9 +13,7 @@ from datm_ray.report import CARD, RunSummary, is_card, published_files, write_re
 from datm_ray.stages.checkpoint import CHECKPOINT, copy_checkpoint
 from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
-from datm_ray.stages.experts.train import may_have_experts
 from datm_ray.stages.labels import labels_location
-from datm_ray.stages.methods.registry import iterations_of
 from datm_ray.stages.pieces import PIECES
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE
@@ -199,9 +197,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 fair=read_fair_scores(*where),
                 fair_rows=read_fair_rows(*where),
                 dataset=note.name,
-                has_experts=may_have_experts(out / config.name),
                 labels=stored_labels(out / config.name, config, note.fingerprint),
-                iterations=iterations_of(config),
             )
         )
     return found

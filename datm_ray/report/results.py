@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,10 @@ from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
-from datm_ray.stages.experts.train import read_experts_cost
+from datm_ray.stages.experts.train import has_experts, read_experts_cost
 from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
+from datm_ray.stages.methods.registry import iterations_of
 from datm_ray.stages.prior import read_prior_cost
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -49,10 +51,11 @@ class RunSummary:
     """Name of the data set; None if the caller does not know it."""
     labels: Location | None = None
     """Folder of the labels that the set is scored with; None if they are not stored."""
-    has_experts: bool = True
-    """False if the run's method trains no experts, so that no row of the accuracy table has experts' soft labels."""
-    iterations: int | None = None
-    """Iterations of the whole run; 0 if the initial set is the result. `None` takes `distill.iterations`."""
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """False if the run's method trains no experts, so that no row of the accuracy table has experts' labels."""
+        return has_experts(self.folder)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Run:
     @property
     def total(self) -> int:
         """Number of iterations of the whole distillation; 0 if the initial set is the result."""
-        return self.config.distill.iterations if self.summary.iterations is None else self.summary.iterations
+        return iterations_of(self.config)
 
     @property
     def iterations(self) -> int:

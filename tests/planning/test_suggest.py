@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from datm_ray.config import DatasetConfig, RunConfig, load_config_text, unread_keys
+from datm_ray.config import DatasetConfig, RunConfig, unread_keys
 from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
@@ -27,6 +27,7 @@ from datm_ray.recipes import get_recipe
 from datm_ray.shape import DataShape
 from datm_ray.stages.methods.memory import plans_of
 from datm_ray.stages.methods.registry import METHODS, method_of
+from tests.conftest import load_config_text
 
 
 def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> RawDataset:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import DistillConfig, RunConfig, load_config_text, override, run_identity, to_yaml
+from datm_ray.config import DistillConfig, RunConfig, override, run_identity, to_yaml
 from datm_ray.core.images.augment import augment
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.data.transform import fit_transform
@@ -32,7 +32,7 @@ from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.registry import METHODS, method_of
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, load_config_text, tiny_config
 from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
 
 DM = ("method=dm", "distill.ipc=2", "distill.learning_rate_images=5", "distill.initial_step_size=0.03")
