@@ -530,7 +530,13 @@ def test_what_differs_between_runs_stands_below_their_table(out: Location) -> No
     )
 
 
-TRAINING = {"protocol": "short", "optimiser": "adamw", "augmentation": "flip", "real_epochs": "7", "teacher": "{network: lenet}"}
+TRAINING = {
+    "protocol": "short",
+    "optimiser": "adamw",
+    "augmentation": "flip",
+    "real_epochs": "7",
+    "teacher": "{network: lenet}",
+}
 """Keys of `evaluate` that change how networks are trained, beside `SCORING_KEYS` -> another value."""
 SCORING = {
     **{"labels": "own", "temperature": "4", "cutmix": "1", "keep_labels": "10", "top_logits": "5"},

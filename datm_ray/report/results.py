@@ -20,7 +20,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
-from datm_ray.stages.experts.train import has_experts, read_experts_cost
+from datm_ray.stages.experts.train import may_have_experts, read_experts_cost
 from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.methods.registry import iterations_of
@@ -55,7 +55,7 @@ class RunSummary:
     @cached_property
     def has_experts(self) -> bool:
         """False if the run's method trains no experts, so that no row of the accuracy table has experts' labels."""
-        return has_experts(self.folder)
+        return may_have_experts(self.folder)
 
 
 @dataclass(frozen=True)
