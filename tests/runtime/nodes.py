@@ -15,20 +15,32 @@ from typing import Any
 
 from tests.conftest import actor_processes
 
-SCRIPT = """
+STARTS = 8
+"""Most attempts to start the cluster, and to add a node. Ray gives a node 15 to 30 seconds."""
+SCRIPT = f"""
+STARTS = {STARTS}
 import json, sys
 from ray.cluster_utils import Cluster
 
 # A node that does not answer counts as lost after two seconds instead of twenty.
-health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+health = {{"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}}
+head = {{"num_cpus": 0, "include_dashboard": False, "_system_config": health}}
+# What the tests do not use does not start, because Ray waits only 15 seconds for the rest.
+head |= {{"include_log_monitor": False, "no_monitor": True}}
 cluster = Cluster(initialize_head=True, head_node_args=head)
-nodes = {}
+nodes = {{}}
 print(json.dumps(cluster.address), flush=True)
 for line in sys.stdin:
     verb, name = line.split()
     if verb == "add":
-        nodes[name] = cluster.add_node(num_cpus=1)
+        # Ray gives up a node that has not started within some seconds, as on a busy machine.
+        for left in reversed(range(STARTS)):
+            try:
+                nodes[name] = cluster.add_node(num_cpus=1)
+                break
+            except Exception:
+                if not left:
+                    raise
     else:
         cluster.remove_node(nodes.pop(name), allow_graceful=False)
     print(json.dumps(sorted(nodes)), flush=True)
@@ -43,6 +55,15 @@ class Nodes:
         self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> Nodes:
+        for _ in range(STARTS):
+            self._start()
+            if (answer := self._next_line()) is not None:
+                self.address: str = answer
+                return self
+            self._process.communicate(timeout=60)
+        raise AssertionError("the cluster did not start")
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
             env=self._environment,
@@ -51,8 +72,6 @@ class Nodes:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self.address: str = self._answer()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, at: TracebackType | None
@@ -78,7 +97,14 @@ class Nodes:
         self._answer()
 
     def _answer(self) -> Any:
+        answer = self._next_line()
+        assert answer is not None, "the cluster has ended"
+        return answer
+
+    def _next_line(self) -> Any:
+        """Next answer of the cluster's process; None if it has ended."""
         assert self._process.stdout is not None
-        while not (line := self._process.stdout.readline()).startswith(("[", '"')):
-            assert line, "the cluster did not start"
-        return json.loads(line)
+        while line := self._process.stdout.readline():
+            if line.startswith(("[", '"')):
+                return json.loads(line)
+        return None

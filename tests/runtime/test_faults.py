@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from datm_ray.artifact import load
-from datm_ray.config import to_yaml
+from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.stages.checkpoint import read_iteration
 from datm_ray.stages.evaluate.scores import read_scores
-from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import tiny_config
-from tests.processes import until
+from tests.processes import side_by_side, until
 from tests.runtime.nodes import Nodes
+from tests.runtime.soak import Journal, Soak, counted_steps, drawn, lines, memory_limit
+from tests.store.proxy import serving
 
 ITERATIONS = 24
 TOLERANCE = 0.2
@@ -172,199 +170,125 @@ def test_a_worker_leaves_a_node_that_ray_says_is_preempted(tmp_path: Path) -> No
     assert "Lost(" not in done.stdout
 
 
-FAULTS = int(os.environ.get("DATM_RAY_FAULTS", "0"))
-"""Faults of the soak, half a minute each; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in
-benchmarks/results."""
-OF_THE_DRIVER = {"recipe.yaml", "dataset.json", "report.html", "summary.json"}
-"""Files that a restarted driver writes again, before any worker has done anything."""
+FAULTS, SEED = (int(os.environ.get(f"DATM_RAY_FAULTS{name}", "0")) for name in ("", "_SEED"))
+"""FAULTS: number of faults of the soak, about a minute each. SEED: decides their kinds, victims and moments. With
+DATM_RAY_FAULTS_REPORT=FILE the tables of benchmarks/results are written, again after each fault."""
+MINUTES = float(os.environ.get("DATM_RAY_FAULTS_MINUTES", "inf"))
+"""Minutes after which the soak makes no more faults, on a machine that is too busy for all of them."""
+ACCURACY_TOLERANCE = 0.05
+"""Allowed difference of the accuracy of a set that was made in two shards and, after losses, in one."""
 
 
-KINDS = ("actor", "machine", "driver", "gpu", "store", "memory", "stuck", "second")
-"""Faults: a worker, a node or the command is killed; a worker has an error of its GPU or its store; a worker fills the
-memory until Ray kills it; a worker stands still; a second command is started."""
-ROOM = 8 << 30
-"""Bytes above the memory in use at the start at which Ray kills workers. The soak's own processes take about four
-GiB."""
+def recipes_of(run: int) -> list[RunConfig]:
+    """Recipes of one run of the soak: two sets in one worker each, or a set in two workers, in turn."""
+    changes = [
+        f"seed={run}",
+        "experts.epochs=20",
+        "experts.keep_epochs=5",
+        "cluster.experts_at_a_time=1",
+        f"cluster.shards={1 + run % 2}",
+        f"distill.iterations={max(60, 4 * FAULTS)}",
+        "distill.student_steps=5",
+        "distill.initial_step_size=0.01",
+        "distill.learning_rate_images=1",
+        "distill.learning_rate_step_size=1e-7",
+        f"distill.validate_every={max(15, FAULTS)}",
+        "distill.checkpoint_every=1",
+    ]
+    return [
+        tiny_config(*changes, f"name=run{run}ipc{ipc}", f"distill.ipc={ipc}") for ipc in ((1,) if run % 2 else (1, 2))
+    ]
 
 
-def memory_limit(room: int) -> dict[str, str]:
-    """Environment of a cluster that kills workers if memory use grows by `room` bytes; skips a test without so much."""
-    memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
-    threshold = 1 - (memory["MemAvailable"] - room) / memory["MemTotal"]
-    if not 0 < threshold < 0.9:
-        pytest.skip(f"needs {(room >> 30) + 3} GiB of free memory")
-    return {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+def run_alone(config: RunConfig, folder: Path) -> None:
+    """Make a set without faults, in one worker, and score it."""
+    alone = override(config, ["cluster.shards=1"])
+    start = partial(SerialExecutor, alone.cluster)
+    Pipeline([alone], str(folder)).run_all(start, Reporter(quiet=True))
 
 
-class Soak:
-    """A run on two nodes with random faults, restarted when the command itself is killed."""
-
-    def __init__(self, recipes: list[Path], out: Path, log: Path) -> None:
-        self._recipes, self._out, self._log = recipes, out, log
-        self._draw = random.Random(0)
-        self._finished: dict[Path, tuple[int, int]] = {}
-        self._names = (f"node{number}" for number in itertools.count())
-        self.faults: list[dict[str, Any]] = []
-
-    def run(self, faults: int) -> None:
-        """Run to the end, with this many faults."""
-        self._faults = self._log.with_name("faults")
-        self._faults.mkdir()
-        path = os.pathsep.join([str(Path(__file__).with_name("faults")), os.environ.get("PYTHONPATH", "")])
-        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path, **memory_limit(ROOM)}
-        with Nodes(environment) as self._nodes, self._log.open("a") as self._output:
-            self._alive = [self._add(), self._add()]
-            self._start()
-            self._wait_for_work(0.0)
-            kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
-            self._draw.shuffle(kinds)
-            for kind in kinds:
-                time.sleep(self._draw.uniform(0.0, 8.0))
-                if self._process.poll() is not None:
-                    break
-                self._disturb(kind)
-            assert self._process.wait(900) == 0, self._log.read_text()
-        self._note_finished()
-
-    def _disturb(self, kind: str) -> None:
-        at, clock = time.time(), time.monotonic()
-        getattr(self, f"_make_{kind}")()
-        self._wait_for_work(at)
-        self.faults.append({"kind": kind, "seconds": round(time.monotonic() - clock, 1)})
-
-    def _make_actor(self) -> None:
-        workers = self._nodes.worker_processes()
-        if workers:
-            os.kill(self._draw.choice(workers), signal.SIGKILL)
-
-    def _make_machine(self) -> None:
-        self._nodes.kill(self._alive.pop(self._draw.randrange(2)))
-        self._alive.append(self._add())
-
-    def _make_driver(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._start()
-
-    def _make_gpu(self, kind: str = "gpu") -> None:
-        workers = self._nodes.worker_processes()
-        if workers:
-            (self._faults / str(self._draw.choice(workers))).write_text(kind)
-            time.sleep(1.0)  # until it is raised
-
-    def _make_store(self) -> None:
-        self._make_gpu("store")
-
-    def _make_memory(self) -> None:
-        self._make_gpu("memory")
-        log = self._log.read_text()
-        until(lambda: "ran out of memory" in self._log.read_text()[len(log) :] or self._is_done(), "memory is full")
-
-    def _is_done(self) -> bool:
-        return self._process.poll() is not None
-
-    def _make_stuck(self) -> None:
-        workers = self._nodes.worker_processes()
-        if workers:
-            os.kill(self._draw.choice(workers), signal.SIGSTOP)
-
-    def _make_second(self) -> None:
-        second = subprocess.run(self._command(), capture_output=True, text=True, timeout=120, check=False)
-        if self._is_done():  # before the second command looked, so that it found everything finished
-            return
-        assert (second.returncode, "is in use by process" in second.stderr) == (2, True), second.stderr
-
-    def _add(self) -> str:
-        name = next(self._names)
-        self._nodes.add(name)
-        return name
-
-    def _command(self) -> list[str]:
-        settings = ("wait_for_nodes=60", "peer_timeout=5", "progress_timeout=60", "retries=5")
-        command = [sys.executable, "-m", "datm_ray", "run", *map(str, self._recipes), "--out", str(self._out)]
-        return [*command, "--address", self._nodes.address, *(f"--set=cluster.{each}" for each in settings)]
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(self._command(), stdout=self._output, stderr=self._output)
-
-    def _wait_for_work(self, since: float) -> None:
-        """Wait until a worker has written something, or all is done."""
-        until(lambda: self._process.poll() is not None or self._latest_write() > since, "progress")
-        self._note_finished()
-
-    def _latest_write(self) -> float:
-        """Time of the latest write; while sets are distilled, of the set that waits longest."""
-        unfinished = [
-            folder
-            for folder in (self._out / recipe.stem for recipe in self._recipes)
-            if (folder / "checkpoint.arrow").exists() and not (folder / "synthetic.arrow").exists()
-        ]
-        return min(_newest(folder) for folder in unfinished or [self._out])
-
-    def _note_finished(self) -> None:
-        """Note finished experts, sets and accuracies, which must never be made again."""
-        for pattern in ("experts/**/expert-*.arrow", "*/synthetic.arrow", "*/evaluation/*.json", "controls/*/*.json"):
-            for path in self._out.glob(pattern):
-                state = path.stat()
-                assert self._finished.setdefault(path, (state.st_ino, state.st_mtime_ns)) == (
-                    state.st_ino,
-                    state.st_mtime_ns,
-                )
+def files_of(folder: Location) -> dict[str, bytes]:
+    """Arrow files in a folder, by their paths in it."""
+    paths = [path for path in folder.fs.find(folder.path) if path.endswith(".arrow")]
+    return {path.removeprefix(folder.path): folder.fs.cat_file(path) for path in paths}
 
 
-def _newest(folder: Path) -> float:
-    times = [0.0]
-    for path in folder.rglob("*"):
-        if path.name not in OF_THE_DRIVER:
-            with contextlib.suppress(FileNotFoundError):
-                times += [path.stat().st_mtime] * path.is_file()
-    return max(times)
+def compared(config: RunConfig, out: Location, undisturbed: Location) -> str:
+    """Compare a set of the soak and its scores with an undisturbed run's. Returns a line about it."""
+    ours, theirs, initial = (
+        load((folder / config.name / name).uri)
+        for folder, name in ((out, "synthetic.arrow"), (undisturbed, "synthetic.arrow"), (out, "initial.arrow"))
+    )
+    dataset = (out / config.name / "dataset.json").read_json()["fingerprint"]
+    scores = [read_scores(folder, config, dataset) for folder in (out, undisturbed)]
+    accuracies = [[score.accuracies for score in each] for each in scores]
+    assert read_iteration(out / config.name) == config.distill.iterations
+    assert torch.equal(ours.labels, theirs.labels)
+    if config.cluster.shards == 1:
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.soft_labels, theirs.soft_labels)
+        assert ours.step_size == theirs.step_size
+        assert accuracies[0] == accuracies[1]
+        return f"{config.name}: same bits, accuracies {accuracies[0]}"
+    change = float((ours.images - theirs.images).norm() / (theirs.images - initial.images).norm())
+    text = (
+        f"{config.name}: images differ by {change:.1e} of their change, accuracies {accuracies[0]} and {accuracies[1]}"
+    )
+    means = [[sum(score) / len(score) for score in each] for each in accuracies]
+    assert means[0] == pytest.approx(means[1], abs=ACCURACY_TOLERANCE), text
+    return text
+
+
+def test_the_journal_counts_the_steps_that_are_made_again(tmp_path: Path) -> None:
+    """Steps of a second attempt up to the furthest one before are repeated; of several ranks the first one counts."""
+    journal = Journal(tmp_path / "journal")
+    line = "{at} {what} {rank} distill:set: {done}\n".format
+    first = [line(at=at, what="step", rank=0, done=at) for at in (1, 2, 3)]
+    (tmp_path / "journal/7").write_text("".join(first) + "4 st")  # the worker is killed while it writes
+    (tmp_path / "journal/8").write_text("".join(line(at=at, what="step", rank=1, done=at) for at in (1, 2, 3)))
+    assert journal.repeated() == []
+    assert journal.at_work(4.0) == {"distill:set:": {7, 8}}
+    second = [line(at=5, what="resumed", rank=0, done=1)]
+    second += [line(at=4 + done, what="step", rank=0, done=done) for done in (2, 3, 4)]
+    (tmp_path / "journal/9").write_text("".join([*second, line(at=9, what="end", rank=0, done=0)]))
+    assert [(each.process, each.done) for each in journal.repeated()] == [(9, 2.0), (9, 3.0)]
+    assert counted_steps(journal.repeated()) == "2 iterations"
+    assert journal.at_work(9.0) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.skipif(not FAULTS, reason="takes minutes: say DATM_RAY_FAULTS=3, or 30")
-@pytest.mark.timeout(1800 + 90 * FAULTS)
-def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    """Random kills of workers, nodes and the command change no bit and repeat no finished work."""
-    changes = [
-        "experts.epochs=40",
-        "experts.keep_epochs=5",
-        "experts.count=3",
-        "cluster.experts_at_a_time=1",
-        f"distill.iterations={30 * FAULTS}",
-        "distill.student_steps=20",
-        "distill.initial_step_size=0.01",
-        "distill.learning_rate_step_size=1e-7",
-        "distill.validate_every=20",
-        "distill.checkpoint_every=1",
-    ]
-    configs = [tiny_config(*changes, f"name=tiny{ipc}", f"distill.ipc={ipc}") for ipc in (1, 2)]
-    for config in configs:
-        (tmp_path / f"{config.name}.yaml").write_text(to_yaml(config))
-    started = time.monotonic()
-    undisturbed = tmp_path / "undisturbed"
-    Pipeline(configs, str(undisturbed)).run_all(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
-    alone = time.monotonic() - started
-    out, log = tmp_path / "out", tmp_path / "log"
-    soak = Soak([tmp_path / f"{config.name}.yaml" for config in configs], out, log)
-    soak.run(FAULTS)
-    assert "Traceback" not in log.read_text()
-    for folder in ("experts", "controls"):
-        expected = {path.relative_to(undisturbed): path for path in (undisturbed / folder).rglob("*.arrow")}
-        found = {path.relative_to(out): path for path in (out / folder).rglob("*.arrow")}
-        assert {name: path.read_bytes() for name, path in found.items()} == {
-            name: path.read_bytes() for name, path in expected.items()
-        }
-    for config in configs:
-        ours, theirs = (load(str(folder / config.name / "synthetic.arrow")) for folder in (out, undisturbed))
-        assert torch.equal(ours.images, theirs.images)
-        assert torch.equal(ours.soft_labels, theirs.soft_labels)
-        assert ours.step_size == theirs.step_size
-        dataset = json.loads((out / config.name / "dataset.json").read_text())["fingerprint"]
-        scores = [read_scores(open_location(str(folder)), config, dataset) for folder in (out, undisturbed)]
-        assert [score.accuracies for score in scores[0]] == [score.accuracies for score in scores[1]]
-    assert len(soak.faults) == FAULTS
-    if place := os.environ.get("DATM_RAY_FAULTS_REPORT"):
-        report = {"faults": soak.faults, "alone": round(alone), "seconds": round(time.monotonic() - started - alone)}
-        Path(place).write_text(json.dumps(report, indent=1) + "\n")
+@pytest.mark.s3
+@pytest.mark.skipif(not FAULTS, reason="takes minutes: say DATM_RAY_FAULTS=9, or 30")
+@pytest.mark.timeout(1800 + 300 * FAULTS)
+def test_faults_at_random_moments_change_nothing(
+    tmp_path: Path, s3_server: str, bucket: str, s3_environment: Callable[[str], None]
+) -> None:
+    """Random faults in workers, nodes, commands and storage change no bit in one shard and repeat no finished work."""
+    report = os.environ.get("DATM_RAY_FAULTS_REPORT")
+
+    def write(*more: str) -> None:
+        if report:
+            Path(report).write_text("\n".join([*lines(soak.faults), *more]) + "\n")
+
+    with serving(s3_server) as proxy:
+        s3_environment(proxy.url)
+        out = open_location(f"s3://{bucket}/runs")
+        soak = Soak(recipes_of, tmp_path, out, proxy, SEED)
+        soak.on_fault = lambda fault: write(f"\nlatest: {fault.kind}, {fault.seconds:.1f} s")
+        soak.run(drawn(FAULTS, SEED), max(5, FAULTS // 5), 60 * MINUTES)
+        assert soak.failures == []
+        assert len(soak.faults) == FAULTS or soak.seconds > 60 * MINUTES
+        assert "Traceback" not in (tmp_path / "log").read_text()
+        began = time.monotonic()
+        configs = [config for configs in soak.runs for config in configs]
+        folders = [tmp_path / "undisturbed" / config.name for config in configs]
+        calls = side_by_side(run_alone, zip(configs, folders, strict=True))
+        assert [call.exception() for call in calls] == [None] * len(configs)
+        pairs = [(config, open_location(str(folder))) for config, folder in zip(configs, folders, strict=True)]
+        found = [compared(config, out, undisturbed) for config, undisturbed in pairs]
+        expected = {path: content for _, folder in pairs for path, content in files_of(folder / "experts").items()}
+        assert expected
+        assert files_of(out / "experts") == expected
+    write("", f"{soak.seconds:.0f} s; undisturbed, a process each: {time.monotonic() - began:.0f} s", *found)
+    print("\n".join([*lines(soak.faults), *found]))
