@@ -565,6 +565,8 @@ def test_a_teacher_of_evaluation_is_the_same_network_for_every_method() -> None:
         assert recipe_of_set(idle) == recipe_of_set(base) != recipe_of_set(run)
         assert load_config_text(to_yaml(run), "test") == run
     assert "teacher" not in run_identity(runs[0])["evaluate"]
+    with pytest.raises(ConfigError, match=r"evaluate\.teacher\.experts\.count is 2, and one network labels images"):
+        override(runs[0], ["evaluate.teacher.experts.count=2"])
 
 
 def test_a_teacher_that_is_a_backbone_is_trained_once() -> None:

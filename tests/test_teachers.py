@@ -103,6 +103,17 @@ def test_prefixes_of_torch_are_left_out(tmp_path: Path, prefix: str) -> None:
     assert read_weights(open_location(write(tmp_path, weights, "a.pth"))).keys() == {"fc.weight", "fc.bias"}
 
 
+def test_a_network_that_was_averaged_is_read(tmp_path: Path) -> None:
+    """The counter of torch's averaged networks is not read; two weights whose names become one are refused."""
+    network = nn.Linear(3, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    path = write(tmp_path, averaged.state_dict(), "a.pth")
+    assert load_weights(network, read_weights(open_location(path))) == ""
+    path = write(tmp_path, {"module.weight": torch.ones(2), "weight": torch.zeros(2)}, "b.pth")
+    with pytest.raises(CorruptFileError, match="is not a state_dict"):
+        read_weights(open_location(path))
+
+
 @pytest.mark.parametrize("is_new", [True, False])
 def test_checkpoints_of_training_programs_are_read(tmp_path: Path, is_new: bool) -> None:
     """A checkpoint as timm's program writes it, with options, an optimiser and numbers of numpy, gives its weights."""

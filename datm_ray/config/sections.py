@@ -499,10 +499,10 @@ class GivenConfig(Section):
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
-    """Training of MetaDD's auxiliaries; only their last epoch is used."""
+    """Training of networks beside the backbone (MetaDD's auxiliaries, a teacher); only their last epoch is used."""
 
     count: Annotated[int, Field(ge=1, le=100)] = 1
-    """Experts per network, 1 to 100; the iterations use them in turn."""
+    """Experts per network, 1 to 100; MetaDD's iterations use them in turn, and a teacher has one."""
     epochs: Count = 50
     """Epochs of training per expert."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -595,6 +595,12 @@ class TeacherConfig(Section):
     """Architecture of the teacher, such as `resnet18`."""
     experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
     """Training of the teacher; only its last epoch is used."""
+
+    @model_validator(mode="after")
+    def _teacher_is_one(self) -> TeacherConfig:
+        if self.experts.count != 1:
+            raise ValueError(f"evaluate.teacher.experts.count is {self.experts.count}, and one network labels images")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -798,7 +804,7 @@ class ClusterConfig(WorkerShape):
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory that a distilling worker may take, GPU or main, such as 8GiB; null: all that is free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone, also on CPUs."""
+    """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: datm, mtt, dm; on CPUs too."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     cuda_graphs: bool = False

@@ -49,6 +49,10 @@ _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 """What torch puts before the names of a network that is trained in parallel, averaged or compiled."""
 
 
+_COUNTERS = ("num_batches_tracked", "n_averaged")
+"""Ends of the names of counters, which no network reads."""
+
+
 class _Discarded:
     """Empty object in place of one that a training program stored beside a state_dict. Its values are not kept."""
 
@@ -132,6 +136,8 @@ def read_weights(place: Location) -> dict[str, Tensor]:
         found = _content(content, is_safetensors=place.path.endswith(".safetensors"))
         found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
         weights = {_PREFIXES.sub("", name): tensor.detach() for name, tensor in found.items()}
+        if len(weights) < len(found):
+            raise ValueError("two names become one")
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in weights.values()):
             raise ValueError("a tensor has values twice")  # a small file could ask for any amount of memory
         is_finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
@@ -185,7 +191,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
         unchanged.
     """
     own = dict(network.named_parameters()) | float_buffers(network)
-    given = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    given = {name: tensor for name, tensor in weights.items() if not name.endswith(_COUNTERS)}
     known = (torchvision_names(network), timm_names(network), {name: name for name in own})
     names = max(known, key=lambda names: len(given.keys() & names.values()))
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in own.items()}

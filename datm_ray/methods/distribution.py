@@ -31,6 +31,7 @@ from datm_ray.core.networks.instance_norm import set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork, flatten, flatten_buffers
 from datm_ray.core.networks.registry import embedding
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.errors import ConfigError
 
 
 def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
@@ -50,6 +51,7 @@ class EmbeddingFunctions:
 
     Attributes:
         note: one line on why the functions are not compiled although asked to be; "" otherwise.
+        is_compiled: True if they are compiled.
     """
 
     def __init__(
@@ -70,27 +72,39 @@ class EmbeddingFunctions:
                 computes layers and their derivatives in bfloat16. Sums over images are in the parameters' type.
         """
         self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
-        self._is_compiled = compiled and not self.note
+        self.is_compiled = compiled and not self.note
         self._order = torch.channels_last if channels_last else torch.contiguous_format
         self._precision = precision
         network = copy.deepcopy(network)
-        set_explicit(network, self._is_compiled)
+        set_explicit(network, self.is_compiled)
         self._network = FlatNetwork(_Embedding(network))
+        self._fixed = _whole_numbers(network)
         self._forward: Callable[..., Tensor] = self._embed
         self._reverse: Callable[..., Tensor] = self._differentiate
-        if self._is_compiled:
+        if self.is_compiled:
             self._forward = CompiledForShapes(self._embed, channels_last=channels_last)
             self._reverse = CompiledForShapes(self._differentiate, channels_last=channels_last)
 
     @property
     def facts(self) -> dict[str, str | bool]:
         """Options that are really used, as plain data."""
-        return {"precision": self._precision, "compiled": self._is_compiled} | (
+        return {"precision": self._precision, "compiled": self.is_compiled} | (
             {"not_compiled_because": self.note} if self.note else {}
         )
 
     def values_of(self, network: nn.Module) -> Tensor:
-        """Parameters of a network, then its buffers, as one vector [p], which the other functions read."""
+        """Parameters of a network, then its buffers, as one vector [p], which the other functions read.
+
+        Raises:
+            ConfigError: buffers of whole numbers differ from those of the first network.
+        """
+        theirs = _whole_numbers(network)
+        if any(not torch.equal(theirs[name], own) for name, own in self._fixed.items()):
+            raise ConfigError(
+                f"{type(network).__name__} draws buffers of whole numbers, such as places of pixels",
+                "the method has fresh parameters in each iteration, and such buffers stay",
+                "draw them from a seed of their own, so that they are equal in all networks",
+            )
         return torch.cat([flatten(network), flatten_buffers(network)])
 
     def forward(self, values: Tensor, images: Tensor, size: int) -> Tensor:
@@ -101,7 +115,7 @@ class EmbeddingFunctions:
             images: at most `size` images.
             size: number of images in the computation. Compiled code fills up with zeros, so that it has one shape.
         """
-        with tf32_products(self._precision == "tf32", values.device):
+        with torch.no_grad(), tf32_products(self._precision == "tf32", values.device):
             return self._forward(values, self._arranged(images, size))[: len(images)]
 
     def reverse(self, values: Tensor, images: Tensor, direction: Tensor, size: int) -> Tensor:
@@ -115,7 +129,7 @@ class EmbeddingFunctions:
             return self._reverse(values, self._arranged(images, size), direction)[: len(images)]
 
     def _arranged(self, images: Tensor, size: int) -> Tensor:
-        if self._is_compiled and len(images) < size:
+        if self.is_compiled and len(images) < size:
             images = pad(images, (0, 0) * 3 + (0, size - len(images)))
         return images.contiguous(memory_format=self._order)
 
@@ -127,6 +141,11 @@ class EmbeddingFunctions:
     def _differentiate(self, values: Tensor, images: Tensor, direction: Tensor) -> Tensor:
         gradient: Tensor = grad(lambda images: (self._embed(values, images) @ direction).sum())(images)
         return gradient
+
+
+def _whole_numbers(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers of a network that are no floating-point numbers: name -> values."""
+    return {name: buffer for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
 
 
 class _Embedding(nn.Module):

@@ -46,7 +46,11 @@ smaller ones would not, because their maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
 """Kind of step -> (a, b): a compiled step is a + b / width times as fast as an uncompiled step, for networks of so many
 channels. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels (benchmarks/LOG.md,
-2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long."""
+2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long. The
+gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
+GRAPHS = {"embedding": 4.0}
+"""Kind of step -> time to compile all its graphs, as a multiple of that of the timed one. DM compiles embeddings for
+two sizes of micro-batches, and their derivative, which takes twice as long."""
 
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
@@ -70,7 +74,8 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
                 first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
                 seconds[kind] = usual / (cost.flop * passes)
                 if cluster.compile and kind in machine.compiling:
-                    compiling[kind] = machine.compiling[kind] if quickly else max(0.0, first - usual) / cost.functions
+                    timed = GRAPHS.get(kind, 1.0) * max(0.0, first - usual) / cost.functions
+                    compiling[kind] = machine.compiling[kind] if quickly else timed
                     seconds[kind] /= compiled_gain(kind, proposal.config.network.width) if quickly else 1.0
     finally:
         torch.set_num_threads(threads)  # restore the setting of the caller, such as a notebook
@@ -112,14 +117,14 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     endless = replace(schedule, epochs=MANY, decay_epoch=None, warmup_epochs=0)
     experts = config.experts.model_copy(update={"epochs": MANY})
     functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=config.cluster.channels_last)
-    work = {
+    work = {  # new memory counts, so the steps of methods are timed before others have warmed it
         "matching": _matching(config, first, *data["matching"], spec.classes, compiled=compiled),
+        "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
+        "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),
         "experts": train_experts(functions, *data["experts"], experts, range(stack), ExpertState.initial(networks)),
         "training": train(first, *data["training"], endless, 0),
         "real": train(first, *data["real"], endless, 0),
         "scoring": (predict_logits(first, data["scoring"][0]) for _ in itertools.count()),
-        "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
-        "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),
     }
     for kind in {"matching", "embedding", "recovery"} - proposal.plans[0].demand.passes.keys():
         del work[kind]
@@ -147,8 +152,7 @@ def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compile
     functions = EmbeddingFunctions(network, compiled=compiled, channels_last=layout, precision=precision)
     values = functions.values_of(network)
     while True:
-        with torch.no_grad():
-            yield functions.forward(values, images, len(images))
+        yield functions.forward(values, images, len(images))
 
 
 def _recovery(

@@ -420,7 +420,7 @@ class Distillation:
         return found
 
     def _note_computing(self, iteration: int) -> Iterator[Note]:
-        """Record how student steps are computed from this iteration on. Yields a message if it differs from before."""
+        """Record how iterations are computed from this iteration on. Yields a message if it differs from before."""
         now = dict(self._method.facts)
         if not now:
             return
@@ -434,7 +434,7 @@ class Distillation:
             self._computed.append({"from_iteration": iteration, **now})
         if changed:
             yield Note(
-                f"student steps are computed otherwise from iteration {iteration} on ({'; '.join(changed)}): the "
+                f"iterations are computed otherwise from iteration {iteration} on ({'; '.join(changed)}): the "
                 "result differs in rounding from one without the change"
             )
 

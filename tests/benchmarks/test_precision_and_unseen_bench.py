@@ -84,7 +84,7 @@ def test_both_precisions_compute_one_gradient(benches: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "ways"),
     [
-        ("distribution", ["--classes", "2", "--width", "4"], ["published way", "compiled"]),
+        ("distribution", ["--classes", "2", "--width", "4"], ["published way", "uncompiled micro-batches"]),
         ("recovery", ["--images", "3", "--width", "8"], ["uncompiled", "uncompiled, channels innermost"]),
     ],
 )

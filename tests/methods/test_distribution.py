@@ -98,18 +98,49 @@ def test_bfloat16_changes_the_gradient_little() -> None:
     assert 1e-4 < error < 0.1
 
 
+class Branching(nn.Flatten):
+    """Layer that decides by values, so that it has no graph."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        result = super().forward(images)
+        return result if bool(images.mean() > 0) else -result
+
+
+def test_a_network_that_cannot_be_compiled_is_refused_with_what_to_do() -> None:
+    """A network that decides by values runs uncompiled; compiled, one line says how to go on."""
+    network, images = nn.Sequential(Branching(), nn.Linear(192, 2)), torch.rand(2, 3, 8, 8)
+    functions = EmbeddingFunctions(network, compiled=False)
+    values = functions.values_of(network)
+    assert functions.forward(values, images, 2).shape == (2, 192)
+    with pytest.raises(ConfigError, match=r"cannot be compiled.*--set cluster\.compile=false"):
+        EmbeddingFunctions(network).forward(values, images, 2)
+
+
+class Scaled(nn.Linear):
+    """Layer that multiplies by random numbers of its own, and chooses by random places."""
+
+    def __init__(self, seed: int, places_seed: int = 0) -> None:
+        super().__init__(192, 6)
+        self.register_buffer("scale", torch.rand(6, generator=torch.Generator().manual_seed(seed)))
+        places = torch.randperm(6, generator=torch.Generator().manual_seed(places_seed))
+        self.register_buffer("places", places)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = (super().forward(images) * self.scale)[:, self.places]
+        return result
+
+
 def test_buffers_of_a_network_are_its_own() -> None:
-    """A network's random buffers, such as fixed features, travel with its parameters."""
-
-    def fixed() -> nn.Sequential:
-        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 2))
-        network.register_buffer("scale", torch.rand(3))
-        return network
-
-    images, (first, second) = torch.randn(5, 3, 8, 8), (fixed(), fixed())
-    functions = EmbeddingFunctions(first, compiled=False)
-    assert torch.equal(functions.values_of(second)[-3:], second.get_buffer("scale"))
-    assert torch.equal(functions.forward(functions.values_of(second), images, 5), second[:-1](images))
+    """Random numbers in buffers travel with the parameters; whole numbers cannot, and are refused if they differ."""
+    first, second, other = (
+        nn.Sequential(nn.Flatten(), Scaled(*seeds), nn.Linear(6, 2)) for seeds in ((1,), (2,), (2, 1))
+    )
+    functions, images = EmbeddingFunctions(first, compiled=False), torch.randn(5, 3, 8, 8)
+    found = functions.forward(functions.values_of(second), images, 5)
+    torch.testing.assert_close(found, second[:-1](images).detach())
+    assert not torch.allclose(found, functions.forward(functions.values_of(first), images, 5))
+    with pytest.raises(ConfigError, match="draws buffers of whole numbers"):
+        functions.values_of(other)
 
 
 @pytest.mark.parametrize("parts", [(2, 2), (1, 1, 1, 1), (3, 1)])

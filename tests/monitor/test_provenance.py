@@ -93,7 +93,7 @@ def test_a_run_that_is_resumed_otherwise_says_so(experts: Path, tmp_path: Path) 
     other = tiny_config("cluster.channels_last=false")
     notes = [event.text for event in events(other, tmp_path, experts) if isinstance(event, Note)]
     assert notes == [
-        "student steps are computed otherwise from iteration 6 on (channels_last True before, False now): the result "
+        "iterations are computed otherwise from iteration 6 on (channels_last True before, False now): the result "
         "differs in rounding from one without the change"
     ]
     recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance

@@ -27,6 +27,8 @@ from datm_ray.core.compute.torch_compat import (
     trace,
 )
 from datm_ray.core.compute.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
+from datm_ray.errors import ConfigError
+from datm_ray.words import one_line
 
 
 class Compiled:
@@ -119,8 +121,22 @@ def compiler_problem(device_type: str) -> str:
 
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    """Trace a function for the shapes of these arguments, which may be tensors without memory. Returns its graph."""
-    graph = trace(function, *arguments)
+    """Trace a function for the shapes of these arguments, which may be tensors without memory. Returns its graph.
+
+    Raises:
+        NotImplementedError: torch lacks a derivative.
+        ConfigError: the function decides by values of tensors, or does something else that has no graph.
+    """
+    try:
+        graph = trace(function, *arguments)
+    except NotImplementedError:
+        raise
+    except Exception as failure:  # networks may do anything
+        raise ConfigError(
+            "the network cannot be compiled",
+            f"it may decide by values of tensors: {one_line(str(failure) or type(failure).__name__)[:160]}",
+            "use --set cluster.compile=false",
+        ) from failure
     _drop_zero_terms(graph.graph)
     _free_of_strides(graph)
     if has_slow_weight_gradients(graph.graph):

@@ -84,17 +84,21 @@ class DistributionMatching(Method):
 
             def step(chunk: int, functions: EmbeddingFunctions = functions, values: Tensor = values) -> None:
                 own, theirs = self._divided(chunk)
-                for size in (own, theirs):
-                    images = values.new_zeros(size, *self.part.image)
-                    gap = functions.forward(values, images, size)[0]
+                for size in {own, theirs}:
+                    gap = functions.forward(values, values.new_zeros(size, *self.part.image), size)[0]
                     heartbeat()
-                functions.reverse(values, images[:own], gap, own)
+                functions.reverse(values, values.new_zeros(own, *self.part.image), gap, own)
                 heartbeat()
 
             if self.part.device.type == "cuda":
                 self._sizes[number] = self._divided(chunk_by_trial(step, plan, self.part.device))
-            else:
+            elif functions.is_compiled:
                 step(plan.chunk)
+
+    def images_seen(self) -> float:
+        """Number of real and synthetic images that all networks of all workers see in one iteration."""
+        settings, classes = self.part.config.distill, self.part.dataset.classes
+        return len(self.part.config.weights) * classes * (settings.real_batch + settings.ipc)
 
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
         """Compute the weighted distances between mean embeddings of real and synthetic images, and their gradient.
