@@ -23,6 +23,7 @@ from datm_ray import cli
 from datm_ray.artifact import Artifact
 from datm_ray.config import RunConfig, override, parse_config, to_yaml
 from datm_ray.config.files import _read_sections
+from datm_ray.core.compute import compilation
 from datm_ray.core.networks import stacked
 from datm_ray.core.training import loop
 from datm_ray.monitor import logs
@@ -160,7 +161,7 @@ def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
     """Let networks of a row be trained together however short that is, and uncompiled."""
     patch.setattr(loop, "COMPILED_WORK", 0.0)
     patch.setattr(stacked, "compiler_problem", lambda device: "")
-    patch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
+    patch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
     patch.setattr(loop, "trainer", functools.cache(loop.trainer.__wrapped__))
     patch.setattr(validation, "trainer", loop.trainer)
     patch.setattr(rows, "_are_together", functools.cache(rows._are_together.__wrapped__))

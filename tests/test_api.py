@@ -40,7 +40,7 @@ def test_a_run_returns_its_set_and_scores(
     assert all(0 <= accuracy <= 1 for values in result.accuracies.values() for accuracy in values)
     expected = datm_ray.load(finished_run / "tiny/synthetic.arrow")
     assert torch.equal(result.synthetic.images, expected.images)
-    assert Path(result.report).read_text().meanswith("<!doctype html>")
+    assert Path(result.report).read_text().startswith("<!doctype html>")
     assert result.networks == {}
     assert result.history["iteration"].tolist() == list(range(6))
     assert np.isfinite(result.history["loss"]).all()
@@ -113,12 +113,12 @@ def test_a_plan_is_that_of_the_command_line(
         cli.main()
     assert json.loads(capsys.readouterr().out) == [json.loads(json.dumps(plan.to_json()))]
     assert plan.stages["distillation"][0] > 0
-    assert str(plan).meanswith("cifar10-ipc10: ")
+    assert str(plan).startswith("cifar10-ipc10: ")
     with pytest.raises(ConfigError, match="neither gpus nor cpus"):
         datm_ray.plan("digits-ipc1", cluster="memory=8GiB")
 
 
-def test_a_wrong_option_is_refused_before_anything_means(tmp_path: Path) -> None:
+def test_a_wrong_option_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """A misspelt option would run something else for hours."""
     with pytest.raises(TypeError, match="unknown option 'excutor'"):
         datm_ray.distill(tiny_config(), tmp_path, excutor="serial")  # type: ignore[call-arg]

@@ -44,7 +44,7 @@ ALLOWED = {
     "config": ("config", "errors"),
     "recipes": ("recipes", "config", "errors"),
     "core": ("core", *BASE),
-    "core/compute": ("core.compute",),
+    "core/compute": ("core.compute", "errors", "words"),
     "core/images": ("core.images", "core.compute", "core.randomness", "errors"),
     "core/networks": ("core.networks", "core.compute", "core.randomness", *BASE),
     "core/training": ("core.training", "core.networks", "core.images", "core.randomness", "config", "errors"),

@@ -284,7 +284,7 @@ def test_timms_names_of_a_transformer_are_known() -> None:
     assert difference == "it has unknown cls_token; other shapes: pos_embed [1, 65, 192] instead of [1, 64, 192]"
     late = {name if name[:5] != "norm." else f"fc_{name}": each for name, each in weights.items()}
     difference = load_weights(network, late)
-    assert difference == "it lacks norm.bias, norm.weight; it has unknown fc_norm.bias, fc_norm.weight"
+    assert difference == "it lacks norm.bias and norm.weight; it has unknown fc_norm.bias and fc_norm.weight"
 
 
 def test_own_names_are_known() -> None:

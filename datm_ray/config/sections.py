@@ -499,7 +499,7 @@ class GivenConfig(Section):
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
-    """Training of networks beside the backbone (MetaDD's auxiliaries, a teacher); only their last epoch is used."""
+    """Training of auxiliaries or of a teacher; only their last epoch is used."""
 
     count: Annotated[int, Field(ge=1, le=100)] = 1
     """Experts per network, 1 to 100; MetaDD's iterations use them in turn, and a teacher has one."""
