@@ -385,7 +385,8 @@ def test_the_documented_decoder_of_a_users_runs(tmp_path: Path) -> None:
     (recipe,) = (each for each in recipes if "my_decoders" in each)
     (tmp_path / "tiny.yaml").write_text(recipe)
     quick = ("network.width=4", "distill.iterations=4", "distill.validate_every=4", "evaluate.protocol=quick")
-    changes = [*quick, "name=tiny", "evaluate.seeds=1", "evaluate.full=false", "prior.inversion_steps=10"]
+    changes = [*quick, "name=tiny", "evaluate.seeds=1", "evaluate.full=false"]
+    changes += ["cluster.compile=false", "prior.inversion_steps=10"]
     config = override(get_recipe(str(tmp_path / "tiny.yaml")), changes)
     assert config.prior is not None
     assert config.prior.kind == "my_decoders:smooth"
