@@ -80,7 +80,11 @@ class Compiled:
 
 
 class CompiledForShapes:
-    """A function of tensors that is traced and compiled once for each combination of their shapes and types."""
+    """A function of tensors that is traced and compiled once for each combination of their shapes and types.
+
+    Attributes:
+        built: shape and type of every argument -> the compiled function.
+    """
 
     def __init__(self, function: Callable[..., Any], *, channels_last: bool = True) -> None:
         """Keep the function; its first call for some shapes compiles it.
@@ -90,16 +94,16 @@ class CompiledForShapes:
             channels_last: see `Compiled`.
         """
         self._function, self._channels_last = function, channels_last
-        self._built: dict[tuple[Any, ...], Compiled] = {}
+        self.built: dict[tuple[Any, ...], Compiled] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
         """Compute the function's result."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in arguments)
-        if key not in self._built:
+        if key not in self.built:
             with shapes_only():
                 graph = traced(self._function, *map(torch.empty_like, arguments))
-            self._built[key] = Compiled(graph, arguments[0].device.type, channels_last=self._channels_last)
-        return self._built[key](*arguments)
+            self.built[key] = Compiled(graph, arguments[0].device.type, channels_last=self._channels_last)
+        return self.built[key](*arguments)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

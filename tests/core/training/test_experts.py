@@ -276,7 +276,8 @@ def test_a_schedule_compiles_nothing_anew() -> None:
     assert functions.note == ""
     state = ExpertState.initial(networks)
     list(train_experts(functions, *data(), COSINE, seeds, state))
-    assert len(functions._built) == 1
+    assert isinstance(functions._function, compilation.CompiledForShapes)
+    assert len(functions._function.built) == 1
     plain, _ = trained(networks, COSINE, seeds)
     assert_close(state.parameters, plain.parameters)
 
