@@ -564,6 +564,17 @@ def test_every_setting_of_a_training_is_distinguished(labels: str) -> None:
         assert all(line.startswith("training: ") for line in found)
 
 
+def test_a_teacher_of_evaluation_is_described_and_is_no_expert_of_the_set(out: Location) -> None:
+    """Teachers that differ in any setting are named; a set of dm does not come from the teacher's training."""
+    words = ["method=dm", "evaluate.labels=teacher", "evaluate.teacher={network: lenet}"]
+    one, two = (override(configure(name), words) for name in ("one", "two"))
+    for change in ("network.width=8", "experts.seed=3", "experts.learning_rate=0.5"):
+        (line,) = differences([one, override(two, [f"evaluate.teacher.{change}"])])
+        assert change.partition(".")[2].replace("=", " ") in line
+    assert not RunSummary(one, out / "one", []).follows_experts
+    assert RunSummary(configure("one"), out / "one", []).follows_experts
+
+
 def test_images_that_differ_are_named(out: Location) -> None:
     """Runs on other images, or with another normalisation, have a line on their images."""
     zca = override(configure("zca"), ["dataset.normalisation=zca"])

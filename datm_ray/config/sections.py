@@ -792,7 +792,7 @@ class ClusterConfig(WorkerShape):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if a worker has one, else the CPU."""
     compile: bool = True
-    """Compile the student step if there is a C++ compiler."""
+    """Compile the networks' steps if there is a C++ compiler."""
     shards: Count = 1
     """Workers per distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None

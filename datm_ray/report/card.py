@@ -22,8 +22,10 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "1
 """Bound of the number of images, exclusive -> Hugging Face's name for the size."""
 CARD = "README.md"
 """Name of the card's file, which hubs show."""
-_LICENCE = re.compile(r"^#+ *licen[cs]e\b", re.MULTILINE | re.IGNORECASE)
-"""Start of the heading of a card's last section."""
+_LICENCE = re.compile(r"^(#+ .*licen[cs].*|.*licen[cs].*\n *[-=]+ *)$", re.MULTILINE | re.IGNORECASE)
+"""Heading of a card's last section, also in other words and underlined."""
+_MADE = "\n## How it was made\n"
+"""Heading of the section before it."""
 PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
@@ -159,5 +161,6 @@ def _with_licence_of(earlier: str, text: str) -> str:
 
 def _parted(card: str) -> tuple[str, str]:
     """Parts of a card before and from the heading of its licence on; the second is "" without such a heading."""
-    at = max((found.start() for found in _LICENCE.finditer(card)), default=len(card))
+    found = _LICENCE.search(card, max(0, card.find(_MADE)))
+    at = found.start() if found else len(card)
     return card[:at], card[at:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from datm_ray.config import RunConfig, short_names
+from datm_ray.config.sections import TeacherConfig
 from datm_ray.stages.evaluate.rows import ROWS, row_schedule
 from datm_ray.stages.labels import kept_labels
 
@@ -46,8 +47,7 @@ def _training(config: RunConfig) -> list[str]:
     settings, schedule = config.evaluate, row_schedule(config, "distilled")
     rate = "learned or chosen" if settings.learning_rate is None else f"{settings.learning_rate:g}"
     labels = {"own": "the set's labels", "teacher": "a teacher's labels", "stored": "stored labels"}[settings.labels]
-    teachers = [f"{each.experts.epochs} epochs of {each.network.architecture}" for each in config.own_teacher()]
-    labels += f" ({teachers[0]})" if teachers else ""
+    labels += f" ({_changed(settings.teacher)})" if settings.teacher and config.own_teacher() else ""
     taught = f" at temperature {settings.temperature:g}, CutMix {settings.cutmix:g}" if settings.has_teacher else ""
     top = "all" if settings.top_logits is None else f"{settings.top_logits:,}"
     stored = f"labels of {kept_labels(config):,} epochs, {top} logits each" if settings.stores_labels else ""
@@ -64,6 +64,13 @@ def _training(config: RunConfig) -> list[str]:
         stored,
         f"{settings.real_epochs:,} epochs on all real data",
     ]
+
+
+def _changed(teacher: TeacherConfig) -> str:
+    """Settings of a teacher that are no defaults, and its architecture, such as "architecture resnet18, epochs 30"."""
+    network = {"architecture": teacher.network.architecture, **teacher.network.model_dump(exclude_defaults=True)}
+    training = teacher.experts.model_dump(exclude_defaults=True)
+    return ", ".join(f"{key} {value}" for key, value in {**network, **training}.items())
 
 
 def _augmentation(config: RunConfig, row: str) -> str:

@@ -62,7 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     return template("page.html.j2").render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
-        matching=any(run.summary.has_experts for run in runs),
+        matching=any(run.summary.follows_experts for run in runs),
         done=[what_was_done(run) for run in runs],
         columns=[column_name(summary) for summary in summaries],
         accuracies=accuracies(summaries),
@@ -122,7 +122,7 @@ def what_was_done(run: Run) -> str:
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
     origin = f"{counted(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
     experts = f"{counted(config.experts.count, 'expert')} trained for {counted(config.experts.epochs, 'epoch')} each"
-    taught = f"from {experts}, " if run.summary.has_experts else ""
+    taught = f"from {experts}, " if run.summary.follows_experts else ""
     done = f"distilled to {_size(run)}, {taught}in {counted(run.total, 'iteration')}"
     if config.method == "given":
         return f"{_size(run)}, made elsewhere, stand for {origin[:1].lower()}{origin[1:]}."

@@ -23,7 +23,7 @@ from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScore
 from datm_ray.stages.experts.train import may_have_experts, read_experts_cost
 from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
-from datm_ray.stages.methods.registry import iterations_of
+from datm_ray.stages.methods.registry import iterations_of, trained_backbones
 from datm_ray.stages.prior import read_prior_cost
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -51,6 +51,11 @@ class RunSummary:
     """Name of the data set; None if the caller does not know it."""
     labels: Location | None = None
     """Folder of the labels that the set is scored with; None if they are not stored."""
+
+    @property
+    def follows_experts(self) -> bool:
+        """True if the set itself was made from trained networks, and not only its labels for scored networks."""
+        return bool(trained_backbones(self.config))
 
     @cached_property
     def has_experts(self) -> bool:
@@ -402,7 +407,7 @@ NETWORK_COLUMNS = {
 
 def network_columns(summary: RunSummary) -> dict[str, str]:
     """Keys of the columns of a run's table of architectures -> their headings."""
-    if summary.has_experts:
+    if summary.follows_experts:
         return NETWORK_COLUMNS
     return NETWORK_COLUMNS | {"learned": "the set's step size", "control": f"{ROWS['random-hard']}, tuned"}
 

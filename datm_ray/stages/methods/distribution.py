@@ -68,7 +68,7 @@ class DistributionMatching(Method):
         }
         self._sizes = {number: self._divided(plan.chunk) for number, plan in self._plans.items()}
         first = next(iter(self._functions.values()), None)
-        self.preparation = "compiling embeddings" if first and cluster.compile else ""
+        self.preparation = "compiling embeddings" if first and first.is_compiled else ""
         self.facts, self.notes = (first.facts, list(filter(None, [first.note]))) if first else ({}, [])
 
     def _divided(self, most: int) -> tuple[int, int]:

@@ -101,14 +101,15 @@ class RecoveryFromTeacher(Method):
         self.calibration = ""  # Adam has its own learning rate, so none is found
         cost = image_cost(self.experts[0].network, part.image)
         self._is_compiled = self.is_compiled(part.config, part.dataset.classes, cost)
-        self.preparation = "compiling the recovery" if self._is_compiled else ""
         few = f"a block has {part.rows.last} images, whose statistics say little: raise recover.block"
         self.notes = list(filter(None, [few if part.rows.last < FEW_IMAGES else "", self._loss.note]))
-        self.facts = {"not_compiled_because": self._loss.note} if self._loss.note else {}
+        works = self._is_compiled and not self._loss.note
+        self.preparation = "compiling the recovery" if works else ""
+        self.facts = {"compiled": works} | ({"not_compiled_because": self._loss.note} if self._loss.note else {})
 
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Compile the gradient in the images, if it is worth it. A worker keeps it for all blocks of one size."""
-        if not self._is_compiled:
+        if not self.facts["compiled"]:
             return
         labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
         self._loss.gradient(torch.zeros(len(labels), *self.part.image, device=self.part.device), labels)
