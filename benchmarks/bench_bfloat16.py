@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from statistics import median
 
 import torch
 from bench_matching import spread
-from facts import common_facts, head, result_path
+from facts import common_facts, head
 from published_matching import make_problem
 from torch import Tensor
+from turns import cpu_seconds, publish
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, NetworkSpec
 from datm_ray.core.networks.parameters import flatten
@@ -68,12 +68,7 @@ def expert(spec: NetworkSpec) -> list[Call]:
 def measured(title: str, calls: list[Call], turns: int) -> str:
     """Line of the table."""
     exact, rounded = (call().flatten() for call in calls)  # compiles
-    seconds: list[list[float]] = [[], []]
-    for _ in range(turns):
-        for call, found in zip(calls, seconds, strict=True):
-            before = time.process_time()
-            call()
-            found.append(time.process_time() - before)
+    seconds = list(cpu_seconds(dict(zip(("float32", "bfloat16"), calls, strict=True)), turns).values())
     ratios = [low / full for full, low in zip(*seconds, strict=True)]
     cosine = float(torch.cosine_similarity(exact, rounded, 0))
     off = float((exact - rounded).norm() / exact.norm())
@@ -102,8 +97,7 @@ def main() -> None:
         measured("matching, 100 images, T = 2", matching(spec, 100, 2), arguments.turns),
         measured(f"an expert's, {EXPERT_BATCH} images", expert(spec), arguments.turns),
     ]
-    print("\n".join(lines))
-    result_path(arguments.out, "bfloat16").with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.out, "bfloat16")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import process_time
 
 import torch
-from bench_matching import spread
-from facts import common_facts, head, result_path
+from facts import common_facts, head
 from torch import Tensor, nn
+from turns import WAYS_HEADING, compared, publish
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig
 from datm_ray.core.compute.precision import Precision
@@ -72,19 +70,7 @@ def rows(given: Problem, turns: int) -> list[str]:
     wide = [each.double() for each in real]
     exact = published(network.double(), synthetic.double(), wide, drawn)
     network.float()
-    off = {name: float((call() - exact).norm() / exact.norm()) for name, call in calls.items()}  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            before = process_time()
-            call()
-            seconds[name].append(process_time() - before)
-    first = seconds["published way"]
-    return [
-        f"| {name} | {median(own):.3g} | {spread([old / new for old, new in zip(first, own, strict=True)])} | "
-        f"{off[name]:.1g} |"
-        for name, own in seconds.items()
-    ]
+    return compared(calls, exact, turns)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -104,11 +90,10 @@ def main(words: list[str] | None = None) -> None:
         "relative to the published way, median (smallest to largest). Difference: of the gradient, from the published "
         "way in float64.",
         "",
-        "| | seconds | speed | difference |\n" + "| --- " * 4 + "|",
+        WAYS_HEADING,
         *rows(problem(arguments.classes, arguments.width, arguments.side), arguments.turns),
     ]
-    print("\n".join(lines))
-    result_path(arguments.out, "distribution").with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.out, "distribution")
 
 
 if __name__ == "__main__":

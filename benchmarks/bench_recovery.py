@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from statistics import median
-from time import process_time
 
 import torch
-from bench_matching import spread
-from facts import common_facts, head, result_path
-from torch import Tensor
+from facts import common_facts, head
+from turns import WAYS_HEADING, compared, publish
 
 from datm_ray.config import NetworkConfig, RecoverConfig
 from datm_ray.core.networks.registry import build_network
@@ -41,23 +38,8 @@ def rows(width: int, side: int, count: int, turns: int) -> list[str]:
     images, labels = torch.randn(count, 3, side, side, generator=draw), torch.arange(count) % 10
     losses = {name: RecoveryLoss(teacher, RecoverConfig(), **options) for name, options in WAYS.items()}
     exact = RecoveryLoss(teacher.double(), RecoverConfig()).gradient(images.double(), labels)[0]
-
-    def off(gradient: Tensor) -> float:
-        return float((gradient - exact).norm() / exact.norm())
-
-    differences = {name: off(loss.gradient(images, labels)[0]) for name, loss in losses.items()}  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in range(turns):
-        for name, loss in losses.items():
-            before = process_time()
-            loss.gradient(images, labels)
-            seconds[name].append(process_time() - before)
-    first = seconds["uncompiled"]
-    return [
-        f"| {name} | {median(own):.3g} | {spread([old / new for old, new in zip(first, own, strict=True)])} | "
-        f"{differences[name]:.1g} |"
-        for name, own in seconds.items()
-    ]
+    calls = {name: lambda loss=loss: loss.gradient(images, labels)[0] for name, loss in losses.items()}
+    return compared(calls, exact, turns)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -77,11 +59,10 @@ def main(words: list[str] | None = None) -> None:
         f"{arguments.turns} in turns. Speed: relative to the first row, median (smallest to largest). Difference: of "
         "the gradient, from float64.",
         "",
-        "| | seconds | speed | difference |\n" + "| --- " * 4 + "|",
+        WAYS_HEADING,
         *rows(arguments.width, arguments.side, arguments.images, arguments.turns),
     ]
-    print("\n".join(lines))
-    result_path(arguments.out, "recovery").with_suffix(".md").write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.out, "recovery")
 
 
 if __name__ == "__main__":

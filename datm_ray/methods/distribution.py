@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.functional import pad
 
-from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
+from datm_ray.core.compute.compilation import CompiledForShapes, compiled_facts, compiler_problem
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation
 from datm_ray.core.networks.instance_norm import set_explicit
@@ -88,9 +88,7 @@ class EmbeddingFunctions:
     @property
     def facts(self) -> dict[str, str | bool]:
         """Options that are really used, as plain data."""
-        return {"precision": self._precision, "compiled": self.is_compiled} | (
-            {"not_compiled_because": self.note} if self.note else {}
-        )
+        return {"precision": self._precision} | compiled_facts(self.is_compiled, self.note)
 
     def values_of(self, network: nn.Module) -> Tensor:
         """Parameters of a network, then its buffers, as one vector [p], which the other functions read.

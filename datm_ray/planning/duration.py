@@ -42,7 +42,7 @@ from datm_ray.stages.methods.registry import method_of, teacher_of, trained_netw
 from datm_ray.stages.prior import is_trained
 from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
-from datm_ray.words import data_size, duration
+from datm_ray.words import counted, data_size, duration
 
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 """Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
@@ -301,7 +301,7 @@ class Proposal:
             "data": str(shape),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
             "experts": "; ".join(
-                f"{each.count:,} {name}, {each.epochs:,} epoch{'s' * (each.epochs > 1)}"
+                f"{each.count:,} {name}, {counted(each.epochs, 'epoch')}"
                 + ", easy images first" * bool(each.curriculum)
                 for each, name in trained
             )
@@ -309,7 +309,7 @@ class Proposal:
             "prior": prior is not None and f"a decoder, trained for {prior.epochs:,} epochs",
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
-            "evaluation": f"{seeds:,} network{'s' * (seeds > 1)} a row, {epochs:,} epoch{'s' * (epochs > 1)}",
+            "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
             "layout": self._layout,

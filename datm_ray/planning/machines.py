@@ -19,8 +19,8 @@ from datm_ray.runtime.devices import uses_gpu, workers_here
 
 FORWARD_PASSES = {
     "matching": 11.0,
-    "embedding": 0.6,
-    "recovery": 2.0,
+    "embedding": 0.7,
+    "recovery": 2.2,
     "experts": 3.2,
     "training": 6.7,
     "real": 6.7,

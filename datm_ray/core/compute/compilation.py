@@ -124,6 +124,15 @@ def compiler_problem(device_type: str) -> str:
     return ""
 
 
+def compiled_facts(is_compiled: bool, note: str) -> dict[str, str | bool]:
+    """Facts of a worker for checkpoints: whether its functions are compiled, and if they should be, why they are not.
+
+    Args:
+        note: result of `compiler_problem`; "" if there is none, or if compiling was not wanted.
+    """
+    return {"compiled": is_compiled} | ({"not_compiled_because": note} if note else {})
+
+
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
     """Trace a function for the shapes of these arguments, which may be tensors without memory. Returns its graph.
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import grad, grad_and_value, jvp
 
-from datm_ray.core.compute.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.compute.compilation import Compiled, compiled_facts, compiler_problem, traced
 from datm_ray.core.compute.cuda_graphs import Replayed
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.compute.torch_compat import shapes_only
@@ -94,9 +94,9 @@ class StudentStepFunctions:
         return {
             "precision": precision,
             "tf32": precision == "tf32" and device == "cuda",
-            "compiled": self._compiled,
             "order": self._order,
             "channels_last": self._is_channels_last,
+            **compiled_facts(self._compiled, self.note),
         }
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import RunConfig
+from datm_ray.core.compute.compilation import compiled_facts
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
@@ -29,7 +30,8 @@ FEW_IMAGES = 32
 
 COMPILED_FROM, GPU_SPEED = 6e12, 100
 """COMPILED_FROM: operations in forward passes of all images in all iterations from which on the gradient is compiled.
-On a CPU core this takes half a minute and halves the time of a minute or two. GPU_SPEED: factor for GPUs, assumed."""
+On a CPU core so many take three minutes uncompiled. Compiling takes half a minute, and halves them. GPU_SPEED: factor
+for GPUs, assumed."""
 
 
 class RecoveryFromTeacher(Method):
@@ -105,7 +107,7 @@ class RecoveryFromTeacher(Method):
         self.notes = list(filter(None, [few if part.rows.last < FEW_IMAGES else "", self._loss.note]))
         works = self._is_compiled and not self._loss.note
         self.preparation = "compiling the recovery" if works else ""
-        self.facts = {"compiled": works} | ({"not_compiled_because": self._loss.note} if self._loss.note else {})
+        self.facts = compiled_facts(works, self._loss.note)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Compile the gradient in the images, if it is worth it. A worker keeps it for all blocks of one size."""

@@ -142,7 +142,7 @@ class TrajectoryMatching(Method):
         self.preparation = f"{'compiling' if cluster.compile else 'preparing'} student steps"
         self.notes = sorted({each.note for each in steps.values()} - {""})
         first = next(iter(steps.values()), None)
-        self.facts = {} if first is None else first.facts | ({"not_compiled_because": first.note} if first.note else {})
+        self.facts = {} if first is None else first.facts
 
     def first_set(self) -> SyntheticSet:
         """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
