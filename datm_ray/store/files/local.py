@@ -27,6 +27,7 @@ _ABANDONED_AFTER = 24 * 3600.0  # seconds until a temporary file of another mach
 _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of unsupported calls
 _NO_LINKS = _LACKING | {errno.EPERM, errno.EMLINK}
 _NO_MAPPING = _LACKING | {errno.ENODEV, errno.EACCES, errno.EPERM}
+_ATTEMPTS = 10  # to make a folder and a file in it
 
 
 class LocalDraft:
@@ -35,11 +36,10 @@ class LocalDraft:
     def __init__(self, path: str) -> None:
         self._target = path
         self._folder, name = os.path.split(path)
-        os.makedirs(self._folder, exist_ok=True)
         while True:
             unique = f"{TEMPORARY}{socket.gethostname()}-{uuid.uuid4().hex}-{name}"
             self._temporary = os.path.join(self._folder, unique)
-            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = _open_in(self._folder, self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self.file: BinaryIO = os.fdopen(descriptor, "w+b")
             # The kernel drops the lock when the writer dies in any way, so an unlocked file is a leftover. On
             # network filesystems without locks, leftovers stay.
@@ -98,6 +98,20 @@ class LocalDraft:
             self.file.close()
 
 
+def _open_in(folder: str, path: str, flags: int) -> int:
+    """Descriptor of a file in a folder, or of the folder itself; missing folders are made.
+
+    A command that ends removes the empty folders that it made. If it removes this one before the file is in it, both
+    steps are repeated.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError, FileExistsError):  # `os.makedirs` raises both if a folder goes away
+            os.makedirs(folder, exist_ok=True)
+            return os.open(path, flags, 0o666)
+    os.makedirs(folder, exist_ok=True)
+    return os.open(path, flags, 0o666)
+
+
 def refresh(folder: str) -> None:
     """Have this machine look afresh at what is in a folder, and at whether the folder exists.
 
@@ -128,8 +142,7 @@ def _lock(descriptor: int, *, wait: bool) -> None:
 @contextmanager
 def locked(folder: str, on_wait: Callable[[], None]) -> Iterator[None]:
     """Lock a folder while the block runs, against other processes that lock it. No effect if locks are unsupported."""
-    os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _open_in(folder, folder, os.O_RDONLY)
     try:
         with suppress(OSError):
             try:

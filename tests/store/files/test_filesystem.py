@@ -285,6 +285,28 @@ def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
     assert os.listdir(local.path) == ["file"]
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_folder_that_another_command_removes_is_made_again(local, monkeypatch, times):
+    """A command that ends removes its empty folders; what another one writes there at that moment is written."""
+    make, folder = os.makedirs, local / "run" / "part"
+    removed = iter(range(times))
+
+    def made(path, **options):
+        make(path, **options)
+        if next(removed, None) is not None:
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "makedirs", made)
+    (folder / "file").write_atomic(b"whole")
+    assert (folder / "file").read_bytes() == b"whole"
+    removed = iter(range(times))
+    with (local / "another").locked(lambda: None):
+        assert os.path.isdir((local / "another").local_path)
+    removed = iter(range(100))
+    with pytest.raises(StoreError, match="does not exist"):
+        (local / "third" / "file").write_atomic(b"")
+
+
 def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):
     """A failed range names its cause, also where fsspec returns the error in place of bytes."""
     location = open_location("memory://ranges/file")
