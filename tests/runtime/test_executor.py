@@ -454,7 +454,7 @@ def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int, failures: int, attempts: int
 ) -> None:
     """A store that a worker cannot use costs an attempt if another node can try, and ends the run on two nodes."""
-    monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.others", lambda *_, **__: nodes > 1)
+    monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.elsewhere", lambda *_, **__: nodes - 1)
     monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 0.2)  # there is no other node in truth
     events: list[Any] = []
     work = on_ray(ClusterConfig()).run(BrokenAtFirst, (str(tmp_path), UNMOUNTED), "work", [Task("write", (failures,))])

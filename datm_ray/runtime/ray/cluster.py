@@ -274,9 +274,9 @@ class Nodes:
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
-    def others(self, nodes: set[str]) -> bool:
-        """True if a node outside of `nodes` can hold a worker."""
-        return any(count and node not in nodes for node, count in self.fits().items())
+    def elsewhere(self, nodes: set[str]) -> int:
+        """Number of workers that the live nodes outside of `nodes` can hold together."""
+        return sum(count for node, count in self.fits().items() if node not in nodes)
 
     def growth(self) -> float:
         """Number of workers that all nodes of an autoscaler can hold, running ones included.

@@ -226,7 +226,8 @@ class _Stage:
         self._checked = self._awake = time.monotonic()
         """Times of the last check of the workers, and for events, in seconds of the monotonic clock."""
         self._blocked_since = self._reported_at = math.inf
-        """Time since which tasks wait and none runs (infinite if one runs), and time of the last message on waiting."""
+        """Time since which no task runs and Ray has been asked for the same workers (infinite if a task runs), and time
+        of the last message on waiting."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task."""
@@ -336,8 +337,8 @@ class _Stage:
         for job in self._jobs:
             if job.group and not job.workers:
                 is_ours = self._nodes.capacity() - running - busy < job.group.size
-                if now - job.waits_since > (LONGEST_DRAIN if is_ours else SHORT_WAIT):
-                    job.gives_way = True
+                if not job.gives_way and now - job.waits_since > (LONGEST_DRAIN if is_ours else SHORT_WAIT):
+                    job.gives_way, self._blocked_since = True, math.inf
                 if not job.gives_way:
                     return True
             elif job.task.size > 1 and job.is_waiting and size_for(job.sizes, self._left):
@@ -362,14 +363,14 @@ class _Stage:
         if size is None or size > self._limit - self._at_work(job):
             return  # tasks of one worker end first
         most = size_for(job.sizes, self._limit) or size
-        job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job)), False
+        job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job, size)), False
         yield job.task, Phase(f"starting {counted(size, 'worker')}")
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
         """Request actors for waiting tasks of one worker, in the order of the tasks. Drop requests no longer needed."""
         now, pending = time.monotonic(), [each for each in self._pool if each.starting is not None]
         if any(each.avoids and now - each.free_since > SHORT_WAIT for each in pending):
-            self._avoid_after = now + AVOIDANCE_PAUSE  # the other nodes have no free resources
+            self._use_all_nodes()
             for each in [each for each in pending if each.avoids]:
                 pending.remove(each)
                 self._drop(each)
@@ -410,8 +411,8 @@ class _Stage:
             elif job.group.memory > self._nodes_of(job.task).memory():
                 self._release(job)  # more was requested before nodes of workers came
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
-                self._release(job)  # the other nodes have no free resources
-                self._avoid_after = time.monotonic() + AVOIDANCE_PAUSE
+                self._release(job)
+                self._use_all_nodes()
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and size > job.sizes[-1]:
                 self._release(job)
                 job.limit, self._blocked_since = size - 1, math.inf
@@ -437,13 +438,17 @@ class _Stage:
         memory = min(task.memory, self._nodes_of(task).memory())
         return worker_options(self._cluster, task.is_light, memory)
 
-    def _avoided(self, job: _Job) -> set[str]:
-        """Nodes on which this task or many workers in a row were lost; empty if no other node can hold a worker."""
+    def _avoided(self, job: _Job, size: int = 1) -> set[str]:
+        """Nodes where this task lost workers, or others did in a row; empty if no `size` workers fit on other nodes."""
         if time.monotonic() < self._avoid_after or not knows_labels():
             return set()
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
         bad |= set(job.history.nodes)
-        return bad if bad and self._nodes_of(job.task).others(bad) else set()
+        return bad if bad and self._nodes_of(job.task).elsewhere(bad) >= size else set()
+
+    def _use_all_nodes(self) -> None:
+        """Avoid no node for a while, because the other nodes have no free resources."""
+        self._avoid_after, self._blocked_since = time.monotonic() + AVOIDANCE_PAUSE, math.inf
 
     def _drop(self, worker: PoolWorker) -> None:
         worker.stop()
@@ -594,7 +599,7 @@ class _Stage:
         if job.failed_on or not worker.node or not knows_labels():
             return False
         job.failed_on = worker.node
-        return self._nodes_of(job.task).others({worker.node})
+        return bool(self._nodes_of(job.task).elsewhere({worker.node}))
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
         """Return the node on which a worker was lost, "" if unknown. Counts the loss, and stops free actors there."""
@@ -673,6 +678,8 @@ class _Stage:
             return
         if self._blocked_since == math.inf:
             self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
+        if self._group_waits():  # tasks of one worker have asked for none yet
+            waiting = [job for job in waiting if job.task.size > 1 or self._is_apart(job)]
         job, waited = waiting[0], now - self._blocked_since
         nodes = self._nodes_of(job.task)
         size = job.group.size if job.group else job.sizes[0]

@@ -244,8 +244,8 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "nodes", lambda: found)
     nodes, light = both(ClusterConfig(labels={"tier": "small"}, light=WorkerShape(labels={"tier": "!small"})))
     assert [nodes.fits(), light.fits()] == [{"large": 0, "small": 2}, {"large": 8, "small": 0}]
-    assert not nodes.others({"small"})
-    assert light.others({"small"})
+    assert nodes.elsewhere({"small"}) == 0
+    assert light.elsewhere({"small"}) > 0
     nodes.require(2)
     with pytest.raises(ClusterError, match=r"3 workers .* do not fit: nodes with the chosen labels have 2 CPU"):
         nodes.require(3)
@@ -261,7 +261,7 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     assert "no node has the labels of cluster.light.labels" in light.waiting(1, 60.0)
     assert "can hold 2 workers. Other jobs use" in str(nodes.not_enough(1))
     assert "No node has the labels of cluster.light.labels" in str(light.not_enough(1))
-    assert (nodes.others({"large"}), light.others({"large"})) == (True, False)
+    assert (nodes.elsewhere({"large"}) > 0, light.elsewhere({"large"}) > 0) == (True, False)
     nodes, light = both(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))
     with pytest.raises(ClusterError, match=r"birds: no node has the labels of cluster\.light\.labels"):
         light.require(1, "birds: ")
@@ -321,6 +321,58 @@ def test_requests_for_the_memory_of_a_head_are_replaced(monkeypatch: pytest.Monk
     for _ in range(2):
         list(stage._start())
     assert [(each.memory, each.stopped) for each in requests] == [(40, True), (16, False)]
+
+
+def waiting_stage(
+    monkeypatch: pytest.MonkeyPatch, tasks: list[Task], requests: list[tuple[Requested, set[str]]]
+) -> Any:
+    """Stage on two nodes for one worker each, whose requests Ray does not fulfil."""
+
+    def request(size: int, _: int, options: dict[str, Any], avoided: set[str]) -> Requested:
+        requests.append((Requested({"memory": 0, **options}), avoided))
+        requests[-1][0].size = size
+        return requests[-1][0]
+
+    monkeypatch.setattr(PoolWorker, "start", lambda options, **_: request(1, 1, options, set()))
+    monkeypatch.setattr(ray_executor, "RankGroup", request)
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=1.0), node("b", {}, CPU=1.0)])
+    monkeypatch.setattr(ray_cluster, "node_types", list)
+    cluster = ClusterConfig()
+    executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[], faults={})
+    stage = ray_executor._Stage(executor, Stage(0, object, (), ""), tasks)
+    stage._take_tasks()
+    return stage
+
+
+@pytest.mark.parametrize(("size", "avoided"), [(1, {"a"}), (2, set())])
+def test_a_node_is_avoided_only_if_the_others_hold_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, size: int, avoided: set[str]
+) -> None:
+    """A pair that lost a worker needs both nodes again, so it avoids neither; alone, a rank would avoid that node."""
+    stage = waiting_stage(monkeypatch, [Task("pair", (), 2)], requests := [])
+    stage._jobs[0].history = stage._jobs[0].history.after_loss(0, "a")
+    assert stage._avoided(stage._jobs[0], size) == avoided
+    list(stage._start())
+    assert [each for _, each in requests] == [set()]
+
+
+def test_tasks_that_a_waiting_group_keeps_back_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of one worker that waits for a group is given up only after it has asked Ray for a worker in vain."""
+    monkeypatch.setattr(ray_executor, "SHORT_WAIT", 0.2)
+    monkeypatch.setattr(ray_cluster, "SHORT_WAIT", 0.2)
+    stage = waiting_stage(monkeypatch, [Task("alone", ()), Task("pair", (), 2, fewer=(1,))], requests := [])
+
+    lines, end = list[str](), time.monotonic() + 20
+
+    def look() -> None:
+        while time.monotonic() < end:
+            lines.extend(f"{task.name}: {event}" for task, event in [*stage._start(), *stage._check()])
+            time.sleep(0.01)
+
+    with pytest.raises(ClusterError, match=r"^1 worker did not become free within 0\.2 s"):
+        look()
+    assert any("pair" in line and "trying with fewer" in line for line in lines)
+    assert len(requests) == 3  # two ranks, one rank, and the other task's worker
 
 
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
