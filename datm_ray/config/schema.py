@@ -153,13 +153,31 @@ class RunConfig(Section):
                 )
 
     def require_batch_norm(self) -> None:
-        """Raise a `ConfigError` if `network`, the teacher's architecture, has no batch normalisation."""
+        """Raise a `ConfigError` if a network has no batch normalisation whose statistics images shall have.
+
+        These are `network`, which is the teacher, and the auxiliaries that `recover.statistics_of` names.
+        """
         if self.network.norm != "batch":
             raise ConfigError(
                 f"network.norm is {self.network.norm!r}, and method {self.method} needs 'batch'",
                 "images are recovered from the statistics of batch normalisation",
                 "use --set network.norm=batch, with an architecture that has it, such as resnet18",
             )
+        if self.recover.statistics_of == "teacher":
+            return
+        auxiliaries = self.each_auxiliary()
+        if not auxiliaries:
+            raise ConfigError(
+                f"recover.statistics_of is {self.recover.statistics_of!r}, and there are no auxiliaries",
+                remedy="name networks in metadd.auxiliaries, or use --set recover.statistics_of=teacher",
+            )
+        for number, each in enumerate(auxiliaries):
+            if each.network.norm != "batch":
+                raise ConfigError(
+                    f"metadd.auxiliaries.{number}.norm is {each.network.norm!r}, and its statistics are asked for",
+                    "only batch normalisation keeps statistics",
+                    f"use metadd.auxiliaries.{number}.norm=batch, or --set recover.statistics_of=teacher",
+                )
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
         """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of `None`.

@@ -449,6 +449,8 @@ class RecoverConfig(Section):
     """Weight of the distance from the teacher's running statistics (r_bn)."""
     first_layer: NonNegative = 10.0
     """Weight of the first batch normalisation within `statistics`; other layers have 1."""
+    statistics_of: Literal["teacher", "auxiliaries", "all"] = "teacher"
+    """Networks whose running statistics images shall have: the teacher, metadd.auxiliaries, or all (their mean)."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling"] = "published"

@@ -6,7 +6,8 @@ f is the teacher in evaluation mode. mean_l and var_l are the mean and the biase
 and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
 squared, and w_l is 1 except in layer 1. A view is one resized crop, flip and shift, the same for all images of a
 block. Adam follows the gradient, with a learning rate that falls along a cosine to 0. Pixels are kept between black and
-white after each step.
+white after each step. Images may have the statistics of other networks too, or in place of the teacher's (as PRISM
+has it): the mean of the networks' sums over layers.
 
 The statistics couple the images of a block and no others, so blocks are independent. Two options come from other
 papers: crops that are large at first (CDA, arXiv 2311.18838), and rounds, between which the first images are mixed in
@@ -18,7 +19,7 @@ Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/tes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -108,52 +109,41 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
 
 class RecoveryLoss:
-    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to its running statistics.
+    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to networks' running statistics.
 
     Attributes:
         note: one line on why the gradient is not compiled although asked to be; "" otherwise.
     """
 
     def __init__(
-        self, network: nn.Module, options: RecoverConfig, *, compiled: bool = False, channels_last: bool = False
+        self,
+        network: nn.Module,
+        options: RecoverConfig,
+        others: Sequence[nn.Module] = (),
+        *,
+        compiled: bool = False,
+        channels_last: bool = False,
     ) -> None:
-        """Copy the network, frozen and in evaluation mode.
+        """Copy the networks, frozen and in evaluation mode.
 
         Args:
             network: the teacher.
-            options: weights of the loss.
+            options: weights of the loss, and whose statistics it has.
+            others: networks beside the teacher, for `statistics_of` "auxiliaries" and "all".
             compiled: True to compile `gradient` if the machine can. Its first call with new shapes compiles.
             channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds differently.
 
         Raises:
-            ConfigError: the network has no batch normalisation with running statistics.
+            ConfigError: a network whose statistics are asked for has no batch normalisation that keeps them.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=self._format)
-        self._options = options
-        self._layers = [
-            part for part in self._network.modules() if isinstance(part, BatchNorm) and part.running_mean is not None
-        ]
-        if not self._layers:
-            raise ConfigError(
-                "the teacher has no batch normalisation, whose statistics images are recovered from",
-                remedy="use --set network.norm=batch, with an architecture that has it, such as resnet18",
-            )
-        self._gaps: list[Tensor] = []
-        for layer in self._layers:
-            layer.register_forward_pre_hook(self._measure)
-        self._named = dict(self._network.named_parameters())
+        self._networks = _Networks(network, options, others).to(memory_format=self._format)
+        self._weight = options.statistics
+        self._named = dict(self._networks.named_parameters())
         self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
         self._function: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._differentiate
         if compiled and not self.note:
             self._function = CompiledForShapes(self._differentiate, channels_last=channels_last)
-
-    def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, BatchNorm)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
-        self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of images [n c h w] of classes [n].
@@ -180,13 +170,51 @@ class RecoveryLoss:
 
     def _loss(self, images: Tensor, labels: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute what `__call__` does, with these parameters: name -> values."""
-        self._gaps.clear()
         seen = images.contiguous(memory_format=self._format)
-        classified = cross_entropy(functional_call(self._network, dict(named), (seen,)), labels)
-        gaps = torch.stack(self._gaps)
+        logits, statistics = functional_call(self._networks, dict(named), (seen,))
+        return cross_entropy(logits, labels) + self._weight * statistics, statistics
+
+
+class _Networks(nn.Module):
+    """Frozen copies of the teacher and of the networks whose running statistics images shall have."""
+
+    def __init__(self, teacher: nn.Module, options: RecoverConfig, others: Sequence[nn.Module]) -> None:
+        super().__init__()
+        counted = {"teacher": [teacher], "auxiliaries": [*others], "all": [teacher, *others]}[options.statistics_of]
+        self.networks = nn.ModuleList(map(copy.deepcopy, counted if counted[0] is teacher else [teacher, *counted]))
+        self.eval().requires_grad_(False)
+        self._first_layer, self._first_counted = options.first_layer, len(self.networks) - len(counted)
+        self._gaps: list[Tensor] = []
+        for network in self.networks[self._first_counted :]:
+            layers = [part for part in network.modules() if isinstance(part, BatchNorm)]
+            layers = [part for part in layers if part.running_mean is not None]
+            if not layers:
+                raise ConfigError(
+                    f"{type(network).__name__} has no batch normalisation, whose statistics images are recovered from",
+                    remedy="use --set network.norm=batch, with an architecture that has it, such as resnet18",
+                )
+            for layer in layers:
+                layer.register_forward_pre_hook(self._measure)
+
+    def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the teacher's logits [n k] for images [n c h w], and the gap [] to the statistics, over networks."""
+        logits, statistics = images.new_zeros(()), list[Tensor]()
+        for number, network in enumerate(self.networks):
+            self._gaps.clear()
+            found = network(images)
+            logits = logits if number else found
+            if number >= self._first_counted:
+                gaps = torch.stack(self._gaps)
+                statistics.append(gaps.sum() + (self._first_layer - 1) * gaps[0])
         self._gaps.clear()
-        statistics = gaps.sum() + (self._options.first_layer - 1) * gaps[0]
-        return classified + self._options.statistics * statistics, statistics
+        return logits, torch.stack(statistics).mean()
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,25 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
     assert (ahead - behind) / (2 * step) == pytest.approx(float((gradient * along).sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize(("of", "counted"), [("teacher", [0]), ("auxiliaries", [1, 2]), ("all", [0, 1, 2])])
+def test_statistics_may_be_of_other_networks(of: str, counted: list[int]) -> None:
+    """The teacher alone classifies; the gap is the mean over the networks that are asked for, and so is its gradient."""
+    networks, (images, labels) = [teacher_network(0), teacher_network(1), teacher_network(2, "convnet")], some_images()
+    options = RecoverConfig.model_validate({"statistics": 0.3, "first_layer": 10.0, "statistics_of": of})
+    images = images.requires_grad_()
+    loss = RecoveryLoss(networks[0], options, networks[1:])
+    classified = cross_entropy(networks[0].eval()(images), labels)
+    gaps = [
+        plain_loss(networks[each], images, labels, 1.0, 10.0) - cross_entropy(networks[each].eval()(images), labels)
+        for each in counted
+    ]
+    plain = classified + 0.3 * torch.stack(gaps).mean()
+    (theirs,) = torch.autograd.grad(plain, images)
+    gradient, total, _ = loss.gradient(images.detach(), labels)
+    torch.testing.assert_close(total, plain.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-10, atol=1e-14)
+
+
 def test_the_order_of_maps_in_memory_changes_rounding_alone() -> None:
     """With channels innermost, loss and gradient in float64 are the same to rounding."""
     network, (images, labels) = teacher_network(), some_images()
@@ -120,6 +139,8 @@ def test_a_network_without_batch_normalisation_is_refused() -> None:
     spec = NetworkSpec(architecture="convnet", width=8, depth=2, channels=3, size=(16, 16), classes=4)
     with pytest.raises(ConfigError, match=r"no batch normalisation.*norm=batch"):
         RecoveryLoss(build_network(spec, seed=0), RecoverConfig())
+    with pytest.raises(ConfigError, match=r"no batch normalisation"):
+        RecoveryLoss(teacher_network(), RecoverConfig(statistics_of="all"), [build_network(spec, seed=0)])
 
 
 def state_of(images: Tensor, iterations: int) -> Recovery:

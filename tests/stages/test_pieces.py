@@ -220,6 +220,18 @@ def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Pat
     assert summary.config.metadd is not None
 
 
+def test_images_may_have_the_statistics_of_auxiliaries(finished: Path, tmp_path: Path) -> None:
+    """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 nothing else changes a bit."""
+    weightless = "metadd={auxiliaries: [{architecture: convnet, width: 4, norm: batch}], experts: {epochs: 1}, "
+    weightless += "variance: 0, invariance: 0, position: 0}"
+    images = []
+    for of in ("teacher", "auxiliaries"):
+        run(config_of(weightless, f"recover.statistics_of={of}", "evaluate.seeds=1"), tmp_path / of)
+        images.append(recovered(tmp_path / of).images)
+    assert torch.equal(images[0], recovered(finished).images)
+    assert not torch.equal(*images)
+
+
 def test_metadd_sees_the_share_of_a_block_that_the_recipe_says(finished: Path, tmp_path: Path) -> None:
     """With a share of the images, MetaDD's term and with it the set are others than with all."""
     images = []
@@ -246,6 +258,7 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
     [
         ("recover.rounds=9", r"recover\.rounds is 9, and there are 4 iterations"),
         ("network.norm=instance", r"network\.norm is 'instance', and method sre2l needs 'batch'"),
+        ("recover.statistics_of=all", r"recover\.statistics_of is 'all', and there are no auxiliaries"),
         ("dataset.normalisation=zca", "kept between black and white"),
         ("cluster.shards=2", r"Method sre2l makes a set in pieces.*cluster\.shards=1"),
     ],

@@ -20,6 +20,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.runtime.devices import uses_gpu
+from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
@@ -85,7 +86,11 @@ class RecoveryFromTeacher(Method):
         """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
         kind = "recovery" if cls.is_compiled(config, classes, cost) else "training"
-        return Demand({kind: largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+        networks = 1  # auxiliaries are taken to cost what the teacher does
+        if config.recover.statistics_of != "teacher":
+            networks += len(config.each_auxiliary())
+        passes, most = {kind: float(networks * largest)}, 2 * networks
+        return Demand(passes, at_once=largest, is_divisible=False, maps=most, vectors=most, held=largest)
 
     @classmethod
     def is_compiled(cls, config: RunConfig, classes: int, cost: ImageCost) -> bool:
@@ -125,9 +130,13 @@ class RecoveryFromTeacher(Method):
     def _loss(self) -> RecoveryLoss:
         config, kept = self.part.config, self.part.kept
         options = {"compiled": self._is_compiled, "channels_last": config.cluster.channels_last}
-        key = (config.recover.model_dump_json(), *options.values())
+        others = [] if config.recover.statistics_of == "teacher" else config.each_auxiliary()
+        place = (self.part.dataset, self.part.store_uri, self.part.device)
+        networks = [ExpertNetworks(each, *place) for each in others]
+        key = (config.recover.model_dump_json(), *(each.group.location.uri for each in networks), *options.values())
         if key not in kept:
-            kept[key] = RecoveryLoss(self.experts[0].restored(0), config.recover, **options)
+            beside = [each.restored(0) for each in networks]
+            kept[key] = RecoveryLoss(self.experts[0].restored(0), config.recover, beside, **options)
         loss: RecoveryLoss = kept[key]
         return loss
 
