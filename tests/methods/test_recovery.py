@@ -83,7 +83,7 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
 
 @pytest.mark.parametrize(("of", "counted"), [("teacher", [0]), ("auxiliaries", [1, 2]), ("all", [0, 1, 2])])
 def test_statistics_may_be_of_other_networks(of: str, counted: list[int]) -> None:
-    """The teacher alone classifies; the gap is the mean over the networks that are asked for, and so is its gradient."""
+    """The teacher alone classifies; the gap and its gradient are the mean over the networks that are asked for."""
     networks, (images, labels) = [teacher_network(0), teacher_network(1), teacher_network(2, "convnet")], some_images()
     options = RecoverConfig.model_validate({"statistics": 0.3, "first_layer": 10.0, "statistics_of": of})
     images = images.requires_grad_()
