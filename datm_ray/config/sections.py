@@ -133,7 +133,7 @@ def depth_for(architecture: str, size: tuple[int, int]) -> int:
     """Default depth of a network for images of `size` (height, width) in pixels.
 
     convnet gets the most blocks that leave feature maps of at least 3 pixels a side. By the smaller side of the image
-    these are 3 blocks from 24 pixels, 4 from 48, 5 from 96, 6 from 192; smaller images get 2. Published networks for
+    these are 3 blocks from 24 pixels, 4 from 48, 5 from 96, and so on; smaller images get 2. Published networks for
     28, 32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
     depth.
     """
@@ -168,9 +168,9 @@ class NetworkConfig(Section):
     """convnet, resnet18, resnet50, resnet101, vgg11, mobilenet-v2, alexnet, lenet, mlp, vit-small, or
     package.module:Builder of your own."""
     width: Count = PUBLISHED_WIDTH
-    """Channels of convnet's layers; others scale in proportion."""
+    """convnet's channels; other networks scale by width / 128."""
     depth: Count | None = None
-    """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
+    """Blocks of convnet (each halves the image) or layers of mlp. null: 2 or more by image size; mlp 3."""
     norm: Norm = "instance"
     """Normalisation layers: instance, batch, group or none. sre2l needs batch; datm, mtt and dm refuse it."""
     pooling: Pooling = "avg"
@@ -611,7 +611,7 @@ class EvaluateConfig(Section):
     protocol: Literal["published", "short", "brief", "quick"] = "published"
     """Epochs: published 1001, short 500, brief 200, quick 20 (a trial), in batches of 128."""
     seeds: Count = 5
-    """Networks trained from scratch for each row of the accuracy table."""
+    """Networks tested for each row of the accuracy table, each freshly trained."""
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"

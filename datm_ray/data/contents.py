@@ -19,7 +19,7 @@ class Content(NamedTuple):
     name: str
     remedy: str
     suffix: str = ""
-    """Usual suffix of a kind that this package can use; "" for other kinds."""
+    """File suffix of this content if the package can use it, else ""."""
 
 
 _AGAIN = "Fetch it again"

@@ -324,7 +324,7 @@ class Pipeline:
         write_note(self.runs.folder(config), self.runs.raw(config), self.runs.origins(config))
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
-        """Copy of the run that also evaluates the architectures and DD-Ranking's scores of an earlier command."""
+        """Copy of the recipe that also asks for the rows and architectures that an earlier command evaluated."""
         folder = self.runs.folder(config)
         earlier = read_recipe(folder) if has_results(folder) else None
         before = earlier.evaluate.networks if earlier else ()

@@ -38,8 +38,8 @@ WIDTHS = (128, 64, 32, 16)
 MOST_ITERATIONS, LEAST_ITERATIONS = 10_000, 20
 """Largest number of iterations, as published, and smallest, even if the time is too short for it."""
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
-"""Largest shares of the time: for experts, for evaluation, and for the evaluation's networks on all real images.
-Distillation gets the rest."""
+"""Largest shares of the planned time: for experts, for evaluation, and for the evaluation's networks on all real
+images. Distillation gets the rest."""
 PLANNED_SHARE = 0.85
 """Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
 EXACT_FROM = 900.0

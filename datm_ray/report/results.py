@@ -294,7 +294,7 @@ class Table(NamedTuple):
     """Table that the terminal and the page show."""
 
     headings: Sequence[str]
-    """Headings of the columns: first of the rows' titles, then one for each column of cells."""
+    """Headings: that of the row titles, then one for each column of cells."""
     lines: Sequence[Line]
 
 
@@ -439,7 +439,7 @@ def network_accuracies(summary: RunSummary) -> Table:
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         found = scores_by_name(each)
         cells = [_cell(found.get(column)) for column in NETWORK_COLUMNS]
-        if each.learned is None:  # the learned step size is SGD's; the networks had another optimiser
+        if each.learned is None:  # the learned step size is SGD's, for the set's own labels; these had others
             cells[0] = Cell("–")
         lines.append(Line(name, [Cell(each.kind), *cells]))
     for kinds in (["seen"], ["unseen"], ["seen", "unseen"]):

@@ -520,7 +520,7 @@ def _records(batch: pa.RecordBatch, count: int, info: LabelInfo) -> LabelRecords
 
 
 def _info_from_json(content: Mapping[str, Any]) -> LabelInfo:
-    """Inverse of `LabelInfo.to_json`. Other content raises an error that `rejecting_nonsense` converts."""
+    """Facts from `LabelInfo.to_json`. Other content raises KeyError, TypeError or ValueError."""
     info = LabelInfo(**{**content, "size": tuple(content["size"])})
     height, width = info.size
     whole = (info.images, info.classes, height, width, info.epochs, info.keep, info.seed, info.top or 0)

@@ -331,7 +331,7 @@ def vit_small(spec: NetworkSpec) -> SpatialNetwork:
 
     The patch side divides both sides of the image, and is nearest to an eighth of the shorter side: 1 pixel at 8x8, 4
     pixels at 28x28 and 32x32. So a square image has about 64 tokens. The classifier reads the mean of the tokens (arXiv
-    2205.01580), not an extra class token. So the logits are a function of the map that the tokens form.
+    2205.01580), not an extra class token. So the tokens form a map, as class activation maps need.
     """
     _require_least_side(spec)
     _refuse_norm(spec)

@@ -119,7 +119,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormTangent(torch.autograd.Function):
-    """Change yt = g ht + gt h + bt of the normalised maps if maps, scale and shift move along (zt, gt, bt).
+    """Tangent yt = g ht + gt h + bt of y = g h + b along the direction (zt, gt, bt) of maps, scale and shift.
 
     Its derivatives are hand-written. Notation: see the module's docstring.
     """

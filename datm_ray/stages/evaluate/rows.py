@@ -124,10 +124,10 @@ CONTROLS = "controls"
 """Name of the folder, in an output folder, with results that do not depend on a distilled set. Runs share them."""
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
-"""Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
+"""Candidate learning rates of SGD with momentum 0.9, for rows whose step size is not the set's own."""
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
-"""Candidate learning rates of AdamW, for every row."""
+"""Candidate learning rates of AdamW, for rows whose rate the recipe does not give."""
 
 
 _log = logging.getLogger(__name__)

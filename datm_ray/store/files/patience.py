@@ -16,7 +16,7 @@ from contextlib import contextmanager
 LONGEST = 300.0
 """Longest time for which a failed request is repeated, in seconds."""
 SHARE_OF_PEERS = 1 / 3
-"""Share of the peers' timeout for which a failed request is repeated."""
+"""Share of `cluster.peer_timeout` for which a failed request is repeated in a worker whose peers wait for it."""
 
 _limit = LONGEST
 
