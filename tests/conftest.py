@@ -242,6 +242,8 @@ def documented_keys(command: str) -> set[str]:
     """Keys that docs/command-line.md names for a command's --json, those in brackets too."""
     text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
     (row,) = re.findall(rf"^\| `{re.escape(command)}` \| (.*) \|$", text, re.MULTILINE)
+    _, _, table = text.partition(f"The keys of a {command}:\n")  # of a long one
+    row += table.partition("\n## ")[0]
     return set(re.findall(r"`(\w+)`", row))
 
 

@@ -24,13 +24,23 @@ from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, PILToTensor
 
-from datm_ray.artifact import EXPORTS, KIND, SCORING, Artifact, export, left_out, load, save_artifact
+from datm_ray.artifact import (
+    EXPORTS,
+    KIND,
+    SCORING,
+    Artifact,
+    export,
+    left_out,
+    load,
+    save_artifact,
+    without_transform,
+)
 from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS, Schedule
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
-from datm_ray.errors import ConfigError, CorruptFileError, StoreError
+from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import recorded_steps, scoring_steps
@@ -578,6 +588,36 @@ def test_whitening_is_kept_once_for_all_sets(tmp_path: Path) -> None:
         moved.write_bytes((tmp_path / "out/a/synthetic.arrow").read_bytes())
         assert load(str(moved)).transform.digest == expected.digest, place
         (other / kept.name).unlink()
+
+
+def test_a_transform_that_is_left_out_is_fitted_again(tmp_path: Path) -> None:
+    """Exports without it are small and train networks; the training images bring it back, others with a warning."""
+    images = np.random.default_rng(0).integers(0, 256, (144, 1, 12, 12), dtype=np.uint8)
+    whole = save_kept(tmp_path / "out", "a")
+    for kind, name in (("safetensors", "synthetic.safetensors"), ("arrow", "synthetic.arrow")):
+        export(without_transform(whole), kind, open_location(str(tmp_path / kind)))
+        file = tmp_path / kind / name
+        assert file.stat().st_size < whole.images.nbytes + 6000
+        small = load(str(file))
+        assert torch.equal(small.images, whole.images)
+        assert len(small.dataset()) == 20
+        with pytest.raises(StoreError, match=r"leaves out its zca transform.*uint8.*\.fitted\(images\)"):
+            small.normalise(images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fitted = small.fitted(torch.from_numpy(images))
+        torch.testing.assert_close(fitted.normalise(images), whole.normalise(images), rtol=1e-5, atol=1e-5)
+        assert np.array_equal(fitted.pixels(), whole.pixels())
+        with pytest.warns(UserWarning, match="fitted on other images than these 100 images"):
+            small.fitted(images[:100])
+        with pytest.raises(TypeError, match="float32: give uint8"):
+            small.fitted(images.astype(np.float32))  # type: ignore[arg-type]
+        with pytest.raises(DatasetError, match="meet a zca transform"):
+            small.fitted(images[:, :, 1:])
+    assert whole.fitted(images) is whole
+    save(tmp_path / "inline.arrow")
+    inline = load(str(tmp_path / "inline.arrow"))
+    assert without_transform(inline) is inline
 
 
 def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path: Path) -> None:

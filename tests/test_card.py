@@ -67,6 +67,24 @@ def test_a_hub_reads_the_front_matter(summary: RunSummary) -> None:
     assert pq.read_table(io.BytesIO(files[found["configs"][0]["data_files"]])).num_rows == 6
 
 
+def test_a_large_transform_may_be_left_out(
+    summary: RunSummary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The card says how to make it again, and pictures and Parquet are those of the whole set."""
+    whole = published_files(summary)
+    assert published_files(summary, transform=False) == whole  # a small one stays
+    monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
+    small = published_files(summary, transform=False)
+    assert {name: content for name, content in small.items() if name not in ("README.md", "synthetic.safetensors")} == {
+        name: content for name, content in whole.items() if name not in ("README.md", "synthetic.safetensors")
+    }
+    assert "synthetic = synthetic.fitted(training_images)" in small["README.md"].decode()
+    assert "fitted" not in whole["README.md"].decode()
+    (tmp_path / "synthetic.safetensors").write_bytes(small["synthetic.safetensors"])
+    with pytest.raises(StoreError, match="leaves out its standard transform"):
+        load(str(tmp_path / "synthetic.safetensors")).pixels()
+
+
 def test_a_card_has_the_accuracies_beside_their_controls(summary: RunSummary) -> None:
     """Every scored row is in the table with its number of networks; other networks have a table of their own."""
     accuracy = sections(card_of(summary))["Accuracy"]

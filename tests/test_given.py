@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from datm_ray import publish
-from datm_ray.artifact import Artifact, class_folders, export, load
+from datm_ray.artifact import EXPORTS, Artifact, class_folders, export, load, without_transform
 from datm_ray.config import RunConfig, run_identity
 from datm_ray.core.synthetic import hard_logits
 from datm_ray.errors import DatmError, StoreError
@@ -108,6 +110,24 @@ def test_a_set_of_a_run_with_another_transform_is_brought_into_this_ones(made: P
     ours = load(str(tmp_path / "tiny/synthetic.arrow"))
     assert ours.transform.kind == "zca" != source(made).transform.kind
     assert np.abs(ours.pixels().astype(int) - source(made).pixels()).max() <= 1
+
+
+def test_a_set_without_its_transform_is_scored_in_the_runs(made: Path, tmp_path: Path) -> None:
+    """Images keep their bits; a line says so if the run's transform was fitted on other images than the set's."""
+    settings = ("dataset.normalisation=zca", "evaluate.seeds=1")
+    run(given(made / "arrow", *settings), tmp_path / "whole")
+    small = tmp_path / "small.safetensors"
+    with mock.patch("datm_ray.artifact.INLINE_BYTES", 64):
+        set_ = without_transform(load(str(tmp_path / "whole/tiny/synthetic.arrow")))
+    small.write_bytes(EXPORTS["safetensors"](set_)["synthetic.safetensors"])
+    for name, validation, warned in (("same", (), False), ("other", ("dataset.validation=0.3",), True)):
+        config = given(small, *settings, *validation)
+        pipeline, messages = Pipeline([config], str(tmp_path / name)), list[str]()
+        reporter = Reporter(quiet=True)
+        with mock.patch.object(reporter, "show", messages.append):
+            pipeline.run_all(partial(SerialExecutor, config.cluster), reporter)
+        assert torch.equal(load(str(tmp_path / name / "tiny/synthetic.arrow")).images, set_.images)
+        assert any("fitted on other images than this run's" in line for line in messages) == warned, messages
 
 
 def test_other_architectures_report_and_plan_take_a_given_set(made: Path, tmp_path: Path) -> None:

@@ -294,6 +294,14 @@ def export(
 def publish(
     run_: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/digits-ipc1.")],
     out: WriteTo,
+    transform: Annotated[
+        bool,
+        typer.Option(
+            "--transform/--no-transform",
+            help="Put a whitening transform, 38 MB for 32x32 RGB, into synthetic.safetensors. Where it is left out, "
+            "`fitted(images)` makes it again from the real training images.",
+        ),
+    ] = True,
     verbose: Verbose = 0,
 ) -> None:
     """Write a finished set with a card, to publish it.
@@ -303,7 +311,7 @@ def publish(
     """
     from datm_ray.pipeline import publish as write_published
 
-    written = write_published(run_, out)
+    written = write_published(run_, out, transform=transform)
     print(f"Wrote {', '.join(written)} to {out}. State the licence of the source in README.md.")
 
 

@@ -374,19 +374,23 @@ def _map_chunks(
     if not images.is_floating_point() and images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}: give floats from 0 to 1, or uint8 from 0 to 255")
     batch = images if images.ndim == 4 else images[None]
-    if tuple(batch.shape[1:]) != shape:
-        found = tuple(images.shape[-3:])
-        raise DatasetError(
-            f"images of shape {found} meet a {kind} transform fitted on {shape}",
-            "They come from another data set, or were resized differently",
-            "Use the transform that was stored with these images",
-        )
+    require_shape(tuple(batch.shape[1:]), kind, shape)
     result = torch.empty(batch.shape, dtype=dtype, device=batch.device)
     with _without_autocast(batch.device):
         for rows in _chunks(len(batch), 3 * dtype.itemsize * math.prod(shape)):
             chunk = batch[rows].to(dtype)
             result[rows] = function(chunk / 255 if images.dtype == torch.uint8 else chunk)
     return result if images.ndim == 4 else result[0]
+
+
+def require_shape(found: Sequence[int], kind: str, shape: tuple[int, int, int]) -> None:
+    """Raise a `DatasetError` if images of shape `found` are not of the shape that a transform was fitted on."""
+    if tuple(found) != shape:
+        raise DatasetError(
+            f"images of shape {tuple(found)} meet a {kind} transform fitted on {shape}",
+            "They come from another data set, or were resized differently",
+            "Use the transform that was stored with these images",
+        )
 
 
 def _device_of(images: Images) -> torch.device:

@@ -7,7 +7,8 @@ Layouts:
     .arrow, .safetensors                         sets of this program
 
 Images in .pt files are normalised already, and the files do not say how. Image files are pixels. Sets of this program
-hold their transform. Nothing in a file is executed, see `interop.torch_files`. Tests: tests/test_given.py.
+hold their transform, or its fingerprint. Nothing in a file is executed, see `interop.torch_files`.
+Tests: tests/test_given.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +24,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.artifact import OTHERS_IMAGES, SAFETENSORS, SYNTHETIC, Artifact, class_folders, read_artifact
+from datm_ray.artifact import (
+    OTHERS_IMAGES,
+    SAFETENSORS,
+    SYNTHETIC,
+    Artifact,
+    LeftOutTransform,
+    class_folders,
+    read_artifact,
+)
 from datm_ray.data.decode import decode, image_suffixes
 from datm_ray.data.files import file_tree
 from datm_ray.data.transform import Transform
@@ -50,7 +59,9 @@ class GivenSet:
     step_size: float | None
     """Learning rate learned with the set; `None` if the files hold none."""
     transform: Transform | None = None
-    """Transform of a set of this program; `None` for others."""
+    """Transform of a set of this program; `None` for others, and if its file leaves the transform out."""
+    fitted: str = ""
+    """Fingerprint of a transform that the file leaves out; "" otherwise. The images are taken to be in its space."""
 
     @property
     def digest(self) -> str:
@@ -270,6 +281,9 @@ def _of_artifact(artifact: Artifact, class_names: Sequence[str]) -> GivenSet:
             "give the dataset.source of the set",
         )
     arrays = (artifact.images.numpy(), artifact.labels.numpy(), artifact.soft_labels.numpy())
+    held = artifact.held_transform
+    if isinstance(held, LeftOutTransform):
+        return replace(_sorted(artifact.place, *arrays, _step_size_of(artifact), None), fitted=held.fingerprint)
     return _sorted(artifact.place, *arrays, _step_size_of(artifact), artifact.transform)
 
 

@@ -139,7 +139,7 @@ def report(out: str, say: Say = silent) -> Location:
     return write_report(folder, found)
 
 
-def publish(run: str, out: str) -> list[str]:
+def publish(run: str, out: str, *, transform: bool = True) -> list[str]:
     """Write a finished set for publication: preview, Parquet, safetensors, and a card (README.md) with its accuracies.
 
     No data set is needed. Returns the names of the files written, the card last, so that an earlier card stays until
@@ -148,6 +148,8 @@ def publish(run: str, out: str) -> list[str]:
     Args:
         run: folder of a run, a path or URI.
         out: folder to write to.
+        transform: False to leave a large transform, 38 MB for whitened 32x32 RGB, out of safetensors. `Artifact.fitted`
+            makes it again from the real training images.
 
     Raises:
         RunDirectoryError: the folder holds no run, its set is not finished, or `out` has a README.md that is no card
@@ -169,7 +171,7 @@ def publish(run: str, out: str) -> list[str]:
             "the folder holds something else",
             "give another --out, such as a new folder",
         )
-    files = published_files(summaries(folder.parent, [config])[0], earlier=present)
+    files = published_files(summaries(folder.parent, [config])[0], present, transform=transform)
     for name, content in files.items():
         (to / name).write_atomic(content)
     return list(files)

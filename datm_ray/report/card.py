@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact
+from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact, without_transform
 from datm_ray.config import RunConfig, unread_keys
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
@@ -30,12 +30,13 @@ PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
 
-def published_files(summary: RunSummary, earlier: str = "") -> dict[str, bytes]:
+def published_files(summary: RunSummary, earlier: str = "", *, transform: bool = True) -> dict[str, bytes]:
     """Files with which a finished set is published, by name: preview, Parquet, safetensors, and last the card of these.
 
     Args:
         summary: the run.
         earlier: text of an earlier card, whose licence the new one keeps; "" if there is none.
+        transform: False to leave a large transform out of safetensors, see `without_transform`.
 
     Raises:
         RunDirectoryError: the run has no synthetic set yet, or the earlier card's licence cannot be read.
@@ -47,13 +48,18 @@ def published_files(summary: RunSummary, earlier: str = "") -> dict[str, bytes]:
             "its distillation is not finished",
             "run the same `datm-ray run` again: it resumes",
         )
-    text = _with_licence_of(earlier, card(run, run.synthetic))
+    everything = run.synthetic if transform else without_transform(run.synthetic)
+    text = _with_licence_of(earlier, card(run, run.synthetic, is_whole=everything is run.synthetic))
     files = {"preview.png": _preview(run.synthetic), **EXPORTS["parquet"](run.synthetic)}
-    return files | EXPORTS["safetensors"](run.synthetic) | {CARD: text.encode(errors="replace")}
+    return files | EXPORTS["safetensors"](everything) | {CARD: text.encode(errors="replace")}
 
 
-def card(run: Run, artifact: Artifact) -> str:
-    """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made."""
+def card(run: Run, artifact: Artifact, *, is_whole: bool = True) -> str:
+    """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made.
+
+    Args:
+        is_whole: False if the file of the set leaves its transform out.
+    """
     summary, images = run.summary, len(artifact.images)
     channels, height, width = artifact.images.shape[1:]
     rows = accuracies([summary])
@@ -66,6 +72,7 @@ def card(run: Run, artifact: Artifact) -> str:
         training=_training_in_words(artifact),
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
         clipped=artifact.clipped_in_words(),
+        is_whole=is_whole,
         teacher=_taught(artifact),
         table=as_markdown(rows) if summary.scores else "",
         networks=as_markdown(network_accuracies(summary)) if summary.networks else "",

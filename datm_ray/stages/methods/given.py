@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,11 +18,16 @@ from datm_ray.interop.sets import GivenSet, read_set, read_step_size
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.store.files.filesystem import open_location
 
+_OTHER_TRANSFORM = (
+    "{} was made with whitening that was fitted on other images than this run's; whitened images may differ a little"
+)
+
 
 class Given(Method):
     """Reads the set at `given.path`. There are no iterations, and nothing is trained for the set itself."""
 
     batch_norm = "either"
+    _warning = ""
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
@@ -104,9 +109,16 @@ class Given(Method):
             soft_labels = hard_logits(labels, part.dataset.classes)
         else:
             soft_labels = torch.tensor(found.soft_labels[rows], device=part.device)
-        images = torch.tensor(mine.images_for(part.dataset.transform), device=part.device)
+        transform = part.dataset.transform
+        if found.fitted not in ("", transform.fingerprint):
+            self._warning = _OTHER_TRANSFORM.format(found.uri)
+        images = torch.tensor(mine.images_for(transform), device=part.device)
         step_size = settings.step_size or STEP_SIZE
         return SyntheticSet(images, soft_labels, torch.full((1,), step_size, device=part.device), labels)
+
+    def warnings(self, state: Any) -> Iterator[str]:
+        """Yields a line if the set's file leaves out its transform, and the run's is another one."""
+        yield from filter(None, [self._warning])
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Nothing, because there are no iterations."""
