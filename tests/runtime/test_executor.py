@@ -702,6 +702,11 @@ REFUSED = {
         None,
         r"The disk or the quota is full\. Free some space, or",
     ),
+    "a slow start": (
+        Exception("The current node timed out during startup. This could happen because some raylet failed"),
+        None,
+        r"did not answer in time\. The machine is busy.*--executor serial",
+    ),
     "a long path": (OSError("AF_UNIX path length cannot exceed 107 bytes"), None, r"with a shorter path, or use"),
     "its environment": (
         RuntimeEnvSetupError("no room"),

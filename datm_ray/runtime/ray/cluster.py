@@ -47,7 +47,7 @@ SHORT_WAIT = 60.0
 """Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
-_NO_START = "Ray does not start on this machine"
+_NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
 _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
 
 
@@ -75,7 +75,10 @@ def connect(address: str | None) -> str:
         keep_off_standard_output(shown=is_raw())
         with _quiet_library() if address else nullcontext():
             context = ray.init(**where, logging_level=level, log_to_driver=is_raw())
-    except (OSError, ValueError, RuntimeError, RayError) as failure:
+    except Exception as failure:
+        expected = isinstance(failure, OSError | ValueError | RuntimeError | RayError)
+        if not expected and _SLOW_START not in str(failure):  # Ray raises a plain Exception for a slow start
+            raise
         raise _connection_error(address, given, failure) from None
     return str(context.dashboard_url or "")
 
@@ -86,6 +89,12 @@ def _connection_error(address: str | None, given: str, failure: Exception) -> Cl
     if address is None:
         too_long = "AF_UNIX path" in str(failure)  # Ray's socket paths are limited to 107 bytes
         remedy = "set RAY_TMPDIR to a folder with a shorter path, or " if too_long else ""
+        if _SLOW_START in str(failure):
+            return ClusterError(
+                f"{_NO_START}: its processes did not answer in time",
+                "the machine is busy with other work, or short of memory",
+                "run the same command again when it is less busy; or use --executor serial",
+            )
         return ClusterError(f"{_NO_START}: {first_line(failure)}", remedy=f"{remedy}use --executor serial")
     if "version mismatch" in str(failure).lower():
         return ClusterError(
