@@ -36,6 +36,25 @@ MTT = {
     "cifar100-mtt-ipc1": (20, 3, 100, 1000, 1e-5, 0.01, 20, "zca"),
 }
 
+# data set: the teacher's epochs, learning rate, weight decay, batch, warm-up, augmentation
+TEACHERS = {
+    "cifar": (200, 0.1, 5e-4, 128, 0, "crop+flip"),
+    "tiny": (50, 0.2, 1e-4, 256, 5, "resized+flip"),
+    "imagenet": (90, 0.1, 1e-4, 256, 0, "resized+flip"),
+}
+# data set: iterations, learning rate, r_bn, smallest crop, flip, shift
+RECOVERIES = {
+    "cifar": (1000, 0.25, 0.01, 1, False, 4),
+    "tiny": (4000, 0.1, 1, 0.08, True, 4),
+    "imagenet": (4000, 0.25, 0.01, 0.08, True, 32),
+}
+# data set: optimiser, learning rate, weight decay, epochs, batch, warm-up, temperature, CutMix, augmentation, labels
+STUDENTS = {
+    "cifar": ("adamw", 1e-3, 0.01, 400, 128, 0, 30, 0, "crop+flip", "teacher"),
+    "tiny": ("sgd", 0.2, 1e-4, 100, 256, 5, 20, 0, "resized+flip", "teacher"),
+    "imagenet": ("adamw", 1e-3, 0.01, 300, 1024, 0, 20, 1, "resized+flip", "stored"),
+}
+
 ACCURACIES = {
     "cifar10": {1: "46.9±0.5", 10: "66.8±0.2", 50: "76.1±0.3", 500: "83.5±0.2", 1000: "85.5±0.4"},
     "cifar100": {1: "27.9±0.2", 10: "47.2±0.4", 50: "55.0±0.2", 100: "57.5±0.2"},
@@ -97,6 +116,46 @@ def test_recipes_of_mtt_have_its_values_and_what_the_method_needs(name: str) -> 
     assert (experts.count, experts.epochs, experts.optimiser, experts.learning_rate) == (100, 50, "sgd", 0.01)
     assert experts.keep_epochs == max(get_recipe(other).latest_matched for other in MTT)
     method_of(config).check(config)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "-sre2l-" in name and "digits" not in name])
+def test_recipes_of_sre2l_have_the_values_of_the_authors_programs(name: str) -> None:
+    """Teacher, recovery and scored networks of SRe2L's recipes have the published values, of CIFAR-100 for CIFAR-10."""
+    config, of = get_recipe(name), next(each for each in RECOVERIES if name.startswith(each))
+    teacher, recover, scored = config.experts, config.recover, config.evaluate
+    assert (
+        teacher.epochs,
+        teacher.learning_rate,
+        teacher.weight_decay,
+        teacher.batch_size,
+        teacher.warmup_epochs,
+        teacher.augmentation,
+    ) == TEACHERS[of]
+    assert (teacher.count, teacher.momentum, teacher.schedule, teacher.optimiser) == (1, 0.9, "cosine", "sgd")
+    assert (
+        config.distill.iterations,
+        recover.learning_rate,
+        recover.statistics,
+        recover.least_share,
+        recover.flip,
+        recover.shift,
+    ) == RECOVERIES[of]
+    assert (recover.block, recover.first_layer, recover.crops, recover.rounds) == (100, 10, "published", 1)
+    assert (config.distill.initial, config.distill.ipc) == ("noise", int(name.rsplit("ipc")[-1]))
+    assert (
+        scored.optimiser,
+        scored.learning_rate,
+        scored.weight_decay,
+        scored.epochs,
+        scored.batch_size,
+        scored.warmup_epochs,
+        scored.temperature,
+        scored.cutmix,
+        scored.augmentation,
+        scored.labels,
+    ) == STUDENTS[of]
+    assert (scored.schedule, scored.keep_labels, scored.top_logits) == ("cosine", None, None)
+    assert (config.network.architecture, config.network.width, config.network.norm) == ("resnet18", 128, "batch")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -165,7 +165,7 @@ def recovery(draft: Draft) -> Choices:
         values: dict[str, Any] = {"learning_rate": 0.1, "statistics": 1.0, "least_share": 0.08, "shift": 4}
         why, temperature = "as published for Tiny-ImageNet", 20.0
     elif draft.side >= SMALLEST_PICTURE:
-        values = {"learning_rate": 0.25, "statistics": 0.01, "least_share": 1.0, "shift": 4}
+        values = {"learning_rate": 0.25, "statistics": 0.01, "least_share": 1.0, "flip": False, "shift": 4}
         why, temperature = "as published for CIFAR-100", 30.0
     else:
         values = {"learning_rate": 0.1, "statistics": 1.0, "least_share": 1.0, "flip": False, "shift": 0}

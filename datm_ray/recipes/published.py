@@ -143,12 +143,12 @@ def recovered(
 def small_recovery(source: str, ipc: int) -> RunConfig:
     """Make a recipe of SRe2L for the data set `source`, with the authors' values for CIFAR-100.
 
-    Unlike this package, their program also mixes images, keeps the images of the iteration with least loss, and shifts
-    in one direction alone. When it trains networks on a set, its teacher is in training mode, and its loss has no
-    factor of the squared temperature.
+    A view is shifted, neither cropped nor mirrored, as in their program. Unlike this package, it also mixes images, and
+    shifts in one direction alone. When it trains networks on a set, its teacher is in training mode, and its loss has
+    no factor of the squared temperature.
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
-    recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0)
+    recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0, flip=False)
     evaluate = EvaluateConfig(
         optimiser="adamw",
         learning_rate=1e-3,

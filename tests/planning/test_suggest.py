@@ -255,6 +255,14 @@ def test_too_few_images_for_batch_statistics_are_refused() -> None:
     suggested(raw([80] * 3, (3, 32, 32), 8), 11, method="sre2l")
 
 
+def test_recipes_of_sre2l_have_the_views_of_their_sizes() -> None:
+    """Views are mirrored at the sizes for which they were published so: large pictures, neither CIFAR nor digits."""
+    sides = {8: False, 32: False, 64: True}
+    for side, is_flipped in sides.items():
+        found = suggested(raw([80] * 10, (3, side, side), 8), 10, method="sre2l").config.recover
+        assert (found.flip, found.least_share < 1) == (is_flipped, side == 64), side
+
+
 def test_a_method_without_rules_is_refused() -> None:
     """Only packaged methods have rules; the line names them."""
     for method in ("mtd", "my_methods:Own"):
