@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -191,11 +193,21 @@ def test_embedded_recipes_need_no_files() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
 def test_metadd_is_added_to_a_recipe_and_changes_nothing_else(name: str) -> None:
-    """A recipe with MetaDD differs from its base by MetaDD alone; digits are larger."""
+    """A recipe with MetaDD differs from its base by MetaDD and the networks of its table alone; digits are larger."""
     config, base = get_recipe(name), get_recipe(name.replace("-metadd", "").replace("digits16", "digits"))
     assert config.metadd is not None
-    unlike = {"name", "metadd", "dataset"} if name.startswith("digits16") else {"name", "metadd"}
+    unlike: dict[str, Any] = {"name": True, "metadd": True, "evaluate": {"networks"}}
+    unlike |= {"dataset": True} if name.startswith("digits16") else {}
     assert config.model_dump(exclude=unlike) == base.model_dump(exclude=unlike)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name and "digits" not in name])
+def test_networks_that_the_paper_of_metadd_keeps_unseen_are_scored_and_take_no_part(name: str) -> None:
+    """AlexNet, ResNet-50 and VGG are in the table of networks, and neither backbone nor auxiliaries are of them."""
+    config = get_recipe(name)
+    seen = {config.network.architecture, *(each.network.architecture for each in config.each_auxiliary())}
+    assert seen == {"convnet", "resnet18", "mobilenet-v2", "vit-small"}
+    assert {each.architecture for each in config.evaluate.networks} == {"alexnet", "resnet50", "vgg11"}
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])

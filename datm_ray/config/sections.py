@@ -615,7 +615,7 @@ class EvaluateConfig(Section):
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train (transformers). Its learning rate: as given, else tuned."""
+    """adamw: for networks that SGD does not train on few images (transformers). Its rate: as given, else tuned."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True
