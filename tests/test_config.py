@@ -738,6 +738,26 @@ def test_run_of_an_earlier_version_had_no_limit(tmp_path: Path) -> None:
         assert get_recipe(str(tmp_path / "recipe.yaml")).distill.gradient_limit == limit
 
 
+@pytest.mark.parametrize("changes", [[], ["rounds=2"], ["crops=falling"], ["rounds=2", "crops=falling"]])
+def test_recoveries_of_an_earlier_version_keep_their_rates_and_crops(changes: list[str], tmp_path: Path) -> None:
+    """Runs in rounds or with falling crops are others than they were, and their saved recipes are still theirs."""
+    sre2l = ["method=sre2l", "distill.initial=random", *(f"recover.{change}" for change in changes)]
+    now = override(RunConfig(), sre2l)
+    text = re.sub(r"^  restarts: .*\n", "", to_yaml(now), flags=re.MULTILINE)
+    before = load_recipe_of_run(text, "recipe.yaml")
+    assert (run_identity(before) == run_identity(now)) == (not changes)
+    assert before.recover.restarts == "all"
+    assert before.recover.crops == ("falling-cut" if "crops=falling" in changes else "published")
+    assert "restarts" not in run_identity(before)["recover"]  # earlier versions lacked the key
+    (tmp_path / "recipe.yaml").write_text(text)  # as an error about such a run advises
+    assert get_recipe(str(tmp_path / "recipe.yaml")).recover == before.recover
+    assert load_recipe_of_run(to_yaml(now), "recipe.yaml") == now
+    assert load_recipe_of_run(to_yaml(before), "recipe.yaml") == before
+    (tmp_path / "mine.yaml").write_text("base: digits-sre2l-ipc10\nrecover: {rounds: 2, crops: falling}\n")
+    mine = get_recipe(str(tmp_path / "mine.yaml")).recover
+    assert (mine.restarts, mine.crops) == ("adam", "falling")
+
+
 def test_renamed_key_is_named_and_saved_runs_keep_their_value() -> None:
     """A key's former name is an error with the new one, but is read from a saved run."""
     former = "overshoot"  # former name

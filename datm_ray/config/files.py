@@ -49,6 +49,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     values = {"name": plain_name(Path(path).stem), **load_sections(path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
+    _keep_former_recovery(values)
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -98,6 +99,18 @@ def load_recipe_of_run(text: str, origin: str) -> RunConfig:
 _FORMER_STARTS = {old.partition(".")[2] for old, new in RENAMED.items() if new.startswith("distill.start_epochs.")}
 
 
+_FORMER_RECOVERY = {
+    "block",
+    "learning_rate",
+    "statistics",
+    "least_share",
+    "crops",
+    "flip",
+    "shift",
+    "rounds",
+    "mixed_in",
+}
+"""Keys of `recover` in every recipe that a version before `recover.restarts` has written."""
 _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 """Sections that every saved recipe has, whatever its version."""
 
@@ -111,7 +124,17 @@ def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
             _assign(values, new.split("."), keys.pop(field), origin)
     if isinstance(values.get("distill"), dict) and values.keys() >= _SAVED:
         values["distill"].setdefault("gradient_limit", None)
+    _keep_former_recovery(values)
     return values
+
+
+def _keep_former_recovery(values: dict[str, Any]) -> None:
+    """Set in a recipe that an earlier version has written, with all its keys, what this version does otherwise."""
+    recover = values.get("recover")
+    if isinstance(recover, dict) and recover.keys() >= _FORMER_RECOVERY and "restarts" not in recover:
+        recover["restarts"] = "all"
+        if recover["crops"] == "falling":
+            recover["crops"] = "falling-cut"
 
 
 def _read_sections(text: str, origin: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
         **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
         **{"unmatched_share": 0.0, "average_decay": None},
     },
-    "recover": {"statistics_of": "teacher"},
+    "recover": {"statistics_of": "teacher", "restarts": "all"},
 }
 """Section -> its keys that earlier versions lacked, as in `LATER_KEYS`."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
@@ -96,6 +96,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         }
     if config.expert_seed == config.seed:
         identity["experts"]["seed"] = None
+    if config.recover.rounds == 1 and "recover" in identity:
+        del identity["recover"]["restarts"]  # nothing does
     for section in LATER_KEYS_OF_SECTIONS.keys() & identity.keys():
         identity[section] = _without(LATER_KEYS_OF_SECTIONS[section], identity[section])
     if config.metadd is not None:

@@ -453,14 +453,17 @@ class RecoverConfig(Section):
     """Networks whose running statistics images shall have: the teacher, metadd.auxiliaries, or all (their mean)."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
-    crops: Literal["published", "falling"] = "published"
-    """published: `least_share` throughout; falling: from 1 to `least_share` along a cosine, as in CDA."""
+    crops: Literal["published", "falling", "falling-cut"] = "published"
+    """published: `least_share` throughout; falling: from 1 to `least_share` along a cosine, as in CDA;
+    falling-cut: as falling, but stretched at first, as in earlier versions."""
     flip: bool = True
     """Mirror half of the random views; false where mirrored images would be of another class."""
     shift: Annotated[int, Field(ge=0)] = 4
     """Largest shift of the images in pixels; pixels that leave one side enter at the other."""
     rounds: Count = 1
-    """Rounds of iterations, each with a new Adam; between rounds, the first images are mixed in."""
+    """Rounds of iterations; between them, the first images are mixed in, as in FADRM."""
+    restarts: Literal["adam", "all"] = "adam"
+    """What starts anew in each round. adam: its moments, as in FADRM; all: the falling learning rate too."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the first images when they are mixed in between rounds, in [0, 1]; the current ones get the rest."""
 
@@ -670,7 +673,7 @@ SELDOM = {
     "precision test_every",
     "distill": "continue_from learning_rate_step_size real_batch initial labels gradient_limit unmatched_share "
     "average_decay options validate_every validation_seeds checkpoint_every",
-    "recover": "first_layer rounds mixed_in",
+    "recover": "first_layer rounds restarts mixed_in",
     "select": "least_share epoch hardest",
     "given": "digest",
     "metadd": "divergence variance_of threshold",

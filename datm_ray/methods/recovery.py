@@ -10,8 +10,8 @@ white after each step. Images may have the statistics of other networks too, or 
 has it): the mean of the networks' sums over layers.
 
 The statistics couple the images of a block and no others, so blocks are independent. Two options come from other
-papers: crops that are large at first (CDA, arXiv 2311.18838), and rounds, between which the first images are mixed in
-(FADRM, arXiv 2506.24125).
+papers: crops that are the whole image at first (CDA, arXiv 2311.18838), and rounds, between which the first images are
+mixed in and Adam's moments start anew (FADRM, arXiv 2506.24125).
 
 Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/test_recovery.py.
 """
@@ -33,8 +33,8 @@ from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, RecoverConfig
 from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
-from datm_ray.core.compute.torch_compat import BatchNorm
-from datm_ray.core.images.augment import crop_boxes
+from datm_ray.core.compute.precision import tf32_products
+from datm_ray.core.images.augment import WHOLE, crop_boxes, fitting_box
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.adam import adam_step
 from datm_ray.core.training.rates import share_of_rate
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 DECAYS = (0.5, 0.9)
 """Adam's decays of both moments, as published."""
+TRIES = 10
+"""Number of drawn boxes for a falling crop, which is the first that fits into the image, as in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,14 @@ class View:
             for first, share, side in ((top, height, images.shape[2]), (left, width, images.shape[3]))
         )
         columns = columns.flip(0) if self.is_flipped else columns
-        return (rows.roll(self.shift[0], 0) @ images) @ columns.roll(self.shift[1], 0).T
+        with tf32_products(False, images.device):  # weights of 10 bits would blur and move the images
+            return (rows.roll(self.shift[0], 0) @ images) @ columns.roll(self.shift[1], 0).T
+
+    def pull_back(self, seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
+        """Turn a gradient [n c h w] in `seen`, the view `of` images [n c h w], into one in the images."""
+        with tf32_products(False, gradient.device):
+            (found,) = torch.autograd.grad(seen, images, gradient)
+        return found
 
 
 def crop_matrix(first: float, share: float, side: int) -> Tensor:
@@ -99,11 +108,14 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     """
     draw = generator(seed, Purpose.RECOVERY_VIEW, block, iteration)
     least = options.least_share
-    if options.crops == "falling":
+    if options.crops != "published":
         least += (1 - least) * share_of_rate(iteration, iterations, cosine=True)
-    uniform = torch.from_numpy(draw.random((1, 4)))
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    top, left, height, width = (crop_boxes(uniform, least) if options.least_share < 1 else whole)[0].tolist()
+    is_cropped, is_tried = options.least_share < 1, options.crops == "falling"
+    uniform = torch.from_numpy(draw.random((TRIES if is_cropped and is_tried else 1, 4)))
+    box = WHOLE
+    if is_cropped:
+        box = fitting_box(uniform, least) if is_tried else crop_boxes(uniform, least)[0]
+    top, left, height, width = box.tolist()
     rows, columns = draw.integers(-options.shift, options.shift + 1, 2).tolist()
     return View((top, left, height, width), options.flip and bool(draw.random() < 0.5), (rows, columns))
 
@@ -134,7 +146,7 @@ class RecoveryLoss:
             channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds differently.
 
         Raises:
-            ConfigError: a network whose statistics are asked for has no batch normalisation that keeps them.
+            ConfigError: a network whose statistics are asked for has no batch normalisation of maps that keeps them.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._networks = _Networks(network, options, others).to(memory_format=self._format)
@@ -186,7 +198,7 @@ class _Networks(nn.Module):
         self._first_layer, self._first_counted = options.first_layer, len(self.networks) - len(counted)
         self._gaps: list[Tensor] = []
         for network in self.networks[self._first_counted :]:
-            layers = [part for part in network.modules() if isinstance(part, BatchNorm)]
+            layers = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
             layers = [part for part in layers if part.running_mean is not None]
             if not layers:
                 raise ConfigError(
@@ -197,7 +209,7 @@ class _Networks(nn.Module):
                 layer.register_forward_pre_hook(self._measure)
 
     def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, BatchNorm)
+        assert isinstance(layer, nn.BatchNorm2d)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
@@ -258,8 +270,10 @@ class Recovery(Descent):
             DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
         """
         first, last = self._round(options)
+        falls = (first, last) if options.restarts == "all" else (0, self.settings.iterations)
+        rate = options.learning_rate * share_of_rate(self.iteration - falls[0], falls[1] - falls[0], cosine=True)
         gradient = self.pulled_back(gradient)
-        moved, moments = self._adam(gradient, options.learning_rate, self.iteration - first, last - first)
+        moved, moments = self._adam(gradient, rate, self.iteration - first)
         bad = not_finite(gradient, loss, moved, moments["second"])
         is_bad, *values = torch.stack([bad.to(loss), loss, statistics]).tolist()  # one wait for the device
         record = RecoveryRecord(self.iteration, values[0], bool(is_bad), values[1])
@@ -281,17 +295,15 @@ class Recovery(Descent):
         else:
             self.synthetic.latents, self.synthetic.images = moved, self.prior.render(moved)
 
-    def _adam(self, gradient: Tensor, rate: float, done: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _adam(self, gradient: Tensor, rate: float, done: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute pixels, or a prior's latents, and Adam's moments after one step of Adam.
 
         Args:
-            rate: learning rate at the start of the round.
+            rate: learning rate of the step.
             done: steps done in the round.
-            steps: steps of the round.
         """
         zero = torch.zeros_like(gradient)
         before = self.moments.get("first", zero), self.moments.get("second", zero)
-        rate *= share_of_rate(done, steps, cosine=True)
         moved, *after = adam_step(self.synthetic.variable("images"), gradient, before, rate, done, DECAYS)
         return moved, dict(zip(("first", "second"), after, strict=True))
 

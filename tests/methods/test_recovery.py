@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datm_ray.config import DistillConfig, NetworkSpec, RecoverConfig
 from datm_ray.core.images.augment import resized_crop
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError, DivergenceError
+from datm_ray.methods import recovery
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, View, draw_view
 from datm_ray.methods.state import MOST_DIVERGED
 
@@ -143,6 +146,31 @@ def test_a_network_without_batch_normalisation_is_refused() -> None:
         RecoveryLoss(teacher_network(), RecoverConfig(statistics_of="all"), [build_network(spec, seed=0)])
 
 
+def test_statistics_are_of_maps_alone() -> None:
+    """Normalisation of vectors before the classifier counts neither for the loss nor for a refusal, as published."""
+
+    class Mixed(nn.Module):
+        def __init__(self, vectors: nn.Module) -> None:
+            super().__init__()
+            self.maps, self.last = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), nn.Linear(5, 4)
+            self.vectors = vectors
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.last(self.vectors(self.maps(images).mean(dim=(2, 3))))
+            return found
+
+    torch.manual_seed(0)
+    network, (images, labels) = Mixed(nn.BatchNorm1d(5)).double(), some_images()
+    loss, statistics = RecoveryLoss(network, RecoverConfig())(images, labels)
+    plain = Mixed(nn.Identity()).double()
+    plain.load_state_dict(network.state_dict(), strict=False)
+    torch.testing.assert_close(statistics, RecoveryLoss(plain, RecoverConfig())(images, labels)[1])
+    torch.testing.assert_close(loss, plain_loss(network, images, labels, 1.0, 10.0), rtol=1e-12, atol=0)
+    network.maps = nn.Sequential(nn.Conv2d(3, 5, 3))
+    with pytest.raises(ConfigError, match="no batch normalisation"):
+        RecoveryLoss(network, RecoverConfig())
+
+
 def state_of(images: Tensor, iterations: int) -> Recovery:
     """State before the first iteration."""
     labels = torch.arange(len(images)) % 4
@@ -201,6 +229,31 @@ def test_between_rounds_the_first_images_are_mixed_in_and_adam_starts_anew() -> 
     assert not state.moments
 
 
+@pytest.mark.parametrize("restarts", ["adam", "all"])
+def test_rounds_equal_torchs_adam_started_anew_under_a_rate_of_the_whole_run(restarts: str) -> None:
+    """FADRM: each of three rounds has a new Adam, and the rate keeps falling; "all" starts the rate anew too."""
+    target, (images, _) = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), some_images()
+    first = images.float()
+    options = RecoverConfig.model_validate({"learning_rate": 0.1, "rounds": 3, "mixed_in": 0.25, "restarts": restarts})
+    state, theirs = state_of(first, 12), first.clone().requires_grad_()
+    state.first_images = first.clone()
+    for number in range(3):
+        adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9), eps=1e-8)
+        for step in range(4):
+            along = step / 4 if restarts == "all" else (4 * number + step) / 12
+            adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * along))
+            theirs.grad = 2 * (theirs.detach() - target)
+            gradient = 2 * (state.synthetic.images - target)
+            adam.step()
+            with torch.no_grad():
+                theirs.clamp_(-2, 2)
+            state.follow(gradient, torch.tensor(1.0), torch.tensor(0.5), options, BOUNDS)
+        if number < 2:
+            with torch.no_grad():
+                theirs.copy_((0.75 * theirs + 0.25 * first).clamp(-2, 2))
+    torch.testing.assert_close(state.synthetic.images, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_values_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run() -> None:
     """A bad gradient leaves the images alone; the error names the learning rate of a recovery."""
     images = some_images()[0].float()
@@ -226,14 +279,50 @@ def test_a_view_is_one_crop_flip_and_shift_for_all_images() -> None:
     assert float(corner.mean()) < float(images.mean())
 
 
-@pytest.mark.parametrize("crops", ["published", "falling"])
+class ProductsOf10Bits(TorchDispatchMode):
+    """Counts matrix products, and those for which TF32 is allowed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.rounded = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation if it is a matrix product, and run it."""
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.products += 1
+            self.rounded += torch.backends.cuda.matmul.allow_tf32
+        return func(*args, **(kwargs or {}))
+
+
+def test_views_and_their_gradients_are_not_rounded_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product of a crop, or of its gradient, may use TF32, although a run allows it."""
+    if hasattr(recovery, "tf32_products"):  # set the flags as on a GPU
+        on_gpus = recovery.tf32_products
+        monkeypatch.setattr(recovery, "tf32_products", lambda allowed, device: on_gpus(allowed, torch.device("cuda")))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    images = some_images()[0].float().requires_grad_()
+    view = View((0.1, 0.25, 0.6, 0.5), True, (1, -2))
+    with ProductsOf10Bits() as counted:
+        seen = view.of(images)
+        forward = counted.products
+        gradient = view.pull_back(seen, images, torch.ones_like(seen))
+    assert forward >= 2
+    assert counted.products >= forward + 2
+    assert counted.rounded == 0
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.testing.assert_close(gradient, torch.autograd.grad(view.of(images).sum(), images)[0])
+
+
+@pytest.mark.parametrize("crops", ["published", "falling", "falling-cut"])
 def test_crops_are_as_small_as_the_recipe_allows(crops: str) -> None:
-    """Published crops keep at least the least share at any time; falling ones keep nearly all at first."""
-    options = RecoverConfig(crops=crops, least_share=0.25, shift=2)
+    """Published crops keep at least the least share at any time; falling ones begin with the whole image."""
+    options = RecoverConfig.model_validate({"crops": crops, "least_share": 0.25, "shift": 2})
     views = [draw_view(options, 1, 0, iteration, 1000) for iteration in range(1000)]
     areas = np.array([view.box[2] * view.box[3] for view in views])
     assert areas.min() >= 0.25 * 3 / 4
-    assert (areas[:100].min() > 0.65) == (crops == "falling")
+    assert (areas[:100].min() > 0.65) == (crops != "published")
+    assert (np.mean(areas[:50] == 1) > 0.9) == (crops == "falling")
+    assert np.mean(areas[-300:] == 1) < 0.05
     assert areas[-100:].min() < 0.5
     assert {view.shift[0] for view in views} == {-2, -1, 0, 1, 2}
     assert 400 < sum(view.is_flipped for view in views) < 600

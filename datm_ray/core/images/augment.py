@@ -201,17 +201,40 @@ def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio:
     """Make boxes [b 4] of random resized crops: top, left, height, width as shares of the image's sides, in [0, 1].
 
     The area and the logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the
-    image's side is cut to it; torchvision draws again instead.
+    image's side is cut to it; torchvision draws again instead, see `fitting_box`.
 
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
         least_share: smallest share of the area, in (0, 1].
         largest_ratio: largest ratio of width to height and of height to width, at least 1; 1 keeps the image's ratio.
     """
+    height, width = (side.clamp(max=1) for side in _drawn_sides(uniform, least_share, largest_ratio))
+    return torch.stack([uniform[:, 2] * (1 - height), uniform[:, 3] * (1 - width), height, width], dim=1)
+
+
+def _drawn_sides(uniform: Tensor, least_share: float, largest_ratio: float) -> tuple[Tensor, Tensor]:
+    """Heights [b] and widths [b] of boxes before they are cut to the image. Arguments: see `crop_boxes`."""
     area = least_share + (1 - least_share) * uniform[:, 0]
     ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(largest_ratio))
-    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-    return torch.stack([uniform[:, 2] * (1 - height), uniform[:, 3] * (1 - width), height, width], dim=1)
+    return (area / ratio).sqrt(), (area * ratio).sqrt()
+
+
+WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
+"""Box of the whole image, see `crop_boxes`."""
+
+
+def fitting_box(uniform: Tensor, least_share: float) -> Tensor:
+    """First of t drawn boxes that is not longer than the image, [4]; the whole image if none fits.
+
+    torchvision's `RandomResizedCrop` does so with 10 draws. If `least_share` is near 1, almost no box fits.
+
+    Args:
+        uniform: [t 4] numbers in [0, 1), see `crop_boxes`.
+        least_share: smallest share of the area, in (0, 1].
+    """
+    height, width = _drawn_sides(uniform, least_share, LARGEST_RATIO)
+    fitting = ((height <= 1) & (width <= 1)).nonzero()[:, 0]
+    return crop_boxes(uniform[fitting[:1]], least_share)[0] if len(fitting) else WHOLE.to(uniform)
 
 
 def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:

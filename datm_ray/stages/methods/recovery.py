@@ -191,7 +191,7 @@ class RecoveryFromTeacher(Method):
             terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
             state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
             along = along.index_add(0, rows, of_meta)
-        (gradient,) = torch.autograd.grad(seen, images, along)
+        gradient = view.pull_back(seen, images, along)
         state.follow(gradient, loss, statistics, config.recover, self._bounds)
 
     def shown(self, state: Any) -> Mapping[str, float]:

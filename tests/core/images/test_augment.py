@@ -20,6 +20,7 @@ from datm_ray.core.images.augment import (
     augment_batches,
     crop_boxes,
     draw_augmentation,
+    fitting_box,
     parse_strategy,
     resized_crop,
     width,
@@ -259,3 +260,21 @@ def test_boxes_of_resized_crops_lie_in_the_image_and_keep_the_least_share() -> N
         whole = (height < 1) & (width < 1)
         ratio = (width / height)[whole].log().abs()
         assert not len(ratio) or float(ratio.max()) <= math.log(LARGEST_RATIO) + 1e-9
+
+
+@pytest.mark.parametrize("least", [LEAST_SHARE, 0.9, 0.98, 1.0])
+def test_boxes_that_fit_are_those_of_torchvision(least: float) -> None:
+    """Like torchvision's crops, boxes are the whole image as often, and otherwise have the same mean sides."""
+    random, image = np.random.default_rng(1), torch.empty(1, 1, 1).expand(1, 10**4, 10**4)
+    ours = torch.stack([fitting_box(torch.from_numpy(random.random((10, 4))), least) for _ in range(3000)])
+    torch.manual_seed(1)
+    ratio = [1 / LARGEST_RATIO, LARGEST_RATIO]
+    draw = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, [least, 1.0], ratio) for _ in range(3000)]) / 10**4
+    is_whole = [float((each[:, 2:] == 1).all(dim=1).double().mean()) for each in (ours, theirs)]
+    assert is_whole[0] == pytest.approx(is_whole[1], abs=0.03)
+    assert is_whole[0] == 1 or least < 1
+    for found, expected in zip(ours.mean(dim=0), theirs.mean(dim=0), strict=True):
+        assert float(found) == pytest.approx(float(expected), abs=0.02)
+    assert float((ours[:, 0] + ours[:, 2]).max()) <= 1
+    assert float((ours[:, 2] * ours[:, 3]).min()) >= least - 1e-9  # nothing is cut
