@@ -34,7 +34,7 @@ LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
 }
 """Section -> its keys that earlier versions lacked, as in `LATER_KEYS`."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
-"""Section that only one packaged method reads -> that method."""
+"""Section that only one packaged method reads -> that method. First images of sre2l may follow `select` too."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
@@ -51,7 +51,10 @@ def unread_keys(config: RunConfig) -> list[str]:
         return []
     read = keys_read_of_distill(config.method)
     unread = [f"distill.{name}" for name in DistillConfig.model_fields if name not in read]
-    return unread + [name for name, method in SECTIONS_OF_METHODS.items() if method != config.method]
+    also = {"select"} if config.method == "sre2l" and config.distill.initial == "crops" else set[str]()
+    return unread + [
+        name for name, method in SECTIONS_OF_METHODS.items() if method != config.method and name not in also
+    ]
 
 
 def unread_values(config: RunConfig) -> dict[str, Any]:

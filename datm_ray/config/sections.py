@@ -403,9 +403,9 @@ class DistillConfig(Section):
     """Learning rate of the student's step size, momentum 0.5."""
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
-    initial: Literal["correct", "random", "noise"] = "correct"
+    initial: Literal["correct", "random", "noise", "crops"] = "correct"
     """First images. correct: real ones that experts classify correctly (mtt, dm: random); random: real ones;
-    noise: random pixels."""
+    noise: random pixels, as published for sre2l; crops: sre2l's, as `select` chooses them by rded."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
     initial_step_size: Positive | None = None
@@ -469,7 +469,7 @@ class RecoverConfig(Section):
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation, for select alone. IPC and labels: see `distill`.
+    """Choosing real images without optimisation, for select, and for crops that sre2l starts from (distill.initial).
 
     The values of rded are the published ones.
     """

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, run_identity, unread_keys
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.errors import ConfigError
+from datm_ray.errors import DatmError
 from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
@@ -25,7 +27,8 @@ from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods import recovery
-from datm_ray.stages.methods.part import Piece
+from datm_ray.stages.methods.crops import Crops, chosen_crops
+from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.stages.methods.recovery import RecoveryFromTeacher
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
 from datm_ray.stages.worker import StageWorker
@@ -208,6 +211,48 @@ def test_real_images_and_several_rounds(finished: Path, tmp_path: Path) -> None:
     assert sorted(set(recovered(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_images_may_start_from_the_crops_that_select_chooses(tiles: int, finished: Path, tmp_path: Path) -> None:
+    """First crops are those of method select, whatever the blocks, and the second round mixes them in."""
+    crops = f"select={{by: rded, crops: 3, pool: 20, tiles: {tiles}}}"
+    rounds = ("distill.initial=crops", "distill.iterations=2", "recover.rounds=2", "recover.mixed_in=1")
+    configs = [config_of(crops, *rounds), config_of(crops, "name=chosen", "method=select")]
+    pipeline = Pipeline(configs, str(tmp_path), str(finished / "experts"))
+    pipeline.distill(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
+    first, chosen = (load(str(tmp_path / name)).images for name in ("tiny/initial.arrow", "chosen/synthetic.arrow"))
+    assert torch.equal(first, chosen)
+    moved = (recovered(tmp_path).images - first).abs().max()
+    assert 0.02 < float(moved) < 0.051  # one step of Adam, at half of the learning rate
+
+
+def test_a_worker_chooses_the_crops_of_a_class_once(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of the same classes in one worker share the crops, which take longer than a short recovery."""
+    scored: list[int] = []
+
+    def counted(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
+        scored.append(label)
+        return (yield from chosen_crops(part, teacher, label))
+
+    monkeypatch.setattr(recovery, "chosen_crops", counted)
+    config = config_of("distill.initial=crops", "distill.iterations=1", "select.pool=4")
+    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
+    pipeline.distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert len(RecoveryFromTeacher.pieces(config, 10)) == 4
+    assert sorted(scored) == list(range(10))
+
+
+def test_the_section_select_counts_for_crops_alone() -> None:
+    """Keys of `select` are read, and part of the identity, where images start from crops, and nowhere else in sre2l."""
+    for initial, is_read in (("crops", True), ("noise", False)):
+        one, other = (config_of(f"distill.initial={initial}", f"select.crops={count}") for count in (3, 4))
+        assert ("select" not in unread_keys(one)) == is_read
+        assert (run_identity(one) != run_identity(other)) == is_read
+        work = [RecoveryFromTeacher.choosing(each, 10, 1000)["scoring"] for each in (one, other)]
+        assert work[1] - work[0] == (1000 if is_read else 0)
+
+
 def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Path) -> None:
     """MetaDD's losses of the same views join the recovery, and maps of the whole set are kept."""
     pipeline = run(config_of(METADD), tmp_path)
@@ -260,13 +305,16 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
         ("network.norm=instance", r"network\.norm is 'instance', and method sre2l needs 'batch'"),
         ("recover.statistics_of=all", r"recover\.statistics_of is 'all', and there are no auxiliaries"),
         ("dataset.normalisation=zca", "kept between black and white"),
+        ("distill.initial=crops select.pool=1", r"select\.pool is 1, and 2 crops of each class are wanted"),
+        ("distill.initial=crops select.tiles=2 distill.ipc=99", "needs 396 training images of each class"),
+        ("distill.initial=crops method=dm network.norm=instance", "method dm starts from whole images or noise"),
         ("cluster.shards=2", r"Method sre2l makes a set in pieces.*cluster\.shards=1"),
     ],
 )
 def test_recipes_that_cannot_be_recovered_are_refused(setting: str, message: str, tmp_path: Path) -> None:
     """Each impossible setting is refused before anything starts, with what to do."""
-    with pytest.raises(ConfigError, match=message):
-        run(config_of(setting), tmp_path)
+    with pytest.raises(DatmError, match=message):
+        run(config_of(*setting.split()), tmp_path)
 
 
 def test_a_plan_divides_the_pieces_among_workers() -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, unread_keys
 from datm_ray.core.images.augment import augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
@@ -94,6 +94,8 @@ class Method:
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
     """never: no network may have batch normalisation, for example because gradients or features are matched. always:
     `network` must have batch normalisation. either: `network` may have it."""
+    starts_from_crops: ClassVar[bool] = False
+    """True if the method can start from crops that a teacher classifies best (`distill.initial` "crops")."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     can_continue: ClassVar[bool] = False
@@ -146,6 +148,11 @@ class Method:
             raise ConfigError(
                 f"backbones has further networks, and method {config.method} computes one",
                 remedy="leave them out, or set reads_backbones in its class",
+            )
+        if config.distill.initial == "crops" and not cls.starts_from_crops and _reads(config, "initial"):
+            raise ConfigError(
+                f"distill.initial is 'crops', and method {config.method} starts from whole images or noise",
+                remedy="use correct, random or noise; sre2l can start from crops",
             )
         if config.cluster.precision not in cls.precisions:
             raise ConfigError(
@@ -432,6 +439,11 @@ class Method:
 
     def close(self) -> None:
         """Release files and threads."""
+
+
+def _reads(config: RunConfig, name: str) -> bool:
+    """True if the run's method reads a key of `distill`."""
+    return f"distill.{name}" not in unread_keys(config)
 
 
 def _kind_of(value: bool | float | str) -> str:

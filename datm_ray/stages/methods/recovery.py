@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,12 +16,14 @@ from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.core.training.loop import Heartbeat
+from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
 
@@ -40,6 +42,7 @@ class RecoveryFromTeacher(Method):
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
+    starts_from_crops = True
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
@@ -67,6 +70,22 @@ class RecoveryFromTeacher(Method):
                 "a round has at least one iteration",
                 "lower recover.rounds",
             )
+        if config.distill.initial == "crops":
+            check_crops(config)
+
+    @classmethod
+    def check_images(cls, config: RunConfig, images: RawDataset) -> None:
+        """Raise a `DatasetError` for images that do not give the crops to start from."""
+        if config.distill.initial == "crops":
+            check_images_for_crops(config, images)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Work of choosing and labelling the first images, see `Method.choosing`. A worker scores crops once."""
+        labelled = dict(super().choosing(config, classes, training_images))
+        if config.distill.initial == "crops":
+            labelled["scoring"] += crops_scored(config, classes, training_images)
+        return labelled
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
@@ -147,21 +166,38 @@ class RecoveryFromTeacher(Method):
         black, white = (normaliser(torch.full((1, *shape), value))[0, :, :1, :1] for value in (0.0, 1.0))
         return black.to(self.part.device), white.to(self.part.device)
 
-    def first_set(self) -> SyntheticSet:
-        """Make the images with which the block starts, noise or real ones, with hard labels.
+    def choose(self) -> Generator[None, None, SyntheticSet]:
+        """Make the images with which the block starts, noise, real ones or crops, with hard labels.
 
-        The task that joins the blocks may replace the labels, see `stages/pieces.py`.
+        Yields between steps. The task that joins the blocks may replace the labels, see `stages/pieces.py`.
         """
         config, piece = self.part.config, self.piece
         labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
+        yield
         if config.distill.initial == "noise":
             noise = generator(config.seed, Purpose.RECOVERY_NOISE, piece.number)
             images = torch.from_numpy(noise.standard_normal((len(labels), *self.part.image), np.float32))
+        elif config.distill.initial == "crops":
+            images = yield from self._crops()
         else:
             images = self._real_images()
         hard = hard_logits(labels, self.part.dataset.classes)
         step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=self.part.device)
         return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
+
+    def _crops(self) -> Generator[None, None, Tensor]:
+        """Images [n c h w], tiled from the crops that the teacher classifies best; yields between scoring steps.
+
+        The worker keeps what it has chosen for its blocks of the same classes.
+        """
+        part, found = self.part, list[Tensor]()
+        for label in self.piece.classes:
+            key = ("crops", part.config.select.model_dump_json(), part.config.seed, part.config.distill.ipc, label)
+            if key not in part.kept:
+                teacher = self.experts[0].restored(0).eval()
+                part.kept[key] = yield from chosen_crops(part, teacher, label)
+            found.append(part.kept[key].images(part, self.piece.images))
+        return torch.cat(found)
 
     def _real_images(self) -> Tensor:
         """Real images [n c h w] with which the block starts."""

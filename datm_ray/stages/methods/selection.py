@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
@@ -16,25 +15,13 @@ from datm_ray.core.networks.registry import build_network, embedding
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.core.training.loop import SCORING_BATCH, in_batches
 from datm_ray.data.sources import RawDataset
-from datm_ray.errors import ConfigError, DatasetError
-from datm_ray.methods.selection import (
-    Scores,
-    Work,
-    best_crops,
-    crop_for_tile,
-    draw_boxes,
-    drawn_order,
-    forgetting_scores,
-    keep,
-    moderate_scores,
-    padded,
-    tiled,
-)
+from datm_ray.errors import ConfigError
+from datm_ray.methods.selection import Scores, Work, drawn_order, forgetting_scores, keep, moderate_scores
 from datm_ray.stages.experts.difficulty import mean_el2n
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
-from datm_ray.words import dimensions
 
 MOST_PIECES = 32
 """Largest number of pieces into which a set is divided. Each piece reads several networks again, so more would be
@@ -80,19 +67,9 @@ class Selection(Method):
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
         """Raise a `DatmError` for too few images, images that do not divide into tiles, or missing features."""
-        settings, smallest = config.select, int(np.bincount(images.train.labels, minlength=images.classes).min())
-        if settings.by == "rded" and smallest < _crops_of_class(config):
-            raise DatasetError(
-                f"select.tiles={settings.tiles} needs {_crops_of_class(config)} training images of each class, and a "
-                f"class has {smallest}",
-                remedy="lower select.tiles or distill.ipc",
-            )
-        if settings.by == "rded" and any(side % settings.tiles for side in images.size):
-            raise DatasetError(
-                f"images of {dimensions(images.size)} do not divide into {settings.tiles} tiles a side",
-                remedy="use --set select.tiles=1, or another dataset.resize",
-            )
-        if settings.by == "moderate":
+        if config.select.by == "rded":
+            check_images_for_crops(config, images)
+        if config.select.by == "moderate":
             spec = config.network.for_images(images.channels, images.size, images.classes)
             embedding(build_network(spec, seed=0).eval(), torch.zeros(1, images.channels, *images.size))
 
@@ -120,7 +97,7 @@ class Selection(Method):
         """
         settings, count = config.select, config.experts.count
         passes = {
-            "rded": classes * min(settings.pool, training_images // classes) * settings.crops,
+            "rded": crops_scored(config, classes, training_images),
             "moderate": training_images,
             "el2n": training_images * count,
             "forgetting": training_images * count * len(_epochs_of_training(config)),
@@ -188,29 +165,10 @@ class Selection(Method):
 
     def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
         """Images [n c h w], tiled from the crops of lowest loss, class by class; yields between scoring steps."""
-        network, found = self._network(0), list[Tensor]()
-        for label, own in rows.items():
-            found.append((yield from self._condensed_class(network, label, own[: self.part.config.select.pool])))
+        network, found, every = self._network(0), list[Tensor](), range(self.part.config.distill.ipc)
+        for label in rows:
+            found.append((yield from chosen_crops(self.part, network, label)).images(self.part, every))
         return torch.cat(found)
-
-    def _condensed_class(
-        self, network: nn.Module, label: int, pool: NDArray[np.int64]
-    ) -> Generator[None, None, Tensor]:
-        settings, seed, size = self.part.config.select, self.part.config.seed, self.part.dataset.size
-        boxes = draw_boxes(len(pool), settings.crops, settings.least_share, seed, label)
-
-        def crop(places: NDArray[np.int64], numbers: NDArray[np.int64]) -> Tensor:
-            drawn = boxes[places, numbers].to(self.part.device)
-            return crop_for_tile(self._images(pool[places]), drawn, settings.tiles)
-
-        def losses(crops: NDArray[np.int64]) -> Tensor:
-            logits = network(padded(crop(*np.divmod(crops, settings.crops)), *size)).double()
-            return cross_entropy(logits, torch.full((len(crops),), label, device=logits.device), reduction="none")
-
-        every = yield from in_batches(losses, np.arange(len(pool) * settings.crops))
-        numbers, lowest = best_crops(every.numpy().reshape(len(pool), settings.crops))
-        places = keep(lowest, _crops_of_class(self.part.config))
-        return tiled(crop(places, numbers[places]), settings.tiles)
 
     def _network(self, expert: int, epoch: int | None = None) -> nn.Module:
         return self.experts[0].restored(expert, epoch).eval()
@@ -226,13 +184,9 @@ class Selection(Method):
 
 def _check_select(config: RunConfig) -> None:
     """Raise a `ConfigError` if values of `select` do not fit each other or the stored epochs of the experts."""
-    settings, wanted, stored = config.select, _crops_of_class(config), config.kept_epochs
-    if settings.by == "rded" and settings.pool < wanted:
-        raise ConfigError(
-            f"select.pool is {settings.pool}, and {wanted} crops of each class are wanted",
-            "an image gives one crop at most",
-            f"use --set select.pool={wanted} or more",
-        )
+    settings, stored = config.select, config.kept_epochs
+    if settings.by == "rded":
+        check_crops(config)
     if settings.by == "el2n" and settings.epoch is not None and settings.epoch not in stored:
         raise ConfigError(
             f"select.epoch is {settings.epoch}, and experts store {epochs_in_words(stored)}",
@@ -245,11 +199,6 @@ def _check_select(config: RunConfig) -> None:
             "an image is forgotten from one stored epoch to the next",
             f"use --set experts.keep_epochs={max(LEAST_EPOCHS, config.experts.epochs)}, and as many experts.epochs",
         )
-
-
-def _crops_of_class(config: RunConfig) -> int:
-    """Number of crops per class that rded keeps."""
-    return config.distill.ipc * config.select.tiles**2
 
 
 def _epochs_of_training(config: RunConfig) -> list[int]:

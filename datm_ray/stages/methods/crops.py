@@ -1,0 +1,111 @@
+"""Crops of real images that a teacher classifies best (RDED): the set of `select`, or the first images of `sre2l`.
+
+They follow the section `select`. A class is chosen by itself, so any division of the classes gives the same crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import RunConfig
+from datm_ray.core.training.loop import in_batches
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.methods.selection import best_crops, crop_for_tile, draw_boxes, drawn_order, keep, padded, tiled
+from datm_ray.stages.methods.part import Part
+from datm_ray.words import dimensions
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Chosen crops of a class, the best first: t*t for each of its images in the set, t is `select.tiles`."""
+
+    rows: NDArray[np.int64]
+    """Indices of the training images that are cropped."""
+    boxes: Tensor
+    """Boxes, [n 4], see `crop_boxes`."""
+
+    def images(self, part: Part, numbers: range) -> Tensor:
+        """Make some of the class's images, [n c h w], tiled from the crops.
+
+        Args:
+            numbers: which images, from 0 to ipc - 1.
+        """
+        tiles = part.config.select.tiles
+        of_tiles = np.arange(tiles**2)[:, None] * part.config.distill.ipc
+        chosen = (of_tiles + np.arange(numbers.start, numbers.stop)).flatten()
+        return tiled(_cropped(part, self.rows[chosen], self.boxes[chosen]), tiles)
+
+
+def chosen_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
+    """Choose a class's crops of lowest loss, one of an image; yields between scoring steps.
+
+    Args:
+        part: the worker's part, whose section `select` says which crops are tried.
+        teacher: network in evaluation mode whose cross-entropy is the score.
+        label: the class.
+    """
+    config, size = part.config, part.dataset.size
+    settings = config.select
+    rows = drawn_order(np.flatnonzero(part.dataset.train_labels == label), config.seed, label)[: settings.pool]
+    boxes = draw_boxes(len(rows), settings.crops, settings.least_share, config.seed, label)
+
+    def losses(crops: NDArray[np.int64]) -> Tensor:
+        places, numbers = np.divmod(crops, settings.crops)
+        logits = teacher(padded(_cropped(part, rows[places], boxes[places, numbers]), *size)).double()
+        return cross_entropy(logits, torch.full((len(crops),), label, device=logits.device), reduction="none")
+
+    every = yield from in_batches(losses, np.arange(len(rows) * settings.crops))
+    numbers, lowest = best_crops(every.numpy().reshape(len(rows), settings.crops))
+    places = keep(lowest, crops_of_class(config))
+    return Crops(rows[places], boxes[places, numbers[places]])
+
+
+def _cropped(part: Part, rows: NDArray[np.int64], boxes: Tensor) -> Tensor:
+    """Crop training images at these indices by boxes [n 4], each to the size of a tile."""
+    images = torch.from_numpy(part.dataset.train_images[rows]).to(part.device)
+    return crop_for_tile(images, boxes.to(part.device), part.config.select.tiles)
+
+
+def crops_of_class(config: RunConfig) -> int:
+    """Number of crops per class that make its images."""
+    return config.distill.ipc * config.select.tiles**2
+
+
+def crops_scored(config: RunConfig, classes: int, training_images: int) -> int:
+    """Number of crops that pass the teacher."""
+    return classes * min(config.select.pool, training_images // classes) * config.select.crops
+
+
+def check_crops(config: RunConfig) -> None:
+    """Raise a `ConfigError` if `select.pool` has fewer images than crops are wanted."""
+    wanted = crops_of_class(config)
+    if config.select.pool < wanted:
+        raise ConfigError(
+            f"select.pool is {config.select.pool}, and {wanted} crops of each class are wanted",
+            "an image gives one crop at most",
+            f"use --set select.pool={wanted} or more",
+        )
+
+
+def check_images_for_crops(config: RunConfig, images: RawDataset) -> None:
+    """Raise a `DatasetError` for too few images, or images that do not divide into tiles."""
+    tiles, smallest = config.select.tiles, int(np.bincount(images.train.labels, minlength=images.classes).min())
+    if smallest < crops_of_class(config):
+        raise DatasetError(
+            f"select.tiles={tiles} needs {crops_of_class(config)} training images of each class, and a class has "
+            f"{smallest}",
+            remedy="lower select.tiles or distill.ipc",
+        )
+    if any(side % tiles for side in images.size):
+        raise DatasetError(
+            f"images of {dimensions(images.size)} do not divide into {tiles} tiles a side",
+            remedy="use --set select.tiles=1, or another dataset.resize",
+        )
