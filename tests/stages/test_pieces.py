@@ -136,6 +136,23 @@ def test_pieces_in_any_order_and_resumed_anywhere_have_the_same_bits(finished: P
     assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_workers_recover_the_bits_of_one(count: int, finished: Path, tmp_path: Path) -> None:
+    """Pieces that are dealt out to two or four workers, one of them joining, give the set of a single worker."""
+    config = config_of()
+    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
+    (config,) = pipeline.configs
+    workers = [PieceWorker(pipeline.runs.dataset(config.dataset), config.cluster) for _ in range(count)]
+    arguments = (config, pipeline.store_uri, str(tmp_path / "tiny"))
+    pieces = RecoveryFromTeacher.pieces(config, 10)
+    for piece in reversed(pieces):
+        list(workers[piece.number % count].make_piece(*arguments, piece.number))
+    list(workers[-1].join_pieces(*arguments))
+    assert len(pieces) == 4
+    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+
+
 def test_a_worker_reads_its_teacher_once_for_all_pieces(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,7 +95,7 @@ class Method:
     """never: no network may have batch normalisation, for example because gradients or features are matched. always:
     `network` must have batch normalisation. either: `network` may have it."""
     starts_from_crops: ClassVar[bool] = False
-    """True if the method can start from crops that a teacher classifies best (`distill.initial` "crops")."""
+    """True if `choose` can make a set of the crops that a teacher classifies best (`distill.initial` "crops")."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     can_continue: ClassVar[bool] = False
