@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,13 @@ from datm_ray.interop.sets import read_set
 from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
-from datm_ray.report.card import as_markdown, card
+from datm_ray.report.card import as_markdown, card, is_card
 from datm_ray.report.results import Cell, Line, Table, read_run
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, recorded_steps, scoring_steps
-from tests.test_report import configure, finished_run as run_with_scores, save_set
+from tests.test_report import SIDE, configure, finished_run as run_with_scores, save_set
 
 
 def card_of(summary: RunSummary) -> str:
@@ -78,8 +80,11 @@ def test_a_large_transform_may_be_left_out(
     assert {name: content for name, content in small.items() if name not in ("README.md", "synthetic.safetensors")} == {
         name: content for name, content in whole.items() if name not in ("README.md", "synthetic.safetensors")
     }
-    assert "synthetic = synthetic.fitted(training_images)" in small["README.md"].decode()
-    assert "fitted" not in whole["README.md"].decode()
+    code, of_whole = (files["README.md"].decode() for files in (small, whole))
+    assert 'real = load_raw("digits", validation=0.1)' in code
+    assert "synthetic = synthetic.fitted(real.train.images)" in code
+    assert "fitted" not in of_whole
+    assert "load_raw" not in of_whole
     (tmp_path / "synthetic.safetensors").write_bytes(small["synthetic.safetensors"])
     with pytest.raises(StoreError, match="leaves out its standard transform"):
         load(str(tmp_path / "synthetic.safetensors")).pixels()
@@ -101,6 +106,34 @@ def test_a_card_without_accuracies_says_so(summary: RunSummary) -> None:
     accuracy = sections(card_of(RunSummary(summary.config, summary.folder, [], 600)))["Accuracy"]
     assert "|" not in accuracy
     assert "Not measured yet" in accuracy
+
+
+def test_a_card_names_the_iteration_that_was_kept_and_the_precision(summary: RunSummary) -> None:
+    """Validation chose an earlier set than the last one; sums in 16 bits are part of the recipe."""
+    text = card_of(summary)
+    assert "in 12 iterations. The set of iteration 8 is kept, which validation images chose." in sections(text)[""]
+    assert "precision" not in sections(text)["How it was made"]
+    config = override(summary.config, ["cluster.precision=bfloat16", "cluster.workers=7"])
+    made = sections(card_of(dataclasses.replace(summary, config=config)))["How it was made"]
+    assert "cluster:\n  precision: bfloat16\n" in made
+    assert "workers" not in made.split("```yaml")[1]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parents[1] / "benchmarks/sets").iterdir()), ids=lambda each: each.name
+)
+def test_a_set_of_this_repository_can_be_had(folder: Path) -> None:
+    """A committed set has readable, equal files, and a card with its accuracy beside a control, and a licence."""
+    text = (folder / "README.md").read_text()
+    found, rows = load(folder / "synthetic.safetensors"), pq.read_table(folder / "train.parquet")
+    assert is_card(text)
+    assert re.search(r"^\| random real images.*\d ± \d", text, re.MULTILINE)
+    assert re.search(r"^\| distilled \| \d+\.\d ± ", text, re.MULTILINE)
+    assert "state it here" not in text
+    assert len(found.images) == rows.num_rows
+    assert found.labels.tolist() == rows["label"].to_pylist()
+    assert found.training().epochs > 0
+    assert not {"/work", "/home", "/root"} & set(re.findall(r"/\w+", text + json.dumps(dict(found.recipe))))
 
 
 def test_a_card_says_how_the_set_was_made(summary: RunSummary) -> None:
@@ -250,13 +283,19 @@ def test_a_card_of_labels_by_a_teacher_says_so(summary: RunSummary) -> None:
     assert "a teacher's labels for every batch, at temperature 4" in sections(card_of(taught))["Accuracy"]
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
 def test_the_code_of_a_card_trains_a_network(
-    summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
 ) -> None:
     """The code on the card trains any network as those that scored the set, and predicts classes of real images."""
     scoring = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
     (summary.folder / SCORING).write_json(scoring.to_json())
-    for name, content in published_files(summary).items():
+    if not is_whole:
+        monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
+        small = np.random.default_rng(1).integers(0, 256, (30, 1, SIDE, SIDE), dtype=np.uint8)  # as `save_set` has them
+        sets = SimpleNamespace(train=SimpleNamespace(images=small), test=SimpleNamespace(images=small[:5]))
+        monkeypatch.setattr("datm_ray.data.load_raw", lambda *_, **__: sets)
+    for name, content in published_files(summary, transform=is_whole).items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     code = sections((tmp_path / "README.md").read_text())["Use it"].split("```python\n")[1].split("```")[0]

@@ -191,7 +191,7 @@ def digits_select_ipc10() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD, for sets that work on other networks too.
 
-    Measured 90.0±1.4 % on the backbone's architecture; README.md lists other architectures. At 8x8 the last maps would
+    Measured 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last maps would
     have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says how MetaDD's
     weights were found.
     Score the set with

@@ -73,6 +73,7 @@ def card(run: Run, artifact: Artifact, *, is_whole: bool = True) -> str:
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
         clipped=artifact.clipped_in_words(),
         is_whole=is_whole,
+        source=_source(run.config),
         teacher=_taught(artifact),
         table=as_markdown(rows) if summary.scores else "",
         networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
@@ -91,6 +92,14 @@ def as_markdown(table: Table) -> str:
     cells = [[one_line(cell).replace("|", "\\|") for cell in row] for row in [list(table.headings), *rows]]
     cells.insert(1, ["---"] * len(table.headings))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _source(config: RunConfig) -> str:
+    """Arguments of `datm_ray.data.load_raw` that read a run's images, with "PATH" for a path."""
+    data = config.dataset
+    path = '"PATH", ' if data.path else ""
+    resize = f"resize={data.resize}, " if data.resize else ""
+    return f'"{data.source}", {path}{resize}validation={data.validation}'
 
 
 def _training_in_words(artifact: Artifact) -> str:
@@ -115,9 +124,16 @@ def _preview(artifact: Artifact) -> bytes:
 def _recipe(config: RunConfig) -> dict[str, Any]:
     """Settings that differ from the defaults and decide the set, without paths of this machine; a recipe by itself.
 
-    A given set is the published one, whose digest is another than that of the files it was read from.
+    Of `cluster`, the precision alone is one of them. A given set is the published one, whose digest is another than
+    that of the files it was read from.
     """
-    left_out: dict[str, Any] = {"cluster": True, "dataset": {"path"}, "distill": {"continue_from"}, "given": {"digest"}}
+    cluster = set(type(config.cluster).model_fields) - {"precision"}
+    left_out: dict[str, Any] = {
+        "cluster": cluster,
+        "dataset": {"path"},
+        "distill": {"continue_from"},
+        "given": {"digest"},
+    }
     for key in unread_keys(config):
         section, _, name = key.partition(".")
         left_out[section] = (left_out.get(section) or set()) | {name} if name else True

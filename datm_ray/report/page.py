@@ -128,7 +128,17 @@ def what_was_done(run: Run) -> str:
         return f"{_size(run)}, made elsewhere, stand for {origin[:1].lower()}{origin[1:]}."
     if not run.total:
         done = f"reduced to {_size(run)}, {taught}by choice, without iterations"
-    return f"{origin} {verb} {done}."
+    return f"{origin} {verb} {done}.{_kept(run)}"
+
+
+def _kept(run: Run) -> str:
+    """Sentence on the iteration whose set is kept, if it is not the last one; else ""."""
+    if run.synthetic is None or run.history is None or "validation.chosen_at" not in run.history:
+        return ""
+    chosen = int(run.history["validation.chosen_at"])
+    if chosen in (0, run.total):
+        return ""
+    return f" The set of iteration {chosen:,} is kept, which validation images chose."
 
 
 def _size(run: Run) -> str:
@@ -209,7 +219,8 @@ def _recipe(run: Run) -> str:
 
 def provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs (name, value) of a set's provenance in words, without the values that were found for its recipe."""
-    return [(key.replace("_", " "), _in_words(value)) for key, value in provenance.items() if key != FOUND]
+    names = {key: key.replace("student_steps", "computed").replace("_", " ") for key in provenance if key != FOUND}
+    return [(name, _in_words(provenance[key])) for key, name in names.items()]
 
 
 def _in_words(value: Any) -> str:
