@@ -191,9 +191,9 @@ def digits_select_ipc10() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD, for sets that work on other networks too.
 
-    Measured 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last maps would
-    have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says how MetaDD's
-    weights were found.
+    Measured 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last maps
+    would have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says how
+    MetaDD's weights were found.
     Score the set with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
