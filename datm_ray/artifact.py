@@ -260,7 +260,7 @@ class Artifact:
         """Copy with the transform that the set's file leaves out, fitted on real images; other sets are returned as is.
 
         The run's training images give its transform up to rounding. All training images of the data set, or another
-        encoding of them, give nearly the same, with a `UserWarning`. At 32x32 RGB it takes half a minute on two cores.
+        encoding of them, give nearly the same, with a `UserWarning`. At 32x32 RGB it takes some seconds.
 
         Args:
             images: [n c h w] real training images in uint8.
