@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
-from datm_ray.core.compute.precision import Precision
+from datm_ray.core.compute.precision import Precision, has_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
@@ -46,7 +46,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     if not takes_one or cluster.device == "cpu":
         return torch.device("cpu")
     # Training of experts and of scored networks uses these switches. Student steps set their own.
-    is_rounded = cluster.precision in ("auto", "tf32")
+    # With bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
+    is_rounded = cluster.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda")
 
@@ -73,9 +74,9 @@ def restoring_determinism() -> Iterator[None]:
 
 
 def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
-    """Precision of a student step on this device: `cluster.precision`, where "auto" is tf32 on GPUs, else float32."""
+    """Precision of a student step on this device: `cluster.precision`; "auto" is tf32 on GPUs with it, else float32."""
     if cluster.precision == "auto":
-        return "tf32" if device.type == "cuda" else "float32"
+        return "tf32" if has_tf32(device) else "float32"
     return cluster.precision
 
 

@@ -858,12 +858,15 @@ def test_no_gpus_per_worker_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
         prepare_device(ClusterConfig(gpus_per_worker=0.0, device="cuda"))
 
 
-@pytest.mark.parametrize(("precision", "is_rounded"), [("auto", True), ("tf32", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("precision", "is_rounded"), [("auto", True), ("tf32", True), ("bfloat16", True), ("float32", False)]
+)
 def test_products_on_gpus_are_rounded_as_the_recipe_says(
     monkeypatch: pytest.MonkeyPatch, precision: Any, is_rounded: bool
 ) -> None:
-    """Networks use TF32 on GPUs by default, as published, and none with float32; CPUs never round."""
+    """Networks use TF32 on GPUs by default, as published, and none with float32; CPUs and older GPUs never round."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:
@@ -871,8 +874,10 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
         cluster = ClusterConfig(precision=precision)
         assert prepare_device(cluster) == torch.device("cuda")
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (is_rounded, is_rounded)
-        assert precision_on(cluster, torch.device("cuda")) == ("tf32" if is_rounded else "float32")
+        assert precision_on(cluster, torch.device("cuda")) == ("tf32" if precision == "auto" else precision)
         assert precision_on(ClusterConfig(), torch.device("cpu")) == "float32"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert precision_on(ClusterConfig(), torch.device("cuda")) == "float32"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 

@@ -17,6 +17,11 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 derivatives, with sums in float32."""
 
 
+def has_tf32(device: torch.device) -> bool:
+    """True if the device can compute products in TF32: NVIDIA's GPUs from Ampere on, so neither V100 nor T4."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 @contextmanager
 def tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
     """Allow or forbid TF32 on a GPU within the context. By default torch allows TF32 in convolutions only."""

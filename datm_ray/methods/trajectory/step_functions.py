@@ -27,7 +27,7 @@ from torch.func import grad, grad_and_value, jvp
 
 from datm_ray.core.compute.compilation import Compiled, compiled_facts, compiler_problem, traced
 from datm_ray.core.compute.cuda_graphs import Replayed
-from datm_ray.core.compute.precision import Precision, tf32_products
+from datm_ray.core.compute.precision import Precision, has_tf32, tf32_products
 from datm_ray.core.compute.torch_compat import shapes_only
 from datm_ray.core.networks.instance_norm import set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
@@ -90,10 +90,10 @@ class StudentStepFunctions:
     @property
     def facts(self) -> dict[str, str | bool]:
         """Options that steps really use, as plain data. The order of differentiation is final after the first trace."""
-        precision, device = self._options.precision, self.network.device.type
+        precision = self._options.precision
         return {
             "precision": precision,
-            "tf32": precision == "tf32" and device == "cuda",
+            "tf32": precision == "tf32" and has_tf32(self.network.device),
             "order": self._order,
             "channels_last": self._is_channels_last,
             **compiled_facts(self._compiled, self.note),

@@ -275,6 +275,18 @@ def test_the_reported_and_compiled_memory_order_is_that_of_the_images(monkeypatc
     assert found == {(True, True), (True, False), (False, False)}
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_facts_say_tf32_only_of_gpus_that_have_it(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V100 and T4 cannot round to TF32, so no record says that they did; neither does that of a CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    functions = StudentStepFunctions(make_network(), StepOptions(compiled=False, precision="tf32"))
+    assert functions.facts["tf32"] is False
+    monkeypatch.setattr(FlatNetwork, "device", torch.device("cuda"))
+    assert functions.facts["tf32"] is expected
+
+
 @pytest.mark.parametrize(
     ("order", "explicit", "compiled"),
     [
