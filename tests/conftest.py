@@ -164,7 +164,8 @@ def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
     patch.setattr(loop, "trainer", functools.cache(loop.trainer.__wrapped__))
     patch.setattr(validation, "trainer", loop.trainer)
-    patch.setattr(rows, "_are_together", functools.cache(rows._are_together.__wrapped__))
+    for name in ("_are_together", "_is_unstackable"):
+        patch.setattr(rows, name, functools.cache(getattr(rows, name).__wrapped__))
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
-from datm_ray.config import RunConfig, override, run_identity, to_yaml
+from datm_ray.config import RunConfig, override, run_identity, scored_on, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.teacher import Teacher
 from datm_ray.data import Transform
@@ -535,6 +535,27 @@ def test_a_row_is_reported_once_when_all_its_seeds_are_there(
     Pipeline(both, str(tmp_path / "out")).evaluate(serial(config), Reporter())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("(n=3)")]
     assert [line.partition(":")[0] for line in lines] == ["tiny, all real data", "more, all real data"]
+
+
+def test_architectures_that_cannot_be_stacked_are_named_once(
+    tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names the architectures that are trained one after another; none does without a compiler or need."""
+    shutil.copytree(finished_run, tmp_path / "out")
+    monkeypatch.setattr(Pipeline, "_run", lambda *_: None)
+
+    def shown(*changes: str) -> list[str]:
+        config = scored_on(tiny_config(*changes), ["vgg11:4", "resnet18:4", "vit-small:4"])
+        pipeline = Pipeline([config], str(tmp_path / "out"))
+        for _ in range(2):
+            pipeline.evaluate(serial(config), Reporter())
+        return [line for line in capsys.readouterr().err.splitlines() if "stacked" in line]
+
+    assert shown("cluster.compile=true") == []  # too little work
+    stacks_of_any_work(monkeypatch)
+    line = "networks of resnet18 and vit-small cannot be stacked, and are trained one after another"
+    assert shown("cluster.compile=true") == [line]
+    assert shown("cluster.compile=false") == []
 
 
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:

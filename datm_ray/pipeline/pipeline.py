@@ -50,7 +50,7 @@ from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import LAG, Location, require_shared
-from datm_ray.words import counted, dimensions
+from datm_ray.words import counted, dimensions, listed
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class Pipeline:
         self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
         checks.check(self.runs)
         self._log = Logger()
+        self._unstackable = set[str]()
+        """Architectures that the user knows to be trained one after another."""
         self._shares_out = True
         """True if workers of the present command use the output folder."""
         self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
@@ -439,6 +441,7 @@ class Pipeline:
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.light_workers, of=done)
             new = [each for each in found if given.isdisjoint(RowArguments(*each.arguments).result_uris)]
             given.update(uri for each in new for uri in RowArguments(*each.arguments).result_uris)
+            self._tell_unstackable(new, reporter)
             return new
 
         self._run("Distillation", "distill", open_tasks, executor, reporter, following)
@@ -467,6 +470,7 @@ class Pipeline:
             self._report_row(task, reporter)
             return []
 
+        self._tell_unstackable(open_tasks(self.runs), reporter)
         self._run("Evaluation", "evaluate", open_tasks, executor, reporter, following)
         folders = {
             result_location(self.out, config, self.runs.raw(config).fingerprint, row, 0, network).parent
@@ -477,6 +481,12 @@ class Pipeline:
             remove_progress(folder)
         for config in self.configs:
             note_scoring(self.out, config, self.runs.raw(config).fingerprint)
+
+    def _tell_unstackable(self, evaluation: Sequence[Task], reporter: Reporter) -> None:
+        """Show a line with the architectures of these tasks that cannot be trained together; each is named once."""
+        if new := [name for name in tasks.unstackable(self.runs, evaluation) if name not in self._unstackable]:
+            self._unstackable.update(new)
+            reporter.message(f"networks of {listed(new)} cannot be stacked, and are trained one after another")
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
         """Show the score of each row of the accuracy table that an evaluation task has completed."""

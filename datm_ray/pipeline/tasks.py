@@ -25,6 +25,7 @@ from datm_ray.stages.evaluate.rows import (
     FAIR_ROWS,
     ROWS,
     fewest_tasks,
+    is_unstackable,
     largest_stack,
     result_location,
     seeds_of_tasks,
@@ -411,6 +412,19 @@ def evaluate_tasks(
         found = (_evaluate_task(runs, config, row, network, numbers, work) for numbers in parts)
         tasks += filter(None, found)
     return sorted(tasks, key=lambda task: -task.weight if workers > 1 else 0)
+
+
+def unstackable(runs: Runs, evaluation: Sequence[Task]) -> list[str]:
+    """Architectures whose networks these evaluation tasks train one after another, because they cannot be stacked.
+
+    Trained together they would be faster. Each architecture is named once.
+    """
+    found = dict[str, None]()
+    for task in evaluation:
+        config, *_, row, _, network = RowArguments(*task.arguments)
+        if is_unstackable(config, row, network, *_networks_and_images(runs, config, row, network)):
+            found[(network or config.network).architecture] = None
+    return list(found)
 
 
 def _networks_and_images(

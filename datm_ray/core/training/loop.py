@@ -360,10 +360,15 @@ def train(
 
 
 STEP_OVERHEAD = 3e7
-"""Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
+"""Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long.
+
+That is one millisecond, at 3e10 operations a second (`make bench-evaluate`: 10 digits 1.0 ms a step, 10 images of 32x32
+3.7e10 operations a second and core)."""
 COMPILED_WORK = 5e10
 """Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
-One CPU core takes about seven seconds for this work; less would not pay for the compilation."""
+
+One CPU core takes about two seconds for this work, and four for the first compilation. The process keeps
+the compiled function for later rows and validations, so less than the time of compiling is asked for."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
@@ -404,7 +409,25 @@ def are_trained_together(
         is_taught: True if a teacher gives the labels.
         on_gpu: True if a GPU trains them.
     """
-    if networks == 1 or is_taught or schedule.optimiser != "sgd" or not can_be_stacked(network):
+    taught = {"is_taught": is_taught, "on_gpu": on_gpu}
+    return can_be_stacked(network) and would_gain_together(network, networks, image, count, schedule, **taught)
+
+
+def would_gain_together(
+    network: nn.Module,
+    networks: int,
+    image: tuple[int, int, int],
+    count: int,
+    schedule: Schedule,
+    *,
+    is_taught: bool = False,
+    on_gpu: bool = False,
+) -> bool:
+    """True if several networks like this one would be trained together if their architecture can be stacked.
+
+    Arguments: see `are_trained_together`.
+    """
+    if networks == 1 or is_taught or schedule.optimiser != "sgd":
         return False
     cost = image_cost(network, image)
     maps = min(schedule.batch_size, count) * cost.largest

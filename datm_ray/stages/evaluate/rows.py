@@ -61,7 +61,7 @@ from datm_ray.config import (
 from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
 from datm_ray.core.images.batches import Images
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import LARGEST_STACK
+from datm_ray.core.networks.stacked import LARGEST_STACK, can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.loop import (
@@ -71,6 +71,7 @@ from datm_ray.core.training.loop import (
     are_trained_together,
     stack_sizes,
     work_of_training,
+    would_gain_together,
 )
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.data.dataset import Dataset
@@ -460,6 +461,25 @@ def largest_stack(
 def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
     image = (spec.channels, *spec.size)
     return are_trained_together(build_network(spec, 0), networks, image, images, schedule, on_gpu=on_gpu)
+
+
+def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int) -> bool:
+    """True if a row's networks are trained one after another only because their architecture cannot be stacked.
+
+    Arguments: see `seeds_of_tasks`.
+    """
+    count, schedule = training_of(config, row, network)
+    networks, on_gpu = count * config.evaluate.seeds, uses_gpu(config.cluster.shaped(light=True))
+    may_stack = config.cluster.compile and not is_taught(config, row)
+    return may_stack and _is_unstackable(spec, networks, images, schedule, on_gpu)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_unstackable(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
+    built, image = build_network(spec, 0), (spec.channels, *spec.size)
+    if can_be_stacked(built):
+        return False
+    return would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu)
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
