@@ -226,13 +226,19 @@ def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
 ) -> None:
     """A trial step halves the micro-batch until it fits the worker's share; one image too large is refused."""
     gpu, planned = FakeGpu(monkeypatch, size), plan_of(tiny_config("cluster.memory=4GiB"))
-    plan = replace(planned, budget=budget, chunk=10)
+    plan, held = replace(planned, budget=budget, chunk=10), list[int]()
+
+    def step(chunk: int) -> None:
+        held.append(chunk)  # graphs keep their memory, also of a step that runs out of it
+        gpu.step(chunk)
+
     if size < 100:
         with pytest.raises(ConfigError, match=r"distils tiny has too little GPU memory for a step of one image"):
-            chunk_by_trial(gpu.step, plan, torch.device("cpu"))
+            chunk_by_trial(step, plan, torch.device("cpu"), held.clear)
     else:
-        assert chunk_by_trial(gpu.step, plan, torch.device("cpu")) == tried[-1]
+        assert chunk_by_trial(step, plan, torch.device("cpu"), held.clear) == tried[-1]
     assert gpu.tried == tried
+    assert held == tried[-1:] * (size >= 100), "what does not fit is forgotten before the next trial"
 
 
 def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:

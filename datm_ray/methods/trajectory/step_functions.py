@@ -105,6 +105,10 @@ class StudentStepFunctions:
         made = [each for pair in self._built.values() for each in pair]
         return bool(made) and all(isinstance(each, Replayed) and each.is_recorded for each in made)
 
+    def forget(self) -> None:
+        """Drop what is compiled and recorded so far. A CUDA graph keeps its memory as long as it exists."""
+        self._built.clear()
+
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """Compute the student's gradient g [p].
 

@@ -243,13 +243,19 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 
 
-def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:
+def chunk_by_trial(
+    step: Callable[[int], None],
+    plan: DistillationPlan,
+    device: torch.device,
+    forget: Callable[[], None] = lambda: None,
+) -> int:
     """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
     A trial also allocates the plan's part "trace". It fits if its peak memory stays within the plan's budget.
 
     Args:
         step: computes one step with the given number of images.
+        forget: drops what a step that does not fit has left, such as recorded CUDA graphs with their memory.
 
     Raises:
         ConfigError: a step of one image does not fit.
@@ -266,6 +272,7 @@ def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: 
                 return chunk
         except torch.OutOfMemoryError:
             trace = None
+        forget()
         chunk //= 2
     raise ConfigError(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",

@@ -166,7 +166,7 @@ class TrajectoryMatching(Method):
                 functions.prepare(chunk, self.part.image, self.part.dataset.classes, heartbeat)
 
             if self.part.device.type == "cuda":
-                chunk = chunk_by_trial(step, backbone.plan, self.part.device)
+                chunk = chunk_by_trial(step, backbone.plan, self.part.device, backbone.functions.forget)
                 self._backbones[place] = dataclasses.replace(backbone, chunk=chunk)
             else:
                 step(backbone.chunk)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
+from datm_ray.stages.methods.memory import chunk_by_trial
 
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
 
@@ -120,6 +124,28 @@ def test_a_function_that_cannot_be_recorded_runs_as_without(
 
     with pytest.raises(torch.OutOfMemoryError):
         Replayed(too_large)(torch.zeros(1))
+
+
+def test_a_trial_that_does_not_fit_leaves_no_graph(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions forget the graphs of a size that runs out of memory, so that nothing keeps the graphs' memory."""
+    for name in ("empty_cache", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    plan = SimpleNamespace(chunk=8, budget=100, parts={"trace": 1})
+    functions = StudentStepFunctions(FlatNetwork(build_network(SPEC, 0)), StepOptions(compiled=False, graphs=True))
+    recorded: list[weakref.ref[Tape]] = []
+
+    def step(chunk: int) -> None:
+        theta, x = flatten(functions.network.module), torch.zeros(chunk, 3, 8, 8)
+        functions.forward(theta, x, torch.zeros(chunk, 4), torch.ones(chunk))
+        recorded.extend(map(weakref.ref, tapes))
+        tapes.clear()
+        if chunk > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = chunk_by_trial(step, plan, torch.device("cpu"), functions.forget)  # type: ignore[arg-type]
+    assert found == 2
+    gc.collect()
+    assert [each() is not None for each in recorded] == [False, False, True]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
