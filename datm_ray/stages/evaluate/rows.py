@@ -247,8 +247,12 @@ class EvaluateWorker:
         return chosen, tested, tested if chosen is trials[0] else self._test_accuracy(trials[0])
 
     def _test_accuracy(self, trial: _Trial) -> float:
-        images = images_on(self._dataset.test_images, self._device)
-        return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
+        return accuracy(trial.network, *self._test_set)
+
+    @functools.cached_property
+    def _test_set(self) -> tuple[Images, Tensor]:
+        """Test images and labels, copied to the device once for all networks."""
+        return images_on(self._dataset.test_images, self._device), to_device(self._dataset.test_labels, self._device)
 
     def _training_sets(
         self,
@@ -314,8 +318,13 @@ class EvaluateWorker:
         return Teacher(self._teachers[config.name], settings.temperature, cutmix)
 
     def _validation_accuracy(self, network: nn.Module) -> float:
+        return accuracy(network, *self._validation_set)
+
+    @functools.cached_property
+    def _validation_set(self) -> tuple[Images, Tensor]:
+        """Validation images and labels, copied to the device once for all networks."""
         images = images_on(self._dataset.validation_images, self._device)
-        return accuracy(network, images, to_device(self._dataset.validation_labels, self._device))
+        return images, to_device(self._dataset.validation_labels, self._device)
 
 
 def is_taught(config: RunConfig, row: str) -> bool:

@@ -7,6 +7,7 @@ A stack keeps experts that are in the store already, but does not store them aga
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
+from datm_ray.core.images.batches import Images
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
@@ -247,14 +249,17 @@ class ExpertWorker:
         """Test accuracies [s] of experts after an epoch, in [0, 1]; `None` without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
-        images = images_on(self.dataset.test_images, self.device)
-        labels = to_device(self.dataset.test_labels, self.device)
         measured = []
         for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
             unflatten_into(network, parameters)
             unflatten_buffers_into(network, buffers)
-            measured.append(accuracy(network, images, labels))
+            measured.append(accuracy(network, *self._test_set))
         return torch.tensor(measured)
+
+    @functools.cached_property
+    def _test_set(self) -> tuple[Images, torch.Tensor]:
+        """Test images and labels, copied to the device once for all epochs."""
+        return images_on(self.dataset.test_images, self.device), to_device(self.dataset.test_labels, self.device)
 
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
         dataset, seed = self.dataset, derive_seed(config.expert_seed, Purpose.EXPERT, expert)

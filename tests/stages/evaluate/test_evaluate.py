@@ -27,6 +27,7 @@ from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime import stopping
+from datm_ray.runtime.devices import images_on
 from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
 from datm_ray.runtime.stopping import Interrupted
 from datm_ray.stages.distill import SYNTHETIC
@@ -327,6 +328,22 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for row in (*ROWS, *FAIR_ROWS):
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
     return seen
+
+
+def test_scored_images_are_copied_to_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation and test images are copied to the device once, not again for every network."""
+    config, copied = tiny_config(), list[int]()
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
+
+    def copy(images: Any, device: torch.device) -> Any:
+        copied.append(len(images))
+        return images_on(images, device)
+
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.images_on", copy)
+    worker = EvaluateWorker(dataset, config.cluster)
+    uris = [str(tmp_path / f"random-hard-{number}.json") for number in range(2)]
+    list(worker.evaluate(config, "", str(tmp_path), uris, "random-hard", (0, 1)))
+    assert sorted(copied) == sorted([len(dataset.validation_images), len(dataset.test_images)])
 
 
 def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.devices import images_on
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
 from datm_ray.stages.experts import progress as expert_progress
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -153,6 +154,22 @@ def test_stacks_follow_from_numbers_and_count_alone() -> None:
     assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
     assert stacks([8], 4, 9) == [(8, 9)]
     assert stacks([], 4, 9) == []
+
+
+def test_test_images_are_copied_to_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test images that several experts and epochs are measured on are copied to the device once."""
+    copied: list[int] = []
+
+    def copy(images: Any, device: torch.device) -> Any:
+        copied.append(len(images))
+        return images_on(images, device)
+
+    monkeypatch.setattr("datm_ray.stages.experts.train.images_on", copy)
+    config = tiny_config("experts.test_every=1", "experts.epochs=3", "distill.start_epochs=[0, 2]")
+    worker, _, uri = worker_of(config, tmp_path)
+    for experts in ((0,), (1,)):
+        list(worker.train(config, uri, experts))
+    assert sorted(copied) == sorted([len(worker.dataset.train_images), len(worker.dataset.test_images)])
 
 
 @pytest.mark.parametrize(("workers", "stack"), [(None, 8), (4, 8), (16, 7), (200, 1)])
