@@ -810,8 +810,8 @@ class ClusterConfig(WorkerShape):
     """Memory that a distilling worker may take, GPU or main, such as 8GiB; null: all that is free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: datm, mtt, dm; on CPUs too."""
-    channels_last: bool = True
-    """Store maps channels-last: faster on CPUs, coarser rounding."""
+    channels_last: bool | None = None
+    """Store maps channels-last: faster on CPUs, coarser rounding. null: except on GPUs in float32."""
     cuda_graphs: bool = False
     """Launch all kernels of a student step together on GPUs, for small batches. Not tested on a GPU yet."""
     deterministic: bool = False

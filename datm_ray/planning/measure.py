@@ -29,7 +29,7 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gr
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
-from datm_ray.runtime.devices import precision_on, prepare_device, restoring_determinism
+from datm_ray.runtime.devices import channels_last_on, precision_on, prepare_device, restoring_determinism
 from datm_ray.shape import network_cost
 from datm_ray.stages.experts.train import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
@@ -116,7 +116,8 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     data = {kind: (images[:count], labels[:count]) for kind, count in counts.items()}
     endless = replace(schedule, epochs=MANY, decay_epoch=None, warmup_epochs=0)
     experts = config.experts.model_copy(update={"epochs": MANY})
-    functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=config.cluster.channels_last)
+    layout = channels_last_on(config.cluster, device)
+    functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=layout)
     work = {  # new memory counts, so the steps of methods are timed before others have warmed it
         "matching": _matching(config, first, *data["matching"], spec.classes, compiled=compiled),
         "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
@@ -137,7 +138,7 @@ def _matching(
 ) -> Iterator[Any]:
     """Gradients of `STEPS` student steps on all images."""
     precision, count = precision_on(config.cluster, images.device), len(images)
-    options = StepOptions(compiled, channels_last=config.cluster.channels_last, precision=precision)
+    options = StepOptions(compiled, channels_last=channels_last_on(config.cluster, images.device), precision=precision)
     functions, start = StudentStepFunctions(FlatNetwork(network), options), flatten(network)
     soft = torch.zeros(count, classes, device=images.device)
     synthetic = SyntheticSet(images, soft, torch.full((1,), 0.01, device=images.device), labels)
@@ -148,7 +149,8 @@ def _matching(
 
 def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Any]:
     """Embeddings of all images."""
-    precision, layout = precision_on(config.cluster, images.device), config.cluster.channels_last
+    place = (config.cluster, images.device)
+    layout, precision = channels_last_on(*place), precision_on(*place)
     functions = EmbeddingFunctions(network, compiled=compiled, channels_last=layout, precision=precision)
     values = functions.values_of(network)
     while True:
@@ -159,7 +161,8 @@ def _recovery(
     config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool
 ) -> Iterator[Any]:
     """Gradients of SRe2L's loss in all images."""
-    loss = RecoveryLoss(network, config.recover, compiled=compiled, channels_last=config.cluster.channels_last)
+    layout = channels_last_on(config.cluster, images.device)
+    loss = RecoveryLoss(network, config.recover, compiled=compiled, channels_last=layout)
     while True:
         yield loss.gradient(images, labels)
 

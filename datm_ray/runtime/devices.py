@@ -80,6 +80,21 @@ def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
     return cluster.precision
 
 
+def channels_last_on(cluster: ClusterConfig, device: torch.device, precision: Precision | None = None) -> bool:
+    """True if maps are stored channels-last on this device: `cluster.channels_last`, or what suits the device.
+
+    On CPUs the vector units read channels, and on GPUs the tensor cores, which compute TF32 and bfloat16. Plain float32
+    products on a GPU use neither. The choice for GPUs is assumed; `make gpu` measures it.
+
+    Args:
+        precision: precision of the products; `None`: that of student steps, see `precision_on`.
+    """
+    if cluster.channels_last is not None or device.type != "cuda":
+        return cluster.channels_last is not False
+    precision = precision or precision_on(cluster, device)
+    return precision == "bfloat16" or (precision == "tf32" and has_tf32(device))
+
+
 def uses_gpu(cluster: ClusterConfig) -> bool:
     """True if workers compute on GPUs. If the settings leave this open, a GPU on this machine decides."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:

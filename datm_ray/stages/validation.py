@@ -44,7 +44,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import State
 from datm_ray.monitor.spent import Spent
-from datm_ray.runtime.devices import images_on, to_device
+from datm_ray.runtime.devices import channels_last_on, images_on, to_device
 from datm_ray.runtime.executor import Progress
 from datm_ray.stages.checkpoint import read_iteration
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
@@ -210,7 +210,7 @@ def validating(
     ]
     yield Progress(0, epochs)
     last = time.monotonic()
-    for epoch in trainer_of(config.cluster).train_all(trainings):
+    for epoch in trainer_of(config.cluster, device).train_all(trainings):
         heartbeat()
         if time.monotonic() - last > REPORT_INTERVAL:
             yield Progress(epoch, epochs)
@@ -219,9 +219,9 @@ def validating(
     yield Progress(epochs, epochs, {"validation": total / seeds})
 
 
-def trainer_of(cluster: ClusterConfig) -> Trainer:
+def trainer_of(cluster: ClusterConfig, device: torch.device) -> Trainer:
     """Trainer of this process, with the compilation settings of `cluster`, see `core.training.loop.trainer`."""
-    return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
+    return trainer(compile_=cluster.compile, channels_last=channels_last_on(cluster, device))
 
 
 def validation_schedule(config: RunConfig, step_size: float) -> Schedule:

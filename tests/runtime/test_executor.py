@@ -27,7 +27,7 @@ from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError, ConfigError, StoreError, TransientStoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import images_on, precision_on, prepare_device, uses_gpu
+from datm_ray.runtime.devices import channels_last_on, images_on, precision_on, prepare_device, uses_gpu
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -880,6 +880,31 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
         assert precision_on(ClusterConfig(), torch.device("cuda")) == "float32"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_new", "expected"),
+    [
+        ("auto", True, True),
+        ("tf32", True, True),
+        ("bfloat16", True, True),
+        ("float32", True, False),
+        ("auto", False, False),
+        ("tf32", False, False),
+    ],
+)
+def test_maps_are_stored_as_the_device_and_the_precision_need(
+    precision: Any, is_new: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps are channels-last on CPUs, and on GPUs where tensor cores multiply; a given value holds everywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if is_new else (7, 0))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert channels_last_on(ClusterConfig(precision=precision), gpu) is expected
+    assert channels_last_on(ClusterConfig(precision=precision), cpu)
+    assert channels_last_on(ClusterConfig(precision="float32"), gpu, "bfloat16")
+    for given in (True, False):
+        own = ClusterConfig(precision=precision, channels_last=given)
+        assert [channels_last_on(own, device) for device in (gpu, cpu)] == [given, given]
 
 
 def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:

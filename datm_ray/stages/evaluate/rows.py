@@ -183,7 +183,7 @@ class EvaluateWorker:
             for schedule in schedules
             for seed, (images, targets, _) in zip(seeds, sets, strict=True)
         ]
-        trainer = trainer_of(self._cluster)
+        trainer = trainer_of(self._cluster, self._device)
         training = SavedTraining(trainer, trainings, lessons, places[0], account)
         if trainer.note and not self._has_noted:
             self._has_noted = True

@@ -39,7 +39,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.devices import Meter, channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
@@ -236,12 +236,13 @@ class ExpertWorker:
     def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
         """Training step for `stacked` networks together. The worker compiles it once for all its tasks."""
         if (spec, stacked, precision) not in self._functions:
+            lowered = precision == "bfloat16"
             self._functions[spec, stacked, precision] = StackFunctions(
                 network,
                 stacked=stacked,
                 compile_=self._cluster.compile,
-                channels_last=self._cluster.channels_last,
-                in_bfloat16=precision == "bfloat16",
+                channels_last=channels_last_on(self._cluster, self.device, "bfloat16" if lowered else None),
+                in_bfloat16=lowered,
             )
         return self._functions[spec, stacked, precision]
 

@@ -13,7 +13,7 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.methods.distribution import EmbeddingFunctions, distance_and_gradient, draw_shared, even_size
-from datm_ray.runtime.devices import precision_on
+from datm_ray.runtime.devices import channels_last_on, precision_on
 from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.memory import chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
@@ -61,7 +61,7 @@ class DistributionMatching(Method):
             number: EmbeddingFunctions(
                 self.fresh_network(0, number).requires_grad_(False),
                 compiled=cluster.compile,
-                channels_last=cluster.channels_last,
+                channels_last=channels_last_on(cluster, part.device),
                 precision=precision_on(cluster, part.device),
             )
             for number in self._plans

@@ -20,7 +20,7 @@ from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.runtime.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
@@ -148,7 +148,7 @@ class RecoveryFromTeacher(Method):
     @cached_property
     def _loss(self) -> RecoveryLoss:
         config, kept = self.part.config, self.part.kept
-        options = {"compiled": self._is_compiled, "channels_last": config.cluster.channels_last}
+        options = {"compiled": self._is_compiled, "channels_last": channels_last_on(config.cluster, self.part.device)}
         others = [] if config.recover.statistics_of == "teacher" else config.each_auxiliary()
         place = (self.part.dataset, self.part.store_uri, self.part.device)
         networks = [ExpertNetworks(each, *place) for each in others]

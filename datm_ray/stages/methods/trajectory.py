@@ -24,7 +24,7 @@ from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Hard
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.devices import precision_on, to_device_ahead
+from datm_ray.runtime.devices import channels_last_on, precision_on, to_device_ahead
 from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
@@ -122,7 +122,7 @@ class TrajectoryMatching(Method):
         cluster = config.cluster
         options = StepOptions(
             compiled=cluster.compile,
-            channels_last=cluster.channels_last,
+            channels_last=channels_last_on(cluster, part.device),
             precision=precision_on(cluster, part.device),
             graphs=cluster.cuda_graphs and part.device.type == "cuda",
         )

@@ -84,7 +84,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
             validated.append(accuracies[schedule.learning_rate])
             return iter(())
 
-    monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda _: Untrained(compile_=False))
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_validation_accuracy", lambda _: validated[-1])
     monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
     images = torch.zeros(1, 1, 8, 8)
@@ -323,7 +323,7 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             seen[row] = (len(own.images), own.targets.is_floating_point(), [*earlier, own.schedule], lessons)
             return iter(())
 
-    monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda _: Untrained(compile_=False))
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
     for row in (*ROWS, *FAIR_ROWS):
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
