@@ -812,8 +812,8 @@ class ClusterConfig(WorkerShape):
     """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: datm, mtt, dm; on CPUs too."""
     channels_last: bool | None = None
     """Store maps channels-last: faster on CPUs, coarser rounding. null: except on GPUs in float32."""
-    cuda_graphs: bool = False
-    """Launch all kernels of a student step together on GPUs, for small batches. Not tested on a GPU yet."""
+    cuda_graphs: bool | None = None
+    """Launch all kernels of a student step together on GPUs; null: where a call has little work. Untried on GPUs."""
     deterministic: bool = False
     """Compute every sum in a fixed order, more slowly, so that a GPU gives the same bits in every run."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0

@@ -29,6 +29,7 @@ from datm_ray.core.compute.compilation import Compiled, compiled_facts, compiler
 from datm_ray.core.compute.cuda_graphs import Replayed
 from datm_ray.core.compute.precision import Precision, has_tf32, tf32_products
 from datm_ray.core.compute.torch_compat import shapes_only
+from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.instance_norm import set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import couples_samples
@@ -38,6 +39,12 @@ from datm_ray.errors import ConfigError
 Order = Literal["reverse-over-forward", "reverse-over-reverse"]
 Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
 """Result of `reverse`: s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
+
+
+REPLAYED_FLOP = 10**10
+"""Largest work of a call that is replayed as CUDA graphs by default, in operations of its images' forward passes.
+
+Beyond it, kernels take longer than their launches. 100 images of 32x32 in the published ConvNet have this. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,9 @@ class StepOptions:
     precision: Precision = "float32"
     """Precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16 computes layers
     and their derivatives in bfloat16, with parameters and sums in float32."""
-    graphs: bool = False
-    """True to replay both functions as CUDA graphs, see `core/compute/cuda_graphs.py`. Needs a GPU."""
+    graphs: bool | None = False
+    """True to replay both functions as CUDA graphs, see `core/compute/cuda_graphs.py`, which needs a GPU. `None`: on a
+    GPU, for calls of at most `REPLAYED_FLOP`."""
 
 
 class StudentStepFunctions:
@@ -174,13 +182,19 @@ class StudentStepFunctions:
                 return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
 
     def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
-        if not self._compiled and not self._options.graphs:
+        if not self._compiled and self._options.graphs is False:
             return self._gradient, self._reverse
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
             forward, reverse = self._compiled_for(x, y) if self._compiled else (self._gradient, self._reverse)
-            self._built[key] = (Replayed(forward), Replayed(reverse)) if self._options.graphs else (forward, reverse)
+            self._built[key] = (Replayed(forward), Replayed(reverse)) if self._replays(x) else (forward, reverse)
         return self._built[key]
+
+    def _replays(self, x: Tensor) -> bool:
+        """True if calls for these images [b c h w] are replayed as CUDA graphs."""
+        if self._options.graphs is not None or not _can_replay(x):
+            return bool(self._options.graphs)
+        return len(x) * image_cost(self.network.module, tuple(x.shape[1:])).flop <= REPLAYED_FLOP
 
     def _compiled_for(self, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
         batch, *image = x.shape
@@ -226,6 +240,10 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
     """
     per_sample = -(soft_labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
     return (weights * per_sample).sum()
+
+
+def _can_replay(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _has_wrong_tangents(graph: fx.GraphModule) -> bool:

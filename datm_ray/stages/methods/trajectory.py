@@ -124,7 +124,7 @@ class TrajectoryMatching(Method):
             compiled=cluster.compile,
             channels_last=channels_last_on(cluster, part.device),
             precision=precision_on(cluster, part.device),
-            graphs=cluster.cuda_graphs and part.device.type == "cuda",
+            graphs=part.device.type == "cuda" and cluster.cuda_graphs,
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         # Uncompiled steps take more memory.

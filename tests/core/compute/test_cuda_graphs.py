@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 from datm_ray.config import NetworkSpec
 from datm_ray.core.compute.cuda_graphs import Replayed
 from datm_ray.core.compute.torch_compat import storage_id
+from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory import step_functions
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from datm_ray.stages.methods.memory import chunk_by_trial
@@ -124,6 +126,29 @@ def test_a_function_that_cannot_be_recorded_runs_as_without(
 
     with pytest.raises(torch.OutOfMemoryError):
         Replayed(too_large)(torch.zeros(1))
+
+
+def test_small_calls_are_replayed_on_a_gpu_unless_the_recipe_says_otherwise(
+    tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default calls of little work are replayed, on GPUs alone; true replays all, and false none."""
+    network = FlatNetwork(build_network(SPEC, 0))
+    monkeypatch.setattr(step_functions, "REPLAYED_FLOP", 3 * image_cost(network.module, (3, 8, 8)).flop)
+
+    def replayed(graphs: bool | None) -> list[int]:
+        tapes.clear()
+        functions = StudentStepFunctions(network, StepOptions(compiled=False, graphs=graphs))
+        found = []
+        for images in (2, 3, 4):
+            before = len(tapes)
+            x = torch.zeros(images, 3, 8, 8)
+            functions.forward(flatten(network.module), x, torch.zeros(images, 4), torch.ones(images))
+            found += [images] * (len(tapes) - before)
+        return found
+
+    assert replayed(None) == []  # tensors of a CPU
+    monkeypatch.setattr(step_functions, "_can_replay", lambda x: True)
+    assert [replayed(each) for each in (None, True, False)] == [[2, 3], [2, 3, 4], []]
 
 
 def test_a_trial_that_does_not_fit_leaves_no_graph(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
