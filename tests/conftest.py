@@ -35,6 +35,7 @@ from datm_ray.stages import validation
 from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
+from tests.tapes import Tape, recorded_tapes
 
 TINY = (
     "network.width=4",
@@ -155,6 +156,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     report(str(folder / "runs"))
     return folder / "runs"
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Tapes recorded so far, with torch's CUDA graphs replaced by tapes."""
+    return recorded_tapes(monkeypatch)
 
 
 def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,28 @@ def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Te
     return same
 
 
+StackResults = tuple[Tensor, Tensor, Tensor]
+"""Losses [s], gradients [s p] and buffers [s q] of s networks, see `StackFunctions`."""
+
+
+class StackStep(Protocol):
+    """Function that computes losses and gradients of the networks of a stack, such as `StackFunctions`."""
+
+    note: str
+    """One line on why the function is not compiled although asked to be; "" otherwise."""
+
+    @property
+    def fills_up(self) -> bool:
+        """True if smaller batches should be filled up with images of weight 0, so that all batches have one size."""
+        ...
+
+    def __call__(
+        self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
+    ) -> StackResults:
+        """Compute losses, gradients and buffers. Arguments and results: see `StackFunctions`."""
+        ...
+
+
 class StackFunctions:
     """Function that computes losses and gradients of s networks of one architecture, compiled if possible.
 
@@ -171,7 +193,7 @@ class StackFunctions:
 
     def __call__(
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> StackResults:
         """Compute losses [s], their gradients [s p], and the buffers [s q] after the pass.
 
         Args:

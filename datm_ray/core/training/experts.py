@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from datm_ray.config import ExpertConfig
 from datm_ray.core.images.batches import Images, batches
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
-from datm_ray.core.networks.stacked import StackFunctions, filled_up
+from datm_ray.core.networks.stacked import StackStep, filled_up
 from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.rates import share_of_rate
 
@@ -53,7 +53,7 @@ class ExpertState:
 
 
 def train_experts(
-    functions: StackFunctions,
+    functions: StackStep,
     images: Images,
     labels: Tensor,
     settings: ExpertConfig,
@@ -77,7 +77,7 @@ def train_experts(
 
 
 def train_stack(
-    functions: StackFunctions,
+    functions: StackStep,
     images: Sequence[Images],
     labels: Sequence[Tensor],
     settings: ExpertConfig,
@@ -136,7 +136,7 @@ def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curric
 
 
 def _step(
-    functions: StackFunctions,
+    functions: StackStep,
     state: ExpertState,
     settings: ExpertConfig,
     rates: Sequence[float],

@@ -96,6 +96,8 @@ class TrainingProgress:
         self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
         self._account, self.spent = account, Spent()
         self._attempt, self._before, self._latest = uuid.uuid4().hex, _NO_ATTEMPT, ""
+        self.at_a_time = networks
+        """Number of networks that one call computes. Its choice affects rounding, so it is saved with the state."""
         self._pending: list[_Epoch] = []
         self._first: int | None = None
         """First epoch that was added but is not in a file yet; `None` if all added epochs are."""
@@ -116,6 +118,7 @@ class TrainingProgress:
             if file is None:  # the file is gone; other files may reach a later epoch
                 return self.resume(device)
             state, self._before = _state(file.arrays, device), part.attempt
+            self.at_a_time = _at_a_time(file, self._networks)
             self.spent += _spent(file)
         return state
 
@@ -149,6 +152,7 @@ class TrainingProgress:
             if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
                 raise ValueError(f"it does not hold {stack[1]} networks, or its epochs differ from its name")
             _spent(file)
+            _at_a_time(file, self._networks)
         return file
 
     def add(
@@ -208,7 +212,8 @@ class TrainingProgress:
         lap = self._account.lap() if self._account else Spent()
         self.spent, first = self.spent + lap, self._first if self._kept else 0
         name = f"{first:05d}-{state.epoch:05d}-{self._attempt}-{self._before}.arrow"
-        metadata = {"spent": (lap if self._kept else self.spent).to_json()}
+        metadata: dict[str, Any] = {"spent": (lap if self._kept else self.spent).to_json()}
+        metadata |= {"at_a_time": self.at_a_time} if self.at_a_time != self._networks else {}
         write_tensors(self._folder / name, arrays, kind=self.kind, metadata=metadata)
         if not self._kept:
             self._remove_earlier(name)
@@ -376,6 +381,14 @@ def remove_folder(folder: Location) -> None:
             (folder / name).remove()
     if folder.local_path is not None:
         shutil.rmtree(folder.local_path, ignore_errors=True)
+
+
+def _at_a_time(file: TensorFile, networks: int) -> int:
+    """Number of networks that one call computed, 1 to `networks`; all networks in files that do not name it."""
+    found = int(file.metadata.get("at_a_time", networks))
+    if not 1 <= found <= networks:
+        raise ValueError(f"it has calls of {found} networks, and {networks} in all")
+    return found
 
 
 def _spent(file: TensorFile) -> Spent:

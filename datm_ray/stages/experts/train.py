@@ -21,14 +21,16 @@ import torch
 from torch import nn
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
-from datm_ray.core.images.batches import Images
+from datm_ray.core.images.batches import Images, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.registry import build_network, couples_samples
+from datm_ray.core.networks.stack_trial import OneByOne, fastest
 from datm_ray.core.networks.stacked import (
     LARGEST_STACK,
     STACKED_MAP_BYTES,
     StackFunctions,
+    StackStep,
     can_be_stacked,
 )
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -114,6 +116,18 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
 _log = logging.getLogger(__name__)
 
 
+def is_tried(device: torch.device) -> bool:
+    """True if a trial finds how many experts one call computes: on GPUs. CPUs have limits that were measured."""
+    return device.type == "cuda"
+
+
+def now_on(device: torch.device) -> float:
+    """Time in seconds, after the device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class ExpertWorker:
     """Trains experts on one data set.
 
@@ -129,6 +143,9 @@ class ExpertWorker:
         self._images = images_on(dataset.train_images, self.device)
         self._labels = to_device(dataset.train_labels, self.device)
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
+        self._one_by_one: dict[tuple[NetworkSpec, str], OneByOne] = {}
+        self._at_a_time: dict[tuple[NetworkSpec, int, str], int] = {}
+        """Network, size of the stack and precision -> number of networks in a call that a trial found."""
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
@@ -189,10 +206,12 @@ class ExpertWorker:
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.expert_seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self.device) for seed in seeds]
-        functions = self._functions_for(spec, networks[0], len(experts), settings.precision)
+        state = progress.resume(self.device)
+        if state is None:
+            progress.at_a_time = self._found_at_a_time(spec, networks, settings)
+        functions = self._step_of(spec, networks[0], len(experts), settings.precision, progress.at_a_time)
         if functions.note:
             yield Note(functions.note)
-        state = progress.resume(self.device)
         if state is None:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
@@ -232,6 +251,40 @@ class ExpertWorker:
             return None
         scoring = expert_group(store_uri, config.scoring_run, self.dataset.name, self.dataset.fingerprint)
         return curriculum_of(config, self.dataset, scoring)
+
+    def _step_of(
+        self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str, at_a_time: int
+    ) -> StackStep:
+        """Training step for `stacked` networks, all in one call or, with 1 at a time, one after another."""
+        if at_a_time == stacked:
+            return self._functions_for(spec, network, stacked, precision)
+        if (spec, precision) not in self._one_by_one:
+            self._one_by_one[spec, precision] = OneByOne(self._functions_for(spec, network, 1, precision))
+        return self._one_by_one[spec, precision]
+
+    def _found_at_a_time(self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig) -> int:
+        """Number of networks that one call computes: all, or on a GPU one if a trial on the first batch is faster.
+
+        `cluster.experts_at_a_time`, if given, holds without a trial.
+        """
+        stacked, precision = len(networks), settings.precision
+        is_given = self._cluster.experts_at_a_time is not None
+        if stacked == 1 or is_given or not is_tried(self.device) or couples_samples(networks[0]):
+            return stacked
+        if (spec, stacked, precision) not in self._at_a_time:
+            state, rows = ExpertState.initial(networks), np.arange(min(settings.batch_size, len(self._labels)))
+            images = rows_on(self._images, torch.from_numpy(rows), self.device).expand(stacked, *[-1] * 4)
+            labels = self._labels[: len(rows)].to(self.device).expand(stacked, -1)
+            arguments = (state.parameters, state.buffers, images, labels, state.parameters.new_ones(len(rows)))
+            ways = {
+                size: functools.partial(self._step_of(spec, networks[0], stacked, precision, size), *arguments)
+                for size in (stacked, 1)
+            }
+            found = self._at_a_time[spec, stacked, precision] = fastest(ways, lambda: now_on(self.device))
+            if found == stacked:  # the graph would keep its memory
+                self._one_by_one.pop((spec, precision), None)
+            _log.info("experts timed %s", fields(stacked=stacked, at_a_time=found))
+        return self._at_a_time[spec, stacked, precision]
 
     def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
         """Training step for `stacked` networks together. The worker compiles it once for all its tasks."""

@@ -5,20 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from datm_ray.config import NetworkSpec
 from datm_ray.core.compute.cuda_graphs import Replayed
-from datm_ray.core.compute.torch_compat import storage_id
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -27,72 +22,9 @@ from datm_ray.methods.trajectory import step_functions
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from datm_ray.stages.methods.memory import chunk_by_trial
+from tests.tapes import Tape
 
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
-
-
-class Tape(TorchDispatchMode):
-    """Plays a CUDA graph's part: `replay` runs the recorded operations again, on the memory of the recording."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replays = 0
-        self._recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and record it unless its result shares memory with its arguments."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        kwargs = kwargs or {}
-        results = func(*args, **kwargs)
-        held = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        made = [each for each in tree_leaves(results) if isinstance(each, Tensor)]
-        storages = {storage_id(each) for each in held}
-        is_view = not func._schema.is_mutable and any(storage_id(each) in storages for each in made)
-        if not is_view:
-            self._recorded.append((func, args, kwargs, [] if func._schema.is_mutable else made))
-        return results
-
-    def replay(self) -> None:
-        """Compute all recorded results again, each into the memory that it had in the recording."""
-        self.replays += 1
-        for func, args, kwargs, made in self._recorded:
-            found = [each for each in tree_leaves(func(*args, **kwargs)) if isinstance(each, Tensor)]
-            for into, value in zip(made, found, strict=False):
-                if not into._is_zerotensor():
-                    into.copy_(value)
-
-
-class Stream:
-    """Stands for a CUDA stream."""
-
-    def wait_stream(self, other: Stream) -> None:
-        """Do nothing: a CPU computes in order."""
-
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Tapes recorded so far, with torch's CUDA graphs replaced by tapes."""
-    made: list[Tape] = []
-
-    def new() -> Tape:
-        made.append(Tape())
-        return made[-1]
-
-    @contextmanager
-    def graph(tape: Tape, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local"
-        with tape:
-            yield
-
-    @contextmanager
-    def stream(_: Stream) -> Iterator[None]:
-        yield
-
-    fakes = {"CUDAGraph": new, "graph": graph, "Stream": Stream, "current_stream": Stream, "stream": stream}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return made
 
 
 def test_a_replay_computes_the_results_of_new_arguments_in_new_memory(tapes: list[Tape]) -> None:

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from datm_ray.stages.experts.progress import ExpertProgress
 from datm_ray.stages.experts.train import ExpertWorker, expert_group, expert_info, experts_at_a_time, stacks
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from tests.conftest import actor_processes, tiny_config
+from tests.tapes import Tape
 
 RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=crop_scale")
 
@@ -154,6 +155,34 @@ def test_stacks_follow_from_numbers_and_count_alone() -> None:
     assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
     assert stacks([8], 4, 9) == [(8, 9)]
     assert stacks([], 4, 9) == []
+
+
+def test_a_trial_on_a_gpu_decides_how_experts_are_computed_until_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]
+) -> None:
+    """A trial chooses once; whoever resumes the experts computes them alike, with equal bits, without a trial."""
+    config, asked, seconds = tiny_config(*RICH), list[list[int]](), {1: 1.0, 2: 2.0}
+
+    def timed(ways: Mapping[int, Any], now: Any) -> int:
+        asked.append(list(ways))
+        for way in ways.values():
+            way()
+        return min(ways, key=lambda size: seconds[size])
+
+    monkeypatch.setattr("datm_ray.stages.experts.train.is_tried", lambda device: True)
+    monkeypatch.setattr("datm_ray.stages.experts.train.fastest", timed)
+    train(config, tmp_path / "whole", (0, 1))
+    assert (asked, len(tapes)) == ([[2, 1]], 1)
+    assert tapes[0].replays > 100, "every step of both experts"
+    train(config, tmp_path / "parts", (0, 1), stop_after=3)
+    seconds[1] = 3.0  # a stack would be faster now
+    train(config, tmp_path / "parts", (0, 1))
+    groups = [worker_of(config, tmp_path / name)[1] for name in ("whole", "parts")]
+    for expert in (0, 1):
+        assert content(groups[0], expert) == content(groups[1], expert)
+    assert len(asked) == 2, "the resumed attempt had no trial"
+    train(tiny_config(*RICH, "cluster.experts_at_a_time=2"), tmp_path / "given", (0, 1))
+    assert len(asked) == 2, "a given number holds"
 
 
 def test_test_images_are_copied_to_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
