@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,15 @@ from datm_ray.monitor.provenance import provenance
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLACES = ("--runs", "--cifar", "--out")
 """Options that name folders of one machine; they decide no result."""
+UNITS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 with bfloat16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "sve": "SVE",
+    "asimd": "NEON",
+}
+"""Flag of a CPU in /proc/cpuinfo -> its vector units, the widest first. They decide the speed."""
 GOES = "goes.json"
 """File in a folder of runs: which version worked on them, and for how long."""
 
@@ -109,13 +119,28 @@ def without_places(words: Sequence[str]) -> list[str]:
 
 
 def hardware(device: str) -> tuple[str, str]:
-    """Hardware as a name for files, and as one for readers."""
+    """Hardware as a name for files, and as one for readers.
+
+    CPUs with other names or vector units have other names for files, so that no machine overwrites another's page.
+    """
     if device == "cuda":
         name = torch.cuda.get_device_name()
         return name.lower().replace(" ", "-"), name
     model = provenance(torch.device("cpu"))["processor"]  # former name
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
+    cores, units = len(os.sched_getaffinity(0)), vector_units()
+    memory = f"{status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
+    name = re.sub(r"[^a-z0-9]+", "-", f"{cores} core {model} {units}".lower().replace("(r)", "")).strip("-")
+    return name, f"{cores} cores of {model}{f' ({units})' if units else ''}, {memory}"
+
+
+def vector_units(path: str = "/proc/cpuinfo") -> str:
+    """The widest vector units of this machine's CPU, in words; "" if the system does not say."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return next((words for flag, words in UNITS.items() if flag in flags), "")
 
 
 def status(field: str, path: str = "/proc/self/status") -> int:

@@ -1,0 +1,51 @@
+"""Tests the facts above results: what names a machine's pages."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def facts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module `facts`, imported as by a benchmark."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("facts")
+
+
+CPUS = [
+    ("AMD EPYC", "flags\t: fpu avx2 sse2\n"),
+    ("AMD EPYC", "flags\t: fpu avx2 avx512f\n"),
+    ("AMD EPYC", "flags\t: fpu avx2 avx512f avx512_bf16\n"),
+    ("Intel(R) Xeon(R) 6", "flags\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n"),
+    ("aarch64", "Features\t: fp asimd bf16\n"),
+]
+
+
+def test_no_machine_overwrites_the_page_of_another(
+    facts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs with another name or other vector units have pages of their own, and readers see which it was."""
+    paths, words, units_of = [], [], facts.vector_units
+    for number, (model, flags) in enumerate(CPUS):
+        (tmp_path / f"{number}").write_text(f"model name\t: {model}\n{flags}")
+        units = units_of(str(tmp_path / f"{number}"))
+        monkeypatch.setattr(facts, "vector_units", lambda units=units: units)
+        monkeypatch.setattr(facts, "provenance", lambda device, model=model: {"processor": model})  # former name
+        paths.append(facts.result_path(Path("results"), "evaluate").name)
+        words.append(facts.hardware("cpu")[1])
+    assert len(set(paths)) == len(CPUS), paths
+    assert len(set(words)) == len(CPUS), words
+    assert "-core-amd-epyc-avx-512-with-bfloat16_" in paths[2]
+    assert "of Intel(R) Xeon(R) 6 (AMX)," in words[3]
+
+
+def test_a_system_that_does_not_name_vector_units_has_none(facts: ModuleType, tmp_path: Path) -> None:
+    """Without /proc/cpuinfo, or flags in it, the name has no vector units."""
+    (tmp_path / "empty").write_text("model name\t: a CPU\n")
+    assert [facts.vector_units(str(tmp_path / name)) for name in ("empty", "absent")] == ["", ""]
