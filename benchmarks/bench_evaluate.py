@@ -3,7 +3,8 @@
 python benchmarks/bench_evaluate.py [--quick]         (make bench-evaluate)
 
 Every method trains the same network on the same images in one process; they take turns, so that whatever else the
-machine does hits all of them alike. The first epochs of each, with its compilation, are not counted and are shown.
+machine does hits all of them alike. The first epochs of each, with its compilation, are in the cold ratio
+alone. A page of all shapes is written; one of some (`--shape`) only where `--out` is given.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 from facts import common_facts, head, result_path, save
 from program import RESULTS, positive, start
 from published_experts import evaluation_epochs, timed
@@ -40,6 +42,8 @@ normalisation, mean pooling, SGD with momentum and weight decay.
   method's in the same turn; median (smallest to largest).
 - networks an hour: of one process, trained for so many epochs.
 - first, s: of the first epoch of the whole stack, with compilation, where there is any.
+- cold ratio: the published loop's time for a whole training of as many networks, to the method's with its compilation,
+  as if no other row had compiled the step before.
 """
 
 
@@ -107,9 +111,23 @@ def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[
             "seconds": own,
             "ratios": [theirs / ours for theirs, ours in zip(published, own, strict=True)],
             "networks_an_hour": 3600 / (shape.epochs * statistics.median(own)),
+            "cold_ratio": cold_ratio(shape.epochs, methods[name][0], first[name], own, published),
         }
         for name, own in seconds.items()
     ]
+
+
+def cold_ratio(epochs: int, networks: int, first: float, seconds: list[float], published: list[float]) -> float:
+    """Time of the published loop for a whole training, divided by a method's with its first epoch and compilation.
+
+    Args:
+        epochs: epochs of a training.
+        networks: networks that the method trains together.
+        first: seconds of the method's first epoch, of all networks together.
+        seconds, published: seconds of one network's later epochs, of the method and of the published loop.
+    """
+    whole = first + networks * (epochs - 1) * statistics.median(seconds)
+    return networks * epochs * statistics.median(published) / whole
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -122,6 +140,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         spread(row["ratios"]),
         f"{row['networks_an_hour']:.3g}",
         f"{row['first_epoch']:.1f}",
+        f"{row['cold_ratio']:.3g}",
     ]
 
 
@@ -148,18 +167,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--turns", type=positive, default=7)
     parser.add_argument("--shape", default="", help="text in the names of the shapes to measure; all without it")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick or --shape")
     arguments = parser.parse_args()
+    torch.compiler.config.force_disable_caches = True  # else an earlier run's files would shorten compilation
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = common_facts(__file__, sys.argv[1:], device)
     rows: list[dict[str, Any]] = []
     for shape, together in [each for each in shapes(arguments.quick, device) if arguments.shape in each[0].name]:
         rows += rows_of(shape, device, together, 1 if arguments.quick else arguments.turns)
         print("\n".join(" | ".join(cells(row)) for row in rows if row["shape"] == shape.name), flush=True)
-    columns = ["shape", "threads", "method", "ms", "ratio", "networks an hour", "first, s"]
+    columns = ["shape", "threads", "method", "ms", "ratio", "networks an hour", "first, s", "cold ratio"]
     lines = [*head("Training for evaluation", facts), HEADER, *table(columns, [cells(row) for row in rows])]
     print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else RESULTS)
+    out = arguments.out or (None if arguments.quick or arguments.shape else RESULTS)
     if out:
         save(result_path(out, "evaluate", device), lines, {**facts, "rows": rows})
 

@@ -150,7 +150,7 @@ def status(field: str, path: str = "/proc/self/status") -> int:
 
 
 def commit() -> str:
-    """Commit of this repository, and whether the working tree differs from it."""
+    """Commit of this repository, and whether tracked files differ from it. Pages of results do not count."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -158,6 +158,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (", changed" if git("status", "--porcelain") else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD") + (", changed" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
