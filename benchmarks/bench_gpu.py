@@ -23,7 +23,7 @@ from typing import Any
 import gpu  # first: it finds the package beside this folder, which all that follow import
 import torch
 from facts import common_facts, head, result_path, save
-from gpu import curve, exactness, experts, networks, steps, sums
+from gpu import constants, curve, exactness, experts, networks, steps, sums
 from gpu.machine import Machine
 from gpu.sections import Outcome, Section, run_sections
 
@@ -34,6 +34,7 @@ SECTIONS: tuple[Section, ...] = (
     experts.SECTION,
     networks.EVALUATION,
     networks.METADD,
+    constants.SECTION,
     curve.SECTION,
 )
 
@@ -91,7 +92,8 @@ def main(words: Sequence[str] | None = None) -> int:
     machine = Machine(arguments.device, arguments.device == "cpu", arguments.cifar, arguments.compile)
     # Tiny tensors gain nothing from a second thread, and on a busy machine lose everything by waiting for it.
     torch.set_num_threads(1 if machine.small else len(os.sched_getaffinity(0)))
-    # No TF32, as in a run: torch's default rounds convolutions to it.
+    # Torch's default rounds convolutions to TF32. The exactness of float32 is checked without; sections that measure
+    # what a run does allow it as the run does (`Machine.as_in_a_run`, `StepOptions`).
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     patience = 5 if machine.small else 1  # in small nothing is measured, and the machine may be busy
     chosen = [replace(each, seconds=patience * each.seconds) for each in SECTIONS if each.name in arguments.only]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,11 +19,11 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import PROTOCOLS, accuracy, predict_logits, train_to_end
+from datm_ray.core.training.loop import PROTOCOLS, Trainer, Training, accuracy, predict_logits
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
-from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.recipes import get_recipe
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section
@@ -103,7 +104,8 @@ def expert_trajectories(machine: Machine, images: Images, recipe: Recipe, clock:
         began = time.monotonic()
         seeds = list(range(stack * recipe.stacked, (stack + 1) * recipe.stacked))
         networks = [build_network(images.spec, seed).to(machine.device) for seed in seeds]
-        functions = StackFunctions(networks[0], stacked=len(seeds), compile_=machine.compiled)
+        options = {"compile_": machine.compiled, "channels_last": machine.channels_last}
+        functions = StackFunctions(networks[0], stacked=len(seeds), **options)
         state = ExpertState.initial(networks)
         kept = [state.parameters]
         for _ in train_experts(functions, images.train, images.train_labels, recipe.run.experts, seeds, state):
@@ -146,8 +148,8 @@ class _Experts:
         return SyntheticSet(images.train[there], self.soft_labels(there), step_sizes, images.train_labels[there])
 
 
-def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) -> list[float]:
-    """Test accuracies in percent of fresh networks; nothing is chosen by them."""
+def scored(machine: Machine, images: Images, recipe: Recipe, held: SyntheticSet, networks: int) -> list[float]:
+    """Test accuracies in percent of fresh networks, trained as a run does; nothing is chosen by them."""
     schedule = replace(
         PROTOCOLS["short"],
         epochs=recipe.evaluation_epochs,
@@ -155,12 +157,25 @@ def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) ->
         learning_rate=float(held.step_size),
         augmentation=recipe.run.evaluate.augmentation,
     )
-    found = []
-    for seed in range(networks):
-        network = build_network(images.spec, 1_000 + seed).to(images.train.device)
-        train_to_end(network, held.images, held.soft_labels, schedule, seed)
-        found.append(100 * accuracy(network, images.test, images.test_labels))
-    return found
+    trainings = [
+        Training(
+            build_network(images.spec, 1_000 + seed).to(images.train.device),
+            held.images,
+            held.soft_labels,
+            schedule,
+            seed,
+        )
+        for seed in range(networks)
+    ]
+    for _ in trainer_of(machine).train_all(trainings):
+        pass
+    return [100 * accuracy(each.network, images.test, images.test_labels) for each in trainings]
+
+
+@functools.cache
+def trainer_of(machine: Machine) -> Trainer:
+    """The only trainer, which keeps what it has compiled."""
+    return Trainer(compile_=machine.compiled, channels_last=machine.channels_last)
 
 
 def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor, clock: Clock) -> Iterator[Row]:
@@ -170,14 +185,15 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
     networks = 1 if machine.small else 3
     began = time.monotonic()
     random = experts.real_set(recipe, random_rows(labels, 1, seed=0))
-    yield {"set": "random real images, the same soft labels", "accuracy, %": scored(images, recipe, random, networks)}
+    accuracies = scored(machine, images, recipe, random, networks)
+    yield {"set": "random real images, the same soft labels", "accuracy, %": accuracies}
     scoring = (time.monotonic() - began) / networks
     state = Distillation(
         experts.real_set(recipe, correct_rows(labels, 1, 0, experts=count, predict=experts.predict)),
         recipe.run.distill,
     )
     module = build_network(images.spec, 0).to(machine.device)
-    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=machine.compiled))
+    functions = StudentStepFunctions(FlatNetwork(module), machine.options())
     functions.prepare(len(random.images), tuple(random.images.shape[1:]), images.spec.classes)  # type: ignore[arg-type]
     bound = min(recipe.starts, trajectories.shape[1] - recipe.run.distill.expert_epochs)
     started, worked = time.monotonic(), 0.0
@@ -200,7 +216,7 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
             "skipped": state.skipped,
             "shortened": state.shortened,
             "since start, s": time.monotonic() - started,
-            "accuracy, %": scored(images, recipe, state.synthetic, networks if done else 1),
+            "accuracy, %": scored(machine, images, recipe, state.synthetic, networks if done else 1),
         }
         if done:
             break
@@ -231,16 +247,18 @@ def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
         "minutes": (time.monotonic() - began) / 60,
     }
     began = time.monotonic()
-    trajectories = expert_trajectories(machine, images, recipe, clock)
-    count, epochs = trajectories.shape[0], trajectories.shape[1] - 1
-    yield {"set": f"{count} experts of {epochs} epochs", "minutes": (time.monotonic() - began) / 60}
-    yield from curve(machine, images, recipe, trajectories, clock)
+    with machine.as_in_a_run():
+        trajectories = expert_trajectories(machine, images, recipe, clock)
+        count, epochs = trajectories.shape[0], trajectories.shape[1] - 1
+        yield {"set": f"{count} experts of {epochs} epochs", "minutes": (time.monotonic() - began) / 60}
+        yield from curve(machine, images, recipe, trajectories, clock)
 
 
 SECTION = Section(
     "curve",
-    "7. What accuracy after how many minutes?",
-    "Real images, 1 per class: the packaged recipe's values, but for what was cut: experts are few (the recipe has 100 "
+    "8. What accuracy after how many minutes?",
+    "Real images, 1 per class, in a run's precision, memory order and stacks. The packaged recipe's values, but for "
+    "what was cut: experts are few (the recipe has 100 "
     "for CIFAR-10, 16 for digits), end where the latest target lies and give the soft labels from there (100 epochs in "
     "the recipe), iterations are as many as fit (10,000; 500), and networks are trained for 500 epochs (1,001). "
     "Minutes: of distilling alone, without scoring. Test accuracy of fresh ConvNets: of one, of three for the control "

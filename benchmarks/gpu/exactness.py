@@ -23,7 +23,7 @@ from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import Schedule, predict_logits, train_to_end
+from datm_ray.core.training.loop import Schedule, Training, predict_logits, train_to_end, train_together
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
@@ -176,6 +176,7 @@ def compiled_checks(machine: Machine) -> Checks:
         (f"{how}, reverse over reverse", partial(matching.compiled, order="reverse-over-reverse")),
         (f"{how}, channels first, micro-batches of 4", partial(matching.compiled, 4, channels_last=False)),
         compiled_experts(machine),
+        (f"three networks trained together, {how}, float64", partial(together_check, machine, machine.compiled)),
         *(
             (f"{each}, CUDA graphs, {how}, equal bits without", partial(matching.replayed, each))
             for each in machine.precisions
@@ -347,6 +348,29 @@ def evaluated(machine: Machine, device: str) -> Tensors:
     return [predict_logits(network, images, batch_size=7)]
 
 
+def scored_together(machine: Machine, device: str, *, together: bool, compiled: bool = False) -> Tensors:
+    """Logits of three networks after some epochs of the evaluation's training, together or one after another."""
+    spec, draw = spec_of(machine), torch.Generator().manual_seed(0)
+    images = torch.randn(20, spec.channels, *spec.size, generator=draw, dtype=torch.float64).to(device)
+    labels = torch.randn(20, spec.classes, generator=draw, dtype=torch.float64).to(device)
+    schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=PUBLISHED_AUGMENTATION, decay_epoch=2)
+    networks = [build_network(spec, seed).to(device, torch.float64) for seed in range(3)]
+    stack = [Training(network, images, labels, schedule, seed) for seed, network in enumerate(networks)]
+    if together:
+        for _ in train_together(StackFunctions(networks[0], stacked=3, compile_=compiled), stack):
+            pass
+    else:
+        for each in stack:
+            train_to_end(each.network, each.images, each.targets, each.schedule, each.seed)
+    return [predict_logits(network, images, batch_size=7) for network in networks]
+
+
+def together_check(machine: Machine, compiled: bool) -> Row:
+    """Compare networks that the device trains together with the CPU's, trained one after another."""
+    found = scored_together(machine, machine.device, together=True, compiled=compiled)
+    return compared(found, scored_together(machine, "cpu", together=False))
+
+
 def other_checks(machine: Machine) -> Checks:
     """Check all parts other than matching gradients and experts."""
     both = (machine.device, "cpu")
@@ -369,6 +393,10 @@ def other_checks(machine: Machine) -> Checks:
             "training for evaluation, float64, against the CPU",
             lambda: compared(*(evaluated(machine, device) for device in both)),
         ),
+        (
+            "three networks trained together for evaluation, float64, against the CPU one by one",
+            partial(together_check, machine, False),
+        ),
     ]
 
 
@@ -389,7 +417,7 @@ SECTION = Section(
     "what is named. Everything is augmented where it can be. The limit says that something is wrong, not how good it "
     "is.",
     ("what", "error", "1 - cosine", "limit", "verdict"),
-    seconds=110,
+    seconds=105,
     least=5,
     measure=measure,
 )

@@ -11,9 +11,10 @@ import torch
 from published_experts import Data, Epochs, loader_epochs
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
-from datm_ray.core.compute.precision import tf32_products
+from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import StackFunctions
+from datm_ray.core.networks.stack_trial import OneByOne
+from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
 from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
@@ -46,12 +47,33 @@ def data_of(how: Setting, device: str) -> Data:
     return images.to(device), torch.randint(how.spec.classes, (how.images,), generator=draw).to(device)
 
 
-def our_epochs(
-    machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, in_bfloat16: bool = False
-) -> Epochs:
+@dataclass(frozen=True)
+class Way:
+    """How a stack of experts is computed."""
+
+    stacked: int
+    compiled: bool
+    precision: Precision
+    channels_last: bool
+    one_by_one: bool = False
+    """One expert after another by a CUDA graph, instead of all in one call."""
+
+    def step(self, network: torch.nn.Module) -> StackStep:
+        """Function of a training step of all experts."""
+        functions = StackFunctions(
+            network,
+            stacked=1 if self.one_by_one else self.stacked,
+            compile_=self.compiled,
+            channels_last=self.channels_last,
+            in_bfloat16=self.precision == "bfloat16",
+        )
+        return OneByOne(functions) if self.one_by_one else functions
+
+
+def our_epochs(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Epochs:
     """Run `train_experts` for more epochs than any caller consumes."""
-    networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
-    functions = StackFunctions(networks[0], stacked=stacked, compile_=compiled, in_bfloat16=in_bfloat16)
+    networks, stacked = [build_network(how.spec, seed).to(machine.device) for seed in range(way.stacked)], way.stacked
+    functions = way.step(networks[0])
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
     state = ExpertState.initial(networks)
     for _ in train_experts(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):
@@ -62,31 +84,43 @@ def our_epochs(
 def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
     """Train by the published loop."""
     network = build_network(how.spec, 0).to(machine.device)
-    epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, PUBLISHED_AUGMENTATION, gsam=gsam)
-    return row_of(machine, how, epochs, 1)
+    with machine.as_in_a_run():
+        epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, PUBLISHED_AUGMENTATION, gsam=gsam)
+        return row_of(machine, how, epochs, 1)
 
 
-def ours(
-    machine: Machine,
-    how: Setting,
-    stacked: int,
-    *,
-    gsam: bool,
-    compiled: bool,
-    tf32_: bool = False,
-    in_bfloat16: bool = False,
-) -> Row:
-    """Train this many experts at a time."""
-    with tf32_products(tf32_, torch.device(machine.device)):
-        epochs = our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled, in_bfloat16=in_bfloat16)
-        return row_of(machine, how, epochs, stacked)
+def ours(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Row:
+    """Train experts in this way."""
+    with tf32_products(way.precision == "tf32", machine.place):
+        return row_of(machine, how, our_epochs(machine, how, way, gsam=gsam), way.stacked)
 
 
-def teachers(machine: Machine, how: Setting) -> dict[str, Callable[[], Row]]:
-    """Train one ResNet-18 with batch normalisation, a teacher, in TF32 and in bfloat16."""
+def teachers(machine: Machine, how: Setting, one: Way) -> dict[str, Callable[[], Row]]:
+    """Train one ResNet-18 with batch normalisation, a teacher, as a run does and in bfloat16."""
     spec = how.spec.model_copy(update={"architecture": "resnet18", "norm": "batch"})
-    mine = partial(ours, machine, replace(how, spec=spec), 1, gsam=False, compiled=False)
-    return {"resnet18, tf32": partial(mine, tf32_=True), "resnet18, bfloat16": partial(mine, in_bfloat16=True)}
+    mine, alone = replace(how, spec=spec), replace(one, compiled=False)
+    lower = replace(alone, precision="bfloat16")
+    return {
+        "resnet18": partial(ours, machine, mine, alone, gsam=False),
+        "resnet18, bfloat16": partial(ours, machine, mine, lower, gsam=False),
+    }
+
+
+def ways(machine: Machine) -> dict[str, Way]:
+    """Ways to train experts, by name: a run's, then those that differ from it in one point."""
+    size = 2 if machine.small else 8
+    run = Way(size, machine.compiled, machine.precision, machine.channels_last)
+    found = {f"{size} at a time": run}
+    if machine.device == "cuda":
+        found[f"{size} one by one, CUDA graph"] = replace(run, one_by_one=True)
+    order = "first" if run.channels_last else "last"
+    found[f"{size} at a time, channels {order}"] = replace(run, channels_last=not run.channels_last)
+    if machine.small:
+        return found
+    found |= {f"{each} at a time": replace(run, stacked=each) for each in (1, 4)}
+    others = [each for each in machine.precisions if each != run.precision]
+    found |= {f"{size} at a time, {each}": replace(run, precision=each) for each in others}
+    return found | {"1 at a time, uncompiled": replace(run, stacked=1, compiled=False)}
 
 
 def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
@@ -98,20 +132,13 @@ def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
 
 
 def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure SGD, then GSAM; the published loop before this package."""
-    how, stacks = setting(machine), (2,) if machine.small else (1, 8, 4)
+    """Measure SGD, then GSAM with a run's way alone; the published loop before this package."""
+    how, found = setting(machine), ways(machine)
     for gsam in (False, True):
-        mine = partial(ours, machine, how, gsam=gsam)
+        mine = {f"ours, {name}": partial(ours, machine, how, way, gsam=gsam) for name, way in found.items()}
         works: dict[str, Callable[[], Row]] = {"loader": partial(published, machine, how, gsam=gsam)}
-        works |= {
-            f"ours, {each} at a time": partial(mine, each, compiled=machine.compiled)
-            for each in (stacks if not gsam else stacks[:2])
-        }
-        if not machine.small:
-            works["ours, 8 at a time, tf32"] = partial(mine, 8, compiled=True, tf32_=True)
-            works["ours, 1 at a time, uncompiled"] = partial(mine, 1, compiled=False)
-            works["ours, 8 at a time, bfloat16"] = partial(mine, 8, compiled=True, in_bfloat16=True)
-        works |= {} if gsam else teachers(machine, how)
+        works |= dict(list(mine.items())[: 1 if gsam else None])
+        works |= {} if gsam else teachers(machine, how, replace(next(iter(found.values())), stacked=1))
         for method, work in works.items():
             yield tried({"optimiser": "GSAM" if gsam else "SGD", "method": method}, work)
             free_memory(machine.device)
@@ -122,7 +149,8 @@ SECTION = Section(
     "4. How many experts an hour?",
     f"ConvNet-3 at CIFAR-10's shape, batch 256, all DSA operations. `loader`: torch's DataLoader, sample by sample, in "
     f"the training process, as published. Seconds of an expert's epoch of {IMAGES:,} images, from epochs of 40 "
-    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless stated. resnet18: a teacher with batch norm, "
+    f"batches; experts of {EPOCHS} epochs. A run's precision and memory order unless stated, the loader's too. one by "
+    "one: the experts of a stack one after another, by one CUDA graph. resnet18: a teacher with batch norm, "
     "uncompiled. First: those 40 batches with compilation, of all experts of a stack.",
     ("optimiser", "method", "epoch, s", "experts an hour", "first, s"),
     seconds=90,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from datm_ray.core.compute.precision import Precision, tf32_products
+from datm_ray.config import ClusterConfig
+from datm_ray.core.compute.precision import Precision, has_tf32, tf32_products
+from datm_ray.methods.trajectory.step_functions import StepOptions
+from datm_ray.runtime.devices import channels_last_on, precision_on
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,36 @@ class Machine:
         return "compiled" if self.compiled else "not compiled"
 
     @property
+    def place(self) -> torch.device:
+        """The device for torch."""
+        return torch.device(self.device)
+
+    @property
+    def precision(self) -> Precision:
+        """Precision that a run takes if its recipe does not name one."""
+        return precision_on(ClusterConfig(), self.place)
+
+    @property
+    def channels_last(self) -> bool:
+        """True if a run stores maps with their channels innermost, unless its recipe says otherwise."""
+        return channels_last_on(ClusterConfig(), self.place)
+
+    @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Precisions of student steps, the most interesting one first."""
-        return ("float32", "tf32", "bfloat16") if self.device == "cuda" else ("float32", "bfloat16")
+        """Precisions of student steps, that of a run first."""
+        return ("tf32", "float32", "bfloat16") if has_tf32(self.place) else ("float32", "bfloat16")
+
+    def options(self, **changes: Any) -> StepOptions:
+        """Options of a run's student steps, with some of them changed."""
+        graphs = None if self.device == "cuda" else False
+        run = {"compiled": self.compiled, "channels_last": self.channels_last, "graphs": graphs}
+        return StepOptions(**{"precision": self.precision, **run, **changes})
+
+    @contextmanager
+    def as_in_a_run(self) -> Iterator[None]:
+        """Round the products of experts and of scored networks as a run does."""
+        with tf32_products(self.precision == "tf32", self.place):
+            yield
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ from published_matching import Gradient, Problem, make_problem, step_operations,
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
-from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.runtime.ahead import Ahead
+from datm_ray.runtime.devices import to_device_ahead
+from gpu.exactness import SETTINGS, reproducible
 from gpu.machine import Machine, ceiling, free_memory, measured, timed
-from gpu.sections import Clock, Row, Section, in_a_line
-
-LARGEST_REPLAYED = 100
-"""Largest batch that is also measured with CUDA graphs, which save launches."""
+from gpu.sections import Clock, Row, Section, in_a_line, tried
 
 
 @dataclass(frozen=True)
@@ -98,49 +99,128 @@ def measured_row(
     return row
 
 
-def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock: Clock) -> Iterator[Row]:
-    """Rows of one shape: this package in every precision, then the others in float32 and in torch's default."""
-    problem = make_problem(
-        shape.spec,
-        shape.batch,
-        shape.steps,
-        device=machine.device,
-        strategy=PUBLISHED_AUGMENTATION,
-        images=shape.images,
-    )
-    image = (shape.spec.channels, *shape.spec.size)
-    for precision in machine.precisions:
-        functions = StudentStepFunctions(problem.network, StepOptions(machine.compiled, precision=precision))
-        prepare = functools.partial(functions.prepare, shape.chunk, image, shape.spec.classes)
+@dataclass(frozen=True)
+class _Measurer:
+    """Measures one shape in several ways, one row each."""
+
+    machine: Machine
+    shape: Shape
+    rates: dict[Precision, float]
+    clock: Clock
+
+    @functools.cached_property
+    def problem(self) -> Problem:
+        """Random set and minibatches of the shape, on the device."""
+        shape = self.shape
+        return make_problem(
+            shape.spec,
+            shape.batch,
+            shape.steps,
+            device=self.machine.device,
+            strategy=PUBLISHED_AUGMENTATION,
+            images=shape.images,
+        )
+
+    def ours(self, name: str, **changes: Any) -> Iterator[Row]:
+        """Measure this package with a run's options, some of them changed."""
+        options, shape = self.machine.options(**changes), self.shape
+        row, image = {"shape": shape.name, "precision": options.precision}, (shape.spec.channels, *shape.spec.size)
+        functions = StudentStepFunctions(self.problem.network, options)
         try:
-            compiling, _ = timed(prepare, machine.device)
+            prepare = functools.partial(functions.prepare, shape.chunk, image, shape.spec.classes)
+            compiling, _ = timed(prepare, self.machine.device)
         except Exception as failure:  # a failing compiler must not hide the uncompiled rows
-            yield {"shape": shape.name, "method": "ours", "precision": precision, "failed": in_a_line(failure)}
-            functions, compiling = StudentStepFunctions(problem.network, StepOptions(False, precision=precision)), 0.0
-        name = "ours" if functions._compiled else f"ours, uncompiled {functions.note}"
-        call = functools.partial(ours, problem, functions, shape.chunk)
-        yield measured_row(machine, shape, name, precision, call, clock, rates[precision], compiling)
-    if machine.device == "cuda" and shape.batch <= LARGEST_REPLAYED:
-        functions = StudentStepFunctions(problem.network, StepOptions(machine.compiled, precision="tf32", graphs=True))
-        call = functools.partial(ours, problem, functions, shape.chunk)
-        yield measured_row(machine, shape, "ours, CUDA graphs", "tf32", call, clock, rates["tf32"])
-    for name, method in (("full unrolling", unrolling), ("TESLA", tesla)):
-        yield measured_row(machine, shape, name, "float32", functools.partial(method, problem), clock, None)
-    if machine.device == "cuda":
-        with tf32_products(True, torch.device(machine.device)):
-            yield measured_row(
-                machine, shape, "full unrolling", "tf32", functools.partial(unrolling, problem), clock, None
-            )
+            yield {**row, "method": name, "failed": in_a_line(failure)}
+            options = self.machine.options(**{**changes, "compiled": False})
+            functions, compiling = StudentStepFunctions(self.problem.network, options), 0.0
+        if not functions._compiled:
+            name = f"{name}, uncompiled {functions.note}".rstrip()
+        call = functools.partial(ours, self.problem, functions, shape.chunk)
+        yield self._row(name, options.precision, call, self.rates[options.precision], compiling)
+
+    def theirs(self, name: str, method: Callable[[Problem], Gradient], precision: Precision) -> Row:
+        """Measure full unrolling or TESLA, uncompiled as published."""
+        with tf32_products(precision == "tf32", self.machine.place):
+            return self._row(name, precision, functools.partial(method, self.problem))
+
+    def _row(
+        self,
+        name: str,
+        precision: Precision,
+        call: Callable[[], Any],
+        rate: float | None = None,
+        warm_up: float = 0.0,
+    ) -> Row:
+        return measured_row(self.machine, self.shape, name, precision, call, self.clock, rate, warm_up)
+
+    def reproducible(self) -> Iterator[Row]:
+        """Measure what `cluster.deterministic` costs."""
+        with reproducible():
+            yield from self.ours("ours, deterministic")
+
+    def iterations(self, *, ahead: bool) -> Row:
+        """Seconds of iterations as a run has them: experts from main memory, draws, their copies, gradient, update.
+
+        Args:
+            ahead: True to prepare each iteration's inputs in a thread during the one before, as a run on a GPU does.
+        """
+        machine, shape, problem = self.machine, self.shape, self.problem
+        functions = StudentStepFunctions(problem.network, machine.options())
+        parameters = [each.cpu().numpy() for each in (problem.start, problem.target)]
+        state, count = Distillation(problem.synthetic, SETTINGS), 3 if machine.small else 12
+
+        def inputs(iteration: int) -> Match:
+            drawn = draw_student_steps(shape.images, shape.steps, shape.batch, PUBLISHED_AUGMENTATION, 0, iteration)
+            steps = place_steps(drawn, shape.chunk, problem.synthetic.images)
+            start, target = (to_device_ahead(each, machine.place) for each in parameters)
+            return Match(functions, start, target, steps)
+
+        prepared = Ahead(inputs, count, in_thread=ahead)
+
+        def iterate(number: int) -> None:
+            state.step([prepared.get(number)], [Origin(0, 0)])
+
+        seconds = [timed(functools.partial(iterate, number), machine.device)[0] for number in range(count)]
+        prepared.close()
+        name = f"iterations of a run, inputs {'ahead' if ahead else 'not ahead'}"
+        row: Row = {"shape": shape.name, "T": shape.steps, "batch": shape.batch, "method": name}
+        return row | {"precision": machine.precision, "seconds": seconds[2:], "warm-up s": seconds[0]}
 
 
 def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
-    """Measure the ceilings, then the shapes."""
+    """Measure the ceilings, then all shapes as a run has them, what differs from a run, and other precisions."""
     rates: dict[Precision, float] = {}
     for precision in machine.precisions:
         rates[precision] = ceiling(machine, precision)
         yield {"shape": "a product of random matrices", "precision": precision, "TFLOP/s": rates[precision] / 1e12}
-    for shape in shapes(machine):
-        yield from rows_of(machine, shape, rates, clock)
+    first, *others = (_Measurer(machine, shape, rates, clock) for shape in shapes(machine))
+    yield from first.ours("ours")
+    yield first.theirs("full unrolling", unrolling, machine.precision)
+    if machine.device == "cuda":  # by default such small calls are replayed
+        yield from first.ours("ours, no CUDA graphs", graphs=False)
+    for ahead in (True, False):
+        what = {"shape": first.shape.name, "method": "iterations of a run"}
+        yield tried(what, functools.partial(first.iterations, ahead=ahead))
+    order = "first" if machine.channels_last else "last"
+    yield from first.ours(f"ours, channels {order}", channels_last=not machine.channels_last)
+    yield from first.reproducible()
+    for each in others:
+        yield from each.ours("ours")
+        yield each.theirs("full unrolling", unrolling, machine.precision)
+        free_memory(machine.device)
+    yield from in_other_ways([first, *others])
+
+
+def in_other_ways(measurers: Sequence[_Measurer]) -> Iterator[Row]:
+    """Measure every shape in the precisions that a run does not take by default, and the other published way."""
+    for each in measurers:
+        machine = each.machine
+        yield each.theirs("TESLA", tesla, machine.precision)
+        for precision in machine.precisions[1:]:
+            yield from each.ours("ours", precision=precision)
+        if machine.precision != "float32":
+            yield from each.ours("ours, channels first", precision="float32", channels_last=False)
+            yield each.theirs("full unrolling", unrolling, "float32")
 
 
 SECTION = Section(
@@ -150,8 +230,10 @@ SECTION = Section(
     "of a call, median (smallest to largest); on a GPU between two events. Warm-up: the first call, with compilation. "
     "Peak: of torch's allocator beyond the problem itself. TFLOP: products and convolutions of one call as they are "
     "defined, a multiply-add is two; their rate over that of a large product in the same precision is the share of the "
-    "ceiling. Full unrolling and TESLA run uncompiled, as published; in float32 without TF32, and in tf32 with it in "
-    "all products. Out of memory is a result.",
+    "ceiling. `ours`: with a run's precision, memory order and CUDA graphs (`cluster.cuda_graphs: null`) unless the "
+    "row names another. Full unrolling and TESLA run uncompiled, as published. Iterations of a run: with draws, copies "
+    "to the device, gradient and update, the inputs prepared during the iteration before, or not. Out of memory is a "
+    "result.",
     (
         "shape",
         "T",
@@ -165,7 +247,7 @@ SECTION = Section(
         "of ceiling",
         "warm-up s",
     ),
-    seconds=170,
+    seconds=160,
     least=20,
     measure=measure,
 )

@@ -73,10 +73,17 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
     mesh.barrier()
     vector = torch.randn(1_000 if machine.small else 320_010, device=machine.device)
     seconds = [timed(lambda: mesh.sum_over_all(vector), machine.device)[0] for _ in range(3 if machine.small else 20)]
+    tiny, large = (torch.randn(size, device=machine.device) for size in (1, 1_000 if machine.small else 4_000_000))
+    latency, whole = (
+        min(timed(lambda held=held: mesh.sum_over_all(held), machine.device)[0] for _ in range(5))
+        for held in (tiny, large)
+    )
     alone = mesh.until_all_are_done(lambda heartbeat: rank)
     return {
         **row,
         "seconds": seconds[1:],
+        "latency, s": latency,
+        "GB/s": large.nbytes / max(whole - latency, 1e-9) / 1e9,
         "gathered": None if gathered is None else len(gathered),
         "rank": alone,
         "backend": str(dist.get_backend_config()),
@@ -137,9 +144,10 @@ SECTION = Section(
     "sums",
     "2. Do processes sum to the same?",
     "Class shards in processes of their own (`runtime.mesh`), float64: error of their gradients against one process, "
-    "and seconds of a sum of 320,010 float32 numbers (a ConvNet-3). Two processes on one GPU cannot use NCCL, and sum "
-    "through gloo.",
-    ("processes", "device", "backend", "error", "seconds", "verdict"),
+    "and seconds of a sum of 320,010 float32 numbers (a ConvNet-3). Latency: of a sum of one number. GB/s: of a sum of "
+    "16 MB beyond it. Plans assume both (`LATENCY` and `BANDWIDTH` of `planning/machines.py`). Two processes on one "
+    "GPU cannot use NCCL, and sum through gloo.",
+    ("processes", "device", "backend", "error", "seconds", "latency, s", "GB/s", "verdict"),
     seconds=45,
     least=10,
     measure=measure,

@@ -18,6 +18,8 @@ import torch
 from datm_ray.config import DistillConfig, NetworkSpec, RunConfig
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.iteration import IterationRecord
+from datm_ray.planning.machines import FORWARD_PASSES, SPEED
+from datm_ray.stages.methods.recovery import GPU_SPEED
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
@@ -32,7 +34,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        names |= {"exactness": "gpu.exactness", "curve": "gpu.curve"}
+        names |= {each: f"gpu.{each}" for each in ("exactness", "curve", "steps", "networks", "constants", "experts")}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -127,7 +129,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
         work(0.1)
         state.history.append(IterationRecord(state.iteration, 0, 0, 0, 0.5, 0.1, False))
 
-    def scored(images: Any, recipe: Any, held: Any, networks: int) -> list[float]:
+    def scored(machine: Any, images: Any, recipe: Any, held: Any, networks: int) -> list[float]:
         work(1.0 * networks)
         return [50.0]
 
@@ -149,6 +151,75 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
     assert len(iterations) > 2
 
 
+@pytest.fixture
+def card(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with a GPU of a generation that has TF32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return bench.machine.Machine("cuda", small=False)
+
+
+def test_what_a_run_does_by_default_is_measured(bench: SimpleNamespace, card: Any) -> None:
+    """On a GPU, steps and experts are those of a run without settings: TF32, channels last, graphs where they gain."""
+    options = card.options()
+    assert (options.precision, options.channels_last, options.graphs, options.compiled) == ("tf32", True, None, True)
+    name, way = next(iter(bench.experts.ways(card).items()))
+    assert name == "8 at a time"
+    assert (way.precision, way.channels_last, way.compiled, way.one_by_one) == ("tf32", True, True, False)
+    others = {"8 one by one, CUDA graph", "8 at a time, channels first", "8 at a time, float32"}
+    assert others <= bench.experts.ways(card).keys()
+
+
+def test_an_iteration_is_measured_as_in_a_run_and_with_what_it_may_change(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have inputs prepared ahead, the other memory order, and deterministic algorithms, which are really on."""
+    modes: list[bool] = []
+    original = bench.steps.matching_gradient
+
+    def gradient(*arguments: Any, **options: Any) -> Any:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(bench.steps, "matching_gradient", gradient)
+    machine = bench.machine.Machine("cpu", small=True)
+    rows = list(bench.steps.measure(machine, bench.sections.Clock.of(60.0)))
+    methods = [row["method"].removesuffix(", uncompiled") for row in rows if "method" in row]
+    wanted = [f"iterations of a run, inputs {ahead}" for ahead in ("ahead", "not ahead")]
+    wanted += ["ours", "full unrolling", "ours, channels first", "ours, deterministic", "TESLA"]
+    assert set(wanted) == set(methods)
+    assert not any("failed" in row for row in rows), rows
+    assert {True, False} == set(modes)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation and the curve train a stack of networks together, and evaluation one alone beside it."""
+    stacks: list[int] = []
+    original = bench.networks.train_together
+
+    def together(functions: Any, stack: Any, *more: Any) -> Any:
+        stacks.append(len(stack))
+        return original(functions, stack, *more)
+
+    monkeypatch.setattr(bench.networks, "train_together", together)
+    machine = bench.machine.Machine("cpu", small=True)
+    rows = list(bench.networks.evaluation(machine, bench.sections.Clock.of(60.0)))
+    assert [(row["together"], "failed" in row) for row in rows] == [(2, False), (1, False)]
+    assert stacks == [2]
+    assert not hasattr(bench.curve, "train_to_end"), "the curve scores by a run's trainer"
+
+
+def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace) -> None:
+    """The constants' rows have names, places, the values that plans use, and numbers that were measured."""
+    machine = bench.machine.Machine("cpu", small=True)
+    rows = list(bench.constants.measure(machine, bench.sections.Clock.of(60.0)))
+    shown = {row["constant"]: row["assumed"] for row in rows}
+    assert shown['SPEED["GPU"], FLOP/s'] == SPEED["GPU"]
+    assert shown['FORWARD_PASSES["training"]'] == FORWARD_PASSES["training"]
+    assert shown["GPU_SPEED, of a core"] == GPU_SPEED
+    assert all(row["measured"] > 0 for row in rows), rows
+
+
 def test_options_that_cannot_be_had_are_one_line(
     bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +236,6 @@ def test_it_needs_neither_ray_nor_commands() -> None:
     """All sections import where neither Ray nor typer is installed."""
     program = (
         f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
-        "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 7\n"
+        "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 8\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, check=True, timeout=120)

@@ -41,7 +41,7 @@ Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
 """Result of `reverse`: s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
 
 
-REPLAYED_FLOP = 10**10
+REPLAYED_FLOP = 11 * 10**9
 """Largest work of a call that is replayed as CUDA graphs by default, in operations of its images' forward passes.
 
 Beyond it, kernels take longer than their launches. 100 images of 32x32 in the published ConvNet have this. Assumed."""

@@ -1,0 +1,171 @@
+"""Constants that plans and defaults assume for GPUs, beside what this card has.
+
+A child is a process of its own: `python -m gpu.constants` in the folder `benchmarks`. It makes a context of CUDA,
+prints one line of JSON, and ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from facts import status
+from published_matching import make_problem
+
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.training.loop import predict_logits
+from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
+from datm_ray.planning.machines import FORWARD_PASSES, SPEED
+from gpu.machine import Machine, measured
+from gpu.networks import epochs_of
+from gpu.sections import Clock, Row, Section, tried
+
+
+def assumed(module: str, name: str) -> Any:
+    """Value of a constant; "" if its module needs a package that is not installed here."""
+    try:
+        return getattr(import_module(f"datm_ray.{module}"), name)
+    except ImportError:
+        return ""
+
+
+def spec_of(machine: Machine) -> NetworkSpec:
+    """The network of section 3's first shape."""
+    if machine.small:
+        return NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
+    return NetworkSpec(channels=3, size=(32, 32), classes=10)
+
+
+def speed(machine: Machine) -> float:
+    """FLOP/s of student steps, as `FORWARD_PASSES` counts them."""
+    batch, steps, spec = (8, 2, spec_of(machine)) if machine.small else (100, 10, spec_of(machine))
+    problem = make_problem(spec, batch, steps, device=machine.device, strategy=PUBLISHED_AUGMENTATION)
+    functions = StudentStepFunctions(problem.network, machine.options())
+
+    def gradient() -> object:
+        steps = problem.steps
+        return matching_gradient(functions, problem.start, problem.target, problem.synthetic, steps, chunk=batch)
+
+    seconds = measured(gradient, machine.device, 1 if machine.small else 5).median
+    flop = image_cost(problem.network.module, (spec.channels, *spec.size)).flop
+    return FORWARD_PASSES["matching"] * flop * batch * steps / seconds
+
+
+class _Speeds:
+    """The speed of student steps, measured once, and what follows from it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self._speed = machine, 0.0
+
+    def of_steps(self) -> float:
+        self._speed = self._speed or speed(self._machine)
+        return self._speed
+
+    def against_a_core(self) -> float:
+        return self.of_steps() / SPEED["core"]
+
+    def passes_of_training(self) -> float:
+        """Training of a scored network, in forward passes at the speed of student steps."""
+        machine = self._machine
+        with machine.as_in_a_run():
+            training, epochs = epochs_of(machine, 10, 1)
+            seconds = measured(partial(next, epochs), machine.device, 2 if machine.small else 20).median
+        return self._passes(training.network, training.images, seconds)
+
+    def passes_of_scoring(self) -> float:
+        """Scoring of images, in forward passes at the speed of student steps."""
+        machine = self._machine
+        with machine.as_in_a_run():
+            training, _ = epochs_of(machine, 10, 1)
+            call = partial(predict_logits, training.network, training.images)
+            seconds = measured(call, machine.device, 2 if machine.small else 20).median
+        return self._passes(training.network, training.images, seconds)
+
+    def _passes(self, network: torch.nn.Module, images: Any, seconds: float) -> float:
+        flop = image_cost(network, tuple(images.shape[1:])).flop * len(images)
+        return seconds * self.of_steps() / flop
+
+
+def context() -> dict[str, float]:
+    """GPU memory of another process's context of CUDA, and that process's peak of main memory, in bytes."""
+    place = Path(__file__).resolve().parents[1]
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), str(place.parent)])}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gpu.constants"],
+        cwd=place,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout is not None
+    try:
+        found: dict[str, float] = json.loads(child.stdout.readline())
+        after = torch.cuda.mem_get_info()[0]
+    finally:
+        child.communicate("\n", timeout=60)
+    return {"context": before - after - found["reserved"], "main memory": found["main memory"]}
+
+
+def child() -> None:
+    """Make a context and libraries' handles on the GPU, report them, and wait for the end of the input."""
+    maps = torch.randn(8, 3, 32, 32, device="cuda", requires_grad=True)
+    features = torch.nn.Conv2d(3, 128, 3, device="cuda")(maps).flatten(1)
+    features.matmul(torch.ones(features.shape[1], 8, device="cuda")).sum().backward()
+    torch.cuda.synchronize()
+    facts = {"reserved": torch.cuda.memory_reserved(), "main memory": status("VmHWM")}
+    print(json.dumps(facts), flush=True)
+    sys.stdin.read()
+
+
+def row(constant: str, where: str, value: Any, measure: Callable[[], float]) -> Row:
+    """A constant, where it is, what it is, and what was measured."""
+    what = {"constant": constant, "where": where, "assumed": value if value == "" else float(value)}
+    return tried(what, lambda: {"measured": float(measure())})
+
+
+def measure(machine: Machine, _: Clock) -> Iterator[Row]:
+    """Measure what plans assume."""
+    found, machines = _Speeds(machine), "planning/machines.py"
+    yield row('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], found.of_steps)
+    gpu_speed = assumed("stages.methods.recovery", "GPU_SPEED")
+    yield row("GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, found.against_a_core)
+    for kind, work in (("training", found.passes_of_training), ("scoring", found.passes_of_scoring)):
+        yield row(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], work)
+    if machine.device == "cuda":
+        sizes = context()
+        for constant, where, key in (
+            ("CONTEXT_BYTES", "stages/methods/memory.py", "context"),
+            ("GPU_PROCESS_BYTES", "planning/memory.py", "main memory"),
+        ):
+            value = assumed(where.removesuffix(".py").replace("/", "."), constant)
+            yield row(constant, where, value, partial(sizes.__getitem__, key))
+
+
+SECTION = Section(
+    "constants",
+    "7. Is what plans assume right?",
+    "Constants of plans and defaults for GPUs, and what this card has. Forward passes: time of an image, as a multiple "
+    "of its forward pass at the speed of student steps. Context: GPU memory that another process takes beside its "
+    "tensors; its peak of main memory with torch alone. Bandwidth and latency of sums are in section 2; what CUDA "
+    "graphs save (`REPLAYED_FLOP`) and memory orders (`cluster.channels_last`) in section 3.",
+    ("constant", "where", "assumed", "measured"),
+    seconds=25,
+    least=5,
+    measure=measure,
+)
+
+if __name__ == "__main__":
+    child()
