@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from datm_ray.core.compute.torch_compat import storage_id
 
@@ -33,7 +33,9 @@ class Tape(TorchDispatchMode):
         made = [each for each in tree_leaves(results) if isinstance(each, Tensor)]
         storages = {storage_id(each) for each in held}
         is_view = not func._schema.is_mutable and any(storage_id(each) in storages for each in made)
-        if not is_view:
+        if not is_view and torch.Tag.inplace_view not in func.tags:
+            # Aliases keep the shapes of now, which torch 2.11 changes in place later.
+            args, kwargs, made = tree_map_only(Tensor, _alias, (args, kwargs, made))
             self._recorded.append((func, args, kwargs, [] if func._schema.is_mutable else made))
         return results
 
@@ -45,6 +47,10 @@ class Tape(TorchDispatchMode):
             for into, value in zip(made, found, strict=False):
                 if not into._is_zerotensor():
                     into.copy_(value)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor if tensor._is_zerotensor() else tensor.detach()
 
 
 class Stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +107,15 @@ class _Measurer:
     shape: Shape
     rates: dict[Precision, float]
     clock: Clock
+    kept: dict[tuple[StepOptions, bool], StudentStepFunctions] = field(default_factory=dict)
+    """Options, and True for deterministic algorithms -> functions, which are compiled once."""
+
+    def functions(self, options: StepOptions) -> StudentStepFunctions:
+        """Step functions with these options."""
+        key = options, torch.are_deterministic_algorithms_enabled()
+        if key not in self.kept:
+            self.kept[key] = StudentStepFunctions(self.problem.network, options)
+        return self.kept[key]
 
     @functools.cached_property
     def problem(self) -> Problem:
@@ -125,14 +134,14 @@ class _Measurer:
         """Measure this package with a run's options, some of them changed."""
         options, shape = self.machine.options(**changes), self.shape
         row, image = {"shape": shape.name, "precision": options.precision}, (shape.spec.channels, *shape.spec.size)
-        functions = StudentStepFunctions(self.problem.network, options)
+        functions = self.functions(options)
         try:
             prepare = functools.partial(functions.prepare, shape.chunk, image, shape.spec.classes)
             compiling, _ = timed(prepare, self.machine.device)
         except Exception as failure:  # a failing compiler must not hide the uncompiled rows
             yield {**row, "method": name, "failed": in_a_line(failure)}
             options = self.machine.options(**{**changes, "compiled": False})
-            functions, compiling = StudentStepFunctions(self.problem.network, options), 0.0
+            functions, compiling = self.functions(options), 0.0
         if not functions._compiled:
             name = f"{name}, uncompiled {functions.note}".rstrip()
         call = functools.partial(ours, self.problem, functions, shape.chunk)
@@ -165,7 +174,7 @@ class _Measurer:
             ahead: True to prepare each iteration's inputs in a thread during the one before, as a run on a GPU does.
         """
         machine, shape, problem = self.machine, self.shape, self.problem
-        functions = StudentStepFunctions(problem.network, machine.options())
+        functions = self.functions(machine.options())
         parameters = [each.cpu().numpy() for each in (problem.start, problem.target)]
         state, count = Distillation(problem.synthetic, SETTINGS), 3 if machine.small else 12
 
@@ -194,21 +203,26 @@ def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
         rates[precision] = ceiling(machine, precision)
         yield {"shape": "a product of random matrices", "precision": precision, "TFLOP/s": rates[precision] / 1e12}
     first, *others = (_Measurer(machine, shape, rates, clock) for shape in shapes(machine))
-    yield from first.ours("ours")
-    yield first.theirs("full unrolling", unrolling, machine.precision)
-    if machine.device == "cuda":  # by default such small calls are replayed
-        yield from first.ours("ours, no CUDA graphs", graphs=False)
+    yield from as_in_a_run([first])
     for ahead in (True, False):
         what = {"shape": first.shape.name, "method": "iterations of a run"}
         yield tried(what, functools.partial(first.iterations, ahead=ahead))
+    yield from as_in_a_run(others[:1])
+    if machine.device == "cuda":  # by default such small calls are replayed
+        yield from first.ours("ours, no CUDA graphs", graphs=False)
     order = "first" if machine.channels_last else "last"
     yield from first.ours(f"ours, channels {order}", channels_last=not machine.channels_last)
     yield from first.reproducible()
-    for each in others:
-        yield from each.ours("ours")
-        yield each.theirs("full unrolling", unrolling, machine.precision)
-        free_memory(machine.device)
+    yield from as_in_a_run(others[1:])
     yield from in_other_ways([first, *others])
+
+
+def as_in_a_run(measurers: Sequence[_Measurer]) -> Iterator[Row]:
+    """Measure shapes with a run's options, and full unrolling in the same precision."""
+    for each in measurers:
+        yield from each.ours("ours")
+        yield each.theirs("full unrolling", unrolling, each.machine.precision)
+        free_memory(each.machine.device)
 
 
 def in_other_ways(measurers: Sequence[_Measurer]) -> Iterator[Row]:
