@@ -31,19 +31,20 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
     with n stored epochs, epoch e has the labels of epoch e mod n.
     """
 
-    def __init__(self, images: Artifact | Tensor, labels: str | LabelStore) -> None:
+    def __init__(self, images: Artifact | Tensor, labels: str | LabelStore, *, keep: int | None = None) -> None:
         """Open the label store, and check that it was made for these images.
 
         Args:
             images: the set, or its images [n c h w] on any device. Views are made on this device.
             labels: URI of the label store, or the store.
+            keep: number of first epochs to use of a store that is given by its URI; `None` uses all.
 
         Raises:
             ConfigError: the labels were made for other images.
-            StoreError: there is no label store.
+            StoreError: there is no label store, or it has fewer epochs than `keep`.
         """
         self.images = images.images if isinstance(images, Artifact) else images
-        self.labels = LabelStore(labels) if isinstance(labels, str) else labels
+        self.labels = LabelStore(labels, keep=keep) if isinstance(labels, str) else labels
         self.info = self.labels.info
         require_labelled(self.images, self.info.set_fingerprint, self.labels.location.uri)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

@@ -21,7 +21,7 @@ from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
 from datm_ray.stages.experts.train import may_have_experts, read_experts_cost
-from datm_ray.stages.labels import labels_cost
+from datm_ray.stages.labels import kept_labels, labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.methods.registry import iterations_of, trained_backbones
 from datm_ray.stages.prior import read_prior_cost
@@ -107,7 +107,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     if (summary.folder / COST).exists():
         lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
     if summary.labels is not None:
-        lines.append(CostLine("labels", 1, labels_cost(summary.labels)))
+        lines.append(CostLine("labels", 1, labels_cost(summary.labels, kept_labels(summary.config))))
     titles = {**ROWS, **FAIR_ROWS}
     ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
     lines += [_cost_line(titles[score.row], score) for score in ordered]

@@ -33,7 +33,8 @@ from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.stages.validation import evaluation_schedule
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
+from datm_ray.store.labels import INFO_FILE, LabelInfo, LabelRecords, LabelStore
+from datm_ray.store.sealed import rejecting_nonsense
 
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
 """Settings of the views, as published; see `draw_views`."""
@@ -53,6 +54,8 @@ def create_labels(
     views: Mapping[str, float] = VIEWS,
 ) -> LabelStore:
     """Open the store for the labels of a set, and create it if it is missing.
+
+    A store of the same labels with another `epochs` or `keep` grows: only missing epochs have to be labelled.
 
     Args:
         place: folder of the store.
@@ -140,13 +143,18 @@ LABELS, COSTS = "labels", "costs"
 
 
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
-    """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run."""
+    """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run.
+
+    Trainings of other lengths and with other numbers of kept epochs share it.
+    """
     settings = config.evaluate
-    facts = settings.model_dump(include={"keep_labels", "top_logits", "cutmix"})
+    facts = settings.model_dump(include={"top_logits", "cutmix"})
     facts |= {"temperature": settings.temperature} if settings.top_logits else {}
-    facts |= {"epochs": evaluation_schedule(config, 1.0).epochs}
     facts |= {"teacher": expert_fingerprint(teacher_of(config), dataset_fingerprint)}
-    return folder / LABELS / stable_hash(facts)
+    # Earlier versions had a store for each number of epochs. Such a store is used by the recipe that made it.
+    before = {"keep_labels": settings.keep_labels, "epochs": evaluation_schedule(config, 1.0).epochs}
+    earlier = folder / LABELS / stable_hash(facts | before)
+    return earlier if (earlier / INFO_FILE).exists() else folder / LABELS / stable_hash(facts)
 
 
 def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
@@ -160,9 +168,20 @@ def kept_labels(config: RunConfig) -> int:
     return config.evaluate.keep_labels or evaluation_schedule(config, 1.0).epochs
 
 
-def labels_cost(place: Location) -> Spent:
-    """Cost of making the stored labels in a folder so far, over all workers and attempts; zero if there are none."""
-    return total(Spent.from_json((place / COSTS / name).read_json()) for name in (place / COSTS).list())
+def labels_cost(place: Location, keep: int) -> Spent:
+    """Cost of making the labels of the first `keep` epochs so far, over all workers and attempts; zero without labels.
+
+    An attempt that labelled more epochs counts by its share of them. Attempts of earlier versions count whole.
+    """
+    return total(_cost_of(place / COSTS / name, keep) for name in (place / COSTS).list())
+
+
+def _cost_of(note: Location, keep: int) -> Spent:
+    """Cost in the note of one attempt at labelling, for the first `keep` epochs."""
+    content = note.read_json()
+    with rejecting_nonsense(note):
+        spent, epochs = Spent.from_json(content), list(content.get("epochs", []))
+        return spent.share(sum(int(epoch) < keep for epoch in epochs) / len(epochs)) if epochs else spent
 
 
 class LabelWorker:
@@ -204,6 +223,6 @@ class LabelWorker:
         yield Progress(0, len(epochs))
         note = place / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
         for done, _ in enumerate(label_epochs(store, teacher.restored(0), images, epochs), start=1):
-            note.write_json(account.spent().to_json())
+            note.write_json({**account.spent().to_json(), "epochs": list(epochs[:done])})
             yield Progress(done, len(epochs), saved=True)
         yield Finished()

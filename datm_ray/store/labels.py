@@ -10,8 +10,10 @@ labels. A batch is one row. Each of its columns is one list, which joins the val
     boxes float32 x 4 | flips bool | partners int32 | lambdas float32 | mix_boxes uint16 x 4
     | values float16 x k, or x (t + 1) | indices uint16 x t, or none
 
-An epoch is written once, whole, by any worker, and never changes. core/training/labelling.py defines the views and how
-logits are packed. Letters: b = number of records, k = number of classes, t = number of classes whose logits are kept.
+An epoch is written once, whole, by any worker, and never changes. Its content does not depend on how many epochs are
+kept or trained. So a store can grow, and trainings can use its first epochs alone. core/training/labelling.py defines
+the views and how logits are packed. Letters: b = number of records, k = number of classes, t = number of classes whose
+logits are kept.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class LabelInfo:
     """Height and width in pixels, of the images and of their views."""
 
     epochs: int
-    """Number of epochs of the training that uses the labels."""
+    """Number of epochs of the longest training that uses the labels."""
 
     keep: int
     """Number of epochs that are labelled and stored, from 1 to `epochs`. A training repeats them in order."""
@@ -129,6 +131,11 @@ class LabelInfo:
         """All fields as plain data for JSON."""
         return {**asdict(replace(self, augmentation=dict(self.augmentation))), "size": [*self.size]}
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Fields that decide what an epoch's labels are, as plain data: all but `epochs` and `keep`."""
+        return _origin(self.to_json())
+
     def pool_epoch(self, epoch: int) -> int:
         """Stored epoch whose labels an epoch of the training uses. Both count from 0; stored epochs repeat in order."""
         return epoch % self.keep
@@ -149,6 +156,11 @@ class LabelInfo:
     def planned_bytes(self) -> int:
         """Bytes of the records of all epochs to be stored. Files are 2 to 3 % larger, small files more."""
         return math.ceil(self.keep * self.images * self.record_bits / 8)
+
+
+def _origin(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Part of an info as plain data that decides what an epoch's labels are."""
+    return {name: value for name, value in info.items() if name not in ("epochs", "keep")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,39 +226,52 @@ class LabelRecords:
 class LabelStore:
     """Labels of one set by one teacher. Picklable, and usable after a fork; reads nothing before the first use."""
 
-    def __init__(self, place: str | Location, *, memory: int = MEMORY) -> None:
+    def __init__(self, place: str | Location, *, keep: int | None = None, memory: int = MEMORY) -> None:
         """Open the store in a folder, which need not exist.
 
         Args:
             place: local path, or a file://, memory:// or s3:// URI, or a `Location`, whose guard is called before each
                 write.
+            keep: number of first epochs to use, as if the store had no others; `None` uses all.
             memory: limit in bytes on the blocks kept in memory for later reads. Blocks of local files are mapped, so
                 they lie mostly in the page cache.
         """
         self._place = open_location(place) if isinstance(place, str) else place
-        self._memory = memory
+        self._keep, self._memory = keep, memory
         self._forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(LabelStore, memory=self._memory), (self._place,)
+        return partial(LabelStore, keep=self._keep, memory=self._memory), (self._place,)
 
     @classmethod
     def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
         """Open the store of these labels, and create it if it is missing. Several workers may do this at the same time.
 
+        A store with fewer epochs, or for a shorter training, grows: its labels stay. Of a store with more epochs, the
+        first `info.keep` are used.
+
         Raises:
             StoreError: the folder holds labels of other images, of another teacher or with other settings.
         """
-        store = cls(place)
-        file, metadata = store.location / INFO_FILE, {"version": FORMAT_VERSION, "info": info.to_json()}
-        if not file.exists():
+        store = cls(place, keep=info.keep)
+        if not (store.location / INFO_FILE).exists():
             with suppress(AlreadyExistsError):  # another worker was faster
-                write_tensors(file, {}, kind=INFO_KIND, metadata=metadata, replace=False)
-        store._require(info)
+                store._write_info(info, replace=False)
+        found = store._read_info()
+        store._require(info, found)
+        grown = replace(found, epochs=max(info.epochs, found.epochs), keep=max(info.keep, found.keep))
+        if grown != found:
+            # If two commands with different numbers do this at once, the smaller may win. Epochs stay, and the larger
+            # is written again by whoever next asks for it.
+            store._write_info(grown, replace=True)
         return store
 
-    def _require(self, info: LabelInfo) -> None:
-        ours, theirs = info.to_json(), self.info.to_json()
+    def _write_info(self, info: LabelInfo, *, replace: bool) -> None:
+        metadata = {"version": FORMAT_VERSION, "info": info.to_json()}
+        write_tensors(self.location / INFO_FILE, {}, kind=INFO_KIND, metadata=metadata, replace=replace)
+
+    def _require(self, info: LabelInfo, found: LabelInfo) -> None:
+        ours, theirs = info.origin, found.origin
         differing = [
             f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in ours if ours[name] != theirs[name]
         ]
@@ -273,12 +298,24 @@ class LabelStore:
 
     @cached_property
     def info(self) -> LabelInfo:
-        """Origin and settings of the labels.
+        """Origin and settings of the labels. `keep` is the number of epochs that this object uses.
 
         Raises:
-            StoreError: the folder holds no labels.
+            StoreError: the folder holds no labels, or is for fewer epochs than are to be used.
             CorruptFileError: the file `labels.arrow` is damaged or of a newer version.
         """
+        found = self._read_info()
+        if self._keep is None:
+            return found
+        if not 1 <= self._keep <= found.keep:
+            raise StoreError(
+                f"{self.location.uri} is for labels of {found.keep} epochs, and {self._keep} are to be used",
+                "fewer epochs were labelled than this training repeats",
+                f"Use at most {found.keep}, or label the epochs that are missing",
+            )
+        return replace(found, keep=self._keep)
+
+    def _read_info(self) -> LabelInfo:
         file = self.location / INFO_FILE
         metadata = read_tensors(file, kind=INFO_KIND).metadata
         with rejecting_nonsense(file):
@@ -296,9 +333,10 @@ class LabelStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files that the store holds now, from one listing."""
-        sizes = self.location.sizes()
-        return sum(size for name, size in sizes.items() if name == INFO_FILE or _EPOCH_FILE.fullmatch(name))
+        """Bytes of all files that the store holds now, from one listing; with `keep`, of those that are used."""
+        sizes, used = self.location.sizes(), None if self._keep is None else set(map(_file_of, range(self._keep)))
+        epochs = [name for name in sizes if _EPOCH_FILE.fullmatch(name) and (used is None or name in used)]
+        return sum(sizes[name] for name in epochs) + sizes.get(INFO_FILE, 0)
 
     def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
         """Store one epoch atomically; never replace a stored one. Returns True if this call stored it.
@@ -389,7 +427,12 @@ class LabelStore:
     def _file(self, epoch: int) -> Location:
         if not 0 <= epoch < self.info.keep:
             raise ValueError(f"epochs are numbered from 0 to {self.info.keep - 1}, not {epoch}")
-        return self.location / f"epoch-{epoch:05d}.arrow"
+        return self.location / _file_of(epoch)
+
+
+def _file_of(epoch: int) -> str:
+    """Name of the file of an epoch, a number from 0."""
+    return f"epoch-{epoch:05d}.arrow"
 
 
 class _Recent(Generic[K, T]):
@@ -431,7 +474,7 @@ class _OpenedEpoch:
 def _open_epoch(location: Location, info: LabelInfo, epoch: int) -> _OpenedEpoch:
     sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
     with rejecting_nonsense(location):
-        if (json.loads(sealed.header["info"]), int(sealed.header["epoch"])) != (info.to_json(), epoch):
+        if (_origin(json.loads(sealed.header["info"])), int(sealed.header["epoch"])) != (info.origin, epoch):
             raise CorruptFileError(
                 f"{location.uri} holds another epoch, or labels of another store",
                 "It was renamed or copied",

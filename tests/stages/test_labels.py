@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ import torch
 
 from datm_ray import ReplayedLabels
 from datm_ray.artifact import load
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import Schedule, train
 from datm_ray.core.training.teacher import StoredLessons, Teacher
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.labels import LABELS, LabelWorker, labels_location, missing_epochs
+from datm_ray.stages.labels import COSTS, LABELS, LabelWorker, labels_cost, labels_location, missing_epochs
 from datm_ray.store.labels import LabelStore
 from tests.conftest import tiny_config
 
@@ -155,4 +157,40 @@ def test_scores_under_other_labels_lie_beside_each_other(finished_run: Path, tmp
     evaluate(pipeline)
     assert len(list((tmp_path / "tiny/evaluation").glob("*/distilled-00.json"))) == 3
     assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 2  # of other views under stored labels
-    assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 2
+    assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 1
+
+
+def test_recipes_with_other_numbers_of_epochs_share_their_labels(finished_run: Path, tmp_path: Path) -> None:
+    """A longer training, or more kept epochs, labels only the missing epochs; cost and bytes are of those used."""
+    found = {}
+    for keep, epochs, missing in ((2, 4, 2), (4, 6, 2), (1, 4, 0), (4, 4, 0)):
+        settings = (f"evaluate.keep_labels={keep}", f"evaluate.epochs={epochs}")
+        pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, *settings)
+        left = missing_epochs(pipeline.runs.folder(config), config, pipeline.runs.raw(config).fingerprint)
+        assert len(left) == missing
+        evaluate(pipeline)
+        (summary,) = summaries(pipeline.out, pipeline.configs)
+        found[keep, epochs] = next(line.spent.seconds for line in cost_lines(summary) if line.title == "labels")
+    assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 1
+    assert 0 < found[1, 4] < found[2, 4] < found[4, 4] == found[4, 6]
+
+
+def test_the_store_of_an_earlier_version_is_used_by_its_recipe(finished_run: Path, tmp_path: Path) -> None:
+    """A store in the folder that earlier versions made for each number of epochs is not labelled again."""
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=2")
+    folder, dataset = pipeline.runs.folder(config), pipeline.runs.dataset(config.dataset)
+    list(LabelWorker(dataset, config.cluster).label(config, pipeline.store_uri, folder.uri, (0, 1)))
+    fingerprint = dataset.fingerprint
+    facts = {"keep_labels": 2, "top_logits": None, "cutmix": 1.0, "epochs": 4}
+    facts["teacher"] = expert_fingerprint(config, fingerprint)
+    (now,) = (tmp_path / "tiny" / LABELS).iterdir()
+    (note,) = (now / COSTS).iterdir()
+    content = json.loads(note.read_text())
+    assert content.pop("epochs") == [0, 1]
+    assert labels_cost(labels_location(folder, config, fingerprint), 1).seconds == content["seconds"] / 2
+    note.write_text(json.dumps(content))  # as they noted it
+    now.rename(now.with_name(stable_hash(facts)))
+    assert missing_epochs(folder, config, fingerprint) == []
+    place = labels_location(folder, config, fingerprint)
+    assert labels_cost(place, 1) == labels_cost(place, 2) == Spent.from_json(content)
+    evaluate(pipeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from datm_ray.store.tensors import write_tensors
 from tests.store.proxy import Proxy
 from tests.store.test_corruption import damages
 
+SAMPLE = Path(__file__).parent / "samples" / "labels-v1"
 INFO = LabelInfo(
     set_fingerprint="set",
     teacher_fingerprint="teacher",
@@ -291,10 +293,49 @@ def test_other_labels_are_not_mixed_in(uri: str) -> None:
     """A folder with labels of other images or settings is refused with the differences; equal ones are opened."""
     LabelStore.create(uri, INFO)
     LabelStore.create(uri, replace(INFO, augmentation={"mix": 1.0, "least_share": 0.08}))
-    with pytest.raises(StoreError, match=r"set_fingerprint 'set' instead of 'other', keep 3 instead of 4"):
-        LabelStore.create(uri, replace(INFO, set_fingerprint="other", keep=4))
+    with pytest.raises(StoreError, match=r"set_fingerprint 'set' instead of 'other', seed 1 instead of 2"):
+        LabelStore.create(uri, replace(INFO, set_fingerprint="other", seed=2, keep=4))
+    assert LabelStore(uri).info == INFO
     with pytest.raises(StoreError, match=r"labels\.arrow"):
         _ = LabelStore(f"{uri}-none").info
+
+
+def test_a_store_grows_and_its_first_epochs_can_be_used_alone(uri: str) -> None:
+    """More epochs or a longer training add to what is labelled; fewer epochs use the first ones, and remove none."""
+    filled(uri)
+    longer = LabelStore.create(uri, replace(INFO, epochs=400, keep=5))
+    assert (longer.info.epochs, longer.info.keep, longer.missing()) == (400, 5, [3, 4])
+    assert not longer.write_epoch(0, [records_of(INFO, 9)])  # stored already
+    assert longer.write_epoch(3, [records_of(INFO, 3)])
+    assert [longer.info.pool_epoch(epoch) for epoch in (2, 5, 6)] == [2, 0, 1]
+    shorter = LabelStore.create(uri, replace(INFO, epochs=20, keep=2))
+    assert (shorter.info.keep, shorter.missing(), shorter.info.pool_epoch(3)) == (2, [], 1)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        shorter.read(2, [0])
+    for reader in (LabelStore(uri), longer, pickle.loads(pickle.dumps(longer))):
+        assert (reader.info.epochs, reader.info.keep, reader.missing()) == (400, 5, [4])
+        for epoch in range(4):
+            assert_equal(reader.read(epoch, [0, 49]), records_of(INFO, epoch).take(np.array([0, 49])))
+    sizes = shorter.location.sizes()
+    assert longer.nbytes == LabelStore(uri).nbytes == sum(sizes.values())
+    two = sizes["labels.arrow"] + sizes["epoch-00000.arrow"] + sizes["epoch-00001.arrow"]
+    assert shorter.nbytes == pickle.loads(pickle.dumps(shorter)).nbytes == two
+    for keep in (0, 6):
+        with pytest.raises(StoreError, match=f"of 5 epochs, and {keep} are to be used"):
+            _ = LabelStore(uri, keep=keep).info
+
+
+def test_a_store_of_an_earlier_version_is_read_and_grows(tmp_path: Path) -> None:
+    """Labels that version 0.1.0 stored, whose epochs name their number, are read, and further epochs are added."""
+    shutil.copytree(SAMPLE, tmp_path / "labels")
+    earlier = replace(TINY, keep=2, epochs=3)
+    assert LabelStore(str(tmp_path / "labels")).info == earlier
+    store = LabelStore.create(str(tmp_path / "labels"), replace(earlier, keep=3, epochs=5))
+    assert store.missing() == [2]
+    assert store.write_epoch(2, [records_of(TINY, 2)])
+    for epoch in range(3):
+        store.verify(epoch)
+        assert_equal(store.read(epoch, range(9)), records_of(TINY, epoch))
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.progress import SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.labels import labels_location
+from datm_ray.stages.labels import kept_labels, labels_location
 from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of
 from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
@@ -309,7 +309,8 @@ class EvaluateWorker:
         if is_stored(config, row):
             assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
             place = labels_location(folder, config, self._dataset.fingerprint)
-            return StoredLessons(ReplayedLabels(images, LabelStore(place)), config.evaluate.temperature)
+            labels = ReplayedLabels(images, LabelStore(place, keep=kept_labels(config)))
+            return StoredLessons(labels, config.evaluate.temperature)
         if config.name not in self._teachers:
             experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
             self._teachers[config.name] = experts.restored(0)
