@@ -26,8 +26,8 @@ from datm_ray.planning.machines import Machine
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
 from datm_ray.stages.evaluate.rows import (
+    asks_teacher,
     fewest_tasks,
-    is_taught,
     largest_stack,
     scored_rows,
     seeds_of_tasks,
@@ -143,7 +143,7 @@ class Proposal:
                     ("scoring", trained, seeds * count * held_out),
                     ("scoring", trained, seeds * shape.test_images),
                 ]
-                task += [("scoring", teacher_of(config), passes)] if is_taught(config, row) else []
+                task += [("scoring", teacher_of(config), passes)] if asks_teacher(config, row) else []
                 tasks.append(task)
         return tasks
 

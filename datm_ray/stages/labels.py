@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from datm_ray.artifact import read_artifact
-from datm_ray.config import ClusterConfig, RunConfig, expert_fingerprint, stable_hash
+from datm_ray.config import ClusterConfig, EvaluateConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.images.augment import LEAST_SHARE
 from datm_ray.core.training.labelling import (
     MIX,
+    DrawnLabels,
     draw_views,
     images_fingerprint,
     pack_logits,
@@ -184,6 +186,27 @@ def _cost_of(note: Location, keep: int) -> Spent:
         return spent.share(sum(int(epoch) < keep for epoch in epochs) / len(epochs)) if epochs else spent
 
 
+def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:
+    """Labels of a control's images, made as those that a run stores for its set: the same views, epochs and logits.
+
+    Args:
+        network: the teacher, on the images' device.
+        images: [n c h w] the control's images, as many as the set has.
+    """
+    settings = config.evaluate
+    return DrawnLabels(network, images, config.seed, kept_labels(config), **_kept(settings), views=_views(settings))
+
+
+def _kept(settings: EvaluateConfig) -> dict[str, Any]:
+    """Which logits are kept of each view, as arguments of `create_labels`."""
+    return {"top": settings.top_logits, "temperature": settings.temperature if settings.top_logits else 1.0}
+
+
+def _views(settings: EvaluateConfig) -> dict[str, float]:
+    """Settings of the views, see `draw_views`."""
+    return VIEWS | {"mix": settings.cutmix}
+
+
 class LabelWorker:
     """Worker that labels sets of one data set with trained networks."""
 
@@ -215,10 +238,9 @@ class LabelWorker:
             teacher.group.key.fingerprint,
             epochs=trained_for,
             keep=kept_labels(config),
-            top=settings.top_logits,
-            temperature=settings.temperature if settings.top_logits else 1.0,
+            **_kept(settings),
             seed=config.seed,
-            views=VIEWS | {"mix": settings.cutmix},
+            views=_views(settings),
         )
         yield Progress(0, len(epochs))
         note = place / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 from datm_ray import ReplayedLabels
 from datm_ray.artifact import load
-from datm_ray.config import RunConfig, expert_fingerprint, stable_hash
+from datm_ray.config import NetworkConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.training.labelling import images_fingerprint
 from datm_ray.core.training.loop import Schedule, train
 from datm_ray.core.training.teacher import StoredLessons, Teacher
 from datm_ray.errors import ConfigError
@@ -24,8 +26,17 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.stages.evaluate.rows import EvaluateWorker
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.labels import COSTS, LABELS, LabelWorker, labels_cost, labels_location, missing_epochs
+from datm_ray.stages.labels import (
+    COSTS,
+    LABELS,
+    LabelWorker,
+    label_epochs,
+    labels_cost,
+    labels_location,
+    missing_epochs,
+)
 from datm_ray.store.labels import LabelStore
 from tests.conftest import tiny_config
 
@@ -118,6 +129,8 @@ def test_a_plan_and_a_dry_run_tell_of_labels(finished_run: Path, tmp_path: Path)
     assert plan.stages["labels"] == pytest.approx((held, held))
     assert clock == pytest.approx(held / 3)  # each worker labels one of three epochs
     assert "labels" not in plan_run(tiny_config(), "cpus=1,gflops=50").stages
+    online = plan_run(tiny_config(*STORED, "evaluate.labels=teacher"), "cpus=1,gflops=50")
+    assert plan.stages["evaluation"][0] < online.stages["evaluation"][0]  # no teacher beside the set's networks
     evaluate(pipeline)
     assert not any("label" in line for line in pipeline.plan())
     assert store_of(pipeline, config).info.planned_bytes == plan.storage["labels"]
@@ -149,15 +162,47 @@ def test_labelling_is_resumed_epoch_by_epoch(finished_run: Path, tmp_path: Path)
 
 
 def test_scores_under_other_labels_lie_beside_each_other(finished_run: Path, tmp_path: Path) -> None:
-    """Live, stored and pruned labels have results of their own; controls are shared by stored ones."""
+    """Live, stored and pruned labels have results of their own, for the set and for random images."""
     for settings in ((*SCORED, "evaluate.labels=teacher", "evaluate.cutmix=1"), STORED):
         pipeline, _ = pipeline_of(finished_run, tmp_path, *settings, "evaluate.full=false")
         evaluate(pipeline)
     pipeline, _ = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=1")
     evaluate(pipeline)
     assert len(list((tmp_path / "tiny/evaluation").glob("*/distilled-00.json"))) == 3
-    assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 2  # of other views under stored labels
+    assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 3
     assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 1
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
+def test_random_images_have_labels_by_the_rule_of_the_stored_ones(
+    finished_run: Path, tmp_path: Path, network: NetworkConfig | None
+) -> None:
+    """The control has the bits of a store of its own, with the set's views, kept epochs and kept logits."""
+    settings = ("evaluate.keep_labels=2", "evaluate.top_logits=3", "evaluate.temperature=4")
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, *settings)
+    evaluate(pipeline)
+    of_set, dataset = store_of(pipeline, config), pipeline.runs.dataset(config.dataset)
+    worker, folder = EvaluateWorker(dataset, config.cluster), pipeline.runs.folder(config)
+    ((images, *_),) = worker._training_sets(config, pipeline.store_uri, folder, "random-soft", [5], network)
+    lessons = worker._lessons(config, pipeline.store_uri, "random-soft", folder, images)
+    assert isinstance(lessons, StoredLessons)
+    assert lessons.temperature == 4
+    experts = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
+    info = replace(of_set.info, set_fingerprint=images_fingerprint(images))
+    own = LabelStore.create(str(tmp_path / "own"), info)
+    list(label_epochs(own, experts.restored(0), images, own.missing()))
+    replayed = ReplayedLabels(images, own)
+    for epoch in range(4):
+        lessons.labels.set_epoch(epoch)
+        replayed.set_epoch(epoch)
+        rows = range(len(images))
+        for found, stored in zip(lessons.labels.batch(rows), replayed.batch(rows), strict=True):
+            assert torch.equal(found, stored)
+        one, two = (store.read(epoch % 2, rows) for store in (of_set, own))
+        assert all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("boxes", "flips", "partners"))
+    parts = list(lessons.batches(images, 0, range(4), 4, "resized+flip"))
+    assert [len(part.images[0]) for part in parts] == [4, 4, 2] * 4
+    assert all(len(set(logits.tolist())) <= 4 for part in parts for logits in part.targets[0])  # three and the rest
 
 
 def test_recipes_with_other_numbers_of_epochs_share_their_labels(finished_run: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ Shapes: n views, m images of the set, c h w image, k classes, t classes whose lo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
@@ -186,6 +187,58 @@ def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], clas
         return kept
     logits = kept[:, -1:].repeat(1, classes)
     return logits.scatter_(1, torch.from_numpy(indices.astype(np.int64)), kept[:, :-1])
+
+
+class DrawnLabels:
+    """Views and logits as a label store would hold them, made when they are asked for: nothing is stored.
+
+    Controls train on them, so that they differ from a set with stored labels in their images alone. Logits equal stored
+    ones up to rounding, because batches differ.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        seed: int,
+        keep: int,
+        *,
+        top: int | None = None,
+        temperature: float = 1.0,
+        views: Mapping[str, float],
+    ) -> None:
+        """Draw the views of epoch 0.
+
+        Args:
+            network: teacher, on the images' device; it is used in evaluation mode.
+            images: [m c h w] the images.
+            seed: seed of the views.
+            keep: number of epochs whose views and labels a training repeats in turn.
+            top: number of largest logits to keep; None keeps all.
+            temperature: see `pack_logits`.
+            views: settings of the views, see `draw_views`.
+        """
+        self._network, self._images, self._seed, self._keep = network, images, seed, keep
+        self._top, self._temperature, self._settings = top, temperature, dict(views)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the training, from 0, and draw the views of the epoch that it repeats."""
+        size = (self._images.shape[2], self._images.shape[3])
+        self._views = draw_views(self._seed, epoch % self._keep, len(self._images), size, **self._settings)
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Views [b c h w] of the images at these indices in the chosen epoch, and logits [b k] of the views."""
+        made = apply_views(self._images, self._views.take(np.asarray(rows, np.int64)))
+        logits = predict_logits(self._network, made, batch_size=len(made))
+        return made, _as_stored(logits, self._top, self._temperature)
+
+
+def _as_stored(logits: Tensor, top: int | None, temperature: float) -> Tensor:
+    """Logits [n k] after they were packed and unpacked, on their device."""
+    if top is None:
+        return logits.half().float()  # on the device, so that a GPU does not wait
+    return unpack_logits(*pack_logits(logits, top, temperature), logits.shape[1]).to(logits.device)
 
 
 def _halves(values: Tensor) -> NDArray[np.float16]:

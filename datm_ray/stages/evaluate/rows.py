@@ -12,8 +12,8 @@ data.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
 network, or of `evaluate.teacher`: its logits of every augmented batch replace the labels, see `core.training.teacher`.
-With `stored`, the labels of the distilled set are made beforehand, see `stages.labels`. No step size was learned for
-such labels.
+With `stored`, the labels of the distilled set are made beforehand, see `stages.labels`. Random images have labels by
+the same rule: as many epochs, the same views and as many logits. No step size was learned for such labels.
 
 The networks of a task, a network for each seed and candidate step size, are trained in stacks where this is faster
 (`core.training.loop.Trainer`). A task that is stopped or killed resumes with the same bits (see `progress`).
@@ -84,7 +84,7 @@ from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.progress import SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.labels import kept_labels, labels_location
+from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
 from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of
 from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
@@ -306,17 +306,21 @@ class EvaluateWorker:
         """
         if not is_taught(config, row):
             return None
+        assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
         if is_stored(config, row):
-            assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
             place = labels_location(folder, config, self._dataset.fingerprint)
             labels = ReplayedLabels(images, LabelStore(place, keep=kept_labels(config)))
             return StoredLessons(labels, config.evaluate.temperature)
+        settings, teacher = config.evaluate, self._teacher(config, store_uri)
+        if has_stored_views(config, row):
+            return StoredLessons(drawn_labels(config, teacher, images), settings.temperature)
+        return Teacher(teacher, settings.temperature, 0.0 if row in PLAIN else settings.cutmix)
+
+    def _teacher(self, config: RunConfig, store_uri: str) -> nn.Module:
         if config.name not in self._teachers:
             experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
             self._teachers[config.name] = experts.restored(0)
-        settings = config.evaluate
-        cutmix = 0.0 if row in PLAIN else settings.cutmix
-        return Teacher(self._teachers[config.name], settings.temperature, cutmix)
+        return self._teachers[config.name]
 
     def _validation_accuracy(self, network: nn.Module) -> float:
         return accuracy(network, *self._validation_set)
@@ -339,6 +343,20 @@ def is_stored(config: RunConfig, row: str) -> bool:
     False if the teacher is asked during training, or does not label the row.
     """
     return config.evaluate.stores_labels and row == "distilled"
+
+
+def asks_teacher(config: RunConfig, row: str) -> bool:
+    """True if networks of this row of the accuracy table have a teacher's labels that are computed during training."""
+    return is_taught(config, row) and not is_stored(config, row)
+
+
+def has_stored_views(config: RunConfig, row: str) -> bool:
+    """True if networks of this row of the accuracy table train on views and logits as a label store holds them.
+
+    Those of the distilled set are stored. Those of random images are made alike when they are needed, so that both rows
+    differ in their images alone.
+    """
+    return config.evaluate.stores_labels and row in ("distilled", "random-soft")
 
 
 def has_learned_step_size(config: RunConfig, row: str) -> bool:
@@ -580,7 +598,9 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
         return {}
     left_out = {"temperature", "cutmix", "keep_labels", "top_logits"}
     if is_taught(config, row):
-        left_out = set() if is_stored(config, row) else {"keep_labels", "top_logits"}
+        left_out = set() if has_stored_views(config, row) else {"keep_labels", "top_logits"}
+        if has_stored_views(config, row) and not is_stored(config, row):
+            identity["views"] = "stored"  # earlier versions had other views here, in every epoch
         identity["teacher"] = expert_fingerprint(teacher_of(config), dataset_fingerprint)
     elif row not in SOFT:
         left_out |= {"labels", "learning_rate"}
