@@ -52,7 +52,8 @@ class Result:
     synthetic: Artifact
     """Synthetic set of the run."""
     accuracies: Mapping[str, tuple[float, ...]]
-    """Row of results ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
+    """Row of results ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1. With
+    `evaluate.fixed_labels` also "distilled-hard", "distilled-fixed" and "random-fixed"."""
     report: str
     """Path or URI of the HTML report over all runs of the output folder."""
     networks: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)

@@ -42,7 +42,7 @@ from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate.rows import ROWS, EvaluateWorker, work_of
+from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker, work_of
 from datm_ray.stages.evaluate.scores import FAIR_PARTS
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.worker import StageWorker
@@ -100,6 +100,26 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
     assert not torch.equal(before.images, after.images)
     assert not torch.equal(before.soft_labels, after.soft_labels)
     assert before.step_size != after.step_size
+
+
+def test_rows_with_fixed_labels_stand_in_one_table(tmp_path: Path, finished_run: Path) -> None:
+    """A finished run gets rows with hard and fixed labels beside a teacher's, and later commands still show them."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    taught = ("evaluate.labels=teacher", "evaluate.full=false", "evaluate.seeds=1")
+    fixed = tiny_config(*taught, "evaluate.fixed_labels=true")
+    pipeline = Pipeline([fixed], str(out))
+    pipeline.evaluate(serial(fixed), QUIET)
+    rows = [line.partition("  ")[0] for line in pipeline.table().splitlines()[2:9]]
+    assert rows == [TABLE_ROWS[row] for row in TABLE_ROWS]  # "full" was scored before
+    assert "not yet" not in pipeline.table()
+    later = Pipeline([tiny_config(*taught)], str(out))
+    later.evaluate(serial(fixed), QUIET)
+    pipeline_module.report(str(out))
+    (summary,) = json.loads((out / "summary.json").read_text())
+    assert list(summary["test_accuracy"]) == list(TABLE_ROWS)
+    assert TABLE_ROWS["random-fixed"] in (out / "report.html").read_text()
+    assert TABLE_ROWS["random-fixed"] in [cost["what"] for cost in summary["cost"]]
 
 
 def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run: Path) -> None:

@@ -70,15 +70,15 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
     `cluster`, except `cluster.deterministic` if it is true, and the keys that the run's method does not read are left
     out. The paths of the data set and of a given set are left out, because their content has a fingerprint of its own.
-    Number of seeds, further networks, their optimiser, `full`, `fair`, `teacher` and `SCORING_KEYS` are left out,
-    because they may change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, the
+    Number of seeds, further networks, their optimiser, further rows, `teacher` and `SCORING_KEYS` are left out, because
+    they may change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, the
     interval of checkpoints and the run that is continued are left out, because the set does not depend on them.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
         "dataset": {"path"},
         "distill": {"checkpoint_every", "continue_from"},
-        "evaluate": {"seeds", "networks", "optimiser", "full", "fair", "teacher", *SCORING_KEYS},
+        "evaluate": {"seeds", "networks", "optimiser", "full", "fair", "fixed_labels", "teacher", *SCORING_KEYS},
         "experts": {"keep_epochs", "test_every"},
         "given": {"path"},
         "metadd": {"experts": {"keep_epochs", "test_every"}},

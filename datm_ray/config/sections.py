@@ -626,6 +626,9 @@ class EvaluateConfig(Section):
     fair: bool = False
     """Compute DD-Ranking's label-robust and augmentation-robust scores. They need `full` and add three table rows:
     distilled images with hard labels; distilled and random images without augmentation."""
+    fixed_labels: bool = False
+    """Add rows with labels that stay the same in all epochs, for the set and for random images: hard labels, and under
+    a teacher the set's own soft labels."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
@@ -678,8 +681,8 @@ SELDOM = {
     "given": "digest",
     "metadd": "divergence variance_of threshold",
     "prior": "epochs batch_size learning_rate inversion_steps",
-    "evaluate": "optimiser real_epochs full fair augmentation labels teacher temperature cutmix keep_labels top_logits "
-    "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
+    "evaluate": "optimiser real_epochs full fair fixed_labels augmentation labels teacher temperature cutmix "
+    "keep_labels top_logits learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",
 }

@@ -333,7 +333,8 @@ class Pipeline:
         more = tuple(network for network in before if network not in config.evaluate.networks)
         networks = (*config.evaluate.networks, *more)
         fair = config.evaluate.fair or bool(earlier and earlier.evaluate.fair)
-        more_rows = {"networks": networks, "fair": fair, "full": config.evaluate.full or fair}
+        fixed = config.evaluate.fixed_labels or bool(earlier and earlier.evaluate.fixed_labels)
+        more_rows = {"networks": networks, "fair": fair, "fixed_labels": fixed, "full": config.evaluate.full or fair}
         return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more_rows)})
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:

@@ -22,8 +22,7 @@ from datm_ray.runtime.devices import uses_gpu, workers_here
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.evaluate.rows import (
-    FAIR_ROWS,
-    ROWS,
+    ALL_ROWS,
     fewest_tasks,
     is_unstackable,
     largest_stack,
@@ -485,7 +484,7 @@ def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
     """Title of a row of a run's accuracy table, such as "birds, distilled" or "birds, distilled on vgg11"."""
-    return f"{config.name}, {(ROWS | FAIR_ROWS)[row]}{_on(config, network)}"
+    return f"{config.name}, {ALL_ROWS[row]}{_on(config, network)}"
 
 
 def _on(config: RunConfig, network: NetworkConfig | None) -> str:

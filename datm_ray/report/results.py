@@ -18,7 +18,7 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.report.differences import differences
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
-from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
+from datm_ray.stages.evaluate.rows import ALL_ROWS, FIXED_ROWS, ROWS, TABLE_ROWS, fixed_rows
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
 from datm_ray.stages.experts.train import may_have_experts, read_experts_cost
 from datm_ray.stages.labels import kept_labels, labels_cost
@@ -108,9 +108,8 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
         lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
     if summary.labels is not None:
         lines.append(CostLine("labels", 1, labels_cost(summary.labels, kept_labels(summary.config))))
-    titles = {**ROWS, **FAIR_ROWS}
-    ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
-    lines += [_cost_line(titles[score.row], score) for score in ordered]
+    titles, scores = ALL_ROWS, {score.row: score for score in (*summary.fair_rows, *summary.scores)}
+    lines += [_cost_line(titles[row], scores[row]) for row in titles if row in scores]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         rows = (each.tuned, each.control)  # tuning also tries the learned step size, so its cost is included
         lines += [_cost_line(f"{titles[score.row]}, on {name}", score) for score in rows if score]
@@ -346,14 +345,17 @@ def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
     """Rows of these runs' accuracy table -> titles. The row for all real data is left out if every run skips it."""
     return {
         row: title
-        for row, title in ROWS.items()
+        for row, title in TABLE_ROWS.items()
         if not (summaries and all(_is_skipped(each, row) for each in summaries))
     }
 
 
 def _is_skipped(summary: RunSummary, row: str) -> bool:
     """True if the run leaves out the row, and no earlier command has scored it."""
-    is_made = summary.config.evaluate.full if row == "full" else summary.has_experts or row != "random-soft"
+    if row in FIXED_ROWS:
+        is_made = row in fixed_rows(summary.config)
+    else:
+        is_made = summary.config.evaluate.full if row == "full" else summary.has_experts or row != "random-soft"
     return not is_made and not find_score(summary.scores, row)
 
 

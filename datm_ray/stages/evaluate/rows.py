@@ -22,6 +22,10 @@ Training settings may change in a finished run, so each setting has its own resu
 always uses the training of `evaluate.protocol`. Rows with hard labels keep their labels, and choose their step size on
 validation data.
 
+`evaluate.fixed_labels` adds rows of the same set, and of random images, with labels that stay the same (`FIXED_ROWS`).
+Under a teacher, one table then shows what labels for every epoch add. Step sizes of these rows are chosen on validation
+data, among them the learned one.
+
 `evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
 `core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
 labels, the step size is chosen on validation data; the learned step size is among the candidates. Without augmentation,
@@ -85,7 +89,7 @@ from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.progress import SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
-from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of
+from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of, trained_backbones
 from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
@@ -105,8 +109,28 @@ FAIR_ROWS = {
 }
 """Further rows for DD-Ranking's scores -> titles."""
 
-DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
-"""Keys of the rows of `ROWS` and `FAIR_ROWS` whose networks are trained on distilled images."""
+FIXED_ROWS = {
+    "distilled-hard": "distilled, hard labels",
+    "random-fixed": "random real images, one soft label each",
+    "distilled-fixed": "distilled, one soft label each",
+}
+"""Further rows for `evaluate.fixed_labels`, whose labels are the same in all epochs -> titles. The first one is also a
+row of `FAIR_ROWS`."""
+
+TABLE_ROWS = {
+    row: (ROWS | FIXED_ROWS)[row]
+    for row in (
+        *("random-hard", "random-fixed", "random-soft"),
+        *("distilled-hard", "distilled-fixed", "distilled", "full"),
+    )
+}
+"""Rows of `ROWS` and `FIXED_ROWS` in the order in which the accuracy table shows them -> titles."""
+
+ALL_ROWS = TABLE_ROWS | FAIR_ROWS
+"""All rows -> titles."""
+
+DISTILLED = ("distilled", "distilled-hard", "distilled-fixed", "distilled-plain")
+"""Keys of the rows whose networks are trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
 """Keys of the rows of `FAIR_ROWS` whose networks are trained without augmentation."""
@@ -165,7 +189,7 @@ class EvaluateWorker:
             store_uri: store of the experts, for soft labels of random images.
             folder_uri: folder with the distilled set.
             result_uris: file to write for each seed; an existing file stays unchanged.
-            row: key of `ROWS` or `FAIR_ROWS`.
+            row: key of `ALL_ROWS`.
             numbers: numbers of the seeds, from 0.
             network: network to score with the learned and with a tuned step size; `None` scores the backbone with
                 the learned one. With AdamW there is no learned step size.
@@ -380,7 +404,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
         learned: step size that was learned with the set, if any.
         network: scored network; `None` for the backbone.
     """
-    given, is_its_own = config.evaluate.learning_rate, network is None and row != "distilled-hard"
+    given, is_its_own = config.evaluate.learning_rate, network is None and row not in FIXED_ROWS
     others = ADAMW_STEP_SIZES if config.evaluate.optimiser == "adamw" else CONTROL_STEP_SIZES
     if given is not None and row in SOFT:
         rates: tuple[float, ...] = (given,)
@@ -417,10 +441,24 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
     """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
     is_labelled, is_full = bool(scoring_networks(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
-    rows += FAIR_ROWS if config.evaluate.fair else ()
+    rows += fixed_rows(config)
+    rows += [row for row in FAIR_ROWS if config.evaluate.fair and row not in rows]
     on_others = ON_OTHERS if is_labelled else UNLABELLED_ON_OTHERS
     others = ((row, network) for network in config.scored_networks for row in on_others)
     return [*((row, None) for row in rows), *others]
+
+
+def fixed_rows(config: RunConfig) -> list[str]:
+    """Rows of `FIXED_ROWS` that a run computes; empty without `evaluate.fixed_labels`.
+
+    Without a teacher, the rows "distilled" and "random-soft" have the set's and the experts' soft labels already.
+    """
+    if not config.evaluate.fixed_labels:
+        return []
+    is_soft = config.evaluate.has_teacher and method_of(config).has_soft_labels(config)
+    is_labelled = is_soft and bool(trained_backbones(config))
+    made = {"distilled-hard": True, "random-fixed": is_labelled, "distilled-fixed": is_soft}
+    return [row for row in FIXED_ROWS if made[row]]
 
 
 def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
@@ -517,7 +555,7 @@ def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes:
     caller multiplies the work by their cost. One network is trained for each candidate learning rate of the row.
 
     Args:
-        row: key of `ROWS` or `FAIR_ROWS`.
+        row: key of `ALL_ROWS`.
         network: scored network; `None` for the backbone.
         classes: number of classes.
         real: number of real training images, on which the row "full" trains.
@@ -562,7 +600,7 @@ def result_location(
         out: output folder of the run.
         config: recipe of the run.
         dataset_fingerprint: fingerprint of the data set.
-        row: key of `ROWS` or `FAIR_ROWS`.
+        row: key of `ALL_ROWS`.
         number: number of the seed, from 0.
         network: scored network; `None` for the backbone.
     """
@@ -591,7 +629,7 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     the key "teacher" is added, with the fingerprint of the teacher's experts.
 
     Args:
-        row: key of `ROWS` or `FAIR_ROWS`.
+        row: key of `ALL_ROWS`.
     """
     identity = scoring_identity(config)
     if row == "full":

@@ -17,8 +17,9 @@ from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_r
 from datm_ray.monitor.spent import Spent, total
 from datm_ray.stages.evaluate.rows import (
     FAIR_ROWS,
+    FIXED_ROWS,
     ON_OTHERS,
-    ROWS,
+    TABLE_ROWS,
     has_learned_step_size,
     is_taught,
     result_location,
@@ -33,7 +34,7 @@ class Score:
     """Test accuracy of one row of the accuracy table over several seeds."""
 
     row: str
-    """Name of the row: a key of `ROWS` or `FAIR_ROWS` in `stages.evaluate.rows`."""
+    """Name of the row: a key of `ALL_ROWS` in `stages.evaluate.rows`."""
     accuracies: tuple[float, ...]
     """Test accuracies in [0, 1], one per seed."""
     seconds: float
@@ -169,8 +170,12 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Scores of the rows of the accuracy table for which every seed is finished, in the order of `ROWS`."""
-    return [score for row in ROWS if (score := read_score(out, config, dataset_fingerprint, row))]
+    """Scores of the rows of the accuracy table for which every seed is finished, in the order of `TABLE_ROWS`.
+
+    Rows of `FIXED_ROWS` are read with `evaluate.fixed_labels` alone.
+    """
+    rows = [row for row in TABLE_ROWS if config.evaluate.fixed_labels or row not in FIXED_ROWS]
+    return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ def read_score(
     Args:
         out: output folder of the run.
         dataset_fingerprint: fingerprint of the run's data set.
-        row: key of `ROWS` or `FAIR_ROWS` in `stages.evaluate.rows`.
+        row: key of `ALL_ROWS` in `stages.evaluate.rows`.
         network: scored network of `evaluate.networks`, whose accuracies are those with the step size that is best on
             validation data; `None` for the backbone.
     """

@@ -189,6 +189,11 @@ class Method:
         """
 
     @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """True if the set's labels may be soft; False, as by default, if they are its images' classes."""
+        return False
+
+    @classmethod
     def has_step_size(cls, config: RunConfig) -> bool:
         """True if networks train on the set with its own step size; False if one is chosen on validation images.
 

@@ -42,6 +42,11 @@ class Given(Method):
         return (config.experts.epochs,)
 
     @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """True, because the labels are those in the file."""
+        return True
+
+    @classmethod
     def has_step_size(cls, config: RunConfig) -> bool:
         """True if the recipe or the set gives a step size. In a resolved run it is `given.step_size`."""
         return section_of(config).step_size is not None

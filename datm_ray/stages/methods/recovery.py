@@ -45,6 +45,11 @@ class RecoveryFromTeacher(Method):
     starts_from_crops = True
 
     @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """True unless the recipe asks for hard labels."""
+        return config.distill.has_soft_labels
+
+    @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Run with the teacher's network alone: the one backbone that must be trained before."""
         return config.each_backbone()[:1]

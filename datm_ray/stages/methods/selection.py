@@ -39,6 +39,11 @@ class Selection(Method):
     batch_norm = "either"
 
     @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """True unless the recipe asks for hard labels."""
+        return config.distill.has_soft_labels
+
+    @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """The one backbone that must be trained before, as a run with this network alone.
 

@@ -73,6 +73,11 @@ class TrajectoryMatching(Method):
     precisions = ("auto", "float32", "tf32", "bfloat16")
 
     @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """True unless the recipe asks for hard labels."""
+        return config.distill.has_soft_labels
+
+    @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """All backbones, each as a run with that network alone, because each is matched with its own experts."""
         return config.each_backbone()
@@ -497,6 +502,11 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
                 "ranges by difficulty are what DATM adds",
                 f"use --set 'distill.start_epochs=[0, {starts.last + 1}]', or --set method=datm",
             )
+
+    @classmethod
+    def has_soft_labels(cls, config: RunConfig) -> bool:
+        """False: labels are the images' classes."""
+        return False
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:

@@ -35,8 +35,10 @@ from datm_ray.stages.evaluate import progress
 from datm_ray.stages.evaluate.progress import remove_progress
 from datm_ray.stages.evaluate.rows import (
     ADAMW_STEP_SIZES,
+    ALL_ROWS,
     CONTROL_STEP_SIZES,
     FAIR_ROWS,
+    FIXED_ROWS,
     ON_OTHERS,
     ROWS,
     SOFT,
@@ -45,6 +47,7 @@ from datm_ray.stages.evaluate.rows import (
     has_learned_step_size,
     result_location,
     row_schedule,
+    scored_rows,
     seeds_of_tasks,
     training_of,
 )
@@ -273,6 +276,35 @@ def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path)
     assert "trained with AdamW" in page
 
 
+def test_fixed_labels_add_the_rows_that_a_set_can_have() -> None:
+    """A run has rows with hard labels, and under a teacher one soft label each if its labels are soft; results stay."""
+
+    def added(*changes: str) -> set[str]:
+        plain, fixed = tiny_config(*changes), tiny_config(*changes, "evaluate.fixed_labels=true")
+        assert run_identity(plain) == run_identity(fixed)
+        assert all(place(plain, row) == place(fixed, row) for row in ROWS)
+        assert [row for row in scored_rows(fixed) if row in scored_rows(plain)] == scored_rows(plain)
+        rows = [row for row, _ in scored_rows(fixed)]
+        assert len(set(rows)) == len(rows)
+        return {row for row, _ in {*scored_rows(fixed)} - {*scored_rows(plain)}}
+
+    taught = "evaluate.labels=teacher"
+    shared = (taught, "evaluate.teacher={network: lenet}")
+    assert added("evaluate.full=false") == {"distilled-hard"}
+    assert added(taught) == {"distilled-hard", "distilled-fixed", "random-fixed"}
+    assert added(taught, "evaluate.fair=true") == {"distilled-fixed", "random-fixed"}
+    assert added(taught, "distill.labels=hard") == {"distilled-hard"}
+    assert added(*shared, "method=dm") == {"distilled-hard"}
+    assert added(*shared, "method=select") == {"distilled-hard", "distilled-fixed", "random-fixed"}
+
+
+def test_fixed_labels_do_not_depend_on_the_teacher() -> None:
+    """Results with fixed labels are those of any teacher, and have places of their own."""
+    base, taught = tiny_config(), tiny_config("evaluate.labels=teacher", "evaluate.learning_rate=0.1")
+    assert all(place(base, row) == place(taught, row) for row in FIXED_ROWS)
+    assert len({place(base, row) for row in ALL_ROWS}) == len(ALL_ROWS)
+
+
 # --- DD-Ranking's scores ------------------------------------------------------------------------------------------
 
 
@@ -325,7 +357,7 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
-    for row in (*ROWS, *FAIR_ROWS):
+    for row in ALL_ROWS:
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
     return seen
 
@@ -358,6 +390,8 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
         "distilled": (10, True, augmentation),
         "full": (real, False, augmentation),
         "distilled-hard": (10, False, augmentation),
+        "distilled-fixed": (10, True, augmentation),
+        "random-fixed": (10, True, augmentation),
         "distilled-plain": (10, True, ""),
         "random-plain": (10, True, ""),
     }
@@ -375,8 +409,9 @@ def test_rows_with_soft_labels_have_the_teacher_and_the_given_training(
     assert taught == {"random-soft": (4, 1), "distilled": (4, 1), "distilled-plain": (4, 0), "random-plain": (4, 0)}
     rates = {row: tuple(schedule.learning_rate for schedule in schedules) for row, (_, _, schedules, _) in seen.items()}
     assert {row for row, found in rates.items() if found == (0.2,)} == set(SOFT)
-    assert {row for row, found in rates.items() if found == CONTROL_STEP_SIZES} == {"random-hard", "full"}
-    assert rates["distilled-hard"] == (pytest.approx(0.1), *CONTROL_STEP_SIZES)
+    chosen = {row for row, found in rates.items() if found == CONTROL_STEP_SIZES}
+    assert chosen == {"random-hard", "random-fixed", "full"}
+    assert rates["distilled-hard"] == rates["distilled-fixed"] == (pytest.approx(0.1), *CONTROL_STEP_SIZES)
     for row, (_, _, schedules, _) in seen.items():
         count, schedule = training_of(config, row, None)
         assert (count, {dataclasses.replace(each, learning_rate=0.0) for each in schedules}) == (
