@@ -38,7 +38,7 @@ from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, UNREAD_BY_MATCHING
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe, recipe_names
-from datm_ray.stages.methods.registry import teacher_of, trained_networks
+from datm_ray.stages.methods.registry import role_of, teacher_of, trained_networks
 from tests.conftest import load_config_text
 
 
@@ -557,6 +557,8 @@ def test_a_teacher_of_evaluation_is_the_same_network_for_every_method() -> None:
     assert len({expert_fingerprint(each, "d") for each in of}) == 1
     assert (of[0].network.architecture, of[0].experts.epochs, of[0].experts.count) == ("resnet18", 3, 1)
     assert [len(trained_networks(run)) for run in runs] == [2, 1, 2]
+    roles = [[role_of(run, each) for each in trained_networks(run)] for run in runs]
+    assert roles == [["experts", "teacher"], ["teacher"], ["teacher", "teacher"]]
     for run in runs:
         base = override(run, ["evaluate.teacher=null", "evaluate.labels=own"])
         assert run_identity(run) == run_identity(base)

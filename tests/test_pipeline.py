@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -22,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
+from datm_ray.cli.options import config_of
 from datm_ray.config import RunConfig, override, run_identity, scored_on, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.teacher import Teacher
@@ -36,10 +38,11 @@ from datm_ray.errors import (
 )
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, checks, tasks
-from datm_ray.pipeline.folder import LEASE, read_recipe
+from datm_ray.pipeline.folder import LEASE, read_recipe, summaries
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
+from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker, work_of
@@ -100,6 +103,28 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
     assert not torch.equal(before.images, after.images)
     assert not torch.equal(before.soft_labels, after.soft_labels)
     assert before.step_size != after.step_size
+
+
+def test_coresets_beside_a_set_are_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files in docs/methods/scores.md add coresets to a recipe's table; they share its experts and its controls."""
+    page = (Path(__file__).parents[1] / "docs/methods/scores.md").read_text().partition("## Coresets")[2]
+    found = [re.findall(pattern, page, re.DOTALL) for pattern in (r"`(mine-\w+\.yaml)`", r"```yaml\n(.*?)```")]
+    files = dict(zip(*found, strict=True))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(to_yaml(tiny_config("name=mine", "evaluate.seeds=1")))
+    for name, text in files.items():
+        Path(name).write_text(text)
+    (command,) = re.findall(r"^datm-ray run (.*)$", page, re.MULTILINE)
+    names = command.split()
+    assert names == ["mine.yaml", *files]
+    configs = [config_of(name, None) for name in names]
+    pipeline = Pipeline(configs, "runs")
+    pipeline.run_all(serial(configs[0]), QUIET)
+    assert [config.method for config in pipeline.configs] == ["datm", "select", "select"]
+    assert len(list(Path("runs/experts").rglob("expert-*.arrow"))) == configs[0].experts.count
+    assert len(list(Path("runs/controls").rglob("*.json"))) == 3
+    heading = pipeline.table().splitlines()[0]
+    assert [name for name in heading.split() if name.startswith("mine")] == ["mine", "mine-el2n", "mine-forgetting"]
 
 
 def test_rows_with_fixed_labels_stand_in_one_table(tmp_path: Path, finished_run: Path) -> None:
@@ -489,6 +514,12 @@ def test_runs_of_several_methods_are_scored_under_one_teacher(tmp_path: Path) ->
     for config in (matched, chosen):
         note = json.loads((tmp_path / config.name / "dataset.json").read_text())
         assert f"{shared}/0" in note["experts"]
+    costs = [[line.title for line in cost_lines(each)] for each in summaries(both.out, both.configs)]
+    assert [titles[0] for titles in costs] == ["teacher, lenet", "teacher, convnet"]
+    cost_file = tmp_path / "matched" / "experts-cost.json"
+    noted = [{key: each[key] for key in each if key != "role"} for each in json.loads(cost_file.read_text())]
+    cost_file.write_text(json.dumps(noted))  # as earlier versions did
+    assert cost_lines(summaries(both.out, [matched])[0])[0].title == "experts, lenet"
     assert "training" not in both.table()
     worker = EvaluateWorker(both.runs.dataset(matched.dataset), matched.cluster)
     images = torch.from_numpy(both.runs.dataset(matched.dataset).test_images[:5])

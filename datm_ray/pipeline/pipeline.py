@@ -43,7 +43,7 @@ from datm_ray.stages.evaluate.scores import note_scoring, read_score
 from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.methods.base import Outlook
-from datm_ray.stages.methods.registry import method_of, scoring_networks, trained_networks
+from datm_ray.stages.methods.registry import method_of, role_of, scoring_networks, trained_networks
 from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.prior import is_trained, note_prior_cost
 from datm_ray.stages.validation import Candidates
@@ -374,7 +374,7 @@ class Pipeline:
         """Write the experts' cost and origin into the runs' folders, where they are found without the store."""
         for config in self.configs:
             self._write_note(config)
-            costs = [self._experts_cost(each) for each in trained_networks(config)]
+            costs = [replace(self._experts_cost(each), role=role_of(config, each)) for each in trained_networks(config)]
             write_experts_cost(self.runs.folder(config), costs)
             if is_trained(config):
                 note_prior_cost(self.runs.folder(config), self.runs.prior(config))

@@ -98,7 +98,7 @@ class CostLine:
 def cost_lines(summary: RunSummary) -> list[CostLine]:
     """Known costs of the experts, the distillation, the labels, each table row and each other architecture."""
     lines = [
-        CostLine(f"experts, {each.architecture}", each.known, each.spent)
+        CostLine(f"{each.role}, {each.architecture}", each.known, each.spent)
         for each in read_experts_cost(summary.folder)
         if each.known
     ]

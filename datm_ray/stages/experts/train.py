@@ -400,6 +400,8 @@ class ExpertsCost:
     known: int
     """Number of experts whose cost is known. It is unknown for imported experts and for those of earlier versions."""
     spent: Spent
+    role: str = "experts"
+    """What the networks are in the run: "experts" or "teacher". Notes of earlier versions call a teacher "experts"."""
 
 
 EXPERTS_COST = "experts-cost.json"
@@ -409,7 +411,10 @@ EXPERTS_COST = "experts-cost.json"
 def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
     """Write the costs of a run's experts into the run's folder."""
     (folder / EXPERTS_COST).write_json(
-        [{"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json()} for each in costs]
+        [
+            {"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json(), "role": each.role}
+            for each in costs
+        ]
     )
 
 
@@ -419,7 +424,13 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
     costs = place.read_json() if place.exists() else []
     with rejecting_nonsense(place):
         return [
-            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in costs
+            ExpertsCost(
+                str(each["architecture"]),
+                int(each["known"]),
+                Spent.from_json(each["spent"]),
+                str(each.get("role", "experts")),
+            )
+            for each in costs
         ]
 
 

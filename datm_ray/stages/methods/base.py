@@ -106,6 +106,8 @@ class Method:
     gives_step_size: ClassVar[bool] = False
     """True if the method learns the set's step size, or its paper publishes one: networks that score the set train with
     it. False if their step size is chosen on validation images, as that of the controls is."""
+    has_teacher: ClassVar[bool] = False
+    """True if the set is made from one trained network, a teacher, and not from several experts. Costs name it so."""
     preparation: str = ""
     """Work of `prepare` in words for the user, such as "compiling student steps"; "" if it takes almost no time."""
     calibration: str = ""

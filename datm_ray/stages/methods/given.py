@@ -28,6 +28,7 @@ class Given(Method):
 
     batch_norm = "either"
     _warning = ""
+    has_teacher = True
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:

@@ -43,6 +43,7 @@ class RecoveryFromTeacher(Method):
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
     starts_from_crops = True
+    has_teacher = True
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:

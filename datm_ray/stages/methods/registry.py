@@ -68,6 +68,20 @@ def teacher_of(config: RunConfig) -> RunConfig:
     return trained[0]
 
 
+def role_of(config: RunConfig, network: RunConfig) -> str:
+    """Role of one of a run's `trained_networks` in lists of costs: "teacher" or "experts".
+
+    A teacher is the network of `evaluate.teacher`, or the one network from which the run's method makes its set.
+
+    Args:
+        network: the trained network, as a run with it alone.
+    """
+    wanted = expert_fingerprint(network, "")
+    teachers = config.own_teacher() + (trained_backbones(config) if method_of(config).has_teacher else [])
+    is_alone = network.experts.count == 1
+    return "teacher" if is_alone and any(expert_fingerprint(each, "") == wanted for each in teachers) else "experts"
+
+
 def scoring_networks(config: RunConfig) -> list[RunConfig]:
     """Networks that must be trained before a set is scored, each as a run with it alone: backbones, then a teacher."""
     return _with_teacher(config, trained_backbones(config))

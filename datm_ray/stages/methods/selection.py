@@ -37,6 +37,7 @@ class Selection(Method):
     """Chooses real images by the scores that a teacher or all experts of `network` give them, or at random."""
 
     batch_norm = "either"
+    has_teacher = True
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
