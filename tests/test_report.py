@@ -31,7 +31,8 @@ from datm_ray.config import (
 )
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.scores import augmentation_robust, label_robust
-from datm_ray.core.synthetic import Rows, SyntheticSet
+from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
+from datm_ray.core.training.labelling import draw_views
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, RunDirectoryError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
@@ -56,6 +57,8 @@ from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
+from datm_ray.words import data_size
 from tests.conftest import load_config_text
 
 SCORES = [
@@ -183,6 +186,42 @@ def test_table_has_every_row_of_every_run(out: Location) -> None:
     assert "all real data 98.0 ± 1.4 (2) not yet" in text
     assert "share of full-data accuracy 92.9 % –" in text
     assert "Nothing was chosen on the test set" in text
+
+
+def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
+    """Sizes are those of the stored types: soft or hard labels, a label store's kept epochs, or none by a teacher."""
+    soft, hard = finished_run(out, configure("soft")), finished_run(out, configure("hard"))
+    synthetic = synthetic_set(hard.config, 3)
+    synthetic.soft_labels[:] = hard_logits(synthetic.labels, 3)
+    transform = fit_transform("standard", np.zeros((2, 1, SIDE, SIDE), np.uint8), 255)
+    save_artifact(hard.folder / SYNTHETIC, synthetic, transform, ("a", "b", "c"), {}, PROVENANCE)
+    taught = dataclasses.replace(soft, config=override(soft.config, ["evaluate.labels=teacher"]))
+    info = LabelInfo("set", "teacher", 6, 3, (SIDE, SIDE), epochs=4, keep=4, seed=0)
+    store = LabelStore.create(out / "labels", info)
+    drawn = draw_views(0, 0, 6, (SIDE, SIDE))
+    views = (drawn.boxes, drawn.flips, drawn.partners, drawn.lambdas, drawn.mix_boxes)
+    for epoch in range(4):
+        store.write_epoch(epoch, [LabelRecords(*views, np.zeros((6, 3), np.float16), np.zeros((6, 0), np.uint16))])
+    kept = override(soft.config, ["evaluate.labels=stored", "evaluate.keep_labels=2"])
+    stored = dataclasses.replace(soft, config=kept, labels=store.location)
+    none = RunSummary(configure("none"), out / "none", SCORES)
+    runs = [soft, hard, taught, stored, none]
+    files = store.location.sizes()
+    two = sum(files[name] for name in ("labels.arrow", "epoch-00000.arrow", "epoch-00001.arrow"))
+    images = 6 * SIDE * SIDE * 4
+    expected = [(images, 6 * 3 * 4), (images, 6 * 8), (images, None), (images, two)]
+    assert [(each.stored.images, each.stored.labels) for each in runs if each.stored] == expected
+    assert [each["bytes"] and each["bytes"]["labels"] for each in write_summary(out, runs).read_json()] == [
+        *(labels for _, labels in expected),
+        None,
+    ]
+    rows = cells_of_text(accuracy_table(runs))
+    assert rows[-2:] == [
+        ["size of the set's images", *["864 B"] * 4, "not yet"],
+        ["size of its labels", "72 B", "48 B", "from a teacher", data_size(two), "not yet"],
+    ]
+    assert rows == cells_of_page(page_of(out, *runs[:-1], none))
+    assert not any("size" in row[0] for row in cells_of_text(accuracy_table([none])))
 
 
 def cells_of_page(page: str) -> list[list[str]]:

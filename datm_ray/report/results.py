@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from datm_ray.config import RunConfig, short_names
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.report.differences import differences
+from datm_ray.report.sizes import SetBytes, set_bytes
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import ALL_ROWS, FIXED_ROWS, ROWS, TABLE_ROWS, fixed_rows
@@ -28,6 +30,7 @@ from datm_ray.stages.prior import read_prior_cost
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
+from datm_ray.words import data_size
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class RunSummary:
     """Name of the data set; None if the caller does not know it."""
     labels: Location | None = None
     """Folder of the labels that the set is scored with; None if they are not stored."""
+
+    @cached_property
+    def stored(self) -> SetBytes | None:
+        """Bytes of the finished set and of its labels; `None` before there is a set."""
+        return set_bytes(self.config, self.folder, self.labels)
 
     @property
     def follows_experts(self) -> bool:
@@ -234,6 +242,7 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
         "dataset": run.dataset,
         "training_images": summary.training_images,
         "synthetic_images": None if latest is None else len(latest.images),
+        "bytes": None if summary.stored is None else dataclasses.asdict(summary.stored),
         "test_accuracy": {
             score.row: {
                 "mean": score.mean,
@@ -325,7 +334,26 @@ def accuracies(summaries: Sequence[RunSummary]) -> Table:
         for row, title in shown_rows(summaries).items()
     ]
     lines += _computed("share of full-data accuracy", [share_of_full(each.scores) for each in summaries])
+    lines += _sizes(summaries)
     return Table(["test accuracy in %", *map(column_name, summaries)], lines)
+
+
+def _sizes(summaries: Sequence[RunSummary]) -> list[Line]:
+    """Rows with the size of every run's images and labels; empty if no run has a set yet."""
+    if not any(each.stored for each in summaries):
+        return []
+    images = [Cell(data_size(each.stored.images)) if each.stored else Cell("", "not yet") for each in summaries]
+    labels = _label_sizes(summaries)
+    return [Line("size of the set's images", images, "share"), Line("size of its labels", labels, "share")]
+
+
+def _label_sizes(summaries: Sequence[RunSummary]) -> list[Cell]:
+    found = []
+    for each in summaries:
+        absent = "from a teacher" if each.config.evaluate.labels == "teacher" and each.stored else "not yet"
+        size = each.stored.labels if each.stored else None
+        found.append(Cell("", absent) if size is None else Cell(data_size(size)))
+    return found
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
