@@ -50,9 +50,9 @@ SRE2L = [*TEACHER, "method=sre2l", "distill.iterations=500", "distill.initial=no
 SELECT = [*TEACHER, "method=select"]
 METHODS: Mapping[str, Sequence[str]] = {
     "SRe2L": SRE2L,
-    "SRe2L, falling crops (CDA)": [*SRE2L, "recover.crops=falling"],
+    "SRe2L, falling crops (CDA)": [*SRE2L, "recover.crops=falling", "recover.least_share=0.08", "recover.flip=true"],
     "SRe2L from real images": [*SRE2L, "distill.initial=random"],
-    "SRe2L from real images, two rounds (FADRM)": [*SRE2L, "distill.initial=random", "recover.rounds=2"],
+    "SRe2L from real crops, two rounds (FADRM)": [*SRE2L, "distill.initial=crops", "recover.rounds=2"],
     "real crops of lowest loss (RDED)": [*SELECT, "select.by=rded"],
     "moderate coreset": [*SELECT, "select.by=moderate"],
     "EL2N coreset": [*SELECT, "select.by=el2n"],
@@ -70,7 +70,11 @@ SCORING = [
     "evaluate.networks=[{architecture: convnet, width: 32, depth: 3}]",
 ]
 """Labels of every row: those of one teacher, trained as the networks of SRe2L and of the selections, for each seed."""
-RECOVER = ["recover.learning_rate=0.25", "recover.statistics=0.01", "recover.least_share=0.25"]
+RECOVER = [
+    *("recover.learning_rate=0.25", "recover.statistics=0.01"),
+    *("recover.least_share=1.0", "recover.flip=false"),
+]
+"""Views published for CIFAR-100: images are shifted, and neither cropped nor mirrored."""
 QUICK = ["distill.iterations=4", "distill.validate_every=0", "distill.student_steps=2"]
 EVERY = "every epoch"
 LABELS = {"hard": "distilled-hard", "one soft label": "distilled-fixed", EVERY: "distilled"}
@@ -90,10 +94,11 @@ PARTS = {"networks": ("experts", "teacher"), "set": ("distillation",), "labels":
 HEADER = """{description}
 Far from the published sizes: a ResNet-18 of an eighth of the published width, trained for 30 epochs, is the teacher of
 SRe2L, of the selections and, for all rows, of the labels for every epoch. EL2N and forgetting have this one network,
-where their papers have ten. 500 iterations of SRe2L, 2,000 of DM with 64 real images of each class, 300 of DATM. DATM's
-images are not whitened (published: ZCA), since its rows share the teacher. {count} of each row, {networks} for
-each set: ConvNet-3 of width 32, {epochs} epochs. Each network's step size is chosen on validation images in every cell;
-those that DATM and DM have themselves are among the candidates of the first two columns.
+where their papers have ten. Views in recover are shifted, as published for CIFAR-100; those of CDA are crops down to
+8 % of the area, and mirrored. 500 iterations of SRe2L, 2,000 of DM with 64 real images of each class, 300 of DATM.
+DATM's images are not whitened (published: ZCA), since its rows share the teacher. {count} of each row, {networks} for
+each set: ConvNet-3 of width 32, {epochs} epochs. Each network's step size is chosen on validation images in every
+cell; those that DATM and DM have themselves are among the candidates of the first two columns.
 
 - hard: the images' classes, with DSA. one soft label: the set's own, which stays the same, with DSA: the teacher's
   logits of SRe2L's and chosen images, learned by DATM. –: DM's labels are hard. every epoch: the teacher's stored
