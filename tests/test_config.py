@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from datm_ray.config import (
+    PUBLISHED_AUGMENTATION,
     DatasetConfig,
     NetworkConfig,
     RunConfig,
@@ -799,6 +800,7 @@ def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were(tmp_p
     auxiliaries = "metadd.auxiliaries=[resnet18, vgg11, alexnet, vit-small]"  # those that the last one had
     for name, expected in pinned.items():
         changes = [auxiliaries] if name.startswith("tiny") else []
+        changes += ["metadd.augmented=false"] if "metadd" in name else []  # as then
         now = override(get_recipe(name), changes).resolved((32, 32))
         identity = run_identity(now)
         identity["distill"]["checkpoint_every"] = now.distill.checkpoint_every  # was part of it once
@@ -817,6 +819,39 @@ def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were(tmp_p
         assert run_identity(get_recipe(str(tmp_path / "recipe.yaml"))) == run_identity(now), name
     with pytest.raises(ConfigError, match=r"^recipe\.yaml: 'distill\.start_epochs' is not a section"):
         load_recipe_of_run("distill: {start_epochs: 3, first_start: 0}", "recipe.yaml")
+
+
+def test_what_metadd_sees_is_part_of_a_run_that_differs_from_earlier_ones() -> None:
+    """Earlier runs saw raw images, and SRe2L's views; only other runs have `metadd.augmented` in their identity."""
+    base = override(RunConfig(), ["metadd={auxiliaries: [lenet]}"])
+    expected = {
+        ("datm", PUBLISHED_AUGMENTATION): (True, False),
+        ("dm", PUBLISHED_AUGMENTATION): (True, False),
+        ("dm", ""): (False, False),
+        ("sre2l", PUBLISHED_AUGMENTATION): (False, True),
+        ("own:Method", ""): (True, False),
+    }
+    for (method, augmentation), named in expected.items():
+        for augmented, is_named in zip((True, False), named, strict=True):
+            settings = [f"method={method}", f"distill.augmentation='{augmentation}'", f"metadd.augmented={augmented}"]
+            assert ("augmented" in run_identity(override(base, settings))["metadd"]) == is_named, settings
+
+
+@pytest.mark.parametrize("method", ["datm", "sre2l"])
+def test_saved_runs_of_earlier_versions_say_what_metadd_saw(method: str, tmp_path: Path) -> None:
+    """A saved recipe without `metadd.augmented` is read as what it was, also when it is run again; a user's is not."""
+    now = override(get_recipe("cifar10-metadd-ipc10"), [f"method={method}"])
+    text, count = re.subn(r"^  augmented: .*\n", "", to_yaml(now), flags=re.MULTILINE)
+    assert count == 1
+    (tmp_path / "recipe.yaml").write_text(text)
+    for before in (load_recipe_of_run(text, "recipe.yaml"), get_recipe(str(tmp_path / "recipe.yaml"))):
+        assert before.metadd is not None
+        assert before.metadd.augmented == (method == "sre2l")
+        assert "augmented" not in run_identity(before)["metadd"]
+    (tmp_path / "mine.yaml").write_text("base: cifar10-ipc10\nmetadd: {auxiliaries: [lenet]}\n")
+    mine = get_recipe(str(tmp_path / "mine.yaml"))
+    assert mine.metadd is not None
+    assert mine.metadd.augmented
 
 
 _WORDS = (

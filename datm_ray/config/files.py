@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from datm_ray.config.schema import RENAMED, RunConfig, fields_at, known_keys, parse_config
-from datm_ray.config.sections import SELDOM, Section, StartEpochs
+from datm_ray.config.sections import SELDOM, MetaConfig, Section, StartEpochs
 from datm_ray.errors import ConfigError
 
 
@@ -50,6 +50,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
     _keep_former_recovery(values)
+    _state_what_metadd_saw(values)
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -125,6 +126,7 @@ def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
     if isinstance(values.get("distill"), dict) and values.keys() >= _SAVED:
         values["distill"].setdefault("gradient_limit", None)
     _keep_former_recovery(values)
+    _state_what_metadd_saw(values)
     return values
 
 
@@ -135,6 +137,16 @@ def _keep_former_recovery(values: dict[str, Any]) -> None:
         recover["restarts"] = "all"
         if recover["crops"] == "falling":
             recover["crops"] = "falling-cut"
+
+
+def _state_what_metadd_saw(values: dict[str, Any]) -> None:
+    """Add `metadd.augmented` to plain data, in place, if a run of an earlier version saved it, which lacked the key.
+
+    A saved section `metadd` has all other keys. In such runs, only SRe2L's networks saw augmented images.
+    """
+    section = values.get("metadd")
+    if isinstance(section, dict) and section.keys() >= MetaConfig.model_fields.keys() - {"augmented"}:
+        section.setdefault("augmented", values.get("method") == "sre2l")
 
 
 def _read_sections(text: str, origin: str) -> dict[str, Any]:

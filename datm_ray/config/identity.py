@@ -105,7 +105,22 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         identity[section] = _without(LATER_KEYS_OF_SECTIONS[section], identity[section])
     if config.metadd is not None:
         identity["metadd"]["experts"] = _without(LATER_KEYS_OF_SECTIONS["experts"], identity["metadd"]["experts"])
+        if _meta_networks_see_what_they_saw(config):
+            del identity["metadd"]["augmented"]
     return _without(LATER_KEYS, identity)
+
+
+def _meta_networks_see_what_they_saw(config: RunConfig) -> bool:
+    """True if MetaDD's networks see what they saw in runs of earlier versions, which lacked `metadd.augmented`.
+
+    These were the views of SRe2L, and the images as they are in other methods. They are the same images where a
+    packaged method augments none.
+    """
+    assert config.metadd is not None
+    if config.method == "sre2l":
+        return config.metadd.augmented
+    is_packaged = config.method in {*UNREAD_BY_MATCHING, *READ_OF_DISTILL}
+    return not config.metadd.augmented or (is_packaged and not config.distill.augmentation)
 
 
 def _without(usual: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

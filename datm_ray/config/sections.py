@@ -557,6 +557,8 @@ class MetaConfig(MetaLossConfig, AuxiliariesConfig):
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the synthetic images that the losses use, in (0, 1], drawn per iteration."""
+    augmented: bool = True
+    """Networks see the images augmented as the method sees them; false: as they are."""
 
 
 class PriorConfig(Section):
@@ -679,7 +681,7 @@ SELDOM = {
     "recover": "first_layer rounds restarts mixed_in",
     "select": "least_share epoch hardest",
     "given": "digest",
-    "metadd": "divergence variance_of threshold",
+    "metadd": "divergence variance_of threshold augmented",
     "prior": "epochs batch_size learning_rate inversion_steps",
     "evaluate": "optimiser real_epochs full fair fixed_labels augmentation labels teacher temperature cutmix "
     "keep_labels top_logits learning_rate schedule warmup_epochs epochs batch_size weight_decay",

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from datm_ray.config import MetaLossConfig
+from datm_ray.core.images.augment import Augmentation, augment_each
 from datm_ray.core.networks.registry import spatial_features
 from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
@@ -120,6 +121,7 @@ class MetaDD:
         classes: int = 0,
         over: int | None = None,
         chunk: int = IMAGES_AT_A_TIME,
+        augmentations: Sequence[Augmentation] = (),
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
         """Compute the loss and its gradient in the images [b c h w], one part of the images at a time.
@@ -133,6 +135,8 @@ class MetaDD:
             classes: number of classes of the networks; required if no network is held here.
             over: number of images in the means, if `images` are only some of them; None for b.
             chunk: number of images per part.
+            augmentations: [b] augmentation of one sample for each image. The networks see the augmented images, and
+                the gradient is that in the images before it. Empty for none.
             all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
                 part of the gradient that goes through its own networks.
         """
@@ -141,7 +145,8 @@ class MetaDD:
         for first in range(0, len(images), chunk):
             rows = slice(first, first + chunk)
             part, own = images[rows].detach().requires_grad_(), labels[rows]
-            here = {index: evidence(network, part, own) for index, network in self._networks.items()}
+            seen = augment_each(part, augmentations[rows]) if augmentations else part
+            here = {index: evidence(network, seen, own) for index, network in self._networks.items()}
             together = _gathered(here, part, networks or len(self._networks), classes, all_sum)
             loss = meta_loss(together, own, self.options)
             losses.append(_values(loss) * len(part))

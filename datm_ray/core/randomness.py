@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     SELECTION_CROPS = 22
     RECOVERY_META = 23
     PRIOR = 24
+    META_AUGMENTATION = 25
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import DistillConfig
+from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.prior import Prior
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
@@ -64,6 +65,8 @@ class MetaTerm:
     """[b] indices, within this shard's images, of the images that MetaDD uses."""
     images: int
     """Number of images that MetaDD uses in all shards together."""
+    augmentations: Sequence[Augmentation] = ()
+    """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees them as they are."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,8 @@ class State(Generic[Record]):
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
         """Compute MetaDD's gradient in pixels, or in a prior's latents, through this process's networks.
 
+        The networks see augmented images if `meta` says how; the gradient is that in the images before it.
+
         Returns:
             {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
             any shard. In that case, and without MetaDD, the dictionary and the list are empty.
@@ -198,6 +203,7 @@ class State(Generic[Record]):
             networks=meta.networks,
             classes=self.synthetic.soft_labels.shape[1],
             over=meta.images,
+            augmentations=meta.augmentations,
             all_sum=sum_over_backbones,
         )
         means = (loss.total, loss.variance, loss.invariance, loss.position, loss.ratio)

@@ -25,7 +25,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from datm_ray.artifact import SYNTHETIC as SYNTHETIC, TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
@@ -258,6 +260,8 @@ class Distillation:
         self._computed = read_computed(folder)
         self._found: dict[str, Any] = {}
         """Setting that the recipe leaves open -> value that was found before the first iteration."""
+        self._labels: NDArray[np.int64] | None = None
+        """[n] classes of the images that this worker holds, once MetaDD needs them: to read them waits for a GPU."""
         self._saved_at = -1
         """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` starts."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
@@ -294,7 +298,7 @@ class Distillation:
                 is_late = self._late_or_stopped(is_asked(), state)
                 began = time.monotonic()
                 try:
-                    self._method.step(state, self._meta_term(state.iteration))
+                    self._method.step(state, self._meta_term(state))
                 except (DivergenceError, ThresholdError):
                     self._keep_last_good(state)
                     raise
@@ -438,8 +442,18 @@ class Distillation:
                 "result differs in rounding from one without the change"
             )
 
-    def _meta_term(self, iteration: int) -> MetaTerm | None:
-        return None if self._meta_networks is None else self._meta_networks.term(iteration)
+    def _meta_term(self, state: State[Any]) -> MetaTerm | None:
+        """MetaDD's term for the next iteration, of images as the method sees them; `None` without MetaDD."""
+        if self._meta_networks is None:
+            return None
+        term = self._meta_networks.term(state.iteration)
+        assert self._config.metadd is not None
+        if not self._config.metadd.augmented:
+            return term
+        if self._labels is None:
+            self._labels = state.synthetic.labels.cpu().numpy()
+        drawn = self._method.augmentations(term.rows, self._labels[term.rows], state.iteration)
+        return dataclasses.replace(term, augmentations=drawn)
 
     def _measured(self, state: State[Any], seconds: float) -> dict[str, float]:
         """Measurements of one iteration: name of a metric, see `monitor/metrics.py` -> value."""

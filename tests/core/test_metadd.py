@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models import googlenet, resnet18, vit_b_16
 
-from datm_ray.config import MetaLossConfig, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, MetaLossConfig, NetworkSpec
+from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation
 from datm_ray.core.metadd import (
     Evidence,
     MetaDD,
@@ -23,6 +24,7 @@ from datm_ray.core.metadd import (
     scaled_maps,
 )
 from datm_ray.core.networks.registry import SpatialNetwork, build_network, network_names
+from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
 
 CLASSES, SIZE = 4, (16, 16)
@@ -42,6 +44,12 @@ def draw(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, *SIZE, generator=generator, dtype=torch.float64)
     return images, torch.arange(count) % CLASSES
+
+
+def drawn_for(count: int = 5) -> list[Augmentation]:
+    """Augmentations of one sample, of several operations."""
+    streams = [generator(3, Purpose.META_AUGMENTATION, number) for number in range(count)]
+    return [draw_augmentation(PUBLISHED_AUGMENTATION, 1, stream) for stream in streams]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,23 @@ def test_the_gradient_in_parts_is_that_of_the_whole(
         assert float(getattr(loss, part)) == pytest.approx(float(getattr(whole, part)))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_the_gradient_goes_through_every_images_augmentation(three: list[nn.Module], chunk: int) -> None:
+    """Networks see each image under its own augmentation; the gradient is that of one graph in the raw images."""
+    images, labels = draw()
+    drawn, metadd = drawn_for(), MetaDD(three)
+    assert len({each.operation for each in drawn}) > 2
+
+    def whole(x: Tensor) -> Tensor:
+        return metadd.loss(torch.cat([augment(x[n : n + 1], one) for n, one in enumerate(drawn)]), labels).total
+
+    exact = gradient_of(whole, images)
+    loss, gradient = metadd.gradient(images, labels, chunk=chunk, augmentations=drawn)
+    assert float(loss.total) == pytest.approx(float(whole(images).detach()))
+    assert float((gradient - exact).norm() / exact.norm()) < 1e-12
+    assert not torch.allclose(gradient, metadd.gradient(images, labels, chunk=chunk)[1])
+
+
 class _Column:
     """Sums between threads that make the same calls."""
 
@@ -149,14 +174,21 @@ def test_apart_networks_exchange_maps_and_logits_and_have_the_whole_gradient(
 ) -> None:
     """Networks in several processes add up to the gradient of one process, and each process has the loss."""
     images, labels = draw()
-    whole, exact = MetaDD(three).gradient(images, labels)
+    drawn = drawn_for()
+    whole, exact = MetaDD(three).gradient(images, labels, augmentations=drawn)
     column = _Column(len(places))
     answers: list[tuple[MetaLoss, Tensor]] = [(whole, exact)] * len(places)
 
     def work(rank: int) -> None:
         mine = MetaDD({place: three[place] for place in places[rank]})
         answers[rank] = mine.gradient(
-            images, labels, networks=3, classes=CLASSES, chunk=2, all_sum=column.all_sum(rank)
+            images,
+            labels,
+            networks=3,
+            classes=CLASSES,
+            chunk=2,
+            augmentations=drawn,
+            all_sum=column.all_sum(rank),
         )
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(places))]
@@ -174,9 +206,12 @@ def test_apart_networks_exchange_maps_and_logits_and_have_the_whole_gradient(
 def test_shards_of_the_images_add_up(three: list[nn.Module]) -> None:
     """Gradients of shards of the images add up to the whole, also where a shard is empty."""
     images, labels = draw()
-    metadd = MetaDD(three)
-    whole, exact = metadd.gradient(images, labels)
-    parts = [metadd.gradient(images[held], labels[held], over=5) for held in (slice(0, 3), slice(3, 3), slice(3, 5))]
+    metadd, drawn = MetaDD(three), drawn_for()
+    whole, exact = metadd.gradient(images, labels, augmentations=drawn)
+    parts = [
+        metadd.gradient(images[held], labels[held], over=5, augmentations=drawn[held])
+        for held in (slice(0, 3), slice(3, 3), slice(3, 5))
+    ]
     assert torch.allclose(torch.cat([gradient for _, gradient in parts]), exact, rtol=1e-12)
     assert sum(float(loss.total) for loss, _ in parts) == pytest.approx(float(whole.total))
 

@@ -48,6 +48,7 @@ SET = (
     *("distill.ipc=2", "distill.batch_size=7"),
     *("distill.initial_step_size=null", "distill.learning_rate_images=null"),
 )
+AUGMENTED = "distill.augmentation=color_crop_scale"
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
@@ -309,7 +310,7 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
 def with_metadd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distillation of two backbones with MetaDD's auxiliaries by one process, to the end."""
     out = tmp_path_factory.mktemp("with_metadd")
-    distil(trained(out, TWO_NETWORKS, METADD), out, size=1)
+    distil(trained(out, TWO_NETWORKS, METADD, AUGMENTED), out, size=1)
     return out
 
 
@@ -326,7 +327,7 @@ def with_metadd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_metadd: Path, tmp_path: Path) -> None:
     """Actors that exchange MetaDD's maps and logits learn what one process learns, and report equal losses."""
     out = with_experts_of(with_metadd, tmp_path)
-    config = tiny_config(*SET, TWO_NETWORKS, METADD, *apart)
+    config = tiny_config(*SET, TWO_NETWORKS, METADD, AUGMENTED, *apart)
     assert config.workers_per_set == size
     distil(config, out, size)
     assert_equal_but_for_rounding(learned(out), learned(with_metadd))
@@ -341,7 +342,7 @@ def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path
     """MetaDD changes the learned set, and a run stopped after iteration 5 resumes from the fourth."""
     (tmp_path / "resumed").mkdir()
     (tmp_path / "without").mkdir()
-    settings = (*SET, TWO_NETWORKS)
+    settings = (*SET, TWO_NETWORKS, AUGMENTED)
     resumed, without = (with_experts_of(with_metadd, tmp_path / name) for name in ("resumed", "without"))
     distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
     distil(tiny_config(*settings, METADD), resumed, size=1)
@@ -356,7 +357,7 @@ def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path
 def test_maps_of_metadd_are_those_of_a_run_that_waits(with_metadd: Path, tmp_path: Path) -> None:
     """The worker that writes the last result writes MetaDD's maps too, with the same bits."""
     out = with_experts_of(with_metadd, tmp_path)
-    distil_apart(tiny_config(*SET, TWO_NETWORKS, METADD), out, 1, at_once=3)
+    distil_apart(tiny_config(*SET, TWO_NETWORKS, METADD, AUGMENTED), out, 1, at_once=3)
     assert torch.equal(learned(out).images, learned(with_metadd).images)
     mine, theirs = (
         read_tensors(open_location(str(place / "tiny/maps.arrow")), kind=MAPS_KIND) for place in (out, with_metadd)

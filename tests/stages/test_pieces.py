@@ -282,6 +282,19 @@ def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Pat
     assert summary.config.metadd is not None
 
 
+def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path: Path) -> None:
+    """With `metadd.augmented: false` networks see whole images; where views are whole images, nothing changes."""
+    weights = METADD.replace("experts", "invariance: 1, experts")
+    whole = ("recover.least_share=1", "recover.flip=false", "recover.shift=0")
+    for name, settings in (("views", ()), ("whole", whole)):
+        images = []
+        for augmented in ("true", "false"):
+            place = tmp_path / f"{name}-{augmented}"
+            run(config_of(weights, f"metadd.augmented={augmented}", *settings, "evaluate.seeds=1"), place)
+            images.append(recovered(place).images)
+        assert torch.allclose(*images, atol=1e-3) == (name == "whole")
+
+
 def test_images_may_have_the_statistics_of_auxiliaries(finished: Path, tmp_path: Path) -> None:
     """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 nothing else changes a bit."""
     weightless = "metadd={auxiliaries: [{architecture: convnet, width: 4, norm: batch}], experts: {epochs: 1}, "

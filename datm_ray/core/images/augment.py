@@ -121,6 +121,15 @@ def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentat
     return done
 
 
+def augment_each(images: Tensor, augmentations: Sequence[Augmentation]) -> Tensor:
+    """Apply to each of the images [b c h w] an augmentation of its own; differentiable in the images.
+
+    Args:
+        augmentations: [b] augmentations of one sample.
+    """
+    return torch.cat(augment_batches(images.split(1), augmentations))
+
+
 def _color(images: Tensor, uniform: Tensor) -> Tensor:
     """Change brightness, then saturation around the mean over channels, then contrast around the image's mean."""
     brightness, saturation, contrast = uniform[:, :, None, None, None].unbind(1)

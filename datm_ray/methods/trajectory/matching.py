@@ -94,6 +94,26 @@ def draw_student_steps(
     return drawn
 
 
+def first_shown(
+    rows: NDArray[np.int64], images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int
+) -> list[Augmentation]:
+    """Augmentation, of one sample each, under which the first backbone's student first sees images in an iteration.
+
+    Images that no student step of the iteration shows have one operation, drawn for the iteration.
+
+    Args:
+        rows: [b] indices of the images in the whole set.
+        images, steps, batch, strategy, seed, iteration: see `draw_student_steps`.
+    """
+    per_pass = -(-images // min(batch, images))  # within one pass, no image comes twice
+    drawn = draw_student_steps(images, min(steps, per_pass), batch, strategy, seed, iteration)
+    unseen = draw_augmentation(strategy, images, generator(seed, Purpose.META_AUGMENTATION, iteration))
+    shown = {row: (unseen, row) for row in rows.tolist()}
+    for step in drawn:
+        shown.update({row: (step.augmentation, place) for place, row in enumerate(step.rows.tolist()) if row in shown})
+    return [augmentation.take(np.array([place])) for augmentation, place in map(shown.__getitem__, rows.tolist())]
+
+
 @dataclass(frozen=True)
 class MatchingGradient:
     """Matching loss of one backbone in one iteration, and its gradient."""

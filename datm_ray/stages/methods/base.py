@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.config import RunConfig, unread_keys
-from datm_ray.core.images.augment import augment
+from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -101,6 +101,9 @@ class Method:
     can_continue: ClassVar[bool] = False
     """True if iterations do not depend on how many follow, so that a finished set can continue, see
     `distill.continue_from`."""
+    augments: bool = True
+    """True if the method augments its images by `augmented`. MetaDD's networks then see them alike. False if its
+    networks see the images as they are, or under draws of its own, which `augmentations` then says."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
     gives_step_size: ClassVar[bool] = False
@@ -374,6 +377,28 @@ class Method:
         """
         drawn = draw_shared(self.part.config.distill.augmentation, self.part.config.seed, iteration, label)
         return [augment(batch, repeated(drawn, len(batch))) for batch in batches]
+
+    def augmentations(
+        self, rows: NDArray[np.int64], labels: NDArray[np.int64], iteration: int
+    ) -> Sequence[Augmentation]:
+        """Augmentation, of one sample each, under which the method sees some of its images in an iteration.
+
+        MetaDD's networks see the images so, see `metadd.augmented`. Every worker that holds the images gets the same
+        values. By default they are the draws of `augmented` for the images' classes if the class sets `augments`.
+
+        Args:
+            rows: [b] indices of the images among those that the worker holds.
+            labels: [b] classes of the images.
+            iteration: number of iterations done.
+
+        Returns:
+            [b] augmentations; an empty sequence if the method sees the images as they are.
+        """
+        strategy, classes = self.part.config.distill.augmentation, labels.tolist()
+        if not (self.augments and strategy):
+            return ()
+        drawn = {each: draw_shared(strategy, self.part.config.seed, iteration, each) for each in set(classes)}
+        return [drawn[each] for each in classes]
 
     def _rows_of(self, label: int) -> NDArray[np.int64]:
         if label not in self._rows:

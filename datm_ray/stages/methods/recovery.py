@@ -44,6 +44,7 @@ class RecoveryFromTeacher(Method):
     batch_norm = "always"
     starts_from_crops = True
     has_teacher = True
+    augments = False  # `step` shows MetaDD the view of the iteration
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
@@ -226,15 +227,21 @@ class RecoveryFromTeacher(Method):
         images = synthetic.images.detach().requires_grad_()
         seen = view.of(images)
         along, loss, statistics = self._loss.gradient(seen.detach(), synthetic.labels)
-        if meta is not None:
-            rows = torch.from_numpy(meta.rows).to(seen.device)
-            shown, labels = seen.detach()[rows], synthetic.labels[rows]
-            found, of_meta = meta.metadd.gradient(shown, labels, networks=meta.networks)
-            terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
-            state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
-            along = along.index_add(0, rows, of_meta)
+        sees_view = config.metadd is not None and config.metadd.augmented
+        if meta is not None and sees_view:
+            along = self._with_meta(along, meta, state, seen.detach())
         gradient = view.pull_back(seen, images, along)
+        if meta is not None and not sees_view:
+            gradient = self._with_meta(gradient, meta, state, synthetic.images)
         state.follow(gradient, loss, statistics, config.recover, self._bounds)
+
+    def _with_meta(self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor) -> Tensor:
+        """Add MetaDD's gradient in the images `shown` [n c h w] to `gradient`, and its values to the history."""
+        rows = torch.from_numpy(meta.rows).to(shown.device)
+        found, along = meta.metadd.gradient(shown[rows], state.synthetic.labels[rows], networks=meta.networks)
+        terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
+        state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
+        return gradient.index_add(0, rows, along)
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Loss of the last iteration, and its part from batch statistics: name -> value."""

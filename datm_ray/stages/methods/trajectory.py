@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from datm_ray.config import RunConfig
+from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.synthetic import AllSum, SyntheticSet
@@ -21,7 +23,7 @@ from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_s
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, first_shown, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import channels_last_on, precision_on, to_device_ahead
@@ -359,6 +361,26 @@ class TrajectoryMatching(Method):
             losses, pairs = [each.loss for each in state.history[-state.backbones :]], self._pairs(state.iteration)
             what = f"{times} iterations in a row changed nothing, the last"
             raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
+
+    def augmentations(
+        self, rows: NDArray[np.int64], labels: NDArray[np.int64], iteration: int
+    ) -> Sequence[Augmentation]:
+        """Augmentation, of one sample each, under which the first backbone's student first sees some images.
+
+        See `Method.augmentations`, and `first_shown` for images that the iteration does not show.
+        """
+        settings = self.part.config.distill
+        if not settings.augmentation:
+            return ()
+        return first_shown(
+            rows + self.part.rows.first,
+            settings.ipc * self.part.dataset.classes,
+            settings.student_steps,
+            settings.batch_size,
+            settings.augmentation,
+            self.part.config.seed,
+            iteration,
+        )
 
     def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
         """Inputs of an iteration: expert and start epoch of every network of the run, and this worker's matches.

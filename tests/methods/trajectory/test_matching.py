@@ -26,6 +26,7 @@ from datm_ray.methods.trajectory.matching import (
     StudentStep,
     draw_student_steps,
     first_matched,
+    first_shown,
     identity,
     matching_gradient,
 )
@@ -108,6 +109,26 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
     assert ours.loss == pytest.approx(float(loss), rel=1e-12)
     for value, expected in zip(parts(ours), reference, strict=True):
         assert relative_error(value, expected) < 1e-10
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(7, 5), (1, 5), (3, 12), (2, 40)])
+def test_images_are_first_shown_as_the_student_first_sees_them(steps: int, batch: int) -> None:
+    """An image has its augmentation of the first student step with it; images of no step have one operation."""
+    drawn = draw_student_steps(12, steps, batch, PUBLISHED_AUGMENTATION, seed=4, iteration=6)
+    rows = np.array([0, 2, 3, 5, 8, 11])
+    found = first_shown(rows, 12, steps, batch, PUBLISHED_AUGMENTATION, seed=4, iteration=6)
+    unseen = []
+    for row, one in zip(rows, found, strict=True):
+        step = next((each for each in drawn if row in each.rows), None)
+        if step is None:
+            unseen.append(one)
+            continue
+        expected = step.augmentation.take(np.flatnonzero(step.rows == row))
+        assert (one.operation, one.parameters.tolist()) == (expected.operation, expected.parameters.tolist())
+    assert len({one.operation for one in unseen}) == (steps == 1)
+    assert len({one.parameters.tobytes() for one in found}) == len(rows)
+    (single,) = first_shown(rows[2:3], 12, steps, batch, PUBLISHED_AUGMENTATION, seed=4, iteration=6)
+    assert single.parameters.tolist() == found[2].parameters.tolist()
 
 
 def test_gradient_in_latents_equals_full_unrolling_through_a_decoder() -> None:

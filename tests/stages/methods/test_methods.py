@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +154,27 @@ def test_metadd_works_in_dm(finished: tuple[Path, list[str]], tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_metadd_in_dm_is_the_same_on_any_workers(tmp_path: Path) -> None:
+    """With augmented images, workers with some classes or some MetaDD networks learn what one process learns.
+
+    Raw images give another set.
+    """
+    settings = (*DM, METADD, "distill.augmentation=color_crop_scale", "distill.iterations=3", "cluster.compile=false")
+    first = Pipeline([tiny_config(*settings)], str(tmp_path / "experts"))
+    first.train_experts(lambda: SerialExecutor(first.configs[0].cluster), Shown())
+    shards, apart, raw = "cluster.shards=2", "cluster.auxiliaries_apart=true", "metadd.augmented=false"
+    found = {}
+    for name, changes in {"one": [], "shards": [shards], "apart": [apart], "raw": [raw]}.items():
+        config = tiny_config(*settings, *changes)
+        shutil.copytree(tmp_path / "experts", tmp_path / name)
+        distil(config, tmp_path / name, config.workers_per_set)
+        found[name] = learned(tmp_path / name)
+    assert_equal_but_for_rounding(found["shards"], found["one"])
+    assert_equal_but_for_rounding(found["apart"], found["one"])
+    assert not torch.allclose(found["raw"].images, found["one"].images, rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_dm_of_several_networks_may_be_apart(tmp_path: Path) -> None:
     """Two networks, each with workers of its own, learn what one process learns with both; from noise too."""
     changes = (*DM, "backbones=[{network: {width: 3, depth: 1}, weight: 0.5}]", "distill.initial=noise")
@@ -261,6 +284,24 @@ def test_augmented_batches_of_a_class_share_one_draw() -> None:
     assert torch.equal(first[:1], alone)
     assert torch.equal(second[-1:], alone)
     assert not torch.equal(method.augmented(7, 6, one)[0], alone)
+
+
+def test_metadd_sees_the_draws_by_which_a_method_augments() -> None:
+    """MetaDD's augmentations of images are those of `augmented` for their classes; without augmentation there are none.
+
+    A method that does not augment by `augmented` gives none either.
+    """
+    config = tiny_config("method=dm", "distill.augmentation=scale_rotate_crop")
+    method = Method.__new__(Method)
+    method.part = SimpleNamespace(config=config)  # type: ignore[assignment]
+    images, labels = torch.rand(4, 1, 8, 8), np.array([7, 7, 2, 9])
+    drawn = method.augmentations(np.array([1, 3, 4, 6]), labels, 5)
+    for image, label, one in zip(images.split(1), labels.tolist(), drawn, strict=True):
+        assert torch.equal(augment(image, one), method.augmented(label, 5, image)[0])
+    method.augments = False
+    assert method.augmentations(np.arange(4), labels, 5) == ()
+    method.augments, method.part = True, SimpleNamespace(config=tiny_config("distill.augmentation=''"))  # type: ignore
+    assert method.augmentations(np.arange(4), labels, 5) == ()
 
 
 def test_options_may_be_texts_and_truths_and_numbers_stay_numbers() -> None:
