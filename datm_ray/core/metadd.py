@@ -107,7 +107,8 @@ class MetaDD:
         Raises:
             ConfigError: a network has no feature maps, or the networks have different numbers of classes.
         """
-        each = [evidence(network, images, labels) for network in self._networks.values()]
+        largest = _largest(labels)
+        each = [_evidence(network, images, labels, largest) for network in self._networks.values()]
         _require_one_label_set([one.logits for one in each])
         together = Evidence(torch.stack([one.maps for one in each]), torch.stack([one.logits for one in each]))
         return meta_loss(together, labels, self.options)
@@ -132,7 +133,8 @@ class MetaDD:
             images: [b c h w]; b may be 0.
             labels: [b] classes of the images.
             networks: number of networks in all processes; None for the number held here.
-            classes: number of classes of the networks; required if no network is held here.
+            classes: number of classes of the networks, which all labels are below; required if no network is held here.
+                0 reads the largest label instead, for which the CPU waits for a GPU.
             over: number of images in the means, if `images` are only some of them; None for b.
             chunk: number of images per part.
             augmentations: [b] augmentation of one sample for each image. The networks see the augmented images, and
@@ -141,12 +143,13 @@ class MetaDD:
                 part of the gradient that goes through its own networks.
         """
         over, total = over or max(1, len(images)), torch.zeros_like(images)
+        largest = classes - 1 if classes else _largest(labels)
         losses = [images.new_zeros(len(fields(MetaLoss)))]
         for first in range(0, len(images), chunk):
             rows = slice(first, first + chunk)
             part, own = images[rows].detach().requires_grad_(), labels[rows]
             seen = augment_each(part, augmentations[rows]) if augmentations else part
-            here = {index: evidence(network, seen, own) for index, network in self._networks.items()}
+            here = {index: _evidence(network, seen, own, largest) for index, network in self._networks.items()}
             together = _gathered(here, part, networks or len(self._networks), classes, all_sum)
             loss = meta_loss(together, own, self.options)
             losses.append(_values(loss) * len(part))
@@ -168,9 +171,10 @@ class MetaDD:
 
         Arguments: see `gradient`.
         """
-        parts = list[Evidence]()
+        parts, largest = list[Evidence](), classes - 1 if classes else _largest(labels)
         for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
-            here = {index: _values_of(evidence(each, part.detach(), own)) for index, each in self._networks.items()}
+            raw = part.detach()
+            here = {index: _values_of(_evidence(each, raw, own, largest)) for index, each in self._networks.items()}
             parts.append(_gathered(here, part, networks or len(self._networks), classes, all_sum))
         return Evidence(torch.cat([part.maps for part in parts], 1), torch.cat([part.logits for part in parts], 1))
 
@@ -202,12 +206,17 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     any order.
 
     Raises:
-        ConfigError: the network has no feature maps.
+        ConfigError: the network has no feature maps, or a label is no class of it.
     """
+    return _evidence(network, images, labels, _largest(labels))
+
+
+def _evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int) -> Evidence:
+    """Compute what `evidence` does, with the largest of the labels given."""
     with torch.enable_grad():
         looked_at = images if images.requires_grad else images.detach().requires_grad_()
         maps, logits = spatial_features(network, looked_at)
-        _require_usable(network, maps, logits, labels)
+        _require_usable(network, maps, logits, largest)
         score = logits.gather(1, labels[:, None]).sum()
         (derivative,) = torch.autograd.grad(score, maps, create_graph=True, materialize_grads=True)
         weighted = (maps * derivative.sum(dim=(2, 3), keepdim=True)).sum(dim=1, keepdim=True)
@@ -289,7 +298,12 @@ def _frozen(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def _require_usable(network: nn.Module, maps: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _largest(labels: Tensor) -> int:
+    """Largest label; -1 if there are none. On a GPU the CPU waits for it."""
+    return int(labels.max()) if len(labels) else -1
+
+
+def _require_usable(network: nn.Module, maps: Tensor, logits: Tensor, largest: int) -> None:
     name = type(network).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ConfigError(
@@ -301,9 +315,9 @@ def _require_usable(network: nn.Module, maps: Tensor, logits: Tensor, labels: Te
             "the images are too small for it",
             "give larger images (dataset.resize) or another network",
         )
-    if len(labels) and int(labels.max()) >= logits.shape[1]:
+    if largest >= logits.shape[1]:
         raise ConfigError(
-            f"{name} has {logits.shape[1]} classes, but an image is of class {int(labels.max())}",
+            f"{name} has {logits.shape[1]} classes, but an image is of class {largest}",
             "it was trained on another data set or label set",
             "give networks trained on the data set that is distilled",
         )

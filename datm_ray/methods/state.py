@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datm_ray.config import DistillConfig
 from datm_ray.core.images.augment import Augmentation
-from datm_ray.core.metadd import MetaDD
+from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
 from datm_ray.core.prior import Prior
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
@@ -67,6 +67,8 @@ class MetaTerm:
     """Number of images that MetaDD uses in all shards together."""
     augmentations: Sequence[Augmentation] = ()
     """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees them as they are."""
+    chunk: int = IMAGES_AT_A_TIME
+    """Number of images in the networks at a time; the same in all processes."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class State(Generic[Record]):
             networks=meta.networks,
             classes=self.synthetic.soft_labels.shape[1],
             over=meta.images,
+            chunk=meta.chunk,
             augmentations=meta.augmentations,
             all_sum=sum_over_backbones,
         )

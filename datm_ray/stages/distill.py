@@ -326,6 +326,8 @@ class Distillation:
         state.prior = None if self._prior is None else self._prior.prior
         yield from map(Phase, filter(None, [self._method.preparation]))
         self._mesh.until_all_are_done(self._method.prepare)
+        if self._meta_networks is not None:
+            self._meta_networks.chunk = least_of_workers(self._mesh, self._meta_networks.images_that_fit(self._part))
         if saved is None and self._iterations:
             yield from map(Phase, filter(None, [self._method.calibration]))
             yield from map(Note, self._method.calibrate(state))
@@ -600,6 +602,13 @@ class Distillation:
         place, recipe = self._folder / name, recipe_of_set(self._config)
         transforms = self._folder.parent / TRANSFORMS
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin, transforms)
+
+
+def least_of_workers(mesh: Mesh, own: int) -> int:
+    """Smallest of the workers' numbers that are not 0; 1 if all are. All workers call it and get the same value."""
+    mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
+    found = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
+    return int(min(filter(None, found), default=1))
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:

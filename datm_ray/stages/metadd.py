@@ -15,7 +15,8 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaTerm
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods.part import Piece
+from datm_ray.stages.methods.memory import chunk_by_trial, meta_plan_of_part
+from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 
@@ -28,6 +29,9 @@ class MetaNetworks:
     """MetaDD networks that one worker holds, each with the parameters of an expert after its last epoch.
 
     There are several ensembles, each with one network per architecture and another expert; iterations take turns.
+
+    Attributes:
+        chunk: number of images in the networks at a time while a set is distilled; the same on all its workers.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class MetaNetworks:
         """
         self._config, self._settings, self._rows, self._classes = config, settings, rows, dataset.classes
         self._piece = piece
+        self.chunk = IMAGES_AT_A_TIME
         auxiliaries = config.each_auxiliary()
         experts = {
             place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
@@ -88,7 +93,24 @@ class MetaNetworks:
             drawn = np.sort(self._draws(iteration).choice(images, count, replace=False))
         held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
         metadd = self._ensembles[iteration % len(self._ensembles)]
-        return MetaTerm(metadd, self._config.meta_network_count, held, count)
+        return MetaTerm(metadd, self._config.meta_network_count, held, count, chunk=self.chunk)
+
+    def images_that_fit(self, part: Part) -> int:
+        """Number of images that may be in this worker's networks at a time; 0 if it has no MetaDD network.
+
+        Memory decides, and on CPUs speed. On a GPU, trials find how many really fit.
+        """
+        plan = meta_plan_of_part(part)
+        if part.device.type != "cuda" or not plan.chunk:
+            return plan.chunk
+
+        def step(count: int) -> None:
+            images = torch.zeros(count, *part.image, device=part.device)
+            labels = torch.zeros(count, dtype=torch.long, device=part.device)
+            networks = self._config.meta_network_count
+            self._ensembles[0].gradient(images, labels, networks=networks, classes=self._classes, chunk=count)
+
+        return chunk_by_trial(step, plan, part.device)
 
     def _draws(self, iteration: int) -> np.random.Generator:
         """Generator for the draws of an iteration. Pieces of a set, made by different workers, have different draws."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from datm_ray.core.metadd import (
     Evidence,
     MetaDD,
     MetaLoss,
+    _evidence,
     evidence,
     meta_feature_ratio,
     meta_features,
@@ -121,16 +124,33 @@ def test_the_gradient_in_parts_is_that_of_the_whole(
     exact = gradient_of(lambda x: metadd.loss(x, labels).total, images.detach())
     seen: list[int] = []
 
-    def counted(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
+    def counted(network: nn.Module, images: Tensor, *rest: Any) -> Evidence:
         seen.append(len(images))
-        return evidence(network, images, labels)
+        return _evidence(network, images, *rest)
 
-    monkeypatch.setattr("datm_ray.core.metadd.evidence", counted)
+    monkeypatch.setattr("datm_ray.core.metadd._evidence", counted)
     loss, gradient = metadd.gradient(images, labels, chunk=chunk)
     assert sum(seen) == 3 * len(images)
     assert float((gradient - exact).norm() / exact.norm()) < 1e-12
     for part in PARTS:
         assert float(getattr(loss, part)) == pytest.approx(float(getattr(whole, part)))
+
+
+def test_labels_are_read_once(three: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call reads the labels once, not for each network and part; never if it is given the number of classes."""
+    images, labels = draw()
+    read: list[Tensor] = []
+    monkeypatch.setattr("datm_ray.core.metadd._largest", lambda each: read.append(each) or int(each.max()))
+    metadd = MetaDD(three)
+    for call in (metadd.loss, functools.partial(metadd.gradient, chunk=1), functools.partial(metadd.evidence, chunk=1)):
+        call(images, labels)  # type: ignore[operator]
+        assert len(read) == 1
+        read.clear()
+    metadd.gradient(images, labels, chunk=1, classes=CLASSES)
+    metadd.evidence(images, labels, chunk=1, classes=CLASSES)
+    assert not read
+    with pytest.raises(ConfigError, match="has 4 classes, but an image is of class 6"):
+        metadd.gradient(images, labels, classes=7)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])

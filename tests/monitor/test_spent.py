@@ -23,7 +23,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.runtime.devices import peak_memory
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.distill import COST, over_workers, read_cost
+from datm_ray.stages.distill import COST, least_of_workers, over_workers, read_cost
 from datm_ray.stages.experts import progress
 from datm_ray.stages.experts.train import ExpertWorker, expert_group, experts_cost
 from datm_ray.store.files.filesystem import open_location
@@ -133,6 +133,20 @@ def test_workers_of_a_mesh_are_added_up() -> None:
     mesh = WithAnother(rank=1, rows=1, columns=2)
     assert over_workers(mesh, Spent(1, 2, 3, 4, 5, 6)) == Spent(11, 22, 33, 99, 45, 56)
     assert over_workers(Alone(), Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
+
+
+class WithAnothersNumber(Alone):
+    """A mesh of three whose first worker has the number 7, and the last none."""
+
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        return tensor + torch.tensor([7.0, 0, 0], dtype=torch.float64)
+
+
+def test_workers_agree_on_the_smallest_number() -> None:
+    """Workers of a mesh take the smallest number of any of them, without those that have none."""
+    mesh = WithAnothersNumber(rank=1, rows=3, columns=1)
+    assert [least_of_workers(mesh, own) for own in (3, 9, 0)] == [3, 7, 7]
+    assert [least_of_workers(Alone(), own) for own in (3, 0)] == [3, 1]
 
 
 def test_every_part_of_a_run_records_its_cost(finished_run: Path) -> None:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from datm_ray.config import ClusterConfig, RunConfig, override
+from datm_ray.config import ClusterConfig, Role, RunConfig, override
+from datm_ray.core.metadd import MetaDD
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
 from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
 from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.runtime.mesh import Alone
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
+from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.methods.memory import (
     MARGIN,
+    META_IMAGES,
     PROCESS_BYTES,
     DistillationPlan,
     chunk_by_trial,
     laid_out,
+    meta_plan_of_part,
     plans_of,
     worker_budget,
 )
@@ -302,6 +311,35 @@ def test_networks_count_where_they_live() -> None:
         plan_of(tiny_config(large, "cluster.memory=1250MiB", "cluster.auxiliaries_apart=true"))
 
 
+def test_images_of_metadd_follow_memory_and_speed() -> None:
+    """MetaDD's networks get as many images as fit; on CPUs few enough to be fast, or ten if maps are large."""
+    seen = "metadd={auxiliaries: [{architecture: resnet18, width: 8}]}"
+
+    def chunk_of(recipe: str, *changes: str) -> int:
+        return plan_of(override(get_recipe(recipe), ["cluster.device=cpu", seen, *changes])).meta_chunk
+
+    assert plan_of(tiny_config("cluster.memory=4GiB")).meta_chunk == 0
+    assert chunk_of("digits-ipc10", "cluster.memory=8GiB") == META_IMAGES[1] == 50
+    assert chunk_of("digits-ipc10", "cluster.memory=8GiB", "metadd.share=0.3") == 30
+    wide = ("cifar10-ipc10", "metadd.auxiliaries=[{architecture: resnet18, width: 256}]")
+    assert chunk_of(*wide, "cluster.memory=60GiB") == META_IMAGES[0] == 10
+    large = ["cluster.device=cpu", "metadd={auxiliaries: [{architecture: resnet18, width: 64}]}"]
+    large += ["dataset.resize=32", "network.width=8"]
+    plan = plan_of(override(get_recipe("digits-ipc10"), [*large, "cluster.memory=8GiB"]))
+    others = plan.parts["synthetic"] + plan.parts["network"]
+    budget = int(plan.parts["process"] + MARGIN * (others + plan.parts["meta"] / 3)) + 1
+    less = plan_of(override(get_recipe("digits-ipc10"), [*large, f"cluster.memory={budget}"]))
+    assert plan.meta_chunk / 4 < less.meta_chunk <= plan.meta_chunk / 3
+    assert less.total <= less.budget == budget
+    assert chunk_of("cifar10-ipc10", "cluster.device=cuda", "cluster.memory=60GiB") == 100
+    apart = plans_of(
+        override(get_recipe(wide[0]), [seen, "cluster.auxiliaries_apart=true", "cluster.memory=60GiB"]),
+        DataShape((3, 32, 32), 10, 0),
+    )
+    assert [plan.chunk > 0 for plan in apart] == [True, False]
+    assert all(plan.meta_chunk for plan in apart)
+
+
 def test_more_shards_than_classes_are_refused() -> None:
     """A plan refuses more shards than classes, as a run does."""
     with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits-ipc10 has 10 classes"):
@@ -448,3 +486,35 @@ def test_the_reserved_memory_follows_the_work() -> None:
     assert experts_memory(config, shape, 1) < GPU_PROCESS_BYTES > scoring_memory(config, shape, 10)
     config = override(config, ["cluster.light=null"])
     assert experts_memory(config, shape, 1) == scoring_memory(config, shape, 10) == GPU_PROCESS_BYTES
+
+
+class _Gpu(str):
+    """The CPU, under the name of a GPU."""
+
+    type = "cuda"
+
+
+def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the plan's number is tried, by a gradient of the networks held here, beside others held elsewhere."""
+    config = tiny_config("metadd={auxiliaries: [{architecture: lenet}]}", "cluster.memory=8GiB")
+    tried: list[int] = []
+
+    def of_trial(step: Callable[[int], None], plan: DistillationPlan, device: object) -> int:
+        tried.append(plan.chunk)
+        step(3)
+        return 3
+
+    monkeypatch.setattr("datm_ray.stages.metadd.chunk_by_trial", of_trial)
+    networks = MetaNetworks.__new__(MetaNetworks)
+    spec = config.network.for_images(1, (8, 8), 10)
+    networks._config, networks._classes = config, 10
+    networks._ensembles = [MetaDD({1: build_network(spec, 0)})]
+    place = {"config": config, "image": (1, 8, 8), "dataset": SimpleNamespace(classes=10), "mesh": Alone()}
+    part: Any = SimpleNamespace(**place, sharing=1, role=config.whole_role, device=torch.device("cpu"))
+    assert networks.images_that_fit(part) == meta_plan_of_part(part).chunk == 10
+    assert not tried
+    part.device = _Gpu("cpu")
+    assert networks.images_that_fit(part) == 3
+    assert tried == [10]
+    part.role = Role((0,), ())
+    assert networks.images_that_fit(part) == 0

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
 from datm_ray.config import Role, RunConfig
-from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
@@ -42,6 +41,11 @@ SET_COPIES, IMAGE_COPIES = 5, 6
 copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
 FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
+META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
+"""Bytes of all MetaDD networks' maps to which a CPU's worker fills a part of MetaDD's images, within these least and
+largest numbers of images. Measured on one core, milliseconds an image with 10, 20, 50 and 100 images: three networks
+of width 16 to 32 on 16x16 pixels 0.76, 0.53, 0.42, 0.42, and on 32x32 pixels 1.70, 1.42, 1.26, 1.39; five of width 128
+25.2, 24.1 and, with 40, 24.2."""
 MEMORY_PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
@@ -71,6 +75,9 @@ class DistillationPlan:
     """Images of a micro-batch: as many as memory and a CPU's cache allow, of nearly equal size; 0 for MetaDD alone."""
     demand: Demand
     """Work and memory of an iteration of the method."""
+    meta_chunk: int = 0
+    """Images in MetaDD's networks at a time: as many as memory allows, and on CPUs no more than make it faster; 0
+    without such networks."""
 
     @property
     def total(self) -> int:
@@ -157,6 +164,18 @@ def plans_of_part(part: Part, *, compiled: bool) -> Mapping[int, DistillationPla
     return {number: plans[number] for number in part.role.backbones}
 
 
+def meta_plan_of_part(part: Part) -> DistillationPlan:
+    """Memory plan of a worker for MetaDD: `chunk` is the number of images in its networks at a time.
+
+    Unlike `plans_of_part` it refuses nothing.
+    """
+    apart = {} if part.mesh.rows > 1 else ALONE
+    config = laid_out(part.config, {**apart, "shards": part.mesh.columns})
+    backbone, budget = next(iter(part.role.backbones), None), worker_budget(config, sharing=part.sharing)
+    plan = _plan(config, DataShape(part.image, part.dataset.classes, 0), part.role, backbone, budget)
+    return replace(plan, chunk=plan.meta_chunk, parts={**plan.parts, "trace": 0})
+
+
 def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float) -> DistillationPlan:
     """Plan of a worker with this role for one of its networks, or for MetaDD alone if `backbone` is `None`."""
     shards, images, backbones = config.cluster.shards, shape.synthetic(config), config.each_backbone()
@@ -175,8 +194,12 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         "synthetic": copies * held * shape.row,
         "network": 4 * (FROZEN_VECTORS * frozen + vectors),
         "validation": validated + (images * shape.row if shards > 1 else 0),
-        "meta": sum(IMAGES_AT_A_TIME * each.maps for each in seen),
     }
+    looked_at = sum(each.maps for each in seen)
+    of_meta = looked_at + IMAGE_COPIES * shape.row
+    left = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"]
+    meta_chunk = _meta_chunk(config, looked_at, left / of_meta, held) if seen else 0
+    parts["meta"] = meta_chunk * of_meta
     if config.prior is not None:
         decoder, latents = prior_cost(config.prior, shape.image)
         whitening = math.prod(shape.image) ** 2 * (config.dataset.kind == "zca")
@@ -185,13 +208,13 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         parts["prior"] = min(held, micro_batch(decoder)) * (KEPT_MAPS * decoder.maps + IMAGE_COPIES * shape.row)
     if backbone is None:
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
-        return DistillationPlan(name, budget, parts, 0, own)
+        return DistillationPlan(name, budget, parts, 0, own, meta_chunk)
     of_an_image = own.maps * size.maps + IMAGE_COPIES * shape.row
     free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace
     chunk = _micro_batch(config, own, free / of_an_image, size.largest)
     parts |= {"trace": own.trace, "call": chunk * of_an_image}
     name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")
-    return DistillationPlan(name, budget, parts, chunk, own)
+    return DistillationPlan(name, budget, parts, chunk, own, meta_chunk)
 
 
 def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
@@ -207,6 +230,21 @@ def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -
     if not uses_gpu(config.cluster):
         most = min(most, 2 * CACHED_MAP_BYTES // (demand.maps * largest))  # a compiled step writes maps twice
     return math.ceil(demand.at_once / math.ceil(demand.at_once / max(1, int(most))))
+
+
+def _meta_chunk(config: RunConfig, maps: int, most: float, held: int) -> int:
+    """Number of images in MetaDD's networks at a time, at least 1, so that all parts are nearly equal.
+
+    Args:
+        maps: bytes that all layers of all networks of the worker write for one image.
+        most: upper limit by memory.
+        held: images of the set that the worker holds.
+    """
+    assert config.metadd is not None
+    images = max(1, math.ceil(config.metadd.share * held))
+    if not uses_gpu(config.cluster):
+        most = min(most, max(META_IMAGES[0], min(META_IMAGES[1], META_BYTES // maps)))
+    return math.ceil(images / math.ceil(images / max(1, int(min(most, images)))))
 
 
 def require_whole_classes(shards: int, classes: int, name: str) -> None:

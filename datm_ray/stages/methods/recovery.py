@@ -238,7 +238,13 @@ class RecoveryFromTeacher(Method):
     def _with_meta(self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor) -> Tensor:
         """Add MetaDD's gradient in the images `shown` [n c h w] to `gradient`, and its values to the history."""
         rows = torch.from_numpy(meta.rows).to(shown.device)
-        found, along = meta.metadd.gradient(shown[rows], state.synthetic.labels[rows], networks=meta.networks)
+        found, along = meta.metadd.gradient(
+            shown[rows],
+            state.synthetic.labels[rows],
+            networks=meta.networks,
+            classes=self.part.dataset.classes,
+            chunk=meta.chunk,
+        )
         terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
         state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
         return gradient.index_add(0, rows, along)
