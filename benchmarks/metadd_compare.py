@@ -39,13 +39,15 @@ def label(network: NetworkConfig) -> str:
 
 
 def accuracies(pipeline: Pipeline, runs: Sequence[RunConfig], column: str) -> Accuracies:
-    """Accuracies of one variant; `column` is tuned or learned."""
+    """Accuracies of one variant; `column` is tuned or learned. Empty for learned if sets have no step size."""
     fingerprint = pipeline.runs.raw(runs[0]).fingerprint
     found: Accuracies = {}
     for config in runs:
         for scores in read_network_scores(pipeline.out, config, fingerprint):
-            each = [100 * accuracy for accuracy in getattr(scores, column).accuracies]
-            found.setdefault(label(scores.network), []).append(each)
+            score = getattr(scores, column)
+            if score is not None:
+                each = [100 * accuracy for accuracy in score.accuracies]
+                found.setdefault(label(scores.network), []).append(each)
     return found
 
 
@@ -68,11 +70,11 @@ def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: 
     looks = [each for each in runs.values() if each[0].metadd]
     looking = next((each for each in looks if len(each[0].each_auxiliary()) == auxiliaries), looks[0])
     first = next(iter(runs.values()))
-    base, backbone = accuracies(pipeline, first, "tuned"), first[0].network.architecture
+    base, backbone = accuracies(pipeline, first, "tuned"), label(first[0].network)
     rows = []
     for name, each in runs.items():
         tuned, learned = (accuracies(pipeline, each, column) for column in ("tuned", "learned"))
-        seen = [one.network.architecture for one in (each if each[0].metadd else looking)[0].each_auxiliary()]
+        seen = [label(one.network) for one in (each if each[0].metadd else looking)[0].each_auxiliary()]
         groups = {
             "same": [backbone],
             "seen": seen,
@@ -160,12 +162,17 @@ def variant_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = [row["variant"]]
         for names in row["groups"].values():
-            tuned, learned = (statistics.fmean(flat(row[column], names)) for column in ("tuned", "learned"))
-            cells.append(f"{tuned:.1f} ({learned:.1f})")
+            tuned, *learned = (statistics.fmean(flat(row[column], names)) for column in columns(row))
+            cells.append(f"{tuned:.1f}" + "".join(f" ({each:.1f})" for each in learned))
         cells += [difference(row["tests"][group]) for group in row["groups"]]
         lines.append([*cells, " / ".join(f"{ratio:.3f}" for ratio in row["ratio"])])
-    head = ["variant", "same, tuned (learned)", "seen", "unseen", "difference: same", "seen", "unseen", "ratio"]
-    return table(head, lines)
+    same = "same, tuned (learned)" if "learned" in columns(rows[0]) else "same, tuned"
+    return table(["variant", same, "seen", "unseen", "difference: same", "seen", "unseen", "ratio"], lines)
+
+
+def columns(row: dict[str, Any]) -> list[str]:
+    """Kinds of step sizes, tuned and learned, that a row has accuracies of."""
+    return [column for column in ("tuned", "learned") if row[column]]
 
 
 def spent_table(rows: Sequence[dict[str, Any]], experts: dict[str, tuple[int, dict[str, float]]]) -> list[str]:
@@ -190,7 +197,7 @@ def difference(test: dict[str, Any]) -> str:
 
 def by_architecture(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Accuracy of the first and the full variant on every architecture, with the tuned and the learned step size."""
-    chosen = [(row, column) for row in rows if row["variant"] in MAIN for column in ("tuned", "learned")]
+    chosen = [(row, column) for row in rows if row["variant"] in MAIN for column in columns(row)]
     lines = []
     for name in chosen[0][0]["tuned"]:
         each = [flat(row[column], [name]) for row, column in chosen]

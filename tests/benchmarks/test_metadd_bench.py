@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from datm_ray.config import NetworkConfig
 from datm_ray.monitor.spent import Spent
+from datm_ray.recipes import get_recipe
 from datm_ray.stages.experts.train import EXPERTS_COST
+from datm_ray.stages.methods.registry import method_of
 from datm_ray.store.files.filesystem import open_location
 
 pa = pytest.importorskip("pyarrow")
@@ -60,11 +63,68 @@ def test_two_distillations_are_too_few_to_be_tested(compare: ModuleType) -> None
 
 def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
     """One distillation has the variant's name, so that earlier folders stay valid; several are numbered by seeds."""
-    variant = bench.variants()[-1]
-    (alone,) = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 1, [])
-    several = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 2, [])
+    variant = bench.variants(bench.DIGITS)[-1]
+    (alone,) = bench.runs_of(variant, bench.DIGITS, 1, [])
+    several = bench.runs_of(variant, bench.DIGITS, 2, [])
     assert (alone.name, alone.seed) == (variant.name, 0)
     assert [(each.name, each.seed) for each in several] == [(f"{variant.name}-s0", 0), (f"{variant.name}-s1", 1)]
+
+
+@pytest.mark.parametrize("recipe", ["digits-ipc1", "digits-mtt-ipc10", "digits-dm-ipc10", "digits-sre2l-ipc10"])
+def test_a_recipes_method_is_the_host_and_has_its_rivals(bench: ModuleType, recipe: str, tmp_path: Path) -> None:
+    """Variants of every host are recipes that its method accepts; rivals have no term of MetaDD but cross-entropy.
+
+    All variants with the usual number of auxiliaries have the same ones, and every auxiliary scores the sets.
+    """
+    arguments = bench.asked(["--recipe", recipe, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    setting = arguments.setting
+    runs = {each.name: bench.runs_of(each, setting, 1, [])[0] for each in bench.variants(setting)}
+    assert {config.method for config in runs.values()} == {get_recipe(recipe).method}
+    assert len(runs) == (17 if "sre2l" in recipe else 15)
+    usual = runs["var-ai-pos"].metadd.auxiliaries
+    for name, config in runs.items():
+        method_of(config).check(config.resolved((16, 16)))
+        if name == "without":
+            assert config.metadd is None
+            continue
+        scored = {bench_label(network) for network in config.evaluate.networks}
+        assert {bench_label(network) for network in config.metadd.auxiliaries} <= scored
+        assert config.metadd.auxiliaries == usual or name.startswith("all-")
+        assert config.recover.statistics_of == name.removeprefix("statistics-of-") or "statistics" not in name
+    rival = runs["classes-of-several"].metadd
+    assert (rival.variance, rival.position, rival.divergence) == (0, 0, 0)
+    assert rival.invariance == runs["ai"].metadd.invariance == {"SRe2L": 1.0, "DM": 0.3}.get(setting.host, 0.01)
+    page = bench.heading(setting, {"seen": ["a"], "unseen": ["b"]}, 3, 2, learns="sre2l" not in recipe)
+    assert page.startswith(f"Host: {setting.host}. Real digits")
+    assert ("the learned one" in page) == ("sre2l" not in recipe)
+
+
+def bench_label(network: NetworkConfig) -> str:
+    """Label of a network in the tables."""
+    return str(sys.modules["metadd_compare"].label(network))
+
+
+def test_only_hosts_are_measured(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe whose method MetaDD cannot join is refused in one line, and so is a variant of another host."""
+    for words, expected in (
+        (["--recipe", "digits-select-ipc10"], "method select, and hosts are datm, mtt, dm, sre2l"),
+        (["--recipe", "digits-dm-ipc10", "--variants", "statistics-of-all"], "and not statistics-of-all"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.asked(words)
+        assert expected in capsys.readouterr().err
+
+
+def test_sets_without_a_step_size_of_their_own_have_tuned_ones_alone(compare: ModuleType) -> None:
+    """Tables of sets that learn no step size have no column of learned ones."""
+    tuned = {"a": [[90.0, 91.0]], "b": [[80.0, 82.0]], "c": [[70.0, 70.0]]}
+    groups = {"same": ["a"], "seen": ["b"], "unseen": ["c"]}
+    row = {"variant": "without", "tuned": tuned, "groups": groups, "ratio": [0.5],
+           "tests": {name: compare.paired(tuned, tuned, each) for name, each in groups.items()}}  # fmt: skip
+    assert compare.variant_table([{**row, "learned": {}}])[0].startswith("| variant | same, tuned | seen")
+    assert compare.variant_table([{**row, "learned": {}}])[2].startswith("| without | 90.5 | 81.0 | 70.0 |")
+    assert compare.by_architecture([{**row, "learned": {}}])[0] == "| architecture | without, tuned |"
+    assert compare.variant_table([{**row, "learned": tuned}])[2].startswith("| without | 90.5 (90.5) | 81.0 (81.0)")
 
 
 def test_the_part_of_a_data_set_has_the_first_images_of_every_class(bench: ModuleType, tmp_path: Path) -> None:
@@ -88,8 +148,8 @@ def test_results_name_no_folder_of_a_machine(bench: ModuleType) -> None:
 def test_experts_that_variants_share_are_counted_once(bench: ModuleType, compare: ModuleType, tmp_path: Path) -> None:
     """Shared experts count once per architecture and seed; sets and networks count for each variant."""
     runs = {
-        each.name: bench.runs_of(each, bench.DIGITS, "digits-ipc1", 2, [])
-        for each in bench.variants()
+        each.name: bench.runs_of(each, bench.DIGITS, 2, [])
+        for each in bench.variants(bench.DIGITS)
         if each.name in ("without", "var-ai-pos")
     }
     spent = Spent(seconds=2.0, cpu_seconds=1.0).to_json()
