@@ -29,8 +29,11 @@ fi
 # Ray's own ports listen on all interfaces, and whoever reaches them may run programs. The token keeps others out.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 if [[ $RAY_AUTH_MODE == token ]]; then
-    answer=$(ray get-auth-token --generate 2>&1) ||
+    answer=$(umask 077 && ray get-auth-token --generate 2>&1) ||
         fail "There is no token: $(tail -n 1 <<<"$answer") Ray 2.52 and newer make one; RAY_AUTH_MODE=disabled does without."
+    for made in ~/.ray ~/.ray/auth_token; do # Ray itself leaves them to be read by all
+        [[ ! -O $made ]] || chmod go= "$made"
+    done
 fi
 # Who stops the cluster means it; Ray would wait half a minute for actors that are at work.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}

@@ -83,6 +83,38 @@ def status(address: str, token: str | None = None) -> int:
             return refused.code
 
 
+RAY = """#!/bin/sh
+if [ "$1" = get-auth-token ]; then
+    mkdir -p "$HOME/.ray" && echo secret >"$HOME/.ray/auth_token"
+else
+    trap 'kill $!; exit' TERM
+    echo "Ray runtime started"
+    sleep 60 &
+    wait
+fi
+"""
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_only_its_user_reads_the_token(is_there: bool, environment: dict[str, str], tmp_path: Path) -> None:
+    """A token that Ray makes for all to read, now or earlier, is its user's alone once the cluster starts."""
+    (tmp_path / "ray").write_text(RAY)
+    (tmp_path / "ray").chmod(0o755)
+    folder = tmp_path / ".ray"
+    if is_there:
+        folder.mkdir(0o755)
+        (folder / "auth_token").write_text("secret")
+        (folder / "auth_token").chmod(0o644)
+    ours = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{environment['PATH']}"}
+    before = os.umask(0o022)
+    try:
+        code, _, err = call(START, environment | ours)
+    finally:
+        os.umask(before)
+    assert (code, err) == (0, "")
+    assert [each.stat().st_mode & 0o777 for each in (folder, folder / "auth_token")] == [0o700, 0o600]
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_is_started_and_stopped(environment: dict[str, str]) -> None:

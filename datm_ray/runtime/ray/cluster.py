@@ -26,6 +26,7 @@ from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
     NodeType,
     keep_off_standard_output,
+    keep_token_private,
     knows_labels,
     limit_node_search,
     node_types,
@@ -71,6 +72,8 @@ def connect(address: str | None) -> str:
             limit_node_search(CONNECT_TIMEOUT)
             if address != "auto" and not runs_a_node():
                 raise _outside(address)
+        else:
+            keep_token_private()
         level = logging.INFO if is_raw() else logging.CRITICAL
         keep_off_standard_output(shown=is_raw())
         with _quiet_library() if address else nullcontext():

@@ -10,10 +10,12 @@ import functools
 import inspect
 import logging
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -30,6 +32,32 @@ def use_token() -> None:
 
         hush()
         setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def keep_token_private() -> None:
+    """Keep the token in `~/.ray`, which a new cluster makes, to this user. Ray itself lets everyone read it."""
+    home = Path.home() / ".ray"
+    for made in (home, home / "auth_token"):
+        with suppress(OSError):  # not there, or another user's
+            made.chmod(made.stat().st_mode & ~0o077)
+    with suppress(ImportError, AttributeError):
+        from ray._private.authentication import authentication_token_setup as setup
+
+        setup.generate_and_save_token = _privately(setup.generate_and_save_token)
+
+
+def _privately(write: Callable[[], None]) -> Callable[[], None]:
+    """`write`, whose files and folders no other user can read."""
+
+    @functools.wraps(write)
+    def privately() -> None:
+        before = os.umask(0o077)
+        try:
+            write()
+        finally:
+            os.umask(before)
+
+    return write if hasattr(write, "__wrapped__") else privately
 
 
 def hush() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -96,6 +98,26 @@ def test_a_missing_token_is_a_likely_cause(address: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "init", refuse)
     assert "set RAY_AUTH_MODE=token" in refusal(address)
     assert "RAY_AUTH_MODE" not in refusal("auto")
+
+
+def test_the_token_of_a_new_cluster_is_its_user_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A token that Ray makes for a cluster of this command, or has made before, is read by its user alone."""
+    setup = pytest.importorskip("ray._private.authentication.authentication_token_setup")
+    monkeypatch.setattr(setup, "generate_and_save_token", setup.generate_and_save_token)
+    monkeypatch.setattr(ray, "init", lambda **_: setup.generate_and_save_token() or mock.Mock(dashboard_url=""))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(0o022)
+    try:
+        for mended in (False, True):
+            ray_cluster.connect(None)
+            modes = [each.stat().st_mode & 0o777 for each in (tmp_path / ".ray", tmp_path / ".ray" / "auth_token")]
+            assert modes == [0o700, 0o600], mended
+            (tmp_path / ".ray").chmod(0o755)
+            (tmp_path / ".ray" / "auth_token").chmod(0o644)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
 
 
 SMALL = WorkerShape(gpus_per_worker=0.25, labels={"tier": "!large"})
