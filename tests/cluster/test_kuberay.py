@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 
 from datm_ray.config import ClusterConfig
+from datm_ray.runtime.stopping import SAVE_TIMEOUT
 from tests.cluster.files import CLUSTER, MANIFESTS, commands, document, documents, shell_blocks
 
 RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml", "rayjob.yaml"))
@@ -127,7 +129,22 @@ def test_the_bucket_s_keys_come_from_outside(path: Path) -> None:
         pod = group["template"]["spec"]
         assert pod["serviceAccountName"] == account["metadata"]["name"]
         assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "datm-ray-s3", "optional": True}}]
-        assert "env" not in pod["containers"][0]
+        assert not [each["name"] for each in pod["containers"][0]["env"] if re.search("KEY|SECRET|TOKEN", each["name"])]
+
+
+def test_workers_save_before_their_pod_ends(spec: dict[str, Any]) -> None:
+    """A worker's pod that is deleted leaves its workers the time to save, and no hook ends Ray before."""
+    drains = []
+    for group in groups(spec):
+        pod = group["template"]["spec"]
+        assert "lifecycle" not in pod["containers"][0]
+        values = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        drains.append(float(values["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]))
+        assert drains[-1] < pod.get("terminationGracePeriodSeconds", 30)  # Kubernetes' own
+    head, *workers = drains
+    assert head == 0
+    assert min(workers) > SAVE_TIMEOUT
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"), "Ray has another name for it"
 
 
 def test_the_job_resumes_and_cleans_up() -> None:
