@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray._private import ray_constants
 
 from datm_ray.config import ClusterConfig
@@ -74,6 +76,31 @@ def test_a_gpu_model_is_known_to_the_autoscaler_by_the_commented_line(path: Path
     assert held == [0, 1]
 
 
+@pytest.mark.parametrize(("path", "pods"), [(RAYCLUSTER, 2), (RAYJOB, 3)])
+def test_a_registry_that_asks_for_a_password_needs_the_commented_lines(path: Path, pods: int) -> None:
+    """With the commented lines of a manifest, every pod has the secret of a registry."""
+    assert "imagePullSecrets" not in str(documents(path))
+    changed = path.read_text().replace("# imagePullSecrets:", "imagePullSecrets:")
+    body = list(yaml.safe_load_all(changed))[1]["spec"]
+    templates = [group["template"] for group in groups(body.get("rayClusterSpec", body))]
+    templates += [body["submitterPodTemplate"]] if "submitterPodTemplate" in body else []
+    assert [each["spec"]["imagePullSecrets"] for each in templates] == [[{"name": "registry"}]] * pods
+
+
+def test_the_role_of_pods_is_one_that_pods_can_assume() -> None:
+    """The role of the manifests' commented annotation is the README's, which trusts the service account alone."""
+    account = document(RAYCLUSTER, "ServiceAccount")["metadata"]["name"]
+    given = [words for text in shell_blocks(CLUSTER / "kuberay" / "README.md") for words in commands(text)]
+    (made,) = [words for words in given if words[:3] == ["aws", "iam", "create-role"]]
+    (trust,) = json.loads(made[made.index("--assume-role-policy-document") + 1])["Statement"]
+    assert trust["Action"] == "sts:AssumeRoleWithWebIdentity"
+    assert trust["Condition"]["StringEquals"]["OIDC:sub"] == f"system:serviceaccount:NAMESPACE:{account}"
+    assert trust["Principal"]["Federated"].endswith(":oidc-provider/OIDC")
+    for manifest in MANIFESTS:
+        named = re.findall(r"role/(\S+)}$", manifest.read_text(), re.MULTILINE)
+        assert named == [made[made.index("--role-name") + 1]]
+
+
 def test_a_run_that_has_ended_is_deleted_before_it_is_made_again() -> None:
     """The README's command that makes a job follows one that deletes it, because the operator runs no job twice."""
     name = document(RAYJOB, "RayJob")["metadata"]["name"]
@@ -81,6 +108,16 @@ def test_a_run_that_has_ended_is_deleted_before_it_is_made_again() -> None:
     (made,) = [place for place, words in enumerate(given) if words[0] == "sed" and words[-1].endswith("/rayjob.yaml")]
     assert given[made - 1][:4] == ["kubectl", "delete", f"rayjob/{name}", "--ignore-not-found"]
     assert given[made + 1][:2] == ["kubectl", "apply"]
+
+
+def test_the_head_is_waited_for_before_its_port_is_forwarded() -> None:
+    """The README's tunnel to a new cluster follows a command that waits for the head."""
+    name = document(RAYCLUSTER, "RayCluster")["metadata"]["name"]
+    given = [words for text in shell_blocks(CLUSTER / "kuberay" / "README.md") for words in commands(text)]
+    (forwarded,) = [place for place, words in enumerate(given) if words[:2] == ["kubectl", "port-forward"]]
+    wait = given[forwarded - 1]
+    assert wait[:2] == ["kubectl", "wait"]
+    assert {"--for=condition=HeadPodReady", f"raycluster/{name}"} < set(wait)
 
 
 def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
@@ -114,11 +151,25 @@ def test_nobody_gets_in_without_token_and_nothing_runs_as_root(spec: dict[str, A
     """A token is required, no container runs as root, and the dashboard stays inside Kubernetes."""
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
-    for group in groups(spec):
-        pod = group["template"]["spec"]
+    job = document(RAYJOB, "RayJob")["spec"]
+    pods = [each["template"]["spec"] for each in groups(spec)] + [job["submitterPodTemplate"]["spec"]]
+    for pod in pods:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] == 1000
-        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in [*(each for pod in pods for each in pod["containers"]), spec["autoscalerOptions"]]:
+        restricted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == restricted, "Pod Security's `restricted` refuses it"
+
+
+def test_the_operator_s_submitter_keeps_its_own_command() -> None:
+    """The pod that submits a run has the head's image and no command, so that the operator gives its own."""
+    spec = document(RAYJOB, "RayJob")["spec"]
+    (container,) = spec["submitterPodTemplate"]["spec"]["containers"]
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == head["image"]
+    assert not container.keys() & {"command", "args"}
+    assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
@@ -129,7 +180,9 @@ def test_the_bucket_s_keys_come_from_outside(path: Path) -> None:
         pod = group["template"]["spec"]
         assert pod["serviceAccountName"] == account["metadata"]["name"]
         assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "datm-ray-s3", "optional": True}}]
-        assert not [each["name"] for each in pod["containers"][0]["env"] if re.search("KEY|SECRET|TOKEN", each["name"])]
+        given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert not [name for name in given if re.search("KEY|SECRET|TOKEN", name)]
+        assert {f"AWS_METADATA_SERVICE_{name}" for name in ("NUM_ATTEMPTS", "TIMEOUT")} < given.keys()
 
 
 def test_workers_save_before_their_pod_ends(spec: dict[str, Any]) -> None:
@@ -150,11 +203,13 @@ def test_workers_save_before_their_pod_ends(spec: dict[str, Any]) -> None:
 def test_the_job_resumes_and_cleans_up() -> None:
     """After a lost head a new cluster runs the command again, on results in a bucket; at the end it is deleted."""
     spec = document(RAYJOB, "RayJob")["spec"]
-    assert spec["backoffLimit"] >= 1
+    assert 1 <= spec["backoffLimit"] <= 2, "an error of the recipe is tried as often"
+    assert spec["activeDeadlineSeconds"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["submissionMode"] == "K8sJobMode"
     words = spec["entrypoint"].split()
     assert words[:2] == ["datm-ray", "run"]
+    assert "--verbose" in words, "a bucket holds no log"
     assert words[words.index("--out") + 1].startswith("s3://")
     assert words[words.index("--address") + 1] == "auto"
     workers = int(re.search(r"cluster\.workers=(\d+)", spec["entrypoint"])[1])  # type: ignore[index]
@@ -162,11 +217,11 @@ def test_the_job_resumes_and_cleans_up() -> None:
 
 
 def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
-    """Limits of CPU and memory equal requests, and only workers have GPUs."""
+    """Limits of CPU and memory equal requests, only workers have GPUs, and all ask for some disk."""
     for group in groups(spec):
         container = group["template"]["spec"]["containers"][0]
         resources = container["resources"]
-        assert resources["limits"] == resources["requests"]
+        assert resources["requests"] == {**resources["limits"], "ephemeral-storage": "20Gi"}
         wanted = {"cpu", "memory"} | (set() if group is spec["headGroupSpec"] else {"nvidia.com/gpu"})
         assert set(resources["limits"]) == wanted
     options = spec["autoscalerOptions"]["resources"]
@@ -176,5 +231,9 @@ def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
 def test_scaling_is_on_and_within_bounds(spec: dict[str, Any]) -> None:
     """Autoscaling is switched on, and the numbers of workers are within its bounds."""
     assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    for group in groups(spec):
+        assert group["template"]["spec"]["restartPolicy"] == "Never", "v2 takes a pod for one node"
+        assert group["template"]["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
     for group in spec["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
