@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from copy import deepcopy
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from datm_ray.cli import app  # noqa: F401  (its warnings come before those of Ray's autoscaler)
 from tests.cluster.files import CLUSTER, ROOT, document
@@ -72,15 +79,105 @@ def test_machines_have_identities_of_their_own() -> None:
 def test_package_is_copied_and_installed(prepared: dict[str, Any]) -> None:
     """Everything needed to build on the machines is copied from the repository."""
     mounts = {remote: local for remote, local in prepared["file_mounts"].items() if not local.startswith("~")}
-    for remote, local in mounts.items():
-        assert (ROOT / local).exists()
-        assert remote == f"/home/ray/src/{local}"
+    assert all((ROOT / local).exists() for local in mounts.values())
+    watcher, versions = (mounts.pop(f"/home/ray/{name}") for name in ("watch_spot.py", "constraints.txt"))
+    assert (watcher, versions) == ("cluster/aws/watch_spot.py", "cluster/aws/constraints.txt")
+    assert all(remote == f"/home/ray/src/{local}" for remote, local in mounts.items())
     copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     assert sorted(mounts.values()) == sorted(source for line in copied for source in line.split())
     copy, install = configuration()["setup_commands"]
     source, target = copy.split()[-2:]
     assert source == "/home/ray/src"
     assert install.endswith(f" {target}")
+    assert "-c /home/ray/constraints.txt" in install
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml")
+def test_workers_install_the_same_versions_whenever_they_start() -> None:
+    """Every package that is installed directly has one version, which the package accepts; Ray's is in the command."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [Requirement(each) for each in project["dependencies"]]
+    lines = (AWS / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for each in asked:
+        if each.name not in ("ray", "setuptools"):  # the latter computes nothing
+            assert each.specifier.contains(pinned[each.name]), each.name
+    assert {"boto3", "botocore", "aiobotocore"} < pinned.keys()
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """A machine's metadata service: a notice at the third request, for those with a token."""
+
+    looks = 0
+
+    def do_PUT(self) -> None:
+        self.answer(b"a token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else None)
+
+    def do_GET(self) -> None:
+        Metadata.looks += 1
+        allowed = self.headers["X-aws-ec2-metadata-token"] == "a token"
+        there = self.path == "/latest/meta-data/spot/instance-action" and Metadata.looks > 2
+        end = (datetime.now(timezone.utc) + timedelta(seconds=119)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.answer(json.dumps({"action": "terminate", "time": end}).encode() if allowed and there else None)
+
+    def answer(self, body: bytes | None) -> None:
+        self.send_response(404 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
+
+
+def test_the_notice_of_a_spot_machine_reaches_ray(tmp_path: Path) -> None:
+    """The watcher asks until there is a notice, and has Ray drain this machine's node until Ray accepts it."""
+    calls = tmp_path / "calls"
+    ray = tmp_path / "ray"
+    ray.write_text(f"#!/bin/sh\necho $RAY_ADDRESS $* >> {calls}\n[ $(wc -l < {calls}) -eq 2 ]\n")
+    ray.chmod(0o755)
+    Metadata.looks = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = {"METADATA_URL": f"http://127.0.0.1:{server.server_port}", "EVERY": "0.05"}
+        environment = {**os.environ, **where, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        watcher = [sys.executable, AWS / "watch_spot.py", "10.0.0.1:6379"]
+        done = subprocess.run(watcher, env=environment, capture_output=True, text=True, timeout=60, check=True)
+        server.shutdown()
+    assert done.stdout.startswith("AWS: {'action': 'terminate'")
+    assert Metadata.looks == 3
+    address, command, *options = calls.read_text().splitlines()[1].split(maxsplit=2)
+    assert (address, command) == ("10.0.0.1:6379", "drain-node")
+    assert len(calls.read_text().splitlines()) == 2, "Ray was asked again after it had refused once"
+    seconds = re.search(r"--deadline-remaining-seconds=(\d+)", options[0])
+    assert seconds is not None
+    assert 60 < int(seconds[1]) < 120
+
+
+def test_ray_has_the_hidden_command_of_the_watcher() -> None:
+    """Ray's hidden command to drain a node takes the watcher's options."""
+    from ray.scripts.scripts import drain_node
+
+    text = (AWS / "watch_spot.py").read_text()
+    options = {name: each for each in drain_node.params for name in each.opts}
+    given = set(re.findall(r'"(--[a-z-]+)=', text))
+    assert len(given) == 4
+    assert given <= options.keys()
+    (reason,) = re.findall(r"--reason=(\w+)", text)
+    assert reason in options["--reason"].type.choices
+
+
+def test_every_worker_watches() -> None:
+    """Workers start the watcher before Ray, in the background, with the head's address."""
+    _, watch, start = configuration()["worker_start_ray_commands"]
+    assert "/home/ray/watch_spot.py $RAY_HEAD_IP:6379" in watch
+    assert watch.startswith("nohup ")
+    assert watch.endswith("</dev/null &")
+    assert "--address=$RAY_HEAD_IP:6379" in start
+    options = " ".join(configuration()["docker"]["run_options"])
+    assert "AWS_METADATA_SERVICE_NUM_ATTEMPTS=5" in options
+    assert "AWS_METADATA_SERVICE_TIMEOUT=5" in options
 
 
 def test_nobody_gets_in_without_token(prepared: dict[str, Any]) -> None:
