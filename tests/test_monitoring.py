@@ -127,11 +127,17 @@ def test_everything_is_bound_to_this_machine() -> None:
 
 
 def test_prometheus_looks_where_ray_writes() -> None:
-    """Prometheus reads Ray's file of targets in Ray's default folder."""
+    """Prometheus reads Ray's file of targets in Ray's default folder, and in that of cluster/local's first cluster."""
     constants = pytest.importorskip("ray._private.ray_constants")
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
-    assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+    folders = ["/tmp/ray", "/tmp/datm-ray-1000/6379"]
+    start = (MONITORING.parent / "local" / "start.sh").read_text()
+    assert "home=/tmp/datm-ray-$(id -u)" in start
+    assert "folder=$home/$port" in start
+    file = constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
+    assert job["file_sd_configs"][0]["files"] == [f"{folder}/{file}" for folder in folders]
+    assert "s|datm-ray-1000/6379|" in (MONITORING / "README.md").read_text()
 
 
 def test_every_place_has_its_way_to_watch() -> None:

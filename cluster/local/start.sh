@@ -19,8 +19,9 @@ fail() {
 command -v ray >/dev/null || PATH=$here/../../.venv/bin:$PATH
 command -v ray >/dev/null || fail "There is no command ray: activate the environment that datm-ray is installed in."
 
-mkdir -p -m 700 "$home"
+[[ -d $home ]] || mkdir -m 700 "$home"
 [[ -O $home && ! -L $home ]] || fail "$home belongs to someone else: remove it, for what is in it could be theirs."
+chmod 700 "$home"
 mkdir -p "$folder"
 if [[ -e $folder/pid ]] && ps -ww -o command= -p "$(<"$folder/pid")" | grep -qF -- "--temp-dir=$folder"; then
     fail "A cluster runs on port $port already: $here/stop.sh stops it, PORT=... starts another."
@@ -35,6 +36,7 @@ if [[ $RAY_AUTH_MODE == token ]]; then
         [[ ! -O $made ]] || chmod go= "$made"
     done
 fi
+ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)" # connections and files at a time
 # Who stops the cluster means it; Ray would wait half a minute for actors that are at work.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}
 
