@@ -41,6 +41,7 @@ STAND_INS = {
     "hostname": "#!/bin/sh\necho 10.0.0.9 172.17.0.1\n",
     "ray": """#!/bin/sh
 [ "$1" = start ] && echo "ray $* for $RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S s, $(ulimit -n) files"
+[ "$1" = status ] && echo asked >>"$HOME/asked" && [ $(wc -l <"$HOME/asked") -gt 1 ] && echo " 0.0/2.0 CPU"
 [ "$1" = get-auth-token ] && mkdir -p "$HOME/.ray" && echo secret >"$HOME/.ray/auth_token"
 exit 0
 """,
@@ -84,6 +85,8 @@ def test_every_node_gets_one_task(nodes: int, environment: dict[str, str]) -> No
     assert started == expected[: 1 if nodes == 1 else 2]
     assert "datm-ray run --set cluster.wait_for_nodes=600 x --out y --address 10.0.0.7:6379" in done.stdout
     assert "again" not in done.stdout
+    asked = Path(environment["HOME"], "asked").read_text().splitlines()
+    assert len(asked) == 2, "a run starts once the head's node has joined"
     home = Path(folder).parent
     assert (home.stat().st_mode & 0o777, home.owner()) == (0o700, Path("/proc/self").owner())
 
