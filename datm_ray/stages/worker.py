@@ -17,6 +17,7 @@ from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
 from datm_ray.store.files.filesystem import open_location, require_shared, seconds_to_look
+from datm_ray.store.files.patience import expect_rights
 
 
 class StageWorker:
@@ -40,6 +41,7 @@ class StageWorker:
         Raises:
             ClusterError: one of these files does not exist here.
         """
+        expect_rights()
         for path in shared:
             place = open_location(path)
             fact = f"{socket.gethostname()} has no {path}, which the command's machine has"

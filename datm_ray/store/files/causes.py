@@ -104,6 +104,11 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
         return f"The server does not answer ({reason(error)})", "Check the network and AWS_ENDPOINT_URL"
     if names & {"NoCredentialsError", "PartialCredentialsError"}:
         return "No credentials were found", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if "CredentialRetrievalError" in names:
+        return (
+            f"The credentials could not be fetched ({reason(error)})",
+            "Check the role that hands them out; AWS_METADATA_SERVICE_NUM_ATTEMPTS=5 has a machine asked more often",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return reason(error), "Free some space and start again; nothing finished is lost"
     return reason(error), ""

@@ -19,6 +19,18 @@ SHARE_OF_PEERS = 1 / 3
 """Share of `cluster.peer_timeout` for which a failed request is repeated in a worker whose peers wait for it."""
 
 _limit = LONGEST
+_rights_are_there = False
+
+
+def expect_rights() -> None:
+    """Say that the command has had credentials for its storage, so that ones that this process lacks are waited for."""
+    global _rights_are_there
+    _rights_are_there = True
+
+
+def rights_expected() -> bool:
+    """True if credentials that this process lacks are waited for, see `expect_rights`."""
+    return _rights_are_there
 
 
 def patience() -> float:

@@ -2,7 +2,8 @@
 
 A request that fails temporarily is repeated for minutes (see `patience`), and a log line reports it. AWS_MAX_ATTEMPTS
 sets a number of attempts instead. While no S3 server has answered this process yet, a request is repeated for seconds
-only, because the address is probably wrong. The answer "busy" is an exception.
+only, because the address is probably wrong. The answer "busy" is an exception. Credentials that a machine or pod fails
+to hand out are waited for too, once this process has had some, or in a worker.
 
 A file of up to 5 GiB is written only once if the server respects If-None-Match. Larger files are sent in parts, for
 which not every server respects it; some servers refuse it altogether. In these cases the file is looked for before and
@@ -28,8 +29,10 @@ from urllib.parse import urlsplit
 import botocore.session
 from botocore.exceptions import (
     ConnectionError as NoConnectionError,
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
+    NoCredentialsError,
     ResponseStreamingError,
     SSLError,
 )
@@ -39,7 +42,7 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from datm_ray.store.files.causes import code_of, lacks_certificates, reason, status_of
-from datm_ray.store.files.patience import patience
+from datm_ray.store.files.patience import patience, rights_expected
 from datm_ray.store.files.traffic import count_retry
 from datm_ray.words import duration
 
@@ -60,6 +63,8 @@ _WRITER = "datm-ray-writer"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
 _UNREACHABLE = (NoConnectionError, ConnectionError)
+_WITHOUT_RIGHTS = (NoCredentialsError, CredentialRetrievalError)
+"""Errors about credentials that the machine or pod hands out. botocore asks for them once, for a second."""
 _BROKEN = (HTTPClientError, IncompleteReadError, ResponseParserError, ResponseStreamingError, TimeoutError)
 _PASSING = {
     "SlowDown",
@@ -141,10 +146,17 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 if pause is None:
                     raise
                 time.sleep(pause)
+                if isinstance(error, _WITHOUT_RIGHTS):
+                    self._ask_for_rights()
                 count_retry()
                 continue
             self._has_answered = True
             return found
+
+    def _ask_for_rights(self) -> None:
+        """Make a client anew, because it keeps the credentials, or their absence, with which it was made."""
+        with suppress(Exception):  # the next attempt shows it again
+            self.connect(refresh=True)
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
         """Seconds until the next attempt; None to give up. Logs a warning now and then in a long wait.
@@ -157,7 +169,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
         """
         if not self.passes(error) or (self._attempts is not None and attempt >= self._attempts):
             return None
-        is_first = not self._has_answered and status_of(error) not in (429, 503)
+        is_waited_for = status_of(error) in (429, 503) or isinstance(error, _WITHOUT_RIGHTS)
+        is_first = not self._has_answered and not is_waited_for
         pause: float = min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1)
         left = (FIRST_PATIENCE if is_first else patience()) - waited
         if self._attempts is None and pause > left:
@@ -166,12 +179,14 @@ class S3(S3FileSystem):  # type: ignore[misc]
         if waited + pause > LINE_AFTER and now - self._last_line > LINE_EVERY and not is_first:
             self._last_line = now
             until = f"for up to {duration(left)}" if self._attempts is None else "as AWS_MAX_ATTEMPTS says"
-            _log.warning("%s does not answer (%s); trying again %s", _bucket(path), reason(error), until)
+            what = "has no credentials yet" if isinstance(error, _WITHOUT_RIGHTS) else "does not answer"
+            _log.warning("%s %s (%s); trying again %s", _bucket(path), what, reason(error), until)
         return pause
 
-    @staticmethod
-    def passes(error: Exception) -> bool:
+    def passes(self, error: Exception) -> bool:
         """True if the same request may succeed later; False if it was wrong or denied, or a file is missing."""
+        if isinstance(error, _WITHOUT_RIGHTS):
+            return self._has_answered or rights_expected()
         status, code = status_of(error), code_of(error)
         if status or code:
             return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import json
 import logging
 import socket
 import threading
@@ -15,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from botocore.exceptions import SSLError
+from botocore.exceptions import CredentialRetrievalError, NoCredentialsError, SSLError
 
 from datm_ray.errors import OvertakenError, StoreError, TransientStoreError
 from datm_ray.store.files import patience, s3
@@ -320,6 +321,70 @@ def test_a_server_that_is_busy_when_a_process_starts_is_waited_for(file, s3_prox
     assert place.read_bytes() == b"content"
 
 
+@pytest.fixture
+def machine(bucket: str, s3_server: str, s3_environment: Callable[[str], None], monkeypatch) -> Iterator[list[float]]:
+    """A machine that hands out credentials, from a moment of the monotonic clock on that the list holds."""
+    moment = [0.0]
+    rights = dict.fromkeys(("AccessKeyId", "SecretAccessKey", "Token"), "x") | {"Expiration": "2099-01-01T00:00:00Z"}
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(500 if time.monotonic() < moment[0] else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(rights).encode() if self.path.endswith("/role") else b"role")
+
+        do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        s3_environment(s3_server)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        yield moment
+        server.shutdown()
+
+
+def test_credentials_that_a_machine_hands_out_late_are_waited_for(bucket, machine, quick, warnings_of_s3, monkeypatch):
+    """A worker whose machine fails to hand out credentials for a while waits for them; a command says so at once."""
+    monkeypatch.setattr(patience, "_rights_are_there", False)  # another test may have made a worker
+    machine[0] = time.monotonic() + 3600
+    place = open_location(f"s3://{bucket}/file")
+    with pytest.raises(StoreError, match="No credentials were found") as caught:
+        place.write_text("content")
+    assert not isinstance(caught.value, TransientStoreError)
+    monkeypatch.setattr(patience, "_rights_are_there", True)
+    machine[0] = time.monotonic() + 0.5  # 50 seconds, that is
+    before = traffic()
+    place.write_text("content")
+    assert (traffic() - before).retries
+    assert warnings_of_s3()[0].startswith(f"s3://{bucket} has no credentials yet (Unable to locate credentials); try")
+    machine[0] = time.monotonic() + 3600
+    assert place.read_bytes() == b"content", "the client keeps what it has"
+
+
+def test_credentials_that_cannot_be_renewed_are_waited_for_once_there_were_some(bucket, machine, quick, monkeypatch):
+    """Credentials that end in mid-run and are not renewed at once cost attempts, and not the run."""
+    monkeypatch.setattr(patience, "_rights_are_there", False)
+    place = open_location(f"s3://{bucket}/file")
+    failures = [CredentialRetrievalError(provider="iam-role", error_msg="timed out"), NoCredentialsError()]
+    words = r"could not be fetched .*timed out.* AWS_METADATA_SERVICE_NUM_ATTEMPTS"
+    with pytest.raises(StoreError, match=words), place.explaining("read"):
+        place.fs.patiently(place.path, lambda: raise_next(failures[:1]))
+    place.write_text("content")
+    assert place.fs.patiently(place.path, lambda: raise_next(failures) or place.read_bytes()) == b"content"
+    assert failures == []
+
+
+def raise_next(failures: list[Exception]) -> None:
+    """Raise the last error of a list and take it from there; return if there is none left."""
+    if failures:
+        raise failures.pop()
+
+
 def test_a_worker_gives_a_server_up_before_its_peers_give_up_the_worker(file, s3_proxy, quick):
     """A guarded upload to a busy server ends after a third of the peers' timeout; alone it waits longer."""
     file.write_text("content")
@@ -411,8 +476,9 @@ def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warni
 def test_tls_that_fails_for_a_while_is_waited_for_and_a_certificate_is_not():
     """TLS alerts of a restarting gateway are retried; an untrusted certificate is not."""
     address = "https://127.0.0.1"
-    assert s3.S3.passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
-    assert not s3.S3.passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
+    fs = s3.S3()
+    assert fs.passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
+    assert not fs.passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
 
 
 def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
