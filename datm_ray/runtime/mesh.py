@@ -25,7 +25,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from datm_ray.core.training.loop import Heartbeat
-from datm_ray.errors import PeerLostError
+from datm_ray.errors import ClusterError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
 
 Result = TypeVar("Result")
@@ -46,6 +46,9 @@ _LOST_PEER = re.compile(
 """Words in the messages of gloo, NCCL and torch about a peer that died, hangs or is unreachable."""
 _OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
 """Words in messages about a failure of this worker's own GPU. Such messages may contain words of `_LOST_PEER` too."""
+
+_SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|no space left", re.I)
+"""Words of NCCL about this machine's shared memory, in messages that blame a "system error" first."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,12 @@ def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
     try:
         yield
     except RuntimeError as failure:
+        if _SHARED_MEMORY.search(str(failure)):
+            raise ClusterError(
+                f"worker {rank + 1} of {size} lacks shared memory on {socket.gethostname()}: {_last_error(failure)}",
+                "a container has 64 MB of /dev/shm unless it is given more",
+                "start it with --ipc=host or --shm-size=16g; or set NCCL_SHM_DISABLE=1",
+            ) from None
         if _OWN_DEVICE.search(str(failure)) or not _LOST_PEER.search(str(failure)):
             raise
         raise PeerLostError(
@@ -359,6 +368,12 @@ def _first_line(failure: BaseException) -> str:
     """First sentence of torch's message, without the source location before it."""
     lines = [re.sub(r"^\[[^\]]*\.(cc|cpp):\d+\] *", "", line.strip()) for line in str(failure).splitlines()]
     return next((line.partition(". ")[0].rstrip(".") for line in lines if line), type(failure).__name__)
+
+
+def _last_error(failure: BaseException) -> str:
+    """Line of NCCL's message after "Last error:", which names the cause; the first sentence if there is none."""
+    after = str(failure).partition("Last error:")[2].strip()
+    return after.splitlines()[0].rstrip(".") if after else _first_line(failure)
 
 
 @contextmanager

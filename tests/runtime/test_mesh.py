@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import DistBackendError, DistStoreError
 
 from datm_ray.core.training.loop import Heartbeat
-from datm_ray.errors import ConfigError, PeerLostError
+from datm_ray.errors import ClusterError, ConfigError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh
 from tests.processes import side_by_side
@@ -288,6 +288,19 @@ def test_other_errors_in_a_sum_keep_their_name() -> None:
         with pytest.raises(RuntimeError if failure in own else PeerLostError) as raised, _peers_needed(0, 2):
             raise failure
         assert (raised.value is failure) == (failure in own), failure
+
+
+def test_too_little_shared_memory_is_no_lost_peer() -> None:
+    """A machine without shared memory for NCCL, as a container has, is named with the cause and what to do."""
+    shared = DistBackendError(
+        "NCCL error in: x.cpp:7, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.30.7\n"
+        "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.\n"
+        "Last error:\nError while creating shared memory segment /dev/shm/nccl-8f (size 9637888), error: No space left"
+    )
+    with pytest.raises(ClusterError, match=r"--ipc=host") as raised, _peers_needed(0, 2):
+        raise shared
+    assert "worker 1 of 2 lacks shared memory on " in str(raised.value)
+    assert "shared memory segment /dev/shm/nccl-8f (size 9637888), error: No space left. A cont" in str(raised.value)
 
 
 def test_sums_use_the_interface_of_the_rendezvous_address(monkeypatch: pytest.MonkeyPatch) -> None:
