@@ -130,6 +130,7 @@ def kill_an_actor(kind: str, dashboard: str) -> None:
 def prometheus(folder: Path, ray_folder: Path, seconds: int) -> Iterator[str]:
     """Prometheus with the configuration of cluster/monitoring, for another folder of Ray's. Its address."""
     text = (MONITORING / "prometheus.yml").read_text().replace("/tmp/ray/", f"{ray_folder}/")
+    text = text.replace("[alerts.yml]", f"[{MONITORING / 'alerts.yml'}]")
     config = folder / "prometheus.yml"
     config.write_text(text.replace("10s", f"{seconds}s").replace("scrape_timeout: 5s", f"scrape_timeout: {seconds}s"))
     address = f"127.0.0.1:{free_port()}"

@@ -121,6 +121,7 @@ def test_everything_is_bound_to_this_machine() -> None:
     readme = (MONITORING / "README.md").read_text()
     assert "--web.listen-address=127.0.0.1:9090" in readme
     assert "GF_SERVER_HTTP_ADDR=127.0.0.1" in readme
+    assert {"DATA", "LOGS", "PLUGINS"} == set(re.findall(r"GF_PATHS_(\w+)=/tmp/", readme)), "a user cannot write there"
     assert "0.0.0.0" not in readme
     sources = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text())
     assert [source["url"] for source in sources["datasources"]] == ["http://127.0.0.1:9090"]
@@ -148,11 +149,27 @@ def test_every_place_has_its_way_to_watch() -> None:
     assert places == covered.keys()
     assert all(words in readme for words in covered.values())
     (shown,) = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    (endpoint,) = yaml.safe_load(shown)["spec"]["podMetricsEndpoints"]
+    monitor = yaml.safe_load(shown)["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert monitor["podTargetLabels"] == ["ray.io/cluster"], "two clusters would be one"
     spec = document(MONITORING.parent / "kuberay" / "raycluster.yaml", "RayCluster")["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         ports = group["template"]["spec"]["containers"][0]["ports"]
         assert endpoint["port"] in [port["name"] for port in ports]
+
+
+def test_alerts_ask_for_what_is_exported() -> None:
+    """Every alert asks for metrics and labels that exist, says what to look at, and is loaded."""
+    (group,) = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+    assert len(group["rules"]) == 3
+    for rule in group["rules"]:
+        names = {name.removeprefix("ray_") for name in metrics_of(rule["expr"])}
+        assert names <= CATALOGUE.keys()
+        labels = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        asked = {label for found in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in found.split(", ")}
+        assert labels <= asked <= {tag for name in names for tag in CATALOGUE[name].tags}
+        assert all(asked <= set(CATALOGUE[name].tags) for name in names)
+    assert yaml.safe_load((MONITORING / "prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
