@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.resources
 import subprocess
@@ -10,6 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import datm_ray
 from tests.conftest import CommandLine
@@ -100,3 +103,25 @@ def test_command_is_installed() -> None:
 
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="datm-ray")
     assert command.load() is main
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml")
+def test_what_is_imported_is_asked_for() -> None:
+    """Every package that datm_ray imports is a dependency of its own, not one that another package may drop."""
+    import tomllib
+
+    root = Path(datm_ray.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = {canonicalize_name(Requirement(each).name) for listed in lists for each in listed}
+    imported = {
+        name.partition(".")[0]
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in ([each.name for each in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    owners = importlib.metadata.packages_distributions()
+    parts = {"pydantic_core", "typing_extensions"}  # pydantic is not there without them
+    for name in imported - sys.stdlib_module_names - {"datm_ray"} - parts:
+        assert asked & {canonicalize_name(owner) for owner in owners.get(name, [name])}, name
