@@ -270,6 +270,19 @@ def test_the_head_may_do_what_it_must_and_workers_nothing_to_machines() -> None:
     """The head may pass on the workers' identity only and end this cluster's machines only."""
     head, worker = (json.loads((AWS / f"{who}-policy.json").read_text())["Statement"] for who in ("head", "worker"))
     assert all(action.startswith("s3:") for each in worker for action in each["Action"])
+    for each in head:  # a tag that the head could set on any machine would make it the head's
+        if "ec2:CreateTags" in each["Action"]:
+            (condition,) = each["Condition"]["StringEquals"].items()
+            assert condition in {
+                ("ec2:CreateAction", "RunInstances"),
+                ("aws:ResourceTag/ray-cluster-name", configuration()["cluster_name"]),
+            }
+    (started,) = [each for each in head if each["Sid"] == "Workers"]
+    types = configuration()["available_node_types"]
+    allowed = started["Condition"]["StringEquals"]["ec2:InstanceType"]
+    assert allowed == [types[name]["node_config"]["InstanceType"] for name in WORKERS]
+    (rest,) = [each for each in head if each["Action"] == "ec2:RunInstances" and each is not started]
+    assert rest["NotResource"] == started["Resource"]
     by_action = {
         action: each
         for each in head
