@@ -93,3 +93,15 @@ def test_its_command_is_installed_by_the_package() -> None:
     assert first[1] in scripts
     assert any(line.endswith(f"{first[1]} --version") for line in instructions("RUN"))
     assert not instructions("ENTRYPOINT"), "Ray's launchers give commands of their own"
+
+
+def test_torch_may_be_that_of_an_older_driver() -> None:
+    """Torch is installed first, from an index and in a version that the builder may choose; the package keeps it."""
+    given = dict(line.split("=", 1) for line in instructions("ARG") if "=" in line)
+    assert given["TORCH"] == '"torch torchvision"'
+    assert given["TORCH_INDEX"].startswith("https://")
+    first, second = instructions("RUN")
+    assert first.endswith("--index-url ${TORCH_INDEX} ${TORCH}")
+    assert "/tmp/datm_ray" in second
+    assert "--upgrade" not in second
+    assert "--build-arg TORCH_INDEX=" in (CLUSTER / "kuberay" / "README.md").read_text()
