@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -87,6 +88,7 @@ RAY = """#!/bin/sh
 if [ "$1" = get-auth-token ]; then
     mkdir -p "$HOME/.ray" && echo secret >"$HOME/.ray/auth_token"
 else
+    ulimit -n >"$HOME/files"
     trap 'kill $!; exit' TERM
     echo "Ray runtime started"
     sleep 60 &
@@ -113,6 +115,8 @@ def test_only_its_user_reads_the_token(is_there: bool, environment: dict[str, st
         os.umask(before)
     assert (code, err) == (0, "")
     assert [each.stat().st_mode & 0o777 for each in (folder, folder / "auth_token")] == [0o700, 0o600]
+    assert Path(f"/tmp/datm-ray-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    assert int((tmp_path / "files").read_text()) == min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 @pytest.mark.slow
