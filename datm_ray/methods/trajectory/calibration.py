@@ -1,9 +1,9 @@
 """Calibration before the first iteration: the initial matching losses, and the step size with the smallest losses.
 
 A loss is computed from the student's steps, without its derivative, and costs about a quarter of an iteration. At step
-size 0 the loss is 1, because the student stays at its start. With a growing step size the loss falls while the student
-comes closer to the target, then rises without bound as the student passes the target. Tests:
-tests/methods/trajectory/test_calibration.py.
+size 0 the loss is 1, because the student stays at its start. If small steps lead towards the target, the loss falls
+with a growing step size, then rises without bound as the student passes the target. If they lead away from it, the loss
+rises from 1 on, and no step size is best. Tests: tests/methods/trajectory/test_calibration.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from datm_ray.methods.trajectory.iteration import Match
 
 PAIRS = 4
 """Number of pairs of start and target whose losses are measured, spread over the range of start epochs."""
-MOST_TRIED = 7
-"""Largest number of step sizes that `find_step_size` tries."""
+MOST_TRIED = 12
+"""Largest number of step sizes that `find_step_size` tries. Halving from the first, it reaches 1/2048 of it."""
+LEAST_FALL = 0.005
+"""Smallest fall of the mean loss below 1, the loss of no movement, at a step size that counts as the best one.
+
+For a student that moves straight to its target, it takes a quarter of a percent of the way."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Measured:
     """Smallest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
     most_tried: float = math.nan
     """Largest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
+    least_loss: float = math.nan
+    """Smallest mean loss of the step sizes that `find_step_size` tried; nan if one given step size was measured."""
+    is_best: bool = True
+    """False if `find_step_size` tried no step size whose loss is clearly below 1, so that none is best."""
 
     @property
     def loss(self) -> float:
@@ -56,16 +64,21 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
     return Measured(step_size, tuple(losses))
 
 
-def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Measured:
+def find_step_size(measured_at: Callable[[float], Measured], near: float, bound: float = 1.0) -> Measured:
     """Search for the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses at it.
 
-    The search starts at `near` and goes down, then up, by factors of two until the loss rises. Then it tries the vertex
-    of the parabola through the best step size and its neighbours. If the student moves straight to the target, the loss
-    is a parabola in the step size.
+    The search starts at `near` and goes down, then up, by factors of two until the loss rises. It also goes down while
+    the loss is above 1, because the loss is 1 at step size 0. Then it tries the vertex of the parabola through the best
+    step size and its neighbours. If the student moves straight to the target, the loss is a parabola in the step size.
+
+    If no loss is below 1 by `LEAST_FALL`, no step size is best, and the smallest ones hardly move the student. The
+    result is then the largest step size tried whose loss is at most `bound`; the one of the smallest loss if there is
+    none.
 
     Args:
         measured_at: measures the losses at a step size.
         near: first step size to try.
+        bound: largest acceptable mean loss if no step size is best.
     """
     tried: dict[float, Measured] = {}
 
@@ -75,14 +88,22 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Mea
         return tried[step_size].loss
 
     best = near
-    for factor in (0.5, 2.0):
-        # Infinite losses are equal; the search then goes down.
-        while len(tried) < MOST_TRIED and loss(best * factor) <= loss(best):
-            best *= factor
+    # Infinite losses are equal; the search then goes down.
+    while len(tried) < MOST_TRIED and (loss(best / 2) <= loss(best) or loss(best) > 1):
+        best /= 2
+    while len(tried) < MOST_TRIED and loss(best * 2) <= loss(best):
+        best *= 2
     if len(tried) < MOST_TRIED:
         below, here, above = (min(loss(best * factor), 1e6) for factor in (0.5, 1.0, 2.0))
         left, right = here - below, here - above
         if left + right / 2 < 0:
             loss(best - best / 2 * (right / 4 - left) / (right / 2 + left))
     found = min(tried.values(), key=lambda each: each.loss)
-    return replace(found, least_tried=min(tried), most_tried=max(tried))
+    least, is_best = found.loss, found.loss <= 1 - LEAST_FALL
+    if not is_best:
+        found = max((each for each in tried.values() if each.loss <= bound), key=_size, default=found)
+    return replace(found, least_tried=min(tried), most_tried=max(tried), least_loss=least, is_best=is_best)
+
+
+def _size(measured: Measured) -> float:
+    return measured.step_size

@@ -206,8 +206,7 @@ class TrajectoryMatching(Method):
             best = measured if given is None else self._search(state, pairs)
             raise self._hopeless("the set would start", [each.loss for each in measured], state, pairs, best)
         if given is None:
-            found = _numbers(each.step_size for each in measured)
-            yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
+            yield self._started(measured)
         if self.part.config.distill.learning_rate_images is None:
             state.image_rate = self._image_rate(state, pairs)
             found = f"distill.learning_rate_images {state.image_rate:.3g} found"
@@ -218,6 +217,19 @@ class TrajectoryMatching(Method):
                 f"distill.threshold {threshold:g}, and such iterations are skipped. The mean loss is {start}: "
                 f"{self._distance(state)}"
             )
+
+    def _started(self, measured: Sequence[Measured]) -> str:
+        """Text about the step sizes with which the set starts, and whether each is the best one."""
+        sizes, losses = _numbers(each.step_size for each in measured), _numbers(each.loss for each in measured)
+        none = [each for each in measured if not each.is_best]
+        if not none:
+            return f"initial step size {sizes} found: the set starts with a matching loss of {losses} (1: no movement)"
+        least, most = min(each.least_tried for each in none), max(each.most_tried for each in none)
+        return (
+            f"no step size from {least:.2g} to {most:.2g} clearly brings the student nearer to its target: the least "
+            f"matching loss is {_numbers((each.least_loss for each in none), 4)} (1: no movement). The set starts with "
+            f"step size {sizes}, at which the student moves, and a loss of {losses}"
+        )
 
     def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
         """Pairs of an expert's start and target parameters for calibration, spread evenly over the start epochs.
@@ -235,9 +247,11 @@ class TrajectoryMatching(Method):
     def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
         """Find the best step size of every network of the run, with its losses. All workers get the same results."""
         near = self._distance(state).likely_step_size
+        threshold = self.part.config.distill.threshold
+        bound = min(threshold, (1 + threshold) / 2)  # single losses scatter around the mean
 
         def search(own: int, all_sum: AllSum) -> Measured:
-            return find_step_size(lambda tried: measure(tried, pairs[own], state.synthetic, all_sum), near)
+            return find_step_size(lambda tried: measure(tried, pairs[own], state.synthetic, all_sum), near, bound)
 
         return self._measured(search)
 
@@ -247,17 +261,17 @@ class TrajectoryMatching(Method):
         Args:
             of_backbone: function (index of a backbone, sum over the workers with other classes) -> measurement.
         """
-        found = torch.zeros(len(self.part.config.weights), 3 + PAIRS, dtype=torch.float64)
+        found = torch.zeros(len(self.part.config.weights), 5 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
             for backbone in self._backbones:
                 own = of_backbone(backbone.number, all_sum)
-                row = [own.step_size, own.least_tried, own.most_tried, *own.losses]
+                row = [own.step_size, own.least_tried, own.most_tried, own.least_loss, own.is_best, *own.losses]
                 found[backbone.number] = torch.tensor(row, dtype=torch.float64)
 
         self.part.mesh.in_rows(work)
         rows = self.part.mesh.sum_over_backbones(found.to(self.part.device)).tolist()
-        return [Measured(row[0], tuple(row[3:]), *row[1:3]) for row in rows]
+        return [Measured(row[0], tuple(row[5:]), row[1], row[2], row[3], bool(row[4])) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.

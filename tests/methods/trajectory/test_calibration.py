@@ -27,8 +27,8 @@ LOSSES: dict[str, tuple[Callable[[float], float], float, float]] = {
     "above": (lambda x: (1 - x / 7) ** 2, 7.0, 1e-9),
     "before an explosion": (lambda x: 1 - x if x < 1.5 else math.inf, 1.0, 0.5),
     "below an overflow": (lambda x: (1 - x / 0.2) ** 2 if x < 0.4 else math.inf, 0.2, 0.5),
-    "nowhere": (lambda x: (1 + x) ** 2, 0.0, 0.02),
-    "always infinite": (lambda x: math.inf, 1.0, 1.0),
+    "far below": (lambda x: 1 + 0.9 * ((1 - x / 0.004) ** 2 - 1), 0.004, 1e-9),
+    "below a ripple": (lambda x: 6 - x if x > 0.3 else (1 - x / 0.1) ** 2, 0.1, 0.05),
 }
 """Loss as a function of the step size, its minimum, and how far from it the search may end."""
 
@@ -44,9 +44,32 @@ def test_a_search_ends_at_the_least_loss() -> None:
 
         found = find_step_size(at, 1.0)
         assert found.step_size == pytest.approx(least, abs=tolerance), case
-        assert found.loss == min(map(loss, tried)), case
+        assert found.loss == found.least_loss == min(map(loss, tried)), case
+        assert found.is_best, case
         assert len(tried) == len(set(tried)) <= MOST_TRIED, case
         assert (found.least_tried, found.most_tried) == (min(tried), max(tried)), case
+
+
+NO_LEAST: dict[str, tuple[Callable[[float], float], float]] = {
+    "rising": (lambda x: (1 + x) ** 2, 0.05),
+    "flat below, rising above": (lambda x: 1 + (x - 0.01) ** 2 - 0.0001, 0.34),
+    "falling by a thousandth": (lambda x: (1 - x / 0.4) ** 2 * 0.001 + 0.999, 1.1),
+}
+"""Loss as a function of the step size that is nowhere clearly below 1, and the largest step size with a loss of 1.1."""
+
+
+def test_a_search_without_a_best_step_size_says_so_and_lets_the_student_move() -> None:
+    """A loss that only rises or is flat leads to the largest tried step size below the bound, not to the smallest of
+    all; the least loss is reported, and one that overflows everywhere is infinite."""
+    for case, (loss, most) in NO_LEAST.items():
+        found = find_step_size(lambda x, loss=loss: Measured(x, (loss(x),)), 1.0, bound=1.1)  # type: ignore[misc]
+        assert not found.is_best, case
+        assert most / 2 <= found.step_size <= max(most, 1.0), case
+        assert 0.995 < found.least_loss <= found.loss <= 1.1, case
+    infinite = find_step_size(lambda x: Measured(x, (math.inf,)), 1.0, bound=1.1)
+    assert (infinite.is_best, infinite.loss) == (False, math.inf)
+    above = find_step_size(lambda x: Measured(x, (2 + x,)), 1.0, bound=1.1)
+    assert (above.is_best, above.step_size) == (False, above.least_tried)
 
 
 def test_shards_find_the_step_size_of_one_process() -> None:
@@ -111,7 +134,7 @@ def test_distances_are_those_of_plain_sgd() -> None:
         "experts make 8 steps of 0.01 from start to target (0.08 in all), the student 40 steps of 0.01 (0.4 in all)"
     )
     assert (found.ratio, found.likely_step_size) == pytest.approx((5.0, 0.001))
-    assert found.advice == "that is 5 times as far: try distill.initial_step_size=null, or about 0.001"
+    assert found.advice == "that is 5 times as far: try distill.initial_step_size=null, or up to about 0.001"
     fast = Distance.of(override(config, ["experts.momentum=0.9"]), 780)
     assert (fast.expert, fast.advice) == (pytest.approx(0.8), "")
     assert "experts make 8 steps of 0.01 with momentum 0.9 from start to target (0.8 in all)" in str(fast)
@@ -120,8 +143,11 @@ def test_distances_are_those_of_plain_sgd() -> None:
     wild = Distance.of(override(config, ["experts.learning_rate=37028123456", "distill.student_steps=1"]), 780)
     assert "8 steps of 3.7e+10 from" in str(wild)
     assert str(wild).endswith("the student 1 step of 0.01 (0.01 in all)")
-    slow = Distance.of(override(config, ["distill.initial_step_size=0.0001"]), 780)
-    assert slow.advice.startswith("that is 20 times less far: try")
+    slow = Distance.of(override(config, ["distill.initial_step_size=0.000006"]), 780)
+    assert slow.advice.startswith("that is 333 times less far: try".replace("333", "3.3e+02"))
+    for least in (1 / 16, 1 / 32):  # where photos at IPC 1 have their smallest first loss
+        found = override(config, [f"distill.initial_step_size={least * 0.08 / 40}"])
+        assert not Distance.of(found, 780).advice, least
     free = Distance.of(override(config, ["distill.initial_step_size=null"]), 780)
-    assert str(free).endswith("the student 40 steps of a size found before the first iteration, about 0.001")
+    assert str(free).endswith("the student 40 steps of a size found before the first iteration, up to about 0.001")
     assert (free.ratio, free.advice) == (0.5, "")

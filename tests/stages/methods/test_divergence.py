@@ -15,11 +15,11 @@ import torch
 
 from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import load
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, override
 from datm_ray.errors import DivergenceError, StoreError, ThresholdError
 from datm_ray.methods.state import FIRST_MOVE
 from datm_ray.methods.trajectory import iteration
-from datm_ray.methods.trajectory.calibration import Measured
+from datm_ray.methods.trajectory.calibration import MOST_TRIED, Measured
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, SerialExecutor
@@ -197,7 +197,7 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     best = min(measured, key=lambda each: each.loss)
     initial = load(str(tmp_path / "null/tiny/initial.arrow"))
     curves = curves_of(tmp_path / "null")
-    assert len(measured) <= 7
+    assert len(measured) <= MOST_TRIED
     assert initial.step_size == pytest.approx(best.step_size)
     assert started == (
         f"initial step size {best.step_size:.3g} found: the set starts with a matching loss of {best.loss:.3g} "
@@ -241,9 +241,27 @@ def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
         config = tiny_config("distill.threshold=1.0", f"distill.initial_step_size={step_size}")
         with pytest.raises(
             ThresholdError,
-            match=r"a matching loss of 1\.\d+, above.*No step size from 0\.\d+ to 0\.\d+ is enough: lower distill",
+            match=r"a matching loss of 1\.\d+, above.*No step size from \d\S+ to 0\.\d+ is enough: lower distill",
         ):
             distil(config, tmp_path / step_size, experts)
+
+
+def test_a_set_without_a_best_step_size_starts_with_one_that_moves_the_student(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Measured]
+) -> None:
+    """A loss that rises from 1 on has no least value: a line says so, and the student starts with a step size whose
+    loss is as far above 1 as the threshold allows. The images' learning rate is found at this step size."""
+    backwards(monkeypatch, range(9))
+    config = tiny_config("distill.threshold=1.2", "distill.initial_step_size=null", "distill.learning_rate_images=null")
+    first, second, *_ = notes_of(override(config, ["distill.iterations=1"]), tmp_path / "found", experts)
+    least, step_size = min(each.loss for each in measured), load(str(tmp_path / "found/tiny/initial.arrow")).step_size
+    (start,) = (each.loss for each in measured if each.step_size == pytest.approx(step_size))
+    assert 1 <= least < 1.01 < start <= 1.1
+    assert first.startswith("no step size from ")
+    assert f"the least matching loss is {least:.4g} (1: no movement). The set starts with step size" in first
+    assert f"{step_size:.3g}, at which the student moves, and a loss of {start:.3g}" in first
+    given = override(config, [f"distill.initial_step_size={step_size}", "distill.iterations=1"])
+    assert second == notes_of(given, tmp_path / "given", experts)[0]
 
 
 def test_pairs_at_rest_are_no_losses_below_the_threshold(
