@@ -16,6 +16,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import build_autoencoder, build_decoder, latent_shape
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
+from datm_ray.data.splits import held_out
 from datm_ray.data.transform import FitCost, require_per_channel
 from datm_ray.errors import ConfigError
 from datm_ray.words import data_size, dimensions
@@ -51,8 +52,13 @@ class DataShape:
         return 4 * (math.prod(self.image) + self.classes)
 
     def trained(self, dataset: DatasetConfig) -> int:
-        """Number of training images without those that a recipe sets aside for validation."""
-        return round(self.training_images * (1 - dataset.validation))
+        """Number of training images without those that a recipe sets aside for validation.
+
+        Every class holds out one at least, so many small classes hold out much. Classes count as equally large.
+        """
+        each, larger = divmod(self.training_images, self.classes)
+        small, large = (held_out(count, dataset.validation) if count else 0 for count in (each, each + 1))
+        return self.training_images - (self.classes - larger) * small - larger * large
 
     def synthetic(self, config: RunConfig, shards: int = 1) -> int:
         """Number of images in a recipe's synthetic set, or in the largest of its shards. Shards hold whole classes."""

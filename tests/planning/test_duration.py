@@ -163,7 +163,7 @@ def test_times_follow_the_recipe() -> None:
     assert proposal(machine="cpus=2,gflops=70").stages["experts"][0] == pytest.approx(2 * base["experts"][0])
     order = "first_share: 0.5, whole_from: 5, removals: [], scoring_networks: 2, scoring_epochs: 3"
     easy = proposal(f"experts.curriculum={{{order}}}")
-    scored = easy.seconds([("scoring", easy.config, 2 * 1222)]) / 3600
+    scored = easy.seconds([("scoring", easy.config, 2 * DIGITS.trained(easy.config.dataset))]) / 3600
     trained = (0.7 + 3 / 5) * base["experts"][0]  # five epochs of two experts, three of two scoring networks
     assert easy.stages["experts"][0] == pytest.approx(trained + scored)
     assert easy.storage["store"] > proposal().storage["store"]
@@ -183,7 +183,7 @@ def test_everything_that_takes_time_is_counted() -> None:
     assert chosen > random
     assert base.stages["start"][0] > base.stages["start"][1] / 2 > 0
     rows = [proposal(*changes).stages["evaluation"] for changes in ((), ("evaluate.real_epochs=101",))]
-    real = 2 * 3 * 100 * round(1438 * (1 - base.config.dataset.validation))  # seeds, step sizes, epochs, images
+    real = 2 * 3 * 100 * DIGITS.trained(base.config.dataset)  # seeds, step sizes, epochs, images
     assert rows[1][0] - rows[0][0] == pytest.approx(base.seconds([("real", base.config, real)]) / 3600)
     held, clock = proposal("evaluate.real_epochs=999", "evaluate.seeds=1").stages["evaluation"]
     assert clock > 0.9 * held  # the longest network decides what is waited for

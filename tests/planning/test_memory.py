@@ -16,7 +16,9 @@ import torch
 from datm_ray.config import ClusterConfig, Role, RunConfig, override
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.registry import build_network
+from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig, override
 from datm_ray.core.training.loop import Schedule
+from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
 from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
@@ -518,3 +520,16 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     assert tried == [10]
     part.role = Role((0,), ())
     assert networks.images_that_fit(part) == 0
+def test_every_class_holds_out_an_image_for_validation() -> None:
+    """The planned number of training images is that of the split, in which many tiny classes hold out much."""
+    for images, classes, share in (
+        (3000, 1000, 0.1),
+        (2000, 1000, 0.1),
+        (2001, 1000, 0.25),
+        (50_000, 10, 0.02),
+        (7, 3, 0.5),
+    ):
+        labels = np.sort(np.arange(images) % classes)
+        kept, _ = stratified_split(labels, share, Stream.VALIDATION, [str(label) for label in range(classes)])
+        found = DataShape((3, 8, 8), classes, images).trained(DatasetConfig(validation=share))
+        assert found == len(kept), (images, classes, share)
