@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,30 @@ def write_image(encoded: bytes, place: Path, grey: int | None) -> None:
     image.resize((grey, grey), Image.Resampling.BICUBIC).save(place.with_suffix(".png"))
 
 
-def datm_ray(*words: str) -> float:
-    """Run a command to its end. Returns its seconds; raises an error if it fails."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "datm_ray", *words], check=True)
-    return time.monotonic() - began
+EVERY = 5.0
+"""Seconds between two notes of the time that a command has taken."""
+
+
+def timed(words: Sequence[str], place: Path) -> float:
+    """Run a command to its end. Returns its seconds, those of earlier, interrupted calls included.
+
+    They are noted in the file `place` every `EVERY` seconds, so that a killed benchmark loses no more.
+
+    Raises:
+        CalledProcessError: the command failed.
+    """
+    before, began = (json.loads(place.read_text()) if place.exists() else 0.0), time.monotonic()
+    with subprocess.Popen(words) as process:
+        code = None
+        while code is None:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(EVERY)
+            unfinished = place.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(before + time.monotonic() - began))
+            os.replace(unfinished, place)
+    if code:
+        raise subprocess.CalledProcessError(code, list(words))
+    return float(json.loads(place.read_text()))
 
 
 def run_case(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +131,9 @@ def run_case(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> d
         )
         recipe.with_suffix(".json").write_text(printed.stdout)
     if not done.exists():
-        seconds = datm_ray("run", str(recipe), "--set", f"seed={seed}", "--out", str(out))
+        out.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "datm_ray", "run", str(recipe), "--set", f"seed={seed}", "--out", str(out)]
+        seconds = timed(command, out / f"{run}.seconds")
         done.write_text(json.dumps({"seconds": seconds}))
     (summary,) = [each for each in json.loads((out / "summary.json").read_text()) if each["run"] == run]
     curves = read_curves(open_location(str(out / run)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +72,16 @@ def test_a_row_compares_with_random_images_of_the_same_labels(bench: ModuleType)
     assert case == "mine, IPC 1"
     assert cells == ["20.0 ± 0.0", "32.0 ± 2.3", "50.0 ± 0.0", "7.8", "2.0%", "0.90 1.20", "0.90 0.90", "2"]
     assert len(cells) + 1 == len(bench.HEAD)
+
+
+def test_the_time_of_a_resumed_run_counts_what_came_before(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted command leaves its seconds in a file, and the next call adds its own; a failure is an error."""
+    clock, place = iter(range(0, 10**6, 10)), tmp_path / "run.seconds"
+    monkeypatch.setattr(bench.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(subprocess.CalledProcessError):
+        bench.timed([sys.executable, "-c", "raise SystemExit(3)"], place)
+    before = json.loads(place.read_text())
+    assert before > 0
+    assert bench.timed([sys.executable, "-c", ""], place) >= before + 10
