@@ -9,6 +9,7 @@ Not covered: normalisation (`datm_ray.data.transform`) and augmentation (`datm_r
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -158,6 +159,7 @@ def load_raw(
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.
     """
     _check_options(source, resize, validation, streamed)
+    require_disk(path)
     loaded = _find_source(source)(Request(path, resize, download, copies, streamed, largest))
     _check_labels("training", loaded.train.labels, loaded.class_names)
     train, test = loaded.train, loaded.test
@@ -175,6 +177,16 @@ def load_raw(
         fingerprint=_fingerprint(loaded.class_names, loaded.levels, (train, held_out, test)),
         notes=tuple(map(one_line, loaded.notes)),
     )
+
+
+def require_disk(path: str | None) -> None:
+    """Raise a `DatasetError` if images lie at an address such as s3://bucket/birds, not on a disk."""
+    if path is not None and re.match(r"[a-z][a-z0-9+.-]+://", path.strip(), re.IGNORECASE):
+        raise DatasetError(
+            f"images cannot be read from {path}",
+            "Images are read from a disk of each node; only experts and results may lie on S3",
+            "Copy them to a disk, or mount the bucket, and give that path",
+        )
 
 
 STREAMED = ("folder", "parquet", "tiny-imagenet")

@@ -6,9 +6,11 @@ Tests: tests/planning/test_suggest.py.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from datm_ray.errors import ConfigError
 from datm_ray.planning.draft import (
     AS_ASKED,
     EXPERTS_SHARE,
@@ -47,8 +49,9 @@ THRESHOLD = 1.1
 """Matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
 
 If a set hardly moves the student, losses scatter around 1."""
-STEPS = (40, 20, 10)
-"""Numbers of student steps, in the order of trying them."""
+STEPS = (80, 40, 20, 10)
+"""Numbers of student steps, in the order of trying them. The first is published, as `MOST_ITERATIONS` is, and is chosen
+only if there is time for both."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
 """A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
 LEAST_EXPERTS, MOST_EXPERTS = 2, 100
@@ -123,15 +126,19 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     The smallest allowed numbers may take longer.
     """
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
-    workers = draft.workers(values)
-    values["cluster.shards"] = draft.shards(values, workers)
+    workers, values["cluster.shards"] = draft.layout(values)
     values |= draft.evaluation(values, values["experts.epochs"])
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
-        values |= _lengths(draft, steps)
+        lengths = _lengths(draft, steps)
+        if values["evaluate.full"]:
+            lengths["evaluate.real_epochs"] = lengths["experts.epochs"]
+        if steps != STEPS[-1] and not draft.fits(values | lengths):  # the student's steps are kept in memory
+            continue
+        values |= {"experts.keep_epochs": None, **lengths}
         values |= _numbers(draft, values, workers, stack)
         values |= _storable(draft, values, workers, stack)
-        if values["distill.iterations"] >= ENOUGH_ITERATIONS:
+        if values["distill.iterations"] >= (MOST_ITERATIONS if steps == STEPS[0] else ENOUGH_ITERATIONS):
             break
     if stack > 1:
         values["cluster.experts_at_a_time"] = min(stack, -(-values["experts.count"] // workers))
@@ -201,7 +208,9 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
         **usual,
         "network.width": usual["network.width"] + disk,
         "cluster.experts_at_a_time": "all workers train experts",
-        "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"
+        "distill.student_steps": "as published"
+        if steps == STEPS[0]
+        else f"of {', '.join(map(str, STEPS[1:]))} the most that leave {ENOUGH_ITERATIONS} iterations in {draft.asked}"
         if values["distill.iterations"] >= ENOUGH_ITERATIONS
         else draft.too_short,
         "distill.expert_epochs": f"distance {span:.2g}, for {steps} student steps",
@@ -209,7 +218,11 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
         "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts"
         if values["experts.keep_epochs"]
         else "those that can be matched; all epochs would take too much space",
-        "experts.count": f"as many as {limit}" if count > LEAST_EXPERTS else least,
+        "experts.count": "as published"
+        if count == MOST_EXPERTS
+        else f"as many as {limit}"
+        if count > LEAST_EXPERTS
+        else least,
     }
 
 
@@ -220,4 +233,6 @@ def _is_short_of_disk(draft: Draft, values: dict[str, Any]) -> bool:
     wider = WIDTHS[WIDTHS.index(values["network.width"]) - 1]
     enough = {"network.width": wider, "experts.count": ENOUGH_EXPERTS, "experts.keep_epochs": None}
     quick = replace(draft, exactly=False)  # the wider network's compiled steps may not have been timed
-    return quick.stored(values | enough) > DISK_SHARE * draft.wish.disk
+    with suppress(ConfigError):  # the wider network may not fit into memory
+        return quick.stored(values | enough) > DISK_SHARE * draft.wish.disk
+    return False

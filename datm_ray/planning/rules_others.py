@@ -16,6 +16,7 @@ from datm_ray.planning.draft import (
     EXPERTS_SHARE,
     FOUND,
     LEAST_ITERATIONS,
+    MOST_ITERATIONS,
     REAL_SHARE,
     SMALLEST_PICTURE,
     TRAINED,
@@ -62,7 +63,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
     real, protocol = values["distill.real_batch"], values["evaluate.protocol"]
     enough = f"{ENOUGH_UPDATES} iterations"
     reasons = {
-        **draft.reasons_for(values, enough, "as many as experts would have"),
+        **draft.reasons_for(values, enough, "as many as experts would have", most=MOST_UPDATES),
         "distill.real_batch": "of each class, as published"
         if real == REAL_IMAGES[0]
         else "all images of the largest class"
@@ -76,7 +77,7 @@ def fitted_embeddings(draft: Draft) -> Fitted:
 
 def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
     values: dict[str, Any] = {"network.width": width}
-    values["cluster.shards"] = draft.shards(values, draft.workers(values))
+    _, values["cluster.shards"] = draft.layout(values)
     values |= draft.evaluation(values, math.ceil(TRAINED / draft.epoch_distance))
     longer = PROTOCOLS["published"].epochs / PROTOCOLS[values["evaluate.protocol"]].epochs
     values["distill.initial_step_size"] = float(f"{PUBLISHED_STEP_SIZE * longer:.1g}")
@@ -181,10 +182,7 @@ def fitted_recovery(draft: Draft) -> Fitted:
     values = draft.widest(_recovery_of)
     del values["distill.validate_every"]  # pieces are not validated
     enough = f"{ENOUGH_EPOCHS} epochs of the teacher or {ENOUGH_RECOVERY} iterations"
-    reasons = _teacher_reasons(draft, values, enough, LEAST_RECOVERY)
-    if values["distill.iterations"] == _most_iterations(draft):
-        reasons["distill.iterations"] = "as published"
-    return values, reasons
+    return values, _teacher_reasons(draft, values, enough, LEAST_RECOVERY, _most_iterations(draft))
 
 
 def _recovery_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
@@ -198,11 +196,15 @@ def _most_iterations(draft: Draft) -> int:
 
 
 def _teacher_reasons(
-    draft: Draft, values: dict[str, Any], enough: str, least: int = LEAST_ITERATIONS
+    draft: Draft,
+    values: dict[str, Any],
+    enough: str,
+    least: int = LEAST_ITERATIONS,
+    most: int = MOST_ITERATIONS,
 ) -> dict[str, str]:
     epochs = values["experts.epochs"]
     return {
-        **draft.reasons_for(values, enough, "as many as the teacher has", least),
+        **draft.reasons_for(values, enough, "as many as the teacher has", least, most),
         "experts.epochs": "as published for CIFAR-100"
         if epochs == MOST_EPOCHS
         else "as many as its share of the time allows"
@@ -220,12 +222,14 @@ def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
 
 def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LEAST_ITERATIONS) -> dict[str, int]:
     """Number of iterations that fill the time, from `least` to `most`, and when the set is validated and saved."""
-    few = VALIDATIONS
+    count = VALIDATIONS
 
-    def seconds(count: int) -> float:
-        return sum(draft.clock(values | {"distill.iterations": count, **saved(count)}).values())
+    def clock(count: int) -> dict[str, float]:
+        return draft.clock(values | {"distill.iterations": count, **saved(count)})
 
-    one, two = seconds(few), seconds(2 * few)
-    count = few + int((draft.planned_seconds - one) / (two - one) * few)
-    count = min(max(least, count), most)
+    # Not the whole clock: with more iterations, more of the validations run beside them.
+    each = (clock(2 * count)["distillation"] - clock(count)["distillation"]) / count
+    for _ in range(2):
+        count += int((draft.planned_seconds - sum(clock(count).values())) / each)
+        count = min(max(least, count), most)
     return {"distill.iterations": count, **saved(count)}

@@ -11,6 +11,7 @@ Measured in distances, the published ranges of start epochs and the digits' rang
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from datm_ray.config import DatasetConfig, RunConfig
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
 from datm_ray.data.decode import image_suffixes
 from datm_ray.data.parquet import parts_of
-from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.sources import RawDataset, load_raw, require_disk
 from datm_ray.data.splits import role_of
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.planning import rules_matching, rules_others
@@ -31,8 +32,14 @@ from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
 from datm_ray.shape import DataShape
 from datm_ray.stages.methods.memory import plans_of
-from datm_ray.words import data_size, duration
+from datm_ray.words import counted, data_size, duration
 
+LIGHTER = ("sre2l", "mtt", "datm", "dm", "select")
+"""Methods, each followed by those that take less time."""
+FEW_SCORED = 100
+"""Number of test or validation images below which a recipe is written with a warning.
+
+Twice the standard error of an accuracy of one half is one, divided by the root of the number of images: 10 points."""
 LARGEST_SIDE = 64
 """Side in pixels to which larger images are resized. Larger images have no published results."""
 
@@ -53,11 +60,13 @@ class Suggestion:
     @property
     def warnings(self) -> list[str]:
         """Sentences on what the recipe takes beyond the wish: time, and space on the disk."""
-        found, stored = [], sum(self.plan.storage.values())
-        if sum(self.plan.clock.values()) > self.wish.seconds:
+        found, stored, clock = list(self._few_scored()), sum(self.plan.storage.values()), self.plan.clock
+        if sum(clock.values()) > self.wish.seconds:
+            longest = max(clock, key=lambda stage: clock[stage])
             found.append(
-                f"This takes longer than the {duration(self.wish.seconds)} that you asked for. No shorter recipe "
-                "is possible with these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
+                f"This takes longer than the {duration(self.wish.seconds)} that you asked for, its {longest} alone "
+                f"{duration(clock[longest])}. {self.config.method} has no shorter recipe for these images. Try: "
+                f"{self._lighter(longest)}, fewer classes, a smaller --resize or a smaller --ipc."
             )
         if stored > self.wish.disk:
             found.append(
@@ -65,6 +74,25 @@ class Suggestion:
                 f"{data_size(int(self.wish.disk))} left. Try: run it with --out on another disk."
             )
         return found
+
+    def _lighter(self, longest: str) -> str:
+        """Text that names what shortens the stage `longest`: fewer scored networks, or methods that take less time."""
+        lighter = LIGHTER[LIGHTER.index(self.config.method) + 1 :]
+        if longest == "evaluation" or not lighter:
+            return "run it with --set evaluate.seeds=1, which scores one network a row"
+        return f"--method {' or '.join(lighter)}"
+
+    def _few_scored(self) -> Iterator[str]:
+        """Yield a sentence if there are too few test or validation images for accuracies to mean much."""
+        shape = self.plan.shape
+        numbers = {"test": shape.test_images, "validation": shape.training_images - shape.trained(self.config.dataset)}
+        few = {name: count for name, count in numbers.items() if 0 < count < FEW_SCORED}
+        if few:
+            listed = " and ".join(f"{counted(count, f'{name} image')}" for name, count in few.items())
+            yield (
+                f"Accuracies on {listed} say little: by chance alone they may be off by "
+                f"{100 / math.sqrt(min(few.values())):.0f} points. Try: add images."
+            )
 
     def __str__(self) -> str:
         """Recipe as YAML, with the reasons as comments."""
@@ -156,6 +184,7 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
     Raises:
         DatasetError: the path has no images that can be read.
     """
+    require_disk(path)
     source = source_of(path)
     parts = parts_of(path) if source == "parquet" else [Path(path).expanduser()]
     found = None if source == path else ",".join(str(part.absolute()) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from datm_ray.config import DatasetConfig, RunConfig, unread_keys
+from datm_ray.config import DatasetConfig, RunConfig, override, unread_keys
 from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
-from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Planner, Wish
+from datm_ray.planning import draft
+from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, PLANNED_SHARE, Planner, Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, LEAST_EXPERTS, MOST_SHARED
@@ -236,6 +238,100 @@ def test_recipes_of_mtt_are_those_of_datm_from_the_first_epoch_on() -> None:
     assert mtt.distill.start_epochs.bound == datm.distill.start_epochs.bound
     assert mtt.experts == datm.experts
     assert mtt.distill.initial == "random"
+
+
+def test_more_iterations_of_dm_take_longer_also_where_validations_run_beside_them() -> None:
+    """Four workers validate beside one that distils, so ten iterations are planned shorter than five. The rules divide
+    by the time of an iteration alone, and fill the time."""
+    found = [suggested(raw([80] * 2, (3, 32, 32), 8), 1, minutes, "cpus=4,gflops=60", "dm") for minutes in (3, 6)]
+    for minutes, each in zip((3, 6), found, strict=True):
+        planned = PLANNED_SHARE * 60 * minutes
+        assert 0.9 * planned < sum(each.plan.clock.values()) <= planned, minutes
+    assert found[0].config.distill.iterations > LEAST_ITERATIONS
+
+
+def limited(data: RawDataset, fits: Callable[[RunConfig], bool]) -> Planner:
+    """Plans that refuse a recipe which does not fit, as those of a machine with little memory do."""
+    plans = planner(data, "cpus=8,gflops=60")
+
+    def plan(config: RunConfig, exactly: bool) -> Proposal:
+        if not fits(config):
+            raise ConfigError("a worker needs 9.0 GiB and may take 3.0 GiB", "", "use --set cluster.shards=8")
+        return plans(config, exactly)
+
+    return plan
+
+
+def test_a_recipe_is_found_where_some_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that one worker cannot hold is divided over all, and one that is too large for a width gets another; many
+    student steps give way to fewer. If nothing fits, the error names options of init."""
+    data, source = raw([80] * 8, (3, 32, 32), 8), DatasetConfig(source="folder", path="/data/mine")
+
+    def found(fits: Callable[[RunConfig], bool]) -> RunConfig:
+        return suggest(Wish("mine", 1, 60 * 120), source, data, limited(data, fits)).config
+
+    monkeypatch.setattr(draft, "machine_here", lambda config: parse_cluster("cpus=8,gflops=60"))
+    roomy = found(lambda config: True)
+    assert found(lambda config: config.cluster.shards == 8).cluster.shards == 8
+    assert found(lambda config: config.cluster.shards == 1).cluster.shards == 1
+    assert found(lambda config: config.network.width < roomy.network.width).network.width < roomy.network.width
+    few = found(lambda config: config.distill.student_steps < roomy.distill.student_steps)
+    assert few.distill.student_steps == roomy.distill.student_steps // 2
+    with pytest.raises(ConfigError, match=r"9\.0 GiB and may take.*(?i:ask for fewer images per class)") as caught:
+        found(lambda config: False)
+    assert "--set" not in str(caught.value)
+
+
+def test_reasons_at_a_limit_say_so() -> None:
+    """Days on many cores give the published numbers of experts, iterations and student steps, with that as the reason;
+    networks on all real images train as long as the experts."""
+    found = suggested(raw([80] * 10, (1, 16, 16), 8), 1, 60 * 48, "cpus=64,gflops=60")
+    config = found.config
+    assert (config.experts.count, config.distill.iterations, config.distill.student_steps) == (100, 10_000, 80)
+    for key in ("experts.count", "distill.iterations", "distill.student_steps"):
+        assert found.reasons[key] == "as published", key
+    assert config.evaluate.real_epochs == config.experts.epochs
+    few = suggested(raw([80] * 10, (1, 16, 16), 8), 1, 15)
+    assert few.config.distill.student_steps < 80
+    longer = suggested(raw([80] * 10, (1, 16, 16), 8), 1, 60)
+    assert longer.config.evaluate.real_epochs == longer.config.experts.epochs
+    updates = suggested(raw([80] * 10, (1, 16, 16), 8), 1, 60 * 48, "cpus=64,gflops=60", method="dm")
+    assert updates.reasons["distill.iterations"] == "as published"
+
+
+def test_too_little_time_names_what_would_take_less() -> None:
+    """The line for many classes names the longest stage and what shortens it, and that does take less time."""
+    data = raw([50] * 300, (3, 64, 64), 5)
+    found = suggested(data, 10, 5)
+    (line,) = found.warnings
+    assert (
+        "longer than the 5 min that you asked for, its evaluation alone 1 h 4 min. datm has no shorter recipe" in line
+    )
+    assert "Try: run it with --set evaluate.seeds=1, which scores one network a row, fewer classes" in line
+    fewer = planner(data)(override(found.config, ["evaluate.seeds=1"]), False)
+    assert fewer.clock["evaluation"] < found.plan.clock["evaluation"] / 2
+    many = suggested(raw([400] * 10, (3, 64, 64), 40), 1, 0.5)
+    assert "its experts alone" in many.warnings[0]
+    assert "Try: --method dm or select, fewer classes" in many.warnings[0]
+    for method in ("dm", "select"):
+        lighter = suggested(raw([400] * 10, (3, 64, 64), 40), 1, 0.5, method=method)
+        assert sum(lighter.plan.clock.values()) < sum(many.plan.clock.values()), method
+
+
+def test_accuracies_on_few_images_are_warned_of() -> None:
+    """Three images a class are a recipe whose scores mean nothing, and a line says so; a hundred are enough."""
+    data = raw([3] * 2, (3, 16, 16))
+    (line,) = suggested(data, 1, 15).warnings
+    assert "Accuracies on 2 validation images say little: by chance alone they may be off by 71 points" in line
+    assert not suggested(raw([1000] * 10, (3, 16, 16), 100), 1, 15).warnings
+
+
+def test_images_on_s3_are_refused_in_words(tmp_path: Path) -> None:
+    """An address is no path below the working folder; the line says that images are read from a disk."""
+    for path in ("s3://bucket/birds", "s3://bucket/train.parquet,s3://bucket/test.parquet", "https://host/birds.zip"):
+        for read in (lambda path: read_images(path, None), lambda path: load_raw("folder", path)):
+            with pytest.raises(DatasetError, match=rf"cannot be read from {path}\. Images are read from a disk"):
+                read(path)
 
 
 def test_recipes_of_dm_read_no_more_images_than_there_are() -> None:
