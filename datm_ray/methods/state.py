@@ -109,7 +109,9 @@ class State(Generic[Record]):
     chosen_at: int = 0
     """Number of iterations after which the set was `chosen`; 0 before the first validation."""
     averaged: Tensor | None = None
-    """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update."""
+    """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update.
+
+    With a prior, it is the average [n l a b] of their latents."""
     image_rate: float | None = None
     """Learning rate of the images, found before the first iteration; None if the recipe gives it."""
     prior: Prior | None = None
@@ -135,8 +137,15 @@ class State(Generic[Record]):
 
     @property
     def result(self) -> SyntheticSet:
-        """The set to validate and to keep: the current set, with the moving average of its images if there is one."""
-        return self.synthetic if self.averaged is None else replace(self.synthetic, images=self.averaged)
+        """The set to validate and to keep: the current set, with the moving average of its images if there is one.
+
+        With a prior, the decoder makes the images of the averaged latents.
+        """
+        if self.averaged is None:
+            return self.synthetic
+        if self.prior is None:
+            return replace(self.synthetic, images=self.averaged)
+        return replace(self.synthetic, images=self.prior.render(self.averaged), latents=self.averaged)
 
     def record_validation(
         self,
@@ -245,8 +254,8 @@ class State(Generic[Record]):
         if bool(all_sum(is_bad.float().reshape(1))):
             return False
         if self.settings.average_decay is not None:
-            before = self.synthetic.images if self.averaged is None else self.averaged
-            self.averaged = before.lerp(updated.images, 1 - self.settings.average_decay)
+            before = self.synthetic.variable("images") if self.averaged is None else self.averaged
+            self.averaged = before.lerp(updated.variable("images"), 1 - self.settings.average_decay)
         self.synthetic, self.momenta = updated, gradient
         return True
 
@@ -261,7 +270,7 @@ class State(Generic[Record]):
         if self.synthetic.latents is not None:
             held["synthetic.latents"] = self.synthetic.latents
         if self.averaged is not None:
-            held["averaged.images"] = self.averaged
+            held[_averaged(held)] = self.averaged
         for name, buffer in self.momenta.items():
             (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
         return (
@@ -300,7 +309,7 @@ class State(Generic[Record]):
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.step_sizes" in shared else None,
             chosen_at=int(arrays["validation.chosen_at"]),
-            averaged=_to_torch(arrays["averaged.images"], device) if "averaged.images" in arrays else None,
+            averaged=_to_torch(arrays[_averaged(arrays)], device) if _averaged(arrays) in arrays else None,
             image_rate=float(arrays["found.image_rate"]) if "found.image_rate" in arrays else None,
         )
 
@@ -384,6 +393,11 @@ class Descent(State[LossRecord]):
 
 FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
 """Name of an array in checkpoints of earlier versions -> its current name."""
+
+
+def _averaged(arrays: Mapping[str, Any]) -> str:
+    """Name of the moving average in a checkpoint with these arrays: of latents with a prior, else of images."""
+    return "averaged.latents" if "synthetic.latents" in arrays else "averaged.images"
 
 
 def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:

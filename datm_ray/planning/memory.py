@@ -59,7 +59,10 @@ def prior_memory(config: RunConfig, shape: DataShape) -> int:
         return GPU_PROCESS_BYTES
     cost, _ = prior_cost(config.prior, shape.image)
     maps = 2 * STACKED_MAPS * config.prior.batch_size * cost.maps  # an encoder is about as large as its decoder
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters))
+    values = math.prod(shape.image)
+    is_whitened = config.dataset.resolved(shape.image[1:]).kind == "zca"
+    pixels = 4 * values * (shape.training_images + values) if is_whitened else 0  # and the matrix that turns them back
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters)) + pixels
 
 
 def scoring_memory(

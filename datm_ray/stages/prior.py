@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
@@ -127,7 +127,8 @@ class PriorWorker:
         network = build_autoencoder(settings, self._dataset.image_shape, config.seed).to(self._device)
         state, spent = self._resumed(folder / PRIOR_PROGRESS, network)
         due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
-        epochs = train_autoencoder(network, self._pixels, len(self._dataset.train_labels), settings, config.seed, state)
+        count, pixels = len(self._dataset.train_labels), self._pixels(settings.batch_size)
+        epochs = train_autoencoder(network, pixels, count, settings, config.seed, state)
         with saving() as is_asked:
             for error in epochs:
                 if not math.isfinite(error):
@@ -158,10 +159,22 @@ class PriorWorker:
         write_tensors(folder / PRIOR_FILE, arrays, kind=KIND, metadata=metadata)
         _log.info("prior stored %s", fields(run=config.name, place=folder.uri, squared_error=error))
 
-    def _pixels(self, rows: NDArray[np.int64]) -> Tensor:
-        """Training images [b c h w] at these indices, 0 for black and 1 for white."""
-        images = to_device(self._dataset.train_images[rows], self._device)
-        return self._dataset.transform.denormalise(images)
+    def _pixels(self, rows_at_a_time: int) -> Callable[[NDArray[np.int64]], Tensor]:
+        """Function from indices of training images to these images [b c h w], 0 for black and 1 for white.
+
+        Whitened images are turned back once, not in every epoch. Streamed ones are never whitened.
+
+        Args:
+            rows_at_a_time: number of images that are turned back together.
+        """
+        images, transform = self._dataset.train_images, self._dataset.transform
+        if transform.kind != "zca" or not isinstance(images, np.ndarray):
+            return lambda rows: transform.denormalise(to_device(images[rows], self._device))
+        pixels = np.empty_like(images)
+        for start in range(0, len(images), rows_at_a_time):
+            part = slice(start, start + rows_at_a_time)
+            pixels[part] = transform.denormalise(to_device(images[part], self._device)).cpu().numpy()
+        return lambda rows: to_device(pixels[rows], self._device)
 
     def _resumed(self, place: Location, network: nn.Module) -> tuple[AutoencoderState, Spent]:
         """State of the last saved epoch and the cost up to it; a new state if there is none, or a damaged one."""

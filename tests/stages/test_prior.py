@@ -18,10 +18,12 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, override, run_identity
 from datm_ray.core.prior import Prior, build_autoencoder
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, MissingExpertsError
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
+from datm_ray.planning.memory import prior_memory
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor
@@ -232,6 +234,56 @@ def test_a_stopped_training_resumes_with_the_same_bits(
     before = stored(tmp_path / "parts").read_bytes()
     assert not any(isinstance(event, Progress) for event in trained(config, tmp_path / "parts"))
     assert stored(tmp_path / "parts").read_bytes() == before
+
+
+def test_whitened_pixels_are_turned_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prior inverts the whitening of each training image once, not in each of its epochs, and sees the same pixels;
+    the memory of its worker counts them."""
+    config = tiny_config(*DM, TRAINED, "dataset.normalisation=zca")
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
+    inverted, invert = [], Transform.denormalise
+
+    def noting(self: Transform, images: torch.Tensor) -> torch.Tensor:
+        inverted.append(len(images))
+        return invert(self, images)
+
+    rows = np.array([5, 0, len(dataset.train_labels) - 1])
+    pixels = PriorWorker(dataset, config.cluster)._pixels(32)(rows)
+    torch.testing.assert_close(pixels, invert(dataset.transform, torch.tensor(dataset.train_images[rows])))
+    monkeypatch.setattr(Transform, "denormalise", noting)
+    trained(config, tmp_path)
+    assert sum(inverted) == len(dataset.train_labels)
+    shape = KNOWN_SHAPES["digits"]
+    plain = prior_memory(tiny_config(*DM, TRAINED, "dataset.normalisation=standard"), shape)
+    assert prior_memory(config, shape) - plain >= shape.bytes
+
+
+def test_an_average_is_made_by_the_decoder(finished: Path, tmp_path: Path) -> None:
+    """With a moving average, the kept images are those that the decoder makes of the averaged latents, also in a run
+    that is resumed: no average of images that no latents give."""
+    config = tiny_config(*DM, TRAINED, "distill.average_decay=0.5")
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        with_store_of(finished, tmp_path / name)
+    pipeline = Pipeline([config], str(tmp_path / "whole"))
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    list(worker.distill(config, pipeline.store_uri, str(tmp_path / "whole/tiny")))
+    stop_at(config, tmp_path / "parts", 3)
+    assert torch.equal(learned(tmp_path / "parts").images, learned(tmp_path / "whole").images)
+    (part,) = (tmp_path / "whole/tiny/checkpoint").glob("*.arrow")
+    arrays = read_bits_of_checkpoint(part)
+    assert config.prior is not None
+    network = build_autoencoder(config.prior, (1, 8, 8), config.seed)
+    read_autoencoder(pipeline.runs.prior(pipeline.configs[0]) / PRIOR_FILE, network)
+    kept = learned(tmp_path / "whole")
+    with torch.no_grad():
+        made = network.decoder(torch.tensor(arrays["averaged.latents"]))
+    torch.testing.assert_close(kept.denormalise(kept.images), made)
+    assert not np.array_equal(arrays["averaged.latents"], arrays["synthetic.latents"])
+
+
+def read_bits_of_checkpoint(place: Path) -> dict[str, Any]:
+    return read_tensors(open_location(str(place)), kind="checkpoint").arrays
 
 
 def test_a_set_needs_its_trained_prior(finished: Path, tmp_path: Path) -> None:
