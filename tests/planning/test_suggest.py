@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,8 @@ from datm_ray.config import DatasetConfig, RunConfig, override, unread_keys
 from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
-from datm_ray.planning import draft
-from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, PLANNED_SHARE, Planner, Wish
+from datm_ray.planning import draft, rules_others
+from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Draft, Planner, Wish
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, LEAST_EXPERTS, MOST_SHARED
@@ -240,14 +241,26 @@ def test_recipes_of_mtt_are_those_of_datm_from_the_first_epoch_on() -> None:
     assert mtt.distill.initial == "random"
 
 
-def test_more_iterations_of_dm_take_longer_also_where_validations_run_beside_them() -> None:
-    """Four workers validate beside one that distils, so ten iterations are planned shorter than five. The rules divide
-    by the time of an iteration alone, and fill the time."""
-    found = [suggested(raw([80] * 2, (3, 32, 32), 8), 1, minutes, "cpus=4,gflops=60", "dm") for minutes in (3, 6)]
-    for minutes, each in zip((3, 6), found, strict=True):
-        planned = PLANNED_SHARE * 60 * minutes
-        assert 0.9 * planned < sum(each.plan.clock.values()) <= planned, minutes
-    assert found[0].config.distill.iterations > LEAST_ITERATIONS
+def test_more_iterations_of_dm_take_longer_also_where_validations_run_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Validations run beside ten iterations and not beside five, so ten are planned shorter than five. The rules
+    divide by the time of an iteration alone, and fill the time."""
+    times: dict[int, float] = {}
+
+    def clock(self: Draft, values: dict[str, Any]) -> dict[str, float]:
+        count = values["distill.iterations"]
+        found = {"distillation": 0.5 * count, "validation": 50.0 if count < 10 else 25.0}
+        times[count] = sum(found.values())
+        return found
+
+    monkeypatch.setattr(Draft, "clock", clock)
+    data = raw([80] * 2, (3, 32, 32), 8)
+    wish = Draft(Wish("mine", 1, 180, "dm"), DatasetConfig(source="folder", path="/data/mine"), data, planner(data))
+    count = rules_others._iterations(wish, {}, 10_000)["distill.iterations"]
+    assert times[10] < times[5]
+    assert clock(wish, {"distill.iterations": count})["distillation"] == pytest.approx(wish.planned_seconds - 25, abs=1)
+    assert rules_others._iterations(wish, {}, 100)["distill.iterations"] == 100
 
 
 def limited(data: RawDataset, fits: Callable[[RunConfig], bool]) -> Planner:
