@@ -135,7 +135,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
             lengths["evaluate.real_epochs"] = lengths["experts.epochs"]
         if steps != STEPS[-1] and not draft.fits(values | lengths):  # the student's steps are kept in memory
             continue
-        values |= {"experts.keep_epochs": None, **lengths}
+        values |= lengths
         values |= _numbers(draft, values, workers, stack)
         values |= _storable(draft, values, workers, stack)
         if values["distill.iterations"] >= (MOST_ITERATIONS if steps == STEPS[0] else ENOUGH_ITERATIONS):
