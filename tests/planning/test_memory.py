@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.config import ClusterConfig, Role, RunConfig, override
+from datm_ray.config import ClusterConfig, DatasetConfig, Role, RunConfig, override
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.registry import build_network
-from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig, override
 from datm_ray.core.training.loop import Schedule
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import ConfigError, DatasetError
@@ -520,6 +519,8 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     assert tried == [10]
     part.role = Role((0,), ())
     assert networks.images_that_fit(part) == 0
+
+
 def test_every_class_holds_out_an_image_for_validation() -> None:
     """The planned number of training images is that of the split, in which many tiny classes hold out much."""
     for images, classes, share in (
