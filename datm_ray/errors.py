@@ -47,6 +47,10 @@ class ConfigError(DatmError):
     """A recipe or override cannot be run: unknown key, wrong type, impossible range."""
 
 
+class PluginError(ConfigError):
+    """A user's module cannot be imported, perhaps on this machine alone."""
+
+
 class DatasetError(DatmError):
     """A data set is missing, malformed or too small for the recipe."""
 
@@ -57,6 +61,8 @@ class StoreError(DatmError):
 
 class TransientStoreError(StoreError):
     """A store fails for the moment; another attempt, or one on another machine, may succeed."""
+
+    exit_code = 1
 
 
 class MissingExpertsError(StoreError):
@@ -73,6 +79,12 @@ class RunDirectoryError(DatmError):
 
 class ClusterError(DatmError):
     """Ray is missing, unreachable, or lacks the resources asked for."""
+
+
+class NoFreeWorkersError(ClusterError):
+    """A task's workers did not become free in time. Running the command again later resumes."""
+
+    exit_code = 1
 
 
 class JobNotFoundError(ClusterError):

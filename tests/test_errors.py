@@ -14,9 +14,11 @@ from datm_ray.errors import (
     DivergenceError,
     JobLostError,
     JobUnreachableError,
+    NoFreeWorkersError,
     OvertakenError,
     PeerLostError,
     ThresholdError,
+    TransientStoreError,
     WorkerLostError,
 )
 from datm_ray.store.files.filesystem import AlreadyExistsError
@@ -81,6 +83,7 @@ def test_keys_and_paths_stay_as_they_are_written(fact: str) -> None:
 def test_exit_code_tells_bad_input_from_failed_work() -> None:
     """Exit codes: 2 for what the user can mend, 1 for failed work, 75 for work in an unknown state."""
     failed = {error for error in ERRORS if error.exit_code == 1}
-    assert failed == {DivergenceError, ThresholdError, JobLostError, WorkerLostError, PeerLostError, OvertakenError}
+    lost = {JobLostError, WorkerLostError, PeerLostError, OvertakenError, TransientStoreError, NoFreeWorkersError}
+    assert failed == {DivergenceError, ThresholdError, *lost}
     assert JobUnreachableError.exit_code == 75
     assert all(error.exit_code == 2 for error in set(ERRORS) - failed - {JobUnreachableError})

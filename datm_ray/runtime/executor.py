@@ -154,12 +154,18 @@ class Executor(Protocol):
 
     description: str
     """Text for the user about where tasks run."""
-    workers: int
-    """Highest number of workers that run at the same time."""
-    workers_per_machine: int
-    """Highest number of workers on one node."""
     gpus_per_worker: float | None
     """GPUs per worker if `cluster.gpus_per_worker` is null; `None` if this machine's GPUs decide."""
+
+    @property
+    def workers(self) -> int:
+        """Highest number of workers that run at the same time, with those of nodes that the cluster can start."""
+        ...
+
+    @property
+    def workers_per_machine(self) -> int:
+        """Highest number of workers on one node."""
+        ...
 
     @property
     def light_workers(self) -> int:

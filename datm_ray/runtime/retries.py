@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from datm_ray.runtime.executor import Event, Progress
+from datm_ray.runtime.executor import Event, Phase, Progress
 
 LONGEST_DELAY = 60.0
 """Longest wait in seconds before another attempt at a task."""
@@ -32,15 +32,15 @@ class History:
     """Number of lost attempts since new work was last saved: 1 if the last attempt saved some and was then lost."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
-    nodes: tuple[str, ...] = ()
-    """Nodes on which the attempts counted in `without_progress` were lost; unknown nodes are left out."""
+    nodes: frozenset[str] = frozenset()
+    """Nodes that failed the attempts counted in `without_progress`; unknown nodes are left out."""
 
-    def after_loss(self, saved: int, node: str = "") -> History:
+    def after_loss(self, saved: int, nodes: Iterable[str] = ()) -> History:
         """History with one more lost attempt.
 
         Args:
             saved: highest `Progress.done` that the attempt has saved; 0 if none.
-            node: node of the lost worker; "" if it is unknown.
+            nodes: nodes that failed the attempt; empty if they are unknown.
         """
         further = saved > self.furthest
         return dataclasses.replace(
@@ -48,8 +48,12 @@ class History:
             losses=self.losses + 1,
             without_progress=1 if further else self.without_progress + 1,
             furthest=max(saved, self.furthest),
-            nodes=(*(() if further else self.nodes), *([node] if node else [])),
+            nodes=frozenset(nodes).union(() if further else self.nodes),
         )
+
+    def forgiving(self) -> History:
+        """History in which no node has failed the task. Losses stay counted."""
+        return dataclasses.replace(self, nodes=frozenset())
 
     def gives_up(self, retries: int) -> bool:
         """True if the task has lost its worker more than `retries` times without saving new work in between."""
@@ -76,7 +80,7 @@ class Patience:
     """Time limit in seconds for a worker's next event.
 
     Up to the worker's third step the limit is `longest`. Later it is 20 times the worker's longest step, but at least
-    `shortest` and at most `longest`.
+    `shortest` and at most `longest`. During a `Phase`, such as a validation in several workers, it is `longest` again.
     """
 
     shortest: float = 0.0
@@ -85,16 +89,19 @@ class Patience:
     """Number of the worker's steps so far."""
     slowest: float = 0.0
     """Duration of the longest step so far, in seconds."""
+    is_phase: bool = False
+    """True between a `Phase` and the next step, which says nothing about the duration of a phase."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""
+        self.is_phase = isinstance(event, Phase) or (self.is_phase and not isinstance(event, Progress))
         if isinstance(event, Progress):
             self.steps, self.slowest = self.steps + 1, max(self.slowest, seconds)
 
     @property
     def limit(self) -> float:
         """Seconds without an event after which the worker counts as stuck."""
-        if self.steps < 3:
+        if self.steps < 3 or self.is_phase:
             return self.longest
         return min(self.longest, max(self.shortest, STEPS_OF_PATIENCE * self.slowest))
 

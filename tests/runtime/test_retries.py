@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from datm_ray.runtime.executor import Phase, Progress
+from datm_ray.runtime.executor import Note, Phase, Progress
 from datm_ray.runtime.retries import History, Patience
 
 
@@ -39,9 +39,11 @@ def test_without_retries_the_first_loss_is_the_last() -> None:
 
 def test_nodes_are_avoided_until_the_task_gets_on() -> None:
     """A task remembers the nodes of losses in a row, and forgets them once it has saved more."""
-    history = History().after_loss(0, "a").after_loss(0, "b").after_loss(0)
-    assert history.nodes == ("a", "b")
-    assert history.after_loss(5, "c").nodes == ("c",)
+    history = History().after_loss(0, ["a"]).after_loss(0, ["b", "c"]).after_loss(0).after_loss(0, ["a"])
+    assert history.nodes == {"a", "b", "c"}
+    assert history.after_loss(5, ["d"]).nodes == {"d"}
+    forgiven = history.forgiving()
+    assert (forgiven.nodes, forgiven.losses, forgiven.without_progress) == (set(), 4, 4)
 
 
 def test_patience_follows_the_slowest_step() -> None:
@@ -56,6 +58,14 @@ def test_patience_follows_the_slowest_step() -> None:
         patience.take(Progress(1, 9), seconds)
     assert patience.limit == 600.0
     assert Patience(300.0, 3600.0, steps=3, slowest=0.1).limit == 300.0
+
+
+def test_a_phase_between_steps_may_take_as_long_as_the_first_step() -> None:
+    """A validation in several workers, without an event for minutes, is no silence; the next step ends the phase."""
+    patience = Patience(300.0, 3600.0, steps=3, slowest=0.1)
+    for event, limit in ((Phase("validating"), 3600.0), (Note("late"), 3600.0), (Progress(4, 9), 300.0)):
+        patience.take(event, 0.1)
+        assert patience.limit == limit
 
 
 STUCK = """

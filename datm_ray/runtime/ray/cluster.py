@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from datm_ray.config import ClusterConfig
-from datm_ray.errors import ClusterError
+from datm_ray.errors import ClusterError, NoFreeWorkersError
 from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import require_precision
 from datm_ray.runtime.ray.compat import (
@@ -48,6 +48,7 @@ SHORT_WAIT = 60.0
 """Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
+_log = logging.getLogger(__name__)
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
 _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
 
@@ -234,6 +235,8 @@ class Nodes:
         """Live nodes by identifier."""
         self._fits: dict[str, int] = {}
         """Result of `fits` for these nodes."""
+        self._kinds: list[NodeType] | None = None
+        """Kinds of nodes that the autoscaler can start, as Ray reported when these nodes lived; `None` if not asked."""
         self._checked = float("-inf")
 
     def fits(self) -> dict[str, int]:
@@ -252,7 +255,7 @@ class Nodes:
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             found = [node for node in ray.nodes() if node["Alive"]]
             self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
-            self._fits = {}
+            self._fits, self._kinds = {}, None
             self._checked = time.monotonic()
         return self._nodes
 
@@ -286,19 +289,23 @@ class Nodes:
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
-    def elsewhere(self, nodes: set[str]) -> int:
-        """Number of workers that the live nodes outside of `nodes` can hold together."""
-        return sum(count for node, count in self.fits().items() if node not in nodes)
+    def elsewhere(self, nodes: Collection[str]) -> float:
+        """Number of workers that the cluster can hold at most outside of `nodes`, on nodes to come too."""
+        return self.most() - sum(self.fits().get(node, 0) for node in nodes)
+
+    def _types(self) -> list[NodeType]:
+        """Kinds of nodes that the autoscaler can start. Ray is asked at most once per `CHECK_INTERVAL`."""
+        self._alive()
+        if self._kinds is None:
+            self._kinds = [each for each in node_types() if each.nodes]
+        return self._kinds
 
     def growth(self) -> float:
         """Number of workers that all nodes of an autoscaler can hold, running ones included.
 
         Labels do not count, because an autoscaler does not say which ones its nodes will have.
         """
-        return self._held_by(node_types())
-
-    def _held_by(self, kinds: list[NodeType]) -> float:
-        held = ((fitting(each.resources, self._cluster), each.nodes) for each in kinds)
+        held = ((fitting(each.resources, self._cluster), each.nodes) for each in self._types())
         return sum(workers * nodes for workers, nodes in held if workers)
 
     def most(self) -> float:
@@ -306,13 +313,13 @@ class Nodes:
 
         Nodes that an autoscaler has started already are part of its growth.
         """
-        fits, kinds = self.fits(), [each for each in node_types() if each.nodes]
+        fits = self.fits()
         standing = (
             fits.get(name, 0)
             for name, node in self._alive().items()
-            if not any(each.has_started(node.resources, node.labels) for each in kinds)
+            if not any(each.has_started(node.resources, node.labels) for each in self._types())
         )
-        return sum(standing) + self._held_by(kinds)
+        return sum(standing) + self.growth()
 
     def may_grow(self) -> bool:
         """True if an autoscaler can start nodes that hold workers."""
@@ -328,10 +335,15 @@ class Nodes:
         return math.inf if self.may_grow() else SHORT_WAIT
 
     def planned(self) -> tuple[int, int]:
-        """Number of workers to expect (`cluster.workers`, else all that fit), and how many the largest node holds."""
-        fits = self.fits().values()
-        workers = self._cluster.workers or max(1, sum(fits))
-        return workers, min(workers, max(1, *fits)) if fits else 1
+        """Number of workers to expect, and how many of them the largest node holds; at least 1 each.
+
+        They are `cluster.workers`, else all that fit the cluster with the nodes that its autoscaler can start. Without
+        a limit to these nodes, the running ones count.
+        """
+        most, kinds = self.most(), self._types()
+        workers = self._cluster.workers or max(1, self.capacity() if math.isinf(most) else int(most))
+        largest = max([1, *self.fits().values(), *(fitting(each.resources, self._cluster) for each in kinds)])
+        return workers, min(workers, largest)
 
     def require(self, workers: int, what: str = "") -> None:
         """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time.
@@ -369,14 +381,14 @@ class Nodes:
         lacking = self._lacking()
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {lacking or holds}"
 
-    def not_enough(self, size: int) -> ClusterError:
+    def not_enough(self, size: int) -> NoFreeWorkersError:
         """Error for a task whose `size` workers did not become free in time."""
         held = self.capacity()
         fewer = held < size
         waited = f"{counted(size, 'worker')} did not become free within {self.patience():g} s"
         if lacking := self._lacking():
-            return ClusterError(waited, lacking, _LABEL_REMEDY)
-        return ClusterError(
+            return NoFreeWorkersError(waited, lacking, _LABEL_REMEDY)
+        return NoFreeWorkersError(
             f"{waited}; the cluster has {self._holders()} that can hold {counted(held, 'worker')}",
             "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
             "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
@@ -396,12 +408,39 @@ def default_gpus(cluster: ClusterConfig) -> float:
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 
+def _wait_for_first_node(cluster: ClusterConfig) -> None:
+    """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes`: its GPUs decide.
+
+    There is no wait if `cluster.wait_for_nodes` is not set, or if the autoscaler says which nodes it can start.
+
+    Raises:
+        ClusterError: no node has started in time.
+    """
+    nodes, seconds = Nodes(cluster.given_gpus(0.0)), cluster.wait_for_nodes or 0.0
+    remedy = "set cluster.gpus_per_worker to 1, or to 0 for CPUs; nodes on demand start only then"
+    if not seconds or nodes.may_grow() or nodes.capacity():
+        return
+    _log.warning("waiting up to %.0f s for the first node, to see if workers get a GPU each. Else %s", seconds, remedy)
+    end = time.monotonic() + seconds
+    while not nodes.capacity():
+        if time.monotonic() > end:
+            raise ClusterError(
+                f"no node that can hold a worker has started within {seconds:g} s",
+                "without one it is unknown if workers get a GPU",
+                remedy,
+            )
+        time.sleep(min(CHECK_INTERVAL, seconds))
+
+
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
 
     Raises:
-        ClusterError: the precision or device needs a GPU and workers have none, or this version of Ray has no labels.
+        ClusterError: the precision or device needs a GPU and workers have none, this version of Ray has no labels, or
+            no node has started that shows if workers get a GPU.
     """
+    if cluster.gpus_per_worker is None and cluster.device != "cpu":
+        _wait_for_first_node(cluster)
     cluster = cluster.given_gpus(default_gpus(cluster))
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(

@@ -40,26 +40,28 @@ from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpu
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
 from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
-from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
+from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
 from datm_ray.words import counted
 
-PENDING = 8
+PENDING = 64
 """Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
+MOST_FAILED_STARTS = 11
+"""Number of failed attempts in a row to start actors, after which a stage ends in which no task runs: four minutes."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks for stuck workers, for new log records and for nodes that end soon."""
 LONGEST_DRAIN = 600.0
-"""Longest time in seconds for which one-worker tasks stay unstarted so that a waiting group can get its resources."""
-ABSENCE = 10.0
-"""Longest normal gap in seconds between two checks of events. After a longer one, this process was suspended."""
+"""Longest time in seconds for which no one-worker task starts, so that a waiting group gets what running ones free."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
-AVOIDANCE_PAUSE = 600.0
-"""Seconds during which nodes that lost workers are used again, because the other nodes had no free resources."""
+LONGEST_AVOIDANCE = 600.0
+"""Longest time in seconds for which no task runs and nodes that failed the waiting tasks are still avoided."""
+GROWTH_INTERVAL = 600.0
+"""Shortest time in seconds for which a group works before it restarts with more workers, but not with all."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -85,7 +87,6 @@ class RayExecutor:
             self.gpus_per_worker: float | None = default_gpus(cluster)
             self.nodes, self.light_nodes = Nodes(cluster), Nodes(cluster, light=True)
             self.nodes.require(cluster.workers or 1)
-            self.workers, self.workers_per_machine = self.nodes.planned()
         except BaseException:
             self._leave()
             raise
@@ -102,9 +103,19 @@ class RayExecutor:
         self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{more}{where}"
 
     @property
+    def workers(self) -> int:
+        """Highest number of workers that run at the same time."""
+        return self.nodes.planned()[0]
+
+    @property
+    def workers_per_machine(self) -> int:
+        """Highest number of workers on one node."""
+        return self.nodes.planned()[1]
+
+    @property
     def light_workers(self) -> int:
         """Highest number of workers that run tasks with `is_light` at the same time."""
-        return self.cluster.workers or max(1, self.light_nodes.capacity())
+        return self.light_nodes.planned()[0]
 
     def share(self, value: Any) -> Any:
         """Put a value into Ray's object store. All actors of a node share its arrays without copies."""
@@ -151,7 +162,6 @@ class RayExecutor:
 
     def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
         """Raise a `ClusterError` if `size` workers can never run at the same time, see `Executor.require_workers`."""
-        self.workers, self.workers_per_machine = self.nodes.planned()
         if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
                 f"{name} needs {size} workers at the same time, but cluster.workers is {self.cluster.workers}",
@@ -177,19 +187,20 @@ class _Job:
     size: int = 0
     """Number of workers of the current or last attempt; 0 before the first."""
     group: RankGroup | None = None
-    """Ranks of the current attempt; `None` for a task of one worker, and between attempts."""
-    waits_since: float = field(default_factory=time.monotonic)
-    """Time since which the task has no workers, in seconds of the monotonic clock."""
-    gives_way: bool = False
-    """True if the task's group of ranks has waited so long that tasks of one worker may start first."""
-    failed_on: str = ""
-    """Node of the task's first error that may have its cause on that node alone; "" before such an error."""
+    """Ranks of the current attempt, requested or at work; `None` for a task of one worker, and before a request."""
+    waits_since: float = 0.0
+    """Time since which the task waits for others' resources, in seconds of the monotonic clock. Waiting for running
+    tasks of this command does not count."""
     workers: list[PoolWorker] = field(default_factory=list)
     """Actors at work, by rank; empty while the task waits for actors."""
     streams: dict[Any, int] = field(default_factory=dict)
     """Stream of events (Ray's generator of references) -> rank, for ranks that have not ended."""
+    began: float = 0.0
+    """Time of the current attempt's start, in seconds of the monotonic clock."""
     heard: float = 0.0
     """Time of the last event, in seconds of the monotonic clock."""
+    silence: float = 0.0
+    """Seconds without an event, without time in which this process was suspended, as by Ctrl-Z."""
     patience: Patience = field(default_factory=Patience)
     saved: int = 0
     """Highest `Progress.done` that the current attempt has saved."""
@@ -202,32 +213,39 @@ class _Job:
 
     @property
     def is_waiting(self) -> bool:
-        return not self.workers and self.group is None and self.not_before <= time.monotonic()
+        return not self.workers and self.not_before <= time.monotonic()
 
 
 class _Stage:
-    """Run of one stage, from its first to its last task. All its tasks have the same worker class."""
+    """Run of one stage, from its first to its last task. All its tasks have the same worker class.
+
+    Tasks of several workers come first, and each kind in the order of the list. Workers are requested from Ray for all
+    tasks that may start. A task avoids the nodes that failed it while the others can hold its workers.
+    """
 
     def __init__(self, executor: RayExecutor, stage: Stage, tasks: list[Task]) -> None:
         self._executor, self._cluster, self._nodes = executor, executor.cluster, executor.nodes
         self._pool, self._stage, self._tasks = executor.pool, stage, tasks
+        self._limit = executor.cluster.workers or sys.maxsize
         self._taken = 0
         """Number of tasks taken from the list so far."""
         self._jobs: list[_Job] = []
+        """Tasks that have not ended, in the order of the list."""
         self._failure: DatmError | None = None
         """First error in the user's input; `None` without one. After an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
         """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
         self._failed_starts = 0
-        """Number of actors in a row that Ray could not start."""
-        self._request_after = self._avoid_after = 0.0
-        """Times in seconds of the monotonic clock: no actor is requested before the first, no node avoided before the
-        second."""
-        self._checked = self._awake = time.monotonic()
-        """Times of the last check of the workers, and for events, in seconds of the monotonic clock."""
-        self._blocked_since = self._reported_at = math.inf
-        """Time since which no task runs and Ray has been asked for the same workers (infinite if a task runs), and time
-        of the last message on waiting."""
+        """Number of failed attempts in a row to start actors; actors that were requested together count once."""
+        self._failed_at = self._request_after = 0.0
+        """Times of the last failed start, and before which no actor is requested, in seconds of the monotonic clock."""
+        self._checked, self._checked_groups = time.monotonic(), 0.0
+        """Times of the last check of the workers, and of waiting groups, in seconds of the monotonic clock."""
+        self._due_since = math.inf
+        """Time since which a group waits that the nodes can hold beside running groups; infinite without one, and
+        -infinite once it has waited too long."""
+        self._idle_since = self._reported_at = math.inf
+        """Time since which no task runs (infinite if one runs), and time of the last message on waiting."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task."""
@@ -252,18 +270,11 @@ class _Stage:
         if self._taken and new:
             self._executor.metrics.add(new)
         self._taken += len(new)
-        self._jobs += [_Job(task, sizes=[task.size, *task.fewer]) for task in new]
+        now = time.monotonic()
+        self._jobs += [_Job(task, sizes=[task.size, *task.fewer], waits_since=now) for task in new]
         if self._failure:
             self._jobs = [job for job in self._jobs if job.workers]
         return self._jobs
-
-    def _notice_absence(self) -> None:
-        """Subtract time in which this process was suspended, as by Ctrl-Z, from the workers' time without events."""
-        now = time.monotonic()
-        if now - self._awake > ABSENCE:
-            for job in self._jobs:
-                job.heard = min(now, job.heard + now - self._awake)
-        self._awake = now
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
         """Ask the workers to save their work, wait for those that can save, then raise `Interrupted`."""
@@ -274,6 +285,7 @@ class _Stage:
             self._release(job)
         self._jobs = at_work
         for job in at_work:
+            job.leaves = False  # its end is the command's end
             yield job.task, Note(f"{SAVES}, within {SAVE_TIMEOUT:.0f} s")
         saved, end = [], time.monotonic() + SAVE_TIMEOUT
         while self._jobs and time.monotonic() < end:
@@ -285,12 +297,14 @@ class _Stage:
     # --- from waiting to running ----------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[tuple[Task, Event]]:
-        """Start waiting tasks: those of several workers on new groups, those of one on free actors. Request actors."""
+        """Start waiting tasks: those of several workers on groups, those of one on free actors. Request workers."""
         yield from self._start_groups()
-        yield from self._request_group()
+        yield from self._request_groups()
         waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
-        if self._group_waits():
-            waiting = [job for job in waiting if self._is_apart(job)]
+        if self._groups_are_due():
+            for job in [job for job in waiting if not self._is_apart(job)]:
+                job.waits_since = time.monotonic()
+                waiting.remove(job)
         free = self._free()
         for job in list(waiting):
             if not free:  # most of the time, with many tasks
@@ -311,115 +325,131 @@ class _Stage:
         used = [worker for job in self._jobs for worker in job.workers]
         return [each for each in self._pool if each.starting is None and each not in used]
 
-    @property
-    def _left(self) -> int:
-        """Number of workers that `cluster.workers` leaves for tasks of one worker, beside groups that run or wait."""
-        first = (job.group.size for job in self._jobs if job.group and (job.workers or not job.gives_way))
-        return self._limit - sum(first)
-
-    @property
-    def _limit(self) -> int:
-        return self._cluster.workers or sys.maxsize
-
-    def _at_work(self, but: _Job) -> int:
-        """Number of workers in use by tasks other than `but`, or about to start."""
-        ranks = sum(job.size for job in self._jobs if job.group and job.workers and job is not but)
-        return ranks + len(self._pool) - len(self._free())
-
-    def _group_waits(self) -> bool:
-        """True while no task of one worker may start, because a group waits for the resources that running tasks free.
-
-        A group gives way after `SHORT_WAIT` if other runs hold the resources it needs, else after `LONGEST_DRAIN`.
-        """
-        now, alone = time.monotonic(), [job for job in self._jobs if job.workers and not job.group]
-        busy = sum(not self._is_apart(job) for job in alone)
-        running = sum(job.size for job in self._jobs if job.group and job.workers)
-        for job in self._jobs:
-            if job.group and not job.workers:
-                is_ours = self._nodes.capacity() - running - busy < job.group.size
-                if not job.gives_way and now - job.waits_since > (LONGEST_DRAIN if is_ours else SHORT_WAIT):
-                    job.gives_way, self._blocked_since = True, math.inf
-                if not job.gives_way:
-                    return True
-            elif job.task.size > 1 and job.is_waiting and size_for(job.sizes, self._left):
-                return True
-        return False
-
     def _is_apart(self, job: _Job) -> bool:
         """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
         return self._cluster.light is not None and job.task.is_light
 
-    def _request_group(self) -> Iterator[tuple[Task, Event]]:
-        """Request the ranks of the next task that needs several workers, if no other group waits."""
-        # One group waits at a time, until it gives way. Otherwise small groups could overtake a large one for ever.
-        if not all(job.workers or job.gives_way for job in self._jobs if job.group):
+    def _ranks(self) -> int:
+        """Number of workers of all groups at work."""
+        return sum(job.size for job in self._jobs if job.group and job.workers)
+
+    def _alone(self) -> int:
+        """Number of tasks of one worker at work, on resources that groups may need."""
+        return sum(not job.group and bool(job.workers) and not self._is_apart(job) for job in self._jobs)
+
+    def _fits_limit(self, size: int) -> bool:
+        """True if `size` more workers at work leave the number within `cluster.workers`."""
+        return self._ranks() + len(self._pool) - len(self._free()) + size <= self._limit
+
+    def _groups_are_due(self) -> bool:
+        """True while no task of one worker may start, because a waiting group gets what running ones free.
+
+        A group that the nodes can hold is waited for: `LONGEST_DRAIN` while tasks of one worker end, else `SHORT_WAIT`,
+        because then other commands hold what the group needs. Tasks of one worker then run as if it did not wait.
+        """
+        waiting = [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
+        if any(job.group and job.group.is_placed for job in waiting):
+            return True  # only cluster.workers keeps it from its start
+        room = min(self._limit, self._nodes.capacity()) - self._ranks()
+        if not any(size_for(job.sizes, room) for job in waiting):
+            self._due_since = math.inf
+            return False
+        self._due_since = min(self._due_since, time.monotonic())
+        if time.monotonic() - self._due_since > (LONGEST_DRAIN if self._alone() else SHORT_WAIT):
+            self._due_since = -math.inf  # until no group is due any more
+        return self._due_since > -math.inf
+
+    def _request_groups(self) -> Iterator[tuple[Task, Event]]:
+        """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests.
+
+        Ray serves requests in their order, so a new one renews those of later tasks too.
+        """
+        now, ranks, alone, is_renewed = time.monotonic(), self._ranks(), self._alone(), False
+        free, left = self._nodes.capacity() - ranks, self._limit - ranks
+        for job in [job for job in self._jobs if job.task.size > 1 and job.is_waiting]:
+            if job.group and job.group.is_placed:
+                free, left = free - job.group.size, left - job.group.size
+                continue
+            size = self._size(job, free, left)
+            if size is None or not (job.group or self._fits_limit(size)):
+                continue  # running tasks end first
+            free, left = free - size, left - size
+            if free < alone and (ranks or alone):  # nodes or running tasks of this command are waited for
+                job.waits_since = now
+            elif free >= 0 and size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT:
+                job.limit, job.waits_since = size // 2, now
+                yield job.task, Note(f"{counted(size, 'worker')} did not become free; trying with fewer")
+                size = self._size(job, free + size, left + size) or size
+            options = self._requested_options(job, size)
+            if job.group and not is_renewed and (job.group.size, job.group.options) == (size, options):
+                continue
+            if job.group:
+                job.group.stop()
+            else:
+                yield job.task, Phase(f"starting {counted(size, 'worker')}")
+            job.group, is_renewed = RankGroup(size, options), True
+
+    def _size(self, job: _Job, free: int, left: int) -> int | None:
+        """Number of ranks to request for a task: the largest that `free` workers allow, else the largest at all.
+
+        After a second loss without progress, a smaller group is preferred to the nodes that failed the task.
+
+        Args:
+            free: number of workers that the nodes can hold beside other groups.
+            left: number of workers that `cluster.workers` leaves. `None` is returned if it is too small.
+        """
+        sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
+        bad = self._bad(job) if job.history.without_progress > 1 else set[str]()
+        elsewhere = self._nodes_of(job.task).elsewhere(bad) if bad else math.inf
+        now = min(free, left)
+        return size_for(sizes, int(min(now, elsewhere))) or size_for(sizes, now) or size_for(sizes, left)
+
+    def _start_groups(self) -> Iterator[tuple[Task, Event]]:
+        """Start groups whose resources are reserved. Each check is a call to Ray's head for every waiting group."""
+        if time.monotonic() - self._checked_groups < EVENT_INTERVAL:
             return
-        job = next((job for job in self._jobs if job.is_waiting and job.task.size > 1), None)
-        if job is None:
-            return
-        sizes, left = [size for size in job.sizes if size <= job.limit] or job.sizes, self._left
-        free = self._nodes.capacity() - sum(each.group.size for each in self._jobs if each.group)
-        size = size_for(sizes, min(free, left)) or size_for(sizes, left)
-        if size is None or size > self._limit - self._at_work(job):
-            return  # tasks of one worker end first
+        self._checked_groups = time.monotonic()
+        for job in [job for job in self._jobs if job.group and not job.workers]:
+            assert job.group
+            if job.group.has_place() and self._fits_limit(job.group.size):
+                yield from self._start_group(job, job.group.size)
+
+    def _start_group(self, job: _Job, size: int) -> Iterator[tuple[Task, Event]]:
+        assert job.group
+        if size != (job.size or job.task.size):
+            yield job.task, Resized(size, job.task.size)
         most = size_for(job.sizes, self._limit) or size
-        job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job, size)), False
-        yield job.task, Phase(f"starting {counted(size, 'worker')}")
+        job.group.start([each for each in sorted(job.sizes) if size < each <= most])
+        yield from self._begin(job, job.group.workers)
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
-        """Request actors for waiting tasks of one worker, in the order of the tasks. Drop requests no longer needed."""
-        now, pending = time.monotonic(), [each for each in self._pool if each.starting is not None]
-        if any(each.avoids and now - each.free_since > SHORT_WAIT for each in pending):
-            self._use_all_nodes()
-            for each in [each for each in pending if each.avoids]:
-                pending.remove(each)
-                self._drop(each)
-        room = 0 if now < self._request_after else max(PENDING, len(self._pool) - len(pending)) - len(pending)
-        room = min(room, self._left - len(self._pool))
+        """Request actors for waiting tasks of one worker, in the order of the tasks. Drop outdated requests."""
+        pending = [each for each in self._pool if each.starting is not None]
+        groups = [job for job in self._jobs if job.workers or self._due_since > -math.inf]
+        left = self._limit - sum(job.group.size for job in groups if job.group) - len(self._pool)
+        room = min(left, max(PENDING, len(self._pool) - len(pending)) - len(pending))
+        room = 0 if time.monotonic() < self._request_after else room
         for job in waiting:
             if not pending and room <= 0:  # most of the time, with many tasks
                 break
-            options, avoided = self._options(job.task), self._avoided(job)
-            largest = self._nodes_of(job.task).memory()  # more was requested before nodes of workers came
-            suitable = (each for each in pending if each.suits(options) and each.memory <= largest)
-            if requested := next(suitable, None):
+            options = self._requested_options(job)
+            if requested := next((each for each in pending if each.options == options and not self._hangs(each)), None):
                 pending.remove(requested)
             elif room > 0:
                 room -= 1
                 if not self._pool:
                     yield job.task, Phase("starting workers")
-                labels = labels_without(options, avoided)
-                new = {**options, **({"label_selector": labels} if labels else {})}
-                self._pool.append(PoolWorker.start(new, avoids=bool(avoided)))
+                self._pool.append(PoolWorker.start(options))
         for each in pending:  # no task needs it any more
             self._drop(each)
 
-    def _start_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups whose resources are reserved. Release a group that waits too long, and try with fewer ranks."""
-        for job in [job for job in self._jobs if job.group and not job.workers]:
-            assert job.group
-            size = job.group.size
-            if job.group.is_placed and size > self._limit - self._at_work(job):
-                job.gives_way, job.waits_since = False, time.monotonic()  # until tasks of one worker end
-            elif job.group.is_placed:
-                if size != (job.size or job.task.size):
-                    yield job.task, Resized(size, job.task.size)
-                job.group.start()
-                yield from self._begin(job, job.group.workers)
-            elif self._nodes.capacity() < size and size_for(job.sizes, self._nodes.capacity()):
-                self._release(job)  # a node was lost meanwhile
-            elif job.group.memory > self._nodes_of(job.task).memory():
-                self._release(job)  # more was requested before nodes of workers came
-            elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
-                self._release(job)
-                self._use_all_nodes()
-            elif time.monotonic() - job.group.requested_at > SHORT_WAIT and size > job.sizes[-1]:
-                self._release(job)
-                job.limit, self._blocked_since = size - 1, math.inf
-                yield job.task, Note(f"{counted(size, 'worker')} did not become free; trying with fewer")
+    def _hangs(self, worker: PoolWorker) -> bool:
+        """True if a requested actor has not started for so long that its process may be stuck. Ray does not say it."""
+        return time.monotonic() - worker.free_since > self._cluster.progress_timeout
 
     def _begin(self, job: _Job, workers: list[PoolWorker]) -> Iterator[tuple[Task, Event]]:
-        job.workers, job.size, job.saved, job.heard = workers, len(workers), 0, time.monotonic()
+        job.workers, job.size, job.saved, job.silence = workers, len(workers), 0, 0.0
+        job.began = job.heard = time.monotonic()
         job.peer_lost, job.leaves = None, False
         job.patience = Patience(self._cluster.peer_timeout, self._cluster.progress_timeout)
         # Ray resolves these references before the calls, so the driver does not wait until all ranks have started.
@@ -438,17 +468,17 @@ class _Stage:
         memory = min(task.memory, self._nodes_of(task).memory())
         return worker_options(self._cluster, task.is_light, memory)
 
-    def _avoided(self, job: _Job, size: int = 1) -> set[str]:
-        """Nodes where this task lost workers, or others did in a row; empty if no `size` workers fit on other nodes."""
-        if time.monotonic() < self._avoid_after or not knows_labels():
-            return set()
-        bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
-        bad |= set(job.history.nodes)
-        return bad if bad and self._nodes_of(job.task).elsewhere(bad) >= size else set()
+    def _requested_options(self, job: _Job, size: int = 1) -> dict[str, Any]:
+        return avoiding(self._options(job.task), self._avoided(job, size))
 
-    def _use_all_nodes(self) -> None:
-        """Avoid no node for a while, because the other nodes have no free resources."""
-        self._avoid_after, self._blocked_since = time.monotonic() + AVOIDANCE_PAUSE, math.inf
+    def _bad(self, job: _Job) -> set[str]:
+        """Nodes that failed this task since it last saved new work, and those where other tasks failed in a row."""
+        return {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
+
+    def _avoided(self, job: _Job, size: int = 1) -> set[str]:
+        """Bad nodes for this task; empty if the others, present or to come, cannot hold its `size` workers."""
+        bad = self._bad(job)
+        return bad if bad and knows_labels() and self._nodes_of(job.task).elsewhere(bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
         worker.stop()
@@ -457,6 +487,10 @@ class _Stage:
     def _release(self, job: _Job) -> None:
         """Stop the workers of a task's current attempt. The task then waits for workers again."""
         if job.group:
+            for later in self._jobs[self._jobs.index(job) + 1 :] if job.workers else ():
+                if later.group and not later.workers:  # requested again after this task, which it must not overtake
+                    later.group.stop()
+                    later.group = None
             job.group.stop()
         else:
             for worker in job.workers:
@@ -468,18 +502,16 @@ class _Stage:
     def _next_events(self) -> Iterator[tuple[Task, Event]]:
         """Wait at most `EVENT_INTERVAL` for events and for actors to start, and handle what has arrived."""
         starting = {each.starting: each for each in self._pool if each.starting is not None}
-        streams = {stream: job for job in self._jobs for stream in job.streams}
+        at_work = sorted((job for job in self._jobs if job.streams), key=lambda job: job.heard)  # each gets its turn
+        streams = {stream: job for job in at_work for stream in job.streams}
         if not streams and not starting:
             time.sleep(EVENT_INTERVAL)
             return
         arrived, _ = ray.wait([*streams, *starting], num_returns=1, timeout=EVENT_INTERVAL, fetch_local=False)
-        self._notice_absence()
         for each in arrived:
             if each in starting:
                 self._note_start(starting[each])
             elif each in (job := streams[each]).streams:
-                self._jobs.remove(job)
-                self._jobs.append(job)  # events of other tasks come first next time
                 yield from self._read(job, each)
 
     def _note_start(self, worker: PoolWorker) -> None:
@@ -490,13 +522,15 @@ class _Stage:
             worker.free_since = time.monotonic()
         except RayError as failure:
             self._drop(worker)
-            self._failed_starts += 1
-            self._request_after = time.monotonic() + min(WAIT_INTERVAL, 0.1 * 2.0 ** min(self._failed_starts, 10))
-            if self._failed_starts > PENDING + self._cluster.retries and not any(job.workers for job in self._jobs):
-                raise WorkerLostError(
-                    f"Ray cannot start workers: {reason(unwrapped(failure))}",
-                    remedy="see the cluster's dashboard or `ray status`, then run the same command again: it resumes",
-                ) from None
+            now, why = time.monotonic(), f"Ray cannot start workers: {reason(unwrapped(failure))}"
+            if worker.free_since < self._failed_at:
+                return  # requested together with one that has failed already
+            self._failed_starts, self._failed_at = self._failed_starts + 1, now
+            self._request_after = now + min(WAIT_INTERVAL, 0.1 * 2.0 ** min(self._failed_starts, 10))
+            if self._failed_starts > MOST_FAILED_STARTS and not any(job.workers for job in self._jobs):
+                remedy = "see the cluster's dashboard or `ray status`, then run the same command again: it resumes"
+                raise WorkerLostError(why, remedy=remedy) from None
+            _log.warning("%s; trying again", why)
 
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
         """Handle the next item of a stream: an event, log records, or an error."""
@@ -511,7 +545,7 @@ class _Stage:
         except RayError as failure:
             yield from self._lose(job, unwrapped(failure), silence, stream)
             return
-        job.heard = time.monotonic()
+        job.heard, job.silence = time.monotonic(), 0.0
         if isinstance(event, list):
             accept(event)
         elif rank:
@@ -523,16 +557,26 @@ class _Stage:
             yield task, event
             if isinstance(event, Progress) and event.saved:
                 job.saved = event.done
-                more = size_for(job.sizes, job.group.possible) if job.group else None
-                if more and more > job.size:
-                    self._release(job)
-                    job.limit = 2**31
-                    yield task, Note("checkpoint saved; restarting with more workers")
+                yield from self._grow(job)
+
+    def _grow(self, job: _Job) -> Iterator[tuple[Task, Event]]:
+        """Restart a group with more workers, for which Ray has reserved resources meanwhile.
+
+        A restart takes time, so a group grows at most every `GROWTH_INTERVAL`, or when it gets all its workers.
+        """
+        size = size_for(job.sizes, job.group.possible) if job.group else None
+        if job.group and size and size > job.size:
+            is_whole = size == size_for(job.sizes, self._limit)
+            if is_whole or time.monotonic() - job.began > GROWTH_INTERVAL:
+                job.group.grow(size)
+                job.workers, job.streams, job.limit = [], {}, 2**31
+                yield job.task, Note("checkpoint saved; restarting with more workers")
+                yield from self._start_group(job, size)
 
     def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
         """Pass on the result of a task whose workers have all ended. The workers are then free for another task."""
         if job.leaves and isinstance(job.result, Stopped):
-            yield job.task, Note(f"saved {job.result.saved}")
+            yield job.task, Note(f"its node ends soon: saved {job.result.saved}, to resume elsewhere")
             self._release(job)
             return
         self._jobs.remove(job)
@@ -541,15 +585,19 @@ class _Stage:
             worker.free_since = time.monotonic()
         yield job.task, job.result
         if job.group:
-            kind = (job.size, self._options(job.task))
-            waiting = (each for each in self._jobs if not each.workers and each.not_before <= time.monotonic())
-            heir = next((each for each in waiting if (each.task.size, self._options(each.task)) == kind), None)
-            if heir:
+            heir = next((each for each in self._jobs if each.task.size > 1 and each.is_waiting), None)
+            if heir and self._can_inherit(heir, job):
                 self._release(heir)
                 heir.group = job.group
                 yield from self._begin(heir, job.workers)
             else:
                 job.group.stop()
+
+    def _can_inherit(self, heir: _Job, job: _Job) -> bool:
+        """True if the actors of a group whose task has ended can run another task."""
+        has_failed = not self._bad(heir).isdisjoint(worker.node for worker in job.workers)
+        kinds = [(each.task.size, self._options(each.task)) for each in (heir, job)]
+        return kinds[0] == kinds[1] and job.size == job.task.size and not has_failed
 
     def _lose(
         self, job: _Job, cause: BaseException, silence: float, stream: Any = None
@@ -565,54 +613,63 @@ class _Stage:
         if isinstance(cause, PeerLostError) and stream is not None and job.streams.keys() - {stream}:
             del job.streams[stream]  # another rank's error may be the cause
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
-        elif isinstance(cause, ConfigError) and job.size < job.task.size:
-            # The error did not occur with all workers, and nodes may come back.
+            return
+        history = job.history.after_loss(job.saved, self._blame(job, cause, stream))
+        if is_final(cause) and not (may_be_the_nodes(cause) and self._has_elsewhere(job, history)):
+            yield from self._refuse(job, cause)
+            return
+        why = reason(cause)
+        if isinstance(cause, RayTaskError):
+            _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
+        elif isinstance(cause, RayActorError) and silence > job.patience.limit:
+            why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
+        job.history = history
+        if history.gives_up(self._cluster.retries):
+            failure = self._too_many_losses(job, cause, why)
+            self._given_up = self._given_up or failure
+            yield from self._fail(job, failure)
+        else:
+            self._release(job)
+            job.not_before = time.monotonic() + history.delay
+            yield job.task, Lost(why, history.losses)
+
+    def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
+        """End the stage after an error in the user's input, unless more workers may run the task: nodes may come."""
+        if isinstance(cause, ConfigError) and not may_be_the_nodes(cause) and job.size < job.task.size:
             self._release(job)
             job.sizes = [each for each in job.sizes if each > job.size]
             yield job.task, Note(f"waiting for nodes: {counted(job.size, 'worker')} cannot run it: {cause}")
-        elif is_final(cause) and not (may_be_the_nodes(cause) and self._has_elsewhere(job, stream)):
+        else:
             self._failure = self._failure or cause
             yield from self._fail(job, cause)
-        else:
-            why = reason(cause)
-            if isinstance(cause, RayTaskError):
-                _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
-            elif isinstance(cause, RayActorError) and silence > job.patience.limit:
-                why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
-            job.history = job.history.after_loss(job.saved, self._blame(job, cause, stream))
-            if job.history.gives_up(self._cluster.retries):
-                failure = self._too_many_losses(job, cause, why)
-                self._given_up = self._given_up or failure
-                yield from self._fail(job, failure)
-            else:
-                self._release(job)
-                job.not_before = time.monotonic() + job.history.delay
-                yield job.task, Lost(why, job.history.losses)
 
-    def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
-        """True if the task may be retried on another node after an error that may have its cause on one node.
+    def _has_elsewhere(self, job: _Job, history: History) -> bool:
+        """True if the task may be retried on other nodes after an error that may have its cause on single nodes.
 
-        A task gets one such retry, if another node can hold a worker. The failed node is recorded.
+        The error is final once `cluster.retries` + 1 nodes had it, or where the other nodes cannot hold the task.
         """
-        worker = job.workers[job.streams.get(stream, 0)]
-        worker.find_node()
-        if job.failed_on or not worker.node or not knows_labels():
+        if not history.nodes or not knows_labels() or len(history.nodes) > self._cluster.retries:
             return False
-        job.failed_on = worker.node
-        return bool(self._nodes_of(job.task).elsewhere({worker.node}))
+        return self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
 
-    def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
-        """Return the node on which a worker was lost, "" if unknown. Counts the loss, and stops free actors there."""
-        worker = job.workers[job.streams.get(stream, 0)]
-        worker.find_node()
-        if isinstance(cause, PeerLostError):
-            return ""
-        if worker.node and not isinstance(cause, NodeDiedError):
-            self._executor.faults[worker.node] += 1
-        for idle in self._free():
-            if idle.node == worker.node:  # this actor may be lost too, and a new one is cheap
-                self._drop(idle)
-        return worker.node
+    def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
+        """Return the nodes that failed the task, if known. Counts the loss for each, and stops its free actors.
+
+        If no stream ended with the error, the ranks that have not ended are the ones that hang. A rank that lost its
+        peers is not the cause.
+        """
+        ranks = list(job.streams.values()) if stream is None else [job.streams[stream]]
+        if stream is not None and isinstance(cause, PeerLostError):
+            ranks = []
+        nodes = set()
+        for worker in (job.workers[rank] for rank in ranks):
+            worker.find_node()
+            nodes |= {worker.node} - {""}
+        for node in nodes if not isinstance(cause, NodeDiedError) else ():
+            self._executor.faults[node] += 1
+        for idle in [each for each in self._free() if each.node in nodes]:
+            self._drop(idle)  # this actor may be lost too, and a new one is cheap
+        return nodes
 
     def _too_many_losses(self, job: _Job, cause: BaseException, why: str) -> DatmError:
         """Error for a task that is given up: its last error if the package raised it, such as for a full disk.
@@ -641,51 +698,63 @@ class _Stage:
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
         """Fetch logs, end stuck workers that have not ended themselves, and report tasks that wait for long."""
-        self._notice_absence()
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:
-            self._checked = now
+            passed, self._checked = min(now - self._checked, 2 * CHECK_INTERVAL), now
             for job in [job for job in self._jobs if job.workers]:
-                for worker in job.workers:
-                    worker.find_node()
-                    worker.take_news()
-                silence = now - job.heard
-                if silence > job.patience.limit + MARGIN:
-                    for worker in job.workers:
-                        worker.end_process()
-                    yield from self._lose(job, WorkerLostError(f"no step for {silence:.0f} s, and no answer"), silence)
-            yield from self._leave_nodes(draining_nodes())
+                yield from self._check_workers(job, passed)
+            self._leave_nodes(draining_nodes())
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:
                 yield from self._lose(job, job.peer_lost[0], now - job.heard)
 
-    def _leave_nodes(self, nodes: set[str]) -> Iterator[tuple[Task, Event]]:
-        """Ask workers on nodes that end soon to save their work, so that other workers can resume it."""
+    def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
+        """Fetch logs of a task's workers. End the workers if they are silent for too long, `passed` seconds more."""
+        for worker in job.workers:
+            worker.find_node()
+            worker.take_news()
+        job.silence += passed
+        if job.silence > job.patience.limit + MARGIN:
+            for worker in job.workers:
+                worker.end_process()
+            stuck = WorkerLostError(f"no step for {job.silence:.0f} s, and no answer")
+            yield from self._lose(job, stuck, job.silence)
+
+    def _leave_nodes(self, nodes: set[str]) -> None:
+        """Ask workers on nodes that end soon to save their work, so that other workers can resume it.
+
+        They are asked at every check: a worker that compiles, for example, has nothing to save yet.
+        """
         for job in self._jobs:
-            if not job.leaves and any(worker.node in nodes for worker in job.workers):
+            if any(worker.node in nodes for worker in job.workers):
                 job.leaves = True
                 for worker in job.workers:
                     worker.save()
-                yield job.task, Note("its node ends soon: saving, to resume elsewhere")
 
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
-        """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long."""
+        """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
+
+        Before that, the tasks get the nodes that failed them again, because no other node becomes free.
+        """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
-            self._blocked_since = math.inf
+            self._idle_since = math.inf
             return
-        if self._blocked_since == math.inf:
-            self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
-        if self._group_waits():  # tasks of one worker have asked for none yet
-            waiting = [job for job in waiting if job.task.size > 1 or self._is_apart(job)]
-        job, waited = waiting[0], now - self._blocked_since
-        nodes = self._nodes_of(job.task)
-        size = job.group.size if job.group else job.sizes[0]
-        if waited > nodes.patience() and size == job.sizes[-1]:  # smaller groups are tried first
-            raise nodes.not_enough(size)
-        if now - self._reported_at > WAIT_INTERVAL:
+        if self._idle_since == math.inf:
+            self._idle_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
+        job = min(waiting, key=lambda job: job.waits_since)
+        size, nodes = job.group.size if job.group else job.sizes[0], self._nodes_of(job.task)
+        waited = now - max(self._idle_since, job.waits_since)
+        if waited > min(nodes.patience(), LONGEST_AVOIDANCE) and any(self._avoided(each) for each in waiting):
+            self._executor.faults.clear()
+            for each in waiting:
+                each.history, each.waits_since = each.history.forgiving(), now
+            yield job.task, Note("no other node became free: trying again on the nodes that lost its workers")
+        elif waited > nodes.patience() and (size == job.sizes[-1] or nodes.capacity() < job.sizes[-1]):
+            raise nodes.not_enough(size)  # fewer workers are tried first
+        elif now - self._reported_at > WAIT_INTERVAL:
             self._reported_at = now
             yield job.task, Note(nodes.waiting(size, waited))
 

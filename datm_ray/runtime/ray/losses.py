@@ -18,6 +18,7 @@ from datm_ray.errors import (
     ClusterError,
     DatmError,
     MissingExpertsError,
+    PluginError,
     StoreError,
     TransientStoreError,
     WorkerLostError,
@@ -41,8 +42,8 @@ def is_final(failure: BaseException) -> TypeGuard[DatmError]:
 
 
 def may_be_the_nodes(failure: DatmError) -> bool:
-    """True for an error whose cause may lie on one node, such as a missing mount; a retry elsewhere may succeed."""
-    return isinstance(failure, StoreError | ClusterError) and not isinstance(failure, MissingExpertsError)
+    """True for an error that single nodes may have, such as a missing mount or package; others may not have it."""
+    return isinstance(failure, StoreError | ClusterError | PluginError) and not isinstance(failure, MissingExpertsError)
 
 
 def reason(failure: BaseException) -> str:

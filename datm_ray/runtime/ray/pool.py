@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,10 +131,10 @@ def _take_gpus(gpus: Sequence[object]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.gpus)
 
 
-def labels_without(options: Mapping[str, Any], avoided: set[str]) -> dict[str, str]:
-    """Label selector of the options, extended so that the actor runs on none of the nodes in `avoided`."""
-    labels = dict(options.get("label_selector", {}))
-    return labels | {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else labels
+def avoiding(options: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
+    """Options of an actor, extended so that Ray places it on none of the nodes."""
+    labels = {**options.get("label_selector", {}), "ray.io/node-id": f"!in({','.join(sorted(nodes))})"}
+    return {**options, "label_selector": labels} if nodes else {**options}
 
 
 @dataclass(eq=False)
@@ -150,29 +150,24 @@ class PoolWorker:
     process: int = 0
     stream: Any = None
     """Ray's generator of references to the events of the current or last task; `None` before the first."""
-    avoids: bool = False
-    """True if the actor was requested with nodes to avoid."""
     free_since: float = field(default_factory=time.monotonic)
     """Time since which the actor is free or starting, in seconds of the monotonic clock."""
     unread: list[Any] = field(default_factory=list)
     """At most one reference to requested log records that were not fetched yet."""
 
     @classmethod
-    def start(
-        cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None, *, avoids: bool = False
-    ) -> PoolWorker:
+    def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
         """Request an actor from Ray, without waiting for its start.
 
         Args:
             options: Ray's options of the actor.
             bundle: placement group and index of the bundle whose resources the actor takes; `None` for free resources.
-            avoids: True if the options exclude some nodes.
         """
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
         placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
         actor = remote.options(**options, **placed).remote(logging.getLogger("datm_ray").getEffectiveLevel())
-        return cls(options, actor, actor.place.remote(), avoids=avoids)
+        return cls(options, actor, actor.place.remote())
 
     @property
     def memory(self) -> int:

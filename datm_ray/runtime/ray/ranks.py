@@ -6,66 +6,94 @@ Otherwise two groups might each hold half of their resources and wait for each o
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from datm_ray.runtime.ray.cluster import bundle_of
-from datm_ray.runtime.ray.pool import PoolWorker, labels_without
+from datm_ray.runtime.ray.pool import PoolWorker
 
 
 class RankGroup:
-    """Group of ranks. Callers start the group once Ray has reserved its resources (`is_placed`)."""
+    """Group of ranks. Callers start the group once Ray has reserved its resources (`has_place`)."""
 
-    def __init__(self, size: int, wanted: int, options: Mapping[str, Any], avoided: set[str]) -> None:
+    def __init__(self, size: int, options: Mapping[str, Any]) -> None:
         """Request the resources of a group from Ray, without waiting for them.
 
         Args:
             size: number of ranks.
-            wanted: number of ranks that the task can use; resources beyond `size` are requested one by one.
             options: Ray's options of one rank's actor.
-            avoided: nodes on which no rank may run.
         """
-        self.size, self.requested_at, self.avoids = size, time.monotonic(), bool(avoided)
-        self.memory = int(options.get("memory", 0))
-        """Bytes of main memory that Ray reserves for each rank."""
+        self.size, self.options = size, options
+        self.is_placed = False
+        """True if Ray has reserved the resources of all ranks, as last asked by `has_place`."""
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
-        labels = labels_without(options, avoided)
-        self._selector = [labels] if labels else []
-        self._options = {name: value for name, value in options.items() if name != "label_selector"}
-        self._placement = self._reserve(size)
-        self._more = [self._reserve(1) for _ in range(wanted - size)]
+        self._placed, self._more = [self._reserve(size)], dict[PlacementGroup, int]()
+        """Resources of the ranks; and resources for more ranks -> number of ranks."""
 
     def _reserve(self, size: int) -> PlacementGroup:
-        labels = {"bundle_label_selector": self._selector * size} if self._selector else {}
-        placement: PlacementGroup = placement_group([bundle_of(self._options)] * size, **labels)
+        labels = self.options.get("label_selector")
+        selector = {"bundle_label_selector": [labels] * size} if labels else {}
+        placement: PlacementGroup = placement_group([bundle_of(self.options)] * size, **selector)
         return placement
 
-    @property
-    def is_placed(self) -> bool:
-        """True if Ray has reserved the resources of all ranks."""
-        return _is_placed(self._placement)
+    def has_place(self) -> bool:
+        """Ask Ray if it has reserved the resources of all ranks."""
+        self.is_placed = all(map(_is_placed, self._placed))
+        return self.is_placed
 
     @property
     def possible(self) -> int:
-        """Number of ranks, up to `wanted`, for which Ray has reserved resources."""
-        return self.size + sum(map(_is_placed, self._more))
+        """Number of ranks for which Ray has reserved resources, with those for more ranks than the group has."""
+        return self.size + sum(count for each, count in self._more.items() if _is_placed(each))
 
-    def start(self) -> None:
-        """Start the actors on the reserved resources."""
-        self.workers = [PoolWorker.start(self._options, (self._placement, rank)) for rank in range(self.size)]
+    def start(self, larger: Sequence[int] = ()) -> None:
+        """Start the actors on the reserved resources, and request those of a larger group.
+
+        Ranks of one node have consecutive numbers, and nodes with many ranks come first. So a row of the mesh, which
+        communicates most, spans as few nodes as possible.
+
+        Args:
+            larger: larger numbers of ranks that the task can use, the smallest first. Resources are requested for the
+                difference of each to the one before, so that none is reserved for a group that cannot use it.
+        """
+        nodes = {(each, bundle): node for each in self._placed for bundle, node in _nodes_of(each).items()}
+        count = Counter(nodes.values())
+        order = sorted(nodes, key=lambda place: (-count[nodes[place]], nodes[place]))[: self.size]
+        options = {name: value for name, value in self.options.items() if name != "label_selector"}
+        self.workers = [PoolWorker.start(options, place) for place in order]
+        for worker, place in zip(self.workers, order, strict=True):
+            worker.node = nodes[place]
+        steps = [after - before for before, after in pairwise((self.size, *larger))]
+        self._more = {self._reserve(step): step for step in steps}
+
+    def grow(self, size: int) -> None:
+        """Kill the actors, and make this a group of `size` ranks, at most `possible`, which can be started again."""
+        for worker in self.workers:
+            worker.stop()
+        waiting = [each for each in self._more if not _is_placed(each)]
+        self._placed += [each for each in self._more if each not in waiting]
+        self.size, self.workers, self._more = size, [], {}
+        for placement in waiting:
+            remove_placement_group(placement)
 
     def stop(self) -> None:
         """Kill the actors and free all resources."""
         for worker in self.workers:
             worker.stop()
-        for placement in (self._placement, *self._more):
+        for placement in (*self._placed, *self._more):
             remove_placement_group(placement)
 
 
 def _is_placed(placement: PlacementGroup) -> bool:
     # placement.wait(0) would return False whenever the answer takes time, even if the resources are reserved.
     return bool(placement_group_table(placement).get("state") == "CREATED")
+
+
+def _nodes_of(placement: PlacementGroup) -> dict[int, str]:
+    """Index of each bundle -> identifier of its node."""
+    return dict(placement_group_table(placement)["bundles_to_node_id"])

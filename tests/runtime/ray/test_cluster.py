@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import Task
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
-from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
-from datm_ray.runtime.ray.pool import PoolWorker, Stage
+from datm_ray.runtime.ray.compat import NOT_A_NODE, NodeType, limit_node_search
+from datm_ray.runtime.ray.pool import Stage
 
 
 @pytest.fixture
@@ -226,6 +225,54 @@ def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ray_cluster.default_gpus(ClusterConfig()) == 0.0
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(2.0, 1.0), (0.0, 0.0)])
+def test_the_first_node_decides_if_workers_get_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, expected: float
+) -> None:
+    """With `cluster.wait_for_nodes`, the first node that can hold a worker is waited for; a head does not decide."""
+    found = [node("head", {}, CPU=0.0)]
+    clock = mock.Mock(**{"monotonic.side_effect": itertools.count().__next__})
+    clock.sleep.side_effect = lambda _: found.append(node("a", {}, CPU=4.0, GPU=gpus))
+    monkeypatch.setattr(ray_cluster, "time", clock)
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.0)
+    monkeypatch.setattr(ray_cluster, "node_types", list)
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    assert with_gpus(ClusterConfig(wait_for_nodes=99.0)).gpus_per_worker == expected
+    assert clock.sleep.call_count == 1
+
+
+def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no node starts in time, one line says which key decides about GPUs; with that key there is no wait."""
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray_cluster, "node_types", list)
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
+    with pytest.raises(ClusterError, match=r"within 0\.05 s\. .* Set cluster\.gpus_per_worker to 1, or to 0 for CPUs"):
+        with_gpus(ClusterConfig(wait_for_nodes=0.05))
+    monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: pytest.fail("it waits"))
+    for settings in ({"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.0}, {"device": "cpu"}):
+        with_gpus(ClusterConfig(wait_for_nodes=0.05, **settings))
+
+
+def test_plans_count_the_nodes_of_the_moment_and_those_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of workers follows nodes that start after the executor, and what the autoscaler may start at most."""
+    executor = object.__new__(ray_executor.RayExecutor)
+    cluster, found = ClusterConfig(), list[Any]()
+    executor.cluster, (executor.nodes, executor.light_nodes) = cluster, both(cluster)
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
+    monkeypatch.setattr(ray_cluster, "node_types", list)
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+
+    def planned() -> tuple[int, int, int]:
+        return executor.workers, executor.workers_per_machine, executor.light_workers
+
+    assert planned() == (1, 1, 1)
+    found += [node(name, {}, CPU=4.0) for name in "ab"]
+    assert planned() == (8, 4, 8)
+    for count, workers in ((16, 16 * 8 + 8), (float("inf"), 8)):
+        monkeypatch.setattr(ray_cluster, "node_types", lambda count=count: [NodeType({"CPU": 8.0}, count)])
+        assert planned() == (workers, 8, workers)
+
+
 def test_gpus_of_nodes_without_the_labels_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that are sent to nodes without GPUs by their labels get none by default, whatever other nodes have."""
     monkeypatch.setattr(ray, "nodes", lambda: [node("a", {"tier": "large"}, CPU=4.0, GPU=2.0), node("b", {}, CPU=4.0)])
@@ -302,103 +349,9 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
         assert [nodes.memory() for nodes in both(cluster)] == expected
 
 
-class Requested:
-    """An actor or a group of ranks that Ray has not placed yet."""
-
-    is_placed = avoids = False
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options, self.memory, self.stopped = options, options["memory"], False
-        self.starting, self.size, self.workers = "no reply", 2, list[Any]()
-        self.free_since = self.requested_at = time.monotonic()
-
-    suits = PoolWorker.suits
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_requests_for_the_memory_of_a_head_are_replaced(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """A request for more memory than the nodes of workers have is made again with theirs, once there are some."""
-    requests = list[Requested]()
-
-    def request(options: dict[str, Any], *_: object, **__: object) -> Requested:
-        requests.append(Requested(options))
-        return requests[-1]
-
-    monkeypatch.setattr(PoolWorker, "start", request)
-    monkeypatch.setattr(ray_executor, "RankGroup", lambda size, most, options, avoided: request(options))
-    found = [node("head", {}, CPU=0.0, memory=64.0)]
-    monkeypatch.setattr(ray, "nodes", lambda: found)
-    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.0)
-    cluster = ClusterConfig()
-    executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[], faults={})
-    stage = ray_executor._Stage(executor, Stage(0, object, (), ""), [Task("large", (), size, memory=40)])
-    stage._take_tasks()
-    for _ in range(2):
-        list(stage._start())
-    assert [(each.memory, each.stopped) for each in requests] == [(40, False)]
-    found.append(node("worker", {}, CPU=8.0, memory=16.0))
-    for _ in range(2):
-        list(stage._start())
-    assert [(each.memory, each.stopped) for each in requests] == [(40, True), (16, False)]
-
-
-def waiting_stage(
-    monkeypatch: pytest.MonkeyPatch, tasks: list[Task], requests: list[tuple[Requested, set[str]]]
-) -> Any:
-    """Stage on two nodes for one worker each, whose requests Ray does not fulfil."""
-
-    def request(size: int, _: int, options: dict[str, Any], avoided: set[str]) -> Requested:
-        requests.append((Requested({"memory": 0, **options}), avoided))
-        requests[-1][0].size = size
-        return requests[-1][0]
-
-    monkeypatch.setattr(PoolWorker, "start", lambda options, **_: request(1, 1, options, set()))
-    monkeypatch.setattr(ray_executor, "RankGroup", request)
-    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=1.0), node("b", {}, CPU=1.0)])
-    monkeypatch.setattr(ray_cluster, "node_types", list)
-    cluster = ClusterConfig()
-    executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[], faults={})
-    stage = ray_executor._Stage(executor, Stage(0, object, (), ""), tasks)
-    stage._take_tasks()
-    return stage
-
-
-@pytest.mark.parametrize(("size", "avoided"), [(1, {"a"}), (2, set())])
-def test_a_node_is_avoided_only_if_the_others_hold_all_ranks(
-    monkeypatch: pytest.MonkeyPatch, size: int, avoided: set[str]
-) -> None:
-    """A pair that lost a worker needs both nodes again, so it avoids neither; alone, a rank would avoid that node."""
-    stage = waiting_stage(monkeypatch, [Task("pair", (), 2)], requests := [])
-    stage._jobs[0].history = stage._jobs[0].history.after_loss(0, "a")
-    assert stage._avoided(stage._jobs[0], size) == avoided
-    list(stage._start())
-    assert [each for _, each in requests] == [set()]
-
-
-def test_tasks_that_a_waiting_group_keeps_back_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task of one worker that waits for a group is given up only after it has asked Ray for a worker in vain."""
-    monkeypatch.setattr(ray_executor, "SHORT_WAIT", 0.2)
-    monkeypatch.setattr(ray_cluster, "SHORT_WAIT", 0.2)
-    stage = waiting_stage(monkeypatch, [Task("alone", ()), Task("pair", (), 2, fewer=(1,))], requests := [])
-
-    lines, end = list[str](), time.monotonic() + 20
-
-    def look() -> None:
-        while time.monotonic() < end:
-            lines.extend(f"{task.name}: {event}" for task, event in [*stage._start(), *stage._check()])
-            time.sleep(0.01)
-
-    with pytest.raises(ClusterError, match=r"^1 worker did not become free within 0\.2 s"):
-        look()
-    assert any("pair" in line and "trying with fewer" in line for line in lines)
-    assert len(requests) == 3  # two ranks, one rank, and the other task's worker
-
-
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that running nodes hold never ask the autoscaler, others once; light workers count for light tasks."""
+    """Ray is asked once what its autoscaler can start, for any number of tasks; light workers count for light tasks."""
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 60.0)
     monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=2.0)])
     monkeypatch.setattr(ray_cluster, "node_types", mock.Mock(return_value=[]))
     monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
@@ -411,7 +364,6 @@ def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
         list(executor.run(object, (), "work", [Task(str(i), (), size, is_light=is_light) for i in range(100)]))
 
     run(2)
-    assert ray_cluster.node_types.call_count == 0
     with pytest.raises(ClusterError, match=r"0: 3 workers .* do not fit"):
         run(3)
     assert ray_cluster.node_types.call_count == 1

@@ -1,0 +1,219 @@
+"""A simulated cluster: nodes that hold workers, and Ray's answers to requests for them, on a clock that tests turn.
+
+The stage of the executor is the real one. Workers do nothing; a test ends them or has them fail.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import pytest
+import ray
+from ray.exceptions import RayError
+
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Task
+from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
+from datm_ray.runtime.ray.pool import PoolWorker, Stage
+
+
+class Clock:
+    """Stand-in for the module `time`, whose seconds pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Worker:
+    """An actor that was requested, and has a node once it is placed."""
+
+    suits, memory = PoolWorker.suits, PoolWorker.memory
+
+    def __init__(self, options: Mapping[str, Any], clock: Clock, node: str = "") -> None:
+        self.options, self.actor, self.node, self.is_stopped = options, mock.Mock(), node, False
+        self.starting: Any = None if node else object()
+        self.free_since, self.stream, self.process = clock.now, None, 7
+        self.asked, self.has_ended = 0, False
+        """`asked`: number of requests to save; `has_ended`: True if its process was killed."""
+
+    def run(self, *_: Any) -> None:
+        self.stream = object()
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+    def has_started(self, place: tuple[str, int]) -> None:
+        (self.node, self.process), self.starting = place, None
+
+    def find_node(self) -> None:
+        """Nothing: the node of a worker at work is known."""
+
+    take_news = find_node
+
+    def end_process(self) -> None:
+        self.has_ended = True
+
+    def save(self) -> None:
+        self.asked += 1
+
+
+class Group:
+    """A group of ranks that was requested, and has nodes once it is placed."""
+
+    def __init__(self, size: int, options: Mapping[str, Any], clock: Clock) -> None:
+        self.size, self.options, self._clock = size, options, clock
+        self.nodes, self.workers = list[str](), list[Worker]()
+        self.is_placed, self.is_stopped, self.checks = False, False, 0
+        self.larger: Collection[int] = ()
+        self.possible = size
+
+    def has_place(self) -> bool:
+        self.checks += 1
+        self.is_placed = bool(self.nodes)
+        return self.is_placed
+
+    def start(self, larger: Collection[int] = ()) -> None:
+        self.larger = larger
+        self.workers = [Worker(self.options, self._clock, node) for node in self.nodes[: self.size]]
+
+    def grow(self, size: int) -> None:
+        self.size = size
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def refused(options: Mapping[str, Any]) -> set[str]:
+    """Nodes that a request excludes by their identifiers."""
+    condition = options.get("label_selector", {}).get("ray.io/node-id", "")
+    found = re.fullmatch(r"!in\((.*)\)", condition)
+    return set(found[1].split(",")) if found else set()
+
+
+class Simulation:
+    """A stage on simulated nodes. Requests are served in their order, each by the first node that can."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, nodes: dict[str, int], tasks: list[Task], **settings: Any
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            nodes: name of each node -> number of workers that it can hold.
+            tasks: tasks of the stage.
+            settings: settings of the section `cluster`.
+        """
+        self.clock, self.nodes, self.taken = Clock(), nodes, dict[str, int]()
+        """`taken`: workers of other commands on each node."""
+        self.requests = list[Worker | Group]()
+        self.log = list[tuple[str, Event]]()
+        monkeypatch.setattr(ray_executor, "time", self.clock)
+        monkeypatch.setattr(ray_cluster, "time", self.clock)
+        monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
+        monkeypatch.setattr(ray_cluster, "node_types", list)
+        monkeypatch.setattr(ray, "nodes", self._ray_nodes)
+        monkeypatch.setattr(ray_executor, "draining_nodes", set)
+        monkeypatch.setattr(PoolWorker, "start", self._request(Worker))
+        monkeypatch.setattr(ray_executor, "RankGroup", self._request(Group))
+        monkeypatch.setattr(ray, "get", lambda answer: answer)
+        cluster = ClusterConfig(**settings)
+        executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[])
+        executor.light_nodes = ray_cluster.Nodes(cluster, light=True)
+        executor.faults = ray_executor.Counter()
+        self.stage: Any = ray_executor._Stage(executor, Stage(0, object, (), ""), tasks)
+        self.stage._take_tasks()
+
+    def _ray_nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": name, "Alive": True, "Labels": {}, "Resources": {"CPU": float(held)}}
+            for name, held in self.nodes.items()
+        ]
+
+    def _request(self, kind: Callable[..., Any]) -> Callable[..., Any]:
+        def request(*arguments: Any) -> Any:
+            self.requests.append(kind(*arguments, self.clock))
+            return self.requests[-1]
+
+        return request
+
+    @property
+    def waiting(self) -> list[Worker | Group]:
+        """Requests that Ray has not served."""
+        live = [each for each in self.requests if not each.is_stopped]
+        return [each for each in live if (each.starting if isinstance(each, Worker) else not each.nodes)]
+
+    def free(self, node: str) -> int:
+        """Number of workers that a node has free resources for."""
+        live = [each for each in self.requests if not each.is_stopped]
+        held = [each.nodes if isinstance(each, Group) else [each.node] for each in live]
+        return self.nodes[node] - self.taken.get(node, 0) - list(itertools.chain(*held)).count(node)
+
+    def _place(self) -> None:
+        for each in self.waiting:
+            slots = [node for node in self.nodes if node not in refused(each.options) for _ in range(self.free(node))]
+            if isinstance(each, Group):
+                each.nodes = slots[: each.size] if len(slots) >= each.size else []
+            elif slots:
+                each.starting = (slots[0], 7)
+                self.stage._note_start(each)
+
+    def turn(self, seconds: float = 1.0, turns: int = 1) -> list[tuple[str, Event]]:
+        """Let time pass, and the stage act on what has changed meanwhile. Returns its events, with names of tasks."""
+        found = list[tuple[str, Event]]()
+        for _ in range(turns):
+            self.clock.now += seconds
+            for step in (self.stage._start, self.stage._check):
+                self._place()
+                found += self._take(step())
+        return found
+
+    def job(self, name: str) -> Any:
+        """State of a task that has not ended."""
+        (found,) = (job for job in self.stage._jobs if job.task.name == name)
+        return found
+
+    def places(self, name: str) -> list[str]:
+        """Nodes on which a task runs, by rank; empty while it waits."""
+        return [worker.node for worker in self.job(name).workers]
+
+    def end(self, name: str) -> None:
+        """Let all workers of a task end."""
+        self._take(self.stage._end(self.job(name)))
+
+    def lose(self, name: str, cause: BaseException | None = None, rank: int = 0) -> list[Event]:
+        """Let a rank of a task end with an error. Returns the stage's events."""
+        job = self.job(name)
+        stream = next(each for each, number in job.streams.items() if number == rank)
+        return [event for _, event in self._take(self.stage._lose(job, cause or RayError("lost"), 0.0, stream))]
+
+    def grow(self, name: str) -> None:
+        """Let a task of several workers report a checkpoint."""
+        self._take(self.stage._grow(self.job(name)))
+
+    def _take(self, events: Iterator[tuple[Task, Event]]) -> list[tuple[str, Event]]:
+        before = len(self.log)
+        for task, event in events:
+            self.log.append((task.name, event))
+        return self.log[before:]
+
+    def notes(self) -> list[str]:
+        """Messages to the user so far, with the names of their tasks."""
+        return [f"{name}: {event.text}" for name, event in self.log if isinstance(event, Note)]
+
+    def ended(self) -> list[str]:
+        """Names of tasks that have finished."""
+        return [name for name, event in self.log if isinstance(event, Finished)]
+
+    def losses(self, name: str) -> int:
+        """Number of losses of a task that were reported."""
+        return sum(isinstance(event, Lost) for each, event in self.log if each == name)

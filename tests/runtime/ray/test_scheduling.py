@@ -1,0 +1,435 @@
+"""Tests where and when a stage's tasks run: order, requests, waits and bad nodes, on a simulated cluster."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from datm_ray.config.plugins import imported
+from datm_ray.errors import ClusterError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
+from datm_ray.runtime.executor import Failed, Resized, Stopped, Task
+from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor, ranks
+from datm_ray.runtime.ray.compat import NodeType
+from datm_ray.runtime.ray.pool import PoolWorker
+from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker, refused
+
+HOUR = 3600.0
+
+
+def alone(*names: str) -> list[Task]:
+    """Tasks of one worker."""
+    return [Task(name, ()) for name in names]
+
+
+# --- bad nodes ---
+
+
+def test_a_task_waits_for_another_node_while_its_own_command_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose node failed it waits for hours until a task of its command leaves another node; others use both."""
+    run = Simulation(monkeypatch, {"bad": 1, "good": 1}, alone("lost", "long", "next"))
+    run.turn(turns=2)
+    assert (run.places("lost"), run.places("long")) == (["bad"], ["good"])
+    run.lose("lost")
+    run.turn(60.0, turns=60)
+    assert (run.places("lost"), run.places("next")) == ([], ["bad"])
+    run.end("next")
+    run.turn(60.0, turns=60)
+    assert run.places("lost") == []
+    assert run.losses("lost") == 1
+    run.end("long")
+    run.turn(turns=2)
+    assert run.places("lost") == ["good"]
+
+
+def test_every_node_that_failed_a_task_is_avoided_until_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task goes to a third node after losses on two, and may return to them once it has saved new work."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1, "c": 1}, alone("task"), retries=5)
+    for node in ("a", "b", "c"):
+        run.turn(10.0, turns=3)
+        assert run.places("task") == [node]
+        if node == "c":
+            run.job("task").saved = 7
+        run.lose("task")
+    assert run.job("task").history.nodes == {"c"}
+
+
+def test_nodes_are_forgiven_where_others_hold_the_rest_and_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another command keeps the other node and no task runs, the node of the loss is used again, with a message."""
+    run = Simulation(monkeypatch, {"bad": 1, "good": 1}, alone("task"))
+    run.turn(turns=2)
+    run.lose("task")
+    run.taken["good"] = 1
+    run.turn(5.0, turns=11)
+    assert run.places("task") == []
+    run.turn(5.0, turns=6)
+    assert run.places("task") == ["bad"]
+    assert run.notes()[-1].startswith("task: no other node became free")
+
+
+def test_a_node_that_may_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only live node is avoided for as long as a node takes to start, if an autoscaler can start another one."""
+    run = Simulation(monkeypatch, {"bad": 1}, alone("task"))
+    monkeypatch.setattr(ray_cluster, "node_types", lambda: [NodeType({"CPU": 1.0}, 2)])
+    run.turn(turns=2)
+    run.lose("task")
+    run.turn(30.0, turns=10)
+    assert [refused(each.options) for each in run.waiting] == [{"bad"}]
+    run.nodes["new"] = 1
+    run.turn(turns=2)
+    assert run.places("task") == ["new"]
+
+
+MOUNT = StoreError("cannot write /shared/store: No such file or directory")
+
+
+def missing_package() -> PluginError:
+    """Error of a node that lacks a user's package."""
+    with pytest.raises(PluginError) as caught:
+        imported("method", "a_package_of_mine:Method")
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [MOUNT, missing_package()], ids=["mount", "package"])
+def test_an_error_of_two_nodes_does_not_end_the_run_if_a_third_has_none(
+    monkeypatch: pytest.MonkeyPatch, error: ClusterError
+) -> None:
+    """A mount or package that two nodes lack costs an attempt on each, and the third node runs the task."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1, "c": 1}, alone("task"))
+    for node in ("a", "b"):
+        run.turn(10.0, turns=3)
+        assert run.places("task") == [node]
+        run.lose("task", error)
+    run.turn(10.0, turns=3)
+    assert run.places("task") == ["c"]
+    run.end("task")
+    assert (run.ended(), run.losses("task")) == (["task"], 2)
+
+
+@pytest.mark.parametrize(("nodes", "attempts"), [(1, 1), (2, 2), (9, 4)])
+def test_an_error_that_every_node_has_is_final(monkeypatch: pytest.MonkeyPatch, nodes: int, attempts: int) -> None:
+    """A missing permission ends the stage once no node is left, or after as many nodes as a task has attempts."""
+    run = Simulation(monkeypatch, {f"node{number}": 1 for number in range(nodes)}, alone("task"))
+    places = []
+    for _ in range(attempts):
+        run.turn(60.0, turns=3)
+        places += run.places("task")
+        run.lose("task", MOUNT)
+    assert len(set(places)) == attempts
+    assert run.stage._failure is MOUNT
+
+
+def test_an_error_of_the_input_is_final_on_the_first_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the user's input is not tried on another node, and no other task starts."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("task", "other", "later"))
+    run.turn(turns=2)
+    (failed,) = run.lose("task", ray_executor.ConfigError("the recipe is wrong"))
+    assert failed == Failed("the recipe is wrong.", 1)
+    run.end("other")
+    assert run.stage._take_tasks() == []
+
+
+def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its peers' errors, the node of the rank that has not ended is avoided, and theirs are not."""
+    nodes = {"a": 1, "b": 1, "c": 1, "d": 1}
+    run = Simulation(monkeypatch, nodes, [Task("set", (), 3)])
+    run.turn(turns=2)
+    assert run.places("set") == ["a", "b", "c"]
+    for rank in (0, 2):
+        assert run.lose("set", PeerLostError("worker lost its peers"), rank) == []
+    run.turn(10.0)
+    assert run.losses("set") == 1
+    assert run.job("set").history.nodes == {"b"}
+    run.turn(turns=2)
+    assert run.places("set") == ["a", "c", "d"]
+
+
+def test_workers_without_an_answer_are_all_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no rank of a group answers, its next attempt avoids all their nodes, where others can hold it."""
+    run = Simulation(monkeypatch, dict.fromkeys("abcd", 1), [Task("set", (), 2)], progress_timeout=60.0)
+    run.turn(turns=2)
+    workers = run.job("set").workers
+    run.turn(6.0, turns=20)
+    assert all(worker.has_ended for worker in workers)
+    assert run.job("set").history.nodes == {"a", "b"}
+    assert run.places("set") == ["c", "d"]
+
+
+def test_a_group_that_loses_twice_prefers_fewer_workers_to_a_bad_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many nodes as it wants workers, a set takes all nodes again, and then leaves out the one that fails it."""
+    run = Simulation(monkeypatch, dict.fromkeys("abc", 1), [Task("set", (), 3, fewer=(2, 1))])
+    for places in (["a", "b", "c"], ["a", "b", "c"], ["a", "c"]):
+        run.turn(5.0, turns=3)
+        assert run.places("set") == places
+        run.lose("set", RayActorError(), rank=1 if len(places) == 3 else 0)
+
+
+# --- requests ---
+
+
+def test_from_zero_nodes_everything_is_requested_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray is asked for the workers of all sets and all tasks of one worker before the first node, sets first."""
+    tasks = [*alone("one", "two"), Task("a", (), 2), Task("b", (), 4, fewer=(2,))]
+    run = Simulation(monkeypatch, {}, tasks, wait_for_nodes=HOUR)
+    run.turn(turns=2)
+    assert [each.size if isinstance(each, Group) else 1 for each in run.waiting] == [2, 4, 1, 1]
+    run.turn(60.0, turns=20)
+    assert len(run.requests) == 4
+
+
+def test_as_many_actors_are_requested_as_there_are_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of 64 tasks ask for an actor at once, or as many as `cluster.workers` allows, with those of groups."""
+    tasks = [Task("set", (), 2), *alone(*map(str, range(64)))]
+    for limit, actors in ((None, 64), (16, 14)):
+        run = Simulation(monkeypatch, {}, tasks, workers=limit, wait_for_nodes=HOUR)
+        run.turn()
+        assert sum(isinstance(each, Worker) for each in run.waiting) == actors
+
+
+def test_a_group_that_waits_for_a_group_delays_no_other_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a set runs, the next one waits for its nodes, and a third node works on tasks of one worker meanwhile."""
+    tasks = [Task("first", (), 2), Task("second", (), 2), *alone("one")]
+    run = Simulation(monkeypatch, dict.fromkeys("abc", 1), tasks)
+    run.turn(turns=3)
+    assert (run.places("first"), run.places("second"), run.places("one")) == (["a", "b"], [], ["c"])
+
+
+def test_a_group_gets_what_tasks_of_its_command_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task of one worker starts while a set waits for what running ones free, for ten minutes at most."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("one", "two", "three", "four"))
+    run.turn(turns=2)
+    run.stage._tasks.append(Task("set", (), 2))
+    run.stage._take_tasks()
+    run.turn()
+    run.end("one")
+    run.turn(100.0, turns=5)
+    assert (run.places("three"), run.places("set")) == ([], [])
+    run.turn(101.0, turns=3)
+    assert run.places("three") == ["a"]
+    run.end("two")
+    run.end("three")
+    run.turn(turns=2)
+    assert run.places("set") == ["a", "b"] or run.places("four")
+
+
+def test_a_placed_group_waits_only_for_the_limit_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that has its resources starts as soon as `cluster.workers` allows it, and nothing starts before it."""
+    run = Simulation(monkeypatch, {"a": 4}, alone("one", "two", "three"), workers=2)
+    run.turn(turns=2)
+    run.stage._tasks.append(Task("set", (), 2))
+    run.stage._take_tasks()
+    run.end("one")
+    run.turn(turns=3)
+    assert [run.places(name) for name in ("two", "three", "set")] == [["a"], [], []]
+    run.end("two")
+    run.turn(turns=3)
+    assert (run.places("set"), run.places("three")) == (["a", "a"], [])
+
+
+def test_sets_keep_their_order_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that lost a worker gets its nodes back before sets that come later in the list."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, [Task("first", (), 2), Task("second", (), 2)])
+    run.turn(turns=2)
+    run.lose("first")
+    run.turn(turns=2)
+    assert (run.places("first"), run.places("second")) == (["a", "b"], [])
+
+
+def test_a_set_shrinks_only_where_others_hold_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set keeps its size while it waits for a set of its command. Where another command has a node, it shrinks."""
+    tasks = [Task("first", (), 3), Task("second", (), 2, fewer=(1,))]
+    run = Simulation(monkeypatch, dict.fromkeys("abc", 1), tasks)
+    run.turn(60.0, turns=60)
+    assert [each.size for each in run.waiting if isinstance(each, Group)] == [2]
+    run.taken = {"a": 1, "c": 1}
+    run.end("first")
+    run.turn(20.0, turns=8)
+    assert run.places("second") == ["b"]
+    assert "second: 2 workers did not become free; trying with fewer" in run.notes()
+    assert ("second", Resized(1, 2)) in run.log
+
+
+def test_waits_count_only_while_nothing_of_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task waits for hours beside a running one, and is given up a minute after it, if others hold what it needs."""
+    run = Simulation(monkeypatch, {"a": 1}, alone("one", "two"))
+    run.turn(turns=2)
+    run.turn(60.0, turns=100)
+    run.end("one")
+    run.stage._pool[0].stop()
+    run.stage._pool.clear()
+    run.taken["a"] = 1
+    run.turn(10.0, turns=6)
+    with pytest.raises(NoFreeWorkersError, match="1 worker did not become free within 60 s") as caught:
+        run.turn(10.0, turns=2)
+    assert caught.value.exit_code == 1
+
+
+def test_tasks_that_a_waiting_group_keeps_back_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of one worker that waits for a group is given up only after it has asked Ray for a worker in vain."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, [*alone("one"), Task("pair", (), 2, fewer=(1,))])
+    run.taken = {"a": 1, "b": 1}
+    with pytest.raises(ClusterError, match=r"^1 worker did not become free within 60 s"):
+        run.turn(5.0, turns=100)
+    assert "pair: 2 workers did not become free; trying with fewer" in run.notes()
+    kinds = [type(each) for each in run.requests]
+    assert kinds == [Group, Worker, Group] or kinds == [Group, Group, Worker]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_requests_for_the_memory_of_a_head_are_replaced(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A request for more memory than the nodes of workers have is made again with theirs, once there are some."""
+    run = Simulation(monkeypatch, {}, [Task("large", (), size, memory=40)], wait_for_nodes=HOUR)
+    found = [{"NodeID": "head", "Alive": True, "Labels": {}, "Resources": {"CPU": 0.0, "memory": 64.0}}]
+    monkeypatch.setattr(ray_executor.ray, "nodes", lambda: found)
+    run.turn(turns=2)
+    assert [(each.options["memory"], each.is_stopped) for each in run.requests] == [(40, False)]
+    found.append({"NodeID": "worker", "Alive": True, "Labels": {}, "Resources": {"CPU": 8.0, "memory": 16.0}})
+    run.turn(turns=2)
+    assert [(each.options["memory"], each.is_stopped) for each in run.requests] == [(40, True), (16, False)]
+
+
+def test_waiting_groups_are_checked_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's head is asked for the state of a waiting group twice a second, and not at every event."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, [Task("first", (), 2), Task("second", (), 2)])
+    run.turn(turns=2)
+    (second,) = run.waiting
+    assert isinstance(second, Group)
+    before = second.checks
+    run.turn(0.01, turns=100)
+    assert second.checks - before in (1, 2)
+
+
+# --- growth ---
+
+
+def test_a_group_grows_rarely_or_to_its_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set takes in more workers at a checkpoint every ten minutes at most, but the last ones at once."""
+    run = Simulation(monkeypatch, {"a": 1}, [Task("set", (), 8, fewer=tuple(range(7, 0, -1)))])
+    run.turn(turns=3)
+    job, sizes = run.job("set"), []
+    assert list(job.group.larger) == list(range(2, 9))
+    job.group.nodes *= 8
+    for possible in (2, 3, 4, 8):
+        run.turn(60.0, turns=1 if possible < 4 else 10 * (possible == 4))
+        job.group.possible = possible
+        run.grow("set")
+        sizes.append(job.size)
+    assert sizes == [1, 1, 4, 8]
+    assert run.notes() == ["set: checkpoint saved; restarting with more workers"] * 2
+
+
+# --- ranks ---
+
+
+class Placements:
+    """Ray's placement groups, with the node of each bundle."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
+        self.nodes, self.sizes, self.placed = iter(nodes), list[int](), set[int]()
+        self._tables = list[dict[str, Any]]()
+        monkeypatch.setattr(ranks, "placement_group", self._reserve)
+        monkeypatch.setattr(ranks, "placement_group_table", self._table)
+        monkeypatch.setattr(ranks, "remove_placement_group", lambda _: None)
+        monkeypatch.setattr(PoolWorker, "start", lambda options, place: Worker(options, Clock(), "?"))
+
+    def _reserve(self, bundles: list[Any], **_: Any) -> int:
+        self.sizes.append(len(bundles))
+        self._tables.append({"bundles_to_node_id": dict(enumerate(itertools.islice(self.nodes, len(bundles))))})
+        return len(self.sizes) - 1
+
+    def _table(self, placement: int) -> dict[str, Any]:
+        state = "CREATED" if placement in self.placed else "PENDING"
+        return {**self._tables[placement], "state": state}
+
+
+def test_ranks_of_a_node_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are ordered by node, full nodes first, whatever the order in which Ray has placed their bundles."""
+    Placements(monkeypatch, *"abcabcbc")
+    group = ranks.RankGroup(8, {"num_cpus": 1.0})
+    group.start()
+    assert [worker.node for worker in group.workers] == list("bbbcccaa")
+
+
+def test_a_group_reserves_what_its_next_size_needs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resources for more ranks are reserved in steps of whole rows, so that no part of a row is kept idle."""
+    ray_groups = Placements(monkeypatch, *"aabbcc")
+    group = ranks.RankGroup(2, {"num_cpus": 1.0})
+    assert not group.has_place()
+    ray_groups.placed.add(0)
+    assert group.has_place()
+    group.start([4, 6])
+    assert (ray_groups.sizes, group.possible) == ([2, 2, 2], 2)
+    ray_groups.placed.add(1)
+    assert group.possible == 4
+    group.grow(4)
+    group.start([6])
+    assert [worker.node for worker in group.workers] == list("aabb")
+    assert ray_groups.sizes == [2, 2, 2, 2]
+
+
+# --- starts, stops and silence ---
+
+
+def test_actors_that_cannot_start_are_logged_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Failed starts are logged while another task runs; actors that were requested together count once."""
+    run = Simulation(monkeypatch, {"a": 1}, alone("runs", "one", "two", "three"))
+    run.turn(turns=2)
+
+    def fail(_: object) -> None:
+        raise RayActorError(error_msg="The actor is dead because its library is missing")
+
+    monkeypatch.setattr(ray_executor.ray, "get", fail)
+    with caplog.at_level(logging.WARNING):
+        for worker in list(run.waiting):
+            run.stage._note_start(worker)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ray cannot start workers: its library is missing; trying again"
+    ]
+    assert run.stage._failed_starts == 1
+    assert run.waiting == []
+    run.clock.now += 1.0
+    list(run.stage._start())
+    assert len(run.waiting) == 3
+
+
+def test_an_actor_that_hangs_in_its_start_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is not served within the progress timeout is made again, because its process may be stuck."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("runs", "hangs"), progress_timeout=HOUR)
+    run.taken["b"] = 1
+    run.turn(turns=2)
+    (first,) = run.waiting
+    run.turn(60.0, turns=50)
+    assert not first.is_stopped
+    run.turn(60.0, turns=20)
+    assert first.is_stopped
+    assert len(run.waiting) == 1
+
+
+def test_a_worker_with_nothing_to_save_yet_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker on a node that ends soon is asked to save until it does, as it may have nothing to save at first."""
+    run = Simulation(monkeypatch, {"a": 1}, alone("task"))
+    run.turn(turns=2)
+    (worker,) = run.job("task").workers
+    monkeypatch.setattr(ray_executor, "draining_nodes", lambda: {"a"})
+    run.turn(6.0, turns=3)
+    assert (worker.asked, run.notes()) == (3, [])
+    run.job("task").result = Stopped("iteration 7")
+    run.end("task")
+    assert run.notes() == ["task: its node ends soon: saved iteration 7, to resume elsewhere"]
+    assert run.job("task").is_waiting
+
+
+def test_time_in_which_the_command_stood_still_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker is stuck after many silent checks, however much time has passed between two of them."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("task"), progress_timeout=60.0)
+    run.turn(turns=2)
+    run.turn(HOUR)
+    run.turn(6.0, turns=3)
+    assert run.losses("task") == 0
+    run.turn(6.0, turns=20)
+    assert run.losses("task") == 1
