@@ -235,8 +235,8 @@ class Nodes:
         """Live nodes by identifier."""
         self._fits: dict[str, int] = {}
         """Result of `fits` for these nodes."""
-        self._kinds: list[NodeType] | None = None
-        """Kinds of nodes that the autoscaler can start, as Ray reported when these nodes lived; `None` if not asked."""
+        self._kinds: list[NodeType] = []
+        """Kinds of nodes that the autoscaler can start."""
         self._checked = float("-inf")
 
     def fits(self) -> dict[str, int]:
@@ -244,10 +244,7 @@ class Nodes:
 
         A node without the labels that the workers ask for holds none.
         """
-        nodes = self._alive()
-        if self._fits.keys() != nodes.keys():
-            held = {node: fitting(each.resources, self._cluster) for node, each in self._chosen().items()}
-            self._fits = {node: held.get(node, 0) for node in nodes}
+        self._alive()
         return self._fits
 
     def _alive(self) -> dict[str, _Node]:
@@ -255,25 +252,27 @@ class Nodes:
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             found = [node for node in ray.nodes() if node["Alive"]]
             self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
-            self._fits, self._kinds = {}, None
-            self._checked = time.monotonic()
+            held = {name: fitting(each.resources, self._cluster) for name, each in self._chosen().items()}
+            self._fits = {name: held.get(name, 0) for name in self._nodes}
+            self._kinds, self._checked = [each for each in node_types() if each.nodes], time.monotonic()
         return self._nodes
 
     def _chosen(self) -> dict[str, _Node]:
         """Live nodes that have the labels of the workers' selector."""
-        return {node: each for node, each in self._alive().items() if matches(each.labels, self._cluster.labels)}
+        return {node: each for node, each in self._nodes.items() if matches(each.labels, self._cluster.labels)}
 
     def _lacking(self) -> str:
         """Text about the workers' label selector if no live node satisfies it, else ""."""
         selector = self._cluster.labels
-        if not selector or self._chosen():
+        if not selector or (self._alive() and self._chosen()):
             return ""
         key = "cluster.light.labels" if self._is_light and self._cluster.light else "cluster.labels"
         wanted = ", ".join(f"{name}: {condition}" for name, condition in selector.items())
         return f"no node has the labels of {key} ({wanted})"
 
-    def _holders(self) -> str:
-        return counted(sum(map(bool, self.fits().values())), "node")
+    def _held(self) -> str:
+        """Text about what the running nodes can hold."""
+        return f"{counted(sum(map(bool, self.fits().values())), 'node')} can hold {self.capacity()}"
 
     def capacity(self) -> int:
         """Number of workers that all nodes together can hold if all their resources are free."""
@@ -293,19 +292,13 @@ class Nodes:
         """Number of workers that the cluster can hold at most outside of `nodes`, on nodes to come too."""
         return self.most() - sum(self.fits().get(node, 0) for node in nodes)
 
-    def _types(self) -> list[NodeType]:
-        """Kinds of nodes that the autoscaler can start. Ray is asked at most once per `CHECK_INTERVAL`."""
-        self._alive()
-        if self._kinds is None:
-            self._kinds = [each for each in node_types() if each.nodes]
-        return self._kinds
-
     def growth(self) -> float:
         """Number of workers that all nodes of an autoscaler can hold, running ones included.
 
         Labels do not count, because an autoscaler does not say which ones its nodes will have.
         """
-        held = ((fitting(each.resources, self._cluster), each.nodes) for each in self._types())
+        self._alive()
+        held = ((fitting(each.resources, self._cluster), each.nodes) for each in self._kinds)
         return sum(workers * nodes for workers, nodes in held if workers)
 
     def most(self) -> float:
@@ -317,7 +310,7 @@ class Nodes:
         standing = (
             fits.get(name, 0)
             for name, node in self._alive().items()
-            if not any(each.has_started(node.resources, node.labels) for each in self._types())
+            if not any(each.has_started(node.resources, node.labels) for each in self._kinds)
         )
         return sum(standing) + self.growth()
 
@@ -340,9 +333,9 @@ class Nodes:
         They are `cluster.workers`, else all that fit the cluster with the nodes that its autoscaler can start. Without
         a limit to these nodes, the running ones count.
         """
-        most, kinds = self.most(), self._types()
+        most, kinds = self.most(), [fitting(each.resources, self._cluster) for each in self._kinds]
         workers = self._cluster.workers or max(1, self.capacity() if math.isinf(most) else int(most))
-        largest = max([1, *self.fits().values(), *(fitting(each.resources, self._cluster) for each in kinds)])
+        largest = max([1, *self.fits().values(), *kinds])
         return workers, min(workers, largest)
 
     def require(self, workers: int, what: str = "") -> None:
@@ -359,16 +352,14 @@ class Nodes:
         wait = "set cluster.wait_for_nodes to wait for nodes started on demand"
         if lacking := self._lacking():
             return ClusterError(f"{what}{lacking}", remedy=f"{_LABEL_REMEDY}; {wait}")
-        needed, chosen = bundle_of(worker_options(self._cluster)), self._chosen()
+        needed, chosen = bundle_of(worker_options(self._cluster)), self._chosen().values()
+        there = {name: sum(each.resources.get(name, 0.0) for each in chosen) for name in {"CPU", "GPU", *needed}}
 
         def words(amounts: Mapping[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
             return f"{counted(amounts.get('CPU', 0), 'CPU')} and {counted(amounts.get('GPU', 0), 'GPU')}{others}"
 
-        there = {
-            name: sum(each.resources.get(name, 0.0) for each in chosen.values()) for name in {"CPU", "GPU", *needed}
-        }
-        has = "the cluster has" if len(chosen) == len(self._alive()) else "nodes with the chosen labels have"
+        has = "the cluster has" if len(chosen) == len(self._nodes) else "nodes with the chosen labels have"
         kind = "worker of cluster.light" if self._is_light else "worker"
         return ClusterError(
             f"{what}{counted(workers, kind)} with {words(needed)} each do not fit: {has} {words(there)}",
@@ -377,23 +368,19 @@ class Nodes:
 
     def waiting(self, size: int, seconds: float) -> str:
         """Message for the user that a task has waited `seconds` for `size` free workers."""
-        holds = f"{self._holders()} can hold {self.capacity()}, if nobody else uses them"
-        lacking = self._lacking()
-        return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {lacking or holds}"
+        found = self._lacking() or f"{self._held()}, if nobody else uses them"
+        return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {found}"
 
     def not_enough(self, size: int) -> NoFreeWorkersError:
         """Error for a task whose `size` workers did not become free in time."""
-        held = self.capacity()
-        fewer = held < size
         waited = f"{counted(size, 'worker')} did not become free within {self.patience():g} s"
         if lacking := self._lacking():
             return NoFreeWorkersError(waited, lacking, _LABEL_REMEDY)
+        is_lost = self.capacity() < size
         return NoFreeWorkersError(
-            f"{waited}; the cluster has {self._holders()} that can hold {counted(held, 'worker')}",
-            "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
-            "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
-            if fewer
-            else "stop the other jobs, or raise cluster.wait_for_nodes",
+            f"{waited}; {self._held()}",
+            "nodes were lost or have not started" if is_lost else "other jobs use their CPUs or GPUs",
+            "stop other jobs, or raise cluster.wait_for_nodes; the same command again resumes",
         )
 
 
@@ -417,7 +404,8 @@ def _wait_for_first_node(cluster: ClusterConfig) -> None:
         ClusterError: no node has started in time.
     """
     nodes, seconds = Nodes(cluster.given_gpus(0.0)), cluster.wait_for_nodes or 0.0
-    remedy = "set cluster.gpus_per_worker to 1, or to 0 for CPUs; nodes on demand start only then"
+    key = "gpus_per_worker" if cluster.gpus_per_worker is None else "light.gpus_per_worker"
+    remedy = f"set cluster.{key} to 1, or to 0 for CPUs; nodes on demand start only then"
     if not seconds or nodes.may_grow() or nodes.capacity():
         return
     _log.warning("waiting up to %.0f s for the first node, to see if workers get a GPU each. Else %s", seconds, remedy)
@@ -439,7 +427,7 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
         ClusterError: the precision or device needs a GPU and workers have none, this version of Ray has no labels, or
             no node has started that shows if workers get a GPU.
     """
-    if cluster.gpus_per_worker is None and cluster.device != "cpu":
+    if cluster.device != "cpu" and cluster != cluster.given_gpus(0.0):
         _wait_for_first_node(cluster)
     cluster = cluster.given_gpus(default_gpus(cluster))
     if cluster.device == "cuda" and not cluster.gpus_per_worker:

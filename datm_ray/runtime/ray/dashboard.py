@@ -26,6 +26,7 @@ from ray.job_submission import JobSubmissionClient
 from requests.utils import get_environ_proxies, select_proxy
 
 from datm_ray.errors import ClusterError
+from datm_ray.monitor import logs
 from datm_ray.runtime.ray.cluster import first_line
 from datm_ray.runtime.ray.compat import hush, use_token
 
@@ -48,8 +49,8 @@ _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
 
 def masked(text: str) -> str:
-    """Replace user names and passwords in the text's URLs by placeholders."""
-    return _CREDENTIALS.sub(r"\1USER:PASSWORD@", text)
+    """Replace what logs hide, and user names and passwords in the text's URLs, by placeholders."""
+    return _CREDENTIALS.sub(r"\1USER:PASSWORD@", logs.masked(text))
 
 
 class Dashboard(JobSubmissionClient):

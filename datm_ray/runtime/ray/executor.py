@@ -338,38 +338,30 @@ class _Stage:
         return sum(not job.group and bool(job.workers) and not self._is_apart(job) for job in self._jobs)
 
     def _fits_limit(self, size: int) -> bool:
-        """True if `size` more workers at work leave the number within `cluster.workers`."""
-        return self._ranks() + len(self._pool) - len(self._free()) + size <= self._limit
+        """True if `size` more workers leave the number within `cluster.workers`."""
+        return self._ranks() + len(self._pool) + size <= self._limit
 
     def _groups_are_due(self) -> bool:
-        """True while no task of one worker may start, because a waiting group gets what running ones free.
+        """True while no task of one worker may start, so that a waiting group gets what running ones free.
 
-        A group that the nodes can hold is waited for: `LONGEST_DRAIN` while tasks of one worker end, else `SHORT_WAIT`,
-        because then other commands hold what the group needs. Tasks of one worker then run as if it did not wait.
+        The nodes can hold the group. It is waited for up to `LONGEST_DRAIN`, or up to `SHORT_WAIT` while other commands
+        hold what it needs. Tasks of one worker then run as if it did not wait, until no group is due any more.
         """
-        waiting = [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
+        now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.group and job.group.is_placed for job in waiting):
             return True  # only cluster.workers keeps it from its start
         room = min(self._limit, self._nodes.capacity()) - self._ranks()
-        if not any(size_for(job.sizes, room) for job in waiting):
-            self._due_since = math.inf
-            return False
-        self._due_since = min(self._due_since, time.monotonic())
-        if time.monotonic() - self._due_since > (LONGEST_DRAIN if self._alone() else SHORT_WAIT):
-            self._due_since = -math.inf  # until no group is due any more
-        return self._due_since > -math.inf
+        due = [job for job in waiting if size_for(job.sizes, room)]
+        self._due_since = min(self._due_since, now) if due else math.inf
+        if due and now > min(self._due_since + LONGEST_DRAIN, *(job.waits_since + SHORT_WAIT for job in due)):
+            self._due_since = -math.inf
+        return bool(due) and self._due_since > -math.inf
 
     def _request_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests.
-
-        Ray serves requests in their order, so a new one renews those of later tasks too.
-        """
-        now, ranks, alone, is_renewed = time.monotonic(), self._ranks(), self._alone(), False
+        """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests."""
+        now, ranks, alone = time.monotonic(), self._ranks(), self._alone()
         free, left = self._nodes.capacity() - ranks, self._limit - ranks
         for job in [job for job in self._jobs if job.task.size > 1 and job.is_waiting]:
-            if job.group and job.group.is_placed:
-                free, left = free - job.group.size, left - job.group.size
-                continue
             size = self._size(job, free, left)
             if size is None or not (job.group or self._fits_limit(size)):
                 continue  # running tasks end first
@@ -379,15 +371,14 @@ class _Stage:
             elif free >= 0 and size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT:
                 job.limit, job.waits_since = size // 2, now
                 yield job.task, Note(f"{counted(size, 'worker')} did not become free; trying with fewer")
-                size = self._size(job, free + size, left + size) or size
+                continue
             options = self._requested_options(job, size)
-            if job.group and not is_renewed and (job.group.size, job.group.options) == (size, options):
+            if job.group and (job.group.size, job.group.options) == (size, options):
                 continue
             if job.group:
                 job.group.stop()
-            else:
-                yield job.task, Phase(f"starting {counted(size, 'worker')}")
-            job.group, is_renewed = RankGroup(size, options), True
+            yield job.task, Phase(f"starting {counted(size, 'worker')}")
+            job.group = RankGroup(size, options)
 
     def _size(self, job: _Job, free: int, left: int) -> int | None:
         """Number of ranks to request for a task: the largest that `free` workers allow, else the largest at all.
@@ -399,10 +390,9 @@ class _Stage:
             left: number of workers that `cluster.workers` leaves. `None` is returned if it is too small.
         """
         sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
-        bad = self._bad(job) if job.history.without_progress > 1 else set[str]()
-        elsewhere = self._nodes_of(job.task).elsewhere(bad) if bad else math.inf
-        now = min(free, left)
-        return size_for(sizes, int(min(now, elsewhere))) or size_for(sizes, now) or size_for(sizes, left)
+        bad = self._avoided(job, job.sizes[-1]) if job.history.without_progress > 1 else set[str]()
+        good = int(min(free, left, self._nodes.elsewhere(bad)))
+        return size_for(sizes, good) or size_for(sizes, min(free, left)) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
         """Start groups whose resources are reserved. Each check is a call to Ray's head for every waiting group."""
@@ -411,16 +401,12 @@ class _Stage:
         self._checked_groups = time.monotonic()
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
-            if job.group.has_place() and self._fits_limit(job.group.size):
-                yield from self._start_group(job, job.group.size)
-
-    def _start_group(self, job: _Job, size: int) -> Iterator[tuple[Task, Event]]:
-        assert job.group
-        if size != (job.size or job.task.size):
-            yield job.task, Resized(size, job.task.size)
-        most = size_for(job.sizes, self._limit) or size
-        job.group.start([each for each in sorted(job.sizes) if size < each <= most])
-        yield from self._begin(job, job.group.workers)
+            size = job.group.size
+            if job.group.has_place() and self._fits_limit(size):
+                if size != (job.size or job.task.size):
+                    yield job.task, Resized(size, job.task.size)
+                job.group.start([each for each in sorted(job.sizes) if size < each <= self._limit])
+                yield from self._begin(job, job.group.workers)
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
         """Request actors for waiting tasks of one worker, in the order of the tasks. Drop outdated requests."""
@@ -429,11 +415,15 @@ class _Stage:
         left = self._limit - sum(job.group.size for job in groups if job.group) - len(self._pool)
         room = min(left, max(PENDING, len(self._pool) - len(pending)) - len(pending))
         room = 0 if time.monotonic() < self._request_after else room
+        # Ray does not say that an actor hangs in its start, as on a dead mount, so a request has a time limit.
+        oldest = time.monotonic() - self._cluster.progress_timeout
         for job in waiting:
             if not pending and room <= 0:  # most of the time, with many tasks
                 break
             options = self._requested_options(job)
-            if requested := next((each for each in pending if each.options == options and not self._hangs(each)), None):
+            if requested := next(
+                (each for each in pending if each.options == options and each.free_since > oldest), None
+            ):
                 pending.remove(requested)
             elif room > 0:
                 room -= 1
@@ -442,10 +432,6 @@ class _Stage:
                 self._pool.append(PoolWorker.start(options))
         for each in pending:  # no task needs it any more
             self._drop(each)
-
-    def _hangs(self, worker: PoolWorker) -> bool:
-        """True if a requested actor has not started for so long that its process may be stuck. Ray does not say it."""
-        return time.monotonic() - worker.free_since > self._cluster.progress_timeout
 
     def _begin(self, job: _Job, workers: list[PoolWorker]) -> Iterator[tuple[Task, Event]]:
         job.workers, job.size, job.saved, job.silence = workers, len(workers), 0, 0.0
@@ -471,13 +457,12 @@ class _Stage:
     def _requested_options(self, job: _Job, size: int = 1) -> dict[str, Any]:
         return avoiding(self._options(job.task), self._avoided(job, size))
 
-    def _bad(self, job: _Job) -> set[str]:
-        """Nodes that failed this task since it last saved new work, and those where other tasks failed in a row."""
-        return {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
-
     def _avoided(self, job: _Job, size: int = 1) -> set[str]:
-        """Bad nodes for this task; empty if the others, present or to come, cannot hold its `size` workers."""
-        bad = self._bad(job)
+        """Nodes that failed this task since it last saved new work, and those where other tasks failed in a row.
+
+        The set is empty if the other nodes, running or to come, cannot hold the task's `size` workers.
+        """
+        bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
         return bad if bad and knows_labels() and self._nodes_of(job.task).elsewhere(bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
@@ -565,13 +550,11 @@ class _Stage:
         A restart takes time, so a group grows at most every `GROWTH_INTERVAL`, or when it gets all its workers.
         """
         size = size_for(job.sizes, job.group.possible) if job.group else None
-        if job.group and size and size > job.size:
-            is_whole = size == size_for(job.sizes, self._limit)
-            if is_whole or time.monotonic() - job.began > GROWTH_INTERVAL:
-                job.group.grow(size)
-                job.workers, job.streams, job.limit = [], {}, 2**31
-                yield job.task, Note("checkpoint saved; restarting with more workers")
-                yield from self._start_group(job, size)
+        is_whole = size == size_for(job.sizes, self._limit)
+        if size and size > job.size and (is_whole or time.monotonic() - job.began > GROWTH_INTERVAL):
+            self._release(job)
+            job.limit = 2**31
+            yield job.task, Note("checkpoint saved; restarting with more workers")
 
     def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
         """Pass on the result of a task whose workers have all ended. The workers are then free for another task."""
@@ -586,18 +569,13 @@ class _Stage:
         yield job.task, job.result
         if job.group:
             heir = next((each for each in self._jobs if each.task.size > 1 and each.is_waiting), None)
-            if heir and self._can_inherit(heir, job):
+            kind = job.size, job.group.options
+            if heir and (heir.task.size, self._requested_options(heir, job.size)) == kind:
                 self._release(heir)
                 heir.group = job.group
                 yield from self._begin(heir, job.workers)
             else:
                 job.group.stop()
-
-    def _can_inherit(self, heir: _Job, job: _Job) -> bool:
-        """True if the actors of a group whose task has ended can run another task."""
-        has_failed = not self._bad(heir).isdisjoint(worker.node for worker in job.workers)
-        kinds = [(each.task.size, self._options(each.task)) for each in (heir, job)]
-        return kinds[0] == kinds[1] and job.size == job.task.size and not has_failed
 
     def _lose(
         self, job: _Job, cause: BaseException, silence: float, stream: Any = None
@@ -648,9 +626,8 @@ class _Stage:
 
         The error is final once `cluster.retries` + 1 nodes had it, or where the other nodes cannot hold the task.
         """
-        if not history.nodes or not knows_labels() or len(history.nodes) > self._cluster.retries:
-            return False
-        return self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
+        is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
+        return is_known and self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
         """Return the nodes that failed the task, if known. Counts the loss for each, and stops its free actors.
@@ -661,10 +638,7 @@ class _Stage:
         ranks = list(job.streams.values()) if stream is None else [job.streams[stream]]
         if stream is not None and isinstance(cause, PeerLostError):
             ranks = []
-        nodes = set()
-        for worker in (job.workers[rank] for rank in ranks):
-            worker.find_node()
-            nodes |= {worker.node} - {""}
+        nodes = {job.workers[rank].node for rank in ranks}
         for node in nodes if not isinstance(cause, NodeDiedError) else ():
             self._executor.faults[node] += 1
         for idle in [each for each in self._free() if each.node in nodes]:

@@ -337,9 +337,8 @@ def _job(details: JobDetails) -> Job:
 def _message(text: str) -> str:
     """Shorten the cluster's message about a job to one line: its first line, and pip's last error if it has one."""
     errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR: ")]
-    return first_line(text).partition(", last available logs")[0] + (
-        f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else ""
-    )
+    last = f" ({first_line(errors[-1].removeprefix('ERROR: '))})" if errors else ""
+    return masked(first_line(text).partition(", last available logs")[0] + last)
 
 
 def _require_reachable(name: str, place: str) -> None:

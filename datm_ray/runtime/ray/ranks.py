@@ -32,7 +32,7 @@ class RankGroup:
         """True if Ray has reserved the resources of all ranks, as last asked by `has_place`."""
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
-        self._placed, self._more = [self._reserve(size)], dict[PlacementGroup, int]()
+        self._placement, self._more = self._reserve(size), dict[PlacementGroup, int]()
         """Resources of the ranks; and resources for more ranks -> number of ranks."""
 
     def _reserve(self, size: int) -> PlacementGroup:
@@ -43,7 +43,7 @@ class RankGroup:
 
     def has_place(self) -> bool:
         """Ask Ray if it has reserved the resources of all ranks."""
-        self.is_placed = all(map(_is_placed, self._placed))
+        self.is_placed = _is_placed(self._placement)
         return self.is_placed
 
     @property
@@ -61,39 +61,24 @@ class RankGroup:
             larger: larger numbers of ranks that the task can use, the smallest first. Resources are requested for the
                 difference of each to the one before, so that none is reserved for a group that cannot use it.
         """
-        nodes = {(each, bundle): node for each in self._placed for bundle, node in _nodes_of(each).items()}
+        nodes: dict[int, str] = placement_group_table(self._placement)["bundles_to_node_id"]
         count = Counter(nodes.values())
-        order = sorted(nodes, key=lambda place: (-count[nodes[place]], nodes[place]))[: self.size]
+        bundles = sorted(nodes, key=lambda bundle: (-count[nodes[bundle]], nodes[bundle]))
         options = {name: value for name, value in self.options.items() if name != "label_selector"}
-        self.workers = [PoolWorker.start(options, place) for place in order]
-        for worker, place in zip(self.workers, order, strict=True):
-            worker.node = nodes[place]
+        for bundle in bundles:
+            self.workers.append(PoolWorker.start(options, (self._placement, bundle)))
+            self.workers[-1].node = nodes[bundle]
         steps = [after - before for before, after in pairwise((self.size, *larger))]
         self._more = {self._reserve(step): step for step in steps}
-
-    def grow(self, size: int) -> None:
-        """Kill the actors, and make this a group of `size` ranks, at most `possible`, which can be started again."""
-        for worker in self.workers:
-            worker.stop()
-        waiting = [each for each in self._more if not _is_placed(each)]
-        self._placed += [each for each in self._more if each not in waiting]
-        self.size, self.workers, self._more = size, [], {}
-        for placement in waiting:
-            remove_placement_group(placement)
 
     def stop(self) -> None:
         """Kill the actors and free all resources."""
         for worker in self.workers:
             worker.stop()
-        for placement in (*self._placed, *self._more):
+        for placement in (self._placement, *self._more):
             remove_placement_group(placement)
 
 
 def _is_placed(placement: PlacementGroup) -> bool:
     # placement.wait(0) would return False whenever the answer takes time, even if the resources are reserved.
     return bool(placement_group_table(placement).get("state") == "CREATED")
-
-
-def _nodes_of(placement: PlacementGroup) -> dict[int, str]:
-    """Index of each bundle -> identifier of its node."""
-    return dict(placement_group_table(placement)["bundles_to_node_id"])

@@ -86,9 +86,6 @@ class Group:
         self.larger = larger
         self.workers = [Worker(self.options, self._clock, node) for node in self.nodes[: self.size]]
 
-    def grow(self, size: int) -> None:
-        self.size = size
-
     def stop(self) -> None:
         self.is_stopped = True
 

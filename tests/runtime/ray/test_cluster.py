@@ -248,6 +248,8 @@ def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypa
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
     with pytest.raises(ClusterError, match=r"within 0\.05 s\. .* Set cluster\.gpus_per_worker to 1, or to 0 for CPUs"):
         with_gpus(ClusterConfig(wait_for_nodes=0.05))
+    with pytest.raises(ClusterError, match=r"Set cluster\.light\.gpus_per_worker to 1"):
+        with_gpus(ClusterConfig(wait_for_nodes=0.05, gpus_per_worker=1.0, light=WorkerShape()))
     monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: pytest.fail("it waits"))
     for settings in ({"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.0}, {"device": "cpu"}):
         with_gpus(ClusterConfig(wait_for_nodes=0.05, **settings))
@@ -318,7 +320,7 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     nodes.require(2)
     with pytest.raises(ClusterError, match=r"3 workers .* do not fit: nodes with the chosen labels have 2 CPU"):
         nodes.require(3)
-    assert "has 1 node that can hold 2 workers. Other jobs use its CPUs" in str(nodes.not_enough(1))
+    assert "1 node can hold 2. Other jobs use their CPUs" in str(nodes.not_enough(1))
     found[1] = node("small", {"tier": "tiny"}, CPU=2.0)
     nodes = ray_cluster.Nodes(ClusterConfig(labels={"tier": "small"}))
     lacking = "no node has the labels of cluster.labels (tier: small)"
@@ -328,7 +330,8 @@ def test_only_nodes_with_the_labels_hold_workers(monkeypatch: pytest.MonkeyPatch
     nodes, light = both(ClusterConfig(labels={"tier": "tiny"}, light=WorkerShape(labels={"tier": "small"})))
     assert "can hold 2, if nobody" in nodes.waiting(1, 60.0)
     assert "no node has the labels of cluster.light.labels" in light.waiting(1, 60.0)
-    assert "can hold 2 workers. Other jobs use" in str(nodes.not_enough(1))
+    assert "can hold 2. Other jobs use" in str(nodes.not_enough(1))
+    assert "1 node can hold 2. Nodes were lost or have not started" in str(nodes.not_enough(3))
     assert "No node has the labels of cluster.light.labels" in str(light.not_enough(1))
     assert (nodes.elsewhere({"large"}) > 0, light.elsewhere({"large"}) > 0) == (True, False)
     nodes, light = both(ClusterConfig(light=WorkerShape(labels={"tier": "small"})))

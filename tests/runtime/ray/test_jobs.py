@@ -571,3 +571,13 @@ def test_a_jobs_message_is_a_line() -> None:
     pip = "runtime_env setup failed: No.\nTraceback\n    ERROR: No version of a==9\n    ERROR: No a==9 at https://me:x@host\n"
     details = JobDetails(type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", message=pip)
     assert _job(details).message == "runtime_env setup failed: No (No a==9 at https://USER:PASSWORD@host)"
+
+
+def test_no_message_about_a_job_has_a_value_of_its_environment() -> None:
+    """Values that a command was given with --env are hidden in a job's message and in a refusal of Ray."""
+    from datm_ray.runtime.ray.jobs import _message, _refusal
+
+    logs.hide(["no-line-shows-this"])
+    text = "cannot start with API=no-line-shows-this\nERROR: no index at no-line-shows-this"
+    assert _message(text) == "cannot start with API=*** (no index at ***)"
+    assert _refusal(RuntimeError(text)) == "cannot start with API=***"
