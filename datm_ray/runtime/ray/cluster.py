@@ -334,7 +334,7 @@ class Nodes:
         a limit to these nodes, the running ones count.
         """
         most, kinds = self.most(), [fitting(each.resources, self._cluster) for each in self._kinds]
-        workers = self._cluster.workers or max(1, self.capacity() if math.isinf(most) else int(most))
+        workers = self._cluster.workers or max(1, self.capacity(), 0 if math.isinf(most) else int(most))
         largest = max([1, *self.fits().values(), *kinds])
         return workers, min(workers, largest)
 

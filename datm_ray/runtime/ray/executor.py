@@ -391,8 +391,9 @@ class _Stage:
         """
         sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
         bad = self._avoided(job, job.sizes[-1]) if job.history.without_progress > 1 else set[str]()
-        good = int(min(free, left, self._nodes.elsewhere(bad)))
-        return size_for(sizes, good) or size_for(sizes, min(free, left)) or size_for(sizes, left)
+        now = min(free, left)
+        good = int(min(now, self._nodes.elsewhere(bad))) if bad else now
+        return size_for(sizes, good) or size_for(sizes, now) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
         """Start groups whose resources are reserved. Each check is a call to Ray's head for every waiting group."""
