@@ -38,6 +38,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. Our actors hide the GPUs themselves.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+_log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
 PROBE_TIMEOUT = 2.0
@@ -48,7 +50,6 @@ SHORT_WAIT = 60.0
 """Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
-_log = logging.getLogger(__name__)
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
 _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
 
