@@ -374,7 +374,11 @@ BUSY = TransientStoreError("Cannot write s3://bucket/set", "The server does not 
             "RuntimeError: CUDA error: uncorrectable ECC error encountered",
             r"^broken lost its worker 2 times .* CUDA error: uncorrectable ECC error",
         ),
-        (BUSY, "Cannot write s3://bucket/set", r"^Cannot write s3://bucket/set\. The server does not answer \(503\)"),
+        (
+            BUSY,
+            "Cannot write s3://bucket/set: The server does not answer (503)",
+            r"^Cannot write s3://bucket/set\. The server does not answer \(503\)",
+        ),
     ],
     ids=["GPU", "store"],
 )

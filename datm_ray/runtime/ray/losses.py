@@ -48,6 +48,8 @@ def may_be_the_nodes(failure: DatmError) -> bool:
 
 def reason(failure: BaseException) -> str:
     """Describe in one line why a worker was lost, without Ray's identifiers."""
+    if isinstance(failure, StoreError) and failure.cause:
+        return f"{failure.fact}: {failure.cause}"
     if isinstance(failure, DatmError):
         return failure.fact
     if isinstance(failure, ActorUnavailableError):
