@@ -238,11 +238,11 @@ def add(found: dict[str, Row], name: str, pipeline: Pipeline, configs: Sequence[
         configs: a run for each distillation, all with as many kept epochs.
     """
     about = summaries(pipeline.out, configs)
-    labels, images = about[0].stored, load((about[0].folder / SYNTHETIC).uri)
-    assert labels is not None  # all sets are made
-    assert labels.labels is not None  # and labelled
-    sizes = {"hard": images.labels.nbytes, "one soft label": images.soft_labels.nbytes, EVERY: labels.labels}
-    row = found.setdefault(name, Row(labels.images // (PIXEL if name in WHOLE else 1)))
+    stored, made = about[0].stored, load((about[0].folder / SYNTHETIC).uri)
+    assert stored is not None  # all sets are made
+    assert stored.labels is not None  # and labelled
+    sizes = {"hard": made.labels.nbytes, "one soft label": made.soft_labels.nbytes, EVERY: stored.labels}
+    row = found.setdefault(name, Row(stored.images // (PIXEL if name in WHOLE else 1)))
     row.hours = row.hours or hours(about)
     shown = [(name, LABELS)]
     if name == next(iter(METHODS)):
@@ -250,7 +250,7 @@ def add(found: dict[str, Row], name: str, pipeline: Pipeline, configs: Sequence[
     if name == "DATM":
         shown.append((OF_EXPERTS, {"one soft label": OF_RANDOM["one soft label"]}))
     for title, rows in shown:
-        row = found.setdefault(title, Row(labels.images // PIXEL))
+        row = found.setdefault(title, Row(stored.images // PIXEL))
         for label, own in rows.items():
             if scores := measured(pipeline, configs, own):
                 column = column_of(label, configs[0])

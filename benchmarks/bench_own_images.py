@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from facts import common_facts, going, head, result_path, save
+from facts import common_facts, going, head, result_path, save, write_whole
 from PIL import Image
 from program import options, settled, start
 from tables import table
@@ -105,9 +105,7 @@ def timed(words: Sequence[str], place: Path) -> float:
         while code is None:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(EVERY)
-            unfinished = place.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(before + time.monotonic() - began))
-            os.replace(unfinished, place)
+            write_whole(place, before + time.monotonic() - began)
     if code:
         raise subprocess.CalledProcessError(code, list(words))
     return float(json.loads(place.read_text()))

@@ -56,10 +56,10 @@ def going(runs: Path) -> Iterator[None]:
     goes = _read_goes(runs)
     goes.append({"commit": commit(), "began": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "seconds": None})
     started = time.monotonic()
-    _write_goes(runs, goes)
+    write_whole(runs / GOES, goes)
     yield
     goes[-1]["seconds"] = round(time.monotonic() - started)
-    _write_goes(runs, goes)
+    write_whole(runs / GOES, goes)
 
 
 def _read_goes(runs: Path) -> list[dict[str, Any]]:
@@ -68,10 +68,11 @@ def _read_goes(runs: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write_goes(runs: Path, goes: Sequence[Mapping[str, Any]]) -> None:
-    unfinished = runs / f"{GOES}.unfinished"
-    unfinished.write_text(json.dumps(goes, indent=1) + "\n")
-    os.replace(unfinished, runs / GOES)
+def write_whole(place: Path, content: Any) -> None:
+    """Write a JSON file that is never seen half written."""
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, place)
 
 
 def _goes(runs: Path) -> dict[str, str]:

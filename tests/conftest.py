@@ -171,8 +171,7 @@ def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
     patch.setattr(loop, "trainer", functools.cache(loop.trainer.__wrapped__))
     patch.setattr(validation, "trainer", loop.trainer)
-    for name in ("_are_together", "_is_unstackable"):
-        patch.setattr(rows, name, functools.cache(getattr(rows, name).__wrapped__))
+    patch.setattr(rows, "_gains_and_stacks", functools.cache(rows._gains_and_stacks.__wrapped__))
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:

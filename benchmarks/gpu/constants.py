@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ import torch
 from facts import status
 from published_matching import make_problem
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.training.loop import predict_logits
-from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.planning.machines import FORWARD_PASSES, SPEED
 from gpu.machine import Machine, measured
 from gpu.networks import epochs_of
 from gpu.sections import Clock, Row, Section, tried
+from gpu.steps import ours, shapes
 
 
 def assumed(module: str, name: str) -> Any:
@@ -39,61 +39,32 @@ def assumed(module: str, name: str) -> Any:
         return ""
 
 
-def spec_of(machine: Machine) -> NetworkSpec:
-    """The network of section 3's first shape."""
-    if machine.small:
-        return NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
-    return NetworkSpec(channels=3, size=(32, 32), classes=10)
-
-
-def speed(machine: Machine) -> float:
-    """FLOP/s of student steps, as `FORWARD_PASSES` counts them."""
-    batch, steps, spec = (8, 2, spec_of(machine)) if machine.small else (100, 10, spec_of(machine))
-    problem = make_problem(spec, batch, steps, device=machine.device, strategy=PUBLISHED_AUGMENTATION)
-    functions = StudentStepFunctions(problem.network, machine.options())
-
-    def gradient() -> object:
-        steps = problem.steps
-        return matching_gradient(functions, problem.start, problem.target, problem.synthetic, steps, chunk=batch)
-
-    seconds = measured(gradient, machine.device, 1 if machine.small else 5).median
-    flop = image_cost(problem.network.module, (spec.channels, *spec.size)).flop
-    return FORWARD_PASSES["matching"] * flop * batch * steps / seconds
-
-
 class _Speeds:
     """The speed of student steps, measured once, and what follows from it."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine, self._speed = machine, 0.0
+        self._machine = machine
 
+    @cached_property
     def of_steps(self) -> float:
-        self._speed = self._speed or speed(self._machine)
-        return self._speed
+        """FLOP/s of student steps, as `FORWARD_PASSES` counts them."""
+        machine, shape = self._machine, shapes(self._machine)[0]
+        spec, batch, count = shape.spec, shape.batch, min(shape.steps, 10)
+        problem = make_problem(spec, batch, count, device=machine.device, strategy=PUBLISHED_AUGMENTATION)
+        call = partial(ours, problem, StudentStepFunctions(problem.network, machine.options()), batch)
+        seconds = measured(call, machine.device, 1 if machine.small else 5).median
+        flop = image_cost(problem.network.module, (spec.channels, *spec.size)).flop
+        return FORWARD_PASSES["matching"] * flop * batch * count / seconds
 
-    def against_a_core(self) -> float:
-        return self.of_steps() / SPEED["core"]
-
-    def passes_of_training(self) -> float:
-        """Training of a scored network, in forward passes at the speed of student steps."""
+    def passes(self, kind: str) -> float:
+        """Time of an image's work of this kind, in forward passes at the speed of student steps."""
         machine = self._machine
         with machine.as_in_a_run():
             training, epochs = epochs_of(machine, 10, 1)
-            seconds = measured(partial(next, epochs), machine.device, 2 if machine.small else 20).median
-        return self._passes(training.network, training.images, seconds)
-
-    def passes_of_scoring(self) -> float:
-        """Scoring of images, in forward passes at the speed of student steps."""
-        machine = self._machine
-        with machine.as_in_a_run():
-            training, _ = epochs_of(machine, 10, 1)
-            call = partial(predict_logits, training.network, training.images)
-            seconds = measured(call, machine.device, 2 if machine.small else 20).median
-        return self._passes(training.network, training.images, seconds)
-
-    def _passes(self, network: torch.nn.Module, images: Any, seconds: float) -> float:
-        flop = image_cost(network, tuple(images.shape[1:])).flop * len(images)
-        return seconds * self.of_steps() / flop
+            network, images = training.network, training.images
+            calls = {"training": partial(next, epochs), "scoring": partial(predict_logits, network, images)}
+            seconds = measured(calls[kind], machine.device, 2 if machine.small else 20).median
+        return seconds * self.of_steps / (image_cost(network, tuple(images.shape[1:])).flop * len(images))
 
 
 def context() -> dict[str, float]:
@@ -139,11 +110,11 @@ def row(constant: str, where: str, value: Any, measure: Callable[[], float]) -> 
 def measure(machine: Machine, _: Clock) -> Iterator[Row]:
     """Measure what plans assume."""
     found, machines = _Speeds(machine), "planning/machines.py"
-    yield row('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], found.of_steps)
+    yield row('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], lambda: found.of_steps)
     gpu_speed = assumed("stages.methods.recovery", "GPU_SPEED")
-    yield row("GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, found.against_a_core)
-    for kind, work in (("training", found.passes_of_training), ("scoring", found.passes_of_scoring)):
-        yield row(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], work)
+    yield row("GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, lambda: found.of_steps / SPEED["core"])
+    for kind in ("training", "scoring"):
+        yield row(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], partial(found.passes, kind))
     if machine.device == "cuda":
         sizes = context()
         for constant, where, key in (

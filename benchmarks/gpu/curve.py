@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import PROTOCOLS, Trainer, Training, accuracy, predict_logits
+from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, predict_logits, trainer
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
@@ -167,15 +166,9 @@ def scored(machine: Machine, images: Images, recipe: Recipe, held: SyntheticSet,
         )
         for seed in range(networks)
     ]
-    for _ in trainer_of(machine).train_all(trainings):
+    for _ in trainer(compile_=machine.compiled, channels_last=machine.channels_last).train_all(trainings):
         pass
     return [100 * accuracy(each.network, images.test, images.test_labels) for each in trainings]
-
-
-@functools.cache
-def trainer_of(machine: Machine) -> Trainer:
-    """The only trainer, which keeps what it has compiled."""
-    return Trainer(compile_=machine.compiled, channels_last=machine.channels_last)
 
 
 def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor, clock: Clock) -> Iterator[Row]:

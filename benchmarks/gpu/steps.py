@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,8 +140,7 @@ class _Measurer:
             compiling, _ = timed(prepare, self.machine.device)
         except Exception as failure:  # a failing compiler must not hide the uncompiled rows
             yield {**row, "method": name, "failed": in_a_line(failure)}
-            options = self.machine.options(**{**changes, "compiled": False})
-            functions, compiling = self.functions(options), 0.0
+            functions, compiling = self.functions(replace(options, compiled=False)), 0.0
         if not functions._compiled:
             name = f"{name}, uncompiled {functions.note}".rstrip()
         call = functools.partial(ours, self.problem, functions, shape.chunk)

@@ -49,8 +49,6 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     values = {"name": plain_name(Path(path).stem), **load_sections(path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
-    _keep_former_recovery(values)
-    _state_what_metadd_saw(values)
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -125,8 +123,6 @@ def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
             _assign(values, new.split("."), keys.pop(field), origin)
     if isinstance(values.get("distill"), dict) and values.keys() >= _SAVED:
         values["distill"].setdefault("gradient_limit", None)
-    _keep_former_recovery(values)
-    _state_what_metadd_saw(values)
     return values
 
 
@@ -153,6 +149,8 @@ def _read_sections(text: str, origin: str) -> dict[str, Any]:
     values = _read_yaml(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} holds no configuration", remedy="compare with `datm-ray recipe show`")
+    _keep_former_recovery(values)
+    _state_what_metadd_saw(values)
     return values
 
 

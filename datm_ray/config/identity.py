@@ -42,12 +42,17 @@ SCORING_KEYS = (
 """Keys of `evaluate` that affect how networks are scored, but not the set."""
 
 
+def _is_packaged(config: RunConfig) -> bool:
+    """True if the run's method comes with the package, False for one of the user's own."""
+    return config.method in {*UNREAD_BY_MATCHING, *READ_OF_DISTILL}
+
+
 def unread_keys(config: RunConfig) -> list[str]:
     """Keys of `distill`, such as `distill.threshold`, and whole sections that the run's method does not read.
 
     Empty for a method of the user's own, which may read any key.
     """
-    if config.method not in {*UNREAD_BY_MATCHING, *READ_OF_DISTILL}:
+    if not _is_packaged(config):
         return []
     read = keys_read_of_distill(config.method)
     unread = [f"distill.{name}" for name in DistillConfig.model_fields if name not in read]
@@ -119,8 +124,7 @@ def _meta_networks_see_what_they_saw(config: RunConfig) -> bool:
     assert config.metadd is not None
     if config.method == "sre2l":
         return config.metadd.augmented
-    is_packaged = config.method in {*UNREAD_BY_MATCHING, *READ_OF_DISTILL}
-    return not config.metadd.augmented or (is_packaged and not config.distill.augmentation)
+    return not config.metadd.augmented or (_is_packaged(config) and not config.distill.augmentation)
 
 
 def _without(usual: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class MetaDD:
             ConfigError: a network has no feature maps, or the networks have different numbers of classes.
         """
         largest = _largest(labels)
-        each = [_evidence(network, images, labels, largest) for network in self._networks.values()]
+        each = [evidence(network, images, labels, largest) for network in self._networks.values()]
         _require_one_label_set([one.logits for one in each])
         together = Evidence(torch.stack([one.maps for one in each]), torch.stack([one.logits for one in each]))
         return meta_loss(together, labels, self.options)
@@ -149,7 +149,7 @@ class MetaDD:
             rows = slice(first, first + chunk)
             part, own = images[rows].detach().requires_grad_(), labels[rows]
             seen = augment_each(part, augmentations[rows]) if augmentations else part
-            here = {index: _evidence(network, seen, own, largest) for index, network in self._networks.items()}
+            here = {index: evidence(network, seen, own, largest) for index, network in self._networks.items()}
             together = _gathered(here, part, networks or len(self._networks), classes, all_sum)
             loss = meta_loss(together, own, self.options)
             losses.append(_values(loss) * len(part))
@@ -174,7 +174,7 @@ class MetaDD:
         parts, largest = list[Evidence](), classes - 1 if classes else _largest(labels)
         for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
             raw = part.detach()
-            here = {index: _values_of(_evidence(each, raw, own, largest)) for index, each in self._networks.items()}
+            here = {index: _values_of(evidence(each, raw, own, largest)) for index, each in self._networks.items()}
             parts.append(_gathered(here, part, networks or len(self._networks), classes, all_sum))
         return Evidence(torch.cat([part.maps for part in parts], 1), torch.cat([part.logits for part in parts], 1))
 
@@ -197,7 +197,7 @@ def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, class
     return Evidence(maps, logits)
 
 
-def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
+def evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int | None = None) -> Evidence:
     """Compute one network's class activation maps [b h w] and logits [b k] for images [b c h w] of classes [b].
 
     This is Grad-CAM. The weight of each last feature map is the derivative of the class's logit, summed over the map's
@@ -205,18 +205,19 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     result is the original class activation map. A transformer's maps are its tokens. The result is differentiable to
     any order.
 
+    Args:
+        network: the network, in evaluation mode.
+        images: images that it sees.
+        labels: their classes.
+        largest: largest of the labels, with which the CPU need not wait for a GPU; `None` reads it.
+
     Raises:
         ConfigError: the network has no feature maps, or a label is no class of it.
     """
-    return _evidence(network, images, labels, _largest(labels))
-
-
-def _evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int) -> Evidence:
-    """Compute what `evidence` does, with the largest of the labels given."""
     with torch.enable_grad():
         looked_at = images if images.requires_grad else images.detach().requires_grad_()
         maps, logits = spatial_features(network, looked_at)
-        _require_usable(network, maps, logits, largest)
+        _require_usable(network, maps, logits, _largest(labels) if largest is None else largest)
         score = logits.gather(1, labels[:, None]).sum()
         (derivative,) = torch.autograd.grad(score, maps, create_graph=True, materialize_grads=True)
         weighted = (maps * derivative.sum(dim=(2, 3), keepdim=True)).sum(dim=1, keepdim=True)

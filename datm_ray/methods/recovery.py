@@ -74,11 +74,12 @@ class View:
         with tf32_products(False, images.device):  # weights of 10 bits would blur and move the images
             return (rows.roll(self.shift[0], 0) @ images) @ columns.roll(self.shift[1], 0).T
 
-    def pull_back(self, seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
-        """Turn a gradient [n c h w] in `seen`, the view `of` images [n c h w], into one in the images."""
-        with tf32_products(False, gradient.device):
-            (found,) = torch.autograd.grad(seen, images, gradient)
-        return found
+
+def pulled_back(seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
+    """Turn a gradient [n c h w] in `seen`, a view of images [n c h w], into one in the images."""
+    with tf32_products(False, gradient.device):
+        (found,) = torch.autograd.grad(seen, images, gradient)
+    return found
 
 
 def crop_matrix(first: float, share: float, side: int) -> Tensor:
@@ -192,10 +193,11 @@ class _Networks(nn.Module):
 
     def __init__(self, teacher: nn.Module, options: RecoverConfig, others: Sequence[nn.Module]) -> None:
         super().__init__()
-        counted = {"teacher": [teacher], "auxiliaries": [*others], "all": [teacher, *others]}[options.statistics_of]
-        self.networks = nn.ModuleList(map(copy.deepcopy, counted if counted[0] is teacher else [teacher, *counted]))
+        beside = [] if options.statistics_of == "teacher" else others
+        self.networks = nn.ModuleList(map(copy.deepcopy, [teacher, *beside]))
         self.eval().requires_grad_(False)
-        self._first_layer, self._first_counted = options.first_layer, len(self.networks) - len(counted)
+        self._first_layer = options.first_layer
+        self._first_counted = int(options.statistics_of == "auxiliaries")  # else the teacher counts too
         self._gaps: list[Tensor] = []
         for network in self.networks[self._first_counted :]:
             layers = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]

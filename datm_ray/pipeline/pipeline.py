@@ -465,13 +465,14 @@ class Pipeline:
         self._label(executor, reporter)
 
         def open_tasks(runs: Runs) -> list[Task]:
-            return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.light_workers)
+            found = tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.light_workers)
+            self._tell_unstackable(found, reporter)
+            return found
 
         def following(task: Task) -> list[Task]:
             self._report_row(task, reporter)
             return []
 
-        self._tell_unstackable(open_tasks(self.runs), reporter)
         self._run("Evaluation", "evaluate", open_tasks, executor, reporter, following)
         folders = {
             result_location(self.out, config, self.runs.raw(config).fingerprint, row, 0, network).parent

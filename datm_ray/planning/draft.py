@@ -117,14 +117,14 @@ class Draft:
 
     def fits(self, values: dict[str, Any]) -> bool:
         """True if the workers of the recipe with these values have enough memory. Values: see `config`."""
-        return bool(self._fitting(values, [self.values.get("cluster.shards", 1)]))
+        return bool(self._fitting(values, [values["cluster.shards"]]))
 
     def _fitting(self, values: dict[str, Any], shards: Iterable[int]) -> dict[int, Proposal]:
         """Number of shards -> plan, for the given numbers whose workers have enough memory."""
         found = {}
         for number in dict.fromkeys(shards):
             with suppress(ConfigError):
-                found[number] = self.plan(self.config({"cluster.shards": number, **values}))
+                found[number] = self.plan(self.config(values | {"cluster.shards": number}))
         return found
 
     def layout(self, values: dict[str, Any]) -> tuple[int, int]:

@@ -219,8 +219,11 @@ def _recipe(run: Run) -> str:
 
 def provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs (name, value) of a set's provenance in words, without the values that were found for its recipe."""
-    names = {key: key.replace("student_steps", "computed").replace("_", " ") for key in provenance if key != FOUND}
-    return [(name, _in_words(provenance[key])) for key, name in names.items()]
+    return [
+        (key.replace("student_steps", "computed").replace("_", " "), _in_words(value))
+        for key, value in provenance.items()
+        if key != FOUND
+    ]
 
 
 def _in_words(value: Any) -> str:

@@ -56,9 +56,14 @@ class RunSummary:
     """Folder of the labels that the set is scored with; None if they are not stored."""
 
     @cached_property
+    def synthetic(self) -> Artifact | None:
+        """The finished set; `None` before there is one."""
+        return _artifact(self.folder / SYNTHETIC)
+
+    @cached_property
     def stored(self) -> SetBytes | None:
         """Bytes of the finished set and of its labels; `None` before there is a set."""
-        return set_bytes(self.config, self.folder, self.labels)
+        return set_bytes(self.config, self.synthetic, self.labels) if self.synthetic else None
 
     @property
     def follows_experts(self) -> bool:
@@ -209,7 +214,7 @@ def read_run(summary: RunSummary) -> Run:
     history = read_curves(folder) if (folder / CHECKPOINT).exists() else None
     if history is not None and not len(history["history.iteration"]):
         history = None
-    return Run(summary, _artifact(folder / INITIAL), _artifact(folder / SYNTHETIC), history, _maps(folder / MAPS))
+    return Run(summary, _artifact(folder / INITIAL), summary.synthetic, history, _maps(folder / MAPS))
 
 
 def _maps(place: Location) -> Maps | None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from datm_ray.artifact import Artifact, read_artifact
+from datm_ray.artifact import Artifact
 from datm_ray.config import RunConfig
 from datm_ray.core.synthetic import hard_logits
-from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.labels import kept_labels
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.labels import LabelStore
@@ -23,20 +22,17 @@ class SetBytes:
     """Bytes of the images in the type in which the set's file has them, 32-bit floats."""
     labels: int | None
     """Bytes of the labels: one class or k logits for each image, or the files of a label store. `None` if a teacher
-    labels every batch, so that its network is needed and no labels are kept."""
+    labels every batch, so that no labels are kept, or if stored labels are not made yet."""
 
 
-def set_bytes(config: RunConfig, folder: Location, labels: Location | None) -> SetBytes | None:
-    """Bytes of a run's finished set and of the labels that score it; `None` before there is a set.
+def set_bytes(config: RunConfig, artifact: Artifact, labels: Location | None) -> SetBytes:
+    """Bytes of a run's finished set and of the labels that score it.
 
     Args:
         config: recipe of the run.
-        folder: folder of the run.
+        artifact: the set.
         labels: folder of the label store; `None` if no labels are stored.
     """
-    if not (folder / SYNTHETIC).exists():
-        return None
-    artifact = read_artifact(folder / SYNTHETIC)
     if not config.evaluate.has_teacher:
         return SetBytes(artifact.images.nbytes, _own_labels(artifact))
     stored = None if labels is None else LabelStore(labels, keep=kept_labels(config)).nbytes

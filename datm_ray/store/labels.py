@@ -264,6 +264,7 @@ class LabelStore:
             # If two commands with different numbers do this at once, the smaller may win. Epochs stay, and the larger
             # is written again by whoever next asks for it.
             store._write_info(grown, replace=True)
+        store.info = replace(grown, keep=info.keep)  # what the property would read again
         return store
 
     def _write_info(self, info: LabelInfo, *, replace: bool) -> None:
@@ -323,7 +324,7 @@ class LabelStore:
             return _info_from_json(metadata["info"])
 
     def epochs(self) -> list[int]:
-        """Numbers of the stored epochs, sorted. Epochs that are still being written are left out."""
+        """Numbers of the stored epochs, sorted, also of those beyond `keep`. Unfinished ones are left out."""
         matches = (_EPOCH_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
 
@@ -334,9 +335,10 @@ class LabelStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all files that the store holds now, from one listing; with `keep`, of those that are used."""
-        sizes, used = self.location.sizes(), None if self._keep is None else set(map(_file_of, range(self._keep)))
-        epochs = [name for name in sizes if _EPOCH_FILE.fullmatch(name) and (used is None or name in used)]
-        return sum(sizes[name] for name in epochs) + sizes.get(INFO_FILE, 0)
+        sizes = self.location.sizes()
+        epochs = {name: int(match[1]) for name in sizes if (match := _EPOCH_FILE.fullmatch(name))}
+        used = [name for name, epoch in epochs.items() if self._keep is None or epoch < self._keep]
+        return sum(sizes[name] for name in used) + sizes.get(INFO_FILE, 0)
 
     def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
         """Store one epoch atomically; never replace a stored one. Returns True if this call stored it.
@@ -427,12 +429,7 @@ class LabelStore:
     def _file(self, epoch: int) -> Location:
         if not 0 <= epoch < self.info.keep:
             raise ValueError(f"epochs are numbered from 0 to {self.info.keep - 1}, not {epoch}")
-        return self.location / _file_of(epoch)
-
-
-def _file_of(epoch: int) -> str:
-    """Name of the file of an epoch, a number from 0."""
-    return f"epoch-{epoch:05d}.arrow"
+        return self.location / f"epoch-{epoch:05d}.arrow"
 
 
 class _Recent(Generic[K, T]):
@@ -563,7 +560,7 @@ def _records(batch: pa.RecordBatch, count: int, info: LabelInfo) -> LabelRecords
 
 
 def _info_from_json(content: Mapping[str, Any]) -> LabelInfo:
-    """Facts from `LabelInfo.to_json`. Other content raises KeyError, TypeError or ValueError."""
+    """Inverse of `LabelInfo.to_json`. Other content raises KeyError, TypeError or ValueError."""
     info = LabelInfo(**{**content, "size": tuple(content["size"])})
     height, width = info.size
     whole = (info.images, info.classes, height, width, info.epochs, info.keep, info.seed, info.top or 0)

@@ -193,7 +193,7 @@ def test_an_iteration_is_measured_as_in_a_run_and_with_what_it_may_change(
 
 
 def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation and the curve train a stack of networks together, and evaluation one alone beside it."""
+    """Evaluation trains a stack of networks together, and one alone beside it."""
     stacks: list[int] = []
     original = bench.networks.train_together
 
@@ -206,7 +206,6 @@ def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkey
     rows = list(bench.networks.evaluation(machine, bench.sections.Clock.of(60.0)))
     assert [(row["together"], "failed" in row) for row in rows] == [(2, False), (1, False)]
     assert stacks == [2]
-    assert not hasattr(bench.curve, "train_to_end"), "the curve scores by a run's trainer"
 
 
 def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace) -> None:

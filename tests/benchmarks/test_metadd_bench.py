@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from datm_ray.config import NetworkConfig
 from datm_ray.monitor.spent import Spent
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.experts.train import EXPERTS_COST
@@ -71,7 +70,9 @@ def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["digits-ipc1", "digits-mtt-ipc10", "digits-dm-ipc10", "digits-sre2l-ipc10"])
-def test_a_recipes_method_is_the_host_and_has_its_rivals(bench: ModuleType, recipe: str, tmp_path: Path) -> None:
+def test_a_recipes_method_is_the_host_and_has_its_rivals(
+    bench: ModuleType, compare: ModuleType, recipe: str, tmp_path: Path
+) -> None:
     """Variants of every host are recipes that its method accepts; rivals have no term of MetaDD but cross-entropy.
 
     All variants with the usual number of auxiliaries have the same ones, and every auxiliary scores the sets.
@@ -87,8 +88,8 @@ def test_a_recipes_method_is_the_host_and_has_its_rivals(bench: ModuleType, reci
         if name == "without":
             assert config.metadd is None
             continue
-        scored = {bench_label(network) for network in config.evaluate.networks}
-        assert {bench_label(network) for network in config.metadd.auxiliaries} <= scored
+        scored = {compare.label(network) for network in config.evaluate.networks}
+        assert {compare.label(network) for network in config.metadd.auxiliaries} <= scored
         assert config.metadd.auxiliaries == usual or name.startswith("all-")
         assert config.recover.statistics_of == name.removeprefix("statistics-of-") or "statistics" not in name
     rival = runs["classes-of-several"].metadd
@@ -97,11 +98,6 @@ def test_a_recipes_method_is_the_host_and_has_its_rivals(bench: ModuleType, reci
     page = bench.heading(setting, {"seen": ["a"], "unseen": ["b"]}, 3, 2, learns="sre2l" not in recipe)
     assert page.startswith(f"Host: {setting.host}. Real digits")
     assert ("the learned one" in page) == ("sre2l" not in recipe)
-
-
-def bench_label(network: NetworkConfig) -> str:
-    """Label of a network in the tables."""
-    return str(sys.modules["metadd_compare"].label(network))
 
 
 def test_only_hosts_are_measured(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,6 @@ from datm_ray.core.metadd import (
     Evidence,
     MetaDD,
     MetaLoss,
-    _evidence,
     evidence,
     meta_feature_ratio,
     meta_features,
@@ -126,9 +125,9 @@ def test_the_gradient_in_parts_is_that_of_the_whole(
 
     def counted(network: nn.Module, images: Tensor, *rest: Any) -> Evidence:
         seen.append(len(images))
-        return _evidence(network, images, *rest)
+        return evidence(network, images, *rest)
 
-    monkeypatch.setattr("datm_ray.core.metadd._evidence", counted)
+    monkeypatch.setattr("datm_ray.core.metadd.evidence", counted)
     loss, gradient = metadd.gradient(images, labels, chunk=chunk)
     assert sum(seen) == 3 * len(images)
     assert float((gradient - exact).norm() / exact.norm()) < 1e-12

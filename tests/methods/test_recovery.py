@@ -178,25 +178,6 @@ def state_of(images: Tensor, iterations: int) -> Recovery:
     return Recovery(held, DistillConfig(iterations=iterations))
 
 
-def test_updates_equal_torchs_adam_with_a_cosine_and_a_clamp() -> None:
-    """Ten updates along the gradients of a quadratic are those of torch's Adam, kept within the pixels' bounds."""
-    target, (images, _) = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), some_images()
-    images, options = images.float(), RecoverConfig(learning_rate=0.25)
-    state, theirs = state_of(images, 10), images.clone().requires_grad_()
-    adam = torch.optim.Adam([theirs], lr=0.25, betas=(0.5, 0.9), eps=1e-8)
-    for step in range(10):
-        adam.param_groups[0]["lr"] = 0.25 * 0.5 * (1 + math.cos(math.pi * step / 10))
-        theirs.grad = 2 * (theirs.detach() - target)
-        gradient = 2 * (state.synthetic.images - target)
-        adam.step()
-        with torch.no_grad():
-            theirs.clamp_(-2, 2)
-        state.follow(gradient, torch.tensor(1.0), torch.tensor(0.5), options, BOUNDS)
-    torch.testing.assert_close(state.synthetic.images, theirs.detach(), rtol=1e-5, atol=1e-6)
-    assert [record.iteration for record in state.history] == list(range(10))
-    assert float(state.synthetic.images.abs().max()) <= 2
-
-
 def test_a_state_restored_in_the_middle_ends_with_the_same_bits() -> None:
     """Adam's moments, the first images and the round survive a checkpoint."""
     (images, _), options = some_images(), RecoverConfig(learning_rate=0.25, rounds=2, mixed_in=0.5)
@@ -217,41 +198,38 @@ def test_a_state_restored_in_the_middle_ends_with_the_same_bits() -> None:
         assert again.history == whole.history
 
 
-def test_between_rounds_the_first_images_are_mixed_in_and_adam_starts_anew() -> None:
-    """With two rounds of one iteration each, the second starts from the mean of first and recovered images."""
-    (images, _), options = some_images(), RecoverConfig(learning_rate=0.1, rounds=2, mixed_in=0.25)
-    state, first = state_of(images.float(), 2), images.float()
-    state.first_images = first.clone()
-    gradient = torch.ones_like(first)
-    state.follow(gradient, torch.tensor(1.0), torch.tensor(0.0), options, BOUNDS)
-    moved = (first - 0.1).clamp(-2, 2)  # Adam's first step has the learning rate's length
-    torch.testing.assert_close(state.synthetic.images, (0.75 * moved + 0.25 * first).clamp(-2, 2), rtol=0, atol=1e-5)
-    assert not state.moments
+@pytest.mark.parametrize(("rounds", "restarts", "rate"), [(1, "adam", 0.25), (3, "adam", 0.1), (3, "all", 0.1)])
+def test_rounds_equal_torchs_adam_started_anew_under_a_rate_of_the_whole_run(
+    rounds: int, restarts: str, rate: float
+) -> None:
+    """Twelve updates are those of torch's Adam with a cosine and a clamp.
 
-
-@pytest.mark.parametrize("restarts", ["adam", "all"])
-def test_rounds_equal_torchs_adam_started_anew_under_a_rate_of_the_whole_run(restarts: str) -> None:
-    """FADRM: each of three rounds has a new Adam, and the rate keeps falling; "all" starts the rate anew too."""
+    FADRM: each of three rounds has a new Adam and starts from a mixture, and the rate keeps falling; "all" starts the
+    rate anew too.
+    """
     target, (images, _) = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), some_images()
-    first = images.float()
-    options = RecoverConfig.model_validate({"learning_rate": 0.1, "rounds": 3, "mixed_in": 0.25, "restarts": restarts})
+    first, steps = images.float(), 12 // rounds
+    settings = {"learning_rate": rate, "rounds": rounds, "mixed_in": 0.25, "restarts": restarts}
+    options = RecoverConfig.model_validate(settings)
     state, theirs = state_of(first, 12), first.clone().requires_grad_()
     state.first_images = first.clone()
-    for number in range(3):
-        adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.5, 0.9), eps=1e-8)
-        for step in range(4):
-            along = step / 4 if restarts == "all" else (4 * number + step) / 12
-            adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * along))
+    for number in range(rounds):
+        adam = torch.optim.Adam([theirs], lr=rate, betas=(0.5, 0.9), eps=1e-8)
+        for step in range(steps):
+            along = step / steps if restarts == "all" else (steps * number + step) / 12
+            adam.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * along))
             theirs.grad = 2 * (theirs.detach() - target)
             gradient = 2 * (state.synthetic.images - target)
             adam.step()
             with torch.no_grad():
                 theirs.clamp_(-2, 2)
             state.follow(gradient, torch.tensor(1.0), torch.tensor(0.5), options, BOUNDS)
-        if number < 2:
+        if number < rounds - 1:
             with torch.no_grad():
                 theirs.copy_((0.75 * theirs + 0.25 * first).clamp(-2, 2))
     torch.testing.assert_close(state.synthetic.images, theirs.detach(), rtol=1e-5, atol=1e-6)
+    assert [record.iteration for record in state.history] == list(range(12))
+    assert float(state.synthetic.images.abs().max()) <= 2
 
 
 def test_values_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run() -> None:
@@ -296,16 +274,15 @@ class ProductsOf10Bits(TorchDispatchMode):
 
 def test_views_and_their_gradients_are_not_rounded_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """No product of a crop, or of its gradient, may use TF32, although a run allows it."""
-    if hasattr(recovery, "tf32_products"):  # set the flags as on a GPU
-        on_gpus = recovery.tf32_products
-        monkeypatch.setattr(recovery, "tf32_products", lambda allowed, device: on_gpus(allowed, torch.device("cuda")))
+    on_gpus = recovery.tf32_products
+    monkeypatch.setattr(recovery, "tf32_products", lambda allowed, device: on_gpus(allowed, torch.device("cuda")))
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     images = some_images()[0].float().requires_grad_()
     view = View((0.1, 0.25, 0.6, 0.5), True, (1, -2))
     with ProductsOf10Bits() as counted:
         seen = view.of(images)
         forward = counted.products
-        gradient = view.pull_back(seen, images, torch.ones_like(seen))
+        gradient = recovery.pulled_back(seen, images, torch.ones_like(seen))
     assert forward >= 2
     assert counted.products >= forward + 2
     assert counted.rounded == 0

@@ -367,8 +367,8 @@ That is one millisecond, at 3e10 operations a second (`make bench-evaluate`: 10 
 COMPILED_WORK = 5e10
 """Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
 
-One CPU core takes about two seconds for this work, and four for the first compilation. The process keeps
-the compiled function for later rows and validations, so less than the time of compiling is asked for."""
+One CPU core takes about two seconds for this work, and five to ten for the first compilation (`make bench-evaluate`).
+The process keeps the compiled function for later rows and validations, so less than that is asked for."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
@@ -390,29 +390,6 @@ def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
     return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
 
 
-def are_trained_together(
-    network: nn.Module,
-    networks: int,
-    image: tuple[int, int, int],
-    count: int,
-    schedule: Schedule,
-    *,
-    is_taught: bool = False,
-    on_gpu: bool = False,
-) -> bool:
-    """True if several networks like this one are trained together, provided that torch.compile works, see `Trainer`.
-
-    Args:
-        networks: number of networks.
-        image: channels, height and width.
-        count: number of images that each network is trained on.
-        is_taught: True if a teacher gives the labels.
-        on_gpu: True if a GPU trains them.
-    """
-    taught = {"is_taught": is_taught, "on_gpu": on_gpu}
-    return can_be_stacked(network) and would_gain_together(network, networks, image, count, schedule, **taught)
-
-
 def would_gain_together(
     network: nn.Module,
     networks: int,
@@ -420,14 +397,19 @@ def would_gain_together(
     count: int,
     schedule: Schedule,
     *,
-    is_taught: bool = False,
     on_gpu: bool = False,
 ) -> bool:
-    """True if several networks like this one would be trained together if their architecture can be stacked.
+    """True if several networks like this one gain from being trained together, provided that it can be stacked.
 
-    Arguments: see `are_trained_together`.
+    torch.compile must work, and no teacher give the labels, see `Trainer`.
+
+    Args:
+        networks: number of networks.
+        image: channels, height and width.
+        count: number of images that each network is trained on.
+        on_gpu: True if a GPU trains them.
     """
-    if networks == 1 or is_taught or schedule.optimiser != "sgd":
+    if networks == 1 or schedule.optimiser != "sgd":
         return False
     cost = image_cost(network, image)
     maps = min(schedule.batch_size, count) * cost.largest
@@ -487,13 +469,13 @@ class Trainer:
         """
         first, sizes = trainings[0], [1] * len(trainings)
         count, *image = first.images.shape
-        if self._compile and are_trained_together(
+        may_stack = self._compile and lessons is None and can_be_stacked(first.network)
+        if may_stack and would_gain_together(
             first.network,
             len(trainings),
             (image[0], image[1], image[2]),
             count,
             first.schedule,
-            is_taught=lessons is not None,
             on_gpu=next(first.network.parameters()).is_cuda,
         ):
             self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note

@@ -41,8 +41,11 @@ class Measured:
     """Largest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
     least_loss: float = math.nan
     """Smallest mean loss of the step sizes that `find_step_size` tried; nan if one given step size was measured."""
-    is_best: bool = True
-    """False if `find_step_size` tried no step size whose loss is clearly below 1, so that none is best."""
+
+    @property
+    def is_best(self) -> bool:
+        """True if `find_step_size` tried a step size whose loss is clearly below 1; else none is best."""
+        return self.least_loss <= 1 - LEAST_FALL
 
     @property
     def loss(self) -> float:
@@ -99,11 +102,8 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float, bound:
         if left + right / 2 < 0:
             loss(best - best / 2 * (right / 4 - left) / (right / 2 + left))
     found = min(tried.values(), key=lambda each: each.loss)
-    least, is_best = found.loss, found.loss <= 1 - LEAST_FALL
-    if not is_best:
-        found = max((each for each in tried.values() if each.loss <= bound), key=_size, default=found)
-    return replace(found, least_tried=min(tried), most_tried=max(tried), least_loss=least, is_best=is_best)
-
-
-def _size(measured: Measured) -> float:
-    return measured.step_size
+    found = replace(found, least_loss=found.loss)
+    if not found.is_best:
+        bounded = [each for each in tried.values() if each.loss <= bound]
+        found = replace(max(bounded, key=lambda each: each.step_size, default=found), least_loss=found.loss)
+    return replace(found, least_tried=min(tried), most_tried=max(tried))

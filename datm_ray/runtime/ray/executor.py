@@ -54,6 +54,8 @@ EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks for stuck workers, for new log records and for nodes that end soon."""
+ABSENCE = 2 * CHECK_INTERVAL
+"""Longest normal time in seconds between two checks. What exceeds it, this process was suspended, as by Ctrl-Z."""
 LONGEST_DRAIN = 600.0
 """Longest time in seconds for which no one-worker task starts, so that a waiting group gets what running ones free."""
 ROOT_CAUSE_TIMEOUT = 3.0
@@ -302,9 +304,9 @@ class _Stage:
         yield from self._request_groups()
         waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
         if self._groups_are_due():
-            for job in [job for job in waiting if not self._is_apart(job)]:
-                job.waits_since = time.monotonic()
-                waiting.remove(job)
+            for job in waiting:
+                job.waits_since = job.waits_since if self._is_apart(job) else time.monotonic()
+            waiting = [job for job in waiting if self._is_apart(job)]
         free = self._free()
         for job in list(waiting):
             if not free:  # most of the time, with many tasks
@@ -520,7 +522,9 @@ class _Stage:
 
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
         """Handle the next item of a stream: an event, log records, or an error."""
-        rank, task, silence = job.streams[stream], job.task, time.monotonic() - job.heard
+        rank, task = job.streams[stream], job.task
+        # Time in which this process was suspended, as by Ctrl-Z, is no step.
+        silence = min(time.monotonic() - job.heard, job.silence + ABSENCE)
         try:
             event = ray.get(next(stream))
         except StopIteration:
@@ -636,9 +640,10 @@ class _Stage:
         If no stream ended with the error, the ranks that have not ended are the ones that hang. A rank that lost its
         peers is not the cause.
         """
-        ranks = list(job.streams.values()) if stream is None else [job.streams[stream]]
-        if stream is not None and isinstance(cause, PeerLostError):
-            ranks = []
+        if stream is None:
+            ranks = list(job.streams.values())
+        else:
+            ranks = [] if isinstance(cause, PeerLostError) else [job.streams[stream]]
         nodes = {job.workers[rank].node for rank in ranks}
         for node in nodes if not isinstance(cause, NodeDiedError) else ():
             self._executor.faults[node] += 1
@@ -676,7 +681,7 @@ class _Stage:
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:
-            passed, self._checked = min(now - self._checked, 2 * CHECK_INTERVAL), now
+            passed, self._checked = min(now - self._checked, ABSENCE), now
             for job in [job for job in self._jobs if job.workers]:
                 yield from self._check_workers(job, passed)
             self._leave_nodes(draining_nodes())

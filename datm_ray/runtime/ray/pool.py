@@ -133,8 +133,10 @@ def _take_gpus(gpus: Sequence[object]) -> None:
 
 def avoiding(options: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
     """Options of an actor, extended so that Ray places it on none of the nodes."""
+    if not nodes:
+        return {**options}
     labels = {**options.get("label_selector", {}), "ray.io/node-id": f"!in({','.join(sorted(nodes))})"}
-    return {**options, "label_selector": labels} if nodes else {**options}
+    return {**options, "label_selector": labels}
 
 
 @dataclass(eq=False)

@@ -72,7 +72,6 @@ from datm_ray.core.training.loop import (
     Schedule,
     Training,
     accuracy,
-    are_trained_together,
     stack_sizes,
     work_of_training,
     would_gain_together,
@@ -516,17 +515,8 @@ def largest_stack(
     Args:
         seeds: number of seeds in the task.
     """
-    count, schedule = training_of(config, row, network)
-    may_stack = config.cluster.compile and not is_taught(config, row)
-    on_gpu = uses_gpu(config.cluster.shaped(light=True))
-    is_stacked = may_stack and _are_together(spec, seeds * count, images, schedule, on_gpu)
-    return stack_sizes(seeds * count)[0] if is_stacked else 1
-
-
-@functools.lru_cache(maxsize=64)
-def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
-    image = (spec.channels, *spec.size)
-    return are_trained_together(build_network(spec, 0), networks, image, images, schedule, on_gpu=on_gpu)
+    networks, gains, stacks = _stacking(config, row, network, spec, images, seeds)
+    return stack_sizes(networks)[0] if gains and stacks else 1
 
 
 def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int) -> bool:
@@ -534,18 +524,27 @@ def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, s
 
     Arguments: see `seeds_of_tasks`.
     """
+    _, gains, stacks = _stacking(config, row, network, spec, images, config.evaluate.seeds)
+    return gains and not stacks
+
+
+def _stacking(
+    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
+) -> tuple[int, bool, bool]:
+    """Number of networks of so many seeds of a row, True if a stack would gain, and True if they can be stacked."""
     count, schedule = training_of(config, row, network)
-    networks, on_gpu = count * config.evaluate.seeds, uses_gpu(config.cluster.shaped(light=True))
-    may_stack = config.cluster.compile and not is_taught(config, row)
-    return may_stack and _is_unstackable(spec, networks, images, schedule, on_gpu)
+    if not config.cluster.compile or is_taught(config, row):
+        return seeds * count, False, False
+    on_gpu = uses_gpu(config.cluster.shaped(light=True))
+    return seeds * count, *_gains_and_stacks(spec, seeds * count, images, schedule, on_gpu)
 
 
 @functools.lru_cache(maxsize=64)
-def _is_unstackable(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
+def _gains_and_stacks(
+    spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool
+) -> tuple[bool, bool]:
     built, image = build_network(spec, 0), (spec.channels, *spec.size)
-    if can_be_stacked(built):
-        return False
-    return would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu)
+    return would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu), can_be_stacked(built)
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.config import RunConfig, unread_keys
+from datm_ray.config import RunConfig
+from datm_ray.config.sections import keys_read_of_distill
 from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
@@ -154,7 +155,11 @@ class Method:
                 f"backbones has further networks, and method {config.method} computes one",
                 remedy="leave them out, or set reads_backbones in its class",
             )
-        if config.distill.initial == "crops" and not cls.starts_from_crops and _reads(config, "initial"):
+        if (
+            config.distill.initial == "crops"
+            and not cls.starts_from_crops
+            and "initial" in keys_read_of_distill(config.method)
+        ):
             raise ConfigError(
                 f"distill.initial is 'crops', and method {config.method} starts from whole images or noise",
                 remedy="use correct, random or noise; sre2l can start from crops",
@@ -471,11 +476,6 @@ class Method:
 
     def close(self) -> None:
         """Release files and threads."""
-
-
-def _reads(config: RunConfig, name: str) -> bool:
-    """True if the run's method reads a key of `distill`."""
-    return f"distill.{name}" not in unread_keys(config)
 
 
 def _kind_of(value: bool | float | str) -> str:

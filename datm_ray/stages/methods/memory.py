@@ -43,9 +43,7 @@ FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
 META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
 """Bytes of all MetaDD networks' maps to which a CPU's worker fills a part of MetaDD's images, within these least and
-largest numbers of images. Measured on one core, milliseconds an image with 10, 20, 50 and 100 images: three networks
-of width 16 to 32 on 16x16 pixels 0.76, 0.53, 0.42, 0.42, and on 32x32 pixels 1.70, 1.42, 1.26, 1.39; five of width 128
-25.2, 24.1 and, with 40, 24.2."""
+largest numbers of images. Chosen by hand with small networks, which took about half as long in parts of 50 as of 10."""
 MEMORY_PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),

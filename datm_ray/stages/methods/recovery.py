@@ -18,7 +18,7 @@ from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
-from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
+from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view, pulled_back
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.runtime.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -230,7 +230,7 @@ class RecoveryFromTeacher(Method):
         sees_view = config.metadd is not None and config.metadd.augmented
         if meta is not None and sees_view:
             along = self._with_meta(along, meta, state, seen.detach())
-        gradient = view.pull_back(seen, images, along)
+        gradient = pulled_back(seen, images, along)
         if meta is not None and not sees_view:
             gradient = self._with_meta(gradient, meta, state, synthetic.images)
         state.follow(gradient, loss, statistics, config.recover, self._bounds)

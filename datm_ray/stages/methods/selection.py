@@ -124,15 +124,15 @@ class Selection(Method):
         Yields between steps. The task that joins the pieces may replace the labels, see `stages/pieces.py`.
         """
         config, device = self.part.config, self.part.device
-        rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self.piece.classes}
-        images = yield from self._condensed(rows) if config.select.by == "rded" else self._real(rows)
+        images = yield from self._condensed() if config.select.by == "rded" else self._real()
         labels = torch.tensor(self.piece.classes, device=device).repeat_interleave(config.distill.ipc)
         step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=device)
         return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
 
-    def _real(self, rows: Rows) -> Generator[None, None, Tensor]:
+    def _real(self) -> Generator[None, None, Tensor]:
         """Uncropped real images [n c h w] with the best scores, class by class; yields between scoring steps."""
-        settings = self.part.config.select
+        settings, seed = self.part.config.select, self.part.config.seed
+        rows = {label: drawn_order(self._rows_of(label), seed, label) for label in self.piece.classes}
         score: Callable[[Rows], Work] = {
             "moderate": self._moderate,
             "el2n": self._el2n,
@@ -169,10 +169,10 @@ class Selection(Method):
                 found[label] += forgetting_scores(np.stack(correct[label])) / count
         return found
 
-    def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
+    def _condensed(self) -> Generator[None, None, Tensor]:
         """Images [n c h w], tiled from the crops of lowest loss, class by class; yields between scoring steps."""
         network, found, every = self._network(0), list[Tensor](), range(self.part.config.distill.ipc)
-        for label in rows:
+        for label in self.piece.classes:
             found.append((yield from chosen_crops(self.part, network, label)).images(self.part, every))
         return torch.cat(found)
 

@@ -261,17 +261,17 @@ class TrajectoryMatching(Method):
         Args:
             of_backbone: function (index of a backbone, sum over the workers with other classes) -> measurement.
         """
-        found = torch.zeros(len(self.part.config.weights), 5 + PAIRS, dtype=torch.float64)
+        found = torch.zeros(len(self.part.config.weights), 4 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
             for backbone in self._backbones:
                 own = of_backbone(backbone.number, all_sum)
-                row = [own.step_size, own.least_tried, own.most_tried, own.least_loss, own.is_best, *own.losses]
+                row = [own.step_size, own.least_tried, own.most_tried, own.least_loss, *own.losses]
                 found[backbone.number] = torch.tensor(row, dtype=torch.float64)
 
         self.part.mesh.in_rows(work)
         rows = self.part.mesh.sum_over_backbones(found.to(self.part.device)).tolist()
-        return [Measured(row[0], tuple(row[5:]), row[1], row[2], row[3], bool(row[4])) for row in rows]
+        return [Measured(row[0], tuple(row[4:]), *row[1:4]) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,13 +26,13 @@ from datm_ray.core.training.loop import (
     Training,
     TrainingState,
     accuracy,
-    are_trained_together,
     predict_logits,
     scoring_schedule,
     stack_sizes,
     train,
     train_to_end,
     train_together,
+    would_gain_together,
 )
 from datm_ray.errors import ConfigError
 
@@ -154,12 +155,15 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
     network = make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
     long = replace(RICH, epochs=1000)
-    assert are_trained_together(network, 2, (1, 8, 8), 20, long)
-    assert not are_trained_together(network, 2, (1, 8, 8), 20, RICH)
-    assert not are_trained_together(network, 1, (1, 8, 8), 20, long)
-    assert not are_trained_together(network, 2, (1, 8, 8), 20, long, is_taught=True)
-    assert not are_trained_together(network, 2, (1, 8, 8), 20, long.with_adamw())
-    assert not are_trained_together(resnet, 2, (1, 8, 8), 20, long)
+    assert would_gain_together(network, 2, (1, 8, 8), 20, long)
+    assert not would_gain_together(network, 2, (1, 8, 8), 20, RICH)
+    assert not would_gain_together(network, 1, (1, 8, 8), 20, long)
+    assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_adamw())
+    images, labels = torch.zeros(20, 1, 8, 8), torch.zeros(20, 3)
+    trainer, lessons = Trainer(compile_=True, channels_last=False), mock.Mock()
+    for each, teaching, sizes in ((network, None, [2]), (network, lessons, [1, 1]), (resnet, None, [1, 1])):
+        stacks = trainer.stacks([Training(each, images, labels, long, seed) for seed in range(2)], teaching)
+        assert [len(stack) for stack in stacks] == sizes
 
 
 def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
@@ -168,8 +172,8 @@ def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
     image, together = (3, 32, 32), []
     for width, images in shapes:
         network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=width), 0)
-        assert are_trained_together(network, 5, image, images, PROTOCOLS["published"], on_gpu=True)
-        together.append(are_trained_together(network, 5, image, images, PROTOCOLS["published"]))
+        assert would_gain_together(network, 5, image, images, PROTOCOLS["published"], on_gpu=True)
+        together.append(would_gain_together(network, 5, image, images, PROTOCOLS["published"]))
     assert together == [True, False, True, True]
 
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from datm_ray.config.plugins import imported
 from datm_ray.errors import ClusterError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
-from datm_ray.runtime.executor import Failed, Resized, Stopped, Task
+from datm_ray.runtime.executor import Failed, Progress, Resized, Stopped, Task
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor, ranks
 from datm_ray.runtime.ray.compat import NodeType
 from datm_ray.runtime.ray.pool import PoolWorker
@@ -431,6 +431,19 @@ def test_time_in_which_the_command_stood_still_is_no_silence(monkeypatch: pytest
     assert run.losses("task") == 0
     run.turn(6.0, turns=20)
     assert run.losses("task") == 1
+
+
+def test_time_in_which_the_command_stood_still_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that ends after an hour of standstill makes no later step's limit longer."""
+    run = Simulation(monkeypatch, {"a": 1}, alone("task"), progress_timeout=2 * HOUR)
+    run.turn(turns=2)
+    job = run.job("task")
+    (stream,) = job.streams
+    run.clock.sleep(HOUR)
+    monkeypatch.setattr("ray.get", lambda _: Progress(1, 9))
+    job.streams = {iter([stream] * 9): 0}
+    list(run.stage._read(job, next(iter(job.streams))))
+    assert job.patience.slowest < 60
 
 
 # --- all together ---
