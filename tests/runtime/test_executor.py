@@ -466,7 +466,7 @@ def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command that is suspended for a while loses no worker for it."""
-    for name, value in {"CHECK_INTERVAL": 0.1, "MARGIN": 0.5}.items():
+    for name, value in {"CHECK_INTERVAL": 0.1, "ABSENCE": 0.2, "MARGIN": 0.5}.items():
         monkeypatch.setattr(f"datm_ray.runtime.ray.executor.{name}", value)
     limit = property(lambda patience: 1.0 if patience.steps > 2 else 60.0)
     monkeypatch.setattr("datm_ray.runtime.retries.Patience.limit", limit)

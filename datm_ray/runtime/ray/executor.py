@@ -695,7 +695,7 @@ class _Stage:
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
-        job.silence += passed
+        job.silence += min(passed, time.monotonic() - job.heard)
         if job.silence > job.patience.limit + MARGIN:
             for worker in job.workers:
                 worker.end_process()
