@@ -66,7 +66,7 @@ class OtherDevice(TorchDispatchMode):
         is_here = isinstance(first, Tensor) and first.device == DEVICE
         if is_here and func is _ATEN._local_scalar_dense.default:
             return self._read(first).item()
-        if is_here and func is _ATEN._to_copy.default and kwargs.get("device", DEVICE) != DEVICE:
+        if is_here and func is _ATEN._to_copy.default and (kwargs.get("device") or DEVICE).type != DEVICE.type:
             return self._read(first).to(kwargs.get("dtype") or first.dtype)
         if func.overloadpacket not in _MOVES:
             _require_one_device(func, [args, kwargs])

@@ -26,6 +26,8 @@ from datm_ray.store.files.traffic import traffic
 def prepare_device(cluster: ClusterConfig) -> torch.device:
     """Set this process's thread count and determinism, and choose its device. Every worker calls this function first.
 
+    A GPU is returned with its index, as `Tensor.device` has it. To torch, `cuda` and `cuda:0` are different devices.
+
     Raises:
         ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU.
     """
@@ -49,7 +51,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     # With bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
     is_rounded = cluster.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
-    return torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _unusable() -> ClusterError:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
+from datm_ray.core.images.batches import rows_on
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -127,6 +128,17 @@ def test_an_iteration_waits_for_its_device_six_times(monkeypatch: pytest.MonkeyP
         state.step([Match(functions, start, torch.rand_like(start), placed, chunk=3)], [Origin(0, 0)])
         counts.append((waits.count("forward"), waits.count("reverse")))
     assert counts == [(1, 5), (1, 5)]
+
+
+def test_images_are_gathered_where_they_lie() -> None:
+    """Images are gathered on their device, named with its index or without, and those of main memory are copied."""
+    rows, index = torch.tensor([2, 0, 0]), torch.device(DEVICE.type, 0)
+    assert index != DEVICE  # as `cuda:0` and `cuda`
+    for images, device in ((tensor(5, 3, 8, 8), DEVICE), (tensor(5, 3, 8, 8), index), (torch.rand(5, 3, 8, 8), index)):
+        found = rows_on(images, rows, device)
+        assert (tuple(found.shape), found.device.type) == ((3, 3, 8, 8), DEVICE.type), (images.device, device)
+    here = torch.rand(5, 3, 8, 8)
+    assert torch.equal(rows_on(here, rows, torch.device("cpu")), here[rows])
 
 
 def test_every_operation_of_augmentation_stays_on_its_device() -> None:

@@ -849,13 +849,14 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
 ) -> None:
     """Networks use TF32 on GPUs by default, as published, and none with float32; CPUs and older GPUs never round."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = not is_rounded
         cluster = ClusterConfig(precision=precision)
-        assert prepare_device(cluster) == torch.device("cuda")
+        assert prepare_device(cluster) == torch.device("cuda", 1), "with its index, as tensors have it"
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (is_rounded, is_rounded)
         assert precision_on(cluster, torch.device("cuda")) == ("tf32" if precision == "auto" else precision)
         assert precision_on(ClusterConfig(), torch.device("cpu")) == "float32"

@@ -115,10 +115,15 @@ def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[
 
 
 def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:
-    """Copy the images at the indices `rows` to the device; from main memory to a GPU through pinned memory."""
+    """Copy the images at the indices `rows` to the device; from main memory to a GPU through pinned memory.
+
+    Args:
+        rows: indices of the images, in main memory.
+        device: device of the result. A GPU may come without its index.
+    """
     if not isinstance(images, Tensor):
         return torch.from_numpy(images[rows.numpy()]).to(device)
-    if images.device == device:
-        return images[rows.to(device)]
+    if images.device.type != "cpu" or device.type == "cpu":  # `cuda` and `cuda:0` are unequal
+        return images[rows.to(images.device)].to(device)
     pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
     return torch.index_select(images, 0, rows, out=pinned).to(device, non_blocking=True)
