@@ -205,6 +205,7 @@ def test_evaluation_stays_on_its_device() -> None:
         "SGD": lambda: case(schedule, tensor(5, 4)),
         "AdamW": lambda: case(replace(schedule, optimiser="adamw"), classes(5)),
         "accuracy": lambda: accuracy(network, images, classes(5)),
+        "accuracy on images in main memory": lambda: accuracy(network, torch.rand(5, 3, 8, 8), classes(5)),
         "attention": lambda: accuracy(there(SPEC.model_copy(update={"architecture": "vit-small"})), images, classes(5)),
         "hard labels": lambda: hard_logits(classes(5), 4),
         "soft labels": lambda: mean_correct_logits([tensor(5, 4), tensor(5, 4)], classes(5)),

@@ -571,15 +571,17 @@ def train_together(
 def predict_logits(
     network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
 ) -> Tensor:
-    """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time."""
-    was_training = network.training
+    """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time.
+
+    Images in main memory are copied to the network's device.
+    """
+    was_training, device = network.training, next((each.device for each in network.parameters()), None)
     network.eval()
     logits = []
     for first in range(0, len(images), batch_size):
         chunk = images[first : first + batch_size]
-        if not isinstance(chunk, Tensor):
-            chunk = torch.from_numpy(chunk).to(next(network.parameters()).device)
-        logits.append(network(chunk))
+        chunk = chunk if isinstance(chunk, Tensor) else torch.from_numpy(chunk)
+        logits.append(network(chunk.to(device)))
         heartbeat()
     network.train(was_training)
     return torch.cat(logits)
