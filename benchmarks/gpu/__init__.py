@@ -4,8 +4,11 @@ Needs torch, numpy, pydantic and PyYAML, not Ray. Uses `config`, `recipes`, `cor
 this package, and `runtime.mesh` and `data` where they can be imported.
 """
 
+import os
 import sys
 from pathlib import Path
 
 # The copy beside these programs, installed or not.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+# Torch reads it at the first product on a GPU, which comes long before the first check of deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

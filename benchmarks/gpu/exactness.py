@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -138,8 +137,7 @@ class _Matching:
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Compute sums in a fixed order, as with `cluster.deterministic`."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    """Compute sums in a fixed order, as with `cluster.deterministic`. `gpu/__init__.py` fixed cuBLAS's workspace."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

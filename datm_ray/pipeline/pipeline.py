@@ -33,6 +33,7 @@ from datm_ray.pipeline.folder import (
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import RowArguments
 from datm_ray.report import accuracy_table, fair_table, networks_table
+from datm_ray.runtime.devices import fix_workspace
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
@@ -82,6 +83,8 @@ class Pipeline:
             DatmError: a data set or path cannot be read, or a recipe's values cannot be used.
         """
         checks.check_before_reading(configs, elsewhere=elsewhere)
+        if alone and configs[0].cluster.deterministic:
+            fix_workspace()  # checks of memory and the fit of zca use the GPU before this process works on it
         self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
         checks.check(self.runs)
         self._log = Logger()

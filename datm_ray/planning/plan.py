@@ -15,7 +15,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine, machine_here, parse_cluster
 from datm_ray.planning.measure import measured
-from datm_ray.runtime.devices import workers_here
+from datm_ray.runtime.devices import fix_workspace, workers_here
 from datm_ray.runtime.executor import require_precision
 from datm_ray.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.stages.methods.memory import laid_out, plans_of
@@ -35,6 +35,8 @@ def plan_run(
         ClusterError: the precision needs a GPU, or another CPU.
     """
     method_of(config).check(config)
+    if config.cluster.deterministic:
+        fix_workspace()  # memory is asked of the GPU before steps are timed on it
     machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
     require_precision(config.cluster, machine.device == "GPU", elsewhere=cluster is not None)
     if measure and (machine.basis or (machine.device == "GPU" and not torch.cuda.is_available())):

@@ -29,7 +29,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     A GPU is returned with its index, as `Tensor.device` has it. To torch, `cuda` and `cuda:0` are different devices.
 
     Raises:
-        ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU.
+        ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU; or
+            determinism is asked for too late, see `fix_workspace`.
     """
     torch.set_num_threads(cluster.threads_per_worker)
     if assigned.gpus and cluster.device != "cpu" and not torch.cuda.is_available():
@@ -41,17 +42,36 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
             "its node has none, torch is built without CUDA, or cluster.gpus_per_worker is 0",
             "set cluster.gpus_per_worker=1, or cluster.device=cpu",
         )
+    is_on_cpu = not takes_one or cluster.device == "cpu"
     if cluster.deterministic:
-        # cuBLAS reads this variable at its first product. A fixed workspace keeps its choice of kernels fixed.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if not fix_workspace() and not is_on_cpu:
+            raise ClusterError(
+                "cluster.deterministic is true, but this process used its GPU before it started the run",
+                "torch reads CUBLAS_WORKSPACE_CONFIG at its first product on a GPU, and never again",
+                "restart the process (in a notebook, its kernel), and set CUBLAS_WORKSPACE_CONFIG=:4096:8 in its "
+                "environment or start the run first",
+            )
         torch.use_deterministic_algorithms(True)
-    if not takes_one or cluster.device == "cpu":
+    if is_on_cpu:
         return torch.device("cpu")
     # Training of experts and of scored networks uses these switches. Student steps set their own.
     # With bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
     is_rounded = cluster.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def fix_workspace() -> bool:
+    """Fix the workspace of cuBLAS by an environment variable, which keeps its choice of kernels fixed.
+
+    A workspace that the user has chosen stays. Call this function before anything uses the GPU. Returns False if it is
+    too late: torch reads the variable at its first product on a GPU, and CUDA runs in this process already.
+    """
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        if torch.cuda.is_initialized():
+            return False
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return True
 
 
 def _unusable() -> ClusterError:

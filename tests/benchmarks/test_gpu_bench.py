@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import subprocess
 import sys
 import time
@@ -217,6 +218,16 @@ def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamesp
     assert shown['FORWARD_PASSES["training"]'] == FORWARD_PASSES["training"]
     assert shown["GPU_SPEED, of a core"] == GPU_SPEED
     assert all(row["measured"] > 0 for row in rows), rows
+
+
+def test_the_workspace_of_cublas_is_fixed_before_torch_is_used() -> None:
+    """The package of the benchmark fixes the workspace when it is imported, and a user's own stays."""
+    program = "import gpu, os, sys; assert 'torch' not in sys.modules; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    for own, expected in ({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8"):
+        kept = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+        command = [sys.executable, "-c", program]
+        found = subprocess.run(command, cwd=BENCHMARKS, env=kept | own, check=True, capture_output=True, text=True)
+        assert found.stdout.strip() == expected
 
 
 def test_options_that_cannot_be_had_are_one_line(

@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from datm_ray.artifact import load
 from datm_ray.config import ClusterConfig, NetworkSpec, run_identity
 from datm_ray.core.networks.registry import build_network, network_names
+from datm_ray.errors import ClusterError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
+from datm_ray.pipeline.runs import Runs
+from datm_ray.planning import plan as planning
 from datm_ray.runtime.devices import prepare_device, restoring_determinism
 from datm_ray.runtime.executor import Event, Finished, SerialExecutor, Task
 from tests.conftest import tiny_config
@@ -151,3 +154,47 @@ def test_determinism_is_part_of_the_identity_only_if_it_is_on() -> None:
     plain, fixed = tiny_config(), tiny_config("cluster.deterministic=true")
     assert "cluster" not in run_identity(plain)
     assert run_identity(fixed) == run_identity(plain) | {"cluster": {"deterministic": True}}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that torch reports, and that this process has used."""
+    for name, value in (("is_available", True), ("is_initialized", True), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("gpu")
+def test_determinism_asked_for_too_late_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has used its GPU cannot start a deterministic run on it, unless its workspace was fixed before."""
+    fixed = ClusterConfig(deterministic=True)
+    with pytest.raises(ClusterError, match="used its GPU before it started the run") as refused:
+        prepare_device(fixed)
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in refused.value.remedy
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert prepare_device(ClusterConfig()).type == "cuda"
+    assert prepare_device(ClusterConfig(device="cpu", deterministic=True)).type == "cpu"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert prepare_device(fixed).type == "cuda"
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_deterministic_run_fixes_the_workspace_before_anything_uses_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks, plans and the fit of zca may use the GPU before a worker does, so the workspace is fixed before them."""
+    first = [(Runs, "__init__"), (planning, "machine_here")]
+    for owner, name in first:
+        monkeypatch.setattr(owner, name, _stopping)
+    config = tiny_config("cluster.deterministic=true")
+    for call in (lambda: Pipeline([config], str(tmp_path), alone=True), lambda: planning.plan_run(config)):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        with pytest.raises(StopIteration, match=":4096:8"):
+            call()
+
+
+def _stopping(*_: Any, **__: Any) -> None:
+    raise StopIteration(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
