@@ -31,7 +31,8 @@ class MetaNetworks:
     There are several ensembles, each with one network per architecture and another expert; iterations take turns.
 
     Attributes:
-        chunk: number of images in the networks at a time while a set is distilled; the same on all its workers.
+        chunk: number of images in the networks at a time while a set is distilled, and on GPUs for the maps at its
+            end too; the same on all its workers.
     """
 
     def __init__(
@@ -125,13 +126,22 @@ class MetaNetworks:
             labels,
             networks=self._config.meta_network_count,
             classes=self._classes,
+            chunk=self._viewed_at_a_time(images),
             all_sum=mesh.sum_over_backbones,
         )
         return scaled_maps(seen.maps)
 
+    def _viewed_at_a_time(self, images: Tensor) -> int:
+        """Number of images in the networks at a time, without an iteration: on a GPU `chunk`.
+
+        CPUs take `IMAGES_AT_A_TIME`, as in earlier versions, because another number would round otherwise.
+        """
+        return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
+
     def _ratio(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
         """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches."""
-        parts = zip(images.split(IMAGES_AT_A_TIME), labels.split(IMAGES_AT_A_TIME), strict=True)
+        size = self._viewed_at_a_time(images)
+        parts = zip(images.split(size), labels.split(size), strict=True)
         ratios = [meta_feature_ratio(self._maps(*part, mesh), self._settings.threshold).sum() for part in parts]
         return torch.stack(ratios).sum()
 

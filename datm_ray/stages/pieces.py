@@ -146,7 +146,9 @@ class PieceWorker:
         if config.metadd is not None:
             arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, teacher, whole)
             initial, final = (_on(each, self._device) for each in sets.values())
-            MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), initial.images, final)
+            networks = MetaNetworks(*arguments, self._device)
+            networks.chunk = networks.images_that_fit(Part(config, self._dataset, store_uri, Alone(), self._device, 1))
+            networks.keep_maps(folder / MAPS, Alone(), initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
         for name, held in sets.items():

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from datm_ray.config import ClusterConfig, DatasetConfig, Role, RunConfig, override
-from datm_ray.core.metadd import MetaDD
+from datm_ray.core.metadd import Evidence, MetaDD
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import Schedule
 from datm_ray.data.splits import Stream, stratified_split
@@ -519,6 +520,33 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     assert tried == [10]
     part.role = Role((0,), ())
     assert networks.images_that_fit(part) == 0
+
+
+def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None:
+    """Maps at a set's end take as many images at a time as an iteration on a GPU, and ten on a CPU."""
+    config = tiny_config("metadd={auxiliaries: [{architecture: lenet}]}")
+    assert config.metadd is not None
+    sizes: list[list[int]] = []
+
+    class Recorded(MetaDD):
+        def evidence(self, images: Tensor, *arguments: Any, chunk: int = 10, **options: Any) -> Evidence:
+            sizes[-1] += [len(part) for part in images.split(chunk)]
+            return super().evidence(images, *arguments, chunk=chunk, **options)
+
+    class OnGpu(Tensor):
+        device = _Gpu("cpu")  # type: ignore[assignment]
+
+    networks = MetaNetworks.__new__(MetaNetworks)
+    networks._config, networks._settings, networks._classes, networks.chunk = config, config.metadd, 10, 17
+    specs = [each.for_images(1, (8, 8), 10) for each in (config.network, *config.metadd.auxiliaries)]
+    networks._ensembles = [Recorded([build_network(spec, 0) for spec in specs])]
+    images, labels = torch.randn(25, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(25) % 10
+    ratios = []
+    for held in (images, images.as_subclass(OnGpu)):
+        sizes.append([])
+        ratios.append(float(networks._ratio(held, labels, Alone())))
+    assert sizes == [[10, 10, 5], [17, 8]]
+    assert ratios[1] == pytest.approx(ratios[0])
 
 
 def test_every_class_holds_out_an_image_for_validation() -> None:
