@@ -21,6 +21,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.planning.machines import FORWARD_PASSES, SPEED
 from datm_ray.stages.methods.recovery import GPU_SPEED
+from tests.tapes import Tape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
@@ -218,6 +219,24 @@ def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamesp
     assert shown['FORWARD_PASSES["training"]'] == FORWARD_PASSES["training"]
     assert shown["GPU_SPEED, of a core"] == GPU_SPEED
     assert all(row["measured"] > 0 for row in rows), rows
+
+
+def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]
+) -> None:
+    """Graphs are compared under deterministic algorithms: augmentation adds in any order without them."""
+    matching, modes = bench.exactness._Matching(bench.machine.Machine("cpu", small=True)), set[bool]()
+    original = bench.exactness.matching_gradient
+
+    def gradient(*arguments: Any, **options: Any) -> Any:
+        modes.add(torch.are_deterministic_algorithms_enabled())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(bench.exactness, "matching_gradient", gradient)
+    row = matching.replayed("float32")
+    assert (row["verdict"], row["errors"]) == ("ok", [0.0, 0.0, 0.0])
+    assert len(tapes) == 2, "forward and reverse"
+    assert modes == {True}, "sums of the augmentation's derivative have a fixed order"
 
 
 def test_the_workspace_of_cublas_is_fixed_before_torch_is_used() -> None:
