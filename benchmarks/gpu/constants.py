@@ -6,11 +6,12 @@ prints one line of JSON, and ends when its input does.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +28,7 @@ from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.planning.machines import FORWARD_PASSES, SPEED
 from gpu.machine import Machine, measured
 from gpu.networks import epochs_of
-from gpu.sections import Clock, Row, Section, tried
+from gpu.sections import Clock, NotHere, Section, Work
 from gpu.steps import ours, shapes
 
 
@@ -101,41 +102,59 @@ def child() -> None:
     sys.stdin.read()
 
 
-def row(constant: str, where: str, value: Any, measure: Callable[[], float]) -> Row:
+def require_gpus(machine: Machine, count: int) -> None:
+    """Raise `NotHere` if the measured device is no GPU, or this machine has fewer of them."""
+    if machine.device != "cuda" or torch.cuda.device_count() < count:
+        raise NotHere(f"it takes {'a GPU' if count == 1 else f'{count} GPUs'}")
+
+
+def constant(name: str, where: str, value: Any, measure: Callable[[], float | str]) -> Work:
     """A constant, where it is, what it is, and what was measured."""
-    what = {"constant": constant, "where": where, "assumed": value if value == "" else float(value)}
-    return tried(what, lambda: {"measured": float(measure())})
+    assumed = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return Work({"constant": name, "where": where, "assumed": assumed}, lambda: {"measured": measure()})
 
 
-def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure what plans assume."""
+def works(machine: Machine, _: Clock) -> list[Work]:
+    """List what plans and defaults assume of GPUs."""
     found, machines = _Speeds(machine), "planning/machines.py"
-    yield row('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], lambda: found.of_steps)
+    sizes = functools.cache(partial(context_of, machine))
+
+    def process(name: str, where: str, key: str) -> Work:
+        value = assumed(where.removesuffix(".py").replace("/", "."), name)
+        return constant(name, where, value, lambda: sizes()[key])
+
     gpu_speed = assumed("stages.methods.recovery", "GPU_SPEED")
-    yield row("GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, lambda: found.of_steps / SPEED["core"])
-    for kind in ("training", "scoring"):
-        yield row(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], partial(found.passes, kind))
-    if machine.device == "cuda":
-        sizes = context()
-        for constant, where, key in (
-            ("CONTEXT_BYTES", "stages/methods/memory.py", "context"),
-            ("GPU_PROCESS_BYTES", "planning/memory.py", "main memory"),
-        ):
-            value = assumed(where.removesuffix(".py").replace("/", "."), constant)
-            yield row(constant, where, value, partial(sizes.__getitem__, key))
+    return [
+        constant('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], lambda: found.of_steps),
+        process("CONTEXT_BYTES", "stages/methods/memory.py", "context"),
+        process("GPU_PROCESS_BYTES", "planning/memory.py", "main memory"),
+        constant(
+            "GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, lambda: found.of_steps / SPEED["core"]
+        ),
+        *(
+            constant(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], partial(found.passes, kind))
+            for kind in ("training", "scoring")
+        ),
+    ]
+
+
+def context_of(machine: Machine) -> dict[str, float]:
+    """Sizes of `context`, for which a GPU is needed."""
+    require_gpus(machine, 1)
+    return context()
 
 
 SECTION = Section(
     "constants",
-    "7. Is what plans assume right?",
+    "8. Is what plans assume right?",
     "Constants of plans and defaults for GPUs, and what this card has. Forward passes: time of an image, as a multiple "
     "of its forward pass at the speed of student steps. Context: GPU memory that another process takes beside its "
-    "tensors; its peak of main memory with torch alone. Bandwidth and latency of sums are in section 2; what CUDA "
-    "graphs save (`REPLAYED_FLOP`) and memory orders (`cluster.channels_last`) in section 3.",
+    "tensors; its peak of main memory with torch alone. Bandwidth and latency of sums are in section 3; what CUDA "
+    "graphs save (`REPLAYED_FLOP`) and memory orders (`cluster.channels_last`) in section 4.",
     ("constant", "where", "assumed", "measured"),
     seconds=25,
     least=5,
-    measure=measure,
+    works=works,
 )
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from gpu.machine import Machine
-from gpu.sections import Clock, Row, Section, tried
+from gpu.sections import Clock, Row, Section, Work
 
 LIMIT = 1e-9
 """Largest relative error in float64; rounding gives some 1e-14, a wrong term some 1e-2."""
@@ -73,16 +74,32 @@ def compared(found: Tensors, exact: Tensors, limit: float = LIMIT) -> Row:
     }
 
 
-def gradient_of(problem: Problem, options: StepOptions | None = None, chunk: int | None = None) -> Tensors:
-    """The matching gradient in images, soft labels and step size."""
-    options = options or StepOptions(compiled=False)
-    functions = StudentStepFunctions(problem.network, options)
+def gradient_of(
+    problem: Problem, how: StepOptions | StudentStepFunctions | None = None, chunk: int | None = None
+) -> Tensors:
+    """The matching gradient in images, soft labels and step size.
+
+    Args:
+        how: options, or functions with which others have computed already; None for plain uncompiled steps.
+    """
+    options = how if isinstance(how, StepOptions) else StepOptions(compiled=False)
+    functions = how if isinstance(how, StudentStepFunctions) else StudentStepFunctions(problem.network, options)
     if functions.note:
         raise RuntimeError(functions.note)
     found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
-    if options.graphs and not functions.are_replayed:
-        raise RuntimeError("the step functions were not recorded as CUDA graphs, see the warning")
     return found.images, found.soft_labels, found.step_size
+
+
+class Recorded(StudentStepFunctions):
+    """Functions of a student step that record as CUDA graphs what others have compiled, so that it is compiled once."""
+
+    def __init__(self, others: StudentStepFunctions, graphs: bool | None = True) -> None:
+        """Keep the others, which use no graphs. `graphs`: see `StepOptions`."""
+        super().__init__(others.network, replace(others._options, graphs=graphs))
+        self._others = others
+
+    def _compiled_for(self, x: Tensor, y: Tensor) -> Any:
+        return self._others._functions(x, x, y)  # of the parameters it reads the type alone
 
 
 class _Matching:
@@ -91,6 +108,7 @@ class _Matching:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self.batch, self._steps = (6, 2) if machine.small else (20, 4)
+        self._kept = dict[Precision, StudentStepFunctions]()
 
     def problem(self, device: str | None = None, dtype: torch.dtype = torch.float64) -> Problem:
         spec, device = spec_of(self._machine), device or self._machine.device
@@ -118,19 +136,28 @@ class _Matching:
         return compared(gradient_of(self.problem(), how, chunk or self.batch), self.exact)
 
     def replayed(self, precision: Precision) -> Row:
-        """Compare CUDA graphs with steps without; augmentation has a fixed order of sums."""
-        problem = self.problem(dtype=torch.float32)
-        how = [StepOptions(self._machine.compiled, precision=precision, graphs=each) for each in (True, False)]
+        """Compare CUDA graphs with the same compiled functions without; augmentation has a fixed order of sums."""
         with reproducible():
-            return compared(*(gradient_of(problem, each, self.batch) for each in how), limit=0.0)
+            problem, plain = self.problem(dtype=torch.float32), self._functions(precision)
+            graphs = Recorded(plain)
+            row = compared(*(gradient_of(problem, each, self.batch) for each in (graphs, plain)), limit=0.0)
+        if not graphs.are_replayed:
+            raise RuntimeError("the step functions were not recorded as CUDA graphs, see the warning")
+        return row
+
+    def _functions(self, precision: Precision) -> StudentStepFunctions:
+        """Functions of all checks in a precision, which are compiled once."""
+        if precision not in self._kept:
+            options = StepOptions(self._machine.compiled, precision=precision)
+            self._kept[precision] = StudentStepFunctions(self.problem(dtype=torch.float32).network, options)
+        return self._kept[precision]
 
     def repeated(self) -> Row:
         with reproducible():
             return compared(*(gradient_of(self.problem()) for _ in range(2)), limit=0.0)
 
     def rounded(self, precision: Precision) -> Row:
-        options = StepOptions(self._machine.compiled, precision=precision)
-        found = gradient_of(self.problem(dtype=torch.float32), options, self.batch)
+        found = gradient_of(self.problem(dtype=torch.float32), self._functions(precision), self.batch)
         return compared(found, self.exact, ROUNDED[precision])
 
     def unrolled(self) -> Row:
@@ -163,28 +190,28 @@ def matching_checks(machine: Machine) -> Checks:
 
 
 def rounding_checks(machine: Machine) -> Checks:
-    """Check the matching gradient in every precision."""
-    matching = _Matching(machine)
-    return [(f"{each}, {machine.how}, against float64", partial(matching.rounded, each)) for each in machine.precisions]
+    """Check what runs compute by default: the matching gradient in every precision, and by CUDA graphs."""
+    matching, how = _Matching(machine), machine.how
+    found: Checks = []
+    for each in machine.precisions:  # each with its graphs, which run what the row before compiled
+        found.append((f"{each}, {how}, against float64", partial(matching.rounded, each)))
+        if machine.device == "cuda":
+            found.append((f"{each}, CUDA graphs, {how}, equal bits without", partial(matching.replayed, each)))
+    return found
 
 
 def compiled_checks(machine: Machine) -> Checks:
-    """Check the compiled matching gradient and experts, which take longest and come last."""
+    """Check the compiled matching gradient in other ways, and experts, which take longest and come last."""
     matching, how = _Matching(machine), machine.how
     return [
+        compiled_experts(machine),
         (f"{how}, float64", matching.compiled),
         (f"{how}, reverse over reverse", partial(matching.compiled, order="reverse-over-reverse")),
         (f"{how}, channels first, micro-batches of 4", partial(matching.compiled, 4, channels_last=False)),
-        compiled_experts(machine),
         *(
             [(f"three networks trained together, {how}, float64", partial(together_check, machine, True))]
             if machine.compiled  # else it is the row of `other_checks`
             else []
-        ),
-        *(
-            (f"{each}, CUDA graphs, {how}, equal bits without", partial(matching.replayed, each))
-            for each in machine.precisions
-            if machine.device == "cuda"
         ),
     ]
 
@@ -410,14 +437,13 @@ def other_checks(machine: Machine) -> Checks:
     ]
 
 
-EVERY = (matching_checks, other_checks, expert_checks, architecture_checks, rounding_checks, compiled_checks)
+EVERY = (matching_checks, rounding_checks, other_checks, expert_checks, architecture_checks, compiled_checks)
+"""What runs do by default comes first: compiled steps in every precision, and their CUDA graphs."""
 
 
-def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Run every check."""
-    for checks in EVERY:
-        for what, check in checks(machine):
-            yield tried({"what": what}, check)
+def works(machine: Machine, _: Clock) -> list[Work]:
+    """List every check."""
+    return [Work({"what": what}, check) for checks in EVERY for what, check in checks(machine)]
 
 
 SECTION = Section(
@@ -427,7 +453,7 @@ SECTION = Section(
     "what is named. Everything is augmented where it can be. The limit says that something is wrong, not how good it "
     "is.",
     ("what", "error", "1 - cosine", "limit", "verdict"),
-    seconds=105,
+    seconds=125,
     least=5,
-    measure=measure,
+    works=works,
 )

@@ -16,8 +16,8 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import OneByOne
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
-from gpu.machine import Machine, free_memory, timed
-from gpu.sections import Clock, Row, Section, tried
+from gpu.machine import Machine, freeing, timed
+from gpu.sections import Clock, Row, Section, Work
 
 IMAGES, EPOCHS = 50_000, 100
 """Images of an expert's epoch, and epochs of an expert, as published."""
@@ -131,29 +131,29 @@ def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
     return {"epoch, s": seconds, "experts an hour": 3600 / (EPOCHS * statistics.median(seconds)), "first, s": first}
 
 
-def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure SGD, then GSAM with a run's way alone; the published loop before this package."""
+def works(machine: Machine, _: Clock) -> Iterator[Work]:
+    """List SGD, then GSAM with a run's way alone; the published loop before this package."""
     how, found = setting(machine), ways(machine)
     for gsam in (False, True):
         mine = {f"ours, {name}": partial(ours, machine, how, way, gsam=gsam) for name, way in found.items()}
-        works: dict[str, Callable[[], Row]] = {"loader": partial(published, machine, how, gsam=gsam)}
-        works |= dict(list(mine.items())[: 1 if gsam else None])
-        works |= {} if gsam else teachers(machine, how, replace(next(iter(found.values())), stacked=1))
-        for method, work in works.items():
-            yield tried({"optimiser": "GSAM" if gsam else "SGD", "method": method}, work)
-            free_memory(machine.device)
+        each: dict[str, Callable[[], Row]] = {"loader": partial(published, machine, how, gsam=gsam)}
+        each |= dict(list(mine.items())[: 1 if gsam else None])
+        each |= {} if gsam else teachers(machine, how, replace(next(iter(found.values())), stacked=1))
+        for method, work in each.items():
+            what = {"optimiser": "GSAM" if gsam else "SGD", "method": method}
+            yield Work(what, partial(freeing, machine.device, work))
 
 
 SECTION = Section(
     "experts",
-    "4. How many experts an hour?",
+    "5. How many experts an hour?",
     f"ConvNet-3 at CIFAR-10's shape, batch 256, all DSA operations. `loader`: torch's DataLoader, sample by sample, in "
     f"the training process, as published. Seconds of an expert's epoch of {IMAGES:,} images, from epochs of 40 "
     f"batches; experts of {EPOCHS} epochs. A run's precision and memory order unless stated, the loader's too. one by "
     "one: the experts of a stack one after another, by one CUDA graph. resnet18: a teacher with batch norm, "
     "uncompiled. First: those 40 batches with compilation, of all experts of a stack.",
     ("optimiser", "method", "epoch, s", "experts an hour", "first, s"),
-    seconds=90,
+    seconds=75,
     least=15,
-    measure=measure,
+    works=works,
 )

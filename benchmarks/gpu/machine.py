@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Machine:
 
     compiles: bool = False
     """Compile in small too, where it takes longer than all the rest."""
+    noted: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
+    """What a section found and a later one shows: names -> value."""
 
     @property
     def compiled(self) -> bool:
@@ -131,6 +133,14 @@ def free_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def freeing(device: str, call: Callable[[], Any]) -> Any:
+    """Result of a call, after which unused memory is given back."""
+    try:
+        return call()
+    finally:
+        free_memory(device)
 
 
 def ceiling(machine: Machine, precision: Precision) -> float:

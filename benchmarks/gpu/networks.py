@@ -14,8 +14,8 @@ from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.loop import PROTOCOLS, Training, predict_logits, train, train_together
-from gpu.machine import Machine, free_memory, measured, timed
-from gpu.sections import Clock, Row, Section, tried
+from gpu.machine import Machine, freeing, measured, timed
+from gpu.sections import Clock, Row, Section, Work
 
 TEST_IMAGES = 10_000
 AUXILIARIES = ("resnet18", "vgg11", "alexnet", "lenet")
@@ -64,12 +64,12 @@ def evaluation_row(machine: Machine, ipc: int, networks: int) -> Row:
     }
 
 
-def evaluation(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure the evaluation of sets of several sizes, five seeds together as a run has them, and one by one."""
+def evaluation(machine: Machine, _: Clock) -> Iterator[Work]:
+    """List the evaluation of sets of several sizes, five seeds together as a run has them, and one by one."""
     cases = [(1, 2), (1, 1)] if machine.small else [(10, 5), (1, 5), (10, 1), (50, 5), (1, 1), (50, 1)]
     for ipc, networks in cases:
-        yield tried({"images per class": ipc, "together": networks}, partial(evaluation_row, machine, ipc, networks))
-        free_memory(machine.device)
+        call = partial(evaluation_row, machine, ipc, networks)
+        yield Work({"images per class": ipc, "together": networks}, partial(freeing, machine.device, call))
 
 
 def metadd_row(machine: Machine, auxiliaries: int) -> Row:
@@ -81,35 +81,35 @@ def metadd_row(machine: Machine, auxiliaries: int) -> Row:
     metadd = MetaDD([network.to(machine.device) for network in networks])
     labels = torch.arange(count, device=machine.device) % 10
     found = measured(lambda: metadd.gradient(images, labels), machine.device, 1 if machine.small else 5)
-    free_memory(machine.device)
     return {"seconds": found.seconds, "peak MiB": round(found.peak / 2**20)}
 
 
-def metadd(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure MetaDD with one auxiliary, and with all of them."""
+def metadd(machine: Machine, _: Clock) -> Iterator[Work]:
+    """List MetaDD with one auxiliary, and with all of them."""
     for auxiliaries in (1, 2) if machine.small else (1, 2, 4):
-        yield tried({"auxiliaries": auxiliaries}, partial(metadd_row, machine, auxiliaries))
+        call = partial(metadd_row, machine, auxiliaries)
+        yield Work({"auxiliaries": auxiliaries}, partial(freeing, machine.device, call))
 
 
 EVALUATION = Section(
     "evaluation",
-    "5. How many networks an hour are scored?",
+    "6. How many networks an hour are scored?",
     "Fresh ConvNet-3s trained on a set of CIFAR-10's shape for the published 1,001 epochs of batches of 128, from 25 "
     "of them, and scored on 10,000 images, in a run's precision and memory order. Together: so many in one compiled "
     "step, as a run trains the seeds of a row; 1: uncompiled, as networks that cannot be stacked. Seconds of one. "
     "First: an epoch of all of them with compilation.",
     ("images per class", "together", "training and scoring, s", "scoring, s", "networks an hour", "first, s"),
-    seconds=50,
+    seconds=40,
     least=5,
-    measure=evaluation,
+    works=evaluation,
 )
 METADD = Section(
     "metadd",
-    "6. What does MetaDD cost?",
+    "7. What does MetaDD cost?",
     "Its gradient in 100 images of CIFAR-10's shape, ConvNet-3 and auxiliaries of published size, 10 images at a time; "
-    "to be added to an iteration of section 3.",
+    "to be added to an iteration of section 4.",
     ("auxiliaries", "seconds", "peak MiB"),
     seconds=15,
     least=5,
-    measure=metadd,
+    works=metadd,
 )

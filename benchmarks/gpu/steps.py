@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,9 +18,9 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gr
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import to_device_ahead
-from gpu.exactness import SETTINGS, reproducible
+from gpu.exactness import SETTINGS, Recorded, reproducible
 from gpu.machine import Machine, ceiling, free_memory, measured, timed
-from gpu.sections import Clock, Row, Section, in_a_line, tried
+from gpu.sections import Clock, Row, Section, Work, in_a_line
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def measured_row(
     except torch.OutOfMemoryError:
         return {**row, "seconds": "out of memory"}
     except Exception as failure:
-        return {**row, "failed": in_a_line(failure), "seconds": in_a_line(failure)}
+        return {**row, "failed": in_a_line(failure)}
     finally:
         free_memory(machine.device)
     count = operations(shape.spec) * shape.batch * shape.steps
@@ -111,10 +112,12 @@ class _Measurer:
     """Options, and True for deterministic algorithms -> functions, which are compiled once."""
 
     def functions(self, options: StepOptions) -> StudentStepFunctions:
-        """Step functions with these options."""
+        """Step functions with these options. CUDA graphs record what is compiled for steps without."""
         key = options, torch.are_deterministic_algorithms_enabled()
-        if key not in self.kept:
+        if key not in self.kept and options.graphs is False:
             self.kept[key] = StudentStepFunctions(self.problem.network, options)
+        elif key not in self.kept:
+            self.kept[key] = Recorded(self.functions(replace(options, graphs=False)), options.graphs)
         return self.kept[key]
 
     @functools.cached_property
@@ -130,26 +133,46 @@ class _Measurer:
             images=shape.images,
         )
 
-    def ours(self, name: str, **changes: Any) -> Iterator[Row]:
+    def work(self, method: str, run: Callable[[], Row | Iterator[Row]], precision: Precision | None = None) -> Work:
+        """Work that measures the shape in one way; in a run's precision unless another is given."""
+        what = {"shape": self.shape.name, "method": method, "precision": precision or self.machine.precision}
+        return Work(what, run)
+
+    def ours(self, name: str, **changes: Any) -> Work:
         """Measure this package with a run's options, some of them changed."""
-        options, shape = self.machine.options(**changes), self.shape
+        options = self.machine.options(**changes)
+        return self.work(name, functools.partial(self._ours, name, options), options.precision)
+
+    def _ours(self, name: str, options: StepOptions) -> Iterator[Row]:
+        shape = self.shape
         row, image = {"shape": shape.name, "precision": options.precision}, (shape.spec.channels, *shape.spec.size)
         functions = self.functions(options)
         try:
             prepare = functools.partial(functions.prepare, shape.chunk, image, shape.spec.classes)
             compiling, _ = timed(prepare, self.machine.device)
+        except torch.OutOfMemoryError:  # a graph keeps the memory of its whole call
+            functions.forget()
+            free_memory(self.machine.device)
+            yield {**row, "T": shape.steps, "batch": shape.batch, "method": name, "seconds": "out of memory"}
+            return
         except Exception as failure:  # a failing compiler must not hide the uncompiled rows
             yield {**row, "method": name, "failed": in_a_line(failure)}
             functions, compiling = self.functions(replace(options, compiled=False)), 0.0
         if not functions._compiled:
             name = f"{name}, uncompiled {functions.note}".rstrip()
         call = functools.partial(ours, self.problem, functions, shape.chunk)
-        yield self._row(name, options.precision, call, self.rates[options.precision], compiling)
+        yield self._row(name, options.precision, call, self.rates.get(options.precision), compiling)
+        if isinstance(functions, Recorded):
+            functions.forget()  # graphs would keep their memory; what they recorded stays compiled
 
-    def theirs(self, name: str, method: Callable[[Problem], Gradient], precision: Precision) -> Row:
+    def theirs(self, name: str, method: Callable[[Problem], Gradient], precision: Precision) -> Work:
         """Measure full unrolling or TESLA, uncompiled as published."""
-        with tf32_products(precision == "tf32", self.machine.place):
-            return self._row(name, precision, functools.partial(method, self.problem))
+
+        def run() -> Row:
+            with tf32_products(precision == "tf32", self.machine.place):
+                return self._row(name, precision, functools.partial(method, self.problem))
+
+        return self.work(name, run, precision)
 
     def _row(
         self,
@@ -159,14 +182,19 @@ class _Measurer:
         rate: float | None = None,
         warm_up: float = 0.0,
     ) -> Row:
-        return measured_row(self.machine, self.shape, name, precision, call, self.clock, rate, warm_up)
+        """Row of one way, whose seconds are noted for `gpu/constants.py`."""
+        row = measured_row(self.machine, self.shape, name, precision, call, self.clock, rate, warm_up)
+        if isinstance(row.get("seconds"), list):
+            known = name.partition(", uncompiled")[0]
+            self.machine.noted["steps", self.shape.name, known, precision] = statistics.median(row["seconds"])
+        return row
 
     def reproducible(self) -> Iterator[Row]:
         """Measure what `cluster.deterministic` costs."""
         with reproducible():
-            yield from self.ours("ours, deterministic")
+            yield from self._ours("ours, deterministic", self.machine.options())
 
-    def iterations(self, *, ahead: bool) -> Row:
+    def iterations(self, method: str, *, ahead: bool) -> Row:
         """Seconds of iterations as a run has them: experts from main memory, draws, their copies, gradient, update.
 
         Args:
@@ -190,55 +218,59 @@ class _Measurer:
 
         seconds = [timed(functools.partial(iterate, number), machine.device)[0] for number in range(count)]
         prepared.close()
-        name = f"iterations of a run, inputs {'ahead' if ahead else 'not ahead'}"
-        row: Row = {"shape": shape.name, "T": shape.steps, "batch": shape.batch, "method": name}
+        row: Row = {"shape": shape.name, "T": shape.steps, "batch": shape.batch, "method": method}
         return row | {"precision": machine.precision, "seconds": seconds[2:], "warm-up s": seconds[0]}
 
 
-def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
-    """Measure the ceilings, then all shapes as a run has them, what differs from a run, and other precisions."""
+def works(machine: Machine, clock: Clock) -> Iterator[Work]:
+    """List the ceilings, then all shapes as a run has them, what differs from a run, and other precisions."""
     rates: dict[Precision, float] = {}
     for precision in machine.precisions:
-        rates[precision] = ceiling(machine, precision)
-        yield {"shape": "a product of random matrices", "precision": precision, "TFLOP/s": rates[precision] / 1e12}
+        what = {"shape": "a product of random matrices", "precision": precision}
+        yield Work(what, functools.partial(ceiling_row, machine, precision, rates))
     first, *others = (_Measurer(machine, shape, rates, clock) for shape in shapes(machine))
     yield from as_in_a_run([first])
     for ahead in (True, False):
-        what = {"shape": first.shape.name, "method": "iterations of a run"}
-        yield tried(what, functools.partial(first.iterations, ahead=ahead))
+        method = f"iterations of a run, inputs {'ahead' if ahead else 'not ahead'}"
+        yield first.work(method, functools.partial(first.iterations, method, ahead=ahead))
     yield from as_in_a_run(others[:1])
     if machine.device == "cuda":  # by default such small calls are replayed
-        yield from first.ours("ours, no CUDA graphs", graphs=False)
+        yield first.ours("ours, no CUDA graphs", graphs=False)
     order = "first" if machine.channels_last else "last"
-    yield from first.ours(f"ours, channels {order}", channels_last=not machine.channels_last)
-    yield from first.reproducible()
+    yield first.ours(f"ours, channels {order}", channels_last=not machine.channels_last)
+    yield first.work("ours, deterministic", first.reproducible)
     yield from as_in_a_run(others[1:])
     yield from in_other_ways([first, *others])
 
 
-def as_in_a_run(measurers: Sequence[_Measurer]) -> Iterator[Row]:
-    """Measure shapes with a run's options, and full unrolling in the same precision."""
+def ceiling_row(machine: Machine, precision: Precision, rates: dict[Precision, float]) -> Row:
+    """Rate of a large product, which is also kept in `rates`."""
+    rates[precision] = ceiling(machine, precision)
+    return {"TFLOP/s": rates[precision] / 1e12}
+
+
+def as_in_a_run(measurers: Sequence[_Measurer]) -> Iterator[Work]:
+    """List shapes with a run's options, and full unrolling in the same precision."""
     for each in measurers:
-        yield from each.ours("ours")
+        yield each.ours("ours")
         yield each.theirs("full unrolling", unrolling, each.machine.precision)
-        free_memory(each.machine.device)
 
 
-def in_other_ways(measurers: Sequence[_Measurer]) -> Iterator[Row]:
-    """Measure every shape in the precisions that a run does not take by default, and the other published way."""
+def in_other_ways(measurers: Sequence[_Measurer]) -> Iterator[Work]:
+    """List every shape in the precisions that a run does not take by default, and the other published way."""
     for each in measurers:
         machine = each.machine
         yield each.theirs("TESLA", tesla, machine.precision)
         for precision in machine.precisions[1:]:
-            yield from each.ours("ours", precision=precision)
+            yield each.ours("ours", precision=precision)
         if machine.precision != "float32":
-            yield from each.ours("ours, channels first", precision="float32", channels_last=False)
+            yield each.ours("ours, channels first", precision="float32", channels_last=False)
             yield each.theirs("full unrolling", unrolling, "float32")
 
 
 SECTION = Section(
     "steps",
-    "3. What does an iteration cost?",
+    "4. What does an iteration cost?",
     "The matching loss and its gradient, all DSA operations, random tensors; ConvNet, instance normalisation. Seconds: "
     "of a call, median (smallest to largest); on a GPU between two events. Warm-up: the first call, with compilation. "
     "Peak: of torch's allocator beyond the problem itself. TFLOP: products and convolutions of one call as they are "
@@ -260,7 +292,7 @@ SECTION = Section(
         "of ceiling",
         "warm-up s",
     ),
-    seconds=160,
+    seconds=150,
     least=20,
-    measure=measure,
+    works=works,
 )

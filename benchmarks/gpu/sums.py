@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from gpu.exactness import SETTINGS, compared, spec_of
 from gpu.machine import Machine, timed
-from gpu.sections import Clock, Row, Section, tried
+from gpu.sections import Clock, Row, Section, Work
 
 WAIT = 40.0
 """Seconds for all processes of a row; in small, where others may have the machine, five times as many."""
@@ -98,8 +97,16 @@ def child(rank: int, size: int, address: str, device: str, small: str) -> None:
         print(json.dumps(work(mesh, machine, size, rank)), flush=True)
 
 
+def own_gpu(rank: int, size: int) -> dict[str, str]:
+    """Environment variable that shows a worker one GPU; empty if there are fewer GPUs than workers."""
+    if torch.cuda.device_count() < max(2, size):
+        return {}
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    return {"CUDA_VISIBLE_DEVICES": visible[rank] if len(visible) >= size else str(rank)}
+
+
 def together(machine: Machine, size: int) -> Row:
-    """Results of several workers on one device; the worst errors and seconds among them."""
+    """Results of several workers, each with a GPU of its own if there are enough; the worst errors and seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -113,7 +120,7 @@ def together(machine: Machine, size: int) -> Row:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(place.parent)},
+            env={**os.environ, "PYTHONPATH": str(place.parent), **own_gpu(rank, size)},
         )
         for rank in range(size)
     ]
@@ -132,25 +139,35 @@ def together(machine: Machine, size: int) -> Row:
     return {**worst, "seconds": max(rows, key=lambda row: sum(row["seconds"]))["seconds"]}
 
 
-def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Measure one worker alone, two that share the device or have one each, and two without it."""
+def works(machine: Machine, _: Clock) -> list[Work]:
+    """List one worker alone, two that share the device or have one each, and two without it."""
     cpu = Machine("cpu", machine.small)
-    rows = [(machine, 2)] if machine.device == "cpu" else [(machine, 1), (machine, 2), (cpu, 2)]
-    for where, size in rows:
-        yield tried({"processes": size, "device": where.device}, partial(together, where, size))
+    rows = [(machine, 2)] if machine.device == "cpu" else [(machine, 2), (machine, 1), (cpu, 2)]
+    return [
+        Work({"processes": size, "device": each.device}, partial(noted, machine, each, size)) for each, size in rows
+    ]
+
+
+def noted(machine: Machine, where: Machine, size: int) -> Row:
+    """Row of several workers, whose speed is noted for `gpu/constants.py` if each has a GPU of its own."""
+    row = together(where, size)
+    if where.device == "cuda" and size <= torch.cuda.device_count() and size > 1:
+        machine.noted["sums", "latency"] = row["latency, s"]
+        machine.noted["sums", "bandwidth"] = 1e9 * row["GB/s"]
+    return row
 
 
 SECTION = Section(
     "sums",
-    "2. Do processes sum to the same?",
+    "3. Do processes sum to the same?",
     "Class shards in processes of their own (`runtime.mesh`), float64: error of their gradients against one process, "
     "and seconds of a sum of 320,010 float32 numbers (a ConvNet-3). Latency: of a sum of one number. GB/s: of a sum of "
-    "16 MB beyond it. Plans assume both (`LATENCY` and `BANDWIDTH` of `planning/machines.py`). Two processes on one "
-    "GPU cannot use NCCL, and sum through gloo.",
+    "16 MB beyond it. Plans assume both, see section 8. Two processes on one "
+    "GPU cannot use NCCL, and sum through gloo; with two GPUs each has its own.",
     ("processes", "device", "backend", "error", "seconds", "latency, s", "GB/s", "verdict"),
-    seconds=45,
+    seconds=40,
     least=10,
-    measure=measure,
+    works=works,
 )
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ from datm_ray.config import DistillConfig, NetworkSpec, RunConfig
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.planning.machines import FORWARD_PASSES, SPEED
+from datm_ray.planning.memory import GPU_PROCESS_BYTES
+from datm_ray.stages.methods.memory import CONTEXT_BYTES
 from datm_ray.stages.methods.recovery import GPU_SPEED
 from tests.tapes import Tape
 
@@ -36,68 +39,113 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        names |= {each: f"gpu.{each}" for each in ("exactness", "curve", "steps", "networks", "constants", "experts")}
+        modules = ("exactness", "curve", "steps", "networks", "constants", "experts")
+        names |= {each: f"gpu.{each}" for each in modules}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.remove(str(BENCHMARKS))
 
 
-def section(bench: SimpleNamespace, name: str, measure: Callable[..., Rows], seconds: float = 60.0) -> Any:
-    return bench.sections.Section(name, name.capitalize(), "A note.", ("what", "value"), seconds, 1.0, measure)
+def section(bench: SimpleNamespace, name: str, works: Mapping[str, Callable[[], Any]], share: float = 1.0) -> Any:
+    def listed(*_: Any) -> list[Any]:
+        return [bench.sections.Work({"what": what}, run) for what, run in works.items()]
+
+    return bench.sections.Section(name, name.capitalize(), "A note.", ("what", "value"), share, 1.0, listed)
 
 
-def test_a_failing_section_is_reported_and_stops_no_other(bench: SimpleNamespace) -> None:
-    """A failing section keeps its rows and its error, and every row is saved; the others run."""
+def rows_of(bench: SimpleNamespace, works: Callable[..., Any], machine: Any) -> list[dict[str, Any]]:
+    """Rows of all works, without a limit of time."""
+    return [row for work in works(machine, bench.sections.Clock.of(60.0)) for row in work.rows()]
 
-    def fails(*_: Any) -> Rows:
+
+def test_a_failing_row_is_reported_and_stops_no_other(bench: SimpleNamespace) -> None:
+    """A failing row has its error, after rows that it gave before; every row is saved, and the others run."""
+
+    def fails() -> Rows:
         yield {"what": "before", "value": 1.0}
         raise ValueError("no such kernel\nmore")
 
-    def works(*_: Any) -> Rows:
-        yield bench.sections.tried({"what": "a row"}, lambda: 1 / 0)
-        yield {"what": "after", "value": [1.0, 3.0, 2.0]}
+    def unlisted(*_: Any) -> list[Any]:
+        raise RuntimeError("nothing to list")
 
     saved: list[list[int]] = []
-    machine = bench.machine.Machine("cpu", small=True)
-    first, second = bench.sections.run_sections(
-        [section(bench, "one", fails), section(bench, "two", works)],
-        machine,
+    works = {"a row": lambda: 1 / 0, "after": lambda: {"value": [1.0, 3.0, 2.0]}}
+    sections = [section(bench, "one", {"first": fails}), section(bench, "two", works), section(bench, "three", {})]
+    sections[2] = replace(sections[2], works=unlisted)
+    first, second, third = bench.sections.run_sections(
+        sections,
+        bench.machine.Machine("cpu", small=True),
         60.0,
         lambda outcomes: saved.append([len(each.rows) for each in outcomes]),
     )
-    assert saved == [[1], [1], [1, 1], [1, 2], [1, 2]]
-    assert (first.status, first.failures) == ("failed: ValueError: no such kernel", 1)
-    assert "Traceback" in first.error
-    assert (second.status, second.failures) == ("done", 1)
+    assert saved == [[1], [2], [2], [2, 1], [2, 2], [2, 2], [2, 2, 0]]
+    assert (first.status, first.failures, second.status, second.failures) == ("done", 1, "done", 1)
+    assert "Traceback" in first.rows[1]["error"]
+    assert "| first | ValueError: no such kernel |" in first.lines()
     assert "| a row | ZeroDivisionError: division by zero |" in second.lines()
     assert "| after | 2 (1 to 3), n = 3 |" in second.lines()
-    assert first.as_json()["rows"] == [{"what": "before", "value": 1.0}]
+    assert first.as_json()["rows"][0] == {"what": "before", "value": 1.0}
+    assert (third.status, third.failures) == ("failed: RuntimeError: nothing to list", 1)
 
 
-def test_a_section_is_stopped_when_its_time_is_over_and_skipped_where_there_is_none(bench: SimpleNamespace) -> None:
-    """A section is interrupted at the end of its time; one without time is skipped in a line."""
+def test_what_the_time_does_not_reach_is_listed_by_name(bench: SimpleNamespace) -> None:
+    """Works that a section is stopped in or before are listed by name; checks among them are not passed."""
 
-    def hangs(*_: Any) -> Rows:
-        yield {"what": "before"}
+    def hangs() -> Rows:
+        yield {"what": "a row of it", "value": 1.0}
         while True:
             time.sleep(0.01)
 
-    def looks(_: Any, clock: Any) -> Rows:
-        yield {"what": "left", "value": clock.left()}
-        time.sleep(60.0)
+    def lacking() -> Any:
+        raise bench.sections.NotHere("it takes two cards")
 
-    sections = [section(bench, "one", hangs, 0.2), section(bench, "two", looks), section(bench, "three", hangs)]
-    outcomes = bench.sections.run_sections(sections, None, 1.5, lambda _: None)
-    assert outcomes[0].status == "stopped: its 0 s were over"
-    assert outcomes[0].rows == [{"what": "before"}]
-    assert 0.5 < outcomes[1].rows[0]["value"] < 1.3
-    assert outcomes[2].status.startswith("skipped: 0 s are left")
-    assert not any(each.failures for each in outcomes), "a lack of time is no failure"
+    works = {"before": lambda: {"value": 2.0}, "elsewhere": lacking, "long": hangs, "after": lambda: {"value": 3.0}}
+    cut, late = section(bench, "one", works), section(bench, "two", {"late": lambda: {}, "later": lambda: {}}, 2.0)
+    check = replace(cut, columns=("what", "verdict"))
+    for first, unchecked in ((cut, 0), (check, 3)):
+        stopped, skipped = bench.sections.run_sections([first, late], None, 1.3, lambda _: None)
+        assert stopped.status == "stopped: its 1 s were over"
+        assert [row["what"] for row in stopped.rows] == ["before", "a row of it"]
+        assert [row["what"] for row in stopped.unreached] == ["elsewhere", "long", "after"]
+        lines = stopped.lines()
+        for what, remark in (("elsewhere", "not reached: it takes two cards"), ("after", "not reached")):
+            assert f"| {what} | {remark} |" in lines
+        assert "(stopped: its 1 s were over; 3 not reached; 1 s)" in lines
+        assert stopped.as_json()["not reached"] == stopped.unreached
+        assert skipped.status.startswith("skipped: 0 s are left")
+        assert [row["what"] for row in skipped.unreached] == ["late", "later"]
+        assert (stopped.unchecked, skipped.unchecked) == (unchecked, 0)
+        assert not stopped.failures + skipped.failures, "a lack of time is no failure"
+
+
+def test_sections_share_the_time_and_one_alone_has_it_all(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A section has its share of the time that is left: all of it alone, and what earlier ones leave over."""
+    now, given = 0.0, list[float]()
+
+    def runs(outcome: Any, machine: Any, seconds: float, save: Any) -> None:
+        nonlocal now
+        given.append(seconds)
+        now += seconds / 2
+        outcome.status = "done"
+
+    monkeypatch.setattr(bench.sections, "_run", runs)
+    monkeypatch.setattr(bench.sections, "time", SimpleNamespace(monotonic=lambda: now))
+    sections = [section(bench, str(share), {}, share) for share in (10.0, 20.0, 30.0)]
+    for chosen, minutes, expected in (
+        (sections, 1, [10.0, 22.0, 44.0]),
+        (sections, 2, [20.0, 44.0, 88.0]),
+        (sections[1:2], 2, [120.0]),
+    ):
+        given.clear()
+        bench.sections.run_sections(chosen, None, 60.0 * minutes, lambda _: None)
+        assert given == pytest.approx(expected)
 
 
 def test_what_is_not_exact_is_a_failure(bench: SimpleNamespace) -> None:
     """A section that is not exact counts as a failure of the program."""
-    outcome = bench.sections.Outcome(section(bench, "one", lambda *_: iter(())))
+    outcome = bench.sections.Outcome(section(bench, "one", {}))
     outcome.rows += [{"verdict": "ok"}, {"verdict": "TOO LARGE"}, {"what": "no verdict"}]
     assert outcome.failures == 1
 
@@ -157,6 +205,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
 def card(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with a GPU of a generation that has TF32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return bench.machine.Machine("cuda", small=False)
 
 
@@ -184,7 +233,7 @@ def test_an_iteration_is_measured_as_in_a_run_and_with_what_it_may_change(
 
     monkeypatch.setattr(bench.steps, "matching_gradient", gradient)
     machine = bench.machine.Machine("cpu", small=True)
-    rows = list(bench.steps.measure(machine, bench.sections.Clock.of(60.0)))
+    rows = rows_of(bench, bench.steps.works, machine)
     methods = [row["method"].removesuffix(", uncompiled") for row in rows if "method" in row]
     wanted = [f"iterations of a run, inputs {ahead}" for ahead in ("ahead", "not ahead")]
     wanted += ["ours", "full unrolling", "ours, channels first", "ours, deterministic", "TESLA"]
@@ -205,20 +254,25 @@ def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkey
 
     monkeypatch.setattr(bench.networks, "train_together", together)
     machine = bench.machine.Machine("cpu", small=True)
-    rows = list(bench.networks.evaluation(machine, bench.sections.Clock.of(60.0)))
+    rows = rows_of(bench, bench.networks.evaluation, machine)
     assert [(row["together"], "failed" in row) for row in rows] == [(2, False), (1, False)]
     assert stacks == [2]
 
 
 def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace) -> None:
-    """The constants' rows have names, places, the values that plans use, and numbers that were measured."""
+    """The constants' rows have names, places, the values that plans use, and numbers that were measured or noted."""
     machine = bench.machine.Machine("cpu", small=True)
-    rows = list(bench.constants.measure(machine, bench.sections.Clock.of(60.0)))
-    shown = {row["constant"]: row["assumed"] for row in rows}
+    works = {work.what["constant"]: work for work in bench.constants.works(machine, bench.sections.Clock.of(60.0))}
+    shown = {name: work.what["assumed"] for name, work in works.items()}
     assert shown['SPEED["GPU"], FLOP/s'] == SPEED["GPU"]
     assert shown['FORWARD_PASSES["training"]'] == FORWARD_PASSES["training"]
     assert shown["GPU_SPEED, of a core"] == GPU_SPEED
-    assert all(row["measured"] > 0 for row in rows), rows
+    assert (shown["CONTEXT_BYTES"], shown["GPU_PROCESS_BYTES"]) == (CONTEXT_BYTES, GPU_PROCESS_BYTES)
+    for name in ('SPEED["GPU"], FLOP/s', "GPU_SPEED, of a core", 'FORWARD_PASSES["training"]'):
+        (row,) = works[name].rows()
+        assert row["measured"] > 0, row
+    with pytest.raises(bench.sections.NotHere):
+        list(works["CONTEXT_BYTES"].rows())
 
 
 def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(
@@ -237,6 +291,22 @@ def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(
     assert (row["verdict"], row["errors"]) == ("ok", [0.0, 0.0, 0.0])
     assert len(tapes) == 2, "forward and reverse"
     assert modes == {True}, "sums of the augmentation's derivative have a fixed order"
+
+
+def test_cuda_graphs_are_checked_with_what_was_compiled_once(bench: SimpleNamespace, card: Any) -> None:
+    """Checks of CUDA graphs follow those of each precision, and record its compiled functions."""
+    names = [work.what["what"] for work in bench.exactness.works(card, bench.sections.Clock.of(60.0))]
+    for precision in ("tf32", "float32", "bfloat16"):
+        place = names.index(f"{precision}, compiled, against float64")
+        assert names[place + 1] == f"{precision}, CUDA graphs, compiled, equal bits without"
+        assert place < len(names) / 2
+    matching = bench.exactness._Matching(bench.machine.Machine("cpu", small=True))
+    compiled = bench.exactness.StudentStepFunctions(matching.problem(dtype=torch.float32).network)
+    recorded = bench.exactness.Recorded(compiled)
+    pair = (lambda *_: torch.zeros(1), lambda *_: torch.zeros(1))
+    x, y = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
+    compiled._built[x.shape, y.shape, x.dtype] = pair
+    assert recorded._compiled_for(x, y) == pair
 
 
 def test_the_workspace_of_cublas_is_fixed_before_torch_is_used() -> None:
