@@ -3,7 +3,8 @@
 python benchmarks/bench_gpu.py [--cifar FOLDER]                    (make gpu, make gpu CIFAR=FOLDER)
 python benchmarks/bench_gpu.py --device cpu                       (make gpu DEVICE=cpu: tiny, tries the program)
 
-Needs torch, numpy, pydantic and PyYAML, not Ray. The last section also needs pyarrow and Pillow, or scikit-learn.
+Needs torch, numpy, pydantic and PyYAML, not Ray. Workers also need pyarrow, fsspec and Pillow, as the package does; the
+last section pyarrow and Pillow, or scikit-learn.
 Results are written row by row, so that a run that is cut off keeps what it has. A row that fails is reported with its
 error, and the others run. What the time did not reach is listed by name. Sections share the time, so `--minutes` gives
 more to each, and `--only` all of it to some. Exit code 1 says that something failed or was not exact, or that a check
@@ -24,12 +25,13 @@ from typing import Any
 import gpu  # first: it finds the package beside this folder, which all that follow import
 import torch
 from facts import common_facts, head, result_path, save
-from gpu import constants, curve, exactness, experts, networks, steps, sums
+from gpu import constants, curve, exactness, experts, networks, steps, sums, workers
 from gpu.machine import Machine
 from gpu.sections import Outcome, Section, run_sections
 
 SECTIONS: tuple[Section, ...] = (
     exactness.SECTION,
+    workers.SECTION,
     sums.SECTION,
     steps.SECTION,
     experts.SECTION,

@@ -1,7 +1,7 @@
 """What is measured on the day a GPU is there: one module for each question, run by `benchmarks/bench_gpu.py`.
 
 Needs torch, numpy, pydantic and PyYAML, not Ray. Uses `config`, `recipes`, `core` and `methods` of
-this package, and `runtime.mesh` and `data` where they can be imported.
+this package, and `runtime.mesh`, `data` and `stages` where they can be imported.
 """
 
 import os

@@ -17,13 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from datm_ray.config import DistillConfig, NetworkSpec, RunConfig
+from datm_ray.config import ClusterConfig, DistillConfig, NetworkSpec, RunConfig, override
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training.loop import would_gain_together
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.planning.machines import FORWARD_PASSES, SPEED
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.stages.methods.memory import CONTEXT_BYTES
 from datm_ray.stages.methods.recovery import GPU_SPEED
+from datm_ray.stages.validation import evaluation_schedule
 from tests.tapes import Tape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -39,7 +42,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        modules = ("exactness", "curve", "steps", "networks", "constants", "experts")
+        modules = ("exactness", "curve", "steps", "networks", "constants", "experts", "workers")
         names |= {each: f"gpu.{each}" for each in modules}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
@@ -309,6 +312,23 @@ def test_cuda_graphs_are_checked_with_what_was_compiled_once(bench: SimpleNamesp
     assert recorded._compiled_for(x, y) == pair
 
 
+def test_stage_workers_run_with_the_settings_of_a_recipe(bench: SimpleNamespace) -> None:
+    """Experts, a distillation with MetaDD and a row of the table run on the device, with the defaults of `cluster`."""
+    machine = bench.machine.Machine("cpu", small=True)
+    threads = torch.get_num_threads()
+    rows = rows_of(bench, bench.workers.works, machine)
+    assert [row.get("verdict") for row in rows] == ["ok"] * 4, rows
+    assert [row["what"].partition(":")[0] for row in rows] == [
+        *("ExpertWorker", "ExpertWorker", "DistillWorker", "EvaluateWorker")
+    ]
+    assert torch.get_num_threads() == threads
+    whole = override(RunConfig(), bench.workers.SETTINGS)
+    assert whole.cluster == ClusterConfig()
+    network = build_network(whole.resolved((32, 32)).network.for_images(3, (32, 32), 10), 0)
+    schedule = evaluation_schedule(whole, 0.01)
+    assert would_gain_together(network, whole.evaluate.seeds, (3, 32, 32), 10, schedule, on_gpu=True)
+
+
 def test_the_workspace_of_cublas_is_fixed_before_torch_is_used() -> None:
     """The package of the benchmark fixes the workspace when it is imported, and a user's own stays."""
     program = "import gpu, os, sys; assert 'torch' not in sys.modules; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
@@ -335,6 +355,6 @@ def test_it_needs_neither_ray_nor_commands() -> None:
     """All sections import where neither Ray nor typer is installed."""
     program = (
         f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
-        "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 8\n"
+        "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 9\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, check=True, timeout=120)
