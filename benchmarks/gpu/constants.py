@@ -23,13 +23,14 @@ from published_matching import make_problem
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import predict_logits
-from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
-from datm_ray.planning.machines import FORWARD_PASSES, SPEED
+from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP, StudentStepFunctions
+from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
 from gpu.machine import Machine, measured
 from gpu.networks import epochs_of
 from gpu.sections import Clock, NotHere, Section, Work
-from gpu.steps import ours, shapes
+from gpu.steps import Shape, ours, shapes
 
 
 def assumed(module: str, name: str) -> Any:
@@ -102,10 +103,55 @@ def child() -> None:
     sys.stdin.read()
 
 
+def graphs_gain(machine: Machine) -> str:
+    """Times without CUDA graphs as multiples of those with them, by the work of a call; from section 4."""
+    require_gpus(machine, 1)
+    gains = []
+    for shape in shapes(machine)[:2]:
+        pair = [noted(machine, shape, f"ours, {each}CUDA graphs") for each in ("no ", "")]
+        network = build_network(shape.spec, 0)
+        work = shape.chunk * image_cost(network, (shape.spec.channels, *shape.spec.size)).flop
+        gains.append(f"{work:.2g}: {pair[0] / pair[1]:.2f} times as fast")
+    return "; ".join(gains)
+
+
+def order_gain(machine: Machine) -> str:
+    """Time with the other memory order as a multiple of that with a run's; from section 4."""
+    shape, other = shapes(machine)[0], "first" if machine.channels_last else "last"
+    ratio = noted(machine, shape, f"ours, channels {other}") / noted(machine, shape, "ours")
+    return f"{machine.precision}: channels {other} take {ratio:.2f} times as long"
+
+
+def noted(machine: Machine, shape: Shape, method: str) -> float:
+    """Seconds that section 4 found.
+
+    Raises:
+        NotHere: that row was not reached in this run.
+    """
+    return of_section(machine, "steps", shape.name, method, machine.precision)
+
+
+def of_section(machine: Machine, *names: str) -> float:
+    """Value that an earlier section noted under these names.
+
+    Raises:
+        NotHere: it was not noted.
+    """
+    if names not in machine.noted:
+        raise NotHere(f"it is measured in section {names[0]}")
+    return machine.noted[names]
+
+
 def require_gpus(machine: Machine, count: int) -> None:
     """Raise `NotHere` if the measured device is no GPU, or this machine has fewer of them."""
     if machine.device != "cuda" or torch.cuda.device_count() < count:
         raise NotHere(f"it takes {'a GPU' if count == 1 else f'{count} GPUs'}")
+
+
+def of_sums(machine: Machine, name: str) -> float:
+    """Latency in seconds, or bandwidth in bytes per second, of sums between two GPUs; from section 3."""
+    require_gpus(machine, 2)
+    return of_section(machine, "sums", name)
 
 
 def constant(name: str, where: str, value: Any, measure: Callable[[], float | str]) -> Work:
@@ -116,7 +162,7 @@ def constant(name: str, where: str, value: Any, measure: Callable[[], float | st
 
 def works(machine: Machine, _: Clock) -> list[Work]:
     """List what plans and defaults assume of GPUs."""
-    found, machines = _Speeds(machine), "planning/machines.py"
+    found, machines, steps = _Speeds(machine), "planning/machines.py", "methods/trajectory/step_functions.py"
     sizes = functools.cache(partial(context_of, machine))
 
     def process(name: str, where: str, key: str) -> Work:
@@ -124,10 +170,15 @@ def works(machine: Machine, _: Clock) -> list[Work]:
         return constant(name, where, value, lambda: sizes()[key])
 
     gpu_speed = assumed("stages.methods.recovery", "GPU_SPEED")
+    order = f"channels {'last' if machine.channels_last else 'first'}"
     return [
         constant('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], lambda: found.of_steps),
+        constant("REPLAYED_FLOP", steps, REPLAYED_FLOP, partial(graphs_gain, machine)),
+        constant("memory order", "runtime/devices.py", order, partial(order_gain, machine)),
         process("CONTEXT_BYTES", "stages/methods/memory.py", "context"),
         process("GPU_PROCESS_BYTES", "planning/memory.py", "main memory"),
+        constant('LATENCY["GPU"], s', machines, LATENCY["GPU"], partial(of_sums, machine, "latency")),
+        constant('BANDWIDTH["GPU"], bytes/s', machines, BANDWIDTH["GPU"], partial(of_sums, machine, "bandwidth")),
         constant(
             "GPU_SPEED, of a core", "stages/methods/recovery.py", gpu_speed, lambda: found.of_steps / SPEED["core"]
         ),
@@ -149,8 +200,8 @@ SECTION = Section(
     "8. Is what plans assume right?",
     "Constants of plans and defaults for GPUs, and what this card has. Forward passes: time of an image, as a multiple "
     "of its forward pass at the speed of student steps. Context: GPU memory that another process takes beside its "
-    "tensors; its peak of main memory with torch alone. Bandwidth and latency of sums are in section 3; what CUDA "
-    "graphs save (`REPLAYED_FLOP`) and memory orders (`cluster.channels_last`) in section 4.",
+    "tensors; its peak of main memory with torch alone. `REPLAYED_FLOP`: calls with more work are not replayed as CUDA "
+    "graphs; what graphs gain below and above it. Latency and bandwidth: of sums between two GPUs of this machine.",
     ("constant", "where", "assumed", "measured"),
     seconds=25,
     least=5,

@@ -234,13 +234,17 @@ def works(machine: Machine, clock: Clock) -> Iterator[Work]:
         method = f"iterations of a run, inputs {'ahead' if ahead else 'not ahead'}"
         yield first.work(method, functools.partial(first.iterations, method, ahead=ahead))
     yield from as_in_a_run(others[:1])
-    if machine.device == "cuda":  # by default such small calls are replayed
-        yield first.ours("ours, no CUDA graphs", graphs=False)
+    if machine.device == "cuda":  # a large and a small call, whatever the default takes
+        for each in (*others[:1], first):
+            yield from (each.ours(f"ours, {'' if graphs else 'no '}CUDA graphs", graphs=graphs) for graphs in BOTH)
     order = "first" if machine.channels_last else "last"
     yield first.ours(f"ours, channels {order}", channels_last=not machine.channels_last)
     yield first.work("ours, deterministic", first.reproducible)
     yield from as_in_a_run(others[1:])
     yield from in_other_ways([first, *others])
+
+
+BOTH = (True, False)
 
 
 def ceiling_row(machine: Machine, precision: Precision, rates: dict[Precision, float]) -> Row:

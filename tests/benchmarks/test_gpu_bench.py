@@ -22,7 +22,8 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import would_gain_together
 from datm_ray.methods.trajectory.iteration import IterationRecord
-from datm_ray.planning.machines import FORWARD_PASSES, SPEED
+from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP
+from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.stages.methods.memory import CONTEXT_BYTES
 from datm_ray.stages.methods.recovery import GPU_SPEED
@@ -262,7 +263,7 @@ def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkey
     assert stacks == [2]
 
 
-def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace) -> None:
+def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace, card: Any) -> None:
     """The constants' rows have names, places, the values that plans use, and numbers that were measured or noted."""
     machine = bench.machine.Machine("cpu", small=True)
     works = {work.what["constant"]: work for work in bench.constants.works(machine, bench.sections.Clock.of(60.0))}
@@ -271,11 +272,19 @@ def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamesp
     assert shown['FORWARD_PASSES["training"]'] == FORWARD_PASSES["training"]
     assert shown["GPU_SPEED, of a core"] == GPU_SPEED
     assert (shown["CONTEXT_BYTES"], shown["GPU_PROCESS_BYTES"]) == (CONTEXT_BYTES, GPU_PROCESS_BYTES)
+    assert (shown['LATENCY["GPU"], s'], shown['BANDWIDTH["GPU"], bytes/s']) == (LATENCY["GPU"], BANDWIDTH["GPU"])
+    assert shown["REPLAYED_FLOP"] == REPLAYED_FLOP
     for name in ('SPEED["GPU"], FLOP/s', "GPU_SPEED, of a core", 'FORWARD_PASSES["training"]'):
         (row,) = works[name].rows()
         assert row["measured"] > 0, row
-    with pytest.raises(bench.sections.NotHere):
-        list(works["CONTEXT_BYTES"].rows())
+    for name in ("CONTEXT_BYTES", "REPLAYED_FLOP", 'LATENCY["GPU"], s'):
+        with pytest.raises(bench.sections.NotHere):
+            list(works[name].rows())
+    pairs = {("CIFAR-10 IPC 10", "no "): 3.0, ("CIFAR-10 IPC 10", ""): 2.0}
+    pairs |= {("CIFAR-100 IPC 50", "no "): 5.05, ("CIFAR-100 IPC 50", ""): 5.0}
+    for (shape, graphs), seconds in pairs.items():
+        card.noted["steps", shape, f"ours, {graphs}CUDA graphs", "tf32"] = seconds
+    assert bench.constants.graphs_gain(card) == "1e+10: 1.50 times as fast; 5.1e+10: 1.01 times as fast"
 
 
 def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(
@@ -296,8 +305,12 @@ def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(
     assert modes == {True}, "sums of the augmentation's derivative have a fixed order"
 
 
-def test_cuda_graphs_are_checked_with_what_was_compiled_once(bench: SimpleNamespace, card: Any) -> None:
-    """Checks of CUDA graphs follow those of each precision, and record its compiled functions."""
+def test_cuda_graphs_are_timed_and_checked_with_what_was_compiled_once(bench: SimpleNamespace, card: Any) -> None:
+    """Graphs of small and large calls are timed; they, and checks of their bits, record functions that exist."""
+    timed = [work.what for work in bench.steps.works(card, bench.sections.Clock.of(60.0))]
+    for shape in ("CIFAR-10 IPC 10", "CIFAR-100 IPC 50"):
+        for graphs in ("", "no "):
+            assert {"shape": shape, "method": f"ours, {graphs}CUDA graphs", "precision": "tf32"} in timed
     names = [work.what["what"] for work in bench.exactness.works(card, bench.sections.Clock.of(60.0))]
     for precision in ("tf32", "float32", "bfloat16"):
         place = names.index(f"{precision}, compiled, against float64")
