@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        modules = ("exactness", "curve", "steps", "networks", "constants", "experts", "workers")
+        modules = ("exactness", "curve", "steps", "networks", "constants", "experts", "workers", "sums")
         names |= {each: f"gpu.{each}" for each in modules}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
@@ -261,6 +262,35 @@ def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkey
     rows = rows_of(bench, bench.networks.evaluation, machine)
     assert [(row["together"], "failed" in row) for row in rows] == [(2, False), (1, False)]
     assert stacks == [2]
+
+
+def test_two_processes_have_a_gpu_each_where_there_are_two(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process sees one of the GPUs that this one sees, by its own name; fewer GPUs are shared."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, expected in ((None, ["0", "1"]), ("", ["0", "1"]), ("3,GPU-5a", ["3", "GPU-5a"])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [bench.sums.own_gpu(rank, 2)["CUDA_VISIBLE_DEVICES"] for rank in range(2)] == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bench.sums.own_gpu(1, 2) == {}
+
+
+def test_metadd_is_timed_with_as_many_images_as_fit(bench: SimpleNamespace, card: Any) -> None:
+    """On a GPU all images are tried, then half of them until they fit; one that does not fit is an error."""
+    tried: list[int] = []
+
+    def call(count: int, most: int) -> None:
+        tried.append(count)
+        if count > most:
+            raise torch.OutOfMemoryError
+
+    assert bench.networks.most_that_fit(card, partial(call, most=30), 100) == 25
+    assert tried == [100, 50, 25]
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.networks.most_that_fit(card, partial(call, most=0), 4)
 
 
 def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamespace, card: Any) -> None:
