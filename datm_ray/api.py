@@ -1,7 +1,8 @@
-"""Stages of a run as Python calls. Each takes one recipe, works like the command of its name, and returns a value.
+"""Stages of a run as Python calls. Each call takes one recipe, works like the command of the same name, and returns a
+value.
 
-Running a call again resumes it, and several recipes with the same `out` share experts and controls, as on the command
-line. Jobs on clusters are left out. Tests: tests/test_api.py.
+Repeating a call resumes its run. Recipes with the same `out` share experts and controls, as on the command line. Jobs
+on clusters are not covered. Tests: tests/test_api.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LONGEST = 10**9
 """Largest number of minutes that `init` takes, inclusive: far more than any run needs, and safe to compute with."""
 
 Settings = Mapping[str, object]
-"""Values that replace values of a recipe, by `section.field`, such as {"distill.iterations": 100}."""
+"""Overrides of a recipe: `section.field` -> value, such as {"distill.iterations": 100}."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,25 @@ class Result:
     synthetic: Artifact
     """Synthetic set of the run."""
     accuracies: Mapping[str, tuple[float, ...]]
-    """Row of results ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1. With
-    `evaluate.fixed_labels` also "distilled-hard", "distilled-fixed" and "random-fixed"."""
+    """Row of the results table -> test accuracies, 0 to 1, one for each seed.
+
+    "random-hard" and "random-soft" are random real images with hard and soft labels, "distilled" is the synthetic set,
+    and "full" all real data. `evaluate.fixed_labels` adds "distilled-hard", "distilled-fixed" and "random-fixed"."""
     report: str
     """Path or URI of the HTML report over all runs of the output folder."""
     networks: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    """Architecture -> column -> test accuracy of each network, 0 to 1: the recipe's own, then those of
-    `evaluate.networks`. "learned": with the set's own step size, if it has one; "tuned": with one chosen on validation
-    images; "control": random real images. Empty if `evaluate.networks` is empty."""
+    """Architecture -> column -> test accuracies, 0 to 1, one for each seed. Empty if `evaluate.networks` is empty.
+
+    The recipe's own architecture comes first, then those of `evaluate.networks`. Column "learned": trained with the
+    set's own step size, if it has one; "tuned": with a step size chosen on validation images; "control": trained on
+    random real images."""
     history: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Curve of the distillation -> array. "iteration" (from 0), "loss" and "skipped" have a value for each iteration;
-    with trajectories also "step_size", "expert", "start" and "decrease", of the first backbone. "validation.iteration"
-    and "validation.accuracy" (0 to 1) have one for each validation, "validation.chosen_at" is the iteration of the set
-    that was kept (0: the last), and "meta." has MetaDD's terms. Empty if no checkpoint exists, as for images that were
-    chosen or recovered in pieces."""
+    """Curve of the distillation -> array. Empty if no checkpoint exists, as for images chosen or recovered in pieces.
+
+    "iteration" (from 0), "loss" and "skipped" have one value for each iteration. Trajectory matching adds "step_size",
+    "expert", "start" and "decrease" of the first backbone. "validation.iteration" and "validation.accuracy" (0 to 1)
+    have one value for each validation. "validation.chosen_at" is the iteration of the set that was kept; 0 means the
+    last. Names that begin with "meta." are MetaDD's terms."""
 
 
 class Options(TypedDict, total=False):
@@ -78,7 +84,7 @@ class Options(TypedDict, total=False):
     executor: Literal["ray", "serial"]
     """`ray` (default) runs parallel workers; `serial` uses this process alone, with the same results."""
     address: str
-    """Ray cluster to run on. Default: one that is started on this machine."""
+    """Address of the Ray cluster to run on. Default: RAY_ADDRESS, or else a cluster started on this machine."""
     progress: bool
     """True (default) to show progress."""
 
@@ -102,7 +108,10 @@ def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
 
 
 def _plain(value: object) -> object:
-    """Convert a path to text, numbers and arrays of numpy or torch to Python's; return any other value unchanged."""
+    """Convert a path to text, and numbers and arrays of numpy or torch to Python's numbers and lists.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.tolist() if hasattr(value, "tolist") else value
@@ -124,7 +133,7 @@ def stages_of(
         store: trajectory store, a path or URI; `None` puts it into the output folder.
         executor: "ray" or "serial".
         address: address of a Ray cluster; `None` for RAY_ADDRESS, or else a cluster started on this machine.
-        asked: network to score on -> command-line option that asked for it, for messages.
+        asked: network to score on -> command-line option that asked for it, for messages; `None` for no such network.
     """
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
     stages = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial", asked=asked)
@@ -170,9 +179,10 @@ def plan(
         settings: values that replace the recipe's.
         cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
             "cpus=2,memory=24GiB". Default: this machine.
-        data_shape: channels x height x width, classes and images of data that is not here, as "3x64x64,200,100000".
-        measure: True to time the run's own compiled steps on this machine. False times small steps if the run computes
-            on CPUs; times on GPUs then need tflops= in `cluster`.
+        data_shape: shape of data that is not on this machine, as channels x height x width, classes, training images,
+            such as "3x64x64,200,100000". Default: the shape of the recipe's data set.
+        measure: True to time the run's own compiled steps on this machine. False times small steps instead if the run
+            computes on CPUs, and needs tflops= in `cluster` to estimate times on GPUs.
 
     Raises:
         ConfigError: the set does not fit into memory, or an argument cannot be read.
@@ -199,16 +209,17 @@ def init(
     Args:
         path: folder, zip archive or Parquet file of images, see docs/your-images.md, or `digits`.
         ipc: synthetic images per class, at least 1.
-        minutes: time on the clock for everything, on this machine; above 0, at most 1e9. Its speed is measured
-            first.
+        minutes: time in minutes that the whole run may take on this machine; above 0, at most 1e9. The machine's speed
+            is measured first.
         method: datm, mtt, dm, select or sre2l.
         name: name of the run. Default: the file's name, the method unless it is datm, and the images per class.
-        resize: side in pixels to resize all images to, at least 8. Default: the images' own size if all have the same
-            and it is at most 64, otherwise 64.
+        resize: side in pixels to resize all images to, at least 8. Default: the images' own size if it is common to
+            all and at most 64, otherwise 64.
         progress: True (default) to show progress.
 
     Raises:
-        ConfigError: the name or a number is impossible, there are no rules for the method, or it needs a larger set.
+        ConfigError: the name or a number is impossible, there are no rules for the method, the synthetic set would have
+            too few images for sre2l, or memory does not suffice.
         DatasetError: there are no images that can be read, or too few of a class.
     """
     rules_of(method)
@@ -226,7 +237,7 @@ def init(
 
 
 def _require_numbers(ipc: object, minutes: object, resize: object) -> None:
-    """Raise a `ConfigError` if a number that `init` is given is of another type or out of its range."""
+    """Raise a `ConfigError` if an argument of `init` is not a number of the right type, or is out of its range."""
     wanted = [("ipc", ipc, _is_whole(ipc, 1), "a whole number, at least 1")]
     wanted += [("resize", resize, resize is None or _is_whole(resize, 8), "a whole number of pixels, at least 8")]
     is_time = isinstance(minutes, Real) and not isinstance(minutes, bool) and minutes <= LONGEST and not minutes <= 0
@@ -264,7 +275,11 @@ def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Un
 def _prepared(
     recipe: Recipe, out: str | os.PathLike[str], options: Options
 ) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
-    """The run's stages, a function that starts its workers, and its progress display."""
+    """Return a run's stages, a function that starts its workers, and its progress display.
+
+    Raises:
+        TypeError: an option is unknown.
+    """
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(Options.__annotations__)}")
     config, out = recipe_of(recipe, options.get("settings")), os.fspath(out)

@@ -1,19 +1,20 @@
 """Synthetic sets as self-describing files, and their exports.
 
-The file holds the images in the normalised space in which they were learned, the soft labels, the learned step size,
-the recipe and the provenance. A small transform to pixels is inside the file. Whitening takes up to 38 MB for 32x32 RGB
-and 604 MB for 64x64, for any size of the set. It is stored once in a folder beside the runs, under a digest of its
-bits, and the set's file names the digest:
+A set's file holds the images in the normalised space in which they were learned, the soft labels, the step size, the
+recipe, the provenance, and the transform between pixels and normalised images. A whitening transform is large: up to
+38 MB for 32x32 RGB and 604 MB for 64x64, however small the set. So a large transform is stored once in a folder beside
+the runs, under a digest of its bits, and the set's file holds the digest alone:
 
     <out>/transforms/<digest>.arrow
     <out>/<run>/synthetic.arrow
 
 `datm_ray.load(path)` reads a set. Its transform is read at its first use: from the set's own folder, or from the folder
 `transforms` in it or in a folder above. The exports "arrow" and "safetensors" are single files with everything, which
-`load` reads from any place. `without_transform` leaves a transform out of them, which `Artifact.fitted` makes again.
+`load` reads from any place. After `without_transform`, they leave a large transform out; `Artifact.fitted` fits it
+again on real images.
 
-How networks were trained to score the set is noted beside it by the evaluation, in `scoring.json`. `Artifact.training`
-reads this note, and the exports "arrow" and "safetensors" hold it.
+The evaluation writes `scoring.json` beside the set: the settings with which networks were trained to score it.
+`Artifact.training` reads these settings, and the exports "arrow" and "safetensors" hold them.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ from datm_ray.words import counted, dimensions, listed
 
 KIND = "synthetic-set"
 SCORING = "scoring.json"
-"""Name of the note, in a run's folder, on the training of the networks that scored its set."""
+"""Name of the file, in a run's folder, with the settings with which networks were trained to score the run's set."""
 SYNTHETIC, SAFETENSORS = "synthetic.arrow", "synthetic.safetensors"
-"""Names of a set's file: in a run's folder and as export "arrow", and as export "safetensors"."""
+"""SYNTHETIC: name of a set's file in a run's folder, and of its export "arrow". SAFETENSORS: name of its export
+"safetensors"."""
 OTHERS_IMAGES = "images_best.pt"
-"""File of images in the sets of DATM, MTT and programs that derive from them."""
+"""Name of the file with the images, in sets that DATM, MTT and programs derived from them write."""
 TRANSFORMS = "transforms"
-"""Folder of the transforms that are stored apart from their sets."""
+"""Name of the folder, beside the runs, of transforms that are too large for their sets' files."""
 INLINE_BYTES = 64 * 1024
-"""Largest size in bytes of a transform that is stored inside every set's file, inclusive."""
-_SEARCHED = 50  # most names searched for runs, in a folder that is given for a set
-_PARENTS = 3  # number of folders above a set's own in which its transform is searched
-_CHECKSUM = "sha256"  # key in the metadata of the export "safetensors", whose format has no checksum
+"""Largest size in bytes, inclusive, of a transform that is stored inside a set's file."""
+_SEARCHED = 50  # most names in a folder that `load` searches for sets, if it is given a folder
+_PARENTS = 3  # number of folders above a set's own folder that are searched for its transform
+_CHECKSUM = "sha256"  # metadata key of the checksum in the export "safetensors", whose format has none
 _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
 _NOT_CHOSEN = (
     "the learning rate {:.4g} of this set was neither learned for such a training nor chosen on validation images: "
@@ -71,12 +73,12 @@ _OTHER_IMAGES = (
     "the set's transform was fitted on other images than these {}: real images are normalised a little differently "
     "than those that it was made and scored with"
 )
-_PREFIX = "transform."  # prefix of the transform's arrays among those of a set
+_PREFIX = "transform."  # prefix of the names of a transform's arrays in a set's file
 
 
 @dataclass(frozen=True)
 class KeptTransform:
-    """A transform in a file of its own, read at its first use."""
+    """Reference to a set's transform that is stored in a file of its own, and read at its first use."""
 
     set_location: Location
     """Location of the set's file."""
@@ -87,10 +89,10 @@ class KeptTransform:
 
     @cached_property
     def transform(self) -> Transform:
-        """Read the transform from the first place that has its file.
+        """Transform, read from the set's own folder, or from a folder `transforms` in it or in the three folders above.
 
         Raises:
-            StoreError: no place has the file.
+            StoreError: none of these folders has the file.
             CorruptFileError: the file is damaged, or holds another transform.
         """
         failure: StoreError | None = None
@@ -123,7 +125,7 @@ class KeptTransform:
 
 @dataclass(frozen=True)
 class LeftOutTransform:
-    """A transform that the set's file leaves out, because it follows from the training images."""
+    """Description of a transform that a set's file leaves out, because training images can be used to fit it again."""
 
     place: str
     """Path or URI of the set's file."""
@@ -154,14 +156,15 @@ class Artifact:
     labels: Tensor
     """[n] int64 class that each image was made for."""
     step_size: float
-    """Learning rate that was learned with the images, for SGD and the recipe's first network."""
+    """Learning rate of SGD for the recipe's first network: learned with the images, published or given, see
+    `has_step_size`; otherwise a default."""
     step_sizes: tuple[float, ...]
     """Learning rates for all matched networks, the first included. Files of earlier versions hold the first network's
     learning rate alone."""
     class_names: tuple[str, ...]
     """Names of the k classes."""
     held_transform: Transform | KeptTransform | LeftOutTransform
-    """Transform of the set, or what is known about one that is elsewhere. Use `transform` to get it."""
+    """Transform of the set, or a reference to one that is not in the set's file. Read it through `transform`."""
     recipe: Mapping[str, Any]
     """Configuration of the run that made the set, as plain data: section -> key -> value."""
     provenance: Mapping[str, Any]
@@ -169,8 +172,8 @@ class Artifact:
     place: str = ""
     """Path or URI that the set was read from; "" if it was not read from a file."""
     held_scoring: Mapping[str, Any] | Location | None = None
-    """How networks were trained to score the set, as `Schedule.to_json` gives it, or the place where its run notes it;
-    `None` if neither is known. Use `training` to get it."""
+    """Settings of the training that scored the set, as `Schedule.to_json` writes them, or the location of the run's
+    file with them; `None` if neither is known. Use `training` to get the settings."""
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
@@ -179,17 +182,20 @@ class Artifact:
         return f"<synthetic set {name}: {what}, {step_size}{f', from {self.place}' if self.place else ''}>"
 
     def training(self) -> Schedule:
-        """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
+        """Settings of the training that scored the set: epochs, batch size, optimiser, augmentation.
 
-        `training().optimizer(network)` makes the optimizer, `training().batches(loader, optimizer, epoch)` gives an
-        epoch's batches at its learning rate, and `training().augment(images)` augments a batch. If `temperature` is not
-        `None`, a teacher's logits of every batch replaced the set's labels, see `datm_ray.ReplayedLabels`.
+        `training().optimizer(network)` makes the optimizer. `training().batches(loader, optimizer, epoch)` yields an
+        epoch's batches and sets the learning rate before each. `training().augment(images)` augments a batch. If
+        `temperature` is not `None`, a teacher's logits of every batch replaced the set's labels, see
+        `datm_ray.ReplayedLabels`.
 
-        The last evaluation noted these settings in the set's folder; published and exported sets (arrow, safetensors)
-        hold them. Each network's learning rate may have been chosen on validation images; this is the one that most
-        networks had. Without a note, the settings are those of the recipe that made the set, with the learning rate of
-        the recipe or the one learned with the set. A `UserWarning` tells if it was neither learned nor chosen. Sets
-        whose recipe names no protocol get the published one, without augmentation.
+        The settings are those of the last evaluation. A run's folder, published sets and the exports "arrow" and
+        "safetensors" hold them. If a learning rate was chosen for each network on validation images, the settings have
+        the most frequent one.
+
+        Before any evaluation, the settings are those of the recipe that made the set. The learning rate is that of the
+        recipe, or else the set's step size. A `UserWarning` is issued if this rate was neither learned nor chosen. If
+        the recipe names no protocol, the settings are those of the protocol "published", without augmentation.
 
         Raises:
             ConfigError: this version has no such protocol, optimiser or augmentation.
@@ -201,9 +207,10 @@ class Artifact:
         return schedule
 
     def scored_training(self) -> tuple[Schedule, bool]:
-        """Training as `training` gives it, and True if its learning rate was learned, published, given or chosen.
+        """Settings as `training` returns them, and True if their learning rate is more than a default.
 
-        Errors: see `training`.
+        A learning rate that was learned, published, given or chosen on validation images is no default. Errors: see
+        `training`.
         """
         if scoring := self._scoring():
             return scoring, True
@@ -220,7 +227,7 @@ class Artifact:
         return schedule, bool(scored.get("learning_rate")) or (is_sgd_on_own_labels and self.has_step_size)
 
     def _scoring(self) -> Schedule | None:
-        """How networks were trained to score the set; `None` if this is not noted, or the note cannot be reached."""
+        """Settings of the training that scored the set; `None` if no evaluation wrote them or they cannot be read."""
         if self.held_scoring is None:
             return None
         if not isinstance(self.held_scoring, Location):
@@ -237,10 +244,12 @@ class Artifact:
 
     @property
     def has_step_size(self) -> bool:
-        """True if the set's step size was learned, published or given, for SGD on its own labels; False if it is a
-        default, so that networks which scored the set had one that was chosen on validation images."""
+        """True if the set's step size was learned, published or given, for SGD on the set's own labels.
+
+        False if the step size is a default. Networks that score the set then have one chosen on validation images.
+        """
         method, distill = self.recipe.get("method", "datm"), self.recipe.get("distill", {})
-        if ":" in method:  # a user's own, which may have learned it
+        if ":" in method:  # a user's own method, which may have learned the step size
             return not math.isclose(self.step_size, distill.get("initial_step_size") or 0.01, rel_tol=1e-6)
         if method == "given":
             return self.recipe.get("given", {}).get("step_size") is not None
@@ -257,10 +266,11 @@ class Artifact:
         return held if isinstance(held, Transform) else held.transform
 
     def fitted(self, images: Tensor | NDArray[np.uint8]) -> Artifact:
-        """Copy with the transform that the set's file leaves out, fitted on real images; other sets are returned as is.
+        """Copy of the set whose left-out transform is fitted on real images; itself if the set has its transform.
 
-        The run's training images give its transform up to rounding. All training images of the data set, or another
-        encoding of them, give nearly the same, with a `UserWarning`. At 32x32 RGB it takes some seconds.
+        The images that the run trained on give the set's transform, up to rounding. Other images give a `UserWarning`,
+        and nearly the same transform if they are all training images of the data set, or another encoding of them. The
+        fit takes some seconds at 32x32 RGB.
 
         Args:
             images: [n c h w] real training images in uint8.
@@ -319,7 +329,7 @@ class Artifact:
         return float(((unit < -half) | (unit > 1 + half)).float().mean())
 
     def clipped_in_words(self) -> str:
-        """Start of a sentence on the pixels that `pixels` clips; "" if there are none."""
+        """Start of a sentence on the share of the images' values that `pixels` clips; "" if it clips none."""
         share = self.clipped_share()
         if not share:
             return ""
@@ -397,7 +407,7 @@ def _described(held: Transform | KeptTransform | LeftOutTransform, *, kept: bool
 
 
 def without_transform(artifact: Artifact) -> Artifact:
-    """Copy without a transform above `INLINE_BYTES`, whose exports leave it out; `Artifact.fitted` makes it again."""
+    """Copy of a set whose exports leave out a transform larger than `INLINE_BYTES`; `Artifact.fitted` fits it again."""
     transform = artifact.transform
     if transform.nbytes <= INLINE_BYTES:
         return artifact
@@ -406,7 +416,7 @@ def without_transform(artifact: Artifact) -> Artifact:
 
 
 def keep_transform(transform: Transform, transforms: Location) -> Location | None:
-    """Write a transform above `INLINE_BYTES` into the folder, unless it is there.
+    """Write a transform larger than `INLINE_BYTES` into the folder `transforms`, unless the folder has it.
 
     Returns the location of the transform's file, or `None` for a smaller transform, which needs no file.
     """
@@ -549,7 +559,10 @@ def _left_out_of(location: Location, metadata: Mapping[str, Any]) -> LeftOutTran
 
 
 def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Mapping[str, Any] | Location | None:
-    """How a set was scored, from its file, or the place where its run notes it; `None` outside a run's folder."""
+    """Settings of the training that scored a set, from the set's file; else the location of its run's file with them.
+
+    `None` if the set's file has no such settings and is not in a run's folder.
+    """
     if "scoring" in metadata:
         return dict(metadata["scoring"])
     return location.parent / SCORING if location.path.rpartition("/")[2] == SYNTHETIC else None
@@ -602,8 +615,8 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
             with everything, the transform included, which `load` reads).
 
     Raises:
-        ConfigError: the kind does not exist, or PNG files of another set lie in `out`, whose images would be mixed.
-            Folders that cannot be listed are not searched for them.
+        ConfigError: the kind does not exist, or PNG files of another set lie in `out`, so that two sets would be mixed.
+            Folders that cannot be listed are not searched.
     """
     if kind not in EXPORTS:
         raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
@@ -616,9 +629,10 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 
 def _require_no_other_images(out: Location, names: Container[str]) -> None:
-    """Raise a `ConfigError` if a folder in `out` holds images of an export that one to these names would leave there.
+    """Raise a `ConfigError` if folders in `out` hold images of an earlier export that an export to `names` would keep.
 
-    They are known by their names, which are numbers. Folders that cannot be listed are skipped.
+    Images of an export are recognised by their file names, which are numbers. Folders that cannot be listed are
+    skipped.
     """
     present = ((folder, name) for folder in _listed(out) for name in _listed(out / folder))
     found = (f"{folder}/{name}" for folder, name in present if re.fullmatch(r"\d{5,}\.png", name))
@@ -632,7 +646,7 @@ def _require_no_other_images(out: Location, names: Container[str]) -> None:
 
 
 def _listed(folder: Location) -> Sequence[str]:
-    """Sorted names in a folder; empty if it cannot be listed, such as with a key that may only write."""
+    """Sorted names in a folder; empty if it cannot be listed, for example with credentials that only allow writing."""
     with suppress(StoreError):
         return folder.list()
     return ()
@@ -748,7 +762,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """Names of the classes' folders; names that would share a folder also end in the class's number."""
+    """Folder name of each class. Names that are equal but for upper and lower case end in the class's number."""
     names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]
     # A name with a number may equal another class's name. Names with numbers differ from each other, so this ends.

@@ -48,7 +48,7 @@ class ConfigError(DatmError):
 
 
 class PluginError(ConfigError):
-    """A user's module cannot be imported, perhaps on this machine alone."""
+    """A user's module cannot be imported. Other machines may be able to import it."""
 
 
 class DatasetError(DatmError):
@@ -56,11 +56,11 @@ class DatasetError(DatmError):
 
 
 class StoreError(DatmError):
-    """A trajectory store cannot be opened, read or written."""
+    """A file or folder of a store or of a run cannot be opened, read or written."""
 
 
 class TransientStoreError(StoreError):
-    """A store fails for the moment; another attempt, or one on another machine, may succeed."""
+    """A disk or object store fails temporarily; another attempt, or one on another machine, may succeed."""
 
     exit_code = 1
 
@@ -74,7 +74,7 @@ class CorruptFileError(DatmError):
 
 
 class RunDirectoryError(DatmError):
-    """A run directory cannot be used: it is not writable, or has a run of another recipe."""
+    """A run's folder cannot be used: another command uses it, it has a run of another recipe, or a file is missing."""
 
 
 class ClusterError(DatmError):
@@ -104,7 +104,7 @@ class JobUnreachableError(ClusterError):
 
 
 class DivergenceError(DatmError):
-    """An expert's loss is not finite, or a distillation diverged in too many iterations without an update between them.
+    """An expert's loss is not finite, or a distillation diverged in too many iterations with no update in between.
 
     The last good state is saved before this is raised.
     """

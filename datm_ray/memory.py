@@ -24,7 +24,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_control_groups(root: Path) -> list[int]:
-    """Free bytes below the memory limit of the process's control group, and of each group above; empty if unlimited."""
+    """Free bytes below the memory limits of this process's control group and its parent groups; empty if unlimited."""
     left = []
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -39,7 +39,7 @@ def _left_in_control_groups(root: Path) -> list[int]:
             # In a container, the path may be one of the host, which does not exist there. The base is then
             # the container's own group.
             for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
-                with suppress(OSError, ValueError):  # "max", or a group without limits
+                with suppress(OSError, ValueError):  # the limit is "max", or the group has none
                     limit, used = (int((place / name).read_text()) for name in names)
                     left.append(max(0, limit - used + _reclaimable(place)))
     return left

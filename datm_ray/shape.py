@@ -48,13 +48,14 @@ class DataShape:
 
     @property
     def row(self) -> int:
-        """Bytes of an image and its soft label."""
+        """Bytes of one image and its soft label as float32."""
         return 4 * (math.prod(self.image) + self.classes)
 
     def trained(self, dataset: DatasetConfig) -> int:
-        """Number of training images without those that a recipe sets aside for validation.
+        """Number of training images that are left when a recipe's validation images are set aside.
 
-        Every class holds out one at least, so many small classes hold out much. Classes count as equally large.
+        Each class sets aside at least one image, so small classes lose a large share. The classes are assumed to be
+        equally large.
         """
         each, larger = divmod(self.training_images, self.classes)
         small, large = (held_out(count, dataset.validation) if count else 0 for count in (each, each + 1))
@@ -127,7 +128,7 @@ def prior_cost(prior: PriorConfig, image: tuple[int, int, int]) -> tuple[ImageCo
     """Memory and operations of one image in a prior's decoder, and the number of latents of an image.
 
     Raises:
-        ConfigError: a user's function gives no decoder of such images.
+        ConfigError: a user's function returns no decoder for images of this shape.
     """
     decoder = build_decoder(prior, image, seed=0)
     return image_cost(decoder, latent_shape(decoder)), math.prod(latent_shape(decoder))

@@ -33,7 +33,7 @@ def _rounded(number: float) -> str:
 
 
 def data_size(size: float) -> str:
-    """Number of bytes to about three digits, such as "310 MiB". `config.parse_bytes` reads it, so users can copy it."""
+    """Number of bytes to about three digits, such as "310 MiB". `config.parse_bytes` can read the text again."""
     units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024

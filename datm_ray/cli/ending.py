@@ -35,16 +35,16 @@ INTERRUPTED = 130
 READER_GONE = 141
 """Exit code after a closed pipe, by the shell's convention 128 + signal number."""
 ERROR_LOG = "datm-ray-error.log"
-"""Name of the file with tracebacks of unexpected failures, in a run's output folder."""
+"""Name of the file, in the output folder, with tracebacks of unexpected failures."""
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
 _home: str | None = None
-"""Temporary home folder of this process; `None` without one."""
+"""Temporary folder that `find_home` has made for HOME; `None` if the user has a home folder."""
 
 
 class _Caught(Exception):
-    """Wrapper that carries Ctrl-C or a closed pipe past Typer, which would turn either into an exit code."""
+    """Wrapper that carries a KeyboardInterrupt or BrokenPipeError past Typer, which would turn it into an exit code."""
 
     def __init__(self, failure: BaseException, resumes: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _is_of_the_locale(failure: BaseException) -> bool:
 
 
 def _exit_at_once(code: int) -> None:
-    """End the process without exit handlers, because Ray's takes seconds. Ray's processes end with this one."""
+    """End the process without exit handlers, because Ray's handler takes seconds. Ray's processes end with this one."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -147,13 +147,16 @@ def _exit_at_once(code: int) -> None:
 
 
 def _failed_before(first: KeyboardInterrupt) -> Exception | None:
-    """Failure of a command whose first interrupt came when it had ended and was closing Ray; `None` without one."""
+    """Failure that had ended the command before its first Ctrl-C, which only interrupted the closing of Ray.
+
+    `None` if the command had not failed.
+    """
     before = first.__context__ if getattr(first, "is_at_once", False) else None
     return before if isinstance(before, Exception) else None
 
 
 def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
-    """Yield an interrupt and those before it, latest first. One of them may say what was saved."""
+    """Yield an interrupt and all earlier ones, latest first. The text of one of them may say what was saved."""
     each: BaseException | None = end
     while each:
         if isinstance(each, KeyboardInterrupt):
@@ -164,7 +167,7 @@ def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
 def _in_words(failure: BaseException) -> str:
     """One line about an unexpected exception, without secrets, and with a remedy for the known kinds."""
     kinds = {each.__name__ for each in type(failure).__mro__}
-    words = one_line(_without_secrets(str(failure))).rstrip(". ")  # before half of one is cut off
+    words = one_line(_without_secrets(str(failure))).rstrip(". ")  # masked, then cut: no half of a secret stays
     shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in words.replace("Cannot", "can't"):
         return (
@@ -203,7 +206,7 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
 
 
 def _command() -> str:
-    """Command line of this process, with *** in place of the values of a job's variables (--env KEY=VALUE)."""
+    """Command line of this process, with *** in place of the values of environment variables (--env KEY=VALUE)."""
     words = [*sys.argv]
     for place, word in enumerate(words[1:], 1):
         option = "--env=" if word.startswith("--env=") else ""
@@ -213,7 +216,7 @@ def _command() -> str:
 
 
 def _without_secrets(text: str) -> str:
-    from datm_ray.monitor.logs import masked  # when it is needed, because most commands never fail
+    from datm_ray.monitor.logs import masked  # imported here, because most commands never fail
 
     return masked(text)
 
@@ -276,6 +279,6 @@ def _remove_home() -> None:
 
 
 def note(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Store an option's value in the command's context, by the option's name, for `main`. Returns the value."""
+    """Callback of an option: store its value in the command's context by its name, for `main`. Returns the value."""
     context.find_root().ensure_object(dict)[option.name] = value
     return value

@@ -24,9 +24,9 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
 def default_dashboard() -> str:
-    """Dashboard's URL: RAY_ADDRESS if it holds a URL, as in Ray's own job commands, else this machine's dashboard.
+    """URL of the dashboard: RAY_ADDRESS if it holds a URL, as in Ray's own job commands, else this machine's dashboard.
 
-    On the nodes of a cluster, RAY_ADDRESS may hold the address for drivers, which is no URL of a dashboard.
+    On the nodes of a cluster, RAY_ADDRESS may hold the address for drivers, which is no URL.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     return address if address.startswith(("http://", "https://")) else LOCAL_DASHBOARD

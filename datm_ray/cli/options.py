@@ -97,7 +97,7 @@ def print_json(value: object) -> None:
 def config_of(name: str, set_: list[str] | None) -> RunConfig:
     """Load a packaged recipe by its name, or a YAML file, and override values by `set_`.
 
-    A line on standard error names keys that the file or `set_` gives, and the recipe's method does not read.
+    A line on standard error names keys that the file or `set_` gives, but the recipe's method does not read.
     """
     from datm_ray.config import override, unread_values
     from datm_ray.config.files import keys_given
@@ -111,7 +111,7 @@ def config_of(name: str, set_: list[str] | None) -> RunConfig:
 
 
 class Invocation(NamedTuple):
-    """Arguments of one stage's command. The command for the next stage repeats them."""
+    """Arguments of the command for one stage. `next` makes the command for the next stage from them."""
 
     recipes: list[str]
     set_: list[str] | None

@@ -148,9 +148,9 @@ def plan(
     Time on CPUs is estimated from small steps, timed on this machine within seconds. --measure times the run's own
     steps.
 
-    --cluster suggests a layout for the described cluster. Its memory is that of one GPU, or of all cores together. Its
-    tflops (or gflops) is the speed of student steps on one GPU or core, not the peak. Its network is the speed at which
-    one GPU or core can send. Time on GPUs needs tflops or --measure.
+    --cluster suggests a layout for the described cluster. In it, memory is that of one GPU, or of all cores together.
+    tflops (or gflops) is the speed of student steps on one GPU or core, not the peak. network is the speed at which one
+    GPU or core can send. Time on GPUs needs tflops or --measure.
     """
     from datm_ray.planning.plan import plan_run
 

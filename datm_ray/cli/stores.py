@@ -50,7 +50,7 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _group_facts(group: ExpertGroup) -> dict[str, Any]:
-    """Facts of a group of experts as plain data.
+    """Facts about a group of experts as plain data.
 
     Epochs and precision are `None` if the group has no expert, or if its first expert is damaged.
     """
@@ -71,7 +71,7 @@ def _group_facts(group: ExpertGroup) -> dict[str, Any]:
 
 
 def _bytes(group: ExpertGroup, numbers: Iterable[int]) -> int:
-    """Bytes in the store of the experts with these numbers, and of the group's prior if it has one."""
+    """Size in bytes of the experts with these numbers together with the group's prior, if it has one."""
     from datm_ray.store.trajectories import PRIOR_FILE
 
     prior = group.location / PRIOR_FILE
@@ -97,7 +97,7 @@ def store_show(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
-    """Expert as plain data. For a damaged expert, only its group, its number and the damage."""
+    """Facts about an expert as plain data. For a damaged expert: only its group, its number and the damage."""
     from datm_ray.errors import CorruptFileError
 
     facts: dict[str, Any] = {"group": str(group.key), "expert": number, "damage": None}
@@ -175,7 +175,7 @@ def _verified(group: ExpertGroup, file: int | str | None) -> tuple[int, str]:
         file: number of an expert, or name of another file; `None` for the transform, whose size is given as 0.
 
     Raises:
-        StoreError: the file cannot be read, so that nothing is known about it.
+        StoreError: the file cannot be read, so it is not known whether it is damaged.
     """
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.files.filesystem import MissingFileError
@@ -330,7 +330,7 @@ def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
         unfinished: True to include groups without a finished expert.
 
     Raises:
-        MissingExpertsError: there are none.
+        MissingExpertsError: the store has no such groups.
     """
     from datm_ray.errors import MissingExpertsError
     from datm_ray.store.files.filesystem import open_location

@@ -48,7 +48,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     """
     values = {"name": plain_name(Path(path).stem), **load_sections(path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
-        values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
+        values = _of_earlier_version(values, path)  # a recipe that a run has saved; some errors advise to use it
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -58,7 +58,7 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
     """Sections and keys, such as `distill` and `distill.ipc`, that a user's file and overrides set themselves.
 
     Args:
-        path: the YAML file; `None` for a packaged recipe. A recipe that a run has saved counts as `None`.
+        path: the YAML file; `None` for a packaged recipe. The keys of a recipe that a run has saved are not counted.
         assignments: overrides of the form `section.field=value`.
     """
     values = {} if path is None else load_sections(path)
@@ -70,7 +70,7 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
 
 
 def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
-    """Plain data of the recipe `name`, the value of the key `base`. Errors begin with `origin`, the file of the key."""
+    """Plain data of the recipe that a file's key `base` names. Errors begin with `origin`, the name of this file."""
     if not isinstance(name, str):
         raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
     try:
@@ -80,7 +80,10 @@ def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dic
 
 
 def plain_name(stem: str) -> str:
-    """Name of a run made from a file's name without its suffix; "run" if no allowed character is left."""
+    """Name of a run, made from a file's name without its suffix; "run" if it has no letter or digit.
+
+    Each group of characters that a run's name must not have is replaced by "-".
+    """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
@@ -109,13 +112,16 @@ _FORMER_RECOVERY = {
     "rounds",
     "mixed_in",
 }
-"""Keys of `recover` in every recipe that a version before `recover.restarts` has written."""
+"""Keys of `recover` that every recipe has which a run saved before the key `recover.restarts` existed."""
 _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 """Sections that every saved recipe has, whatever its version."""
 
 
 def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Plain data of a recipe with former keys renamed. In a saved recipe, a missing `gradient_limit` becomes null."""
+    """Rename former keys in a recipe's plain data, in place, and return the data.
+
+    In a saved recipe, a missing `distill.gradient_limit` becomes null, because earlier versions had no limit.
+    """
     for old, new in RENAMED.items():
         section, _, field = old.partition(".")
         keys = values.get(section)
@@ -127,7 +133,10 @@ def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _keep_former_recovery(values: dict[str, Any]) -> None:
-    """Set in a recipe that an earlier version has written, with all its keys, what this version does otherwise."""
+    """Set keys of `recover`, in place, so that a recipe saved by an earlier version gives the same images as before.
+
+    The section of such a recipe has all keys of that version, but no key `restarts`.
+    """
     recover = values.get("recover")
     if isinstance(recover, dict) and recover.keys() >= _FORMER_RECOVERY and "restarts" not in recover:
         recover["restarts"] = "all"
@@ -136,9 +145,10 @@ def _keep_former_recovery(values: dict[str, Any]) -> None:
 
 
 def _state_what_metadd_saw(values: dict[str, Any]) -> None:
-    """Add `metadd.augmented` to plain data, in place, if a run of an earlier version saved it, which lacked the key.
+    """Add `metadd.augmented`, in place, to a recipe that a run saved before this key existed.
 
-    A saved section `metadd` has all other keys. In such runs, only SRe2L's networks saw augmented images.
+    The section `metadd` of such a recipe has all other keys. In its run, MetaDD's networks saw augmented images only
+    with method sre2l.
     """
     section = values.get("metadd")
     if isinstance(section, dict) and section.keys() >= MetaConfig.model_fields.keys() - {"augmented"}:
@@ -155,9 +165,9 @@ def _read_sections(text: str, origin: str) -> dict[str, Any]:
 
 
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
-    """Apply overrides of the form `section.field=value`; values are read as YAML.
+    """Copy of the configuration with overrides of the form `section.field=value`, whose values are read as YAML.
 
-    Text fields take the value literally, without surrounding blanks, unless it is empty, null or quoted.
+    Fields that hold text take the value literally, without surrounding blanks, unless it is empty, null or quoted.
 
     Raises:
         ConfigError: an override is not an assignment, or has an unknown key, a wrong type or an impossible range.
@@ -175,7 +185,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Replace values, given by `section.field`; text is taken literally.
+    """Copy of the configuration with values replaced, given by `section.field`. Text is taken literally, not as YAML.
 
     Raises:
         ConfigError: a key is unknown, or a value has a wrong type or an impossible range.
@@ -187,7 +197,15 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _assign(values: Any, path: Sequence[str], value: Any, origin: str) -> None:
-    """Set the value at a path of keys, and of indices in lists, within plain data; missing sections are made."""
+    """Set one value in plain data, in place. Missing sections are made.
+
+    Args:
+        path: keys, and indices in lists, that lead to the value.
+        origin: source of the value, at the start of error messages.
+
+    Raises:
+        ConfigError: a list on the path lacks the index, or a value on the path is no section.
+    """
     for place, part in enumerate(path):
         above = ".".join(path[:place])
         if isinstance(values, list) and part not in map(str, range(len(values))):
@@ -210,7 +228,7 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 
 def _takes_text(path: Sequence[str]) -> bool:
-    """True if the field at this path takes any text. Then `a #1` or `1e3` are not read as YAML."""
+    """True if the field at this path of keys takes any text, so that `a #1` or `1e3` must not be read as YAML."""
     field, section = fields_at(path[:-1]).get(path[-1]), fields_at(path[:-2]).get(path[-2]) if path[1:] else None
     if field is None and section is not None and get_origin(section.annotation) is dict:
         value = get_args(section.annotation)[1]
@@ -252,6 +270,7 @@ def _section_lines(section: Section, heading: str, indent: str, without: Collect
     """YAML lines of a section's fields: first the common ones, then those of `SELDOM[heading]` below a comment.
 
     Args:
+        heading: key of the section; "" for the whole configuration.
         without: names of fields, and `section.field` of inner sections, that are left out.
     """
     fields = {name: each for name, each in type(section).model_fields.items() if name not in without}
@@ -269,11 +288,11 @@ def _section_lines(section: Section, heading: str, indent: str, without: Collect
 
 
 def _value_lines(section: Section, name: str, indent: str, comment: str | None) -> list[str]:
-    """YAML lines of the field `name`: key, value and comment; `None` for no comment."""
+    """YAML lines of the field `name`: key, value and comment; a comment of `None` is printed as an empty one."""
     value, plain = getattr(section, name), section.model_dump(mode="json", include={name})
     if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
         plain[name] = [value.first, value.bound]
-    flow = None if isinstance(plain[name], dict | list) else False  # None: one line per innermost list
+    flow = None if isinstance(plain[name], dict | list) else False  # None puts each innermost list on one line
     text = yaml.dump(plain, None, _Dumper, default_flow_style=flow, sort_keys=False, width=_COLUMNS)
     return _commented(f"{textwrap.indent(text.rstrip(chr(10)), indent):<{_COMMENT_COLUMN}}", comment)
 
@@ -340,7 +359,7 @@ class _Dumper(yaml.SafeDumper):
     """YAML writer that quotes text which `_Loader` would read as something else."""
 
 
-# YAML 1.1, which PyYAML implements, requires a point and a sign: 1.0e-5.
+# Numbers with an exponent. YAML 1.1, which PyYAML implements, requires a point and a sign in them: 1.0e-5.
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
@@ -350,7 +369,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-_LARGEST_TEXT = 2**16  # limits on a recipe's characters and values, because PyYAML takes quadratic time for some
+_LARGEST_TEXT = 2**16  # most characters, and most values, of a recipe: PyYAML takes quadratic time for some
 
 
 def _read_yaml(text: str, origin: str) -> Any:

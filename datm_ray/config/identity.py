@@ -1,4 +1,4 @@
-"""Identity of results: plain data that is equal for two runs with the same set, and fingerprints of experts.
+"""Identity of a run, which is equal for two runs whose settings give the same set, and fingerprints of experts.
 
 Tests: tests/test_config.py.
 """
@@ -32,9 +32,11 @@ LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
     },
     "recover": {"statistics_of": "teacher", "restarts": "all"},
 }
-"""Section -> its keys that earlier versions lacked, as in `LATER_KEYS`."""
+"""Section -> key that earlier versions lacked -> value that their runs used. An identity leaves out a key that has this
+value, so that earlier runs keep their identity."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
-"""Section that only one packaged method reads -> that method. First images of sre2l may follow `select` too."""
+"""Section that only one packaged method reads -> name of this method. An exception: sre2l reads `select` too if
+`distill.initial` is crops."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
@@ -63,7 +65,7 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def unread_values(config: RunConfig) -> dict[str, Any]:
-    """Keys that the run sets to other values than the default, but its method does not read: key -> plain value."""
+    """Keys that the run's method does not read, and whose values are not the defaults: key -> plain value."""
     default, found = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
     paths = {key: key.split(".") for key in unread_keys(config)}
     values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}
@@ -71,13 +73,16 @@ def unread_values(config: RunConfig) -> dict[str, Any]:
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
+    """Settings, as plain data, that decide the synthetic set and each single accuracy.
 
-    `cluster`, except `cluster.deterministic` if it is true, and the keys that the run's method does not read are left
-    out. The paths of the data set and of a given set are left out, because their content has a fingerprint of its own.
-    Number of seeds, further networks, their optimiser, further rows, `teacher` and `SCORING_KEYS` are left out, because
-    they may change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, the
-    interval of checkpoints and the run that is continued are left out, because the set does not depend on them.
+    The configuration must be resolved, see `RunConfig.resolved`. The following settings are left out:
+
+    - `cluster`, except `cluster.deterministic` if it is true, and keys that the run's method does not read;
+    - paths of the data set and of a given set, whose contents have fingerprints of their own;
+    - keys of `evaluate` that may change in a finished run: number of seeds, further networks, their optimiser, further
+      rows, `teacher` and `SCORING_KEYS`;
+    - keys on which the set does not depend: stored epochs beyond the matched ones, measurements of test accuracy, the
+      interval of checkpoints, and the run that is continued.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -105,7 +110,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     if config.expert_seed == config.seed:
         identity["experts"]["seed"] = None
     if config.recover.rounds == 1 and "recover" in identity:
-        del identity["recover"]["restarts"]  # nothing does
+        del identity["recover"]["restarts"]  # a single round never restarts
     for section in LATER_KEYS_OF_SECTIONS.keys() & identity.keys():
         identity[section] = _without(LATER_KEYS_OF_SECTIONS[section], identity[section])
     if config.metadd is not None:
@@ -116,10 +121,10 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _meta_networks_see_what_they_saw(config: RunConfig) -> bool:
-    """True if MetaDD's networks see what they saw in runs of earlier versions, which lacked `metadd.augmented`.
+    """True if MetaDD's networks see the same images as in runs of earlier versions, which lacked `metadd.augmented`.
 
-    These were the views of SRe2L, and the images as they are in other methods. They are the same images where a
-    packaged method augments none.
+    In earlier versions these networks saw augmented images with method sre2l, and unaugmented images with other
+    methods. The key has no effect if a packaged method other than sre2l does not augment.
     """
     assert config.metadd is not None
     if config.method == "sre2l":
@@ -165,7 +170,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     recipe = _without(LATER_KEYS_OF_SECTIONS["experts"], experts)
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
-    # A group of their own, because scoring networks keep fewer epochs than experts that are trained alike.
+    # Scoring networks have a fingerprint of their own: they keep fewer epochs than experts trained in the same way.
     purpose = {"purpose": "scoring"} if isinstance(config, ScoringRun) else {}
     return stable_hash(
         {

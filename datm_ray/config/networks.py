@@ -10,7 +10,11 @@ from datm_ray.errors import ConfigError
 
 
 def short_names(networks: Sequence[NetworkConfig]) -> list[str]:
-    """Names of networks: architecture, width if not the published one, fields in which others of this name differ."""
+    """Names of networks for tables, in the same order, such as "convnet" or "resnet18 (width 32)".
+
+    Each name is the architecture, with its width if that is not the published one, and with the fields in which the
+    given networks of this architecture differ.
+    """
 
     def differing(network: NetworkConfig) -> Iterator[str]:
         alike = [each for each in networks if each.architecture == network.architecture]
@@ -27,7 +31,7 @@ def short_names(networks: Sequence[NetworkConfig]) -> list[str]:
 
 
 def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """Copy of the run that is also scored on the architectures of these names, see `networks_named`."""
+    """Copy of the run whose `evaluate.networks` are replaced by the networks of these names, see `networks_named`."""
     evaluate = config.evaluate.model_copy(update={"networks": tuple(networks_named(config, names))})
     return config.model_copy(update={"evaluate": evaluate})
 

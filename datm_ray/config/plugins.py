@@ -10,6 +10,7 @@ from datm_ray.errors import PluginError
 
 def imported(key: str, place: str) -> Any:
     """Import the object that a recipe names.
+
     Args:
         key: key of the recipe, for messages.
         place: `package.module:name`.

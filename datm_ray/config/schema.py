@@ -65,9 +65,9 @@ class RunConfig(Section):
     recover: RecoverConfig = RecoverConfig()
     select: SelectConfig = SelectConfig()
     given: GivenConfig | None = None
-    """A set that another program or run has made, such as `{path: downloads/datm}`, for given; null for none."""
+    """A set that another program or run has made, such as `{path: downloads/datm}`, for method given; null for none."""
     metadd: MetaConfig | None = None
-    """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
+    """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that also work on other networks; null for none."""
     prior: PriorConfig | None = None
     """A decoder that makes the images, such as `{kind: trained}`; null: pixels are learned."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -110,7 +110,7 @@ class RunConfig(Section):
 
     @property
     def expert_seed(self) -> int:
-        """Seed of the experts' training."""
+        """Seed of the experts' training: `experts.seed`, or the run's seed if that is null."""
         return self.seed if self.experts.seed is None else self.experts.seed
 
     @property
@@ -153,9 +153,9 @@ class RunConfig(Section):
                 )
 
     def require_batch_norm(self) -> None:
-        """Raise a `ConfigError` if a network has no batch normalisation whose statistics images shall have.
+        """Raise a `ConfigError` if images cannot be recovered, because a network has no batch normalisation.
 
-        These are `network`, which is the teacher, and the auxiliaries that `recover.statistics_of` names.
+        The networks are the teacher (`network`) and, unless `recover.statistics_of` is "teacher", the auxiliaries.
         """
         if self.network.norm != "batch":
             raise ConfigError(
@@ -180,10 +180,13 @@ class RunConfig(Section):
                 )
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
-        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of `None`.
+        """Copy in which values that depend on the image size are filled in: "auto" normalisation, and depths of `None`.
 
-        The copy equals a run that gives these values itself. Identities, fingerprints and everything that is written to
-        a run's folder come from a resolved configuration.
+        The copy equals a configuration that states the filled-in values. Identities, fingerprints and everything that
+        is written to a run's folder come from a resolved configuration.
+
+        Args:
+            size: height and width of the images in pixels.
 
         Raises:
             ConfigError: two of metadd.auxiliaries have become the same network.
@@ -214,16 +217,17 @@ class RunConfig(Section):
     def each_auxiliary(self) -> list[RunConfig]:
         """One copy of the run for each of MetaDD's auxiliaries, which is the copy's only network; empty without metadd.
 
-        In the copies, `metadd.experts` replaces `experts`; without a seed of its own it has that of `experts`.
+        In the copies, `metadd.experts` replaces `experts`. If its seed is null, the seed of `experts` is kept.
         """
         if self.metadd is None:
             return []
         return [self._with_experts(network, self.metadd.experts) for network in self.metadd.auxiliaries]
 
     def own_teacher(self) -> list[RunConfig]:
-        """One copy of the run for the network of `evaluate.teacher`; empty if it is not given, or labels no images.
+        """List with a copy of the run for `evaluate.teacher`; empty if there is no such teacher or it labels no images.
 
-        In the copy, `evaluate.teacher.experts` replaces `experts`; without a seed of its own it has that of `experts`.
+        The teacher is the copy's only network, and `evaluate.teacher.experts` replaces `experts`. If its seed is null,
+        the seed of `experts` is kept.
         """
         teacher = self.evaluate.teacher
         if teacher is None or not self.evaluate.has_teacher:
@@ -231,7 +235,10 @@ class RunConfig(Section):
         return [self._with_experts(teacher.network, teacher.experts)]
 
     def _with_experts(self, network: NetworkConfig, experts: ExpertConfig) -> RunConfig:
-        """Copy of the run with one network, whose experts are trained otherwise, with the seed of the run's experts."""
+        """Copy of the run whose only network is `network`, trained with the settings `experts`.
+
+        If the settings have no seed, that of the run's experts is used.
+        """
         if experts.seed is None:
             experts = experts.model_copy(update={"seed": self.experts.seed})
         alone = {"backbones": (), "metadd": None, "network": network, "experts": experts}
@@ -314,12 +321,15 @@ class RunConfig(Section):
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """Stored epochs of each expert: those that the method may read, and the final one, whose logits give labels."""
+        """Stored epochs of each expert: those that the method may read, and the final one, which labels images."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
 
 class ScoringRun(RunConfig):
-    """Run of the networks that order images for a curriculum. Experts and these networks are never exchanged."""
+    """Run whose networks only score images, to order them for a curriculum.
+
+    The class keeps these networks apart from experts: their fingerprints differ even if all settings are equal.
+    """
 
 
 def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
@@ -348,7 +358,7 @@ RENAMED = {
 
 
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
-    # A misspelt key is also a missing one; the unknown key says more.
+    # If a required key is misspelt, it is also missing. The error about the unknown key is more helpful.
     first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     path = tuple(str(part) for part in first["loc"] if part != "[key]")
     key = ".".join(path)

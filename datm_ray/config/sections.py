@@ -69,7 +69,7 @@ class DatasetConfig(Section):
     std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
     """standard: standard deviation of each channel, given with `mean`; null: of the training images."""
     validation: Fraction = 0.1
-    """Share of training images used for validation, in (0, 1)."""
+    """Share of each class's training images used for validation, in (0, 1)."""
     streamed: bool = False
     """True to leave images in their files and to decode each whenever it is needed, for sets larger than memory. Needs
     resize, and folder, parquet or tiny-imagenet as source."""
@@ -109,8 +109,9 @@ class DatasetConfig(Section):
 
         Memory of fitting zca grows with the fourth power of an image's side, time with the sixth. Estimates on two CPU
         cores: 6 GB and ten minutes at 64x64 RGB, the largest published size; 30 GB and 70 minutes at 96x96. Both are
-        less if there are fewer images than values in an image. Only the image size decides, because the experts'
-        fingerprint contains the normalisation.
+        less if there are fewer images than values in an image. The number of images has no influence on the choice,
+        because the experts' fingerprint contains the normalisation. Streamed images, and a given `mean`, get
+        "standard".
         """
         if self.normalisation != "auto":
             return self
@@ -132,10 +133,10 @@ PUBLISHED_DEPTH = 3
 def depth_for(architecture: str, size: tuple[int, int]) -> int:
     """Default depth of a network for images of `size` (height, width) in pixels.
 
-    convnet gets the most blocks that leave feature maps of at least 3 pixels a side. By the smaller side of the image
-    these are 3 blocks from 24 pixels, 4 from 48, 5 from 96, and so on; smaller images get 2. Published networks for
-    28, 32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
-    depth.
+    convnet gets as many blocks as leave feature maps of at least 3 pixels a side, and at least 2. If the image's
+    smaller side has at least 24 pixels, there are 3 blocks; from 48 pixels on 4, from 96 on 5, and so on. Published
+    networks for 28, 32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size. Other
+    architectures ignore depth.
     """
     if architecture != "convnet":
         return PUBLISHED_DEPTH
@@ -183,7 +184,7 @@ class NetworkConfig(Section):
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
 
     def for_images(self, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
-        """Everything that decides the network's shape for images of this size (height, width) in pixels."""
+        """Specification of the network for images of `size` (height, width) in pixels and this number of classes."""
         values = self.resolved(size).model_dump()
         return NetworkSpec(**values | {"channels": channels, "size": size, "classes": classes})
 
@@ -210,7 +211,7 @@ NamedNetwork = Annotated[NetworkConfig, BeforeValidator(_architecture)]
 
 
 class BackboneConfig(Section):
-    """A further network that is matched together with the first, against experts trained with this network."""
+    """A further network that is matched together with the first one. It has experts of its own."""
 
     network: NamedNetwork
     """The network; its experts are trained with the settings of `experts`."""
@@ -230,7 +231,7 @@ class RemovalConfig(Section):
 class CurriculumConfig(Section):
     """Experts see the easy images of each class first, as in PAD.
 
-    Networks that are trained for this alone score the images: those of low EL2N score are easy.
+    Separate networks are trained to score the images: a low EL2N score means an easy image.
     """
 
     first_share: Annotated[float, Field(gt=0, le=1)] = 0.75
@@ -287,21 +288,21 @@ class ExpertConfig(Section):
     weight_decay: NonNegative = 0.0
     """L2 penalty on the parameters."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """Operations; a_b draws one for each batch, a+b applies both; '' for none."""
+    """DSA operations; a_b draws one of them for each batch, a+b applies both; '' for none."""
     optimiser: Literal["sgd", "gsam"] = "sgd"
     """gsam: two gradients per step, flatter trajectories."""
     rho: Positive = 0.01
     """gsam: length of the ascent step; 0.01 as published."""
     alpha: NonNegative = 0.3
-    """gsam: how much of the orthogonal gradient part is subtracted."""
+    """gsam: factor of the gradient part that is subtracted, orthogonal to the ascended gradient."""
     adaptive: bool = True
     """gsam: scale the ascent step by each parameter's size."""
     curriculum: CurriculumConfig | None = None
     """Easy images first (PAD), such as `{first_share: 0.75, whole_from: 20}`; null: all images in every epoch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """Seed of the experts; null: the run's seed. Runs with other seeds and this one in common share their experts."""
+    """Seed of the experts; null: the run's seed. Runs with different seeds can share experts if this seed is equal."""
     keep_epochs: Count | None = None
-    """Store epochs 0 to this one and the final one; null: those that the method may read."""
+    """Store epochs 0 to this one, inclusive, and the final one; null: those that the method may read."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -311,7 +312,7 @@ class ExpertConfig(Section):
 
     @property
     def image_passes(self) -> float:
-        """Gradients for each training image, over the whole training of one expert; gsam computes two in a step."""
+        """Number of gradients per training image in the whole training of one expert; gsam computes two per step."""
         each = 2 if self.optimiser == "gsam" else 1
         return each * self.epochs * self.share_seen(range(self.epochs))
 
@@ -398,14 +399,14 @@ class DistillConfig(Section):
     learning_rate_images: Positive | None = 100.0
     """Learning rate of SGD on the pixels (with a prior: on latents), momentum 0.5; null: found at the start."""
     learning_rate_labels: NonNegative = 2.0
-    """Learning rate of the soft labels, momentum 0.9; 0: labels stay."""
+    """Learning rate of the soft labels, momentum 0.9; 0: labels stay fixed."""
     learning_rate_step_size: NonNegative = 1e-5
     """Learning rate of the student's step size, momentum 0.5."""
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
     initial: Literal["correct", "random", "noise", "crops"] = "correct"
     """First images. correct: real ones that experts classify correctly (mtt, dm: random); random: real ones;
-    noise: random pixels, as published for sre2l; crops: sre2l's, as `select` chooses them by rded."""
+    noise: random pixels, as published for sre2l; crops (sre2l only): crops that `select` would choose by rded."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
     initial_step_size: Positive | None = None
@@ -442,7 +443,7 @@ class RecoverConfig(Section):
     """
 
     block: Count = 100
-    """Images recovered together, one of each class if there are that many; the teacher's statistics couple them."""
+    """Most images recovered together, of as many classes as possible; the teacher's batch statistics couple them."""
     learning_rate: Positive = 0.1
     """Learning rate of Adam on the pixels, falling along a cosine to 0."""
     statistics: NonNegative = 1.0
@@ -455,7 +456,7 @@ class RecoverConfig(Section):
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling", "falling-cut"] = "published"
     """published: `least_share` throughout; falling: from 1 to `least_share` along a cosine, as in CDA;
-    falling-cut: as falling, but stretched at first, as in earlier versions."""
+    falling-cut: as falling, but crops longer than the image are cut, as in earlier versions."""
     flip: bool = True
     """Mirror half of the random views; false where mirrored images would be of another class."""
     shift: Annotated[int, Field(ge=0)] = 4
@@ -492,7 +493,7 @@ class SelectConfig(Section):
 
 
 class GivenConfig(Section):
-    """A set that another program or another run has made, for given alone. IPC: see `distill`."""
+    """A set that another program or run has made, for method given alone. IPC: see `distill`."""
 
     path: str
     """Folder with images_best.pt and labels_best.pt, or of images in a folder for each class, or an .arrow or
@@ -500,7 +501,7 @@ class GivenConfig(Section):
     step_size: Positive | None = None
     """Learning rate with which networks train on the set; null: the set's own, else chosen on validation images."""
     digest: str | None = None
-    """16 hex digits that the set's content must have; null: computed from the set. The path decides no result."""
+    """Digest (16 hex digits) that the set's content must have; null: computed. Results depend on it, not on path."""
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
@@ -513,7 +514,7 @@ class AuxiliaryExpertConfig(ExpertConfig):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum in [0, 1)."""
     keep_epochs: Count | None = 1
-    """Store epochs 0 to this one and the last; null: all matchable."""
+    """Store epochs 0 to this one, inclusive, and the final one; null: those that the method may read."""
 
 
 class AuxiliariesConfig(Section):
@@ -570,7 +571,7 @@ class PriorConfig(Section):
     channels: Count = 16
     """Channels of an image's latents."""
     halvings: Annotated[int, Field(ge=0, le=6)] = 2
-    """Number of times that the image's sides are halved to give those of its latent maps, 0 to 6."""
+    """Number of halvings from the sides of an image to those of its latent maps, 0 to 6."""
     width: Count = 64
     """Channels of the decoder's layers."""
     epochs: Count = 50
@@ -596,7 +597,7 @@ class PriorConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A network of its own that labels images for scored networks, so that runs of several methods can share it."""
+    """A separate network that labels images for scored networks. Runs of several methods can share it."""
 
     network: NamedNetwork
     """Architecture of the teacher, such as `resnet18`."""
@@ -620,7 +621,7 @@ class EvaluateConfig(Section):
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train on few images (transformers). Its rate: as given, else tuned."""
+    """adamw: for networks that SGD trains badly on few images (transformers), with learning_rate, else a tuned one."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True
@@ -662,7 +663,7 @@ class EvaluateConfig(Section):
 
     @property
     def has_teacher(self) -> bool:
-        """True if soft labels are expert 0's logits, computed during training or stored beforehand."""
+        """True if a teacher's logits are the soft labels, computed during training or stored beforehand."""
         return self.labels != "own"
 
     @property
@@ -688,7 +689,7 @@ SELDOM = {
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",
 }
-"""Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
+"""Section -> names of its fields that few recipes change. `recipe show` prints these fields last in their section."""
 
 READ_OF_DISTILL = {
     "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation average_decay "
@@ -697,8 +698,8 @@ READ_OF_DISTILL = {
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
     "given": "ipc",
 }
-"""Packaged method -> keys of `distill` that it reads. The methods that users write may read any key. `select` reads
-`start_epochs`, because it scores images by stored epochs, which depend on them."""
+"""Packaged method -> keys of `distill` that it reads. Methods that users write may read any key. `select` reads
+`start_epochs` and `expert_epochs`, because they decide which epochs of its networks are stored."""
 UNREAD_BY_MATCHING = {"datm": {"real_batch"}, "mtt": {"real_batch", "labels", "learning_rate_labels"}}
 """Packaged method that matches trajectories -> keys of `distill` that it does not read."""
 

@@ -14,7 +14,7 @@ HEAD_BYTES = 512
 
 
 class Content(NamedTuple):
-    """Kind of a file's content, and how to get the right file."""
+    """Kind of a file's content, and advice on how to get a usable file."""
 
     name: str
     remedy: str
@@ -46,12 +46,12 @@ _KINDS: tuple[tuple[bytes, Content], ...] = (
 
 
 def recognise(head: bytes) -> Content | None:
-    """Kind of a file from its first `HEAD_BYTES` bytes; None if unknown."""
+    """Kind of a file from its first `HEAD_BYTES` bytes; `None` if unknown."""
     return next((content for pattern, content in _KINDS if re.match(pattern, head)), None)
 
 
 def recognise_file(path: Path) -> Content | None:
-    """Kind of the file at a path; None if unknown or unreadable."""
+    """Kind of the file at a path; `None` if unknown or unreadable."""
     try:
         with path.open("rb") as file:
             return recognise(file.read(HEAD_BYTES))

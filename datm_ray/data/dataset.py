@@ -62,16 +62,16 @@ class Dataset:
 def prepare(
     raw: RawDataset, kind: Kind, transform: Transform | None = None, *, device: str = "cpu", say: Say = silent
 ) -> Dataset:
-    """Normalise the three sets with `transform`; None fits one on the training images.
+    """Normalise the training, validation and test images.
 
-    Pass the transform that belongs to stored experts or to a distilled set, because whitened images are comparable only
-    under one transform. The result takes one float32 copy of each set; temporary memory is small. Streamed images are
-    normalised whenever they are read.
+    To use stored experts or a distilled set, pass their transform: images whitened by two transforms cannot be
+    compared. The result holds one float32 copy of each set; little other memory is used. Streamed images are normalised
+    whenever they are read.
 
     Args:
         raw: images before normalisation.
         kind: kind of normalisation, "zca" or "standard".
-        transform: transform to apply; None fits one.
+        transform: transform to apply; `None` fits one on the training images.
         device: torch device that fits a new transform.
         say: shows lines about work that takes more than some seconds.
 
@@ -106,9 +106,9 @@ def prepare(
 def transform_of(
     raw: RawDataset, kind: Kind, given: Statistics | None = None, *, device: str = "cpu", say: Say = silent
 ) -> Transform:
-    """Fit a normalisation to the training images, or make it of `given` statistics; see `fit_transform`.
+    """Fit a normalisation to the training images, or make one from `given` statistics; see `fit_transform`.
 
-    At most `FITTED` streamed images are read, spread evenly, and only two if the statistics are given.
+    If images are streamed, at most `FITTED` of them are read, spread evenly; only two if the statistics are given.
 
     Args:
         raw: images before normalisation.

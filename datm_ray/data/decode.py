@@ -47,11 +47,11 @@ TEXT_BYTES = 2**26
 """Limit on all texts in a PNG together: 64 MiB, as in Pillow. Pillow's limit on one compressed text is raised from 1
 MiB to this size."""
 
-# Pillow supports some formats by starting other programs.
+# Accepted formats. Pillow reads some other formats by starting other programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _BLOCK = 256  # images per task of a thread: few enough to balance the threads, enough to queue cheaply
 _GRAY = frozenset({"1", "L"})
-_MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # depth in words, for messages
+_MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # Pillow's mode -> words
 _ALPHA = frozenset({"LA", "PA", "La", "RGBA", "RGBa"})
 _NO_IMAGE = Content("no image of a known kind", "Replace or delete it")
 _ORIENTATION = 0x0112  # EXIF tag of the orientation
@@ -82,9 +82,9 @@ class Encoded:
     name: Callable[[int], str]
     """Returns the name of the i-th file for messages."""
     mark: Callable[[int], str] | None = None
-    """Returns a text that tells the i-th file apart from others by name and size, without reading it.
+    """Returns a text with the name and size of the i-th file, by which it is recognised without being read.
 
-    `None` if the functions only work in this process, as those of an archive do."""
+    `None` if `open` works in this process only, as for files in an archive."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,7 +113,7 @@ class _Header(NamedTuple):
     """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
     width: int
     height: int
-    """Height of the displayed image in pixels. `width` is that of the displayed image too."""
+    """Height in pixels of the image as it is displayed, after a turn by its EXIF data. `width` likewise."""
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False
@@ -128,19 +128,20 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
 
     Args:
         sets: files of each set, such as training and test; all images get one shape.
-        resize: side in pixels of the squares that all images become; None keeps their size.
+        resize: side in pixels of the squares that all images become; `None` keeps their size.
         copies: number of float32 copies of all pixels that the caller will make.
-        largest: largest width and height to accept, in pixels; None for any.
+        largest: largest width and height to accept, in pixels; `None` for any.
 
     Raises:
-        DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is None, images
+        DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is `None`, images
             are larger than `largest`, or memory does not suffice. Sizes and memory are checked before any image is
             decoded.
     """
     with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
-            # All are decoded, so that one message counts truncated files too. Pixels are not kept: they may not fit.
+            # Decode all images, so that one message counts the truncated files too. The pixels may not fit into
+            # memory, so they are not kept.
             tried = [_in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
             _require_readable(sets, tried)
         good = _require_readable(sets, headers)
@@ -161,7 +162,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
 
 
 def marks(files: Encoded) -> list[str]:
-    """One text per file, with its name and size, by which workers know that they read the same files.
+    """One text per file, with its name and size. Workers whose texts are equal read the same files.
 
     Raises:
         DatasetError: the files can only be read by this process, or a file is missing.
@@ -181,11 +182,11 @@ def marks(files: Encoded) -> list[str]:
 def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tuple[str, ...]]:
     """Shape (channels, height, width) for images that become squares of `side` pixels, and lines for the user.
 
-    Only a sample is read, spread evenly over the files. Images get one channel if all images of the sample are
-    grayscale.
+    Only the headers of about `SURVEYED` files are read, spread evenly. The shape has one channel if all these images
+    are grayscale.
 
     Raises:
-        DatasetError: an image of the sample is damaged or has more than 16 bits a channel.
+        DatasetError: one of these images is damaged or has more than 16 bits a channel.
     """
     total = sum(map(len, sets))
     with _pillow_prepared():
@@ -205,7 +206,8 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
 
     Raises:
         DatasetError: files are damaged, or have neither 8 nor 16 bits a channel.
-        TransientStoreError: the operating system cannot open or read a file. It was there when the set was loaded.
+        TransientStoreError: the operating system cannot open or read a file any more, for example on a node without
+            the disk.
     """
     order = np.argsort(rows, kind="stable")
     pixels, part = np.empty((len(rows), *shape), dtype=np.uint8), files.take(rows[order])
@@ -292,7 +294,7 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
 def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
     def use(image: Image.Image) -> None:
         turned = _turned(image)
-        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data comes after its pixels
+        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # EXIF data after the pixels, seen only now
             raise _mixed_sizes(files.name(0), pixels.shape[:1:-1], files.name(index), turned.size)
         pixels[index] = _pixels(turned, pixels.shape[1:])
 
@@ -318,13 +320,13 @@ def _require_known_range(name: str, mode: str) -> None:
 
 def _read_header(image: ImageFile.ImageFile) -> _Header:
     args = image.tile[0][3] if image.tile else ""
-    # Such as "RGB;16B"; for PPM also the largest value.
+    # `raw` is Pillow's raw mode, such as "RGB;16B"; for PPM, `more` has the largest value of a pixel.
     raw, *more = args if isinstance(args, tuple) and args else (args,)
     is_16bit = ";16" in str(raw) or (image.format == "PPM" and more[:1] > [255])
     is_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     orientation = _orientation(image)
     if orientation > 4 and image.format == "TIFF":
-        image.load()  # Pillow turns these itself, and some versions know their size only then
+        image.load()  # Pillow turns TIFF images itself, and some versions know the turned size only after loading
     width, height = image.size if orientation <= 4 or image.format == "TIFF" else image.size[::-1]
     return _Header(
         mode=image.mode if not is_grey else "I;16" if is_16bit or image.mode == "I" else str(raw),
@@ -340,7 +342,7 @@ def _read_header(image: ImageFile.ImageFile) -> _Header:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 (upright) if the file has none that can be read."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the pixels to read what follows them
+        return 1  # Pillow would decode the pixels to read EXIF data behind them
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
         return orientation if orientation in _TURNS else 1
@@ -394,7 +396,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
             content = None  # the right kind, but damaged
         elif content is None and isinstance(error, UnidentifiedImageError):
             content = _NO_IMAGE
-        is_away = isinstance(error, OSError) and error.errno is not None  # Pillow's own have no number
+        is_away = isinstance(error, OSError) and error.errno is not None  # Pillow's own OSErrors have no errno
         return _Unreadable(*unreadable(error, content), is_away)
 
 
@@ -406,7 +408,7 @@ def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _U
         for i, result in enumerate(of_set)
         if isinstance(result, _Unreadable)
     }
-    bad = list(found.items())  # streamed rows may repeat a file
+    bad = list(found.items())  # each file once, although streamed rows may repeat it
     if len(bad) == 1:
         ((name, only),) = bad
         raise DatasetError(f"image {name} cannot be read ({only.reason})", only.cause, only.remedy)
@@ -449,7 +451,7 @@ def _common_shape(
 
 
 def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...]) -> DatasetError:
-    """Error for two images of different size, given by name and (height, width); suggests a size for all."""
+    """Error for two images of different size, given by name and (width, height) in pixels; suggests a common size."""
     return DatasetError(
         f"the images differ in size: {first} is {a[0]}x{a[1]}, {other} is {b[0]}x{b[1]}",
         remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(*a, *b, _SIDES[0])}",
@@ -457,7 +459,7 @@ def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...])
 
 
 def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None, counted: str = "") -> tuple[str, ...]:
-    """Line that counts the conversions of images; empty if there are none. `counted` follows "of N images"."""
+    """One line that counts the converted images; empty if there are none. `counted` follows "of N images" in it."""
     headers = [header for of_set in sets for header in of_set]
     target = "L" if channels == 1 else "RGB"
     modes = Counter(_MODES.get(header.mode, header.mode) for header in headers if header.mode != target)
@@ -478,7 +480,7 @@ def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None,
 
 
 def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]]) -> tuple[str, ...]:
-    """Line if the brightest pixel of all 16-bit images, cut to 8 bits, is below 64 of 255; otherwise empty."""
+    """One line of warning if the brightest pixel of all 16-bit images, cut to 8 bits, is below 64; otherwise empty."""
     headers = [header for of_set in sets for header in of_set]
     images = (image for of_set in pixels for image in of_set)
     brightest = max(
@@ -489,7 +491,7 @@ def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Head
 
 
 def _try(image: Image.Image) -> None:
-    """Decode an image to check that it is readable; otherwise Pillow raises."""
+    """Decode an image to check that it is readable. Pillow raises an error if it is not."""
     image.load()
 
 

@@ -1,8 +1,8 @@
 """Find the data files below a folder or in a zip archive, by one rule for all sources.
 
-Hidden files and folders are left out. Links are followed but never upwards, and each file is taken once. Left-out files
-are counted and reported, because a class that loses its files shifts the labels of the others. Not covered: archives of
-other kinds, and links inside archives.
+Hidden files and folders are left out. Links are followed, except to a folder above, and each file is taken once.
+Left-out files are counted and reported: if all files of a class are left out, the labels of the other classes shift.
+Not covered: archives of other kinds, and links inside archives.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _HIDDEN = {
     *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN"),
     *("System Volume Information", "lost+found"),
 }
-"""Hidden folders, which operating systems and network drives add. Names that begin with "." are hidden too."""
+"""Names of folders that operating systems and network drives add. They are left out as hidden, as are names that begin
+with "."."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
     """List the files below a folder that end in one of the suffixes, in upper or lower case.
 
     A link to a folder at or above `root`, or above the link itself, is left out. A file or folder with several paths is
-    taken once: by the path with the fewest links, else by the first in order.
+    taken once: by the path with the fewest links, and of several such paths by the first in alphabetical order.
 
     Raises:
         DatasetError: a folder cannot be read.
@@ -100,13 +101,13 @@ class _Walk:
     def take(self, name: str, target: str) -> list[tuple[str, str]]:
         """Add the file or folder with the real path `target` under `name`, a path relative to the root.
 
-        Returns name and target of each link below the folder. The caller takes these links later, so that a file's path
-        with the fewest links is found first.
+        Returns the name and target of each link that lies in the added folder. The caller takes these links later, so
+        that each file is first found under the path with the fewest links.
         """
         if os.path.isdir(target):
             return self._take_folder(name, target)
         if not _has_suffix(name, self._suffixes):
-            # The link may be to a class on a disk that is not mounted.
+            # A broken link may lead to a class on a disk that is not mounted, so it counts as a folder.
             if not os.path.exists(target):
                 self.folders.append(name)
             self.passed_over[_suffix(name) if os.path.exists(target) else "links to nothing"] += 1
@@ -202,7 +203,7 @@ class FolderFiles:
 
     @classmethod
     def of(cls, root: Path, names: Sequence[str]) -> FolderFiles:
-        """Files of a folder by their paths relative to it."""
+        """Make from a folder and paths of files relative to it, in the order of their numbers."""
         return cls(root.absolute(), np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
 
     def path(self, index: int) -> Path:
@@ -319,10 +320,10 @@ def _damaged(file: Path, error: Exception) -> DatasetError:
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
-    r"""The archive's own name of each file and folder, by its normalised name.
+    r"""Normalised name of each file and folder -> its name in the archive.
 
-    A normalised name leaves out the folder that holds everything, if there is one. Some programs write "./a.png" or
-    "a\b.png" instead of "a.png" and "a/b.png". If a name occurs twice, the last entry counts, as for `unzip`.
+    Normalised names have the form "a/b.png", although some programs write "./a/b.png" or "a\b.png". If one folder holds
+    everything, they leave it out. If a name occurs twice, the last entry counts, as for `unzip`.
     """
     members = {}
     for own in archive.namelist():

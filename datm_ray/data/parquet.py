@@ -57,7 +57,7 @@ class ParquetSet:
 
     encoded: Encoded
     class_names: tuple[str, ...] | None
-    """Names of the classes; None if the schema has none."""
+    """Names of the classes; `None` if the schema has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class ParquetRows:
 
     @cached_property
     def _starts(self) -> list[tuple[int, int, int]]:
-        """First row (counted over all files), index of the file, and index in the file, of each row group with rows."""
+        """For each row group that has rows: first row, counted over all files; index of the file; index in the file."""
         found, first = [], 0
         for file, groups in enumerate(self.groups):
             for number, rows in enumerate(groups):
@@ -93,7 +93,7 @@ class ParquetRows:
         """Encoded image of row `index`, counted from 0 over all files, as a binary file."""
         file, group, row = self._place(index)
         try:
-            with _READING:  # threads that want one group would each read it
+            with _READING:  # else each thread that needs this group would read it
                 images = _group(self.files[file], group)
         except DatasetError as error:
             raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
@@ -125,7 +125,7 @@ def _group(file: Path, number: int) -> Any:
 
 @dataclass(frozen=True)
 class _Shard:
-    images: Any  # pyarrow.ChunkedArray of binary [n]; None if images are streamed
+    images: Any  # pyarrow.ChunkedArray of encoded images [n]; None if images are streamed
     groups: tuple[int, ...]  # rows of each row group
     labels: NDArray[np.int64] | list[str]  # labels [n]; texts are names of classes
     class_names: tuple[str, ...] | None
@@ -175,7 +175,7 @@ def _shards_of(file: str) -> int:
 
 
 def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
-    """Raise a `DatasetError` if a numbered file is missing, or if numbered files of two writings lie in one folder.
+    """Raise a `DatasetError` if a numbered file is missing, or if a folder has numbered files that were written twice.
 
     Args:
         files: paths relative to `folder`.
@@ -202,10 +202,11 @@ def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
 
 
 def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
-    """Raise a `DatasetError` if files for one purpose lie in several folders, as do a repository's configurations.
+    """Raise a `DatasetError` if training images, or test images, come from several folders.
 
-    The folder of a file is the one above the name that states its role: "320px" for 320px/train-0.parquet and for
-    320px/train/0.parquet. Files below one folder that is called `train` are parts of one set, whatever their names.
+    A repository may hold the same images several times, as configurations such as 320px and 160px. A file belongs to
+    the folder above the name that states its role: to "320px" for 320px/train-0.parquet and for 320px/train/0.parquet.
+    Files below one folder that is called `train` are parts of one set, whatever their names.
 
     Args:
         files: paths relative to `folder`.
@@ -221,9 +222,10 @@ def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
 
 
 def _place_of(file: str) -> str:
-    """Path above the name that states a file's role, see `role_of`; above the file if none does; "" is the root.
+    """Path of the folder that contains the file or folder whose name states the role of `file`, see `role_of`.
 
-    A folder whose name is nothing but the role, such as `train`, counts before folders and files in it.
+    If a folder's whole name is the role, such as `train`, it decides, not the names below it. If no name states a role,
+    the result is the folder of the file. "" means the root.
     """
     parts = file.split("/")
     role = role_of(*reversed(parts))
@@ -280,8 +282,8 @@ def read_parquet(
     """Read Parquet files in order. The encoded images are kept in memory, not their pixels.
 
     Args:
-        class_names: class names in the order of labels, for test files with text labels. None: the distinct texts of
-            these files in alphabetical order.
+        class_names: class names in the order of labels, for test files with text labels. `None` takes the distinct
+            texts of these files in alphabetical order.
         streamed: True to read only the labels now, and each image whenever it is needed.
 
     Raises:
@@ -314,7 +316,7 @@ def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArr
     """Labels [n] of a file as class numbers from 0. Labels that are class names become their index in `names`.
 
     Args:
-        names: class names of the training files; None if they have none.
+        names: class names of the training files; `None` if they have none.
 
     Raises:
         DatasetError: a label is a name that is not in `names`.
@@ -364,12 +366,12 @@ def _read_shard(file: Path, streamed: bool) -> _Shard:
 
 
 def _plain(data: Any) -> Any:
-    """Copy of an Arrow table or batch with every column in its simplest form, see `_values`."""
+    """Copy of an Arrow table or batch in which every column has a plain type, see `_values`."""
     return type(data).from_arrays([_values(column) for column in data.columns], names=data.schema.names)
 
 
 def _values(column: Any) -> Any:
-    """Values of an Arrow column: of categories (dictionary codes), views, and structs with a field `bytes`."""
+    """Arrow column with a plain type. Dictionary codes, views and structs with a field `bytes` become their values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -386,12 +388,12 @@ def _values(column: Any) -> Any:
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequence[int] | None = None) -> Any:
     """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
 
-    Columns come in their simplest form, see `_values`. Dictionary codes are replaced batch by batch, because each batch
-    has the whole dictionary, which would be counted anew.
+    Columns get plain types, see `_values`. Dictionary codes are replaced batch by batch: each batch has the whole
+    dictionary, whose size would otherwise be counted again for every batch.
 
-    A small file can hold one value repeated in millions of rows. Not covered: one page, of up to 2 GiB, is unpacked
-    before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no limit for pages, and
-    reading page headers without PyArrow would need a decoder for the footer too.
+    The limit is needed because a small file can hold one value repeated in millions of rows. Not covered: one page, of
+    up to 2 GiB, is unpacked before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no
+    limit for pages, and reading page headers without PyArrow would need a decoder for the footer too.
 
     Args:
         groups: numbers of the row groups to read; `None` for all.
@@ -402,7 +404,7 @@ def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequ
     import pyarrow as pa
 
     limit = DECODED_FREE + DECODED_RATIO * file.stat().st_size
-    # Not row_group(n).column(n): a C++ exception there ends the process, whoever wrote the file.
+    # Not row_group(n).column(n), in which a file can cause a C++ exception that ends the process.
     groups = range(parquet.num_row_groups) if groups is None else groups
     stated = sum(parquet.metadata.row_group(number).total_byte_size for number in groups)
     batches, size = [], 0

@@ -61,7 +61,7 @@ class Lines:
 
 
 def slabs(rows: int, multiplications: int) -> Iterator[slice]:
-    """Slices of a product's rows, each small enough that Ctrl-C is answered within a second.
+    """Slices of the rows of a matrix product. Each is computed in at most a second, so that Ctrl-C is answered soon.
 
     Args:
         rows: number of rows of the product.

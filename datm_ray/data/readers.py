@@ -1,7 +1,8 @@
 """Built-in sources: digits, CIFAR, Tiny-ImageNet, image folders and Parquet files.
 
-Each is a registered function from a `Request` to a `Loaded`; `datm_ray.data.sources.load_raw` does the rest. To add a
-source, register a function in the same way, in any module that is imported before `load_raw` runs.
+Each source is a registered function that takes a `Request` and returns a `Loaded`. `datm_ray.data.sources.load_raw`
+calls it, and splits and checks the images. To add a source, register a function in the same way, in any module that is
+imported before `load_raw` runs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _digits(request: Request) -> Loaded:
     levels = 16
     if request.resize is not None:
         require_memory(len(images), (1, request.resize, request.resize), request.copies)
-        # Interpolated values need finer steps than sixteen.
+        # Interpolated values need more than sixteen levels.
         images, levels = resize_images(np.rint(images * (255 / 16)).astype(np.uint8), request.resize), 255
     labelled = ImageSet(images, bunch.target.astype(np.int64))
     return Loaded("digits", tuple(map(str, range(10))), labelled, None, levels)
@@ -112,7 +113,7 @@ def _cifar_images(part: Any, resize: int | None) -> ImageSet:
 
 @source("tiny-imagenet")
 def _tiny_imagenet(request: Request) -> Loaded:
-    """Read Tiny-ImageNet; its validation set is the test set. `path` is `tiny-imagenet-200.zip` or a folder."""
+    """Read Tiny-ImageNet, with its validation images as test set. `path` is `tiny-imagenet-200.zip` or a folder."""
     with file_tree(_tiny_root(request.path), {".jpeg", ".txt"}) as tree:
         prefix = _tiny_prefix(tree)
         wnids = [line.strip() for line in tree.lines(f"{prefix}wnids.txt")]
@@ -130,7 +131,7 @@ def _tiny_root(path: str | None) -> Path:
 
 
 def _tiny_prefix(tree: FileTree) -> str:
-    """Path in front of `wnids.txt`, "" or ending in "/": the data set may lie one folder below the root."""
+    """Path of the folder with `wnids.txt`, "" or ending in "/": the data set may lie in a folder below the root."""
     lists = [name for name in tree.listing.files if name.split("/")[-1] == "wnids.txt"]
     return min(lists, key=len, default="").removesuffix("wnids.txt")
 
@@ -143,7 +144,10 @@ def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[
 
 
 def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Name and label of each validation image, as published or in class folders, in the order of image numbers."""
+    """Name and label of each validation image, in the order of image numbers.
+
+    The images lie in one folder with a list of labels, as published, or in class folders.
+    """
     by_class = _tiny_sorted(tree, f"{prefix}val", label_of)
     if by_class and not any(name.startswith(f"{prefix}val/images/") for name in tree.listing.files):
         return sorted(by_class, key=lambda image: (len(image[0].split("/")[-1]), image[0].split("/")[-1]))
@@ -191,7 +195,7 @@ def _folder(request: Request) -> Loaded:
         for role in ("test", "val"):
             held_out = _folder_for(role, tree, images)
             test = _labelled(images, held_out)
-            # A single folder of another name, such as test/images, holds images without labels.
+            # If the only folder is not named like a class, such as test/images, its images have no labels.
             if held_out and (len({name for name, _ in test}) > 1 or {name for name, _ in test} & dict(train).keys()):
                 return _class_folders(tree, training, train, held_out, test, request)
         return _class_folders(tree, training, train, "", [], request)
@@ -216,12 +220,12 @@ def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | No
 
 
 def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
-    """Class name and path of each image in the class folders of `folder`; empty if it is None."""
+    """Class name and path of each image in the class folders of `folder`; empty if it is `None`."""
     return [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
 
 
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
-    """Raise a `DatasetError` if the top folders are parts such as "test", not classes, or all hold only folders."""
+    """Raise a `DatasetError` if top folders are no classes: named as a part of the set ("test"), or without images."""
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
     if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # "train" may be a class
@@ -336,7 +340,7 @@ def _needed_path(name: str, request: Request) -> str:
 
 
 def _no_images(root: Path, layout: str, notes: Sequence[str] = (), tables: int = 0) -> DatasetError:
-    """Error for a path without images in the expected layout, which may have Parquet files, `tables` of them."""
+    """Error for a path without images in the expected `layout`. `tables` is the number of Parquet files found there."""
     unpack = "" if root.is_dir() else "unpack it, then "
     return DatasetError(
         f"no training images found in {root}",

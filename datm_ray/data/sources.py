@@ -38,7 +38,7 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """Copy the images at these indices. Streamed images stay in their files."""
+        """Set of copies of the images at these indices. Streamed images stay in their files."""
         images = self.images.take(indices) if isinstance(self.images, StreamedPixels) else self.images[indices]
         return ImageSet(images, self.labels[indices])
 
@@ -80,9 +80,9 @@ class Request:
     """Options for reading a source."""
 
     path: str | None
-    """File or folder, as the source defines it; None for the source's default."""
+    """File or folder of the images, as the source defines it; `None` for the source's default."""
     resize: int | None
-    """Side in pixels of the squares that all images become; None keeps their size."""
+    """Side in pixels of the squares that all images become; `None` keeps their size."""
     download: bool
     """True if missing files may be downloaded."""
     copies: int = 1
@@ -90,7 +90,7 @@ class Request:
     streamed: bool = False
     """True to leave the images in their files and to decode each whenever it is needed. `resize` is then given."""
     largest: int | None = None
-    """Largest width and height of image files to accept, in pixels; None for any."""
+    """Largest width and height of image files to accept, in pixels; `None` for any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class Loaded:
     class_names: tuple[str, ...]
     train: ImageSet
     test: ImageSet | None
-    """Test set of the source; None to split one off `train`."""
+    """Test set of the source; `None` to split one off `train`."""
     levels: int = 255
     notes: tuple[str, ...] = ()
     """Lines for the user on how the files were read."""
@@ -142,17 +142,17 @@ def load_raw(
 
     Args:
         source: one of `known_sources()`.
-        path: folder or file of the source. `digits` takes none. For `cifar10`, `cifar100` and `tiny-imagenet`, None
+        path: folder or file of the source. `digits` takes none. For `cifar10`, `cifar100` and `tiny-imagenet`, `None`
             means `~/.cache/datm_ray`.
-        resize: side in pixels of the squares that all images become; None keeps their size.
+        resize: side in pixels of the squares that all images become; `None` keeps their size.
         validation: share of each class's training images used for validation, in (0, 1).
-        download: whether to download missing files of `cifar10` and `cifar100`.
+        download: True to download missing files of `cifar10` and `cifar100`.
         copies: number of float32 copies of all pixels that the caller will make. If memory does not suffice for images
             and copies, an error is raised before any image is decoded.
         streamed: True to leave the images in their files and to decode each whenever it is needed. Needs `resize`, and
             the source `folder`, `parquet` or `tiny-imagenet`. The fingerprint then depends on names and sizes of files
             in place of pixels.
-        largest: largest width and height of image files to accept, in pixels; None for any. If they are larger, an
+        largest: largest width and height of image files to accept, in pixels; `None` for any. If they are larger, an
             error is raised before any image is decoded.
 
     Raises:
@@ -194,7 +194,7 @@ STREAMED = ("folder", "parquet", "tiny-imagenet")
 
 
 def require_streamable(source: str, resize: int | None) -> None:
-    """Raise a `DatasetError` if the images of a source cannot be streamed, or `resize` is None."""
+    """Raise a `DatasetError` if the images of a source cannot be streamed, or `resize` is `None`."""
     if resize is None or source not in STREAMED:
         raise DatasetError(
             f"dataset.streamed needs one of the sources {', '.join(STREAMED)}, and dataset.resize",

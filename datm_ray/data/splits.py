@@ -26,10 +26,10 @@ _ROLES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def role_of(*names: str) -> Role | None:
-    """Role of files, given by the first name that states one; None if no name does.
+    """Role of a file: train, test or val, as stated by the first of `names` that states one; `None` if none does.
 
-    A name states a role if it contains a whole word for one role only, in upper or lower case. "train-00000" does,
-    "retrain" and "train_test_split" do not.
+    A name states a role if it contains whole words for one role only, in upper or lower case. "train-00000" states
+    one; "retrain" and "train_test_split" state none.
 
     Args:
         names: name of a file or folder, then the name of its parent folder, and so on.
@@ -43,13 +43,13 @@ def role_of(*names: str) -> Role | None:
 
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
-    """Line for the user that lists the training, test and unused files or folders."""
+    """Line for the user that lists the files or folders of training images, of test images, and the unused ones."""
     held_out = f"test images: {listed(test, 3)}" if test else "test images: a fixed fifth of each class of these"
     return f"training images: {listed(train, 3)}; {held_out}" + (f"; not used: {listed(unused, 3)}" if unused else "")
 
 
 class Stream(IntEnum):
-    """Seed of the images' random keys, by split. The values are part of every data set's identity: never renumber."""
+    """Seed of the random keys by which a split holds out images. Data sets would change if it were renumbered."""
 
     TEST = 1
     VALIDATION = 2

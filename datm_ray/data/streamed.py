@@ -1,7 +1,7 @@
 """Images that stay in their files: each is read and decoded whenever it is asked for, so that none is kept in memory.
 
-Both classes are indexed by rows, as arrays are, and can be sent to workers, which read the files themselves. The files
-must lie at the same path on every node. Tests: tests/data/test_streamed.py.
+`StreamedPixels` and `StreamedImages` are indexed by rows, as arrays are. They can be sent to workers, which then read
+the files themselves, so the files must lie at the same path on every node. Tests: tests/data/test_streamed.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class StreamedPixels:
     """Pixels of image files, as uint8 in 0..255. Every image is decoded again each time it is asked for."""
 
     files: Encoded
-    rows: NDArray[np.int64]  # place in `files` of each image [n]
+    rows: NDArray[np.int64]  # index in `files` of each image [n]
     image: tuple[int, int, int]
     """Channels, height and width that every image gets."""
 
@@ -44,7 +44,7 @@ class StreamedPixels:
         return decode_rows(self.files, self.rows[rows], self.image)
 
     def take(self, rows: NDArray[np.int64]) -> StreamedPixels:
-        """Select the images at these rows. Nothing is read."""
+        """Select the images at these rows, without reading them."""
         return StreamedPixels(self.files, self.rows[rows], self.image)
 
 

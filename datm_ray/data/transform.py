@@ -1,4 +1,4 @@
-"""From pixels in [0, 1] to normalised images for networks, and back.
+"""Transforms from pixels in [0, 1] to normalised images for networks, and back.
 
 There are two kinds. `zca` is the whitening that published distillation results use: W = U diag(1/sqrt(S + eps)) U^T. U
 S U^T is the unbiased covariance of the training images in [0, 1], and whitened = (x - mean) W (the formula of kornia's
@@ -47,22 +47,22 @@ Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Statistics = tuple[Sequence[float], Sequence[float]]
-"""Means and deviations of the channels, for pixels in [0, 1]."""
+"""Means and standard deviations of the channels, for pixels in [0, 1]."""
 AnyFloats = NDArray[np.floating[Any]]
 Images = Tensor | AnyFloats | NDArray[np.uint8]
 """A batch [n c h w] or one image [c h w]: floats from 0 (black) to 1 (white), or uint8 from 0 to 255."""
 
 _log = logging.getLogger(__name__)
 PUBLISHED_EPS = 0.1
-_TOO_LARGE = 2**20  # largest side in pixels that a file may state
-_SMALLEST_DEVIATION = 1e-30  # smallest deviation that a file may state; float32 holds any pixel divided by it
+_TOO_LARGE = 2**20  # exclusive bound of a side in pixels that a file may state
+_SMALLEST_DEVIATION = 1e-30  # smallest standard deviation that a file may state; float32 holds any pixel divided by it
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
-_EIGEN_SECONDS = 2e-10  # on two cores, times n^3, for eigenvectors of [n n] in float64; one took 2.6e-10 to 3.1e-10
-_PRODUCT_SECONDS = 1.5e-11  # on two cores, for each multiplication in a product of float32 matrices; one took 2.3e-11
+_EIGEN_SECONDS = 2e-10  # seconds / n^3 for eigenvectors of [n n] in float64 on two cores; one core: 2.6e-10 to 3.1e-10
+_PRODUCT_SECONDS = 1.5e-11  # seconds per multiplication of a float32 matrix product on two cores; one core: 2.3e-11
 _WORTH_A_LINE = 0.1  # minutes; a fit that takes longer is announced
-_EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products of at most 128 * 128
+_EXACT_ROWS = 1024  # images at a time: 1024 products of at most 128 * 128 add up to 2^24, exact in float32
 
 
 class Normaliser(nn.Module):
@@ -70,7 +70,7 @@ class Normaliser(nn.Module):
 
     Use the module as a layer before a network, or as a torchvision transform: by itself, as in `ImageFolder(path,
     transform=normaliser, loader=PIL.Image.open)`, or as a step of a `Compose`. `.to(device)` moves it, and tensors must
-    be on its device. The loader of this example keeps images of 16 bits, which torchvision's own makes white.
+    be on its device. `PIL.Image.open` as loader keeps images of 16 bits; torchvision's own loader makes them white.
 
     PIL images are turned, converted and resized in the same way as images of a data set. The result has the dtype of
     the module's buffers: float32 unless the module is converted. Images of another float dtype are cast to it; uint8
@@ -92,7 +92,7 @@ class Normaliser(nn.Module):
         Args:
             kind: "zca" or "standard".
             shape: channels, height and width of the images.
-            rest: number b if the whitening matrix is b I - F F^T with F in `scale`; otherwise None.
+            rest: number b if the whitening matrix is b I - F F^T with F in `scale`; otherwise `None`.
         """
         super().__init__()
         self.kind, self.shape, self.rest = kind, shape, rest
@@ -134,22 +134,23 @@ class Transform:
     fingerprint: str
     """16 hex digits over the kind, eps and the exact statistics of the images that the transform was fitted on."""
     std: Floats | None = None
-    """Standard deviations [c] for `standard`; None for `zca`."""
+    """Standard deviations [c] for `standard`; `None` for `zca`."""
     vectors: Floats | None = None
-    """Eigenvectors of the covariance, as columns [d r]; None for `standard` and if `stored_matrix` is given.
+    """Eigenvectors of the covariance, as columns [d r]; `None` for `standard` and if `stored_matrix` is given.
 
     r is d, or the number of directions in which the images differ, if there are fewer images than values."""
     values: Doubles | None = None
-    """Eigenvalues [r], all >= 0; None if there are no vectors."""
+    """Eigenvalues [r], all >= 0; `None` if there are no vectors."""
     eps: float = PUBLISHED_EPS
     """Number added to every eigenvalue; unused if there are no vectors."""
     stored_matrix: Floats | None = None
-    """Whitening matrix [d d] from a file of an earlier version, which has no eigenvectors; otherwise None."""
+    """Whitening matrix [d d] from a file of an earlier version, which has no eigenvectors; otherwise `None`."""
 
     def normalise(self, images: Images) -> Tensor:
         """Normalise images to float32, see `Normaliser`. Shape and device stay.
 
-        The first call for `zca` composes the whitening matrix, O(d^3) in float64, unless r < d. The matrix is kept.
+        The first call for `zca` composes the whitening matrix in O(d^3), unless there are fewer eigenvectors than
+        values in an image. The matrix is kept.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -169,11 +170,11 @@ class Transform:
         return _map_chunks(self._inverse(_device_of(images)), images, self.kind, self.shape, torch.float32)
 
     def apply(self, images: AnyFloats) -> Floats:
-        """Normalise an array as `normalise` does, and return an array."""
+        """Normalise an array as `normalise` does, and return a float32 array."""
         return self.normalise(images).numpy()
 
     def invert(self, images: AnyFloats) -> Floats:
-        """Denormalise an array as `denormalise` does, and return an array."""
+        """Map an array of normalised images back to pixels as `denormalise` does, and return a float32 array."""
         return self.denormalise(images).numpy()
 
     def normaliser(self) -> Normaliser:
@@ -270,9 +271,9 @@ class Transform:
         return {}
 
     def _normaliser(self, device: torch.device) -> Normaliser:
-        """Normaliser for a device, made once. On the CPU it shares memory with the arrays.
+        """Normaliser for a device, made once. On the CPU it shares memory with this transform's arrays.
 
-        For internal use: other callers get copies from `normaliser()`, so they cannot change it.
+        Only for use inside this class: `normaliser()` gives other callers a copy, which they may change.
         """
         if device not in self._normalisers:
             rest, scale, shift = None, self.mean, -self.mean
@@ -430,8 +431,8 @@ class FitCost:
         """Estimate the cost of a fit.
 
         Let d be the number of values in an image. `zca` holds five matrices [d d] of float64 while it decomposes one of
-        them. This takes time O(d^3), after a product of O(n d^2). With fewer images n than values, the matrices are
-        [n n], besides two [n d].
+        them. The decomposition takes time O(d^3), after a product of O(n d^2). With fewer images n than values, the
+        five matrices are [n n], and there are two more [n d].
 
         Args:
             kind: "zca" or "standard".
@@ -442,7 +443,7 @@ class FitCost:
         if kind == "standard":
             return cls(kind, shape, stored=8 * shape[0])
         if _is_smaller(images, values):
-            seconds = _EIGEN_SECONDS * images**3 + 4 * _PRODUCT_SECONDS * images**2 * values  # two, in float64
+            seconds = _EIGEN_SECONDS * images**3 + 4 * _PRODUCT_SECONDS * images**2 * values  # two products, in float64
             size, rank = 40 * images**2 + 20 * images * values, images - 1
         else:
             seconds = _EIGEN_SECONDS * values**3 + _PRODUCT_SECONDS * images * values**2
@@ -605,11 +606,11 @@ def _eigenpairs_of_few(
 
 
 def _eigh(matrix: Matrix, device: str, note: Say = silent) -> tuple[Doubles, Matrix]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be freed: do not use it afterwards.
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix. The matrix may be freed: do not use it afterwards.
 
-    If the device fails, for example because others use its memory, the CPU computes them.
+    If the device fails, for example because other processes use its memory, the CPU computes the result.
     """
-    if device == "cpu":  # numpy's took half as long as torch's
+    if device == "cpu":  # numpy took half as long as torch
         return eigenpairs(matrix, note)
     try:
         return _eigh_by_torch(matrix, device)
@@ -675,7 +676,7 @@ def _image_shape(images: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def _array_shapes(kind: Kind, shape: tuple[int, int, int], rank: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a transform's arrays by name. `rank`: number of eigenvectors; None if a matrix is stored instead."""
+    """Shapes of a transform's arrays by name. `rank`: number of eigenvectors; `None` if a matrix is stored instead."""
     channels, pixels = shape[0], math.prod(shape)
     whitening = {"matrix": (pixels, pixels)} if rank is None else {"vectors": (pixels, rank), "values": (rank,)}
     known: dict[str, dict[str, tuple[int, ...]]] = {

@@ -1,1 +1,1 @@
-"""Files of other programs: trajectories saved by MTT and its successors (replay buffers), and torch files."""
+"""Files of other programs: expert trajectories (MTT's replay buffers), trained classifiers, sets, and torch files."""

@@ -1,4 +1,4 @@
-"""Accuracy of an imported network on test images. A low one reveals another normalisation or order of classes."""
+"""Accuracy of an imported network on test images. If it is low, normalisation or order of classes may be wrong."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MEASURED_IMAGES = 1000
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of correct answers of a network."""
+    """Accuracy of a network on some test images."""
 
     share: float
-    """Share of correct answers on `images` test images, in [0, 1]."""
+    """Share of the `images` test images that are classified correctly, in [0, 1]."""
     images: int
     classes: int
 
     @property
     def is_guessing(self) -> bool:
-        """True if the share is at most two standard deviations above the mean share of random guessing."""
+        """True if the accuracy is at most two standard deviations above that of random guessing."""
         chance = 1 / self.classes
         return self.share <= chance + 2 * math.sqrt(chance * (1 - chance) / self.images)
 

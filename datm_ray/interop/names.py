@@ -1,6 +1,7 @@
-"""Names of weights in torchvision and timm, for networks that are defined here too.
+"""Names of weights in torchvision and timm, for networks that this package defines too.
 
-Each table maps the name of a module or parameter of this package to its name there. Tests: tests/test_teachers.py.
+Each table maps the name of a module or parameter in this package to its name in the other library. Tests:
+tests/test_teachers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from datm_ray.core.networks.parameters import float_buffers
 _IN_INVERTED = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
 """Name of a module in the branch of an `InvertedResidual` -> its name in a block of timm's MobileNetV2."""
 _IN_FIRST_INVERTED = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
-"""Table like `_IN_INVERTED` for the first block, which does not widen its maps."""
+"""Table like `_IN_INVERTED` for the network's first `InvertedResidual`, which does not widen its maps."""
 _IN_TRANSFORMER = {
     **{"attention.0": "norm1", "attention.1.projection": "attn.qkv", "attention.1.output": "attn.proj"},
     **{"perceptron.0": "norm2", "perceptron.1": "mlp.fc1", "perceptron.3": "mlp.fc2"},
@@ -30,7 +31,10 @@ _IN_TRANSFORMER = {
 
 
 def torchvision_names(network: nn.Module) -> dict[str, str]:
-    """Name in torchvision of every parameter and float buffer of a ResNet or MobileNetV2; other names stay."""
+    """Name of every parameter and float buffer here -> its name in torchvision, for ResNets and MobileNetV2.
+
+    Names of other networks are mapped to themselves.
+    """
     layers = _layers(network)
     parts = _resnet_parts(layers)
     for place, layer in enumerate(layers):
@@ -40,26 +44,27 @@ def torchvision_names(network: nn.Module) -> dict[str, str]:
 
 
 def timm_names(network: nn.Module) -> dict[str, str]:
-    """Name in timm of every parameter and float buffer of a ResNet, MobileNetV2 or vit-small; other names stay.
+    """Name of every parameter and float buffer here -> its name in timm, for ResNets, MobileNetV2 and vit-small.
 
-    ResNets have torchvision's names there. The transformer is one without a class token.
+    Names of other networks are mapped to themselves. ResNets have the same names in timm as in torchvision. In timm,
+    vit-small is the variant without a class token.
     """
     layers = _layers(network)
     return _renamed(network, _resnet_parts(layers) | _inverted_parts(layers) | _transformer_parts(layers))
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:
-    """Layers before the pooling of a network of this package; empty for others."""
+    """Layers before the pooling of a `SpatialNetwork` of this package; empty for other networks."""
     if isinstance(network, SpatialNetwork) and isinstance(network.features, nn.Sequential):
         return list(network.features)
     return []
 
 
 def _renamed(network: nn.Module, parts: Mapping[str, str]) -> dict[str, str]:
-    """Name of every parameter and float buffer -> its name elsewhere, where modules have other names.
+    """Name of every parameter and float buffer here -> its name in another library.
 
     Args:
-        parts: name of a module or parameter here -> its name elsewhere.
+        parts: name of a module or parameter here -> its name in the other library. Names without an entry stay.
     """
     found = {}
     for name in [*dict(network.named_parameters()), *float_buffers(network)]:

@@ -1,17 +1,17 @@
 """Import and export of expert trajectories of the MTT family: `replay_buffer_*.pt` files.
 
-A replay buffer is a `torch.save` of a list of trajectories. A trajectory is a list of snapshots, whose position is the
-epoch. A snapshot is a list of a network's parameters, in the order in which its modules were created. The ConvNet of
-those projects creates its modules in the same order as the ConvNet of this package (blocks of convolution and norm,
-then the classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One
-exception is refused: for images of one channel the published ConvNet pads the first convolution by 3 pixels, the
-ConvNet here by 1.
+A replay buffer is a `torch.save` of a list of trajectories. A trajectory is a list of snapshots; a snapshot's position
+in it is the epoch. A snapshot is a list of a network's parameters, in the order in which its modules were created. The
+published ConvNet creates its modules in the same order as the ConvNet of this package (blocks of convolution and norm,
+then the classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One case
+is refused: for images of one channel, the published ConvNet pads the first convolution by 3 pixels, and the ConvNet
+here by 1.
 
-A buffer does not name its data set, network or number of epochs: a recipe gives them. A buffer does not hold the image
-transform of its experts either. Imported experts are stored with the transform of the recipe's data set. If their own
-transform was different (other whitening, or fitted on images that are validation data here), they match synthetic
-images less well. So the last epoch of the first trajectory is measured on test images. An expert's info records that
-it was imported, and from which file.
+A buffer does not name its data set, network or number of epochs; a recipe gives them. Nor does it hold the transform of
+its experts' images. Imported experts are stored with the transform of the recipe's data set. If they were trained under
+another transform (other whitening, or fitted on images that are validation data here), synthetic images match them less
+well. So the last epoch of the first trajectory is measured on test images. An expert's info records that it was
+imported, and from which file.
 
 Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
 exported without the statistics. Files are read as data (see `interop.torch_files`): nothing in them is executed.
@@ -59,7 +59,7 @@ _Trajectory = list[list[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Imported:
-    """Result for one trajectory of a replay buffer, which is now in the store."""
+    """Result of the import of one trajectory of a replay buffer. The store now has the trajectory."""
 
     group: str
     """Key of the expert group that holds the trajectory."""
@@ -71,8 +71,10 @@ class Imported:
     """True if this import stored the trajectory; False if an earlier import had stored it."""
 
     accuracy: Accuracy | None
-    """Accuracy of the last epoch on test images, for the first trajectory; `None` for others, which are not measured.
-    It shows whether the recipe normalises as the experts' program did, and whether classes have the same order."""
+    """Accuracy of the last epoch on test images; `None` for all trajectories but the first, which are not measured.
+
+    A low accuracy means that the recipe normalises images in another way, or has another order of classes, than the
+    program that trained the experts."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Exported:
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """True if the published ConvNet gives other outputs with these parameters, see `pads_differently`."""
+    """True if the published ConvNet with these parameters gives other outputs than here, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
@@ -111,14 +113,14 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, streamed=d.streamed)
     networks = [_Network(backbone, raw, store_uri) for backbone in config.resolved(raw.size).each_backbone()]
     locations = [open_location(file) for file in files]
-    for location in locations:  # check all of them before anything is written
+    for location in locations:  # check all files before anything is written
         for position, trajectory in enumerate(_read(location)):
             _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
     for location in locations:
         trajectories = _read(location)
         for position, trajectory in enumerate(trajectories):
             network = _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
-            trajectories[position] = []  # free its memory for the next one
+            trajectories[position] = []  # free the trajectory's memory for the next one
             is_first = location == locations[0] and not position
             accuracy = network.accuracy(trajectory, location.uri) if is_first else None
             origin: dict[str, object] = {"file": PurePosixPath(location.path).name, "position": position}
@@ -164,7 +166,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """True if the published network pads images of so many channels differently, and so gives other outputs."""
+    """True if the published network pads images of this number of channels differently, and so gives other outputs."""
     return architecture == "convnet" and channels == 1
 
 
@@ -236,7 +238,7 @@ class _Network:
         return accuracy_of(self._flat.module, self._raw, transform, uri)
 
     def store(self, trajectory: _Trajectory, origin: dict[str, object], accuracy: Accuracy | None = None) -> Imported:
-        """Store one trajectory whose shapes were checked, unless it is stored already.
+        """Store one trajectory, whose shapes were checked before, unless it is stored already.
 
         Args:
             trajectory: snapshots by epoch.
@@ -314,7 +316,7 @@ def _read(location: Location) -> list[_Trajectory]:
         left -= sum(1 + len(snapshot) for snapshot in snapshots)
         if left < 0:
             raise _no_buffer(location)
-        # Before bytes are counted, because the file holds live weights only once.
+        # Before bytes are counted: live weights are in the file only once, and would look like too many bytes.
         _require_training(snapshots, _is_same_view, place)
         tensors = [tensor for snapshot in snapshots for tensor in snapshot]
         left -= sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
@@ -340,7 +342,12 @@ def _no_buffer(location: Location) -> CorruptFileError:
 
 
 def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bool], place: str) -> None:
-    """Raise `CorruptFileError` if all snapshots of a trajectory have the same parameters."""
+    """Raise `CorruptFileError` if all snapshots of a trajectory have the same parameters.
+
+    Args:
+        same: compares two tensors.
+        place: name of the trajectory, for the message.
+    """
     first = trajectory[0]
     still = all(len(snapshot) == len(first) and all(map(same, first, snapshot)) for snapshot in trajectory)
     if still and len(trajectory) > 1:
@@ -369,9 +376,9 @@ def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
 
 
 def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
-    """Read an expert's parameters: a list with an inner list per epoch, which has one tensor for each parameter.
+    """Read an expert's parameters as a trajectory: one inner list per epoch, with one tensor per parameter.
 
-    The epochs begin with 0 and end before the first epoch that is not stored.
+    The epochs are 0 to the last one before the first gap in the stored epochs.
     """
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)

@@ -1,13 +1,13 @@
 """Read synthetic sets that another program or another run has made, so that they can be scored.
 
 Layouts:
-    images_best.pt, labels_best.pt, lr_best.pt   tensors of DATM, MTT and others that derive from MTT; the step size may
-                                                 be missing
+    images_best.pt, labels_best.pt, lr_best.pt   tensors of DATM, MTT and methods derived from MTT; lr_best.pt, the step
+                                                 size, may be missing
     a folder for each class                      image files, as SRe2L, RDED and `datm-ray export` write them
     .arrow, .safetensors                         sets of this program
 
-Images in .pt files are normalised already, and the files do not say how. Image files are pixels. Sets of this program
-hold their transform, or its fingerprint. Nothing in a file is executed, see `interop.torch_files`.
+Images in .pt files are normalised already, and the files do not say how. Image files hold pixels. Sets of this program
+hold their transform or its fingerprint. Nothing in a file is executed, see `interop.torch_files`.
 Tests: tests/test_given.py.
 """
 
@@ -42,12 +42,12 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.words import dimensions
 
 SMALLEST_PROBABILITY = 1e-9
-"""Probability, in soft labels that are probabilities, below which logits do not fall."""
+"""Smallest probability that is turned into a logit; smaller ones in soft labels are raised to it."""
 
 
 @dataclass(frozen=True, eq=False)
 class GivenSet:
-    """A synthetic set as its files hold it, sorted by class."""
+    """A synthetic set as its files hold it, with images sorted by class."""
 
     uri: str
     images: NDArray[Any]
@@ -55,17 +55,17 @@ class GivenSet:
     labels: NDArray[np.int64]
     """[n] class of each image, ascending."""
     soft_labels: NDArray[np.float32] | None
-    """[n k] logits; `None` if the images have classes alone."""
+    """[n k] logits; `None` if the files give the classes of the images only."""
     step_size: float | None
     """Learning rate learned with the set; `None` if the files hold none."""
     transform: Transform | None = None
-    """Transform of a set of this program; `None` for others, and if its file leaves the transform out."""
+    """Transform of a set of this program; `None` if the file leaves it out, and for sets of other programs."""
     fitted: str = ""
-    """Fingerprint of a transform that the file leaves out; "" otherwise. The images are taken to be in its space."""
+    """Fingerprint of the transform that normalised the images, if the file leaves the transform out; "" otherwise."""
 
     @property
     def digest(self) -> str:
-        """16 hex digits over images, labels, step size and transform, whatever the files' names."""
+        """16 hex digits over images, labels, step size and transform. The names of the files have no effect."""
         digest = sha256(repr((self.step_size, self.transform and self.transform.digest)).encode())
         for array in (self.images, self.labels, *([] if self.soft_labels is None else [self.soft_labels])):
             digest.update(repr((array.dtype.str, array.shape)).encode())
@@ -73,9 +73,9 @@ class GivenSet:
         return digest.hexdigest()[:16]
 
     def images_for(self, transform: Transform) -> NDArray[np.float32]:
-        """Images [n c h w] in the space of a run's transform.
+        """Images [n c h w], normalised by a run's transform.
 
-        Normalised images of another program count as being in this space.
+        Normalised images of another program are returned unchanged, as if this transform had normalised them.
         """
         if self.images.dtype == np.uint8:
             return transform.apply(self.images.astype(np.float32) / np.float32(255))
@@ -84,7 +84,7 @@ class GivenSet:
         return transform.apply(self.transform.invert(self.images))
 
     def require_fitting(self, image: tuple[int, int, int], class_names: Sequence[str], ipc: int) -> None:
-        """Raise a `ConfigError` of one line if the set does not fit a run.
+        """Raise a `ConfigError` if the set's image size, classes or images per class do not fit a run.
 
         Args:
             image: channels, height and width of the run's real images.
@@ -126,11 +126,11 @@ class GivenSet:
 
 
 def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
-    """Read a set in any of the layouts.
+    """Read a set in any layout that this module knows.
 
     Args:
-        uri: a folder or a file, as a path or URI; images of a folder for each class must lie on a local disk.
-        class_names: names of the classes, by which class folders are known.
+        uri: a folder or a file, as a path or URI. Folders of image files must lie on a local disk.
+        class_names: names of the classes, by which the folder of each class is recognised.
 
     Raises:
         ConfigError: nothing is there, or the set is in no known layout.
@@ -144,9 +144,9 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
 
 
 def read_step_size(uri: str) -> float | None:
-    """Step size of a set in any of the layouts, without its images where it has a file of its own.
+    """Step size of a set in any layout that this module knows; `None` if the set has none.
 
-    `None` if the set has none. Arguments and errors: see `read_set`.
+    Images are not read if the step size has a file of its own. Arguments and errors: see `read_set`.
     """
     place = _place_of(uri)
     if place.path.endswith(".pt"):
@@ -155,7 +155,7 @@ def read_step_size(uri: str) -> float | None:
 
 
 def _place_of(uri: str) -> Location:
-    """File with a set's images in tensors, file with a set of this program, or folder with folders of images."""
+    """Location of a set: its .pt file of images, its file of this program, or its folder with folders of images."""
     place = open_location(uri)
     if not place.exists():
         raise ConfigError(f"given.path {uri} does not exist", remedy="give the folder or file of the set")
@@ -178,7 +178,10 @@ def _is_own(place: Location) -> bool:
 
 
 def _of_tensors(place: Location) -> GivenSet:
-    """Set in files of tensors: images<rest> at `place`, beside it labels<rest> and, with a step size, lr<rest>."""
+    """Read a set from tensors: images<rest> at `place`, labels<rest> beside it and, for a step size, lr<rest>.
+
+    <rest> is the common part of the three names, such as "_best.pt".
+    """
     rest = _rest_of_name(place)
     images, labels = _tensor(place), _tensor(place.parent / f"labels{rest}")
     step_size = _rate_of(place)
@@ -205,7 +208,7 @@ def _of_tensors(place: Location) -> GivenSet:
 
 
 def _rest_of_name(place: Location) -> str:
-    """Part of the name that the files of a set in tensors share, such as "_best.pt"; `place` is that of the images."""
+    """Common part of the names of a set's .pt files, such as "_best.pt". `place` is the file of the images."""
     name = PurePosixPath(place.path).name
     if not name.startswith("images"):
         raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
@@ -213,7 +216,7 @@ def _rest_of_name(place: Location) -> str:
 
 
 def _rate_of(place: Location) -> float | None:
-    """Step size in the file lr<rest> beside images<rest>; `None` without such a file."""
+    """Step size in the file such as lr_best.pt beside `place`, such as images_best.pt; `None` without such a file."""
     rate = place.parent / f"lr{_rest_of_name(place)}"
     return _step_size(_tensor(rate), rate) if rate.exists() else None
 
@@ -249,18 +252,19 @@ def _step_size(found: NDArray[Any], place: Location) -> float:
 
 
 def _as_logits(soft: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Soft labels [n k] as logits. Rows that are all probabilities are replaced by their logarithms."""
+    """Soft labels [n k] as logits. If all rows are probabilities, they are replaced by their logarithms."""
     if soft.min() >= 0 and bool(np.allclose(soft.sum(axis=1), 1, atol=1e-3)):
         return np.log(np.maximum(soft, SMALLEST_PROBABILITY)).astype(np.float32)
     return soft
 
 
 def _classes_of(soft: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Classes [n] of images with soft labels [n k].
+    """Classes [n] of images, derived from their soft labels [n k].
 
-    The highest value decides if it gives as many images of each class. Otherwise labels were learned, and need not be
-    highest at their class. Published sets hold class after class: this order decides, unless fewer labels agree with it
-    than halfway between chance (1/k) and all.
+    If taking each image's highest label gives equally many images of each class, these are the classes. Otherwise the
+    labels were learned, and the highest one need not be the image's class. Published sets are sorted by class, so this
+    order gives the classes, if it agrees with the highest labels of at least (1 + 1/k) / 2 of the images: halfway
+    between chance and all. If not, the highest labels are taken.
     """
     n, k = soft.shape
     highest: NDArray[np.int64] = soft.argmax(axis=1).astype(np.int64)
@@ -327,7 +331,7 @@ def _labels_and_pixels(root: Path, uri: str, class_names: Sequence[str]) -> tupl
 
 
 def _about_the_set(failure: DatasetError) -> DatasetError:
-    """Error about files of a data set, in words about a given set: no setting of `dataset` changes its images."""
+    """Error about a given set, made from one about a data set. Advice on `dataset` is replaced: it would not help."""
     fact, remedy = failure.fact.replace("data set path", "given.path"), failure.remedy
     if "dataset.resize" in remedy:
         remedy = "Give images that are all as large as those of the data set, or a smaller set"
@@ -337,7 +341,7 @@ def _about_the_set(failure: DatasetError) -> DatasetError:
 
 
 def _labels_of(folders: Sequence[str], class_names: Sequence[str], uri: str) -> dict[str, int]:
-    """Label of each class folder: by the name of its class, else by the number in its name, from 0 on."""
+    """Folder -> label: by the names of the classes, or else by numbers from 0 on in the names of the folders."""
     known = {name: label for label, name in enumerate(class_folders(tuple(class_names)))}
     known |= {name: label for label, name in enumerate(class_names)}
     if known.keys() >= set(folders):

@@ -1,16 +1,15 @@
 """Import of trained classifiers, such as torchvision's, as experts whose last epoch alone is stored.
 
 A file holds a state_dict, written by `torch.save` or by safetensors: tensors by name. Names may be those of
-torchvision, those of timm, or those of the networks here. Running statistics are stored too, so SRe2L, labels and
-MetaDD use an imported network like one that was trained here. Trajectory matching cannot, because it needs earlier
-epochs.
+torchvision, of timm, or of this package. Running statistics are stored too, so SRe2L, labels and MetaDD use an imported
+network like one that this package has trained. Trajectory matching cannot use it, because it needs earlier epochs.
 
-A file does not say how its images were normalised, nor in which order its classes are. So the recipe must give
-`dataset.mean` and `dataset.std`, and the classes of its data set must have the order of the file's. The import measures
-the share of correct answers on test images, which shows most mistakes; the command line warns of a guessing network.
+A file does not say how the images of its training were normalised, nor in which order its classes are. So the recipe
+must give `dataset.mean` and `dataset.std`, and the classes of its data set must have the same order. The import
+measures the accuracy on test images, which reveals most mistakes; the command line warns if the network only guesses.
 
-`torch.load` reads files with `weights_only=True`, which executes nothing from them. Options of a training program and
-numbers of numpy beside the weights become empty objects. Tests: tests/test_teachers.py.
+`torch.load` reads files with `weights_only=True`, which executes nothing from them. Objects beside the weights, such as
+options of a training program and numbers of numpy, become empty objects. Tests: tests/test_teachers.py.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ from datm_ray.words import data_size, listed
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
-"""What torch puts before the names of a network that is trained in parallel, averaged or compiled."""
+"""Prefixes of the names of weights that torch adds if a network is trained in parallel, averaged or compiled."""
 
 
 _COUNTERS = ("num_batches_tracked", "n_averaged")
-"""Ends of the names of counters, which no network reads."""
+"""Ends of the names of counters in a state_dict, which no network needs to compute its logits."""
 
 
 class _Discarded:
-    """Empty object in place of one that a training program stored beside a state_dict. Its values are not kept."""
+    """Empty object in place of one that a training program stored beside a state_dict, whose values are not needed."""
 
     def __new__(cls, *_: object) -> _Discarded:
         return super().__new__(cls)
@@ -64,7 +63,7 @@ class _Discarded:
 
 
 _DISCARDED = ("argparse.Namespace", *(f"numpy.{core}.multiarray.scalar" for core in ("_core", "core")), "numpy.dtype")
-"""Classes and functions that a file may name beside its tensors; torch calls `_Discarded` in their place."""
+"""Classes and functions that a file of torch may name. `torch.load` then makes a `_Discarded` instead."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ImportedTeacher:
     """Result of importing a trained classifier."""
 
     group: str
-    """Key of the expert group that holds the network."""
+    """Key (folder) of the expert group in which the network was stored."""
     expert: int
     """Number of the expert in its group."""
     accuracy: Accuracy
@@ -80,10 +79,10 @@ class ImportedTeacher:
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
-    """Store a trained classifier as an expert of the first network of the recipe that it fits.
+    """Store a trained classifier as an expert of a recipe: of its first network with the same names and shapes.
 
     Args:
-        file: path or URI of a state_dict; a name that ends in .safetensors is read as such, others as torch's.
+        file: path or URI of a state_dict, in safetensors format if the name ends in .safetensors, else torch's.
         config: recipe of the experts, with the normalisation that the classifier was trained with.
         store_uri: store to write to.
 
@@ -128,7 +127,7 @@ def read_weights(place: Location) -> dict[str, Tensor]:
 
     Raises:
         StoreError: the file is missing, cannot be read, or does not fit into memory.
-        CorruptFileError: the file holds no state_dict, or values that are not finite, or negative variances.
+        CorruptFileError: the file holds no state_dict, values that are not finite, or negative running variances.
     """
     size = place.size()
     (content,) = place.read_ranges([(0, size)])
@@ -142,13 +141,13 @@ def read_weights(place: Location) -> dict[str, Tensor]:
             raise ValueError("a tensor has values twice")  # a small file could ask for any amount of memory
         is_finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
     except Exception as error:  # archives and pickles raise errors of many classes
-        if isinstance(error, MemoryError) or "t allocate memory" in str(error):  # the latter is torch's
+        if isinstance(error, MemoryError) or "t allocate memory" in str(error):  # torch's text
             raise StoreError(
                 f"there is not enough memory to read {place.uri}",
                 f"the file has {data_size(size)}",
                 "end other programs, or import it on a machine with more memory",
             ) from error
-        named = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # torch names what it does not execute
+        named = re.search(r"GLOBAL ([\w.]{1,100})", str(error))  # torch names the class or function that it refuses
         raise CorruptFileError(
             f"{place.uri} is not a state_dict",
             f"It holds an object of {named[1]}, and objects could run code"
@@ -164,7 +163,7 @@ def read_weights(place: Location) -> dict[str, Tensor]:
 
 
 def _content(content: memoryview, *, is_safetensors: bool) -> Any:
-    """Value that a file of torch or safetensors holds. Raises errors of many classes if there is none."""
+    """Value in a file of torch or safetensors, given as bytes. Other content raises errors of many classes."""
     if is_safetensors:
         return load_safetensors(bytes(content))
     with warnings.catch_warnings(), torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]):
@@ -173,7 +172,7 @@ def _content(content: memoryview, *, is_safetensors: bool) -> Any:
 
 
 def _require_variances(place: Location, weights: Mapping[str, Tensor]) -> None:
-    """Raise a `CorruptFileError` for running variances below 0, which no training gives."""
+    """Raise a `CorruptFileError` if a running variance is negative, which no training can cause."""
     for name, tensor in weights.items():
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise CorruptFileError(
@@ -184,11 +183,11 @@ def _require_variances(place: Location, weights: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Write weights, by names of torchvision, of timm or of the network itself, into a network of this package.
+    """Copy weights into a network of this package. Their names may be torchvision's, timm's or the network's own.
 
     Returns:
-        "" if they fit; otherwise what differs from the names that most of the weights have, and the network stays
-        unchanged.
+        "" if the weights fit. Otherwise the differences in names and shapes, by the naming that fits best; the network
+        then stays unchanged.
     """
     own = dict(network.named_parameters()) | float_buffers(network)
     given = {name: tensor for name, tensor in weights.items() if not name.endswith(_COUNTERS)}

@@ -1,12 +1,12 @@
 """Read lists of tensors, nested to any depth, from files that `torch.save` wrote, as plain data.
 
 torch.load trusts the sizes and classes in a file: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
-Here the pickle is read opcode by opcode, and only the opcodes are known that torch.save uses for lists of tensors.
-Nothing is called or executed. No tensor uses a value of its storage twice, and all storages together are no larger than
-the file. The archive's checksums are checked.
+This module reads the pickle opcode by opcode, and knows only those that torch.save uses for lists of tensors. It calls
+and executes nothing. No tensor may use a value of its storage twice, and all storages together are no larger than the
+file. The archive's checksums are checked.
 
-The arguments of each call in a pickle are first checked by type: 300 bytes can hold a tuple of tuples that would take
-hours to print, hash or compare.
+The arguments of a call in a pickle are checked by their types before anything else: 300 bytes can hold a tuple of
+tuples that would take hours to print, hash or compare.
 
 Not covered: dictionaries, sparse and quantised tensors, and files from before torch 1.6, which are no archives.
 """
@@ -27,7 +27,7 @@ from datm_ray.store.files.filesystem import Location
 from datm_ray.store.precision import from_storage
 
 Tensors = Any
-"""Lists and tuples, nested as in the file, of arrays, numbers and texts."""
+"""Content of a file: lists and tuples, nested as in the file, of arrays, numbers and texts."""
 
 _DTYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
 _INTEGERS = {"LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1"}
@@ -51,7 +51,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values [count] that several tensors may share. A class of its own, so that no tensor can serve as a storage."""
+    """Values [count] of a storage, which several tensors may share. Being a class, no tensor can pass for a storage."""
 
     values: NDArray[Any]
 
@@ -76,7 +76,7 @@ def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
 
 
 class _Reader:
-    """Reads one archive. Raises ValueError if its members together have more bytes than the file."""
+    """Reader of one archive. It raises ValueError if the members together have more bytes than the file."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, dtypes: Mapping[str, str]) -> None:
         self._archive, self._left, self._dtypes = archive, size, dtypes
@@ -99,7 +99,7 @@ class _Reader:
         return self._archive.read(info)
 
     def _follow(self, pickle: bytes) -> Tensors:
-        """Read the value in a pickle by its opcodes. Nothing is executed; unknown opcodes raise ValueError."""
+        """Make the value of a pickle from its opcodes. Nothing is executed; unknown opcodes raise ValueError."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -204,7 +204,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]
     values = storage.values
     if 0 in shape:
         return np.zeros(shape, values.dtype)
-    last = 0  # largest offset so far: a longer stride reaches no value again, so count <= last + 1
+    last = 0  # largest offset so far: strides above it reach no value twice, so the tensor has at most last + 1 values
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= last:
             raise ValueError(f"a tensor {list(shape)} of strides {list(strides)} has values twice")

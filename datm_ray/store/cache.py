@@ -1,9 +1,9 @@
 """Local disk cache for parts of remote files, so that each part is fetched only once.
 
-Off by default. DATM_RAY_CACHE=/local/folder turns the cache on. DATM_RAY_CACHE_GIB=20 sets its size in GiB; the default
-is 10. An entry is named by the sha256 of its content, which the remote file states. So an entry is never stale, and a
-damaged entry is detected and fetched again. Processes and stores can share a folder, because an entry appears whole, by
-a rename. A folder that cannot be written raises no error; nothing is cached then.
+The cache is off by default. DATM_RAY_CACHE=/local/folder turns it on. DATM_RAY_CACHE_GIB=20 sets its size in GiB; the
+default is 10. An entry is named by the sha256 of its content, which the remote file states. So an entry is never stale,
+and a damaged entry is detected and fetched again. Processes and stores can share a folder, because a rename makes each
+entry appear whole. If the folder cannot be written, nothing is cached, and no error is raised.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Cache:
         Between sweeps, each writing process may exceed the size by a twentieth.
         """
         self._folder, self._size = folder, size
-        self._unseen: float = size  # bytes written since the last sweep; large at first, so that the first write sweeps
+        self._unseen: float = size  # bytes written since the last sweep; starts large, so that the first write sweeps
 
     def get(self, digest: str) -> memoryview | None:
-        """Content with this sha256, checked; None if it is missing or damaged."""
+        """Content whose sha256 in hex digits is `digest`, checked; `None` if the entry is missing or damaged."""
         path = os.path.join(self._folder, digest)
         try:
             with open(path, "rb") as file:
@@ -48,7 +48,10 @@ class Cache:
         return memoryview(content) if sha256(content).hexdigest() == digest else None
 
     def put(self, digest: str, content: memoryview) -> None:
-        """Store content under its sha256, and delete old entries beyond the cache size. Disk errors are ignored."""
+        """Store content under its sha256 in hex digits. Now and then delete the oldest entries beyond the cache size.
+
+        Disk errors are ignored.
+        """
         temporary = os.path.join(self._folder, f".tmp-{uuid.uuid4().hex}")
         with suppress(OSError):  # a full disk, for example: a run works without the cache
             try:
@@ -81,16 +84,16 @@ class Cache:
 
 
 def configured_cache() -> Cache | None:
-    """Cache in the folder of DATM_RAY_CACHE; None if it is not set. Raises StoreError if the size is invalid."""
+    """Cache in the folder of DATM_RAY_CACHE; `None` if it is not set. Raises StoreError if the size is invalid."""
     folder = os.environ.get(FOLDER)
     return _cache(os.path.abspath(folder), os.environ.get(SIZE, _DEFAULT_SIZE)) if folder else None
 
 
 @cache
 def _cache(folder: str, gibibytes: str) -> Cache:
-    """Open a cache of this size, or return the one that this process has already opened with the same arguments.
+    """Open a cache, or return the one that this process has already opened with the same arguments.
 
-    Two caches of one folder would each count only their own bytes, and exceed the size more.
+    If a process had two caches of one folder, each would count only its own bytes, and the folder could grow larger.
     """
     try:
         size = int(float(gibibytes) * 2**30)

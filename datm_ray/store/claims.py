@@ -1,9 +1,9 @@
-"""Claims: small files that name the only owner of a folder, so that leftover workers and commands write nothing.
+"""Claims: small files that name the only owner of a folder, so that former owners write nothing more.
 
-Taking a `Claim` replaces its file. The previous owner notices this before its next write. A `lease` is a claim with a
-heartbeat: one command at a time holds a folder. If that command dies, the next one takes over its lease. On the same
-machine this happens at once. On another machine it happens after the file has not changed for `DEAD_AFTER` seconds,
-measured by the waiting machine alone; clocks of two machines are never compared.
+An owner is a worker or a command. A new owner replaces the file of a `Claim`; the former owner notices this before its
+next write. A `lease` is a claim with a heartbeat: one command at a time holds a folder. If the command dies, the next
+one takes the lease over: at once on the same machine; on another machine after the file has not changed for
+`DEAD_AFTER` seconds. The waiting machine measures this time alone, so clocks of two machines are never compared.
 
 Tests: tests/store/test_claims.py.
 """
@@ -28,11 +28,11 @@ from datm_ray.store.files.filesystem import AlreadyExistsError, Location, Missin
 from datm_ray.store.sealed import rejecting_nonsense
 
 HEARTBEAT, DEAD_AFTER = 10.0, 60.0
-"""HEARTBEAT: seconds between two heartbeats. DEAD_AFTER: seconds without one until a command on another machine counts
-as dead."""
+"""HEARTBEAT: seconds between two heartbeats. DEAD_AFTER: seconds without a heartbeat until a command on another machine
+counts as dead."""
 POLL, SETTLE = 1.0, 0.5
-"""POLL: seconds between two reads of another command's lease. SETTLE: seconds to wait after a takeover, so that
-commands that take over at the same moment see the last one."""
+"""POLL: seconds between two reads of another command's lease. SETTLE: seconds to wait after taking a lease over. If
+several commands do so at the same moment, all then see that the last one owns it."""
 
 
 class Claim:
@@ -44,7 +44,7 @@ class Claim:
         self.owner: dict[str, Any] = {"token": self.token, "host": host, "process": os.getpid(), "since": since}
 
     def take(self, guard: Callable[[], None] = unguarded) -> None:
-        """Become the owner, replacing any other. `guard` is called just before; if it raises, nothing changes."""
+        """Become the owner, in place of any other. `guard` is called just before; if it raises, the owner stays."""
         replace(self.place, guard=guard).write_json(self.owner)
 
     def read(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
             except OvertakenError:
                 is_lost = True
                 on_loss()
-            except DatmError:  # while the store does not answer, no other command can take over
+            except DatmError:  # the store does not answer, so no other command can take over either
                 continue
 
     beating = threading.Thread(target=beat, name="lease", daemon=True)
@@ -123,7 +123,7 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
     finally:
         ended.set()
         beating.join()
-        with suppress(DatmError):  # a lease that cannot be removed counts as dead later
+        with suppress(DatmError):  # a lease that cannot be removed is taken over later
             if claim.is_mine():
                 place.remove()
         with suppress(OSError):  # folders that hold files stay
@@ -162,7 +162,10 @@ def _acquire(claim: Claim, wait: float, say: Callable[[str], object]) -> None:
 
 
 def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object]) -> bool:
-    """True if the process of a lease has ended. On another machine, waits `DEAD_AFTER` seconds for a heartbeat."""
+    """True if the process that holds a lease has ended.
+
+    For a process on another machine, waits up to `DEAD_AFTER` seconds for a heartbeat.
+    """
     if holder.get("machine") == _machine():
         return _start_of(holder["process"]) != holder.get("started")
     say(f"{claim.place.parent.uri} is in use by {in_words(holder)}; checking up to {DEAD_AFTER:.0f} s for a heartbeat")
@@ -175,9 +178,9 @@ def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object])
 
 
 def _machine() -> str:
-    """Name of the space of process ids: of a container, or of a machine since its last boot.
+    """Name of the container or machine, since its last boot, within which process ids can be compared.
 
-    If the name is unknown, each call returns a new random one.
+    If the system does not tell, each call returns a new random name, which equals no other.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -199,9 +202,9 @@ def _start_of(process: int) -> str:
 
 
 def _missing_folders(path: str | None) -> list[str]:
-    """Folders to make for a local path, innermost first: the path itself and its parents that do not exist.
+    """Folders that a local path lacks, innermost first: the path itself and its parents that do not exist.
 
-    Returns [] if the path exists or is None.
+    Empty if the path exists. `None` stands for a path that is not local, and gives an empty list.
     """
     missing = []
     while path is not None and not os.path.lexists(path):

@@ -3,17 +3,17 @@
     <uri>/labels.arrow         origin and settings of the labels, see `LabelInfo`
     <uri>/epoch-00007.arrow    one record for each image in epoch 7
 
-An epoch is one sealed Arrow file (see `sealed`). Its batches are blocks of consecutive images, each of about 64 KiB. A
-block is the smallest unit that is read and checked: with one digest per image, the digests would be as large as the
-labels. A batch is one row. Each of its columns is one list, which joins the values of the block's records in order:
+An epoch is one sealed Arrow file (see `sealed`). Its record batches are blocks of consecutive images, each of about 64
+KiB. A block is the smallest unit that is read and checked: with one digest per image, the digests would be as large as
+the labels. A batch has one row. Each of its columns holds one list, the values of all records of the block in order:
 
     boxes float32 x 4 | flips bool | partners int32 | lambdas float32 | mix_boxes uint16 x 4
     | values float16 x k, or x (t + 1) | indices uint16 x t, or none
 
 An epoch is written once, whole, by any worker, and never changes. Its content does not depend on how many epochs are
-kept or trained. So a store can grow, and trainings can use its first epochs alone. core/training/labelling.py defines
-the views and how logits are packed. Letters: b = number of records, k = number of classes, t = number of classes whose
-logits are kept.
+stored or trained. So a store can grow, and a training can use the first epochs of a larger store alone.
+core/training/labelling.py defines the views and how logits are packed. Letters: b = number of records, k = number of
+classes, t = number of classes whose logits are kept.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ FORMAT_VERSION = 1
 INFO_KIND = "labels"
 INFO_FILE = "labels.arrow"
 BLOCK_BYTES = 64 * 1024
-"""Largest total size in bytes of the records in a block; a larger record is a block alone."""
+"""Largest total size in bytes, inclusive, of the records in a block; a record above it has a block of its own."""
 MEMORY = 2**28
 """Default limit on the blocks that a `LabelStore` keeps in memory, in bytes."""
 
 _EPOCH_FILE = re.compile(r"epoch-(\d{5})\.arrow")
 _MAX_EPOCH = 99_999
-_OPENED = 2  # epochs whose index of blocks is kept: the current one of a training, and the next
+_OPENED = 2  # opened epochs that are kept: the current one of a training, and the next
 _FETCHED = 256  # blocks fetched at a time, 16 MiB
 _COLUMNS: dict[str, tuple[type[np.generic], pa.DataType]] = {
     "boxes": (np.float32, pa.float32()),
@@ -102,19 +102,19 @@ class LabelInfo:
     """Height and width in pixels, of the images and of their views."""
 
     epochs: int
-    """Number of epochs of the longest training that uses the labels."""
+    """Number of epochs of the longest training for which the store was made."""
 
     keep: int
-    """Number of epochs that are labelled and stored, from 1 to `epochs`. A training repeats them in order."""
+    """Number of epochs that are labelled and stored, from 1 to `epochs`. A longer training repeats them in order."""
 
     seed: int
     """Seed of the random views."""
 
     top: int | None = None
-    """t, the number of largest logits that are kept; None keeps all."""
+    """t, the number of largest logits that are kept; `None` keeps all."""
 
     temperature: float = 1.0
-    """Temperature at which the probabilities of the kept logits are exact. Has no effect if `top` is None."""
+    """Temperature at which the kept logits give exact probabilities. It has no effect if `top` is `None`."""
 
     augmentation: Mapping[str, float] = field(default_factory=dict)
     """Settings of the random views, by name."""
@@ -137,7 +137,7 @@ class LabelInfo:
         return _origin(self.to_json())
 
     def pool_epoch(self, epoch: int) -> int:
-        """Stored epoch whose labels an epoch of the training uses. Both count from 0; stored epochs repeat in order."""
+        """Number of the stored epoch whose labels epoch `epoch` of a training uses: `epoch` modulo `keep`, from 0."""
         return epoch % self.keep
 
     @property
@@ -149,7 +149,7 @@ class LabelInfo:
 
     @property
     def record_bits(self) -> int:
-        """Size in bits of one record: an image's label in one epoch and its view, such as crop and flip (one bit)."""
+        """Size in bits of one record: the kept logits of one view, and the view's crop, flip and mixture."""
         return sum(width * _COLUMNS[name][1].bit_width for name, width in self.widths.items())
 
     @property
@@ -159,7 +159,7 @@ class LabelInfo:
 
 
 def _origin(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Part of an info as plain data that decides what an epoch's labels are."""
+    """Entries of `LabelInfo.to_json` that decide what an epoch's labels are: all but `epochs` and `keep`."""
     return {name: value for name, value in info.items() if name not in ("epochs", "keep")}
 
 
@@ -224,14 +224,14 @@ class LabelRecords:
 
 
 class LabelStore:
-    """Labels of one set by one teacher. Picklable, and usable after a fork; reads nothing before the first use."""
+    """Store of the labels of one set by one teacher. Picklable, and usable after a fork; nothing is read at first."""
 
     def __init__(self, place: str | Location, *, keep: int | None = None, memory: int = MEMORY) -> None:
         """Open the store in a folder, which need not exist.
 
         Args:
-            place: local path, or a file://, memory:// or s3:// URI, or a `Location`, whose guard is called before each
-                write.
+            place: local path, or a file://, memory:// or s3:// URI, or a `Location`, whose `guard` is called before
+                each file that is written.
             keep: number of first epochs to use, as if the store had no others; `None` uses all.
             memory: limit in bytes on the blocks kept in memory for later reads. Blocks of local files are mapped, so
                 they lie mostly in the page cache.
@@ -245,10 +245,10 @@ class LabelStore:
 
     @classmethod
     def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
-        """Open the store of these labels, and create it if it is missing. Several workers may do this at the same time.
+        """Open the store for labels as `info` describes them, and create it if it is missing.
 
-        A store with fewer epochs, or for a shorter training, grows: its labels stay. Of a store with more epochs, the
-        first `info.keep` are used.
+        Several workers may call this at the same time. If the store is for fewer epochs or a shorter training, its
+        numbers are raised, and its labels stay. If it has more epochs, the first `info.keep` are used.
 
         Raises:
             StoreError: the folder holds labels of other images, of another teacher or with other settings.
@@ -261,10 +261,10 @@ class LabelStore:
         store._require(info, found)
         grown = replace(found, epochs=max(info.epochs, found.epochs), keep=max(info.keep, found.keep))
         if grown != found:
-            # If two commands with different numbers do this at once, the smaller may win. Epochs stay, and the larger
-            # is written again by whoever next asks for it.
+            # If two commands with different numbers do this at once, the smaller numbers may be stored. No stored
+            # epoch is lost, and the next command that needs the larger numbers writes them again.
             store._write_info(grown, replace=True)
-        store.info = replace(grown, keep=info.keep)  # what the property would read again
+        store.info = replace(grown, keep=info.keep)  # saves the property `info` from reading it again
         return store
 
     def _write_info(self, info: LabelInfo, *, replace: bool) -> None:
@@ -292,7 +292,7 @@ class LabelStore:
         return self._place
 
     def _forget(self) -> None:
-        """Drop everything read so far: after a fork, it may hold connections of the parent process."""
+        """Drop all opened epochs and blocks. After a fork, they may hold connections of the parent process."""
         self._process = os.getpid()
         self._opened: _Recent[int, _OpenedEpoch] = _Recent(_OPENED, lambda epoch: 1)
         self._blocks: _Recent[tuple[int, int], LabelRecords] = _Recent(self._memory, lambda block: block.nbytes)
@@ -302,7 +302,7 @@ class LabelStore:
         """Origin and settings of the labels. `keep` is the number of epochs that this object uses.
 
         Raises:
-            StoreError: the folder holds no labels, or is for fewer epochs than are to be used.
+            StoreError: the folder holds no labels, or the store is for fewer epochs than this object should use.
             CorruptFileError: the file `labels.arrow` is damaged or of a newer version.
         """
         found = self._read_info()
@@ -324,17 +324,17 @@ class LabelStore:
             return _info_from_json(metadata["info"])
 
     def epochs(self) -> list[int]:
-        """Numbers of the stored epochs, sorted, also of those beyond `keep`. Unfinished ones are left out."""
+        """Numbers of the stored epochs, sorted, including epochs beyond `info.keep`. Unfinished epochs are left out."""
         matches = (_EPOCH_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
 
     def missing(self) -> list[int]:
-        """Numbers of the epochs that are not stored yet, sorted."""
+        """Numbers of the epochs below `info.keep` that are not stored yet, sorted."""
         return sorted(set(range(self.info.keep)) - set(self.epochs()))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files that the store holds now, from one listing; with `keep`, of those that are used."""
+        """Bytes of all files in the store now. If the store was opened with `keep`, later epochs are not counted."""
         sizes = self.location.sizes()
         epochs = {name: int(match[1]) for name in sizes if (match := _EPOCH_FILE.fullmatch(name))}
         used = [name for name, epoch in epochs.items() if self._keep is None or epoch < self._keep]
@@ -343,8 +343,8 @@ class LabelStore:
     def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
         """Store one epoch atomically; never replace a stored one. Returns True if this call stored it.
 
-        Returns False if the epoch is stored already. If it is stored before the call, no record is taken. Records are
-        written as they arrive: memory holds one block and one element of `records`.
+        Returns False if the epoch is stored already. If it was stored before the call, `records` is not read. Records
+        are written as they arrive, so memory holds no more than one block and one element of `records`.
 
         Args:
             epoch: from 0 to `info.keep` - 1, inclusive.
@@ -403,7 +403,7 @@ class LabelStore:
         for first in range(0, len(needed), _FETCHED):
             group = slice(first, first + _FETCHED)
             read = self._read_blocks(epoch, needed[group].tolist())
-            found = found or _empty(len(images), self.info)  # the blocks have shown that its sizes are true
+            found = found or _empty(len(images), self.info)  # now that the blocks prove the sizes in `info`
             for own, block in zip(rows[group], read, strict=True):
                 for name in _COLUMNS:
                     getattr(found, name)[own] = getattr(block, name)[places[own]]
@@ -433,7 +433,7 @@ class LabelStore:
 
 
 class _Recent(Generic[K, T]):
-    """Cache of the most recently used values, up to a total size of `limit`. At least one value is kept."""
+    """Cache of the most recently used values. It keeps at least one, and no more than sizes that add up to `limit`."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         self._values: OrderedDict[K, T] = OrderedDict()
@@ -489,7 +489,7 @@ def _write(place: Location, file: BinaryIO, records: Iterable[LabelRecords], inf
     writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
     for part in _in_blocks(_checked(records, info), block):
         count += len(part)
-        # Not around the whole loop: an error of the labelling, which produces `records`, is not one of the store.
+        # Not around the whole loop: `records` runs the labelling, whose errors are no errors of the store.
         with place.explaining("write"):
             writer.write(_batch(part))
     if count != info.images:

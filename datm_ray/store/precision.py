@@ -1,8 +1,8 @@
 """Storage formats of parameters: float32, float16, or bfloat16 as the 16 bits of a uint16.
 
 A bfloat16 is the upper half of a float32; neither numpy nor Arrow has this type. Values are rounded to the nearest,
-ties to even; nan stays nan. A finite value beyond the range is refused, because an expert with an infinite parameter
-cannot be matched. Values too close to zero become subnormal or zero.
+ties to even; nan stays nan. A finite value beyond the range of the format raises an error, because an expert with an
+infinite parameter cannot be matched. Values too close to zero become subnormal or zero.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def to_storage(values: NDArray[np.float32], storage: str) -> NDArray[Any]:
 
 
 def from_storage(stored: NDArray[Any], storage: str) -> NDArray[np.float32]:
-    """Inverse of `to_storage`, up to its rounding: float32 [p], a copy that the caller may change."""
+    """Convert a stored vector [p] back to float32 [p]. The result is a copy, which the caller may change."""
     if storage != "bfloat16":
         return stored.astype(np.float32)
     return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
 def _upper_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bfloat16 bits [p], rounded to nearest, ties to even."""
+    """Bits [p] of the bfloat16 numbers nearest to the values [p], ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     half = bits >> 16
     rounded = (bits + 0x7FFF + (half & 1)) >> 16
-    # A nan is not rounded, because a carry could change its exponent. The set bit keeps it from becoming infinity.
+    # A nan is not rounded, because a carry could change its exponent. The bit 0x40 keeps it from becoming infinity.
     return np.where(np.isnan(values), half | 0x40, rounded).astype(np.uint16)

@@ -1,8 +1,8 @@
 """Sealed Arrow files: ordinary Arrow IPC files in which digests cover every byte.
 
-Arrow has no checksums. The most delicate part of a file, the footer that says where everything is, lies at its end. So
-a *seal* is put between the stream and the footer. Arrow readers do not read this place: they start from the end and
-follow the footer's offsets.
+Arrow has no checksums, and the footer at the end of a file, which says where everything is, is most easily damaged. So
+a *seal* with digests is put between the stream and the footer. Arrow readers do not notice it: they start from the end
+and follow the footer's offsets.
 
     ARROW1 | schema | batch | ... | end mark | seal | footer | footer length | ARROW1
     seal = index, sha256 of (index, footer to end of file), length of index, "DATMSEAL"
@@ -12,9 +12,9 @@ without gaps), and a summary, which is known only after the last batch. A reader
 checks it, and then fetches only the batches that it needs. Arrow parses only checked bytes, so a damaged file can
 neither yield wrong values nor crash the parser. Any Arrow program can read the file too, without these checks.
 
-The modules `tensors`, `trajectories` and `labels` define schemas and batches. Digests find accidents. They are no
-signature, and do not find changes made on purpose. A file changed on purpose can still neither crash the reader nor
-show it memory outside the file: batches must be uncompressed and of one row, and each is validated in full. Validation
+The modules `tensors`, `trajectories` and `labels` define schemas and batches. Digests detect accidents. They are no
+signatures, so they do not detect changes made on purpose. But even a file changed on purpose cannot crash the reader or
+expose memory outside the file: batches must be uncompressed and of one row, and each is validated in full. Validation
 takes microseconds for a batch of any size, because it checks only offsets and lengths.
 """
 
@@ -82,7 +82,7 @@ class SealedWriter:
         self._cuts.append(self._file.tell())
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the seal and the footer. `summary` is a small JSON-able value, which every reader gets on opening."""
+        """Write the seal and the footer. `summary` is a small mapping for JSON, which `open_sealed` returns."""
         self._arrow.close()
         size = self._file.tell()
         self._file.seek(size - _ARROW_END.size)
@@ -115,7 +115,7 @@ class Part:
 
 @dataclass(frozen=True)
 class SealedFile:
-    """Sealed file whose end was read and checked. Holds no open file."""
+    """Sealed file whose index and footer were read and checked. The object holds no open file."""
 
     location: Location
     schema: pa.Schema
@@ -128,7 +128,7 @@ class SealedFile:
     summary: Mapping[str, Any]
 
     whole: bytes | None = None
-    """Content of a remote file that was fetched whole on opening; None for local and for larger files."""
+    """Content of a small remote file, fetched whole on opening; `None` for local files and for larger ones."""
 
     @property
     def n_batches(self) -> int:
@@ -141,7 +141,7 @@ class SealedFile:
         mapped and not cached.
 
         Raises:
-            CorruptFileError: the bytes of a batch are not those written.
+            CorruptFileError: a batch does not have its digest, or its content is invalid.
         """
         is_far = self.location.local_path is None and self.whole is None
         chunks = self._read([number + 1 for number in numbers], cache if is_far else None)
@@ -174,9 +174,9 @@ class SealedFile:
 
 
 def open_sealed(location: Location, *, format_name: str, format_version: int) -> SealedFile:
-    """Open a sealed file: get its size, then read and check its end, as a rule by one request each.
+    """Open a sealed file: get its size, then read and check its end. Usually this takes two requests.
 
-    A remote file of up to 64 KiB is fetched whole by this request.
+    The second request fetches a remote file of up to 64 KiB whole.
 
     Raises:
         StoreError: the file does not exist.
@@ -186,7 +186,7 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
     index, footer, tail = _read_end(location, size)
     whole = bytes(tail) if len(tail) == size and location.local_path is None else None
     with rejecting_nonsense(location):
-        # Arrow can open the footer alone, if some bytes precede it.
+        # Arrow can open a footer without the rest of the file, if some bytes precede it.
         arrow = pa.ipc.open_file(pa.BufferReader(bytes(_ARROW_HEAD) + footer))
         header = {key.decode(): value.decode() for key, value in (arrow.schema.metadata or {}).items()}
         content = json.loads(index)
@@ -213,7 +213,7 @@ def reading_again(
     failures: tuple[type[DatmError], ...] = (CorruptFileError,),
     forget: Callable[[], object] = unguarded,
 ) -> T:
-    """Return the result of `read`, which is repeated if it finds a damaged file that has changed meanwhile.
+    """Return the result of `read`. If it raises because the file is damaged, but the file has changed, repeat it.
 
     Args:
         location: file that another process may replace.
@@ -254,7 +254,10 @@ _MEND = "Restore a copy; or, if no other command writes it, move it away and run
 
 @contextmanager
 def rejecting_nonsense(location: Location) -> Iterator[None]:
-    """Report checked but meaningless content, written by another or faulty program, as a damaged file."""
+    """Turn errors in the block, caused by content that makes no sense, into a `CorruptFileError`.
+
+    The digests of such content are right, so another program or a faulty one wrote it.
+    """
     try:
         yield
     except _NONSENSE as error:
@@ -267,13 +270,13 @@ _NONSENSE = (
     AttributeError,
     EOFError,
     LookupError,
-    OSError,  # Arrow's, for an invalid flatbuffer; errors of the storage are StoreErrors here
+    OSError,  # raised by Arrow for an invalid flatbuffer; errors of the storage are StoreErrors already
     RecursionError,
     TypeError,
     ValueError,
     struct.error,
 )
-"""Exceptions that values of unexpected kinds, sizes and depths cause."""
+"""Exceptions that content causes whose values have unexpected types, sizes or depths."""
 
 
 def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
@@ -294,8 +297,8 @@ def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
 def _is_compressed(message: memoryview) -> bool:
     """True if an Arrow message declares a compressed body, which could unpack to any size.
 
-    pyarrow does not show this. So the flatbuffer, which pyarrow has verified, is followed here: Message.header, then
-    RecordBatch.compression.
+    pyarrow has no function for this. So this function reads two fields of the message's flatbuffer, which pyarrow has
+    verified: Message.header, then RecordBatch.compression.
     """
 
     def number(layout: str, place: int) -> int:
@@ -315,7 +318,7 @@ def _is_compressed(message: memoryview) -> bool:
 def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
     """Read the end of a file. Returns the index, the Arrow footer (up to the end of the file), and all bytes read.
 
-    Index and footer are checked against the digest in the seal.
+    Index and footer are checked against the digest in the seal. Raises CorruptFileError.
     """
     tail = memoryview(b"")
 

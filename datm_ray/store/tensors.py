@@ -1,13 +1,13 @@
 """Tensor files: a few named arrays and their metadata in one self-describing Arrow file.
 
-Used for synthetic sets, checkpoints and whitening transforms. Each array is one row, in a record batch of its own, with
-the columns
+They hold synthetic sets, checkpoints and whitening transforms. Each array is one row, in a record batch of its own,
+with the columns
 
     name string | dtype string | shape list<int64> | data large_binary (C order, little-endian)
 
 The schema metadata holds the kind and the metadata of the file. The files are sealed (see `sealed`): a read returns
-what was written, or raises an error. Together the arrays are no larger than the file. Equal arrays and metadata give
-equal bytes. Trajectories have another format.
+what was written, or raises an error. All arrays together are no larger than the file. Equal arrays and metadata give
+equal bytes. Trajectories have another format, see `trajectories`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def write_tensors(
 def dump_tensors(
     file: BinaryIO, arrays: Mapping[str, NDArray[Any]], *, kind: str, metadata: Mapping[str, object]
 ) -> None:
-    """Write as `write_tensors` does, into an empty binary file that is open for reading and writing."""
+    """Write named arrays into an empty binary file that is open for reading and writing; see `write_tensors`."""
     _write(file, *_encoded(arrays, kind, metadata), list(arrays))
 
 

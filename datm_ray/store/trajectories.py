@@ -11,11 +11,14 @@ two epochs that it needs:
 `TrajectoryInfo.storage` names the type of `params` in the file, where bfloat16 is stored as its 16 bits. Readers always
 get float32. Files of version 1 have float32 params and no buffers.
 
-The folder of the experts also holds `transform.arrow`, the tensor file of the transform of their data, in `costs/`
-records of what their training has cost, and, if other experts see images in the order of the errors of the first eight,
-`difficulty-00008.arrow`. An expert is written once, whole, and never changes. This module does not know how experts are
-trained, nor which epochs are matched. Letters: p = number of parameters of the network, b = number of values in its
-floating-point buffers.
+Beside the experts, their folder can hold
+
+    transform.arrow         tensor file with the transform that normalises the experts' images
+    costs/                  records of what the training of the experts has cost
+    difficulty-00008.arrow  scores of the training images by the first 8 experts, in whose order other experts see them
+
+An expert is written once, whole, and never changes. This module does not know how experts are trained, nor which epochs
+are matched. Letters: p = number of parameters of the network, b = number of values in its floating-point buffers.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
 _DIFFICULTY_FILE = re.compile(r"difficulty-\d{5}\.arrow")
 PRIOR_FILE, PRIOR_PROGRESS = "prior.arrow", "progress.arrow"
-"""File names of a trained prior, and of a prior's unfinished training; their folder holds no experts."""
+"""PRIOR_FILE: name of a trained prior's file. PRIOR_PROGRESS: name of the file with a prior's unfinished training. A
+folder with such a file holds no experts."""
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
@@ -84,27 +88,28 @@ class TrajectoryInfo:
 
     dataset: str
     dataset_fingerprint: str
-    """Digest of the data and its transform. Experts with different fingerprints cannot be used together."""
+    """Fingerprint of the raw data set, before normalisation, on which the expert was trained."""
 
     architecture: str
     recipe: dict[str, Any]
     """Recipe of the expert, JSON-able; tuples come back as lists."""
 
     fingerprint: str
-    """Digest of the recipe. Also the name of the folder with all experts of this recipe."""
+    """Digest of data set, normalisation, network and training, see `config.expert_fingerprint`. It names the folder of
+    all experts for which these are equal."""
 
     seed: int
     """Seed of the initialisation and the batches; -1 if unknown."""
 
     expert: int
-    """Number of the expert within its group, from 0."""
+    """Number of the expert within its group (folder), from 0."""
 
     parameter_names: tuple[str, ...]
     parameter_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the network's parameters, in their order in the flat vector."""
 
     epochs: tuple[int, ...]
-    """Stored epochs, ascending. Some epochs of the training may be left out."""
+    """Stored epochs, ascending; 0 is the initialisation. Some epochs of the training may be left out."""
 
     buffer_names: tuple[str, ...] = ()
     buffer_shapes: tuple[tuple[int, ...], ...] = ()
@@ -133,7 +138,7 @@ class TrajectoryInfo:
 
 @dataclass(frozen=True, order=True)
 class GroupKey:
-    """Name of a group of experts that differ only in their random numbers: the parts of the folder's path."""
+    """Key of a group of experts that differ only in their random numbers: the three last parts of its folder's path."""
 
     dataset: str
     architecture: str
@@ -165,7 +170,7 @@ class TrajectoryStore:
         """Keys of the groups with at least one expert, sorted.
 
         Args:
-            unfinished: True for the keys of priors, and of groups with unfinished training only, too.
+            unfinished: True to include priors, and groups in which no expert is finished yet.
         """
         keys = [
             GroupKey(dataset, architecture, fingerprint)
@@ -177,12 +182,15 @@ class TrajectoryStore:
         return [key for key, group in found if group.experts() or (unfinished and group.holds_more())]
 
     def group(self, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
-        """Group of this name, which may be empty. Raises StoreError if a name cannot be a folder's name."""
+        """Group with these three names, which may be empty. Raises StoreError if one cannot be a folder's name."""
         return ExpertGroup(self.location, GroupKey(dataset, architecture, fingerprint))
 
 
 class ExpertGroup:
-    """Experts of one recipe, in one folder. Picklable; keeps the file ends that it has read, but no open file."""
+    """Group of the experts of one recipe, in one folder. Picklable. It holds no open file.
+
+    The index at the end of an expert's file is read once and kept.
+    """
 
     def __init__(self, root: Location, key: GroupKey) -> None:
         if not _is_safe(key):
@@ -200,7 +208,7 @@ class ExpertGroup:
         return [int(match[1]) for match in matches if match]
 
     def other_files(self) -> list[str]:
-        """Names of finished files besides the experts and their transform: scores of images, or a prior."""
+        """Names of the folder's files with scores of images, or with a trained prior."""
         return [name for name in self.location.list() if name == PRIOR_FILE or _DIFFICULTY_FILE.fullmatch(name)]
 
     def holds_more(self) -> bool:
@@ -210,11 +218,10 @@ class ExpertGroup:
     def write_expert(self, expert: int, snapshots: Iterable[Snapshot], info: TrajectoryInfo) -> bool:
         """Store one expert atomically; never replace a stored one. Returns True if this call stored it.
 
-        Returns False if the expert is stored already, or if another writer stores it during the call. In the first case
-        no snapshot is taken, in the second case all are. Snapshots are taken one at a time, in the order of
-        `info.epochs`. On a local disk they are written at once; elsewhere a local temporary file holds them until the
-        upload. If `snapshots` raises, nothing is stored. The file has the current format, whatever
-        `info.format_version` is.
+        Returns False if the expert is stored already, or if another writer stores it during the call. In the first
+        case, `snapshots` is not read. Snapshots are read one at a time and must have the order of `info.epochs`. On a
+        local disk each is written at once; elsewhere a local temporary file holds them until the upload. If `snapshots`
+        raises an error, nothing is stored. The file has the current format, whatever `info.format_version` is.
 
         Raises:
             ValueError: the snapshots do not agree with `info`, or `info` is of another expert.
@@ -248,11 +255,11 @@ class ExpertGroup:
 
     @property
     def progress(self) -> Location:
-        """Folder for the saved state of experts whose training is unfinished."""
+        """Folder with the saved states of experts whose training is unfinished."""
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
-        """Store what training some of the experts has cost, as JSON. Replaces an earlier value of this name."""
+        """Store a record of what training some of the experts has cost, as JSON; replace an earlier record `name`."""
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
     def costs(self) -> list[Location]:
@@ -261,7 +268,7 @@ class ExpertGroup:
         return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
-        """Delete all files of the group: experts, also damaged ones, transform, costs, scores, prior, progress."""
+        """Delete all files of the group: experts (damaged ones too), transform, costs, scores, prior and progress."""
         for expert in self.experts():
             self.remove_expert(expert)
         folders = [self.location / _COSTS, *(self.progress / name for name in self.progress.list())]
@@ -285,7 +292,7 @@ class ExpertGroup:
         return [snapshot.params for snapshot in self._read(expert, epochs)]
 
     def read_snapshot(self, expert: int, epoch: int) -> Snapshot:
-        """Parameters, buffers and measurements after one epoch. Cost and errors are those of `read_params`."""
+        """Parameters, buffers and measurements after one epoch. Errors are those of `read_params`."""
         return self._read(expert, [epoch])[0]
 
     def read_progress(self, expert: int) -> Progress:
@@ -293,7 +300,7 @@ class ExpertGroup:
         return self._open(expert).progress
 
     def verify(self, expert: int) -> TrajectoryInfo:
-        """Check every byte of the file, without any cache, and return its info. Raises CorruptFileError."""
+        """Read every byte of an expert's file again, check it, and return its info. Raises CorruptFileError."""
 
         def verify() -> TrajectoryInfo:
             opened = _open_expert(self._file(expert), self.key, expert)
@@ -303,7 +310,7 @@ class ExpertGroup:
         return reading_again(self._file(expert), verify)
 
     def verify_other(self, name: str) -> None:
-        """Check every byte of one of `other_files`. Raises CorruptFileError."""
+        """Read and check every byte of the file `name`, one of `other_files`. Raises CorruptFileError."""
         read_tensors(self.location / name, kind=name.removesuffix(".arrow").partition("-")[0])
 
     def write_transform(
@@ -312,8 +319,8 @@ class ExpertGroup:
         """Store the transform of the experts' data; never replace a stored one. Returns True if this call stored it.
 
         Args:
-            twin: file that holds the same transform, or None. If both are on one local disk, the file is linked, not
-                copied.
+            twin: file that holds the same transform; `None` without one. If both lie on one local disk, a hard link to
+                `twin` is made, which takes no space.
         """
         place = self.transform_file
         try:
@@ -346,7 +353,7 @@ class ExpertGroup:
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """Opened file of an expert. The file's end is read once: only deleting and writing it again changes a file."""
+        """Opened file of an expert. It is kept, because a stored expert never changes unless it is deleted."""
         if expert not in self._opened:
             file = self._file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
@@ -414,7 +421,7 @@ def _write(location: Location, file: BinaryIO, snapshots: Iterable[Snapshot], in
     written: list[int] = []
     for snapshot in snapshots:
         batch = _batch(snapshot, schema, info.storage)
-        # Not around the whole loop: an error of the training, which produces `snapshots`, is not one of the store.
+        # Not around the whole loop: `snapshots` may run the training, whose errors are no errors of the store.
         with location.explaining("write"):
             writer.write(batch)
         written.append(snapshot.epoch)
@@ -468,7 +475,7 @@ def _snapshot(batch: pa.RecordBatch, info: TrajectoryInfo) -> Snapshot:
 
 
 def _info_from_json(text: str) -> TrajectoryInfo:
-    """Inverse of `json.dumps(asdict(info))`; JSON has no tuples. Other content raises TypeError or ValueError."""
+    """Make an info from `json.dumps(asdict(info))`, with lists as tuples. Other text raises TypeError or ValueError."""
     fields = json.loads(text)
     for name in ("parameter_names", "buffer_names", "epochs"):
         fields[name] = tuple(fields.get(name, ()))

@@ -51,8 +51,8 @@ _FOR_GOOD = (
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG),
 )
-"""Filesystem errors that every attempt would repeat. A full or read-only disk is left out, because another machine may
-succeed."""
+"""Numbers of filesystem errors that every further attempt would repeat. Errors of a full or read-only disk are left
+out, because another machine may succeed."""
 
 _PERMISSIONS = {
     "list": "s3:ListBucket on the bucket",
@@ -63,7 +63,7 @@ _LOOKING = "s3:GetObject on its objects, and s3:ListBucket on the bucket, withou
 
 
 def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
-    """Likely cause of an error, and what to do about it ("" if unknown).
+    """Likely cause of an error of a filesystem or S3 server, and what to do about it ("" if unknown).
 
     Args:
         action: verb of the failed operation: "look for", "list", "read", "write", "delete", "clean" or "open".
@@ -153,12 +153,12 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 
 
 def lacks_bucket(error: Exception) -> bool:
-    """True if S3 reported a missing bucket. For a missing file s3fs raises the same error, but without a code."""
+    """True if S3 reported a missing bucket, not a missing file. s3fs raises the same exception for both."""
     return code_of(error) in ("NoSuchBucket", "404")
 
 
 def may_pass(error: Exception) -> bool:
-    """True if a failed file operation may succeed later or elsewhere; False if access was denied or a file missing."""
+    """True if a failed file operation may succeed later or on another machine; False if, say, access was denied."""
     return isinstance(error, OSError) and error.errno not in _FOR_GOOD
 
 

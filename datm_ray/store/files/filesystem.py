@@ -4,8 +4,8 @@ A file appears under its name whole or not at all, whatever happens to its write
 which names the file without its credentials. This module does not know the content of files, except for the small JSON
 files of `write_json`.
 
-S3 is configured as for s3fs and botocore: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and others, and
-FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. The module `s3` holds what only S3 needs, `local` what
+S3 is configured as for s3fs and botocore: by AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and others, and by
+FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. The module `s3` holds what only S3 needs, and `local` what
 only local files need.
 """
 
@@ -44,15 +44,15 @@ from datm_ray.store.files.traffic import request
 T = TypeVar("T")
 
 _MISSING = (FileNotFoundError, NotADirectoryError)
-# Schemes of filesystems that do not wrap another one, with or without the slashes.
+# Start of a URI, even of one without its slashes. Schemes of filesystems that wrap another one are left out.
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
 
 LAG = 60
-"""Longest normal time in seconds until a file that one machine has written on a shared disk exists on all others."""
+"""Longest normal time in seconds until a file that one machine has written on a shared disk appears on all others."""
 
 
 class AlreadyExistsError(StoreError):
-    """A file that may be written only once exists already. It was left as it is."""
+    """A file that may be written only once exists already. The existing file was not changed."""
 
 
 class MissingFileError(StoreError):
@@ -77,8 +77,9 @@ class Location:
     """Name shown in messages and records, without credentials."""
 
     guard: Callable[[], None] = field(default=unguarded, repr=False, compare=False)
-    """Called just before a file gets its name, here or at a location derived from this one. If it raises, an existing
-    file stays as it is."""
+    """Called just before a written file gets its name. If the call raises, an existing file stays as it is.
+
+    Locations derived from this one have the same guard."""
 
     def __truediv__(self, name: str) -> Location:
         return replaced(self, path=f"{self.path.rstrip('/')}/{name}", uri=f"{self.uri.rstrip('/')}/{name}")
@@ -93,7 +94,7 @@ class Location:
 
     @property
     def local_path(self) -> str | None:
-        """Path on this machine's filesystem; None if the file is not local."""
+        """Path on this machine's filesystem; `None` if the file is not local."""
         return self.path if isinstance(self.fs, LocalFileSystem) else None
 
     def exists(self) -> bool:
@@ -129,7 +130,7 @@ class Location:
             return int(found["size"])
 
     def stamp(self) -> str:
-        """Text made of the file's metadata, which changes when the file is replaced."""
+        """Text made of the file's metadata. It changes when the file is replaced."""
         with self._asking("read"):
             return str(self._ask(lambda: self.fs.ukey(self.path)))
 
@@ -151,7 +152,7 @@ class Location:
     def _children(self, paths: Iterable[str]) -> dict[str, str]:
         """Direct children of this folder among the listed `paths`: name -> path. Temporary files are left out."""
         folder = self.path.rstrip("/")
-        # ls() of a file lists the file itself, and ls() of some S3 folders the folder too: neither is a child.
+        # Entries that are no children: ls() of a file lists the file, and ls() of some S3 folders lists the folder.
         split = ((path, path.rstrip("/").rpartition("/")) for path in paths)
         return {name: path for path, (parent, _, name) in split if parent == folder and not _is_temporary(name)}
 
@@ -165,8 +166,8 @@ class Location:
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
         """Bytes [start, end) of each range; fewer if the file ends sooner.
 
-        A local file is memory-mapped: nothing is copied, and each view keeps the file mapped. Of a remote file, only
-        these ranges are fetched, all at once.
+        A local file is memory-mapped: nothing is copied, and each returned view keeps the file mapped. From a remote
+        file only these ranges are fetched, all at once.
         """
         with self.explaining("read"), request("read", self.uri) as moved:
             if self.local_path is not None:
@@ -184,9 +185,10 @@ class Location:
         def fetch_rest() -> None:
             rest = [each for each in dict.fromkeys(ranges) if each not in found]
             starts, ends = [start for start, _ in rest], [end for _, end in rest]
-            # Failures are returned: raising the first would lose the other ranges. fsspec 2025.5 always returns them.
+            # Failures are returned, because raising the first one would lose the ranges that were fetched. fsspec
+            # 2025.5 returns failures in any case.
             fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
-            # The file may have been replaced by a shorter one.
+            # A range may begin beyond the end, because the file was replaced by a shorter one.
             fetched = [b"" if isinstance(each, Exception) and is_beyond_the_end(each) else each for each in fetched]
             read = {each: chunk for each, chunk in zip(rest, fetched, strict=True) if not isinstance(chunk, Exception)}
             found.update((each, memoryview(chunk)) for each, chunk in read.items())
@@ -207,8 +209,8 @@ class Location:
     def create(self, *, replace: bool = True) -> Iterator[BinaryIO]:
         """Write the file atomically: yields an empty binary file, open for reading and writing.
 
-        The content appears under the file's name when the block ends, and never if the block raises. On a local disk it
-        is flushed to the device first. Missing folders are made.
+        The content appears under the file's name when the block ends, and never if the block raises. On a local disk
+        the content is flushed to the device first. Missing folders are made.
 
         Raises:
             AlreadyExistsError: `replace` is False, and the file exists when the block ends. The existing file stays.
@@ -233,7 +235,7 @@ class Location:
         """Write the file atomically unless it exists. Returns True if this call stored it.
 
         Args:
-            write: writes the content into an empty binary file. It is not called if the file exists already.
+            write: writes the content into an empty binary file; not called if the file exists already.
         """
         if self.exists():
             return False
@@ -247,10 +249,12 @@ class Location:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Lock this folder while the block runs, against other processes that lock it. Only local folders are locked.
+        """Lock this folder while the block runs, so that other processes that lock it wait.
+
+        A process that dies unlocks the folder. Only local folders are locked; for others this has no effect.
 
         Args:
-            on_wait: called before waiting for another process. The lock of a process also ends when the process dies.
+            on_wait: called once, if another process holds the lock, before waiting for it.
         """
         with nullcontext() if self.local_path is None else local.locked(self.local_path, on_wait):
             yield
@@ -258,7 +262,7 @@ class Location:
     def link(self, source: Location) -> bool:
         """Hard-link the finished file `source` under this name, so that both share their bytes.
 
-        Returns False if that is impossible: for example, the name exists, or the two are not on one local disk.
+        Returns False if a link is impossible: for example, this name exists, or the two are not on one local disk.
         """
         if self.local_path is None or source.local_path is None:
             return False
@@ -275,11 +279,11 @@ class Location:
             file.write(data)
 
     def write_text(self, text: str) -> None:
-        """Write or replace the file by UTF-8 text, atomically."""
+        """Write text as UTF-8, atomically; an existing file is replaced."""
         self.write_atomic(text.encode())
 
     def write_json(self, value: object) -> None:
-        """Write or replace the file by a value as indented JSON, atomically."""
+        """Write a value as indented JSON, atomically; an existing file is replaced."""
         self.write_text(json.dumps(value, indent=2) + "\n")
 
     def remove(self) -> None:
@@ -292,8 +296,8 @@ class Location:
     def remove_leftovers(self) -> Sequence[str]:
         """Delete temporary files of killed writers in this folder, and return their names.
 
-        Temporary files of running writers stay. Only local folders are cleaned: parts of unfinished S3 uploads (of
-        files above 5 GiB) are not listed. Set a lifecycle rule on the bucket to remove them.
+        Temporary files of running writers stay. Only local folders are cleaned. On S3, an unfinished upload of a file
+        above 5 GiB leaves parts, which a lifecycle rule of the bucket can remove.
         """
         if self.local_path is None:
             return []
@@ -306,12 +310,12 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """Turn errors in the block into StoreErrors as `explaining` does, and count a request without content."""
+        """Turn errors in the block into StoreErrors as `explaining` does, and count the block as a request ("look")."""
         with self.explaining(action), request("look", self.uri):
             yield
 
     def _unless_missing(self, action: str, call: Callable[[], T]) -> T | None:
-        """Return the result of `call`; None if the file or folder is missing."""
+        """Return the result of `call`; `None` if the file or folder is missing. A missing bucket is an error."""
         with self._asking(action):
             try:
                 return self._ask_afresh(call)
@@ -321,7 +325,10 @@ class Location:
                 return None
 
     def _ask_afresh(self, call: Callable[[], T]) -> T:
-        """Return the result of `call`. If a local file is missing, read its folder, then call again."""
+        """Return the result of `call`. If a local file seems to be missing, read its folder and call once more.
+
+        The client of a network disk may still remember that the file did not exist, see `local.refresh`.
+        """
         try:
             return self._ask(call)
         except _MISSING:
@@ -356,10 +363,10 @@ class Location:
 
 
 def appears(look: Callable[[], bool], seconds: int) -> bool:
-    """True once `look` returns True, which is called every second for `seconds` seconds; False if it never does.
+    """Call `look` once a second until it returns True, for up to `seconds` seconds. Returns False if it never does.
 
-    It comes before an error about a file that another machine may have written, with `LAG` seconds. The number of calls
-    depends on their results alone, so several workers may look together.
+    Used, mostly with `LAG` seconds, before an error about a file that another machine may have written just now. The
+    number of calls depends on their results alone, so several workers may make the calls together.
     """
     for _ in range(seconds):
         if look():
@@ -369,11 +376,11 @@ def appears(look: Callable[[], bool], seconds: int) -> bool:
 
 
 def seconds_to_look(place: Location, limit: float) -> int:
-    """Seconds for which a worker looks for a file of another machine: `LAG`, and 0 on S3, which shows files at once.
+    """Seconds for which a worker should look for a file of another machine; 0 on S3, which shows files at once.
 
     Args:
         place: file or folder.
-        limit: seconds without a step after which the worker counts as stuck. The look takes a third of them at most.
+        limit: seconds without a step after which the worker counts as stuck. The result is at most a third of them.
     """
     return int(min(LAG, limit / 3)) if place.local_path is not None else 0
 
@@ -382,8 +389,8 @@ def require_shared(look: Callable[[], bool], seconds: int, fact: str) -> None:
     """Raise a `ClusterError` unless `look` returns True within `seconds` seconds, see `appears`.
 
     Args:
-        look: True if this machine sees what another machine has written.
-        seconds: 0 to look once.
+        look: returns True if this machine sees what another machine has written.
+        seconds: time to wait for True; 0 to look once.
         fact: what is not seen, for the message.
     """
     if not appears(look, seconds):
@@ -440,7 +447,7 @@ def open_location(uri: str) -> Location:
 
 
 def _is_local(uri: str) -> bool:
-    """True if a text is a local path: neither a URI nor possibly meant as one."""
+    """True if a text is a local path: it is no URI, and it does not look like a mistyped one."""
     if uri.startswith(("/", "./", "../", "~")):
         return True
     return "://" not in uri and not _LIKE_URI.match(uri) and uri.partition("::")[0] not in known_implementations

@@ -45,8 +45,8 @@ class LocalDraft:
             # network filesystems without locks, leftovers stay.
             with suppress(OSError):
                 _lock(descriptor, wait=True)
-            # A race: a cleaner can lock and unlink the file between its creation and our lock. The file has no
-            # name then, so another one is made.
+            # A race: `remove_if_abandoned` in another process can lock and unlink the file between its creation and
+            # our lock. The file then has no name, so another one is made.
             if os.path.lexists(self._temporary):
                 return
             self.file.close()
@@ -55,8 +55,8 @@ class LocalDraft:
         """Flush the file to the device, then give it its name.
 
         Args:
-            replace: if False, an existing file of this name stays.
-            guard: called between flush and naming. If it raises, an existing file stays too.
+            replace: True to replace an existing file of this name; False to keep it.
+            guard: called between flush and naming. If it raises, an existing file is kept.
 
         Raises:
             FileExistsError: `replace` is False and the name exists.
@@ -78,7 +78,7 @@ class LocalDraft:
             os.close(folder)
 
     def _link(self) -> None:
-        """Give the file its name unless the name exists. link() tests and names in one step."""
+        """Give the file its name unless the name exists. link() tests and names the file in one step."""
         try:
             os.link(self._temporary, self._target)
         except OSError as error:
@@ -101,8 +101,8 @@ class LocalDraft:
 def _open_in(folder: str, path: str, flags: int) -> int:
     """Descriptor of a file in a folder, or of the folder itself; missing folders are made.
 
-    A command that ends removes the empty folders that it made. If it removes this one before the file is in it, both
-    steps are repeated.
+    Another command that ends may remove the folder before the file is in it, because commands remove the empty folders
+    that they made. Making the folder and opening the file are then repeated.
     """
     for _ in range(_ATTEMPTS - 1):
         with suppress(FileNotFoundError, FileExistsError):  # `os.makedirs` raises both if a folder goes away
@@ -113,7 +113,7 @@ def _open_in(folder: str, path: str, flags: int) -> int:
 
 
 def refresh(folder: str) -> None:
-    """Have this machine look afresh at what is in a folder, and at whether the folder exists.
+    """Make this machine ask the disk again which files a folder has, and whether the folder exists.
 
     The client of a network disk may remember for a minute that a file is missing. Reading the folder makes it ask.
     """
@@ -141,7 +141,10 @@ def _lock(descriptor: int, *, wait: bool) -> None:
 
 @contextmanager
 def locked(folder: str, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Lock a folder while the block runs, against other processes that lock it. No effect if locks are unsupported."""
+    """Lock a folder while the block runs, so that other processes that lock it wait.
+
+    Has no effect if the filesystem has no locks. `on_wait` is called before waiting for another process.
+    """
     descriptor = _open_in(folder, folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -1,11 +1,12 @@
-"""Time limit for repeating a failed request, in this process.
+"""Time for which this process repeats a failed request.
 
-A worker on its own has 300 seconds. A worker whose peers wait for it in a sum has a third of `cluster.peer_timeout`, so
-that it reports its own error before the peers report a lost worker. The last attempt starts within that third. A write
-is at most three requests (who may write, the upload, whose upload is stored). A silent server delays each of them by 65
-seconds (5 to connect, 60 for the answer). With the default timeout of 300 seconds this gives 100 + 3 x 65 = 295
-seconds. A server that answers "busy" causes no such delay, so the limit holds for any `cluster.peer_timeout`. For a
-silent server the timeout must be 293 or more.
+A worker on its own repeats a request for 300 seconds. A worker whose peers wait for it in a sum has only a third of
+`cluster.peer_timeout`: it then reports its own error before its peers report a lost worker.
+
+The last attempt starts within this third. An attempt to write is at most three requests: who may write, the upload, and
+whose upload is stored. A silent server delays each request by 65 seconds (5 to connect, 60 for the answer). So with the
+default timeout of 300 seconds, the error comes after at most 100 + 3 x 65 = 295 seconds. With a silent server this is
+in time for timeouts of 293 seconds and more. A server that answers "busy" causes no such delay, so any timeout will do.
 """
 
 from __future__ import annotations
@@ -23,24 +24,27 @@ _rights_are_there = False
 
 
 def expect_rights() -> None:
-    """Say that the command has had credentials for its storage, so that ones that this process lacks are waited for."""
+    """Note that credentials for the storage should exist, because the command has them.
+
+    If this process gets no credentials, it then repeats requests instead of failing at once.
+    """
     global _rights_are_there
     _rights_are_there = True
 
 
 def rights_expected() -> bool:
-    """True if credentials that this process lacks are waited for, see `expect_rights`."""
+    """True if this process waits for credentials that it lacks, see `expect_rights`."""
     return _rights_are_there
 
 
 def patience() -> float:
-    """Seconds for which this process repeats a failed request."""
+    """Seconds for which this process repeats a failed request, from its first attempt on."""
     return _limit
 
 
 @contextmanager
 def while_peers_wait(timeout: float) -> Iterator[None]:
-    """Limit the time for repeating requests to a share of `timeout` while the block runs, in all threads.
+    """Limit the time for repeating requests to a third of `timeout` while the block runs, in all threads.
 
     Args:
         timeout: seconds after which the waiting workers count this one as lost.

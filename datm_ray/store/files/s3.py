@@ -1,14 +1,16 @@
 """S3: settings of its client, retries, and files that are written only once.
 
 A request that fails temporarily is repeated for minutes (see `patience`), and a log line reports it. AWS_MAX_ATTEMPTS
-sets a number of attempts instead. While no S3 server has answered this process yet, a request is repeated for seconds
-only, because the address is probably wrong. The answer "busy" is an exception. Credentials that a machine or pod fails
-to hand out are waited for too, once this process has had some, or in a worker.
+sets a number of attempts instead. Until an S3 server has answered this process for the first time, a request is
+repeated for seconds only, because the address is probably wrong; but after the answer "busy" it is repeated for
+minutes. If a machine or pod fails to give credentials, requests are repeated too, in workers and in processes that had
+credentials before.
 
-A file of up to 5 GiB is written only once if the server respects If-None-Match. Larger files are sent in parts, for
-which not every server respects it; some servers refuse it altogether. In these cases the file is looked for before and
-after the upload. If two writers upload at the same moment, the later one replaces the earlier one's file, and only the
-writer whose file is stored reports success. If a server silently ignores If-None-Match, the later writer wins.
+The header If-None-Match tells a server to write a file only if the file is missing. A file of up to 5 GiB is written
+only once if the server respects this header. Larger files are sent in parts, for which some servers ignore the header,
+and some servers refuse the header for all files. In these cases the file is looked for before and after the upload. If
+two writers then upload at the same moment, the later one replaces the earlier one's file, and only the writer whose
+file is stored reports success. If a server silently ignores the header, the later writer wins.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
 _UNREACHABLE = (NoConnectionError, ConnectionError)
 _WITHOUT_RIGHTS = (NoCredentialsError, CredentialRetrievalError)
-"""Errors about credentials that the machine or pod hands out. botocore asks for them once, for a second."""
+"""Errors about credentials that a machine or pod should give. botocore asks for credentials once, for a second."""
 _BROKEN = (HTTPClientError, IncompleteReadError, ResponseParserError, ResponseStreamingError, TimeoutError)
 _PASSING = {
     "SlowDown",
@@ -77,11 +79,11 @@ _PASSING = {
 }
 _log = logging.getLogger(__name__)
 _began: ContextVar[float | None] = ContextVar("_began", default=None)
-"""Time when this thread first sent its outermost request, in seconds of the monotonic clock; None between requests."""
+"""Time at which this thread's outermost `patiently` began, in seconds of the monotonic clock; `None` outside of it."""
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """s3fs's file system. This class repeats failed requests itself; s3fs and botocore do not."""
+    """File system of s3fs that repeats failed requests itself, so that s3fs and botocore do not."""
 
     retries = 1  # attempts by s3fs itself
     read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
@@ -111,9 +113,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
     connect = sync_wrapper(set_session)
 
     def _leave_out_checksums(self, client: Any) -> None:
-        """Use checksums only where S3 requires them, unless the server is AWS's or the user has set this.
+        """Use checksums only where S3 requires them, unless the server is AWS's or the user has configured checksums.
 
-        Many other servers do not support the trailers that carry checksums.
+        Many other servers do not support the trailers (HTTP headers after the content) that carry checksums.
         """
         if (urlsplit(client.meta.endpoint_url).hostname or "").endswith(_AWS):
             return
@@ -123,7 +125,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 setattr(client.meta.config, name, "when_required")
 
     def patiently(self, path: str, call: Callable[[], T]) -> T:
-        """Result of `call`, which must be safe to repeat: it is repeated after a temporary failure.
+        """Return the result of `call`, which is repeated after a temporary failure and must be safe to repeat.
 
         Nested calls share the time limit of the outermost one.
         """
@@ -154,12 +156,12 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return found
 
     def _ask_for_rights(self) -> None:
-        """Make a client anew, because it keeps the credentials, or their absence, with which it was made."""
-        with suppress(Exception):  # the next attempt shows it again
+        """Make a new client, because a client keeps the credentials, or their absence, with which it was made."""
+        with suppress(Exception):  # the next attempt raises the error again
             self.connect(refresh=True)
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
-        """Seconds until the next attempt; None to give up. Logs a warning now and then in a long wait.
+        """Seconds until the next attempt; `None` to give up. Logs a warning now and then in a long wait.
 
         Args:
             path: path in the failed request, for the warning.
@@ -201,8 +203,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
         Args:
             content: the file to send; only a few parts of it are in memory at a time.
-            replace: if False, an existing file stays.
-            guard: called before each attempt. If it raises, the upload ends.
+            replace: True to replace an existing file; False to keep it.
+            guard: called before each attempt. If it raises, nothing is uploaded.
 
         Raises:
             FileExistsError: `replace` is False and the file exists.
@@ -256,14 +258,17 @@ class S3(S3FileSystem):  # type: ignore[misc]
             raise FileExistsError(path)
 
     def _writer_of(self, path: str) -> str | None:
-        """Writer id in the metadata of a file: "" if it has none, None if the file is missing."""
+        """Writer id in the metadata of a file: "" if it has none, `None` if the file is missing."""
         try:
             return str(self.metadata(path).get(_WRITER, ""))
         except FileNotFoundError:
             return None
 
     def clearer(self, error: Exception, path: str) -> Exception:
-        """Clearer error for a failed HEAD request, whose answer has no body and no code; otherwise `error` itself."""
+        """Clearer error in place of that of a HEAD request, whose answer has no error code; otherwise `error` itself.
+
+        The server is asked again, by a request whose answer has a code.
+        """
         if code_of(error) not in ("400", "403"):
             return error
         bucket, key, _ = self.split_path(path)
@@ -275,20 +280,20 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
 
 def _refuse_page(response_dict: Any, **_: object) -> None:
-    """Raise an error if the answer is a web page, which botocore would take for an empty folder."""
+    """Raise an error if a server's answer is a web page, which botocore would take for an empty folder."""
     body = response_dict["body"]  # a stream, not bytes, if it is a file's content
     if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
         raise ResponseParserError("a web page")
 
 
 def _is_of_s3(error: Exception) -> bool:
-    """True if an S3 server answered, not a proxy or web server in its place. Only S3 gives codes in letters."""
+    """True if an S3 server reported this error, not a proxy or web server: only S3 has error codes in letters."""
     code = code_of(error)
     return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
 
 
 def _refuses_conditions(error: Exception) -> bool:
-    """True if a server does not support If-None-Match on uploads."""
+    """True if an upload failed because the server does not support the header If-None-Match."""
     code = code_of(error)
     return code in ("NotImplemented", "501") or (
         400 <= status_of(error) < 500 and "if-none-match" in str(error).lower()

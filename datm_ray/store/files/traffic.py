@@ -1,9 +1,9 @@
 """Totals of this process's file access: requests, bytes, seconds and retries; counted by `filesystem`.
 
-A request is one call of a `Location`, however many messages it needs. A retry is a request to S3 that failed
-temporarily and was sent again. A connection that broke while idle is repaired by the HTTP client and not counted. Reads
-answered by the local cache are not requests. Totals only grow, so the traffic of some work is the difference of two
-values.
+A request is one call of a `Location`, however many messages it needs. Reads that the local cache answers are no
+requests. A retry is a request to S3 that failed temporarily and was sent again; connections that broke while idle are
+renewed by the HTTP client and not counted. Totals only grow, so the traffic of some work is the difference between the
+totals after and before it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Traffic:
 
 
 class Size:
-    """Size of one request: the block of `request` sets `bytes`, the number of bytes read or written."""
+    """Size of one request. Code in a block of `request` sets `bytes` to the number of bytes read or written."""
 
     bytes = 0
 
@@ -85,5 +85,5 @@ def count_retry() -> None:
 def _add(amounts: Mapping[str, float]) -> None:
     global _sums
     with _lock:
-        known = _NAMES & set(amounts)  # existence checks transfer no bytes
+        known = _NAMES & set(amounts)  # `Traffic` counts no bytes of looks
         _sums = replace(_sums, **{name: getattr(_sums, name) + amounts[name] for name in known})
