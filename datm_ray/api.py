@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LONGEST = 10**9
-"""Largest number of minutes that `init` takes, inclusive: far more than any run needs, and safe to compute with."""
+"""Largest number of minutes that `init` takes, inclusive. No run needs so many, and computing with it does not fail."""
 
 Settings = Mapping[str, object]
 """Overrides of a recipe: `section.field` -> value, such as {"distill.iterations": 100}."""

@@ -199,7 +199,7 @@ class Artifact:
 
         Raises:
             ConfigError: this version has no such protocol, optimiser or augmentation.
-            CorruptFileError: the note is damaged.
+            CorruptFileError: the run's file with the settings is damaged.
         """
         schedule, is_chosen = self.scored_training()
         if not is_chosen:
@@ -629,7 +629,7 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 
 def _require_no_other_images(out: Location, names: Container[str]) -> None:
-    """Raise a `ConfigError` if folders in `out` hold images of an earlier export that an export to `names` would keep.
+    """Raise a `ConfigError` if folders in `out` hold exported images that writing the files `names` would not replace.
 
     Images of an export are recognised by their file names, which are numbers. Folders that cannot be listed are
     skipped.

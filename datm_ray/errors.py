@@ -82,7 +82,7 @@ class ClusterError(DatmError):
 
 
 class NoFreeWorkersError(ClusterError):
-    """A task's workers did not become free in time. Running the command again later resumes."""
+    """A task's workers did not become free in time. Running the command again later resumes the run."""
 
     exit_code = 1
 
@@ -92,7 +92,7 @@ class JobNotFoundError(ClusterError):
 
 
 class JobLostError(ClusterError):
-    """A job was lost with the cluster that it ran on."""
+    """A job no longer exists, because the cluster on which it ran was lost."""
 
     exit_code = 1
 

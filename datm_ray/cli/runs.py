@@ -306,8 +306,9 @@ def publish(
 ) -> None:
     """Write a finished set with a card, to publish it.
 
-    Writes README.md, the card: what the set is, how to use it, its accuracy beside the controls, how it was made.
-    Also preview.png, train.parquet (Hugging Face's layout) and synthetic.safetensors (everything, for datm_ray.load).
+    The card, README.md, says what the set is, how to use it, its accuracy beside the controls and how it was made.
+    The other files are preview.png, train.parquet (Hugging Face's layout) and synthetic.safetensors (everything, for
+    datm_ray.load).
     """
     from datm_ray.pipeline import publish as write_published
 

@@ -273,8 +273,8 @@ def store_import_teacher(
 ) -> None:
     """Store a trained classifier, such as torchvision's.
 
-    sre2l, select, MetaDD and labels then use it instead of training it. The recipe must give dataset.mean and
-    dataset.std, as the classifier was trained with.
+    sre2l, select, MetaDD and labels then use it instead of training a network. The recipe must give the dataset.mean
+    and dataset.std with which the classifier was trained.
     """
     config = config_of(recipe, set_)
     from datm_ray.interop.teachers import import_teacher

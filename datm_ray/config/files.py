@@ -112,7 +112,7 @@ _FORMER_RECOVERY = {
     "rounds",
     "mixed_in",
 }
-"""Keys of `recover` that every recipe has which a run saved before the key `recover.restarts` existed."""
+"""Keys of `recover` in recipes that runs saved before the key `recover.restarts` existed. They have all these keys."""
 _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 """Sections that every saved recipe has, whatever its version."""
 

@@ -62,12 +62,12 @@ class DatasetConfig(Section):
     resize: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["auto", "zca", "standard"] = "auto"
-    """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
-    pixels, else standard; streamed images and those with a given `mean` get standard."""
+    """zca: whitening with eps 0.1, as published. standard: mean and standard deviation per channel.
+    auto: zca up to 64x64 pixels, else standard; streamed images and those with a given `mean` get standard."""
     mean: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
-    """standard: mean of each channel of pixels in [0, 1], such as a teacher's; null: of the training images."""
+    """standard: mean of each channel, for pixels in [0, 1], such as a teacher's; null: that of the training images."""
     std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
-    """standard: standard deviation of each channel, given with `mean`; null: of the training images."""
+    """standard: standard deviation of each channel, given with `mean`; null: that of the training images."""
     validation: Fraction = 0.1
     """Share of each class's training images used for validation, in (0, 1)."""
     streamed: bool = False
@@ -278,9 +278,9 @@ class ExpertConfig(Section):
     batch_size: Count = 256
     """Images per SGD step; the last, smaller batch is kept."""
     learning_rate: Positive = 0.01
-    """Learning rate, the highest of its schedule."""
+    """Learning rate; the highest one if `schedule` or `warmup_epochs` change it."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: the learning rate falls to 0, step by step."""
+    """constant; or cosine: the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of first epochs in which the learning rate grows from a hundredth to its full value; 0: none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -294,7 +294,7 @@ class ExpertConfig(Section):
     rho: Positive = 0.01
     """gsam: length of the ascent step; 0.01 as published."""
     alpha: NonNegative = 0.3
-    """gsam: factor of the gradient part that is subtracted, orthogonal to the ascended gradient."""
+    """gsam: weight of the subtracted part of the gradient, the part orthogonal to the perturbed gradient."""
     adaptive: bool = True
     """gsam: scale the ascent step by each parameter's size."""
     curriculum: CurriculumConfig | None = None
@@ -306,7 +306,7 @@ class ExpertConfig(Section):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: layers compute in 16 bits, for GPUs and CPUs that can; parameters, gradients, losses stay in 32."""
+    """bfloat16: layers compute in 16 bits on GPUs and CPUs that can; parameters, gradients, losses have 32 bits."""
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (only for display); 0: none. Only stored epochs keep the value."""
 
@@ -405,10 +405,10 @@ class DistillConfig(Section):
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
     initial: Literal["correct", "random", "noise", "crops"] = "correct"
-    """First images. correct: real ones that experts classify correctly (mtt, dm: random); random: real ones;
+    """First images. correct: real ones that experts classify correctly (mtt, dm: as random); random: real ones;
     noise: random pixels, as published for sre2l; crops (sre2l only): crops that `select` would choose by rded."""
     labels: Literal["soft", "hard"] = "soft"
-    """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
+    """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's logits); hard: the classes."""
     initial_step_size: Positive | None = None
     """The student's step size at the start; null: found by a line search (dm: 0.01)."""
     threshold: Positive = 1.0
@@ -451,11 +451,11 @@ class RecoverConfig(Section):
     first_layer: NonNegative = 10.0
     """Weight of the first batch normalisation within `statistics`; other layers have 1."""
     statistics_of: Literal["teacher", "auxiliaries", "all"] = "teacher"
-    """Networks whose running statistics images shall have: the teacher, metadd.auxiliaries, or all (their mean)."""
+    """Networks whose running statistics the images should match: teacher, metadd.auxiliaries, or the mean of all."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling", "falling-cut"] = "published"
-    """published: `least_share` throughout; falling: from 1 to `least_share` along a cosine, as in CDA;
+    """published: `least_share` in all iterations; falling: from 1 to `least_share` along a cosine, as in CDA;
     falling-cut: as falling, but crops longer than the image are cut, as in earlier versions."""
     flip: bool = True
     """Mirror half of the random views; false where mirrored images would be of another class."""
@@ -476,8 +476,8 @@ class SelectConfig(Section):
     """
 
     by: Literal["rded", "moderate", "el2n", "forgetting", "random"] = "rded"
-    """rded: crops of lowest loss; moderate: distance to the class centre near the median; el2n: error of the networks;
-    forgetting: how often the networks forget an image; random: any images."""
+    """rded: crops of lowest loss; moderate: images near the median distance to the class centre; el2n: by the networks'
+    error; forgetting: by how often the networks forget an image; random: any images."""
     crops: Count = 5
     """rded: random crops per image; the crop of lowest loss stays."""
     pool: Count = 300
@@ -542,24 +542,24 @@ class MetaLossConfig(Section):
     variance: NonNegative = 1.0
     """Weight of the class activation maps' variance over the networks."""
     invariance: NonNegative = 0.01
-    """Weight of the auxiliaries' cross-entropy, plus `divergence` times their KL from the backbone."""
+    """Weight of a sum: the auxiliaries' cross-entropy, and `divergence` times their KL from the backbone."""
     position: NonNegative = 0.1
     """Weight of the mean negative part of the maps, which is evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Weight, within invariance, of the auxiliaries' divergence from the first network; negative pushes them apart."""
     variance_of: Literal["maps", "logits"] = "maps"
-    """logits: as a control, variance of logits instead of maps."""
+    """maps; or, as a control, logits: `variance` then weights the variance of logits instead of maps."""
     threshold: Fraction = 0.5
     """Map value in (0, 1) from which a pixel is a feature; only for the reported share of common features."""
 
 
 class MetaConfig(MetaLossConfig, AuxiliariesConfig):
-    """MetaDD: losses on class activation maps, for sets that work on other networks."""
+    """MetaDD: losses on class activation maps, for sets that also work on other networks."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the synthetic images that the losses use, in (0, 1], drawn per iteration."""
     augmented: bool = True
-    """Networks see the images augmented as the method sees them; false: as they are."""
+    """MetaDD's networks see images augmented as the method augments them; false: unaugmented."""
 
 
 class PriorConfig(Section):
@@ -635,7 +635,7 @@ class EvaluateConfig(Section):
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
-    """Soft labels for training. own: the set's; teacher: a teacher's logits for every augmented batch; stored: its
+    """Soft labels for training. own: the set's; teacher: a teacher's logits for every augmented batch; stored: such
     logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
     teacher: TeacherConfig | None = None
     """Teacher that runs of any method can share, such as `{network: resnet18, experts: {epochs: 50}}`;
@@ -792,7 +792,7 @@ class WorkerShape(Section):
     labels: dict[LabelKey, LabelValue] = {}
     """Labels of the nodes that may run workers, such as {zone: a}; values may be "!a", "in(a,b)" or "!in(a,b)"."""
     accelerator_type: Annotated[str, _matching(_NAME, "it must be a name of Ray's, such as A100")] | None = None
-    """GPU model in Ray's words, such as A100; null: any."""
+    """GPU model by its name in Ray, such as A100; null: any."""
 
 
 class ClusterConfig(WorkerShape):
@@ -807,7 +807,7 @@ class ClusterConfig(WorkerShape):
     shards: Count = 1
     """Workers per distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts trained at once per worker; null: fastest, up to 8, fewer if workers would be idle. Affects rounding."""
+    """Experts trained at once per worker; null: the fastest number up to 8, with no idle workers. Affects rounding."""
     backbones_apart: bool = False
     """Give every network under `backbones` workers of its own."""
     auxiliaries_apart: bool = False
@@ -817,9 +817,9 @@ class ClusterConfig(WorkerShape):
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: datm, mtt, dm; on CPUs too."""
     channels_last: bool | None = None
-    """Store maps channels-last: faster on CPUs, coarser rounding. null: except on GPUs in float32."""
+    """Store maps channels-last: faster on CPUs, coarser rounding. null: true except on GPUs in float32."""
     cuda_graphs: bool | None = None
-    """Launch all kernels of a student step together on GPUs; null: where a call has little work. Untried on GPUs."""
+    """Launch all kernels of a student step on a GPU together; null: if a call has little work. Untried on GPUs."""
     deterministic: bool = False
     """Compute every sum in a fixed order, more slowly, so that a GPU gives the same bits in every run."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
@@ -835,7 +835,8 @@ class ClusterConfig(WorkerShape):
     retries: Annotated[int, Field(ge=0)] = 3
     """Lost workers in a row, without newly saved work, that a task survives."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
+    """Logger of curves, besides Ray's metrics. tensorboard writes to <out>/tensorboard. Each logger needs its extra,
+    such as datm-ray[wandb]."""
     light: WorkerShape | None = None
     """Resources of workers for experts, validation and evaluation; null: those for distillation."""
 

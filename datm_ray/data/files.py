@@ -237,7 +237,7 @@ class FileTree:
         """Non-empty lines of a UTF-8 text file.
 
         Raises:
-            DatasetError: the file does not exist.
+            DatasetError: the file does not exist or cannot be read.
         """
         if name not in self.listing.files:
             raise DatasetError(

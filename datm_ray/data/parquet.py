@@ -165,7 +165,7 @@ def parts_of(path: str) -> list[Path]:
 
 
 _SHARD = re.compile(r"(?P<stem>.*-)(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?\.parquet", re.IGNORECASE)
-"""Name of a numbered file, such as train-00000-of-00002.parquet. Older ones have a checksum before the suffix."""
+"""Name of a numbered file, such as train-00000-of-00002.parquet. Older files have a checksum before the suffix."""
 
 
 def _shards_of(file: str) -> int:

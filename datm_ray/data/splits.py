@@ -49,7 +49,7 @@ def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str])
 
 
 class Stream(IntEnum):
-    """Seed of the random keys by which a split holds out images. Data sets would change if it were renumbered."""
+    """Seed of the random keys by which a split chooses the images to hold out. Changing it would change data sets."""
 
     TEST = 1
     VALIDATION = 2

@@ -39,7 +39,8 @@ class StreamedPixels:
         """Decode images [m c h w].
 
         Raises:
-            DatasetError: a file is missing or damaged.
+            DatasetError: a file is damaged.
+            TransientStoreError: a file is missing, or the operating system cannot read it.
         """
         return decode_rows(self.files, self.rows[rows], self.image)
 
@@ -69,6 +70,7 @@ class StreamedImages:
         """Decode and normalise images [m c h w].
 
         Raises:
-            DatasetError: a file is missing or damaged.
+            DatasetError: a file is damaged.
+            TransientStoreError: a file is missing, or the operating system cannot read it.
         """
         return self.transform.apply(self.pixels[rows].astype(np.float32) / np.float32(self.levels))

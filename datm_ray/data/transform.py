@@ -491,14 +491,14 @@ def fit_transform(
         kind: "zca" or "standard".
         images: [n c h w] training images.
         levels: value of a pixel that means 1.0.
-        given: means and deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
+        given: means and standard deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
         eps: number added to every eigenvalue, for `zca`.
         device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 
     Raises:
         DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
-            suffice; or given numbers are not one per channel.
+            suffice; or the `given` numbers are not one per channel.
     """
     if kind not in ("zca", "standard"):
         raise DatasetError(f"unknown normalisation {kind!r}", remedy="Use 'zca' or 'standard'")

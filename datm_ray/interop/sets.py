@@ -216,7 +216,7 @@ def _rest_of_name(place: Location) -> str:
 
 
 def _rate_of(place: Location) -> float | None:
-    """Step size in the file such as lr_best.pt beside `place`, such as images_best.pt; `None` without such a file."""
+    """Step size from the file beside the images at `place`, such as lr_best.pt; `None` if there is no such file."""
     rate = place.parent / f"lr{_rest_of_name(place)}"
     return _step_size(_tensor(rate), rate) if rate.exists() else None
 

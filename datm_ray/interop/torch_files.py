@@ -1,8 +1,8 @@
 """Read lists of tensors, nested to any depth, from files that `torch.save` wrote, as plain data.
 
 torch.load trusts the sizes and classes in a file: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
-This module reads the pickle opcode by opcode, and knows only those that torch.save uses for lists of tensors. It calls
-and executes nothing. No tensor may use a value of its storage twice, and all storages together are no larger than the
+This module reads the pickle opcode by opcode, and accepts only the opcodes of lists of tensors. It calls and executes
+nothing. No tensor may use a value of its storage twice, and all storages together are no larger than the
 file. The archive's checksums are checked.
 
 The arguments of a call in a pickle are checked by their types before anything else: 300 bytes can hold a tuple of
@@ -51,7 +51,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values [count] of a storage, which several tensors may share. Being a class, no tensor can pass for a storage."""
+    """Values [count] of a storage, which several tensors may share. No array can pass for this class."""
 
     values: NDArray[Any]
 

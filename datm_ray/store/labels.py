@@ -183,8 +183,8 @@ class LabelRecords:
     """Rectangle [b 4] of the view that shows the partner: top, left, height and width in pixels."""
 
     values: NDArray[np.float16]
-    """Logits [b k] of all classes. With `top`: [b t+1], the largest in descending order, then one for all other
-    classes."""
+    """Logits [b k] of all classes. With `top`: [b t+1], the largest in descending order, then one that stands
+    for all other classes."""
 
     indices: NDArray[np.uint16]
     """Classes [b t] of the t largest logits of each view; [b 0] if all logits are stored."""
@@ -433,7 +433,7 @@ class LabelStore:
 
 
 class _Recent(Generic[K, T]):
-    """Cache of the most recently used values. It keeps at least one, and no more than sizes that add up to `limit`."""
+    """Cache that drops the least recently used values while the sum of sizes exceeds `limit`. It keeps at least one."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         self._values: OrderedDict[K, T] = OrderedDict()

@@ -27,7 +27,7 @@ _ABANDONED_AFTER = 24 * 3600.0  # seconds until a temporary file of another mach
 _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of unsupported calls
 _NO_LINKS = _LACKING | {errno.EPERM, errno.EMLINK}
 _NO_MAPPING = _LACKING | {errno.ENODEV, errno.EACCES, errno.EPERM}
-_ATTEMPTS = 10  # to make a folder and a file in it
+_ATTEMPTS = 10  # attempts to make a folder and a file in it
 
 
 class LocalDraft:

@@ -57,7 +57,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
 """LINE_AFTER: seconds without an answer until the first log line. LINE_EVERY: seconds between two such lines."""
 LARGEST_PUT = 5 * 2**30
-"""Largest file sent in one piece, in bytes. Larger files are sent in parts."""
+"""Largest size in bytes, inclusive, of a file that is sent in one piece. Larger files are sent in parts."""
 PARTS_AT_A_TIME = 2
 """Number of parts in memory at the same time; a part has 50 MB or more."""
 
