@@ -262,9 +262,9 @@ def _classes_of(soft: NDArray[np.float32]) -> NDArray[np.int64]:
     """Classes [n] of images, derived from their soft labels [n k].
 
     If taking each image's highest label gives equally many images of each class, these are the classes. Otherwise the
-    labels were learned, and the highest one need not be the image's class. Published sets are sorted by class, so this
-    order gives the classes, if it agrees with the highest labels of at least (1 + 1/k) / 2 of the images: halfway
-    between chance and all. If not, the highest labels are taken.
+    labels were learned, and the highest one need not be the image's class. Published sets are sorted by class. The
+    classes are therefore those of a sorted set, if they equal the highest labels of at least (1 + 1/k) / 2 of the
+    images: halfway between chance and all. If not, the highest labels are the classes.
     """
     n, k = soft.shape
     highest: NDArray[np.int64] = soft.argmax(axis=1).astype(np.int64)

@@ -7,9 +7,9 @@ and follow the footer's offsets.
     ARROW1 | schema | batch | ... | end mark | seal | footer | footer length | ARROW1
     seal = index, sha256 of (index, footer to end of file), length of index, "DATMSEAL"
 
-The index is JSON. It holds the length and sha256 of each part of the stream (everything before the seal, in order,
-without gaps), and a summary, which is known only after the last batch. A reader fetches the end of the file once,
-checks it, and then fetches only the batches that it needs. Arrow parses only checked bytes, so a damaged file can
+The index is JSON. It holds the length and sha256 of each part of the stream: everything before the seal, in order,
+without gaps. It also holds a summary, which is known only after the last batch. A reader fetches the end of the file
+once, checks it, and then fetches only the batches that it needs. Arrow parses only checked bytes, so a damaged file can
 neither yield wrong values nor crash the parser. Any Arrow program can read the file too, without these checks.
 
 The modules `tensors`, `trajectories` and `labels` define schemas and batches. Digests detect accidents. They are no
