@@ -762,7 +762,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """Folder name of each class. Names that are equal but for upper and lower case end in the class's number."""
+    """Folder name of each class. Names that would be equal, in upper or lower case, end in the class's number."""
     names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]
     # A name with a number may equal another class's name. Names with numbers differ from each other, so this ends.

@@ -464,7 +464,7 @@ class RecoverConfig(Section):
     rounds: Count = 1
     """Rounds of iterations; between them, the first images are mixed in, as in FADRM."""
     restarts: Literal["adam", "all"] = "adam"
-    """What starts anew in each round. adam: its moments, as in FADRM; all: the falling learning rate too."""
+    """What starts anew in each round. adam: Adam's moments, as in FADRM; all: the falling learning rate too."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the first images when they are mixed in between rounds, in [0, 1]; the current ones get the rest."""
 

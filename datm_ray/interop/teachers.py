@@ -45,7 +45,7 @@ from datm_ray.words import data_size, listed
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
-"""Prefixes of the names of weights that torch adds if a network is trained in parallel, averaged or compiled."""
+"""Prefixes that torch adds to the names of weights if a network is trained in parallel, averaged or compiled."""
 
 
 _COUNTERS = ("num_batches_tracked", "n_averaged")

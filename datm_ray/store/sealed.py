@@ -213,7 +213,7 @@ def reading_again(
     failures: tuple[type[DatmError], ...] = (CorruptFileError,),
     forget: Callable[[], object] = unguarded,
 ) -> T:
-    """Return the result of `read`. If it finds the file damaged, repeat it as long as the file keeps changing.
+    """Return the result of `read`. If `read` finds the file damaged, it is repeated while the file keeps changing.
 
     Args:
         location: file that another process may replace.
