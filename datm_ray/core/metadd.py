@@ -132,13 +132,13 @@ class MetaDD:
         Args:
             images: [b c h w]; b may be 0.
             labels: [b] classes of the images.
-            networks: number of networks in all processes; None for the number held here.
-            classes: number of classes of the networks, which all labels are below; required if no network is held here.
-                0 reads the largest label instead, for which the CPU waits for a GPU.
-            over: number of images in the means, if `images` are only some of them; None for b.
+            networks: number of networks in all processes; `None` for the number held here.
+            classes: number of classes of the networks; every label must be smaller. Required if no network is held
+                here. With 0 the largest label is read instead, for which the CPU waits for a GPU.
+            over: number by which sums over images are divided, if `images` are only some of them; `None` for b.
             chunk: number of images per part.
-            augmentations: [b] augmentation of one sample for each image. The networks see the augmented images, and
-                the gradient is that in the images before it. Empty for none.
+            augmentations: [b] augmentation of one sample for each image. The networks see the augmented images. The
+                gradient is taken in the images before augmentation. Empty for none.
             all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
                 part of the gradient that goes through its own networks.
         """
@@ -180,7 +180,7 @@ class MetaDD:
 
 
 def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-    """Gather the evidence [m b ..] of all networks from all processes. Networks held here keep their derivatives.
+    """Gather the evidence [m b ..] of all networks from all processes. Only networks held here keep derivatives.
 
     Args:
         here: index of a network held here -> its evidence.
@@ -207,12 +207,12 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int | 
 
     Args:
         network: the network, in evaluation mode.
-        images: images that it sees.
-        labels: their classes.
-        largest: largest of the labels, with which the CPU need not wait for a GPU; `None` reads it.
+        images: [b c h w] normalised images.
+        labels: [b] classes of the images.
+        largest: an upper limit of the labels, inclusive. `None` reads the labels, for which the CPU waits for a GPU.
 
     Raises:
-        ConfigError: the network has no feature maps, or a label is no class of it.
+        ConfigError: the network has no feature maps, or `largest` is not below its number of classes.
     """
     with torch.enable_grad():
         looked_at = images if images.requires_grad else images.detach().requires_grad_()
@@ -274,10 +274,7 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Shift and scale m networks' logits [m b k] to mean 0 and variance 1 over the classes.
-
-    So all networks count equally.
-    """
+    """Shift and scale m networks' logits [m b k] to mean 0 and variance 1 over the classes, to count all equally."""
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 
@@ -300,7 +297,7 @@ def _frozen(network: nn.Module) -> nn.Module:
 
 
 def _largest(labels: Tensor) -> int:
-    """Largest label; -1 if there are none. On a GPU the CPU waits for it."""
+    """Largest label; -1 if there are no labels. If the labels are on a GPU, the CPU waits for it."""
     return int(labels.max()) if len(labels) else -1
 
 

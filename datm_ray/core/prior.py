@@ -1,4 +1,4 @@
-"""A prior: images are the output of a decoder, and a set's latents are learned in place of its pixels (GLaD).
+"""A prior: a decoder makes a set's images from latents, and the latents are learned in place of the pixels (GLaD).
 
     images = N(G(latents)),    dL/dlatents = J^T dL/dimages
 
@@ -7,8 +7,8 @@ computes dL/dimages as without a prior, exactly. The product with J^T is exact t
 micro-batch through G. Networks here have no batch statistics, so each image depends on its own latents alone.
 
 A `trained` decoder is half of an autoencoder of the data set's images, trained by Adam for the mean squared error of
-pixels. An `untrained` one has the same architecture with its first parameters. The idea, and the control, are those of
-GLaD (arXiv 2305.01649), whose generator is a pretrained StyleGAN-XL.
+pixels. An `untrained` decoder, the control, has the same architecture with its random initial parameters. Both ideas
+are from GLaD (arXiv 2305.01649), whose generator is a pretrained StyleGAN-XL.
 
 Shapes: n images, c h w an image, l a b the latents of one image, p parameters. Tests: tests/core/test_prior.py.
 """
@@ -58,7 +58,7 @@ def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the variance of its input roughly, so that an untrained decoder depends on its latents."""
+    """Convolution that roughly keeps its input's variance, so an untrained decoder's images vary with the latents."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     assert layer.bias is not None
@@ -131,7 +131,7 @@ def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int)
     Parameters that torch draws in the function depend on `seed` alone.
 
     Raises:
-        ConfigError: the function cannot be imported, or returns something that is no decoder of such images.
+        ConfigError: the function cannot be imported, or does not return a decoder for images of this shape.
     """
     if settings.is_packaged:
         return build_autoencoder(settings, image, seed).decoder
@@ -170,7 +170,7 @@ def micro_batch(cost: ImageCost) -> int:
 
 @dataclass(frozen=True)
 class Prior:
-    """Decoder as a distillation uses it: maps latents to normalised images, and gradients of images back to latents."""
+    """Decoder as a distillation uses it: maps latents to normalised images, and gradients in images to latents."""
 
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
@@ -213,7 +213,7 @@ class Prior:
         return torch.cat(found)
 
     def invert(self, images: Tensor, latents: Tensor, steps: int, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Latents [n l a b] whose images are near the given ones: Adam on the squared error, from the given latents.
+        """Find latents [n l a b] whose images are near the given images, by Adam on the squared error of the images.
 
         Args:
             images: [n c h w] normalised images.
@@ -236,7 +236,7 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw the latents of a whole set where an inversion starts: independent standard normal numbers of this shape."""
+    """Draw the latents of a whole set from which an inversion starts: independent standard normal numbers."""
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
 

@@ -54,7 +54,7 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
     """
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
-    # Word 0 of the Philox counter runs over the 2**64 blocks of this stream; words 1 to 3 are our counters.
+    # Word 0 of Philox's counter numbers the blocks of this stream (up to 2**64). Words 1 to 3 are `counters`.
     words = [0, *reversed(counters)] + [0] * (3 - len(counters))
     return np.random.Generator(
         np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array(words, np.uint64))

@@ -1,7 +1,7 @@
 """The synthetic set: its learned variables, and functions that choose its first images and labels.
 
-Images are ordered by class, so that some neighbouring classes (a class shard) are a range of indices. Shapes: n images,
-k classes, a backbones, c h w image.
+Images are ordered by class, so the images of neighbouring classes (a class shard) have consecutive indices. Shapes: n
+images, k classes, a backbones, c h w image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import DatasetError
 
 AllSum = Callable[[Tensor], Tensor]
-"""Function that adds a tensor over all class shards (workers with some of the classes) and gives each the sum."""
+"""Function that adds a tensor over all class shards (workers with some of the classes). Every shard gets the sum."""
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class SyntheticSet:
     def variable(self, name: str) -> Tensor:
         """Learned variable "images", "soft_labels" or "step_sizes".
 
-        For "images" these are the latents if the set has a prior, otherwise the pixels.
+        The variable "images" is the latents if the set has a prior, otherwise the pixels.
         """
         learned: Tensor = self.latents if name == "images" and self.latents is not None else getattr(self, name)
         return learned
@@ -93,7 +93,7 @@ class SyntheticSet:
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
-    """Indices of `ipc` random images of each class, without repetition, class by class.
+    """Indices of `ipc` random images of each class, without repetition, in the order of the classes.
 
     Raises:
         DatasetError: a class has fewer than `ipc` images.
@@ -122,17 +122,17 @@ def correct_rows(
     predict: Callable[[int, NDArray[np.int64]], NDArray[np.int64]],
     classes: range | None = None,
 ) -> NDArray[np.int64]:
-    """Indices of `ipc` images of each class that an expert classifies correctly, class by class.
+    """Indices of `ipc` images of each class that an expert classifies correctly, in the order of the classes.
 
-    Images are taken in shuffled order, as published: first images that expert 0 classifies correctly, then, for classes
-    with too few, images that expert 1 classifies correctly, and so on. A class with too few after all experts is filled
-    with its other images.
+    Images are taken in shuffled order, as published. The first ones are images that expert 0 classifies correctly. A
+    class with too few of them gets images that expert 1 classifies correctly, and so on. A class with too few after all
+    experts is filled with its other images.
 
     Args:
         labels: [n] classes of the real training images.
         experts: number of experts to use at most.
         predict: function (expert, indices) -> predicted classes of those images; called for no more images than needed.
-        classes: classes to choose images for; None for all.
+        classes: classes to choose images for; `None` for all.
 
     Raises:
         DatasetError: a class has fewer than `ipc` images.
@@ -171,7 +171,7 @@ def hard_logits(labels: Tensor, classes: int) -> Tensor:
 def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
     """Compute soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
 
-    An image that no expert classifies correctly, which random images may be, gets the mean over all experts.
+    An image that no expert classifies correctly gets the mean over all experts. Randomly chosen images may need this.
 
     Args:
         logits: yields the logits [n k] of one expert after the other.

@@ -34,23 +34,23 @@ from datm_ray.words import one_line
 class Compiled:
     """A graph as compiled code, for tensors of the shapes and memory orders it was traced with.
 
-    The graph is given to the compiler directly. `torch.compile` would capture it again, and check at every call that
-    it still fits. With digits these checks took 5 % of an expert's step (benchmarks/LOG.md).
+    The graph is given to the compiler directly. `torch.compile` would capture the graph again, and check at every call
+    that the arguments still fit. On the digits data set, these checks took 5 % of an expert's step (benchmarks/LOG.md).
     """
 
     def __init__(self, graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> None:
-        """Keep the graph; its first call compiles it.
+        """Store the graph. The first call compiles it.
 
         Args:
-            graph: graph from `traced`. If it has several arguments, it must be traced with tensors without memory.
+            graph: graph from `traced`. A graph with several arguments must be traced within `shapes_only`.
             device_type: type of the device, such as "cpu".
-            channels_last: True to let the compiler choose the memory order of maps, which is channels innermost around
-                convolutions; False to keep every map's order from tracing.
+            channels_last: True to let the compiler choose the memory order of feature maps; around convolutions it
+                puts channels innermost. False to keep the order that every map had in tracing.
         """
         self._graph = graph
         self._options = {
-            # On a CPU, generated C++ calls the generated kernels. With digits, calls from Python took 20 to 33 % of the
-            # reverse step (benchmarks/LOG.md).
+            # On a CPU, generated C++ code calls the generated kernels. On the digits data set, calls from Python took
+            # 20 to 33 % of the reverse step (benchmarks/LOG.md).
             "cpp_wrapper": device_type == "cpu",
             "layout_optimization": channels_last,
         }
@@ -87,7 +87,7 @@ class CompiledForShapes:
     """
 
     def __init__(self, function: Callable[..., Any], *, channels_last: bool = True) -> None:
-        """Keep the function; its first call for some shapes compiles it.
+        """Store the function. The first call with a new combination of shapes and types compiles it.
 
         Args:
             function: function of several tensors that writes to none of them.
@@ -107,7 +107,7 @@ class CompiledForShapes:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Shape of a tensor, strides of its dimensions with more than one entry, and type."""
+    """Shape of a tensor, strides of its dimensions that have more than one entry, and type of its numbers."""
     strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     return tuple(tensor.shape), strides, tensor.dtype
 
@@ -125,20 +125,22 @@ def compiler_problem(device_type: str) -> str:
 
 
 def compiled_facts(is_compiled: bool, note: str) -> dict[str, str | bool]:
-    """Facts of a worker for checkpoints: whether its functions are compiled, and if they should be, why they are not.
+    """Facts that a worker stores in checkpoints: whether its functions are compiled and, if compiling failed, why.
 
     Args:
-        note: result of `compiler_problem`; "" if there is none, or if compiling was not wanted.
+        note: result of `compiler_problem`; "" if the compiler works, or if compiling was not wanted.
     """
     return {"compiled": is_compiled} | ({"not_compiled_because": note} if note else {})
 
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    """Trace a function for the shapes of these arguments, which may be tensors without memory. Returns its graph.
+    """Trace a function for the shapes of these arguments. Returns the function's graph.
+
+    The arguments may be tensors without memory, see `shapes_only`.
 
     Raises:
         NotImplementedError: torch lacks a derivative.
-        ConfigError: the function decides by values of tensors, or does something else that has no graph.
+        ConfigError: the function branches on values of tensors, or does something else that a graph cannot express.
     """
     try:
         graph = trace(function, *arguments)
@@ -161,8 +163,8 @@ def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 def _free_of_strides(graph: fx.GraphModule) -> None:
     """Make the graph independent of the strides seen in tracing, and drop nodes that are unused afterwards.
 
-    A view becomes a reshape, which copies if the strides of a call do not allow a view. Operations that read strides,
-    and views of memory that is written to, get a copy with the traced strides instead.
+    A view becomes a reshape, which copies if the strides of a call do not allow a view. Other operations that depend on
+    strides, and views of memory that is written to, read a copy of their input that has the traced strides.
     """
     written = {_owner(node) for node in graph.graph.nodes if _writes(node)}
     for node in list(graph.graph.nodes):
@@ -202,7 +204,7 @@ def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
 
 def _drop_unused(graph: fx.GraphModule) -> None:
     for node in reversed(list(graph.graph.nodes)):
-        # This also drops shape checks of the automatic differentiation, whose bool the compiler cannot handle.
+        # This also drops the shape checks of automatic differentiation: the compiler cannot handle their bool result.
         if node.op == "call_function" and not node.users and not _writes(node):
             graph.graph.erase_node(node)
     graph.recompile()
@@ -218,8 +220,8 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
     """Remove additions of tensors known to be zero, and copies that only change a tangent's memory order.
 
     A student step is differentiated along a direction of the parameters, so the images' tangent is zero. Automatic
-    differentiation writes it as a map of zeros and convolves it. In the first layer, which has the largest maps, this
-    took 7 % of a reverse step.
+    differentiation writes this tangent as a map of zeros and convolves the zeros. In the first layer, which has the
+    largest maps, the convolution took 7 % of a reverse step.
     """
     for node in list(graph.nodes):
         if _is_needless_copy(node):
@@ -248,7 +250,7 @@ def _is_needless_copy(node: fx.Node) -> bool:
 
 
 def _owner(node: fx.Node) -> fx.Node:
-    """Node whose output owns the memory of this node's value. Views and in-place writes are followed back to it."""
+    """Node whose output owns the memory of this node's value, found by following views and in-place writes back."""
     while True:
         maker = node.args[0] if node.target is operator.getitem else node  # getitem picks one of several results
         assert isinstance(maker, fx.Node)
@@ -270,7 +272,7 @@ def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
         return node.args[0] in zeros
     if node.target is _ATEN.convolution.default:
         return node.args[0] in zeros and node.args[2] is None
-    if node.target is operator.getitem and node.args[1] == 1:  # the gradient in the weights of a map of zeros
+    if node.target is operator.getitem and node.args[1] == 1:  # weight gradient of an input of zeros
         backward = node.args[0]
         return (
             isinstance(backward, fx.Node)
@@ -288,6 +290,6 @@ _ATEN = torch.ops.aten
 _READS_STRIDES = (_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default)
 """Operations whose result depends on the strides of their input."""
 _SAME_ORDER = {_ATEN.native_group_norm.default: (0,), _ATEN.native_group_norm_backward.default: (0, 1)}
-"""Operation -> positions of the arguments that must all have one memory order: channels innermost, or outermost.
+"""Operation -> positions of the arguments that must all have the same memory order: channels innermost, or outermost.
 
 With different orders torch 2.11 computes a wrong gradient, without an error."""

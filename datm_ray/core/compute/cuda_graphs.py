@@ -2,8 +2,8 @@
 
 A student step on a few images takes a GPU less time than launching its kernels one by one. A graph records the
 kernels of one call, with the memory that they read and write. Replaying it launches all of them at once. Each call
-copies its arguments into this memory, and the results out of it. Tests: tests/core/compute/test_cuda_graphs.py, which
-play the recording on a CPU. No GPU has run it yet.
+copies its arguments into this memory, and the results out of it. The tests (tests/core/compute/test_cuda_graphs.py)
+simulate the recording on a CPU. No GPU has run this code yet.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2
-"""Number of calls that are run before a recording and not recorded. Libraries then take their memory, and compilers
-compile."""
+"""Number of unrecorded calls before a recording. In these calls libraries allocate memory and compilers compile."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replayed:
-    """A function as a CUDA graph, for tensors of the shapes of its first call. Results keep their bits.
+    """A function replayed as a CUDA graph, for tensors of the shapes of its first call. Results have the same bits.
 
     If the function cannot be recorded, one line is logged, and each call runs the function itself. The function must
     launch kernels only: it must not read a tensor's value.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Keep the function; the first call records it."""
+        """Store the function. The first call records it."""
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -43,7 +42,7 @@ class Replayed:
         return self._graph is not None
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """Compute the function's results, a tensor or a tuple of tensors, in memory of their own.
+        """Compute the function's results, a tensor or a tuple of tensors. Later calls do not overwrite them.
 
         Raises:
             torch.OutOfMemoryError: the GPU's memory is too small for a recording.
@@ -63,7 +62,7 @@ class Replayed:
             self._record(arguments)
         except torch.OutOfMemoryError:  # the caller may retry with fewer images
             raise
-        except Exception as failure:  # of any kernel or library that cannot be recorded
+        except Exception as failure:  # a kernel or library that cannot be recorded may raise anything
             self._has_failed, self._inputs = True, []
             reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
             _log.warning("no CUDA graphs, each kernel is launched by itself: %s", reason[:200])
@@ -77,7 +76,7 @@ class Replayed:
                 self._function(*self._inputs)
         present.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local" lets other threads copy to the GPU meanwhile.
+        # "thread_local" lets other threads copy to the GPU during the recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self._function(*self._inputs)
         self._is_single = isinstance(results, Tensor)

@@ -1,7 +1,7 @@
 """Rounding of products on GPUs.
 
-TF32 rounds the factors of float32 products to 10 bits, and is several times as fast. The published results used TF32,
-which was torch's default then.
+TF32 rounds the factors of float32 products to 10 bits, and is several times as fast as float32. The published results
+used TF32, because TF32 was torch's default at the time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-"""Precision of a student step. "tf32" rounds the factors of products; "bfloat16" is used for layers and their
-derivatives, with sums in float32."""
+"""Precision of a student step. "tf32" rounds the factors of products to 10 bits. "bfloat16" computes layers and their
+derivatives in bfloat16, and sums in float32."""
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -24,7 +24,7 @@ def has_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
-    """Allow or forbid TF32 on a GPU within the context. By default torch allows TF32 in convolutions only."""
+    """Allow or forbid TF32 within the context, on GPUs only. By default torch allows TF32 in convolutions only."""
     if device.type != "cuda":
         yield
         return

@@ -20,7 +20,7 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """Operation in graphs: a view of a value that nothing else uses."""
 
 ZEROS_LIKE_VALUE = torch.ops.aten._new_zeros_with_same_feature_meta.default
-"""Operation in graphs: zeros in the memory order of a given value. Forward differentiation fills in a tangent."""
+"""Operation in graphs: zeros in the memory order of a given value. Forward differentiation copies a tangent there."""
 
 
 def shapes_only() -> AbstractContextManager[Any]:
@@ -76,6 +76,6 @@ def schema_of(node: fx.Node) -> Any:
 def storage_id(tensor: Tensor) -> int:
     """Identifier of the tensor's storage: equal for two tensors that exist now if and only if they share a storage.
 
-    Tensors on the meta device have one as well.
+    Tensors on the meta device have a storage, and so an identifier, too.
     """
     return int(tensor.untyped_storage()._cdata)

@@ -8,8 +8,8 @@ Winograd's minimal filtering computes it from tiles of 2x2 cotangents and the 4x
 
 The products of all channels become 16 matrix products. B, A and G are the matrices of F(2x2, 3x3), Lavin and Gray,
 arXiv 1509.09308, applied here as sums of slices. The result is exact up to rounding, which is as in a direct
-convolution. On two cores without AVX-512, the library's weight gradient runs at half the speed of its other
-convolutions. For these other convolutions the same method gained nothing (benchmarks/LOG.md).
+convolution. On two cores without AVX-512, torch's weight gradient runs at half the speed of torch's other convolutions.
+For these other convolutions the same method gained nothing (benchmarks/LOG.md).
 
 Shapes: x [b c h w] input, y_ [b o h w] cotangent, t tiles of the whole batch.
 Tests: tests/core/compute/test_weight_gradient.py.
@@ -47,7 +47,7 @@ class QuickWeightGradients(fx.Interpreter):
         """Run one node of the graph, with `weight_gradient` if the node is a convolution derivative that allows it."""
         if target is _ATEN.convolution_backward.default and _applies(*args):
             y_, x, wants = args[0], args[1], args[-1]
-            # The library computes the gradient in the bias only together with the one in the weights.
+            # torch computes the bias gradient only together with the weight gradient.
             inputs_only = (*args[:-1], [wants[0], False, False])
             x_ = super().call_function(target, inputs_only, kwargs)[0] if wants[0] else None
             return x_, weight_gradient(x, y_), y_.sum(dim=(0, 2, 3)) if wants[2] else None
@@ -82,10 +82,10 @@ def _applies(
 
 @torch.library.custom_op("datm_ray::framed", mutates_args=())
 def _framed(x: Tensor) -> Tensor:
-    """Put the input [b c h w] into a frame of zeros: [b h+2 w+2 c].
+    """Pad the input [b c h w] by one pixel of zeros on every side, with channels innermost: [b h+2 w+2 c].
 
-    This is an operation of its own, so that the compiler writes the framed input once. Otherwise it would compute every
-    tile by masked reads, which is more work than the matrix products save.
+    This is an operation of its own, so that the compiler writes the padded input once. Otherwise the compiler would
+    compute every tile by masked reads, which is more work than the matrix products save.
     """
     return pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
 
@@ -104,7 +104,7 @@ def _input_tiles(x: Tensor) -> Tensor:
 
 
 def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Winograd transform of inputs along one axis: four sums of every four neighbours from an even position on."""
+    """Winograd transform of inputs along one axis: four sums of four neighbours, for each even position."""
     pairs = x.shape[axis] // 2
     x = x.unflatten(axis, (pairs, 2))
     here, after = x.narrow(axis, 0, pairs - 1), x.narrow(axis, 1, pairs - 1)

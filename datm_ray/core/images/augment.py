@@ -3,8 +3,8 @@
 An `Augmentation` is a value: an operation and its parameters for every sample of a batch. Drawing and applying are
 separate. So an augmentation can be drawn for a global batch and applied to one shard's slice, and applied again in the
 reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per sample, as
-published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are whitened and are
-not clamped. Shapes: b samples, c h w image, p parameters of an operation for one sample.
+published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are normalised, so
+they are not clamped. Shapes: b samples, c h w image, p parameters of an operation for one sample.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -36,6 +36,7 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 factor in [0, `SATURATION`), and contrast by a factor in [`CONTRAST`, 1 + `CONTRAST`)."""
 
 NO_AUGMENTATION = ""
+"""Name of the operation that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def _crop(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
-    # gather instead of indexing, so that the backward pass is reproducible on a GPU too: it adds gradients in no fixed
-    # order, but at most one gradient of each source pixel is not zero.
+    # `gather` instead of indexing keeps the backward pass reproducible on a GPU. That pass adds a source pixel's
+    # gradients in no fixed order, but at most one of these gradients is not zero.
     side = images.shape[axis]
     source = torch.arange(side, device=images.device) + shift[:, None]
     inside = (source >= 0) & (source < side)
@@ -209,8 +210,8 @@ LARGEST_RATIO = 4 / 3
 def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio: float = LARGEST_RATIO) -> Tensor:
     """Make boxes [b 4] of random resized crops: top, left, height, width as shares of the image's sides, in [0, 1].
 
-    The area and the logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the
-    image's side is cut to it; torchvision draws again instead, see `fitting_box`.
+    The area and the logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A box longer than the
+    image is shortened to the image's side. torchvision draws another box instead, see `fitting_box`.
 
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
@@ -222,7 +223,7 @@ def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio:
 
 
 def _drawn_sides(uniform: Tensor, least_share: float, largest_ratio: float) -> tuple[Tensor, Tensor]:
-    """Heights [b] and widths [b] of boxes before they are cut to the image. Arguments: see `crop_boxes`."""
+    """Heights [b] and widths [b] of boxes before they are shortened to the image. Arguments: see `crop_boxes`."""
     area = least_share + (1 - least_share) * uniform[:, 0]
     ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(largest_ratio))
     return (area / ratio).sqrt(), (area * ratio).sqrt()
@@ -233,9 +234,9 @@ WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 
 
 def fitting_box(uniform: Tensor, least_share: float) -> Tensor:
-    """First of t drawn boxes that is not longer than the image, [4]; the whole image if none fits.
+    """Choose the first of t drawn boxes that fits into the image. Returns the box [4]; the whole image if none fits.
 
-    torchvision's `RandomResizedCrop` does so with 10 draws. If `least_share` is near 1, almost no box fits.
+    torchvision's `RandomResizedCrop` draws 10 boxes for this. If `least_share` is near 1, almost no box fits.
 
     Args:
         uniform: [t 4] numbers in [0, 1), see `crop_boxes`.
@@ -273,4 +274,4 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "resized": _resized,
 }
 USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
-"""Number of parameters of an operation for one sample, and operation -> number for those with another number."""
+"""USUAL_WIDTH: number of parameters of most operations for one sample. _WIDTHS: other operation -> its number."""

@@ -1,7 +1,8 @@
 """Minibatches of networks in training: order, augmentation, and the copy to the device.
 
-Each network has its own order and draws. They depend only on its seed, the epoch and the number of the batch. Images
-are gathered and augmented for many steps at a time. Shapes: s networks, b images of a batch, c h w image.
+Each network has its own order of images and its own augmentation. Both depend only on the network's seed, the epoch and
+the number of the batch. Images are gathered and augmented for many steps at a time. Shapes: s networks, b images of a
+batch, c h w image.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Batch(NamedTuple):
     images: Tensor
     """[s b c h w] augmented images of s networks."""
     targets: Tensor
-    """[s b] classes; or [s b k] probabilities, or a teacher's logits."""
+    """[s b] int64 classes, or [s b k] floating-point numbers: probabilities, or a teacher's logits."""
 
 
 def batches(
@@ -64,7 +65,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the minibatches of several networks, step by step.
 
-    Every epoch has each of its images once. The last batch of an epoch may be smaller.
+    Every epoch shows each of its images once. The last batch of an epoch may be smaller.
 
     Args:
         images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `rows_on`.
@@ -73,7 +74,7 @@ def batches(
         epochs: numbers of the epochs, from 0.
         batch_size: images of a network in one step.
         augmentation: strategy of operations, see `core.images.augment`; "" for none.
-        seen: function from the number of an epoch to the rows of its images; `None` for all images in every epoch.
+        seen: function from an epoch's number to the indices of its images; `None` for all images in every epoch.
     """
     count, device = len(images[0]), targets[0].device
     rows_of: Callable[[int], int | NDArray[np.int64]] = seen or (lambda epoch: count)

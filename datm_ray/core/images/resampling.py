@@ -1,9 +1,10 @@
-"""Bilinear sampling of images at affine places, and its derivative with sums in a fixed order.
+"""Bilinear sampling of images at affinely transformed positions, with a derivative whose sums have a fixed order.
 
-On a GPU, torch's derivative adds the gradients of a pixel in an order that differs from run to run, and so do the last
-bits of the sum. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic` sets, torch refuses it. This
-module then computes the derivative by products with interpolation matrices, or by a scatter in a fixed order. The read
-images have the same bits either way. Shapes: b images, c h w image. Tests: tests/core/images/test_resampling.py.
+On a GPU, torch's derivative adds the gradients of a pixel in an order that differs from run to run, so the last bits of
+the sum differ too. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic` sets, torch refuses to
+compute its derivative. This module then computes the derivative by products with interpolation matrices, or by a
+scatter in a fixed order. The sampled images have the same bits either way. Shapes: b images, c h w image. Tests:
+tests/core/images/test_resampling.py.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from datm_ray.core.compute.precision import tf32_products
 
 
 def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
-    """Sample images [b c h w] bilinearly at affine places; differentiable in the images.
+    """Sample images [b c h w] bilinearly at affinely transformed positions; differentiable in the images.
 
     Args:
-        matrix: [b 2 3] maps a place of the result to a place of the image, as `affine_grid` defines it.
-        align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if they
-            are the image's borders, with the outermost pixels repeated beyond them.
-        is_turned: False if rows and columns are read independently: `matrix` is diagonal but for its last column.
+        matrix: [b 2 3] maps a position in the result to a position in the image, as `affine_grid` defines it.
+        align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if -1 and
+            1 are the image's borders, with the outermost pixels repeated beyond them.
+        is_turned: False if `matrix` is diagonal but for its last column, so that rows and columns are independent.
+            True for any other matrix, such as a rotation.
     """
-    with tf32_products(False, images.device):  # coordinates of 10 bits would shift pixels
+    with tf32_products(False, images.device):  # TF32's 10 bits are too few for coordinates
         grid = affine_grid(matrix, list(images.shape), align_corners=align_corners)
     if torch.are_deterministic_algorithms_enabled() and images.requires_grad:
         read: Tensor = _InOrder.apply(images, grid, align_corners, is_turned)
@@ -63,8 +65,8 @@ def _places(coordinates: Tensor, side: int, *, align_corners: bool) -> Tensor:
 
     Args:
         coordinates: horizontal or vertical coordinates, from -1 to 1 within the image.
-        align_corners: True if -1 and 1 are these centres. False if they are the image's borders; positions beyond the
-            centres are then moved to the nearest centre.
+        align_corners: True if -1 and 1 are the centres of the outermost pixels. False if -1 and 1 are the image's
+            borders; positions beyond the outermost centres are then moved to the nearest centre.
     """
     if align_corners:
         return (coordinates + 1) / 2 * (side - 1)

@@ -5,8 +5,8 @@ Each architecture is a function of a `NetworkSpec`. Names and seeds are in `regi
 A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
 place. So every network runs under `torch.func` to any order of derivative, and compiles to one graph. Where torchvision
 defines the same network, the results are equal (tests/core/networks/test_architectures.py). torchvision itself is not
-used, because `core` needs torch alone. Its transformer cannot be used for matching: its attention calls a fused kernel
-without a second derivative.
+used, because `core` needs torch alone. torchvision's transformer could not be matched anyway: its attention calls a
+fused kernel without a second derivative.
 
 Instance normalisation of a map of one pixel leaves only the bias. So ResNets, MobileNetV2 and VGG-11 halve a map only
 if at least two pixels a side remain. Their docstrings name the halvings that are left out.
@@ -36,7 +36,7 @@ Convolutions = Sequence[tuple[int, int, int]]
 
 
 class SpatialNetwork(nn.Module):
-    """Network with last feature maps: features -> pooling -> flatten -> classifier.
+    """Network in named parts, which give access to its last feature maps: features -> pooling -> flatten -> classifier.
 
     Attributes:
         features: maps images [b c h w] to the last feature maps, before pooling.
@@ -113,7 +113,7 @@ def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int]
 
     For images up to 64 pixels a side, the first layers are one 3x3 convolution without pooling, as is usual for small
     images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the side by four.
-    Three of the four stages halve the map. At 8x8 the last stage does not halve it, so that the map stays at 2x2.
+    Three of the four stages halve the map. For images of 8x8, the last stage leaves the map at 2x2.
 
     Args:
         blocks: number of residual blocks in each stage.
@@ -141,20 +141,20 @@ def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int]
 
 
 def _two_convolutions(width: int, stride: int) -> Convolutions:
-    """Two 3x3 convolutions of a block of ResNet-18; `stride` is the first one's."""
+    """Two 3x3 convolutions of a block of ResNet-18. The first convolution has the given stride, the second has 1."""
     return (width, 3, stride), (width, 3, 1)
 
 
 def _bottleneck(width: int, stride: int) -> Convolutions:
-    """Three convolutions (1x1, 3x3, 1x1) of a block of deeper ResNets; `stride` is the 3x3 one's.
+    """Three convolutions (1x1, 3x3, 1x1) of a block of deeper ResNets. The 3x3 convolution has the given stride.
 
-    The last one has four times as many output channels, `4 * width`, as the others.
+    The first two convolutions have `width` output channels, the last has four times as many.
     """
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 
 class ResidualBlock(nn.Module):
-    """Residual block: convolutions beside a shortcut, which is a 1x1 convolution if the map's shape changes.
+    """Residual block: convolutions beside a shortcut, which is a 1x1 convolution if the number of channels changes.
 
     Attributes:
         branch: the convolutions, each with a normalisation, with ReLU between them.
@@ -185,15 +185,15 @@ INVERTED_STAGES = (
     *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
     *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
 )
-"""Stages of MobileNetV2, each with four numbers: factor by which a block widens its input inside, output channels,
-number of blocks, and stride of the first block."""
+"""Stages of MobileNetV2, each with four numbers: factor by which each block first multiplies its input's channels,
+output channels of each block, number of blocks, and stride of the first block."""
 
 
 def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
     """MobileNetV2 (arXiv 1801.04381) without dropout, convolutions initialised as by He et al.
 
     For images up to 64 pixels a side, the first convolution and the second stage do not halve the map, as is usual for
-    small images. Maps of two pixels a side are not halved either, so that an 8x8 image leaves 2x2.
+    small images. Maps of two pixels a side are not halved either, so an 8x8 image ends as a 2x2 map.
     """
     _require_least_side(spec)
     side, is_small = min(spec.size), min(spec.size) <= MOST_SMALL_SIDE
@@ -212,7 +212,7 @@ def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
 
 
 class InvertedResidual(nn.Module):
-    """Block of MobileNetV2: maps get more channels, a depthwise convolution, and fewer channels without an activation.
+    """Block of MobileNetV2: a widening 1x1 convolution, a depthwise 3x3, and a narrowing 1x1 without an activation.
 
     The block's input is added to its output if both have the same shape, otherwise not.
     """
@@ -379,7 +379,7 @@ class _PatchTokens(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Transformer layer: attention, then two linear layers with 4 d hidden units, each with a residual connection."""
+    """Transformer layer on tokens [b t d]: residual attention, then a residual perceptron with 4 d hidden units."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -398,9 +398,9 @@ class _LayerNorm(nn.LayerNorm):
     """Normalise every token [.. d] to mean 0 and variance 1, then scale and shift.
 
     torch's own layer gives a wrong derivative, without an error, if its tangent is differentiated backwards, as in a
-    student step. It treats mean and variance as constants (github.com/pytorch/pytorch/issues/196700). On torch 2.14.1
-    that derivative differs from finite differences by 27 % for a random input [4 6] in float64; this layer's differs by
-    5e-11. A test in tests/core/networks/test_layer_norm.py fails once torch is right.
+    student step. torch then treats mean and variance as constants (github.com/pytorch/pytorch/issues/196700). For a
+    random input [4 6] in float64, torch 2.14.1 differs from finite differences by 27 %, this layer by 5e-11. A test in
+    tests/core/networks/test_layer_norm.py fails once torch is right.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -452,7 +452,7 @@ class GlobalAverage(nn.Module):
 
 
 def _scaled(published: int, spec: NetworkSpec) -> int:
-    """Scale a layer's published size, which belongs to width 128, to the spec's width; at least 1."""
+    """Scale a layer's number of channels (or heads) from the published width 128 to the spec's width; at least 1."""
     return max(1, published * spec.width // 128)
 
 
@@ -481,7 +481,7 @@ def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-            if part.groups > 1:  # torch counts the outputs of all groups
+            if part.groups > 1:  # torch's fan-out counts the outputs of all groups
                 part.weight.data.mul_(math.sqrt(part.groups))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

@@ -1,7 +1,7 @@
 """Memory and operations that one image takes in a network, counted function by function in one forward pass.
 
-Small images are really computed. Larger images are counted on torch's meta device, whose first use takes seconds,
-because it loads the compiler.
+For small images the pass is computed. For larger images it runs on torch's meta device, which only tracks shapes. The
+meta device's first use takes seconds, because it loads the compiler.
 Tests: tests/core/networks/test_image_cost.py.
 """
 
@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from datm_ray.core.compute.torch_compat import storage_id
 
 _IMAGES = 2
-"""Number of images in the counted pass; not 1, because the memory order of a batch of one image is not defined."""
+"""Number of images in the counted pass. Not 1, because the memory order of a batch of one image is not defined."""
 _COMPUTED = 3 * 256 * 256
-"""Largest number of values in an image whose pass is computed. Larger images are counted on the meta device."""
+"""Largest size (channels x height x width, inclusive) of an image whose pass is computed. Larger images are counted on
+the meta device."""
 
 
 @dataclass(frozen=True)

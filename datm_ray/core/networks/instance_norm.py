@@ -1,10 +1,10 @@
 """Instance normalisation with hand-written first and second derivatives.
 
-The literature's "instancenorm" is a group normalisation with one group per channel. Matching differentiates it three
-times: along a direction (tangent), backwards, and backwards through the tangent. Automatic differentiation of mean and
-variance takes about ten passes over the largest maps of the network. A hand-written derivative needs two passes: one
-for its sums and one for its result. In a compiled student step, normalisation, activation and pooling now take 7
-instead of 20 ms forward, and 18 instead of 43 ms in reverse (benchmarks/LOG.md).
+The literature's "instancenorm" is a group normalisation with one group per channel. Trajectory matching differentiates
+it three times: along a direction (tangent), backwards, and backwards through the tangent. Automatic differentiation of
+mean and variance takes about ten passes over the largest maps of the network. A hand-written derivative needs two
+passes: one for its sums and one for its result. In a compiled student step, normalisation, activation and pooling now
+take 7 instead of 20 ms forward, and 18 instead of 43 ms in reverse (benchmarks/LOG.md).
 
 Notation, per image and channel with means over its map: h = (z - mean z) r with r = (var z + eps)^-1/2, y = g h + b.
 Along a direction (zt, gt, bt): ht = r (zt - mean zt - h mean(zt h)). A trailing underscore is the cotangent of a value.

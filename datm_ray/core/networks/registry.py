@@ -64,7 +64,7 @@ _BUILDERS: dict[str, Builder] = {
 
 
 def register_network(name: str) -> Callable[[Builder], Builder]:
-    """Make a decorator for a class or function that registers it as the architecture `name`."""
+    """Return a decorator that registers a class or function as the builder of the architecture `name`."""
 
     def register(builder: Builder) -> Builder:
         _BUILDERS[name] = builder
@@ -119,7 +119,7 @@ def _builder_of(architecture: str) -> Builder:
 
 
 def _built(builder: Builder, spec: NetworkSpec) -> nn.Module:
-    """Network of a user's builder.
+    """Call a user's builder. Returns its network.
 
     Raises:
         ConfigError: the builder raises an error, or returns no module.
@@ -167,9 +167,9 @@ def require_logits(network: nn.Module, spec: NetworkSpec) -> None:
 
 
 def require_stated_norm(network: nn.Module, spec: NetworkSpec) -> None:
-    """Raise a `ConfigError` if `network.norm` is wrong about batch normalisation in a user's network.
+    """Raise a `ConfigError` unless `network.norm` is "batch" exactly if a user's network has batch normalisation.
 
-    Methods decide by this key what they can do.
+    Methods read the key `network.norm` to decide what they can do.
     """
     if couples_samples(network) != (spec.norm == "batch"):
         has, norm = ("has", "batch") if couples_samples(network) else ("has no", "none")
@@ -190,8 +190,8 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
     The logits are computed from the maps, so one call of `torch.autograd.grad` differentiates the logits in the maps.
     Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its patch's
-    position. For other convolutional networks than `SpatialNetwork`, such as torchvision's, the maps are the last
-    module output with more than one position.
+    position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the maps are the last
+    output of a module that has more than one position.
 
     Raises:
         ConfigError: the network has no feature maps, such as an mlp, or its maps cannot be found.
@@ -228,7 +228,7 @@ def embedding(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def require_maps(network: nn.Module) -> None:
-    """Raise a `ConfigError` if a network, such as an mlp, has no feature maps."""
+    """Raise a `ConfigError` if a network, such as an mlp, is no `SpatialNetwork`, whose feature maps are known."""
     if not isinstance(network, SpatialNetwork):
         raise ConfigError(
             "network.architecture has no feature maps",
@@ -249,7 +249,7 @@ def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
     def keep(part: nn.Module, _: object, output: object) -> None:
         nonlocal convolved
         convolved = convolved or isinstance(part, nn.Conv2d)
-        # Outputs of adaptive pooling are left out, because it may enlarge a map of one position.
+        # Outputs of adaptive pooling are left out, because adaptive pooling may enlarge a map of one position.
         is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
         if isinstance(output, Tensor) and is_map and convolved and not isinstance(part, nn.AdaptiveAvgPool2d):
             found.append(output)

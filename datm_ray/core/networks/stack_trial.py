@@ -1,8 +1,9 @@
 """How many networks of a stack a GPU computes in one call, found by a short trial.
 
-Side by side, the networks share every kernel, as groups of one convolution. One after another, each has the kernels of
-a single network, which libraries compute faster, and a CUDA graph saves their launches. Which is faster depends on the
-GPU and the network. Both give the same values up to rounding. Tests: tests/core/networks/test_stack_trial.py.
+Side by side, the networks share every kernel, as groups of one convolution. One after another, each network has kernels
+of its own, which libraries compute faster, and a CUDA graph launches these kernels together. Which way is faster
+depends on the GPU and the network. Both ways give the same values up to rounding. Tests:
+tests/core/networks/test_stack_trial.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datm_ray.core.compute.cuda_graphs import Replayed
 from datm_ray.core.networks.stacked import StackFunctions, StackResults
 
 TURNS = 3
-"""Number of timed calls of each way, which take turns. The fastest call counts."""
+"""Number of timed calls of each candidate. The candidates are called in turn, and each one's fastest call counts."""
 
 
 class OneByOne:
@@ -26,13 +27,13 @@ class OneByOne:
 
     Attributes:
         note: see `StackFunctions`.
-        fills_up: always True, because a graph has one size of batch.
+        fills_up: always True, because a recorded graph takes batches of one size only.
     """
 
     fills_up = True
 
     def __init__(self, single: StackFunctions) -> None:
-        """Keep the function of a single network, whose first call records the graph.
+        """Store the function of a single network. The first call records its graph.
 
         Args:
             single: function of one network without batch statistics.
@@ -50,16 +51,17 @@ class OneByOne:
 
 
 def fastest(ways: Mapping[int, Callable[[], Any]], now: Callable[[], float]) -> int:
-    """Key of the fastest of several calls. The first call of each is not timed, since it compiles and records.
+    """Time several functions that do the same work. Returns the key of the fastest one.
 
-    A way that does not fit into the GPU's memory is not taken.
+    The first call of each function is not timed, since it compiles and records. A function that runs out of GPU memory
+    is left out.
 
     Args:
-        ways: key -> call that does the same work in its own way.
-        now: waits until the device is idle, and returns the time in seconds.
+        ways: key -> function.
+        now: function that waits until the device is idle, and returns the time in seconds.
 
     Raises:
-        torch.OutOfMemoryError: no way fits.
+        torch.OutOfMemoryError: every function runs out of GPU memory.
     """
     seconds = {key: math.inf for key, call in ways.items() if _fits(call)}
     if not seconds:

@@ -35,12 +35,13 @@ STACKED_MAP_BYTES = 3 * 2**19
 Below this size the map fits the second-level cache. Measured with experts of digits at batch 32: six experts trained
 together ran 1.9 times as fast as one at a time; eight, above this size, only 1.2 times."""
 LARGEST_STACK = 8
+"""Largest number of networks that are trained together, inclusive."""
 
 _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Identity, nn.Sequential, GlobalAverage)
 
 
 def can_be_stacked(network: nn.Module) -> bool:
-    """True if the network is a chain of layers that can be computed for several networks at once, linear ones last."""
+    """True if several networks of this kind can be computed at once: chains of known layers, linear layers last."""
     if not isinstance(network, SpatialNetwork):
         return False
     chain = [*network.features.modules(), *network.pooling.modules()]
@@ -163,8 +164,8 @@ class StackFunctions:
             network: network whose structure and device are used, but not its parameters.
             stacked: number of networks that each call computes.
             compile_: True to compile if the machine can.
-            chunk: number of images in one call; a batch takes several calls, whose results are added. `None`: on a CPU,
-                the number of images whose largest map fits the cache; on a GPU, all images.
+            chunk: number of images that are computed at a time; the results of a batch are added up. `None`: on a CPU,
+                as many images as keep the largest map within the cache; on a GPU, all images.
             channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
             in_bfloat16: True to compute layers in bfloat16 where torch's autocast does. Parameters, gradients and
                 losses stay in the parameters' type.
@@ -228,7 +229,8 @@ class StackFunctions:
         return max(1, CACHED_MAP_BYTES // (self._size * self._largest[image]))
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        # Under vmap torch 2.11 cannot put channels innermost. A group norm needs this if its input has them innermost.
+        # A group norm whose input has channels innermost must put them innermost too. torch 2.11 cannot do so under
+        # vmap.
         is_mapped = len(parameters) > 1 and self._stacked is None
         innermost = self._channels_last and not is_mapped
         images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()
@@ -247,7 +249,7 @@ class StackFunctions:
         self, network: StackedNetwork, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         def total(parameters: Tensor) -> tuple[Tensor, Tensor]:
-            # No loss depends on another network's parameters, so the gradient of the sum holds each one's own.
+            # No loss depends on another network's parameters, so the gradient of the sum is each loss's own gradient.
             with self._lowered(images):
                 logits = network(parameters, images)
             losses = _losses(logits.to(parameters.dtype), labels, weights)
@@ -303,8 +305,8 @@ def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> 
 def _channels_innermost(images: Tensor) -> Tensor:
     """Copy images [s b c h w] into the memory order [b h w s c].
 
-    A stacked convolution has a group for each network and reads [b, s c, h, w]. In this memory order it needs no copy,
-    and on CPUs it takes less than half the time (benchmarks/LOG.md).
+    A stacked convolution has a group for each network and reads [b, s c, h, w]. With this memory order the convolution
+    needs no copy, and on CPUs takes less than half the time (benchmarks/LOG.md).
     """
     return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
 
@@ -312,7 +314,7 @@ def _channels_innermost(images: Tensor) -> Tensor:
 def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums [s] over images of the cross-entropy between logits [s b k] and labels [s b] or [s b k].
 
-    One network may come without the axis s; its result is [].
+    The axis s may be left out for a single network. The result is then a scalar [].
     """
     logarithms = logits.log_softmax(dim=-1)
     if labels.is_floating_point():

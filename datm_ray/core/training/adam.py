@@ -28,7 +28,7 @@ def adam_step(
         gradient: gradient in the variable.
         moments: running means of the gradient and of its square; zeros before the first step.
         rate: learning rate of this step.
-        done: number of steps done.
+        done: number of steps before this one.
         decays: decays of the moments, in [0, 1).
     """
     first = moments[0].lerp(gradient, 1 - decays[0])

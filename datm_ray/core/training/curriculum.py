@@ -1,8 +1,8 @@
-"""Which real images experts see in an epoch, if they see them from easy to hard (PAD, arXiv 2408.03360).
+"""Which real images experts see in an epoch, if they are trained from easy images to hard ones (PAD, arXiv 2408.03360).
 
 In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
 easiest images may be left out. The order comes from scores (`stages/experts/difficulty.py`). Within an epoch the
-order is random, so an epoch depends on nothing but its number. Tests: tests/core/training/test_curriculum.py.
+order is random, so an epoch's images depend on nothing but its number. Tests: tests/core/training/test_curriculum.py.
 """
 
 from __future__ import annotations

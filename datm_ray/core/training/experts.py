@@ -1,8 +1,8 @@
 """Training experts on the real data by SGD, or GSAM on top of SGD; several experts at a time.
 
-The experts of a stack share every call, but nothing else: each has its own initialisation, order of images and
-augmentation, and its values do not depend on the other experts. This module stores nothing. Shapes: s experts, n
-images, b images of a batch, p parameters, q buffers.
+Experts that are trained together (a stack) share every call, but nothing else. Each expert has its own initialisation,
+order of images and augmentation, and its values do not depend on the other experts. This module stores nothing. Shapes:
+s experts, n images, b images of a batch, p parameters, q buffers.
 
 GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600). Let g be the
 gradient at the parameters w, and g' the gradient at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM
@@ -86,12 +86,13 @@ def train_stack(
     rates: Sequence[float] | None = None,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor]:
-    """Train s networks together, each on its own images, as `train_experts` does. Yields the losses [s] of every epoch.
+    """Train s networks together, each on its own images. Yields the mean losses [s] of every epoch.
 
     Args:
         images: images [n c h w] of each network.
         labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
-        rates: learning rate of each network; `None`: that of the settings.
+        settings, seeds, state, curriculum: see `train_experts`.
+        rates: learning rate of each network; `None` for `settings.learning_rate`.
     """
     count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
     seen = None if curriculum is None else curriculum.rows
@@ -174,7 +175,7 @@ def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> 
     if len(set(rates)) == 1:
         return torch.sub(parameters, gradient, alpha=rates[0])
     after = torch.empty_like(parameters)
-    for number, rate in enumerate(rates):  # a product with a tensor of rates would round once more
+    for number, rate in enumerate(rates):  # multiplying by a tensor of rates would round once more
         torch.sub(parameters[number], gradient[number], alpha=rate, out=after[number])
     return after
 

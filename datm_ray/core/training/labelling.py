@@ -4,10 +4,10 @@ Methods that follow SRe2L train networks on views of the images: random resized 
 view gets the logits of a trained network, the teacher. Here a view is drawn for every pair (epoch, image) from counters
 alone. Drawing, making and labelling are separate, so that a training can make the labelled views again.
 
-Published programs (FKD) draw one share, one box and one permutation of partners for a whole batch, so a training needs
-the same batches as the labelling. Here every view has its own share and box, and its own partner among all images.
-Therefore batches may have any size and order. The partner has the same crop and mirroring as the view's own image; in
-FKD the partner has its own crop.
+CutMix pastes a box of a partner image into a view. Published programs (FKD) draw one size of box, one position and one
+permutation of partners for a whole batch, so a training needs the same batches as the labelling. Here every view has
+its own box and its own partner among all images. Therefore batches may have any size and order. The partner has the
+same crop and mirroring as the view's own image; in FKD the partner has its own crop.
 
 Shapes: n views, m images of the set, c h w image, k classes, t classes whose logits are kept.
 """
@@ -77,7 +77,7 @@ def draw_views(
     uniform = random.random((count, 8))
     kept = random.beta(mix, mix, count) if mix else np.ones(count)
     mix_boxes = _mix_boxes(kept, uniform[:, 6:], size)
-    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; a single image has only itself
+    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; a single image is its own
     return Views(
         rows=np.arange(count),
         boxes=crop_boxes(torch.from_numpy(uniform[:, :4]), least_share).float().numpy(),
@@ -91,7 +91,7 @@ def draw_views(
 def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint16]:
     """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides.
 
-    The image's border may cut a box. So the share that a view really keeps may be larger than `kept`.
+    The image's border may cut a box. So a view may keep a larger share than `kept`.
 
     Args:
         kept: [n] share of each view's area outside an uncut box, in [0, 1].
@@ -162,7 +162,7 @@ def pack_logits(
 
     Args:
         logits: [n k], on any device.
-        top: number t of logits to keep, from 1 to k - 1; None keeps all logits.
+        top: number t of logits to keep, from 1 to k - 1; `None` keeps all logits.
         temperature: divisor of the logits in the softmax for which the kept probabilities are exact.
 
     Returns:
@@ -190,10 +190,10 @@ def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], clas
 
 
 class DrawnLabels:
-    """Views and logits as a label store would hold them, made when they are asked for: nothing is stored.
+    """Views and a teacher's logits as a label store would hold them, but made on demand and not stored.
 
-    Controls train on them, so that they differ from a set with stored labels in their images alone. Logits equal stored
-    ones up to rounding, because batches differ.
+    Networks of the controls (such as random real images) train on these labels. So a control differs from a set with
+    stored labels in its images alone. The logits equal stored ones up to rounding, because batches differ.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class DrawnLabels:
             images: [m c h w] the images.
             seed: seed of the views.
             keep: number of epochs whose views and labels a training repeats in turn.
-            top: number of largest logits to keep; None keeps all.
+            top: number of largest logits to keep; `None` keeps all.
             temperature: see `pack_logits`.
             views: settings of the views, see `draw_views`.
         """
@@ -223,7 +223,7 @@ class DrawnLabels:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the training, from 0, and draw the views of the epoch that it repeats."""
+        """Choose the epoch of the training, from 0, and draw its views, which repeat after `keep` epochs."""
         size = (self._images.shape[2], self._images.shape[3])
         self._views = draw_views(self._seed, epoch % self._keep, len(self._images), size, **self._settings)
 
@@ -235,9 +235,9 @@ class DrawnLabels:
 
 
 def _as_stored(logits: Tensor, top: int | None, temperature: float) -> Tensor:
-    """Logits [n k] after they were packed and unpacked, on their device."""
+    """Round logits [n k] as packing and unpacking them does. The result is on the logits' device."""
     if top is None:
-        return logits.half().float()  # on the device, so that a GPU does not wait
+        return logits.half().float()  # on the device, so that the CPU does not wait for a GPU
     return unpack_logits(*pack_logits(logits, top, temperature), logits.shape[1]).to(logits.device)
 
 
@@ -247,7 +247,7 @@ def _halves(values: Tensor) -> NDArray[np.float16]:
 
 
 def images_fingerprint(images: Tensor) -> str:
-    """Digest of the values and shape of images [m c h w], stored with labels to recognise the labelled images."""
+    """Digest (16 hex digits) of the values and shape of images [m c h w]. Labels store it to recognise their images."""
     values = images.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
     digest = sha256(repr(tuple(values.shape)).encode())
     digest.update(values.data)

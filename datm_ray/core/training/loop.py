@@ -77,11 +77,11 @@ class Schedule:
 
     @classmethod
     def from_json(cls, content: object) -> Schedule:
-        """Schedule whose `to_json` gave this content. Fields that an earlier version lacked have their defaults.
+        """Restore a schedule from the result of `to_json`. Fields that an earlier version lacked get their defaults.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or outside its range.
-            ConfigError: there is no such augmentation.
+            ConfigError: the augmentation names an operation that does not exist.
         """
         kinds = get_type_hints(cls)
         needed = {each.name for each in dataclasses.fields(cls) if each.default is dataclasses.MISSING}
@@ -97,7 +97,7 @@ class Schedule:
         return schedule
 
     def _out_of_range(self) -> list[str]:
-        """Names of the numbers that no training can have."""
+        """Names of the fields whose numbers are outside their range."""
         positive = ("epochs", "batch_size", "learning_rate", "temperature")
         others = ("momentum", "weight_decay", "decay_epoch", "warmup_epochs")
         values = {name: value for name in positive + others if (value := getattr(self, name)) is not None}
@@ -112,7 +112,7 @@ class Schedule:
         return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
 
     def with_adamw(self, weight_decay: float | None = None) -> Schedule:
-        """Copy of the schedule with AdamW. The weight decay is the given one; `None` takes `ADAMW_WEIGHT_DECAY`."""
+        """Copy of the schedule with AdamW and this weight decay; `None` for `ADAMW_WEIGHT_DECAY`."""
         decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
         return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
 
@@ -127,14 +127,14 @@ class Schedule:
         return rate * share_of_rate(step, steps, warmup, cosine=self.cosine)
 
     def batches(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, epoch: int) -> Iterator[Any]:
-        """Yield a loader's batches for one epoch, and set the learning rate before each, as it was while scoring.
+        """Yield a loader's batches for one epoch. Before each batch, set the schedule's learning rate for this step.
 
         At the start of `decay_epoch` the optimizer's momentum is reset.
 
         Args:
             loader: gives the batches of an epoch, `batch_size` images each.
-            optimizer: the one that the caller steps once for each batch; all its groups get the learning rate.
-            epoch: number of the epoch, from 0. Epochs must be asked for in order.
+            optimizer: optimizer that the caller steps once for each batch; all its groups get the learning rate.
+            epoch: number of the epoch, from 0. The caller must go through the epochs in order.
         """
         if epoch == self.decay_epoch:
             optimizer.state.clear()
@@ -144,13 +144,13 @@ class Schedule:
             yield batch
 
     def augment(self, images: Tensor) -> Tensor:
-        """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""
+        """Augment a batch [b c h w] with one operation of `augmentation`, drawn by torch's global random generator."""
         random = np.random.default_rng(int(torch.randint(2**62, ())))
         return augment(images, draw_augmentation(self.augmentation, len(images), random))
 
 
 def _is_of(kind: Any, value: object) -> bool:
-    """True if a value read from JSON has a field's type, which may be a union or a choice of literals."""
+    """True if a value read from JSON has the type `kind` of a field, which may be a union or a choice of literals."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     kinds = get_args(kind) or (kind,)
@@ -163,14 +163,14 @@ PROTOCOLS: dict[str, Schedule] = {
     "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
-"""Evaluation protocol -> training schedule; a run replaces its learning rate and augmentation."""
+"""Evaluation protocol -> training schedule. A run replaces the schedule's learning rate and augmentation."""
 
 ADAMW_WEIGHT_DECAY = 0.05
 """Weight decay of AdamW, a usual value for transformers."""
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
-    """Training schedule of networks that are scored: that of `evaluate.protocol`, changed by other keys of `evaluate`.
+    """Training schedule of scored networks: the schedule of `evaluate.protocol`, changed by other keys of `evaluate`.
 
     Args:
         settings: section `evaluate` of the recipe.
@@ -246,7 +246,7 @@ class TrainingState(Protocol):
 
     @property
     def velocity(self) -> Tensor | None:
-        """Momentum [s p], or AdamW's two vectors [s 2p]; `None` without any."""
+        """Momentum [s p], or AdamW's two moments [s 2p]; `None` without momentum or before the first step."""
         ...
 
 
@@ -268,13 +268,13 @@ class NetworkState:
             parameters = list(network.parameters())
             pieces = saved.parameters[0].split([each.numel() for each in parameters])
             for each, piece in zip(parameters, pieces, strict=True):
-                each.data.copy_(piece.view_as(each))  # into its own memory, since sums may depend on the alignment
+                each.data.copy_(piece.view_as(each))  # in place, since a new tensor's alignment may change sums
             unflatten_buffers_into(network, saved.buffers[0])
             if saved.velocity is not None:
                 self._restore(saved.velocity[0])
 
     def start_anew(self) -> None:
-        """Reset the momentum, which happens at the start and when the learning rate decays."""
+        """Make a new optimizer without momentum: at the start, and at `decay_epoch` of the schedule."""
         self.optimizer = self._schedule.optimizer(self.network)
 
     @property
@@ -289,7 +289,7 @@ class NetworkState:
 
     @property
     def velocity(self) -> Tensor | None:
-        """Copy of the optimiser's vectors [1 p], or [1 2p] for AdamW; `None` without any."""
+        """Copy of the momentum [1 p], or of AdamW's two moments [1 2p]; `None` without momentum or before a step."""
         states = [self.optimizer.state[each] for each in self.network.parameters()]
         pieces = [state[name] for name in self._names for state in states if state.get(name) is not None]
         return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
@@ -362,15 +362,15 @@ def train(
 STEP_OVERHEAD = 3e7
 """Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long.
 
-That is one millisecond, at 3e10 operations a second (`make bench-evaluate`: 10 digits 1.0 ms a step, 10 images of 32x32
-3.7e10 operations a second and core)."""
+The cost is one millisecond, at 3e10 operations a second. Measured with `make bench-evaluate`: 1.0 ms a step for 10
+digits, and 3.7e10 operations a second and core for 10 images of 32x32."""
 COMPILED_WORK = 5e10
 """Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
 
 One CPU core takes about two seconds for this work, and five to ten for the first compilation (`make bench-evaluate`).
-The process keeps the compiled function for later rows and validations, so less than that is asked for."""
+The process keeps the compiled function for later rows and validations, so this limit is below the cost of compiling."""
 WIDE_MAP_BYTES = 3 * 2**20
-"""Size in bytes of a batch's largest map from which one network keeps a CPU busy. Networks are then trained one after
+"""Size in bytes of a batch's largest map above which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
 
 Measured for images of 32x32 on two cores, as time of five networks one after another divided by their time together
@@ -399,9 +399,10 @@ def would_gain_together(
     *,
     on_gpu: bool = False,
 ) -> bool:
-    """True if several networks like this one gain from being trained together, provided that it can be stacked.
+    """True if training several networks like this one together would be faster than one after another.
 
-    torch.compile must work, and no teacher give the labels, see `Trainer`.
+    Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
+    checks these conditions.
 
     Args:
         networks: number of networks.
@@ -421,8 +422,8 @@ def would_gain_together(
 def stack_sizes(networks: int) -> list[int]:
     """Sizes of the groups (stacks) in which `networks` networks are trained together; the sum is `networks`.
 
-    Sizes are equal if possible, because each size is compiled. Each is at most `LARGEST_STACK`, and at least two unless
-    there is one network only.
+    Sizes are equal if possible, because each size is compiled. Each size is at most `LARGEST_STACK`, and at least two
+    unless there is only one network.
     """
     for size in range(min(networks, LARGEST_STACK), 2, -1):
         if networks % size == 0:
@@ -448,8 +449,9 @@ class Training:
 class Trainer:
     """Trains several networks of one architecture, together if this is faster, otherwise one after another.
 
-    Together means one compiled call for all networks of a group (stack) in every step. Each network has the images,
-    order and augmentation that it has alone, and its result does not depend on the others. Only rounding differs.
+    Together means one compiled call for all networks of a group (stack) in every step. Each network has the same
+    images, order and augmentation as in a training alone, and does not depend on the other networks. Only rounding
+    differs.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -460,7 +462,7 @@ class Trainer:
         """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
 
     def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
-        """Divide networks into groups that are trained at the same time, or of one network each if this is faster.
+        """Divide networks into groups that are trained together. Groups have one network each if this is faster.
 
         Args:
             trainings: networks of one architecture and equally many images. Their schedules differ in the learning
@@ -493,8 +495,8 @@ class Trainer:
         Args:
             stack: one of the groups that `stacks` returned.
             lessons: a teacher's images and logits, see `train`; `None` for several networks.
-            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. It
-                is not kept.
+            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. The
+                trainer keeps no reference to it.
         """
         if len(stack) > 1:
             together = train_together(self._functions_for(stack[0], len(stack)), stack, saved)
@@ -503,7 +505,7 @@ class Trainer:
             return
         each = stack[0]
         state = NetworkState(each.network, each.schedule, saved)
-        del saved  # up to three vectors as long as the parameters
+        del saved  # frees up to three vectors as long as the parameters
         for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
             yield state
 
@@ -592,7 +594,7 @@ def in_batches(
 ) -> Generator[None, None, Tensor]:
     """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
 
-    Returns the values of all items in main memory. Yields between batches.
+    Returns the values of all items in main memory. Yields before each batch.
     """
     found = []
     for first in range(0, len(items), SCORING_BATCH):

@@ -5,9 +5,9 @@ The loss of a batch is the mean over images of
     T^2 KL(softmax(z / T) || softmax(z' / T)).
 
 The teacher's logits are z, the network's are z', and T is a temperature. CutMix replaces a box of every image by the
-box of another image of the batch. Both networks see the mixed images, so no label is mixed. Shapes: b images, c h w
-image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix), 2306.13092 (SRe2L, which trains on its
-images in this way). Tests: tests/core/training/test_teacher.py.
+same box of another image of the batch. Both networks see the mixed images, so labels need no mixing. Shapes: b images,
+c h w image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix), 2306.13092 (SRe2L, which trains on
+its images in this way). Tests: tests/core/training/test_teacher.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Labels(Protocol):
 
 @dataclass(frozen=True)
 class StoredLessons:
-    """Lessons from labels that were stored beforehand. Images have the same order as with a `Teacher`."""
+    """Lessons from labels that were stored beforehand. Images come in the same order as with a `Teacher`."""
 
     labels: Labels
     temperature: float = 20.0
@@ -113,7 +113,7 @@ class StoredLessons:
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Loss [] of logits [b k] against a teacher's logits `wanted` [b k], a mean over images.
 
-    For one image it is T^2 KL(softmax(wanted / T) || softmax(logits / T)), with the temperature T.
+    The loss of one image is T^2 KL(softmax(wanted / T) || softmax(logits / T)), with the temperature T.
     """
     ours, theirs = (each.div(temperature).log_softmax(dim=1) for each in (logits, wanted))
     return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
