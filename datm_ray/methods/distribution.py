@@ -2,7 +2,7 @@
 
     L = sum over classes c of | mean psi(A_c(real images of c)) - mean psi(A_c(synthetic images of c)) |^2
 
-psi is the embedding of a network with random parameters, drawn anew in every iteration: the classifier's input. A_c is
+psi, the embedding, is the classifier's input in a network with random parameters, drawn anew in every iteration. A_c is
 one operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has its own
 loss, so classes can be divided over workers without sums between them. Means are sums over images, so micro-batches are
 exact. Nearly all time goes into the embeddings of real images, which need no derivative.
@@ -35,7 +35,7 @@ from datm_ray.errors import ConfigError
 
 
 def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
-    """Draw the augmentation, of one sample, that an iteration applies to all images of one class.
+    """Draw the augmentation that an iteration applies to all images of one class, with parameters for one sample.
 
     Args:
         strategy: operations, see `core.images.augment`.
@@ -87,14 +87,14 @@ class EmbeddingFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options that are really used, as plain data."""
+        """Options that are in use, as plain data: the precision, and whether functions are compiled."""
         return {"precision": self._precision} | compiled_facts(self.is_compiled, self.note)
 
     def values_of(self, network: nn.Module) -> Tensor:
-        """Parameters of a network, then its buffers, as one vector [p], which the other functions read.
+        """Parameters of a network, then its floating-point buffers, as one vector [p] for `forward` and `reverse`.
 
         Raises:
-            ConfigError: buffers of whole numbers differ from those of the first network.
+            ConfigError: a buffer of whole numbers differs from that of the network given to `__init__`.
         """
         theirs = _whole_numbers(network)
         if any(not torch.equal(theirs[name], own) for name, own in self._fixed.items()):
@@ -111,7 +111,7 @@ class EmbeddingFunctions:
         Args:
             values: [p] values of the network, see `values_of`.
             images: at most `size` images.
-            size: number of images in the computation. Compiled code fills up with zeros, so that it has one shape.
+            size: number of images to which compiled functions pad the batch with zeros, so that one shape is compiled.
         """
         with torch.no_grad(), tf32_products(self._precision == "tf32", values.device):
             return self._forward(values, self._arranged(images, size))[: len(images)]
@@ -120,7 +120,7 @@ class EmbeddingFunctions:
         """Differentiate, in the images [b c h w], the sum over images of the products <direction, embedding>.
 
         Args:
-            direction: [d].
+            direction: [d] vector that each embedding is multiplied by.
             values, images, size: see `forward`.
         """
         with tf32_products(self._precision == "tf32", values.device):
@@ -142,7 +142,7 @@ class EmbeddingFunctions:
 
 
 def _whole_numbers(network: nn.Module) -> dict[str, Tensor]:
-    """Buffers of a network that are no floating-point numbers: name -> values."""
+    """Buffers of a network that hold whole numbers or booleans: name -> values."""
     return {name: buffer for name, buffer in network.named_buffers() if not buffer.is_floating_point()}
 
 
@@ -175,12 +175,12 @@ def distance_and_gradient(
     Only one class's real images and the graph of one micro-batch are kept.
 
     Args:
-        functions: embeddings by networks of the network's architecture.
+        functions: functions for the network's architecture.
         values: [p] values of the network, see `EmbeddingFunctions.values_of`.
         synthetic: [n c h w] images, class by class, the same number of each class.
-        real: real images [m c h w] of each class.
-        augmentations: augmentation of one sample for each class.
-        sizes: numbers of synthetic and of real images in a micro-batch.
+        real: for each class, its real images [m c h w].
+        augmentations: for each class, an augmentation with parameters for one sample.
+        sizes: number of synthetic images, and number of real images, in a micro-batch.
     """
     gradient, loss, (own, theirs) = torch.zeros_like(synthetic), synthetic.new_zeros(()), sizes
     parts = zip(synthetic.chunk(len(augmentations)), gradient.chunk(len(augmentations)), strict=True)
@@ -202,12 +202,12 @@ def _mean(
 ) -> Tensor:
     """Mean embedding [d] of the images after augmentation, `size` images at a time.
 
-    The augmentation of one sample is applied to all images.
+    The augmentation has parameters for one sample, and is applied to every image.
     """
     shown = (augment(part, repeated(augmentation, len(part))) for part in images.split(size))
     return torch.stack([functions.forward(values, part, size).sum(dim=0) for part in shown]).sum(dim=0) / len(images)
 
 
 def repeated(augmentation: Augmentation, count: int) -> Augmentation:
-    """Augmentation of one sample for `count` images, all alike."""
+    """Repeat an augmentation with parameters for one sample, so that `count` images get equal parameters."""
     return augmentation.take(np.zeros(count, np.int64))

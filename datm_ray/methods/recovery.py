@@ -6,12 +6,12 @@ f is the teacher in evaluation mode. mean_l and var_l are the mean and the biase
 and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
 squared, and w_l is 1 except in layer 1. A view is one resized crop, flip and shift, the same for all images of a
 block. Adam follows the gradient, with a learning rate that falls along a cosine to 0. Pixels are kept between black and
-white after each step. Images may have the statistics of other networks too, or in place of the teacher's (as PRISM
-has it): the mean of the networks' sums over layers.
+white after each step. The statistics of other networks may be used too, or in place of the teacher's (as in PRISM). The
+term is then the mean over networks of each network's sum over layers.
 
-The statistics couple the images of a block and no others, so blocks are independent. Two options come from other
-papers: crops that are the whole image at first (CDA, arXiv 2311.18838), and rounds, between which the first images are
-mixed in and Adam's moments start anew (FADRM, arXiv 2506.24125).
+The statistics couple only the images of one block, so blocks are independent. Two options come from other papers. Crops
+may start as the whole image and shrink (CDA, arXiv 2311.18838). A recovery may have rounds: between two rounds the
+first images are mixed in, and Adam's moments are reset (FADRM, arXiv 2506.24125).
 
 Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/test_recovery.py.
 """
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 DECAYS = (0.5, 0.9)
 """Adam's decays of both moments, as published."""
 TRIES = 10
-"""Number of drawn boxes for a falling crop, which is the first that fits into the image, as in torchvision."""
+"""Number of boxes drawn per crop if `recover.crops` is "falling". The first that fits is used, as in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class View:
 
 
 def pulled_back(seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
-    """Turn a gradient [n c h w] in `seen`, a view of images [n c h w], into one in the images."""
+    """Turn a gradient [n c h w] in `seen`, a view of images [n c h w], into a gradient in the images."""
     with tf32_products(False, gradient.device):
         (found,) = torch.autograd.grad(seen, images, gradient)
     return found
@@ -122,7 +122,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
 
 class RecoveryLoss:
-    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to networks' running statistics.
+    """Loss of images: a teacher's cross-entropy for their classes, plus the distance to networks' running statistics.
 
     Attributes:
         note: one line on why the gradient is not compiled although asked to be; "" otherwise.
@@ -141,13 +141,13 @@ class RecoveryLoss:
 
         Args:
             network: the teacher.
-            options: weights of the loss, and whose statistics it has.
+            options: weights of the loss, and which networks' statistics the loss uses.
             others: networks beside the teacher, for `statistics_of` "auxiliaries" and "all".
-            compiled: True to compile `gradient` if the machine can. Its first call with new shapes compiles.
-            channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds differently.
+            compiled: True to compile `gradient` if the machine can. The first call with new shapes compiles.
+            channels_last: True to keep maps with their channels innermost: faster on CPUs, with different rounding.
 
         Raises:
-            ConfigError: a network whose statistics are asked for has no batch normalisation of maps that keeps them.
+            ConfigError: a network whose statistics the loss uses has no batch normalisation with running statistics.
         """
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._networks = _Networks(network, options, others).to(memory_format=self._format)
@@ -161,15 +161,15 @@ class RecoveryLoss:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of images [n c h w] of classes [n].
 
-        Returns the loss, and the loss's term [] of statistics before its weight `recover.statistics`. Both are
-        differentiable in the images.
+        Returns the loss, and its statistics term [] without the weight `recover.statistics`. Both are differentiable in
+        the images.
         """
         return self._loss(images, labels, self._named)
 
     def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Differentiate the loss in the images [n c h w] of classes [n].
 
-        Returns the gradient [n c h w], the loss [], and its term [] of statistics, as `__call__` does.
+        Returns the gradient [n c h w], the loss [], and the loss's statistics term [] without its weight.
         """
         return self._function(images.contiguous(memory_format=self._format), labels, *self._named.values())
 
@@ -182,14 +182,14 @@ class RecoveryLoss:
         return gradient, *found
 
     def _loss(self, images: Tensor, labels: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute what `__call__` does, with these parameters: name -> values."""
+        """Compute the loss as `__call__` does, with the parameters `named`: name -> values."""
         seen = images.contiguous(memory_format=self._format)
         logits, statistics = functional_call(self._networks, dict(named), (seen,))
         return cross_entropy(logits, labels) + self._weight * statistics, statistics
 
 
 class _Networks(nn.Module):
-    """Frozen copies of the teacher and of the networks whose running statistics images shall have."""
+    """Frozen copies of the teacher and of the networks whose running statistics the loss uses."""
 
     def __init__(self, teacher: nn.Module, options: RecoverConfig, others: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class _Networks(nn.Module):
         self.networks = nn.ModuleList(map(copy.deepcopy, [teacher, *beside]))
         self.eval().requires_grad_(False)
         self._first_layer = options.first_layer
-        self._first_counted = int(options.statistics_of == "auxiliaries")  # else the teacher counts too
+        self._first_counted = int(options.statistics_of == "auxiliaries")  # otherwise the teacher counts too
         self._gaps: list[Tensor] = []
         for network in self.networks[self._first_counted :]:
             layers = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
@@ -218,7 +218,7 @@ class _Networks(nn.Module):
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the teacher's logits [n k] for images [n c h w], and the gap [] to the statistics, over networks."""
+        """Compute the teacher's logits [n k] for images [n c h w], and the networks' mean distance [] to statistics."""
         logits, statistics = images.new_zeros(()), list[Tensor]()
         for number, network in enumerate(self.networks):
             self._gaps.clear()
@@ -236,8 +236,8 @@ class RecoveryRecord(LossRecord):
     """Losses of one iteration of a recovery (SRe2L), for its history."""
 
     statistics: float
-    """Sum over layers of the distances from the teacher's running statistics, without the weight
-    `recover.statistics`."""
+    """Statistics term of the loss, without its weight `recover.statistics`: sum over layers of the distances to the
+    running statistics, as a mean over the networks that `recover.statistics_of` names."""
 
 
 @dataclass
@@ -310,7 +310,7 @@ class Recovery(Descent):
         return moved, dict(zip(("first", "second"), after, strict=True))
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
-        """First iteration of the present round, and its exclusive end. Lengths of rounds differ by at most one."""
+        """First iteration of the current round, and its end, exclusive. Lengths of rounds differ by at most one."""
         ends = [self.settings.iterations * number // options.rounds for number in range(options.rounds + 1)]
         return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 

@@ -1,12 +1,12 @@
 """Scores by which real images are chosen for a set, without optimisation.
 
-    RDED (arXiv 2312.03526)          cross-entropy of random crops by a teacher; one crop of an image, the lowest first
+    RDED (arXiv 2312.03526)          a teacher's cross-entropy for random crops; one crop per image, the lowest first
     moderate (Xia et al., 2023)      distance of an image's features to the class centre; nearest to the median first
     EL2N (Paul et al., 2021)         norm of softmax minus one-hot, mean over networks; the lowest or the highest first
     forgetting (Toneva et al., 2019) times that a network forgets an image, mean over networks; lowest or highest first
 
-Classes are chosen one by one, so that any division of the classes gives the same set. A class's images are drawn in a
-random order first, and equal scores keep it. Everything here is exact and knows no network.
+Images are chosen class by class, so any division of the classes over workers gives the same set. A class's images are
+first put into a random order, which images with equal scores keep. No code here runs a network.
 
 Shapes: n real images of a class, m crops of each, k classes, d features, c h w an image, e epochs, t tiles in each
 direction. Tests: tests/methods/test_selection.py.
@@ -36,7 +36,7 @@ def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.in
 
 
 def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int64]:
-    """Positions of the `count` lowest scores [n], the lowest first; of the highest scores if `hardest`.
+    """Positions of the `count` lowest scores [n], lowest first; of the highest scores, highest first, if `hardest`.
 
     Equal scores keep their order, and scores that are not finite come last.
     """
@@ -72,12 +72,12 @@ def el2n_scores(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
-    """Score [n]: times that an image is classified correctly at one epoch and wrongly at the next.
+    """Score [n]: number of times that an image is classified correctly at one epoch and wrongly at the next.
 
-    An image that is never classified correctly scores e, more than any other, as the authors count it.
+    An image that is never classified correctly scores e, which is more than any other image, as in the paper.
 
     Args:
-        correct: [e n] whether one network classifies each image correctly, epoch after epoch.
+        correct: [e n] True where one network classifies the image correctly after the epoch.
     """
     forgotten: NDArray[np.bool_] = correct[:-1] & ~correct[1:]
     return np.where(correct.any(axis=0), forgotten.sum(axis=0), len(correct)).astype(np.float64)
@@ -103,14 +103,14 @@ def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
 
 
 def padded(crops: Tensor, height: int, width: int) -> Tensor:
-    """Put crops into the centres of images of zeros (the mean colour) with the given size, as the teacher's input."""
+    """Pad crops [b c ..] with zeros (the mean colour) to `height` and `width` pixels, as input of the teacher."""
     free = [side - own for side, own in zip((height, width), crops.shape[2:], strict=True)]
     top, left = free[0] // 2, free[1] // 2
     return pad(crops, (left, free[1] - left, top, free[0] - top))
 
 
 def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
-    """Index [n] of each image's crop of lowest loss, and this loss [n]. If losses are equal, the first crop counts.
+    """Index [n] of each image's crop with the lowest loss, and this loss [n]. Of equal losses, the first counts.
 
     Args:
         losses: losses [n m] of the crops. A loss that is not finite counts as infinite.
@@ -122,8 +122,8 @@ def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
 def tiled(crops: Tensor, tiles: int) -> Tensor:
     """Put t*t crops [n*t*t c h/t w/t] side by side into each of n images [n c h w].
 
-    The first n crops are the upper left tiles, the next n are the tiles beside them. So every image has good and less
-    good crops.
+    The first n crops become the upper left tiles, the next n the tiles beside them. So if crops come best first, every
+    image gets good and less good crops.
     """
     count = len(crops) // tiles**2
     places = crops.view(tiles, tiles, count, *crops.shape[1:])

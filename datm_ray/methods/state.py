@@ -31,11 +31,13 @@ IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 """Momenta of SGD on the images, the soft labels and the step sizes, as published."""
 
 FIRST_MOVE = 0.05
-"""Size of the images' first update if `distill.learning_rate_images` is null: its root mean square as a share of the
-pixels' root mean square. The digits' recipes, tuned on validation data, have 0.07 (IPC 1) and 0.025 (IPC 10)."""
+"""Root mean square of the images' first update, as a share of the pixels' root mean square, if
+`distill.learning_rate_images` is null. In the recipes for digits, tuned on validation data, the share is 0.07 at 1
+image per class and 0.025 at 10."""
 MOST_DIVERGED = 100
-"""Number of diverged iterations without an update after which a distillation stops. Trajectory matching counts them for
-each backbone. Every iteration has other random draws, so a hundred divergences are caused by the set, not by a draw."""
+"""Number of diverged iterations without an update after which a distillation stops. Trajectory matching counts diverged
+iterations for each backbone. Every iteration has other random draws, so a hundred divergences come from the set, not
+from a draw."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
 
@@ -66,9 +68,9 @@ class MetaTerm:
     images: int
     """Number of images that MetaDD uses in all shards together."""
     augmentations: Sequence[Augmentation] = ()
-    """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees them as they are."""
+    """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees unaugmented images."""
     chunk: int = IMAGES_AT_A_TIME
-    """Number of images in the networks at a time; the same in all processes."""
+    """Number of images that pass through the networks at a time; the same in all processes."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,17 @@ class State(Generic[Record]):
     validations: list[tuple[int, float]] = field(default_factory=list)
     """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None
-    """Set chosen on validation data so far; None before the first validation."""
+    """Set chosen on validation data so far; `None` before the first validation."""
     chosen_at: int = 0
     """Number of iterations after which the set was `chosen`; 0 before the first validation."""
     averaged: Tensor | None = None
-    """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update.
+    """Moving average [n c h w] of the images; `None` if `distill.average_decay` is null, or before the first update.
 
-    With a prior, it is the average [n l a b] of their latents."""
+    With a prior, this is the average [n l a b] of the images' latents."""
     image_rate: float | None = None
-    """Learning rate of the images, found before the first iteration; None if the recipe gives it."""
+    """Learning rate of the images, found before the first iteration; `None` if the recipe gives it."""
     prior: Prior | None = None
-    """Decoder that makes the images from latents; None if pixels are learned. Checkpoints do not hold it."""
+    """Decoder that makes the images from latents; `None` if pixels are learned. Checkpoints do not hold the decoder."""
 
     @property
     def iteration(self) -> int:
@@ -161,9 +163,9 @@ class State(Generic[Record]):
 
         Args:
             accuracy: validation accuracy in [0, 1].
-            standard_error: standard error of the accuracy, a fraction like it, from the number of validation images.
-            earlier: if an earlier set was validated, its number of iterations and a function that reads the set;
-                `None` for the current set.
+            standard_error: standard error of the accuracy, in the same unit, from the number of validation images.
+            earlier: number of iterations of the validated set, and a function that reads this set, if it is an earlier
+                one; `None` for the current set.
 
         Returns:
             True if the set was chosen.
@@ -177,7 +179,7 @@ class State(Generic[Record]):
         return is_chosen
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
-        """Turn a gradient in pixels [n c h w] into one in the prior's latents; without a prior, return it unchanged."""
+        """Turn a gradient in pixels [n c h w] into a gradient in the latents; unchanged if the set has no prior."""
         if self.prior is None:
             return gradient
         return self.prior.pull_back(self.synthetic.variable("images"), gradient)
@@ -199,11 +201,12 @@ class State(Generic[Record]):
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
         """Compute MetaDD's gradient in pixels, or in a prior's latents, through this process's networks.
 
-        The networks see augmented images if `meta` says how; the gradient is that in the images before it.
+        The networks see augmented images if `meta` has augmentations. The gradient is taken in the images before
+        augmentation.
 
         Returns:
             {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
-            any shard. In that case, and without MetaDD, the dictionary and the list are empty.
+            any shard. The dictionary and the list are empty in that case, and if `meta` is `None`.
         """
         if meta is None:
             return {}, [], False
@@ -229,7 +232,7 @@ class State(Generic[Record]):
     def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
         """Update the set along the gradients, unless the update makes a value invalid in any shard.
 
-        Valid are finite values and positive step sizes.
+        A value is invalid if it is not finite, or if it is a step size and not positive.
 
         Args:
             gradient: learned variable -> its gradient; changed in place.
@@ -248,9 +251,9 @@ class State(Generic[Record]):
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
-        # One number in all: to read a number, the CPU waits for the GPU.
+        # All checks give one number, because the CPU waits for the GPU at each number that it reads.
         is_bad = not_finite(*gradient.values()).bool() | updated.is_invalid()
-        # Each shard checks its own rows. Either all shards update, or none.
+        # Each shard checks its own rows. The sum makes all shards update, or none.
         if bool(all_sum(is_bad.float().reshape(1))):
             return False
         if self.settings.average_decay is not None:
@@ -260,7 +263,7 @@ class State(Generic[Record]):
         return True
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Convert the state to named arrays for a checkpoint: first those with one row per image, then all others."""
+        """Convert the state to named arrays for a checkpoint. Returns arrays with one row per image, and all others."""
         held: dict[str, Tensor] = {}
         shared: dict[str, Tensor] = {}
         sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
@@ -360,7 +363,7 @@ class Descent(State[LossRecord]):
         Raises:
             DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
         """
-        # MetaDD first, so that processes with MetaDD networks alone finish it while the others compute.
+        # MetaDD comes first: processes that hold only MetaDD networks finish it while the others compute the loss.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
         own, pixels = gradient()
         images = self.pulled_back(pixels)
@@ -396,7 +399,7 @@ FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
 
 
 def _averaged(arrays: Mapping[str, Any]) -> str:
-    """Name of the moving average in a checkpoint with these arrays: of latents with a prior, else of images."""
+    """Name of the moving average in a checkpoint with these arrays: "averaged.latents" with a prior, or of images."""
     return "averaged.latents" if "synthetic.latents" in arrays else "averaged.images"
 
 

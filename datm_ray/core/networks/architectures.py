@@ -141,7 +141,7 @@ def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int]
 
 
 def _two_convolutions(width: int, stride: int) -> Convolutions:
-    """Two 3x3 convolutions of a block of ResNet-18. The first convolution has the given stride, the second has 1."""
+    """Two 3x3 convolutions of a block of ResNet-18. The given stride is that of the first; the second has stride 1."""
     return (width, 3, stride), (width, 3, 1)
 
 

@@ -167,9 +167,10 @@ def require_logits(network: nn.Module, spec: NetworkSpec) -> None:
 
 
 def require_stated_norm(network: nn.Module, spec: NetworkSpec) -> None:
-    """Raise a `ConfigError` unless `network.norm` is "batch" exactly if a user's network has batch normalisation.
+    """Raise a `ConfigError` if a user's network does not match the key `network.norm`.
 
-    Methods read the key `network.norm` to decide what they can do.
+    The key must be "batch" if the network has batch normalisation, and must have another value if it has none. Methods
+    read the key to decide what they can do.
     """
     if couples_samples(network) != (spec.norm == "batch"):
         has, norm = ("has", "batch") if couples_samples(network) else ("has no", "none")

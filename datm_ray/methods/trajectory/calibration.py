@@ -1,9 +1,9 @@
 """Calibration before the first iteration: the initial matching losses, and the step size with the smallest losses.
 
-A loss is computed from the student's steps, without its derivative, and costs about a quarter of an iteration. At step
+A loss is computed from the student's steps, without a derivative, and costs about a quarter of an iteration. At step
 size 0 the loss is 1, because the student stays at its start. If small steps lead towards the target, the loss falls
-with a growing step size, then rises without bound as the student passes the target. If they lead away from it, the loss
-rises from 1 on, and no step size is best. Tests: tests/methods/trajectory/test_calibration.py.
+with a growing step size, then rises without bound as the student passes the target. If small steps lead away from the
+target, the loss rises from 1 on, and no step size is best. Tests: tests/methods/trajectory/test_calibration.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from datm_ray.methods.trajectory.iteration import Match
 PAIRS = 4
 """Number of pairs of start and target whose losses are measured, spread over the range of start epochs."""
 MOST_TRIED = 12
-"""Largest number of step sizes that `find_step_size` tries. Halving from the first, it reaches 1/2048 of it."""
+"""Largest number of step sizes that `find_step_size` tries. By halving it reaches 1/2048 of the first step size."""
 LEAST_FALL = 0.005
-"""Smallest fall of the mean loss below 1, the loss of no movement, at a step size that counts as the best one.
+"""Smallest amount by which a step size must lower the mean loss below 1 to count as the best one, inclusive.
 
-For a student that moves straight to its target, it takes a quarter of a percent of the way."""
+A student that does not move has a loss of 1. A student that moves straight to its target reaches this amount after a
+quarter of a percent of the way."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Measured:
 
     @property
     def is_best(self) -> bool:
-        """True if `find_step_size` tried a step size whose loss is clearly below 1; else none is best."""
+        """True if a step size that `find_step_size` tried has a mean loss below 1 by at least `LEAST_FALL`."""
         return self.least_loss <= 1 - LEAST_FALL
 
     @property
@@ -74,9 +75,9 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float, bound:
     the loss is above 1, because the loss is 1 at step size 0. Then it tries the vertex of the parabola through the best
     step size and its neighbours. If the student moves straight to the target, the loss is a parabola in the step size.
 
-    If no loss is below 1 by `LEAST_FALL`, no step size is best, and the smallest ones hardly move the student. The
-    result is then the largest step size tried whose loss is at most `bound`; the one of the smallest loss if there is
-    none.
+    If no loss is below 1 by `LEAST_FALL`, no step size is best, and the smallest step sizes hardly move the student.
+    The result is then the largest step size tried whose loss is at most `bound`. If no loss is, the result is the step
+    size with the smallest loss.
 
     Args:
         measured_at: measures the losses at a step size.
@@ -91,7 +92,7 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float, bound:
         return tried[step_size].loss
 
     best = near
-    # Infinite losses are equal; the search then goes down.
+    # Two infinite losses compare as equal, so the search goes down.
     while len(tried) < MOST_TRIED and (loss(best / 2) <= loss(best) or loss(best) > 1):
         best /= 2
     while len(tried) < MOST_TRIED and loss(best * 2) <= loss(best):

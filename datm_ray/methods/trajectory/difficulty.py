@@ -22,9 +22,10 @@ class MatchPlan:
 
 
 def draw_plan(starts: range, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:
-    """Draw one iteration's expert, in shuffled order, and start epoch, uniform in `starts`.
+    """Draw the expert and the start epoch that one iteration matches.
 
-    Every expert is drawn once before any expert is drawn twice, as published.
+    Start epochs are uniform in `starts`. Experts come in shuffled order: every expert is drawn once before any expert
+    is drawn twice, as published.
 
     Args:
         starts: start epochs to draw from.

@@ -18,13 +18,16 @@ from datm_ray.config import RunConfig
 from datm_ray.words import counted
 
 BEST = 0.5
-"""Largest ratio of the student's distance to the experts' distance at which the first loss was smallest. Measured: 0.3
-to 0.5 on digits at IPC 1, 10 and 30, and 1/100 to 1/16 on 32x32 photos at IPC 1. A search starts here and goes down."""
-TOO_FAR, TOO_NEAR = 2.0, 1 / 256
-"""Ratios of the student's distance to the experts' distance above or below which a plan gives advice.
+"""Largest measured ratio of the student's distance to the experts' distance at which the first loss is smallest.
 
-Measured first losses: 1.4 to 73 at ratio 2; at ratio 1/16 0.9 on digits and 0.95, the smallest, on photos at IPC 1; at
-ratio 1/256 0.99 there."""
+Ratios measured: 0.3 to 0.5 on digits with 1, 10 and 30 images per class, and 1/100 to 1/16 on 32x32 photos with 1. A
+search for the step size starts at this ratio and goes down."""
+TOO_FAR, TOO_NEAR = 2.0, 1 / 256
+"""Ratios of the student's distance to the experts' distance, exclusive: a plan gives advice above TOO_FAR or below
+TOO_NEAR.
+
+First losses measured at ratio 2: 1.4 to 73. On photos with 1 image per class: 0.95, the smallest, at 1/16, and 0.99 at
+1/256. On digits: 0.9 at 1/16."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Distance:
     title: ClassVar[str] = "step sizes"
 
     steps_per_epoch: int
-    """Number of an expert's SGD steps in one epoch; with `experts.curriculum`, its mean over the matched epochs."""
+    """Number of an expert's SGD steps in one epoch; with `experts.curriculum`, the mean over the matched epochs."""
     expert_epochs: int
     """Number of epochs from start to target."""
     learning_rate: float
@@ -43,7 +46,7 @@ class Distance:
     """The experts' momentum in [0, 1)."""
     student_steps: int
     step_size: float | None
-    """The student's step size; None if it is found before the first iteration."""
+    """The student's step size; `None` if it is found before the first iteration."""
 
     @classmethod
     def of(cls, config: RunConfig, training_images: int) -> Distance:
@@ -70,12 +73,12 @@ class Distance:
 
     @property
     def likely_step_size(self) -> float:
-        """Step size with the ratio `BEST`, at which a search starts. The best one is near it or below."""
+        """Step size at which a search starts: the one with the ratio `BEST`. The best step size is near it or below."""
         return BEST * self.expert / self.student_steps
 
     @property
     def ratio(self) -> float:
-        """Student's distance divided by the expert's distance; with `likely_step_size` if `step_size` is None."""
+        """Student's distance divided by the expert's. If `step_size` is `None`, `likely_step_size` stands for it."""
         return self.student_steps * (self.step_size or self.likely_step_size) / self.expert
 
     def __str__(self) -> str:
@@ -90,7 +93,7 @@ class Distance:
 
     @property
     def advice(self) -> str:
-        """Advice for the user if the ratio is above `TOO_FAR` or below `TOO_NEAR`; "" if it is not."""
+        """Advice for the user if the ratio is above `TOO_FAR` or below `TOO_NEAR`; otherwise ""."""
         if TOO_NEAR <= self.ratio <= TOO_FAR:
             return ""
         times = f"{self.ratio:.2g} times as far" if self.ratio > 1 else f"{1 / self.ratio:.2g} times less far"

@@ -1,4 +1,4 @@
-"""One iteration of trajectory matching: the update, when it is skipped, and the limit on its size.
+"""One iteration of trajectory matching: the update, when the update is skipped, and the limit on its size.
 
 No code here reads experts or the disk. The caller passes the parameters to match, and decides when to validate and to
 save. The learned variables follow the gradient of the weighted sum of all backbones' matching losses. Each backbone has
@@ -48,7 +48,7 @@ class Match:
     weight: float = 1.0
     """Weight of this backbone's matching loss in the sum over backbones."""
     chunk: int | None = None
-    """Number of images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
+    """Number of images per call of the step functions; `None` for a whole minibatch, see `matching_gradient`."""
     first: int = 0
     """Index of the first parameter that is matched, see `distill.unmatched_share`."""
 
@@ -106,8 +106,8 @@ class IterationRecord:
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
     """Mask [n] of the updates that were skipped because of a divergence, not because of a finite loss above `limit`.
 
-    A divergence means: the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would
-    not have stayed positive.
+    An update diverges if the loss, the gradient, MetaDD's part or an updated value is not finite, or if a step size
+    would not stay positive.
 
     Args:
         loss: [n] matching loss of each update.
@@ -118,7 +118,7 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
 
 
 def _since_update(records: Sequence[IterationRecord]) -> Sequence[IterationRecord]:
-    """Records after the last update: the skipped ones at the end."""
+    """Records after the last update: the skipped records at the end."""
     count = next((back for back, record in enumerate(reversed(records)) if not record.skipped), len(records))
     return records[len(records) - count :]
 
@@ -157,11 +157,11 @@ class Distillation(State[IterationRecord]):
 
     @property
     def stuck(self) -> int:
-        """Number of iterations in vain that ends the run, a multiple of `MOST_ABOVE`; 0 while the run may continue.
+        """Number of vain iterations since the last update if the run must stop now; 0 if the run may continue.
 
-        An iteration in vain updated nothing, and all its losses were finite and above `distill.threshold`. Those after
-        the last update are counted. The value is this count only if the latest iteration made it a multiple of
-        `MOST_ABOVE`, otherwise 0. So a resumed run tries `MOST_ABOVE` more iterations.
+        An iteration is vain if all its losses are finite and above `distill.threshold`, so that it updates nothing. The
+        run must stop when a vain iteration makes their number a multiple of `MOST_ABOVE`. So a resumed run tries
+        `MOST_ABOVE` more iterations.
         """
         since = _since_update(self.history)
         since = since[len(since) % self.backbones :]  # whole iterations
@@ -181,24 +181,24 @@ class Distillation(State[IterationRecord]):
         """Run one iteration: match, update the set, append to the history.
 
         A backbone diverges if its loss or gradient is not finite, or if its step size would not stay positive. A
-        backbone is skipped if it diverges or its loss exceeds `distill.threshold`; the others are updated. If MetaDD's
-        part or an updated value is not finite, all backbones are skipped. All processes make the same decisions.
+        backbone is skipped if it diverges or its loss exceeds `distill.threshold`. The other backbones update the set.
+        If MetaDD's part or an updated value is not finite, all backbones are skipped. All processes decide alike.
 
         Args:
             matches: one for each backbone that this process computes, computed one after another.
             origins: one for each backbone of the run, in order.
-            meta: MetaDD's inputs; None if this process holds no MetaDD network.
+            meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over the class shards of a backbone.
             sum_over_backbones: sum over the processes that hold the same images and match other networks.
-            in_rows: function that calls its argument with an `all_sum`, and then waits for the other backbones; None
+            in_rows: function that calls its argument with an `all_sum`, and then waits for the other backbones; `None`
                 if no other process computes a backbone.
 
         Raises:
             DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of this
-                number, so that a resumed run tries `MOST_DIVERGED` more. Every shard then has the set of the last
-                update and the complete history.
+                number of times. So a resumed run tries `MOST_DIVERGED` more iterations. Every shard has the set of the
+                last update and the complete history.
         """
-        # MetaDD first, so that processes with MetaDD networks alone finish it while the others match.
+        # MetaDD comes first: processes that hold only MetaDD networks finish it while the other processes match.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
         outcome = torch.zeros(4, self.backbones, dtype=torch.float64)
 
@@ -254,7 +254,7 @@ class Distillation(State[IterationRecord]):
                 raise self._divergence(times, own[-1].loss, is_lost)
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
-        """Add a backbone's weighted gradient to `total`, unless it diverged or its loss exceeds `distill.threshold`.
+        """Add a backbone's weighted gradient to `total`, unless it diverges or its loss exceeds `distill.threshold`.
 
         Returns the backbone's loss, its first-order decrease (nan if nothing was added), and True if it diverged.
         """
@@ -283,7 +283,7 @@ class Distillation(State[IterationRecord]):
             The first-order decrease before shortening, as a multiple of the loss; nan if the gradient is not finite in
             any shard.
         """
-        # Norms make no copy of the images, which may be large. Squares of large norms need float64.
+        # A norm, unlike a sum of squares, makes no copy of the images. Squares of large norms need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )

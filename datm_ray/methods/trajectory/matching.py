@@ -13,9 +13,9 @@ Norms may leave out the first parameters (PAD). The student still trains them, a
 Augmentation A_i is applied outside the compiled step, and differentiated by its own vector-Jacobian product. A_i does
 not depend on theta, so this is exact too.
 
-The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The sums are taken over chunks
-(micro-batches), so that memory does not grow with the batch, and over class shards, which each hold some rows of the
-set.
+The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The images are computed in chunks
+(micro-batches), so that memory does not grow with the batch. Class shards, which each hold some rows of the set, add
+their sums.
 
 Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. The code is written for one process; a
 class shard passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests:
@@ -97,9 +97,10 @@ def draw_student_steps(
 def first_shown(
     rows: NDArray[np.int64], images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int
 ) -> list[Augmentation]:
-    """Augmentation, of one sample each, under which the first backbone's student first sees images in an iteration.
+    """For each image, the augmentation under which the first backbone's student first sees it in an iteration.
 
-    Images that no student step of the iteration shows have one operation, drawn for the iteration.
+    Each augmentation has parameters for one sample. Images that the student does not see in the iteration share one
+    operation, drawn for the iteration.
 
     Args:
         rows: [b] indices of the images in the whole set.
@@ -149,11 +150,12 @@ def matching_gradient(
     Args:
         start, target: [p] expert parameters at the start epoch and at the target epoch.
         synthetic: the set, or this shard's rows of the set.
-        steps: minibatches from `draw_student_steps`, or this shard's parts of them; on any device, or placed already.
+        steps: minibatches from `draw_student_steps`, or this shard's parts of these minibatches, or the result of
+            `place_steps`.
         backbone: index of the backbone, whose step size the student uses.
-        chunk: number of images per call of `functions`; None for whole minibatches. A smaller rest is padded with
+        chunk: number of images per call of `functions`; `None` for whole minibatches. A smaller rest is padded with
             images of weight 0, so that only one shape is compiled.
-        skip_above: a loss above this value is not differentiated; its gradient is given as zero.
+        skip_above: limit above which a loss is not differentiated. The result then has a gradient of zeros.
         first: index of the first parameter that both norms of the loss count, see `first_matched`.
         all_sum: sum over class shards.
     """
@@ -179,7 +181,7 @@ def matching_gradient(
 
 
 def first_matched(parameters: int, unmatched_share: float) -> int:
-    """Index of the first matched parameter, if the first `unmatched_share` of all parameters is not matched.
+    """Index of the first matched parameter, if the first `unmatched_share` (in [0, 1)) of the parameters is left out.
 
     Parameters are in the network's order, from the layer that reads the images to the classifier.
     """
@@ -189,7 +191,7 @@ def first_matched(parameters: int, unmatched_share: float) -> int:
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:
     """Mean of the shards' losses. Machines may round the loss differently, but the mean is equal in all shards.
 
-    So either all shards skip an iteration, or none.
+    With this mean, either all shards skip an iteration, or none.
     """
     total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
     return float(total / shards)

@@ -44,7 +44,8 @@ Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
 REPLAYED_FLOP = 11 * 10**9
 """Largest work of a call that is replayed as CUDA graphs by default, in operations of its images' forward passes.
 
-Beyond it, kernels take longer than their launches. 100 images of 32x32 in the published ConvNet have this. Assumed."""
+Beyond this work, kernels take longer than their launches. A call with 100 images of 32x32 in the published ConvNet has
+this work. The limit is assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class StudentStepFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options that steps really use, as plain data. The order of differentiation is final after the first trace."""
+        """Options that student steps use, as plain data. The order of differentiation is final after a first trace."""
         precision = self._options.precision
         return {
             "precision": precision,
@@ -114,7 +115,7 @@ class StudentStepFunctions:
         return bool(made) and all(isinstance(each, Replayed) and each.is_recorded for each in made)
 
     def forget(self) -> None:
-        """Drop what is compiled and recorded so far. A CUDA graph keeps its memory as long as it exists."""
+        """Drop all compiled code and recorded CUDA graphs, which keep their memory as long as they exist."""
         self._built.clear()
 
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class StudentStepFunctions:
     ) -> None:
         """Compile both functions for `batch` images, which takes seconds to minutes. Calls `heartbeat` after each.
 
-        On a GPU both functions are run even if they are not compiled, to find out early if the memory is enough.
+        On a GPU both functions are run even if they are not compiled. So too little memory is found early.
         """
         theta = flatten(self.network.module)
         if not self._compiled and theta.device.type == "cpu":
@@ -165,7 +166,7 @@ class StudentStepFunctions:
         return self._options.channels_last and not (self._order == "reverse-over-forward" and has_own)
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Trace `forward` and `reverse` for `batch` images, without memory for them. Returns the two graphs."""
+        """Trace `forward` and `reverse` for `batch` images, with tensors without memory. Returns the two graphs."""
         with shapes_only():
             like = next(self.network.module.parameters())
             theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)
