@@ -42,14 +42,14 @@ _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 class Attempt:
     """One attempt to distil a set, by any number of workers. The latest attempt owns the set's folder.
 
-    Each attempt claims the folder before it reads anything there. The first worker checks the claim before each of its
-    files gets its name. So a worker left over from a lost connection ends with an `OvertakenError`.
+    Each attempt claims the folder before it reads anything there. Before a file of the first worker gets its name, this
+    worker checks the claim. So a worker left over from a lost connection ends with an `OvertakenError`.
 
-    A request that passed this check may be delayed until the next attempt has started, and then still replace a file.
-    This corrupts nothing, because files are whole. No attempt writes or deletes another attempt's parts of an iteration
-    later than the one it resumed from. So the parts of a delayed checkpoint.arrow exist until a third attempt resumes
-    from a later iteration. If the new attempt is killed before its next checkpoint, at most the iterations between the
-    two checkpoints are computed again.
+    A write that passed this check may be delayed until the next attempt has started, and then still replace a file.
+    This corrupts nothing, because files are whole. An attempt deletes another attempt's parts only up to the iteration
+    from which it resumed. So the parts that a delayed checkpoint.arrow names exist until a third attempt resumes from a
+    later iteration. If the new attempt is killed before its next checkpoint, at most the iterations between the two
+    checkpoints are computed again.
     """
 
     folder: Location
@@ -85,10 +85,10 @@ def save_checkpoint(
 
     Args:
         attempt: attempt at the set, which must still own the folder.
-        state: state of this worker's rows, and what all workers share.
+        state: state of the distillation, with the images of this worker's rows.
         rows: rows of the set that this worker holds.
         mesh: workers of the distillation.
-        recipe: settings that decide the result, which the file names.
+        recipe: settings that decide the result, to store in checkpoint.arrow.
         computed: how student steps were computed, see `read_computed`.
     """
     held, shared = state.to_arrays()
@@ -107,9 +107,9 @@ def save_checkpoint(
 def load_checkpoint(
     kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
 ) -> AnyState | None:
-    """Read the state of the last checkpoint for some rows of the set; the rows may differ from those of its writers.
+    """Read the state of the last checkpoint for some rows of the set; `None` if there is no checkpoint.
 
-    Returns `None` if there is no checkpoint.
+    The rows may differ from the rows of the workers that wrote the checkpoint.
 
     Args:
         kind: class of the state.
@@ -124,7 +124,7 @@ def load_checkpoint(
     if not (folder / CHECKPOINT).exists():
         return None
     try:
-        # Another command that resumes this run replaces the checkpoint and deletes the earlier one's parts.
+        # Another command that resumes this run may replace the checkpoint and delete the parts of the former one.
         return reading_again(
             folder / CHECKPOINT,
             lambda: _load(kind, folder, rows, settings, device),
@@ -163,8 +163,8 @@ def copy_checkpoint(source: Location, folder: Location) -> int:
 def read_computed(folder: Location) -> list[dict[str, Any]]:
     """How student steps were computed up to the checkpoint, such as their precision.
 
-    The list has an entry for every change, with its first iteration. It is empty if there is no checkpoint, or if an
-    earlier version of this package wrote it.
+    The list has one entry for every change, with the first iteration after the change. The list is empty if there is no
+    checkpoint, or if an earlier version of this package wrote the checkpoint.
 
     Raises:
         CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
@@ -202,7 +202,7 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
-    """Read the arrays of some rows (images) of the set, by name. They are cut from the part files and joined."""
+    """Read the arrays of some rows (images) of the set from the part files. Returns array name -> joined array."""
     pieces: list[dict[str, NDArray[Any]]] = []
     found = rows.first
     for part, name in sorted((_part_rows(folder, name), name) for name in names):
@@ -216,15 +216,15 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
             found += last - first
     if found != rows.last:
         raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
-    # The first validation adds the chosen set; after a kill, some parts may have it and others not.
+    # The first validation adds the chosen set. After a kill, only some parts may have this set.
     names_of_all = set(pieces[0]).intersection(*pieces)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in names_of_all}
 
 
 def _require_shapes(folder: Location, state: State[Any]) -> None:
-    """Raise a `CorruptFileError` unless the arrays of the state's sets fit in shape and hold floats.
+    """Raise a `CorruptFileError` unless the shapes of the state's arrays fit each other and learned values are floats.
 
-    Checksums do not find such a fault.
+    A file with other shapes may have a valid checksum.
     """
     for held in (state.synthetic, state.chosen or state.synthetic, state.result):
         shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
@@ -265,8 +265,7 @@ def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
 def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
     """Delete this attempt's parts of earlier iterations, and other attempts' parts up to where this attempt resumed.
 
-    The checkpoint of another attempt may name later parts of that attempt, so these stay. The next attempt deletes
-    them.
+    Later parts of another attempt stay, because that attempt's checkpoint may name them. The next attempt deletes them.
     """
     parts = attempt.folder / PARTS
     for name in parts.list():

@@ -119,14 +119,14 @@ class DistillWorker:
             store_uri: store of the experts.
             folder_uri: folder of the run.
             sharing: number of distilling workers that may run on this machine at the same time.
-            validation: task that lets any worker validate a set, once the set's iteration is added to its arguments.
-                The last of these tasks writes the result. With `None`, this worker validates and writes the result.
+            validation: template of the tasks by which any worker validates a set: each task adds the set's iteration to
+                its arguments. The last task writes the result. `None`: this worker validates and writes the result.
             worker_rank: this worker's rank among the workers of the recipe; `None` if it works alone.
 
         Raises:
             MissingExpertsError: the store lacks experts of the recipe.
             DivergenceError: too many iterations in a row diverged. The checkpoint holds the set of the last update.
-            ThresholdError: the first matching losses exceed `distill.threshold`, or those of many iterations in a row.
+            ThresholdError: the first matching losses, or those of many iterations in a row, exceed `distill.threshold`.
             StoreError: an expert has the same parameters in its first and last epochs.
             PeerLostError: another worker of the mesh died.
             OvertakenError: a newer attempt at the set has started.
@@ -153,8 +153,8 @@ class DistillWorker:
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
         """Validate a candidate: a set that an unfinished distillation wrote after some iterations.
 
-        After the last missing result, also write the final set. Do nothing if the candidate's file is gone, because the
-        distillation then has its result.
+        If no other result is missing, also write the final set. Do nothing if the candidate's file is gone, because the
+        distillation then has the result.
 
         Args:
             iteration: number of iterations that were done when the candidate was written.
@@ -226,7 +226,7 @@ class DistillWorker:
 
 
 def _of_iteration(validation: Task, iteration: int) -> Task:
-    """Copy of a validation task for the set after `iteration` iterations: its name and arguments get the number."""
+    """Copy of a validation task for the set after `iteration` iterations. Name and arguments get this number."""
     arguments = (*validation.arguments, iteration)
     return dataclasses.replace(validation, name=f"{validation.name} {iteration}", arguments=arguments)
 
@@ -263,7 +263,7 @@ class Distillation:
         self._found: dict[str, Any] = {}
         """Setting that the recipe leaves open -> value that was found before the first iteration."""
         self._labels: NDArray[np.int64] | None = None
-        """[n] classes of the images that this worker holds, once MetaDD needs them: to read them waits for a GPU."""
+        """[n] classes of this worker's images; `None` until MetaDD needs them, since reading them waits for a GPU."""
         self._saved_at = -1
         """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` starts."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
@@ -340,7 +340,10 @@ class Distillation:
         return state
 
     def _write_result(self, state: State[Any]) -> None:
-        """Write the final set: the best validated one, or that of the last iteration. Also its cost and its maps."""
+        """Write the final set, its cost and its maps.
+
+        The final set is the one chosen on validation data or, without validation, that of the last iteration.
+        """
         final = state.chosen or state.result
         if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
@@ -428,7 +431,7 @@ class Distillation:
         return found
 
     def _note_computing(self, iteration: int) -> Iterator[Note]:
-        """Record how iterations are computed from this iteration on. Yields a message if it differs from before."""
+        """Record how iterations are computed from this iteration on. Yields a message if a setting has changed."""
         now = dict(self._method.facts)
         if not now:
             return
@@ -447,7 +450,10 @@ class Distillation:
             )
 
     def _meta_term(self, state: State[Any]) -> MetaTerm | None:
-        """MetaDD's term for the next iteration, of images as the method sees them; `None` without MetaDD."""
+        """MetaDD's term for the next iteration; `None` without MetaDD.
+
+        With `metadd.augmented`, MetaDD sees the images under the method's augmentation.
+        """
         if self._meta_networks is None:
             return None
         term = self._meta_networks.term(state.iteration)
@@ -559,7 +565,7 @@ class Distillation:
     def _keep_last_good(self, state: State[Any]) -> None:
         self._save_checkpoint(state)
         self._save_set(state.result, LAST_GOOD)
-        self._mesh.barrier()  # all must have written, because the first error that arrives ends all workers
+        self._mesh.barrier()  # all must have written, because the first error that is reported ends all workers
 
     def _save_checkpoint(self, state: State[Any]) -> None:
         if self._validation is not None:
@@ -607,14 +613,14 @@ class Distillation:
 
 
 def least_of_workers(mesh: Mesh, own: int) -> int:
-    """Smallest of the workers' numbers that are not 0; 1 if all are. All workers call it and get the same value."""
+    """Smallest positive `own` of all workers; 1 if all are 0. All workers call this together and get the same value."""
     mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
     found = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
     return int(min(filter(None, found), default=1))
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:
-    """Cost summed over all workers, with the largest peak of memory. All workers get the same value."""
+    """Cost summed over all workers, with the largest peak of memory. All workers call this and get the same value."""
     sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
     peaks = [mine.peak_memory_bytes * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
     summed = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()

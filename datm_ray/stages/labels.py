@@ -1,7 +1,7 @@
 """Labelling of a set for every training epoch, as one worker does it. Any number of workers can divide the epochs.
 
 Stored epochs are skipped. If a worker dies while it labels an epoch, this epoch is labelled again from its start. The
-result depends neither on which worker labels which epoch nor on the order.
+result does not depend on which worker labels which epoch, or on their order.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def create_labels(
     seed: int = 0,
     views: Mapping[str, float] = VIEWS,
 ) -> LabelStore:
-    """Open the store for the labels of a set, and create it if it is missing.
+    """Open the store for the labels of a set. Creates the store if it is missing.
 
-    A store of the same labels with another `epochs` or `keep` grows: only missing epochs have to be labelled.
+    A store that differs only in `epochs` or `keep` is used again, so only missing epochs have to be labelled.
 
     Args:
         place: folder of the store.
@@ -113,7 +113,7 @@ def label_epochs(
     Args:
         network: teacher, on the images' device; it is used in evaluation mode.
         images: [n c h w] images of the set, the images that `create_labels` got.
-        epochs: numbers of stored epochs, such as `store.missing()` or a worker's part of them.
+        epochs: numbers of the epochs to label, from 0, such as `store.missing()` or a part of these.
         batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
         heartbeat: called after each batch.
 
@@ -147,20 +147,20 @@ LABELS, COSTS = "labels", "costs"
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
     """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run.
 
-    Trainings of other lengths and with other numbers of kept epochs share it.
+    Recipes that differ only in the length of training or the number of kept epochs share a folder.
     """
     settings = config.evaluate
     facts = settings.model_dump(include={"top_logits", "cutmix"})
     facts |= {"temperature": settings.temperature} if settings.top_logits else {}
     facts |= {"teacher": expert_fingerprint(teacher_of(config), dataset_fingerprint)}
-    # Earlier versions had a store for each number of epochs. Such a store is used by the recipe that made it.
+    # Earlier versions made a store for each number of epochs. A recipe that made such a store still uses it.
     before = {"keep_labels": settings.keep_labels, "epochs": evaluation_schedule(config, 1.0).epochs}
     earlier = folder / LABELS / stable_hash(facts | before)
     return earlier if (earlier / INFO_FILE).exists() else folder / LABELS / stable_hash(facts)
 
 
 def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
-    """Numbers of the epochs, from 0, for which a finished set still lacks stored labels; sorted."""
+    """Numbers of the epochs, from 0 and sorted, for which a finished set still lacks stored labels."""
     stored = set(LabelStore(labels_location(folder, config, dataset_fingerprint)).epochs())
     return [epoch for epoch in range(kept_labels(config)) if epoch not in stored]
 
@@ -173,7 +173,8 @@ def kept_labels(config: RunConfig) -> int:
 def labels_cost(place: Location, keep: int) -> Spent:
     """Cost of making the labels of the first `keep` epochs so far, over all workers and attempts; zero without labels.
 
-    An attempt that labelled more epochs counts by its share of them. Attempts of earlier versions count whole.
+    An attempt that labelled other epochs too counts by its share of the first `keep` epochs. Attempts of earlier
+    versions, which did not record their epochs, count in full.
     """
     return total(_cost_of(place / COSTS / name, keep) for name in (place / COSTS).list())
 
@@ -187,7 +188,7 @@ def _cost_of(note: Location, keep: int) -> Spent:
 
 
 def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:
-    """Labels of a control's images, made as those that a run stores for its set: the same views, epochs and logits.
+    """Labels of a control's images, made by the rule for the run's set: same views, epochs and numbers of logits.
 
     Args:
         network: the teacher, on the images' device.
@@ -198,7 +199,7 @@ def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> Drawn
 
 
 def _kept(settings: EvaluateConfig) -> dict[str, Any]:
-    """Which logits are kept of each view, as arguments of `create_labels`."""
+    """Number of logits to keep of a view, and their temperature, as arguments of `create_labels`."""
     return {"top": settings.top_logits, "temperature": settings.temperature if settings.top_logits else 1.0}
 
 

@@ -28,7 +28,8 @@ MAPS_KEPT = 10
 class MetaNetworks:
     """MetaDD networks that one worker holds, each with the parameters of an expert after its last epoch.
 
-    There are several ensembles, each with one network per architecture and another expert; iterations take turns.
+    There are several ensembles of one network per architecture. Each ensemble has another expert of every architecture.
+    Iterations use the ensembles in turn.
 
     Attributes:
         chunk: number of images in the networks at a time while a set is distilled, and on GPUs for the maps at its
@@ -85,7 +86,7 @@ class MetaNetworks:
     def term(self, iteration: int) -> MetaTerm:
         """MetaDD's loss term for an iteration: the networks, and the images for which the term is computed.
 
-        The images are drawn from the whole set; the term names those that this worker holds.
+        The images are drawn from the whole set. The term has those of the drawn images that this worker holds.
         """
         images = self._images if self._piece is None else self._rows.last
         count = max(1, round(self._settings.share * images))
@@ -97,9 +98,9 @@ class MetaNetworks:
         return MetaTerm(metadd, self._config.meta_network_count, held, count, chunk=self.chunk)
 
     def images_that_fit(self, part: Part) -> int:
-        """Number of images that may be in this worker's networks at a time; 0 if it has no MetaDD network.
+        """Number of images that may pass this worker's networks at a time; 0 if the worker has no MetaDD network.
 
-        Memory decides, and on CPUs speed. On a GPU, trials find how many really fit.
+        Memory limits the number, and on CPUs speed does too. On a GPU, trials find how many images fit.
         """
         plan = meta_plan_of_part(part)
         if part.device.type != "cuda" or not plan.chunk:

@@ -49,7 +49,7 @@ def piece_folder(folder: Location, piece: Piece) -> Location:
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Pieces of a run that no worker has finished. Empty if only joining is left, or if the set has no pieces."""
+    """Unfinished pieces of a run. Empty if only joining is left, or if the set is not made in pieces."""
     pieces = method_of(config).pieces(config, classes)
     started = {(folder / PIECES / name).uri for name in (folder / PIECES).list()} if pieces else set()
     places = [(piece, piece_folder(folder, piece)) for piece in pieces]
@@ -59,24 +59,24 @@ def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list
 class PieceWorker:
     """Worker that makes pieces of sets (some images of some classes) from one data set, and joins the pieces.
 
-    It keeps the trained networks of the last piece, so that the next one of the same run does not read them again.
+    The worker keeps the trained networks of the last piece, so that the next piece of the run does not read them again.
     """
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
         self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
-        """Groups in the store with their numbers of experts, and their networks."""
+        """For each trained network: URI of its experts and their number; then the networks themselves."""
         self._made: dict[Any, Any] = {}
-        """What methods made from these networks, see `Part.kept`."""
+        """Objects that methods made from the kept networks, see `Part.kept`."""
 
     def _experts(self, config: RunConfig, store_uri: str) -> list[ExpertNetworks]:
-        """Trained networks of a run's method: those of the last piece if they are the same, else restored."""
+        """Trained networks of a run's method: the kept ones if they are the same, otherwise read from the store."""
         trained, data = method_of(config).trained_backbones(config), self._dataset
         groups = [expert_group(store_uri, each, data.name, data.fingerprint) for each in trained]
         wanted = [(group.location.uri, config.experts.count) for group in groups]
         if wanted != self._kept[0]:
-            self._kept, self._made = ([], []), {}  # leave the device before others come
+            self._kept, self._made = ([], []), {}  # free the device before it gets other networks
             self._kept = wanted, [ExpertNetworks(each, data, store_uri, self._device) for each in trained]
         return self._kept[1]
 
@@ -206,9 +206,9 @@ def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """Records of all iterations, each with mean values over the pieces. A record is skipped if any piece's is.
+    """Records of all iterations, each with mean values over the pieces; empty if the pieces have no iterations.
 
-    Empty if the pieces have no iterations.
+    A record counts as skipped if the iteration was skipped in any piece.
 
     Args:
         places: folders of the pieces.

@@ -103,9 +103,10 @@ class PriorWorker:
         self._cluster, self._dataset = cluster, dataset
 
     def train(self, config: RunConfig, store_uri: str) -> Iterator[Event]:
-        """Train the decoder that makes a run's images from latents, from the last saved epoch on, and store it.
+        """Train the autoencoder whose decoder makes a run's images from latents, and store it.
 
-        Yields progress and the last event with its cost. Nothing is trained if the decoder is stored already.
+        The training resumes from the last saved epoch. Nothing is trained if the autoencoder is stored already. Yields
+        progress.
 
         Raises:
             DivergenceError: the error of the reconstructed pixels is not finite.
@@ -162,10 +163,10 @@ class PriorWorker:
     def _pixels(self, rows_at_a_time: int) -> Callable[[NDArray[np.int64]], Tensor]:
         """Function from indices of training images to these images [b c h w], 0 for black and 1 for white.
 
-        Whitened images are turned back once, not in every epoch. Streamed ones are never whitened.
+        Whitened images are converted back once, not in every epoch. Streamed images are never whitened.
 
         Args:
-            rows_at_a_time: number of images that are turned back together.
+            rows_at_a_time: number of images that are converted together.
         """
         images, transform = self._dataset.train_images, self._dataset.transform
         if transform.kind != "zca" or not isinstance(images, np.ndarray):
@@ -177,7 +178,7 @@ class PriorWorker:
         return lambda rows: to_device(pixels[rows], self._device)
 
     def _resumed(self, place: Location, network: nn.Module) -> tuple[AutoencoderState, Spent]:
-        """State of the last saved epoch and the cost up to it; a new state if there is none, or a damaged one."""
+        """State of the last saved epoch, and the cost so far; a new state if the saved one is missing or damaged."""
         if place.exists():
             try:
                 return self._read(place, AutoencoderState.initial(network))
@@ -259,9 +260,9 @@ class PriorOfSet:
         read_autoencoder(folder / PRIOR_FILE, network)
 
     def start(self, first: SyntheticSet) -> SyntheticSet:
-        """Make the set before the first iteration: images rendered by the prior near those of `first`, with latents.
+        """Make the set before the first iteration: latents, and the images that the prior renders from these latents.
 
-        All workers of the set call this together.
+        The images are near those of `first`. All workers of the set call this together.
         """
         mesh, latents = self._part.mesh, first.images.new_zeros(len(first.images), *self._shape)
 
@@ -270,7 +271,8 @@ class PriorOfSet:
                 latents.copy_(self._latents(first.images, heartbeat))
 
         mesh.until_all_are_done(find)
-        # Machines may round differently. Workers of other backbones add zeros, so all get the bits of the first row.
+        # Machines may round differently, so only the first row of workers computes. Workers of other rows add zeros,
+        # and all get equal bits.
         latents = mesh.sum_over_backbones(latents)
         return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
 
@@ -291,7 +293,7 @@ class PriorOfSet:
         return self.prior.invert(images, drawn, self._settings.inversion_steps, heartbeat)
 
     def _drawn(self) -> Tensor:
-        """Random latents of this worker's rows, cut from those drawn for the whole set."""
+        """Random latents of this worker's rows, cut from latents that are drawn for the whole set."""
         part, ipc = self._part, self._part.config.distill.ipc
         whole = torch.from_numpy(draw_latents((ipc * part.dataset.classes, *self._shape), part.config.seed))
         if part.piece is not None:

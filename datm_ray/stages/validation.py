@@ -4,12 +4,12 @@ Workers that distil wait while one of them validates. If other workers are free,
 Any worker validates this candidate while the distillation continues.
 
     candidates/<iteration>.arrow   the set after this number of iterations, in the format of the result
-    candidates/<iteration>.json    its validation accuracy, the standard error, and the cost
+    candidates/<iteration>.json    the set's validation accuracy, its standard error, and the cost
 
 A later checkpoint adds the results to the state, in the order of iterations and without gaps. So the chosen set is the
 same as in a distillation that waits. A candidate is written before the checkpoint of its iteration, and validated after
-it. It is deleted when a checkpoint holds its result. When all iterations are done, the worker that writes the last
-missing result also writes the final set.
+this checkpoint. A candidate is deleted when a checkpoint holds its result. When all iterations are done, the worker
+that writes the last missing result also writes the final set.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def validations(settings: DistillConfig) -> int:
 
 
 def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
-    """Iterations, up to the state's, after which the set had to be validated and the state has no result."""
+    """Iterations, up to the state's, at which a validation was due and for which the state has no result."""
     last = state.validations[-1][0] if state.validations else 0
     return [iteration for iteration in range(last + 1, state.iteration + 1) if is_due(settings, iteration)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationResult:
-    """Validation of one candidate, a set of an intermediate iteration: its accuracy and cost."""
+    """Accuracy and cost of the validation of one candidate, the set after some iterations."""
 
     accuracy: float
     """Mean accuracy of fresh networks on the validation images, in [0, 1]."""
@@ -126,7 +126,7 @@ class Candidates:
 
         Args:
             accuracy: mean accuracy on the validation images, in [0, 1].
-            error: standard error of the accuracy, a fraction like it.
+            error: standard error of the accuracy, in the same unit.
             cost: cost of the validation.
         """
         content = {"iteration": iteration, "accuracy": accuracy, "standard_error": error, "cost": cost.to_json()}
@@ -161,9 +161,9 @@ def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
     """True if separate tasks validate sets: several workers would wait for a validation, or some workers are free.
 
     Args:
-        workers_per_set: workers that distil the set together.
-        wanted: workers that all sets of the command use.
-        workers: workers that the executor has.
+        workers_per_set: number of workers that distil a set together.
+        wanted: number of workers that all sets of the command use.
+        workers: number of workers that the executor has.
     """
     return workers > 1 and (workers_per_set > 1 or workers > wanted)
 

@@ -1,4 +1,4 @@
-"""One worker class for all stages. So a process keeps its data set, and tasks of all stages can share a list."""
+"""One worker class for all stages. So a process reads its data set once, and one list may hold tasks of all stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from datm_ray.store.files.patience import expect_rights
 
 
 class StageWorker:
-    """Trains experts, distils, validates and evaluates on one data set. A stage is prepared at its first task."""
+    """Trains experts, distils, validates and evaluates on one data set. A stage's first task prepares the stage."""
 
     def __init__(
         self,
@@ -33,13 +33,13 @@ class StageWorker:
         """Check that this machine shares the command's disks.
 
         Args:
-            dataset: images of all tasks.
-            cluster: how work runs.
+            dataset: data set of all tasks.
+            cluster: section `cluster` of the recipe.
             distill_worker: class of the worker that distils.
             shared: local files that the command's machine has, one in each folder that all machines must share.
 
         Raises:
-            ClusterError: one of these files does not exist here.
+            ClusterError: a file of `shared` does not exist on this machine.
         """
         expect_rights()
         for path in shared:
@@ -88,8 +88,8 @@ class StageWorker:
     def _worker(self, kind: type[Any], *, light: bool) -> Any:
         """Worker of one stage, made at the stage's first task.
 
-        The first task of another stage drops the worker that trains experts, which frees its images on the device, and
-        the worker of pieces, which frees the trained networks that it keeps.
+        The first task of another stage drops the worker that trains experts, which frees the images on the device. It
+        also drops the worker of pieces, which frees the trained networks on the device.
 
         Args:
             kind: class of the stage's worker.

@@ -2,8 +2,8 @@
 
     progress-<first result>-<hash of the trainings>-<stack>/    state of one stack, beside the task's results
 
-The folders are removed when the task is done. They have the format of `stages.experts.progress`, whose class writes
-them. Tests: tests/stages/evaluate/test_evaluate.py.
+The folders are removed when the task is done. `TrainingProgress` of `stages.experts.progress` reads and writes them.
+Tests: tests/stages/evaluate/test_evaluate.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, 
 from datm_ray.store.files.filesystem import Location
 
 SAVE_INTERVAL = 30.0
-"""Least number of seconds between two saved states of a stack (networks trained together)."""
+"""Smallest number of seconds between two saved states of a stack (networks trained together)."""
 PROGRESS = "progress-"
 """First part of the names of the progress folders."""
 _FOLDER = re.compile(rf"{PROGRESS}(.+-\d+)-[0-9a-f]+-\d+")
@@ -47,7 +47,7 @@ class SavedTraining:
         result: Location,
         account: Account,
     ) -> None:
-        """Divide the networks into stacks (trained together), and open their progress folders.
+        """Divide the networks into stacks (networks trained together), and open a progress folder for each stack.
 
         Args:
             trainer: trains the networks.
@@ -107,7 +107,7 @@ class SavedTraining:
     def _train(self, number: int, device: torch.device, is_asked: Callable[[], bool]) -> Iterator[Progress | Note]:
         """Train one stack (networks trained together) from where it was saved.
 
-        Afterwards only its parameters and buffers stay in memory.
+        Afterwards only the parameters and buffers of these networks stay in memory.
 
         Args:
             number: index of the stack among those of the task, from 0.
@@ -124,9 +124,9 @@ class SavedTraining:
             each.network.zero_grad()
 
     def _resumed(self, number: int, device: torch.device) -> TrainingState | None:
-        """Saved state of a stack; `None` to start. Corrects the count of finished epochs.
+        """Saved state of a stack; `None` if there is none, so that the training starts.
 
-        The files may have reached another epoch than when the task started, if another worker replaced them.
+        Also corrects the count of finished epochs: another worker may have replaced the files since the task started.
         """
         stack, progress = self._stacks[number]
         state = progress.resume(device)

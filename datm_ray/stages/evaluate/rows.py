@@ -2,35 +2,37 @@
 
 The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
 the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
-each seed; the distilled set uses its own step size if its method gives one (`Method.gives_step_size`), else one
-that is chosen likewise. Each row uses the test set once per seed, and never to choose anything.
+each seed. The distilled set uses its own step size if its method gives one (`Method.gives_step_size`); otherwise the
+step size is chosen on validation data too. Each row uses the test set once per seed, and never to choose anything.
 
-A set is also scored on other architectures (`ON_OTHERS`). Its learned step size belongs to its backbone, so two
+A set is also scored on other architectures (`ON_OTHERS`). A learned step size belongs to the backbone, so two
 accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
-matched network has its own learned step size. With AdamW no step size was learned, and all are chosen on validation
-data.
+matched network has its own learned step size. With AdamW no step size was learned, so all step sizes are chosen on
+validation data.
 
-With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
-network, or of `evaluate.teacher`: its logits of every augmented batch replace the labels, see `core.training.teacher`.
-With `stored`, the labels of the distilled set are made beforehand, see `stages.labels`. Random images have labels by
-the same rule: as many epochs, the same views and as many logits. No step size was learned for such labels.
+With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from a teacher: expert 0 of the
+first trained network, or of `evaluate.teacher`. The teacher's logits of every augmented batch replace the labels, see
+`core.training.teacher`. With `stored`, the labels of the distilled set are made beforehand, see `stages.labels`. Random
+images are labelled by the same rule: as many epochs, the same views and as many logits. No step size was learned for a
+teacher's labels.
 
 The networks of a task, a network for each seed and candidate step size, are trained in stacks where this is faster
 (`core.training.loop.Trainer`). A task that is stopped or killed resumes with the same bits (see `progress`).
 
-Training settings may change in a finished run, so each setting has its own result files. The row on all real data
-always uses the training of `evaluate.protocol`. Rows with hard labels keep their labels, and choose their step size on
-validation data.
+Training settings may change in a finished run, so every choice of settings has its own result files. The row on all
+real data always uses the training of `evaluate.protocol`. Rows with hard labels keep their labels, and choose their
+step size on validation data.
 
 `evaluate.fixed_labels` adds rows of the same set, and of random images, with labels that stay the same (`FIXED_ROWS`).
 Under a teacher, one table then shows what labels for every epoch add. Step sizes of these rows are chosen on validation
 data, among them the learned one.
 
-`evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
-`core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
-labels, the step size is chosen on validation data; the learned step size is among the candidates. Without augmentation,
-the distilled set keeps the learned step size. For random images it is chosen on validation data. Soft labels of
-random images are the experts' mean correct logits. The distilled set's labels started from such logits as well.
+`evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores (see `core.scores`) are computed seed by seed from
+these rows and the rows of the table. All networks of a seed have the same initial parameters. For distilled images with
+hard labels, the step size is chosen on validation data; the learned step size is among the candidates. Without
+augmentation, the distilled set keeps the learned step size. For random images the step size is chosen on validation
+data. Soft labels of a random image are the mean logits of the experts that classify it correctly. The distilled set's
+labels start from the same kind of logits.
 
 DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
 20 epochs by test accuracy (here: the last epoch). It labels random images by one teacher. By default it does not
@@ -286,7 +288,7 @@ class EvaluateWorker:
         seeds: Sequence[int],
         network: NetworkConfig | None,
     ) -> list[tuple[Images, Tensor, float | None]]:
-        """Set of each seed, see `_training_set`. A set that all seeds share is read and copied to the device once."""
+        """Training set of each seed, see `_training_set`. A set that all seeds share is read and copied only once."""
         alike = row in DISTILLED or row == "full"
         some = seeds[:1] if alike else seeds
         sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
@@ -376,8 +378,8 @@ def asks_teacher(config: RunConfig, row: str) -> bool:
 def has_stored_views(config: RunConfig, row: str) -> bool:
     """True if networks of this row of the accuracy table train on views and logits as a label store holds them.
 
-    Those of the distilled set are stored. Those of random images are made alike when they are needed, so that both rows
-    differ in their images alone.
+    The views and logits of the distilled set are stored. Views and logits of random images are made by the same rule
+    when they are needed. So the two rows differ in their images alone.
     """
     return config.evaluate.stores_labels and row in ("distilled", "random-soft")
 
@@ -400,7 +402,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
     rows with soft labels, there is also one candidate if `evaluate.learning_rate` is given.
 
     Args:
-        learned: step size that was learned with the set, if any.
+        learned: step size that was learned with the set; `None` if none was learned.
         network: scored network; `None` for the backbone.
     """
     given, is_its_own = config.evaluate.learning_rate, network is None and row not in FIXED_ROWS
@@ -425,13 +427,13 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
-    if config.evaluate.stores_labels and row in SOFT:  # like the stored views
+    if config.evaluate.stores_labels and row in SOFT:  # as the stored views are augmented
         schedule = dataclasses.replace(schedule, augmentation="resized+flip")
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 
 
 def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy of the settings with the training of `evaluate.protocol`: all `SCORING_KEYS` have their defaults."""
+    """Copy of the settings with the training that `evaluate.protocol` names: `SCORING_KEYS` get their defaults."""
     fields = EvaluateConfig.model_fields
     return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
@@ -450,7 +452,8 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
 def fixed_rows(config: RunConfig) -> list[str]:
     """Rows of `FIXED_ROWS` that a run computes; empty without `evaluate.fixed_labels`.
 
-    Without a teacher, the rows "distilled" and "random-soft" have the set's and the experts' soft labels already.
+    Without a teacher, the rows "distilled" and "random-soft" already have labels that stay fixed, so their rows with
+    fixed labels are left out.
     """
     if not config.evaluate.fixed_labels:
         return []
@@ -463,7 +466,7 @@ def fixed_rows(config: RunConfig) -> list[str]:
 def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
     """Number of networks trained for one row of the accuracy table and one seed, and their schedule.
 
-    The schedule's step size is a placeholder; each network is trained with another candidate.
+    The schedule's step size is a placeholder; each network is trained with a candidate of its own.
 
     Args:
         network: scored network; `None` for the backbone.
@@ -531,7 +534,7 @@ def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, s
 def _stacking(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
 ) -> tuple[int, bool, bool]:
-    """Number of networks of so many seeds of a row, True if a stack would gain, and True if they can be stacked."""
+    """Number of networks of a row for `seeds` seeds, True if stacking them is faster, and True if it is possible."""
     count, schedule = training_of(config, row, network)
     if not config.cluster.compile or is_taught(config, row):
         return seeds * count, False, False
@@ -575,7 +578,7 @@ class _Trial:
 
 
 def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
-    """Step size learned with `network` if it was matched; otherwise, and for `None`, that of the first backbone."""
+    """Step size learned with `network`; that of the first backbone if `network` was not matched or is `None`."""
     matched = [each.network for each in config.each_backbone()]
     number = matched.index(network) if network in matched else 0
     return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size
@@ -624,8 +627,8 @@ def result_location(
 def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
     """Settings of `evaluate` that change how a row's networks are trained: key -> value.
 
-    The result is empty if all of them have their defaults, and always for the row "full". If a teacher labels the row,
-    the key "teacher" is added, with the fingerprint of the teacher's experts.
+    The result is empty if all these settings have their defaults, and for the row "full". If a teacher labels the row,
+    the result also has the key "teacher", with the fingerprint of the teacher's experts.
 
     Args:
         row: key of `ALL_ROWS`.
@@ -637,7 +640,7 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     if is_taught(config, row):
         left_out = set() if has_stored_views(config, row) else {"keep_labels", "top_logits"}
         if has_stored_views(config, row) and not is_stored(config, row):
-            identity["views"] = "stored"  # earlier versions had other views here, in every epoch
+            identity["views"] = "stored"  # earlier versions drew other views for this row
         identity["teacher"] = expert_fingerprint(teacher_of(config), dataset_fingerprint)
     elif row not in SOFT:
         left_out |= {"labels", "learning_rate"}

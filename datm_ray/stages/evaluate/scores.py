@@ -59,7 +59,7 @@ class Score:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation of the accuracies over seeds, a fraction like them; nan for one seed."""
+        """Sample standard deviation over seeds of the accuracies, in their unit (not percent); nan for one seed."""
         return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class NetworkScores:
     kind: str
     """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
     learned: Score | None
-    """Score with the learned step size; `None` without one, as with AdamW or a teacher's labels."""
+    """Score with the learned step size; `None` if none was learned, as with AdamW or a teacher's labels."""
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
@@ -138,10 +138,10 @@ class _Result:
 
 
 def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> None:
-    """Write how the networks of the row "distilled" were trained into the run's folder, where a set finds it.
+    """Write how the networks of the row "distilled" were trained into the run's folder, for users who load the set.
 
-    The note holds the step size that most seeds chose; of several, the first one's. There is no note while a seed is
-    unfinished.
+    The note has the step size that most seeds chose; of equally frequent ones, the one chosen first. Nothing is written
+    while a seed is unfinished.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, "distilled")
     chosen = [each.step_size for each in results if each.step_size is not None]
@@ -172,7 +172,7 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """Scores of the rows of the accuracy table for which every seed is finished, in the order of `TABLE_ROWS`.
 
-    Rows of `FIXED_ROWS` are read with `evaluate.fixed_labels` alone.
+    Rows of `FIXED_ROWS` are read only if the recipe sets `evaluate.fixed_labels`.
     """
     rows = [row for row in TABLE_ROWS if config.evaluate.fixed_labels or row not in FIXED_ROWS]
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
@@ -245,8 +245,8 @@ def read_score(
         out: output folder of the run.
         dataset_fingerprint: fingerprint of the run's data set.
         row: key of `ALL_ROWS` in `stages.evaluate.rows`.
-        network: scored network of `evaluate.networks`, whose accuracies are those with the step size that is best on
-            validation data; `None` for the backbone.
+        network: scored network of `evaluate.networks`; `None` for the backbone. The score of such a network is with the
+            step size that is best on validation data.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None

@@ -17,16 +17,16 @@ KIND = "difficulty"
 
 
 def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum | None:
-    """Curriculum of a run's experts (which images they see in an epoch); `None` if they see all in every epoch.
+    """Curriculum of a run's experts: which images they see in an epoch; `None` if they see all images in every epoch.
 
-    Images with equal scores are in a random order, drawn for the class by the experts' seed.
+    Images of a class with equal scores are in a random order, which depends on the experts' seed.
 
     Args:
         scoring: folder of the networks whose scores order the images, see `RunConfig.scoring_run`.
 
     Raises:
         MissingExpertsError: the scores are not stored.
-        CorruptFileError: the file of scores is damaged or of other images.
+        CorruptFileError: the file of scores is damaged, or has scores of other images.
     """
     settings, labels = config.experts.curriculum, dataset.train_labels
     if settings is None:

@@ -1,8 +1,8 @@
 """Difficulty of the real images, for experts that see them from easy to hard (`experts.curriculum`).
 
-Scoring networks are trained as experts are, in tasks and in a folder of the store of their own. One short task then
-stores the mean of their EL2N scores beside them. Every run whose scoring networks are trained alike shares the scores,
-whatever its curriculum.
+Scoring networks are trained as experts are, in separate tasks and a separate folder of the store. One short task then
+stores the mean of their EL2N scores in the same folder. All runs whose scoring networks are trained alike share the
+scores, whatever their curriculum.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from datm_ray.store.tensors import write_tensors
 
 
 def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
-    """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if it is stored.
+    """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if scores are stored.
 
     Args:
         worker: worker that holds the data set. The worker's device computes.
@@ -47,7 +47,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
     if not place.exists():
         scores = yield from _scores(config, dataset, store_uri, worker.device)
         metadata = {"score": "el2n", "networks": settings.count, "epochs": settings.epochs}
-        with suppress(AlreadyExistsError):  # another command's scores, which its experts may follow already
+        with suppress(AlreadyExistsError):  # another command stored scores meanwhile; its experts may use them
             write_tensors(place, {"scores": scores}, kind=KIND, metadata=metadata, replace=False)
     yield Finished(metrics=meter.measure())
 
@@ -55,7 +55,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
 def _scores(
     config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device
 ) -> Generator[Event, None, NDArray[np.float64]]:
-    """Compute the mean EL2N score [n] of every training image and return them. Yields a phase as a heartbeat."""
+    """Compute and return the mean EL2N score [n] of every training image. Yields a phase as a heartbeat."""
     experts, labels = ExpertNetworks(config, dataset, store_uri, device), dataset.train_labels
     rows = {k: np.flatnonzero(labels == k) for k in range(dataset.classes)}
     networks = (experts.restored(expert).eval() for expert in range(experts.count))
@@ -80,10 +80,10 @@ def mean_el2n(
     rows: Mapping[int, NDArray[np.int64]],
     images: Callable[[NDArray[np.int64]], Tensor],
 ) -> Work:
-    """Compute the mean EL2N score of each image over networks in evaluation mode; returned as class -> scores.
+    """Compute the mean EL2N score of each image over networks. Returns class -> scores [n] of its images.
 
     Args:
-        networks: networks that are scored with, one at a time.
+        networks: networks in evaluation mode, which are used one at a time.
         count: number of networks.
         rows: class -> indices of its images.
         images: function from indices to real images [n c h w] on the networks' device.

@@ -42,9 +42,8 @@ class ExpertNetworks:
     def restored(self, expert: int, epoch: int | None = None) -> nn.Module:
         """Network with the parameters of an expert after an epoch.
 
-        Every call returns the same module with other parameters.
-
-        The snapshot is read unless the module has it from the call before; so callers must not change parameters.
+        Every call returns the same module, with other parameters. Parameters that the module has from the call before
+        are not read again. So callers must not change parameters.
 
         Args:
             epoch: a stored epoch; `None` for the last.

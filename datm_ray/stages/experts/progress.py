@@ -6,8 +6,8 @@
 
 Each file of experts holds some epochs of a whole stack: the trajectory's epochs, and the state after the last epoch. A
 file is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end
-the trajectories are assembled from the files, one epoch at a time. Networks that are scored keep no epoch, so each of
-their files replaces the one before it.
+the trajectories are assembled from the files, one epoch at a time. Networks that evaluation trains keep no epoch, so
+each of their files replaces the file before.
 
 Two workers may train the same stack at the same time, such as a hung worker and its successor. Each attempt writes
 under its own name and never touches the other's files. On GPUs, whose sums may differ from run to run, the two write
@@ -55,18 +55,18 @@ LARGEST_WRITE = 256 * 2**20
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
 """Seconds between two checks of whether a full disk has free space again, and the largest number of checks."""
 CHECKS_OF_A_MESSAGE = 6
-"""Number of checks from one message about a full disk to the next, a minute. Each message is an event of the worker,
-so a worker that waits does not count as stuck."""
+"""Number of checks from one message about a full disk to the next, which takes a minute. Each message is an event of
+the worker, so a worker that waits does not count as stuck."""
 SPARE_BYTES = 256 * 2**20
 """Bytes of a disk left free for other programs."""
 
 STACKS, STACKS_FILE = "stacks", "stacks.json"
-"""Name of the folder, beside the progress folders, and of the file in it that lists which experts are trained
+"""Names of a folder beside the progress folders, and of a file in this folder that lists which experts are trained
 together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
 _NO_ATTEMPT = "0"
-"""Stands in a file's name for the attempt that a training continues, if the training starts at the first epoch."""
+"""Placeholder for the resumed attempt in a file's name, if the training starts at the first epoch."""
 
 
 class TrainingProgress:
@@ -90,17 +90,17 @@ class TrainingProgress:
             folder: folder that belongs to the stack alone.
             networks: number of networks in the stack.
             account: meter of the worker that trains the stack; `None` for a reader.
-            kept: epochs that the files keep. Without any, each file replaces the one before it.
-            interval: least number of seconds between two files, and before the first one.
+            kept: epochs that the files keep. If empty, each file replaces the file before.
+            interval: smallest number of seconds between two files, and before the first file.
         """
         self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
         self._account, self.spent = account, Spent()
         self._attempt, self._before, self._latest = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self.at_a_time = networks
-        """Number of networks that one call computes. Its choice affects rounding, so it is saved with the state."""
+        """Number of networks that one call computes. This number affects rounding, so it is saved with the state."""
         self._pending: list[_Epoch] = []
         self._first: int | None = None
-        """First epoch that was added but is not in a file yet; `None` if all added epochs are."""
+        """First epoch that was added but is not in a file yet; `None` if all added epochs are in files."""
         self._measured = (torch.empty(0), torch.empty(0))
         self._interval, self._next_write = interval, time.monotonic() + interval
 
@@ -195,7 +195,7 @@ class TrainingProgress:
             return
         started = time.monotonic()
         rows = self._pending
-        if not rows or rows[-1].number != state.epoch:  # needed to resume, even if no trajectory keeps it
+        if not rows or rows[-1].number != state.epoch:  # to resume, even if no trajectory keeps it
             rows = [*rows, self._epoch(state)]
         yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in rows))
         arrays: dict[str, NDArray[Any]] = {
@@ -224,7 +224,7 @@ class TrainingProgress:
     def _remove_earlier(self, name: str) -> None:
         """Remove the progress file that this attempt wrote before the file `name`, if there is one."""
         if self._latest:
-            with suppress(StoreError):  # somebody has removed it
+            with suppress(StoreError):  # another process has removed it
                 (self._folder / self._latest).remove()
         self._latest = name
 
@@ -235,8 +235,8 @@ class TrainingProgress:
     def _chain(self) -> list[_Part]:
         """Files of one training from epoch 0 to the latest epoch that any attempt has reached, in order.
 
-        Each file continues the state at the end of the file before. If several attempts reach that epoch, the files of
-        this attempt are taken.
+        Each file continues the state at the end of the file before. If several attempts have reached the latest epoch,
+        the files of this attempt are preferred.
         """
         parts = self._found()
         by_end = {(part.last, part.attempt): part for part in parts}
@@ -259,7 +259,7 @@ class _Part:
     """Identifier of the attempt (one worker's training of the networks) that wrote the file."""
     before: str | None
     """Identifier of the attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained.
-    `None` in files of earlier versions, which do not name it."""
+    `None` in files of earlier versions, whose names do not contain it."""
     name: str
 
     def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
@@ -271,7 +271,7 @@ class _Part:
         chain: list[_Part] = [self]
         while chain[-1].first > 0:
             last, attempt = chain[-1].first - 1, chain[-1].before
-            if attempt is None:  # the same attempt, or else whichever an earlier version would have taken
+            if attempt is None:  # prefer the same attempt, else take the one that earlier versions took
                 ends = [part for part in by_end.values() if part.last == last]
                 before = max(ends, key=lambda part: (part.attempt == chain[-1].attempt, part.name), default=None)
             else:
@@ -350,7 +350,7 @@ class ExpertProgress(TrainingProgress):
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
-    """Experts that are trained together, as recorded with `note_stacks`: their numbers per stack; empty if none are."""
+    """Numbers of the experts in each stack, as recorded by `note_stacks`; empty without a record."""
     place = group.progress / STACKS / STACKS_FILE
     if not place.exists():
         return []
@@ -361,8 +361,8 @@ def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
 def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
     """Record which missing experts are trained together, so that a resumed command trains the same stacks.
 
-    An empty sequence deletes the record. Stacks of different sizes round differently, so a stack resumes only from its
-    own progress.
+    An empty sequence deletes the record. Stacks of different sizes round differently, so a stack resumes only from
+    progress of the same stack.
 
     Args:
         stacks: numbers of the experts in each stack, consecutive.
@@ -384,7 +384,7 @@ def remove_folder(folder: Location) -> None:
 
 
 def _at_a_time(file: TensorFile, networks: int) -> int:
-    """Number of networks that one call computed, 1 to `networks`; all networks in files that do not name it."""
+    """Number of networks that one call computed, from 1 to `networks`; `networks` if the file does not give it."""
     found = int(file.metadata.get("at_a_time", networks))
     if not 1 <= found <= networks:
         raise ValueError(f"it has calls of {found} networks, and {networks} in all")
@@ -442,7 +442,7 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
 
 
 def _stacked(epochs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Arrays [s p] of e epochs as one array [e s p]; that of a single epoch is not copied."""
+    """Stack the arrays [s p] of e epochs into one array [e s p]. The array of a single epoch is not copied."""
     return epochs[0][None] if len(epochs) == 1 else np.stack(epochs)
 
 

@@ -2,7 +2,7 @@
 
 A stack killed at any moment resumes after the last epoch in its progress folder (see `progress`), with
 bit-identical results. The experts of each stack are recorded before training, so every attempt trains the same stacks.
-A stack keeps experts that are in the store already, but does not store them again.
+A stack also trains those of its experts that the store already has, but does not store them again.
 """
 
 from __future__ import annotations
@@ -58,30 +58,32 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
 
 
 def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
-    """Folder in the store of experts of one data set, architecture and fingerprint of the training.
+    """Folder in the store for experts of one data set, architecture and fingerprint of the training.
 
-    Characters of the two names that a folder's name must not have are replaced.
+    Characters of the two names that are not allowed in a folder's name are replaced.
     """
-    # A data set may be named after any folder, and a network after any module. The fingerprint separates equal names.
+    # Two names may become equal, since data sets are named after folders and networks after modules. The fingerprint
+    # then separates their folders.
     names = _as_folder(dataset, "dataset"), _as_folder(architecture, "network")
     return TrajectoryStore(store_uri).group(*names, fingerprint)
 
 
 def _as_folder(name: str, usual: str) -> str:
-    """Name with the characters that a folder's name must not have replaced; `usual` if none is left."""
+    """Replace characters of a name that are not allowed in a folder's name. Returns `usual` if nothing is left."""
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", name).lstrip("._+=-") or usual
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
-    """Number of experts that one worker trains together (a stack).
+    """Number of experts that one worker trains together (a stack), at most `LARGEST_STACK` if the recipe gives none.
 
-    The number is `cluster.experts_at_a_time`; if it is not given, what the device computes fastest.
+    `cluster.experts_at_a_time` gives the number. Without it, a GPU gets as many as leave a stack for every worker, and
+    a CPU as many as keep a batch's largest feature map below `STACKED_MAP_BYTES`.
     """
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
     if uses_gpu(cluster):
-        # With fewer of the largest stacks than workers, stacks are smaller, so that no worker is idle.
+        # If there would be fewer stacks than workers, stacks are made smaller, so that no worker is idle.
         return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
     network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
     if not can_be_stacked(network):
@@ -117,12 +119,12 @@ _log = logging.getLogger(__name__)
 
 
 def is_tried(device: torch.device) -> bool:
-    """True if a trial finds how many experts one call computes: on GPUs. CPUs have limits that were measured."""
+    """True if a trial finds how many experts one call computes: on GPUs. For CPUs, limits were measured beforehand."""
     return device.type == "cuda"
 
 
 def now_on(device: torch.device) -> float:
-    """Time in seconds, after the device has finished what was asked of it."""
+    """Wait until the device has finished all its work. Returns the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -145,7 +147,7 @@ class ExpertWorker:
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
         self._one_by_one: dict[tuple[NetworkSpec, str], OneByOne] = {}
         self._at_a_time: dict[tuple[NetworkSpec, int, str], int] = {}
-        """Network, size of the stack and precision -> number of networks in a call that a trial found."""
+        """(network, size of the stack, precision) -> number of networks per call that a trial found fastest."""
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
@@ -167,7 +169,7 @@ class ExpertWorker:
                 curriculum = self._curriculum(config, store_uri)
                 yield from self._train_and_store(config, group, experts, progress, meter, curriculum)
         except (StoreError, CorruptFileError):
-            # Another command has stored these experts meanwhile, and removed the progress that both were reading.
+            # Another command may have stored these experts and removed the progress that both commands used.
             if not set(wanted) <= set(group.experts()):
                 raise
         progress.remove()
@@ -183,7 +185,7 @@ class ExpertWorker:
         curriculum: Curriculum | None,
     ) -> Iterator[Event]:
         yield from self._train(config, experts, progress, meter, curriculum)
-        progress.note_cost()  # before storing: a command with all experts stored skips this stage
+        progress.note_cost()  # before storing, because a command that finds all experts stored skips this
         for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
             progress.require_whole(config.experts.epochs)
             info = self._info(config, group, expert)
@@ -255,7 +257,7 @@ class ExpertWorker:
     def _step_of(
         self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str, at_a_time: int
     ) -> StackStep:
-        """Training step for `stacked` networks, all in one call or, with 1 at a time, one after another."""
+        """Training step for `stacked` networks: in one call if `at_a_time` is `stacked`, otherwise one by one."""
         if at_a_time == stacked:
             return self._functions_for(spec, network, stacked, precision)
         if (spec, precision) not in self._one_by_one:
@@ -263,9 +265,9 @@ class ExpertWorker:
         return self._one_by_one[spec, precision]
 
     def _found_at_a_time(self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig) -> int:
-        """Number of networks that one call computes: all, or on a GPU one if a trial on the first batch is faster.
+        """Number of networks that one call computes: all, or 1 if a trial with a batch on a GPU finds this faster.
 
-        `cluster.experts_at_a_time`, if given, holds without a trial.
+        There is no trial if the recipe gives `cluster.experts_at_a_time`.
         """
         stacked, precision = len(networks), settings.precision
         is_given = self._cluster.experts_at_a_time is not None
@@ -281,7 +283,7 @@ class ExpertWorker:
                 for size in (stacked, 1)
             }
             found = self._at_a_time[spec, stacked, precision] = fastest(ways, lambda: now_on(self.device))
-            if found == stacked:  # the graph would keep its memory
+            if found == stacked:  # an unused graph would keep its memory
                 self._one_by_one.pop((spec, precision), None)
             _log.info("experts timed %s", fields(stacked=stacked, at_a_time=found))
         return self._at_a_time[spec, stacked, precision]
@@ -340,7 +342,7 @@ def expert_info(
         dataset_fingerprint: fingerprint of the data set.
         network: any network of the expert's architecture.
         expert: number of the expert.
-        seed: seed of the training; -1 if unknown.
+        seed: seed of the training; -1 if it is unknown.
         epochs: stored epochs.
         imported: file that an imported expert comes from, and other facts; `None` for a trained expert.
     """
@@ -366,9 +368,10 @@ def expert_info(
 
 
 def origins(group: ExpertGroup, count: int) -> dict[int, str]:
-    """Number of each stored expert below `count` -> digest of the weights it was imported with; "" if it was trained.
+    """Number of each stored expert below `count` -> digest of its imported weights; "" if it was trained here.
 
-    Reading ends after the first trained expert that keeps several epochs: the experts after it are taken to be trained.
+    Reading ends after the first trained expert that keeps several epochs. Later experts are assumed to be trained too,
+    and are left out of the result.
     """
     found = dict[int, str]()
     for expert in sorted(each for each in group.experts() if each < count):
@@ -398,7 +401,7 @@ class ExpertsCost:
 
     architecture: str
     known: int
-    """Number of experts whose cost is known. It is unknown for imported experts and for those of earlier versions."""
+    """Number of experts whose cost is known. Imported experts, and experts of earlier versions, have unknown costs."""
     spent: Spent
     role: str = "experts"
     """What the networks are in the run: "experts" or "teacher". Notes of earlier versions call a teacher "experts"."""

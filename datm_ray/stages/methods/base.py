@@ -1,8 +1,8 @@
-"""Interface between distillation and methods: what a method says and computes. What it receives: `part.py`.
+"""Interface between distillation and methods: what a method states and computes. `part.py` has what it receives.
 
-A method is a subclass of `Method`. It says which networks must be trained before, what an iteration costs, and what it
-computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
-pipelines, MetaDD, evaluation and the report work with any method. Names: `datm_ray/methods`.
+A method is a subclass of `Method`. It states which networks must be trained before, what an iteration costs, and what
+it computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
+pipelines, MetaDD, evaluation and the report work with any method. The numerics of methods are in `datm_ray/methods`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Demand:
     """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network, or the
     number of them that take as long."""
     at_once: int
-    """Largest number of images in the network at the same time. If memory is short, micro-batches divide them."""
+    """Largest number of images in the network at the same time. If memory is short, micro-batches have fewer."""
     is_divisible: bool = field(default=True, kw_only=True)
     """False if micro-batches must not divide the images, for example because batch statistics couple them."""
     maps: int
@@ -63,7 +63,7 @@ class Demand:
 
 
 class Outlook(Protocol):
-    """A method's forecast for a recipe before the run starts, such as how far experts move, as text and as data."""
+    """A method's forecast for a recipe, made before the run starts, such as how far experts move."""
 
     @property
     def title(self) -> str:
@@ -80,38 +80,38 @@ class Outlook(Protocol):
 
 
 class Method:
-    """One way to change a synthetic set, as one worker computes it; `Method(part)` for the worker's part in the set.
+    """One way to make a synthetic set, as one worker computes it. `Method(part)` takes the worker's part in the set.
 
-    The work splits by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over the
-    workers that hold the other classes. A subclass must define `gradient`. By default, images follow this gradient,
-    labels are hard, and no network is trained before. A subclass overrides what differs.
+    The work is divided by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over
+    the workers of all classes. A subclass must define `gradient`. By default, images follow this gradient, labels are
+    hard, and no network is trained before. A subclass overrides what differs.
     """
 
     state: ClassVar[type[State[Any]]] = Descent
-    """Class of the state that checkpoints save; made from the set before the first iteration and `config.distill`."""
+    """Class of the state that checkpoints save. It is built from the first set and the section `config.distill`."""
     options: ClassVar[Mapping[str, bool | float | str]] = {}
-    """Names of `distill.options` that the method reads -> default values: numbers, texts, or True and False; see
-    `option`. A recipe must give a value of the same kind."""
+    """Name of a setting in `distill.options` that the method reads -> default value: a number, a text, True or False.
+    A recipe must give a value of the same kind. See `option`."""
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
-    """never: no network may have batch normalisation, for example because gradients or features are matched. always:
-    `network` must have batch normalisation. either: `network` may have it."""
+    """Which networks the method takes. never: no network may have batch normalisation, for example because gradients
+    are matched. always: `network` must have batch normalisation. either: `network` may have it."""
     starts_from_crops: ClassVar[bool] = False
     """True if `choose` can make a set of the crops that a teacher classifies best (`distill.initial` "crops")."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     can_continue: ClassVar[bool] = False
-    """True if iterations do not depend on how many follow, so that a finished set can continue, see
-    `distill.continue_from`."""
+    """True if an iteration does not depend on the number of iterations after it. A finished set can then be distilled
+    further, see `distill.continue_from`."""
     augments: bool = True
-    """True if the method augments its images by `augmented`. MetaDD's networks then see them alike. False if its
-    networks see the images as they are, or under draws of its own, which `augmentations` then says."""
+    """True if the method augments its images by `augmented`; MetaDD's networks then see the same augmented images.
+    False if the method does not augment, or if it augments in its own way, which its `augmentations` then returns."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
     gives_step_size: ClassVar[bool] = False
-    """True if the method learns the set's step size, or its paper publishes one: networks that score the set train with
-    it. False if their step size is chosen on validation images, as that of the controls is."""
+    """True if the method learns the set's step size, or its paper publishes one. Networks that score the set then train
+    with this step size. False if the step size is chosen on validation images, as for the controls."""
     has_teacher: ClassVar[bool] = False
-    """True if the set is made from one trained network, a teacher, and not from several experts. Costs name it so."""
+    """True if the set is made from one trained network, which lists of costs then call teacher, not experts."""
     preparation: str = ""
     """Work of `prepare` in words for the user, such as "compiling student steps"; "" if it takes almost no time."""
     calibration: str = ""
@@ -125,13 +125,13 @@ class Method:
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
-        By default the first one if the recipe has MetaDD, otherwise none.
+        By default the list has the first backbone if the recipe has MetaDD, and is empty otherwise.
         """
         return config.each_backbone()[:1] if config.metadd else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each backbone's experts that a run reads. By default all epochs that are stored."""
+        """Numbers of the epochs that a run reads of each backbone's experts. By default all stored epochs."""
         return config.kept_epochs
 
     @classmethod
@@ -193,33 +193,33 @@ class Method:
 
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
-        """Raise a `DatmError` for images that the method cannot distil.
+        """Raise a `DatmError` for images that the method cannot distil. By default all images are accepted.
 
-        The caller checks before that each class has at least `distill.ipc` training images.
+        The caller has checked that each class has at least `distill.ipc` training images.
         """
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True if the set's labels may be soft; False, as by default, if they are its images' classes."""
+        """True if the set's labels may be soft; False (the default) if every label is its image's class."""
         return False
 
     @classmethod
     def has_step_size(cls, config: RunConfig) -> bool:
         """True if networks train on the set with its own step size; False if one is chosen on validation images.
 
-        By default `gives_step_size`.
+        The default is the value of `gives_step_size`.
         """
         return cls.gives_step_size
 
     @classmethod
     def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
-        """Copy of a run that states what only files of the method say, such as a finished set's step size.
+        """Copy of a run, completed by facts from files that only the method reads, such as a finished set's step size.
 
-        By default the run itself.
+        By default the run is returned unchanged.
 
         Args:
             config: the run, resolved for its images' size.
-            raw: real images of the run; `None` for a plan, which needs neither them nor the files.
+            raw: real images of the run; `None` for a plan, which may have neither the images nor the files.
             made: configuration with which the run's set was made; `None` if there is no set yet.
         """
         return config
@@ -228,7 +228,7 @@ class Method:
     def iterations(cls, config: RunConfig) -> int:
         """Number of updates of the set.
 
-        With 0, the set before the first iteration is the result, and neither `calibrate` nor `step` is called.
+        If the number is 0, the set before the first iteration is the result, and `calibrate` and `step` are not called.
         """
         return config.distill.iterations
 
@@ -257,7 +257,7 @@ class Method:
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """Work of choosing the set before the first iteration: kind of work -> images that pass the first network.
 
-        Kinds of work: see `Demand.passes`.
+        The kinds of work are those of `Demand.passes`.
 
         Args:
             training_images: number of training images, without validation images.
@@ -279,7 +279,7 @@ class Method:
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Outlook | None:
-        """Forecast for a recipe before it starts, such as how far experts move; `None` if the method has none.
+        """Forecast for a recipe before the run starts, such as how far experts move; `None` if the method has none.
 
         Args:
             training_images: number of training images, without validation images.
@@ -317,7 +317,7 @@ class Method:
         return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Choose the set before the first iteration and return it. Yields between steps, for heartbeats."""
+        """Choose and return the set before the first iteration. Yields between steps, to allow heartbeats."""
         yield
         return self.first_set()
 
@@ -326,7 +326,7 @@ class Method:
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Do slow work once before the first iteration, such as compiling. By default, nothing."""
+        """Do slow work once before the first iteration, such as compiling. By default there is none."""
 
     def calibrate(self, state: Any) -> Iterator[str]:
         """Find values that the recipe leaves open, before the first iteration of a new set. Yields messages.
@@ -346,7 +346,7 @@ class Method:
         """Euclidean norm of a gradient or a movement of images, divided by the norm of the images.
 
         Args:
-            gradient: [n c h w] this worker's part of the gradient; parts of several backbones are added.
+            gradient: [n c h w] this worker's part of the gradient; the parts of all backbones are added.
             images: [n c h w] the images that this worker holds.
         """
         mesh = self.part.mesh
@@ -355,9 +355,9 @@ class Method:
         return float(of_gradient / of_images)
 
     def option(self, name: str) -> Any:
-        """Value of one of the method's own settings: from `distill.options`, or its default in `options`.
+        """Value of one of the method's own settings: from `distill.options`, or the default in `options`.
 
-        The value is of the default's kind: a number, a text, or True or False.
+        The value has the same kind as the default: a number, a text, True or False.
         """
         return self.part.config.distill.options.get(name, self.options[name])
 
@@ -370,7 +370,7 @@ class Method:
         return build_network(spec, seed).to(part.device)
 
     def real_images(self, label: int, count: int, iteration: int) -> Tensor:
-        """Images [m c h w] of a class, drawn for each iteration without repetition; all if the class has fewer."""
+        """Draw `count` images [m c h w] of a class for an iteration, without repetition; all if there are fewer."""
         drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
         return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
 
@@ -386,10 +386,11 @@ class Method:
     def augmentations(
         self, rows: NDArray[np.int64], labels: NDArray[np.int64], iteration: int
     ) -> Sequence[Augmentation]:
-        """Augmentation, of one sample each, under which the method sees some of its images in an iteration.
+        """For each of some images, the augmentation under which the method sees it in an iteration.
 
-        MetaDD's networks see the images so, see `metadd.augmented`. Every worker that holds the images gets the same
-        values. By default they are the draws of `augmented` for the images' classes if the class sets `augments`.
+        MetaDD's networks see the images under the same augmentation, see `metadd.augmented`. Every worker that holds
+        the images gets the same values. By default, if the method sets `augments`, these are the draws of `augmented`
+        for the images' classes.
 
         Args:
             rows: [b] indices of the images among those that the worker holds.
@@ -397,7 +398,7 @@ class Method:
             iteration: number of iterations done.
 
         Returns:
-            [b] augmentations; an empty sequence if the method sees the images as they are.
+            [b] augmentations of one sample each; empty if the method does not augment its images.
         """
         strategy, classes = self.part.config.distill.augmentation, labels.tolist()
         if not (self.augments and strategy):
@@ -418,7 +419,7 @@ class Method:
         Args:
             synthetic: rows of the set that the worker holds, class by class.
             iteration: number of iterations done; random draws depend on it and on `config.seed` alone.
-            all_sum: adds a tensor over the workers that hold the other classes.
+            all_sum: adds a tensor over the workers of all classes.
         """
         raise NotImplementedError
 
@@ -439,7 +440,12 @@ class Method:
         return found
 
     def step(self, state: Any, meta: MetaTerm | None) -> None:
-        """Run one iteration together with the other workers of the mesh. `meta` is `None` without MetaDD."""
+        """Run one iteration together with the other workers of the mesh.
+
+        Args:
+            state: state of the distillation, changed in place.
+            meta: MetaDD's term; `None` without MetaDD.
+        """
         mesh = self.part.mesh
         state.step(
             lambda: self._gradient(state),
@@ -457,7 +463,7 @@ class Method:
         return {"loss": state.history[-1].loss}
 
     def counts(self, state: Any) -> Mapping[str, int]:
-        """Counts that describe the finished distillation: name, such as skipped updates -> number."""
+        """Counts that describe the finished distillation: name, such as "skipped" -> number."""
         return {"skipped": state.skipped}
 
     def images_seen(self) -> float:
@@ -467,7 +473,7 @@ class Method:
         return len(part.config.weights) * sum(self.demand(part.config, part.dataset.classes, 1, cost).passes.values())
 
     def warnings(self, state: Any) -> Iterator[str]:
-        """Messages after the last iteration; by default one if over a quarter of the updates were skipped."""
+        """Messages after the last iteration. By default there is one if over a quarter of the updates was skipped."""
         if 4 * state.skipped > state.iteration:
             yield (
                 f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "

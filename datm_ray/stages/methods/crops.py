@@ -1,6 +1,7 @@
 """Crops of real images that a teacher classifies best (RDED): the set of `select`, or the first images of `sre2l`.
 
-They follow the section `select`. A class is chosen by itself, so any division of the classes gives the same crops.
+The section `select` of the recipe sets which crops are tried. Crops are chosen class by class, so any division of the
+classes over workers gives the same crops.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from datm_ray.words import dimensions
 
 @dataclass(frozen=True)
 class Crops:
-    """Chosen crops of a class, the best first: t*t for each of its images in the set, t is `select.tiles`."""
+    """Chosen crops of a class, the best first: t*t crops for each of its images in the set, with t = `select.tiles`."""
 
     rows: NDArray[np.int64]
     """Indices of the training images that are cropped."""
@@ -45,7 +46,7 @@ class Crops:
 
 
 def chosen_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
-    """Choose a class's crops of lowest loss, one of an image; yields between scoring steps.
+    """Choose the crops with the lowest losses of a class, at most one per image. Yields between scoring steps.
 
     Args:
         part: the worker's part, whose section `select` says which crops are tried.
@@ -75,12 +76,12 @@ def _cropped(part: Part, rows: NDArray[np.int64], boxes: Tensor) -> Tensor:
 
 
 def crops_of_class(config: RunConfig) -> int:
-    """Number of crops per class that make its images."""
+    """Number of crops per class from which the class's images in the set are made."""
     return config.distill.ipc * config.select.tiles**2
 
 
 def crops_scored(config: RunConfig, classes: int, training_images: int) -> int:
-    """Number of crops that pass the teacher."""
+    """Number of crops of all classes that the teacher scores."""
     return classes * min(config.select.pool, training_images // classes) * config.select.crops
 
 

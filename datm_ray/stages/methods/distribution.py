@@ -19,8 +19,8 @@ from datm_ray.stages.methods.memory import chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
 
 DERIVATIVE = 2.4
-"""Time to differentiate an image's embedding, in multiples of the time to compute it. Measured compiled, ConvNet-3 of
-width 128 on one core, in float32 and bfloat16."""
+"""Time to differentiate an image's embedding, as a multiple of the time to compute the embedding. Measured with a
+compiled ConvNet of depth 3 and width 128 on one core, in float32 and bfloat16."""
 
 
 class DistributionMatching(Method):
@@ -33,14 +33,15 @@ class DistributionMatching(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each expert that a run reads: the last one alone, for MetaDD and for labels."""
+        """Numbers of the epochs that a run reads of each expert: only the last one, for MetaDD and for labels."""
         return (config.experts.epochs,)
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
         """Work and memory of an iteration, for the worker with the most classes.
 
-        Its real and synthetic images pass the network once for the means, synthetic images once more for the gradient.
+        The worker's real and synthetic images pass the network once for the means, and the synthetic images once more
+        for the gradient.
         """
         settings, own = config.distill, -(-classes // shards)
         passes = {"embedding": own * (settings.real_batch + (1 + DERIVATIVE) * settings.ipc)}
@@ -77,7 +78,7 @@ class DistributionMatching(Method):
         return even_size(settings.ipc, most), even_size(min(settings.real_batch, largest), most)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile the functions. On a GPU, also find by trial how many images of a micro-batch fit into its memory."""
+        """Compile the functions. On a GPU, also find by trial how large a micro-batch may be for the GPU's memory."""
         for number, plan in self._plans.items():
             functions = self._functions[number]
             values = functions.values_of(self.fresh_network(0, number))

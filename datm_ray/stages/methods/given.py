@@ -32,14 +32,14 @@ class Given(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The first network if `evaluate` needs it as teacher, or experts that label random images; otherwise none."""
+        """The first network if `evaluate` needs it, as teacher or to label random images; otherwise an empty list."""
         evaluate = config.evaluate
         is_teacher = evaluate.has_teacher and evaluate.teacher is None
         return config.each_backbone()[:1] if is_teacher or evaluate.fair else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Last epoch of each expert, which labels images."""
+        """Number of the last epoch, because only experts after this epoch label images."""
         return (config.experts.epochs,)
 
     @classmethod
@@ -56,8 +56,8 @@ class Given(Method):
     def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
         """Copy of a run that states its set's content: digest, absolute path and step size, see `Method.resolved`.
 
-        Without real images, only a step size that can be read is filled in. Of a finished run whose recipe states the
-        digest, the files are read only if the recipe leaves out the step size, and may be missing.
+        Without real images, only the step size is filled in, if it can be read. If a finished run has the stated
+        digest, the set is read only if its files exist and the recipe's step size is not the finished run's.
 
         Raises:
             DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
@@ -103,7 +103,7 @@ class Given(Method):
         return f"{images:,} images of a finished set, without iterations"
 
     def first_set(self) -> SyntheticSet:
-        """Images and labels of the set, in this run's normalised space."""
+        """Read this worker's images and labels of the set. Images are normalised as this run's data set is."""
         part, settings = self.part, section_of(self.part.config)
         found = read_set(settings.path, part.dataset.class_names)
         _require_digest(found, settings)
@@ -123,7 +123,7 @@ class Given(Method):
         return SyntheticSet(images, soft_labels, torch.full((1,), step_size, device=part.device), labels)
 
     def warnings(self, state: Any) -> Iterator[str]:
-        """Yields a line if the set's file leaves out its transform, and the run's is another one."""
+        """Yields a message if the set was whitened by another transform than the run's."""
         yield from filter(None, [self._warning])
 
     def shown(self, state: Any) -> Mapping[str, float]:
@@ -145,7 +145,7 @@ def section_of(config: RunConfig) -> GivenConfig:
 
 
 def _readable_step_size(uri: str) -> float | None:
-    """Step size of the set in these files; `None` if they hold none, or cannot be read here."""
+    """Step size of the set in the files at `uri`; `None` if the files hold none, or cannot be read here."""
     with suppress(DatmError):
         return read_step_size(uri)
     return None

@@ -41,7 +41,8 @@ def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> S
                 soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))
 
     part.mesh.until_all_are_done(choose)
-    # Machines may round differently. Workers of other backbones add zeros, so all get the bits of the first row.
+    # Machines may round differently, so only the first row of workers computes. Workers of other rows add zeros, and
+    # all get equal bits.
     images, soft_labels = part.mesh.sum_over_backbones(images), part.mesh.sum_over_backbones(soft_labels)
     return SyntheticSet(images, soft_labels, step_sizes, labels)
 
@@ -58,14 +59,14 @@ def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbe
 def first_rows(
     part: Part, experts: ExpertNetworks | None, rows: Rows, heartbeat: Heartbeat = no_heartbeat
 ) -> NDArray[np.int64]:
-    """Indices of the training images from which these rows of the set start.
+    """Indices of the training images from which some rows of the set start.
 
-    They are correctly classified images or random ones, see `distill.initial`.
+    The images are correctly classified ones or random ones, see `distill.initial`.
 
     Args:
         part: this worker's part in the distillation.
         experts: networks that decide which images are classified correctly; `None` chooses random images.
-        rows: rows of whole classes.
+        rows: rows of the set, which must be those of whole classes.
     """
     dataset, settings = part.dataset, part.config.distill
     if settings.initial == "random" or experts is None:

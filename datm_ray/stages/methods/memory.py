@@ -1,9 +1,10 @@
-"""Memory of a distilling worker: the parts that it takes, whether they fit, and how many images a micro-batch has.
+"""Memory of a distilling worker: what takes memory, whether it fits, and how many images a micro-batch has.
 
-The set, parameters and images are counted exactly, activations as a multiple of what all layers write in one forward
-pass (`core/networks/image_cost.py`), measured on CPUs. On a GPU a trial step decides in the end (`chunk_by_trial`).
-Images of the data set are left out, because the workers of a node share them. Plans use the same numbers before a run
-starts (`planning/memory.py`). Accuracy: benchmarks/README.md. Tests: tests/planning/test_memory.py.
+The set, parameters and images are counted exactly. Activations are counted as a multiple of what all layers write in
+one forward pass (`core/networks/image_cost.py`); the multiple was measured on CPUs. On a GPU a trial step decides in
+the end (`chunk_by_trial`). Images of the data set are left out, because the workers of a node share them. Plans use the
+same numbers before a run starts (`planning/memory.py`). benchmarks/README.md has the accuracy of these numbers. Tests:
+tests/planning/test_memory.py.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from datm_ray.stages.methods.registry import method_of
 from datm_ray.words import data_size
 
 PROCESS_BYTES = 1200 * 2**20
-"""Bytes of a CPU worker that distils, without its tensors. Measured: 935 to 1,200 MiB, most if it had trained networks
-before."""
+"""Bytes of a CPU worker that distils, without its tensors. Measured: 935 to 1,200 MiB, the most in a worker that had
+trained networks before."""
 CONTEXT_BYTES = 2**29
-"""GPU memory of one process's context of CUDA, which it has beside its tensors. Assumed, not measured."""
+"""Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
 MARGIN, GPU_SHARE = 1.25, 0.9
-"""MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share of a GPU's free
-memory, or of the worker's part of the GPU, that a worker may fill."""
+"""MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share that a worker may
+fill of a GPU's free memory, or of the worker's part of the GPU."""
 SET_COPIES, IMAGE_COPIES = 5, 6
 """SET_COPIES: copies of a set (with momentum, gradient, updated set, and the set kept by validation). IMAGE_COPIES:
 copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
 FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
 META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
-"""Bytes of all MetaDD networks' maps to which a CPU's worker fills a part of MetaDD's images, within these least and
-largest numbers of images. Chosen by hand with small networks, which took about half as long in parts of 50 as of 10."""
+"""Size of MetaDD's micro-batches on a CPU. META_BYTES: largest size of all MetaDD networks' maps for a micro-batch.
+META_IMAGES: smallest and largest number of its images, inclusive, whatever META_BYTES allows. Chosen by hand: small
+networks took about half as long with micro-batches of 50 images as with 10."""
 MEMORY_PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
@@ -61,7 +63,7 @@ ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
 
 @dataclass(frozen=True)
 class DistillationPlan:
-    """Memory plan of one worker and one network that it distils with, or of a worker that only computes MetaDD."""
+    """Memory plan of a worker for one of its backbones, or of a worker that only computes MetaDD."""
 
     name: str
     """Phrase that says what the worker does, for messages."""
@@ -70,12 +72,14 @@ class DistillationPlan:
     parts: Mapping[str, int]
     """Bytes that the worker takes, by part, see `MEMORY_PARTS`."""
     chunk: int
-    """Images of a micro-batch: as many as memory and a CPU's cache allow, of nearly equal size; 0 for MetaDD alone."""
+    """Number of images of a micro-batch: as many as memory and a CPU's cache allow; 0 for a worker of MetaDD alone.
+
+    Micro-batches of a step are nearly equal."""
     demand: Demand
     """Work and memory of an iteration of the method."""
     meta_chunk: int = 0
-    """Images in MetaDD's networks at a time: as many as memory allows, and on CPUs no more than make it faster; 0
-    without such networks."""
+    """Number of images in MetaDD's networks at a time: as many as memory allows, on CPUs also no more than make MetaDD
+    faster; 0 without MetaDD networks."""
 
     @property
     def total(self) -> int:
@@ -100,11 +104,11 @@ class DistillationPlan:
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
     def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
+        """Raise a `ConfigError`, because the worker needs more memory than it may take. `remedies` come first in it."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = MEMORY_PARTS[name]
-        if name == "call" and not self.demand.is_divisible:  # a block, whose statistics couple its images
+        if name == "call" and not self.demand.is_divisible:  # a block of a recovery: its images cannot be divided
             knob = "recover.block"
         found = [*remedies, f"raise --memory (cluster.memory) to {data_size(1.01 * self.total)}"]
         raise ConfigError(
@@ -123,7 +127,7 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
     """Plans of every network that a recipe works on, in the networks' order, then of workers that only compute MetaDD.
 
     Args:
-        shape: the recipe's data. With 0 training images, the data set does not count in a machine's memory.
+        shape: shape of the recipe's data. With 0 training images, the data set counts as taking no memory.
         sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
 
     Raises:
@@ -147,7 +151,7 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
 
 
 def plans_of_part(part: Part, *, compiled: bool) -> Mapping[int, DistillationPlan]:
-    """Memory plan, with micro-batch sizes, of each backbone that a worker computes, by the backbone's index.
+    """Memory plans of a worker, with micro-batch sizes: index of each backbone that the worker computes -> plan.
 
     Args:
         part: the worker's part in the distillation.
@@ -163,9 +167,9 @@ def plans_of_part(part: Part, *, compiled: bool) -> Mapping[int, DistillationPla
 
 
 def meta_plan_of_part(part: Part) -> DistillationPlan:
-    """Memory plan of a worker for MetaDD: `chunk` is the number of images in its networks at a time.
+    """Memory plan of a worker for MetaDD. Its `chunk` is the number of images in the MetaDD networks at a time.
 
-    Unlike `plans_of_part` it refuses nothing.
+    Unlike `plans_of_part`, this function raises no error if memory is short.
     """
     apart = {} if part.mesh.rows > 1 else ALONE
     config = laid_out(part.config, {**apart, "shards": part.mesh.columns})
@@ -202,7 +206,7 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         decoder, latents = prior_cost(config.prior, shape.image)
         whitening = math.prod(shape.image) ** 2 * (config.dataset.kind == "zca")
         parts["synthetic"] += SET_COPIES * held * 4 * latents
-        parts["network"] += 4 * (2 * decoder.parameters + whitening)  # the encoder is about as large
+        parts["network"] += 4 * (2 * decoder.parameters + whitening)  # twice, because the encoder is about as large
         parts["prior"] = min(held, micro_batch(decoder)) * (KEPT_MAPS * decoder.maps + IMAGE_COPIES * shape.row)
     if backbone is None:
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
@@ -258,8 +262,8 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
     """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free for it.
 
-    On a GPU that workers share, this is at most what the worker's context of CUDA and its tensors leave of its part of
-    the whole GPU. The result is infinite for GPUs that this process cannot see.
+    On a GPU that workers share, the result is at most the worker's part of the GPU's memory, less what the worker's
+    CUDA context and its present tensors take. The result is infinite if this process cannot see the GPU.
 
     Args:
         data_bytes: size of the data set; the workers of a machine share one copy.
@@ -272,7 +276,7 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
         return max(0, available_memory() - data_bytes) // sharing
     if not torch.cuda.is_available():
         return math.inf
-    # Others that share the GPU may have started already, so a share of what is free would be too little.
+    # Other workers may have taken their parts of the GPU already, so a part of the free memory would be too little.
     part = cluster.gpus_per_worker or 1.0
     context = CONTEXT_BYTES if part < 1 else 0
     share = min(part, 1.0) * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
@@ -291,7 +295,7 @@ def chunk_by_trial(
 
     Args:
         step: computes one step with the given number of images.
-        forget: drops what a step that does not fit has left, such as recorded CUDA graphs with their memory.
+        forget: function that frees what a failed trial has left, such as recorded CUDA graphs with their memory.
 
     Raises:
         ConfigError: a step of one image does not fit.

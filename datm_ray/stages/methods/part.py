@@ -51,7 +51,7 @@ class Part:
     experts: Sequence[ExpertNetworks] | None = None
     """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
     kept: dict[Any, Any] = field(default_factory=dict)
-    """What a method made from these networks and keeps for the worker's next piece, such as compiled code."""
+    """Objects that a method made from `experts` and keeps for the worker's next piece, such as compiled code."""
 
     @cached_property
     def rows(self) -> Rows:
@@ -65,7 +65,7 @@ class Part:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """For each row of workers in the mesh, the networks that it computes; empty if the mesh has one row."""
+        """For each row of workers in the mesh, the networks that these workers compute; empty if there is one row."""
         return self.config.roles if self.mesh.rows > 1 else ()
 
     @property

@@ -32,9 +32,9 @@ FEW_IMAGES = 32
 
 
 COMPILED_FROM, GPU_SPEED = 6e12, 100
-"""COMPILED_FROM: operations in forward passes of all images in all iterations from which on the gradient is compiled.
-On a CPU core so many take three minutes uncompiled. Compiling takes half a minute, and halves them. GPU_SPEED: factor
-for GPUs, assumed."""
+"""COMPILED_FROM: smallest work of a run, inclusive, for which the gradient is compiled, in floating-point operations of
+all forward passes. One CPU core needs three minutes for this work uncompiled. Compiling takes half a minute and halves
+the time. GPU_SPEED: number of times that a GPU is faster than a core, assumed."""
 
 
 class RecoveryFromTeacher(Method):
@@ -58,7 +58,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Numbers of the stored epochs that a run reads: the last alone. The teacher is expert 0 after this epoch."""
+        """Numbers of the stored epochs that a run reads: only the last. The teacher is expert 0 after this epoch."""
         return (config.experts.epochs,)
 
     @classmethod
@@ -109,10 +109,10 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration of one block: its images pass the teacher once forward and back."""
+        """Work and memory of an iteration of one block: the block's images pass the networks once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
         kind = "recovery" if cls.is_compiled(config, classes, cost) else "training"
-        networks = 1  # auxiliaries are taken to cost what the teacher does
+        networks = 1  # each auxiliary is assumed to cost as much as the teacher
         if config.recover.statistics_of != "teacher":
             networks += len(config.each_auxiliary())
         passes, most = {kind: float(networks * largest)}, 2 * networks
@@ -120,7 +120,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def is_compiled(cls, config: RunConfig, classes: int, cost: ImageCost) -> bool:
-        """True if the gradient is compiled: `cluster.compile`, and there is more work than compiling takes."""
+        """True if the gradient is to be compiled: `cluster.compile` is set, and the run's work is worth compiling."""
         work = config.distill.iterations * config.distill.ipc * classes * cost.flop
         return config.cluster.compile and work >= COMPILED_FROM * (GPU_SPEED if uses_gpu(config.cluster) else 1)
 
@@ -141,7 +141,7 @@ class RecoveryFromTeacher(Method):
         self.facts = compiled_facts(works, self._loss.note)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile the gradient in the images, if it is worth it. A worker keeps it for all blocks of one size."""
+        """Compile the gradient in the images, if worth it. A worker keeps compiled code for all blocks of one size."""
         if not self.facts["compiled"]:
             return
         labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
@@ -174,7 +174,7 @@ class RecoveryFromTeacher(Method):
         return black.to(self.part.device), white.to(self.part.device)
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Make the images with which the block starts, noise, real ones or crops, with hard labels.
+        """Make the images with which the block starts: noise, real images or crops. Labels are hard.
 
         Yields between steps. The task that joins the blocks may replace the labels, see `stages/pieces.py`.
         """
@@ -195,7 +195,7 @@ class RecoveryFromTeacher(Method):
     def _crops(self) -> Generator[None, None, Tensor]:
         """Images [n c h w], tiled from the crops that the teacher classifies best; yields between scoring steps.
 
-        The worker keeps what it has chosen for its blocks of the same classes.
+        The worker keeps the chosen crops for its other blocks with the same classes.
         """
         part, found = self.part, list[Tensor]()
         for label in self.piece.classes:
@@ -250,7 +250,7 @@ class RecoveryFromTeacher(Method):
         return gradient.index_add(0, rows, along)
 
     def shown(self, state: Any) -> Mapping[str, float]:
-        """Loss of the last iteration, and its part from batch statistics: name -> value."""
+        """Loss of the last iteration, and the loss's statistics term without weight: name -> value."""
         return {"loss": state.history[-1].loss, "statistics": state.history[-1].statistics}
 
     def images_seen(self) -> float:

@@ -38,7 +38,7 @@ def method_of(config: RunConfig) -> type[Method]:
 
 
 def iterations_of(config: RunConfig) -> int:
-    """Number of iterations of a run's distillation; the recipe's number if the method cannot be imported here."""
+    """Number of iterations of a run's distillation; `distill.iterations` if the method cannot be imported here."""
     try:
         return method_of(config).iterations(config)
     except ConfigError:
@@ -53,7 +53,7 @@ def trained_backbones(config: RunConfig) -> list[RunConfig]:
 def teacher_of(config: RunConfig) -> RunConfig:
     """Network whose expert 0 is the teacher of `evaluate.labels`, as a run with this network alone.
 
-    This is the network of `evaluate.teacher` or, if that is not given, the first trained backbone.
+    The network is that of `evaluate.teacher` or, without this key, the first trained backbone.
 
     Raises:
         ConfigError: the run trains no backbone and has no teacher of its own.
@@ -71,10 +71,10 @@ def teacher_of(config: RunConfig) -> RunConfig:
 def role_of(config: RunConfig, network: RunConfig) -> str:
     """Role of one of a run's `trained_networks` in lists of costs: "teacher" or "experts".
 
-    A teacher is the network of `evaluate.teacher`, or the one network from which the run's method makes its set.
+    A teacher is a single trained network: that of `evaluate.teacher`, or the one from which the method makes the set.
 
     Args:
-        network: the trained network, as a run with it alone.
+        network: the trained network, as a run with this network alone.
     """
     wanted = expert_fingerprint(network, "")
     teachers = config.own_teacher() + (trained_backbones(config) if method_of(config).has_teacher else [])
@@ -83,17 +83,17 @@ def role_of(config: RunConfig, network: RunConfig) -> str:
 
 
 def scoring_networks(config: RunConfig) -> list[RunConfig]:
-    """Networks that must be trained before a set is scored, each as a run with it alone: backbones, then a teacher."""
+    """Networks that must be trained before a set is scored: backbones, then a teacher. Each is a run with it alone."""
     return _with_teacher(config, trained_backbones(config))
 
 
 def trained_networks(config: RunConfig) -> list[RunConfig]:
-    """Networks that must be trained for a run, each as a run with it alone: backbones, auxiliaries, then a teacher."""
+    """Networks that must be trained for a run: backbones, auxiliaries, then a teacher. Each is a run with it alone."""
     return _with_teacher(config, [*trained_backbones(config), *config.each_auxiliary()])
 
 
 def _with_teacher(config: RunConfig, networks: list[RunConfig]) -> list[RunConfig]:
-    """The networks, and that of `evaluate.teacher` unless its experts are those of one of them."""
+    """Add the network of `evaluate.teacher`, if there is one, unless one of `networks` has the same experts."""
     for teacher in config.own_teacher():
         if all(expert_fingerprint(each, "") != expert_fingerprint(teacher, "") for each in networks):
             return [*networks, teacher]

@@ -24,17 +24,17 @@ from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
 
 MOST_PIECES = 32
-"""Largest number of pieces into which a set is divided. Each piece reads several networks again, so more would be
-slow."""
+"""Largest number of pieces into which a set is divided. Each piece reads several networks again, so more pieces would
+be slow."""
 LEAST_EPOCHS = 3
 """Smallest number of stored epochs, inclusive and without epoch 0, for which forgetting can be counted."""
 
 Rows = Mapping[int, NDArray[np.int64]]
-"""Class -> indices of its real training images, in the order drawn."""
+"""Class -> indices of its real training images, in the order that `drawn_order` gives."""
 
 
 class Selection(Method):
-    """Chooses real images by the scores that a teacher or all experts of `network` give them, or at random."""
+    """Chooses real images at random, or by scores that a teacher or all experts of `network` give the images."""
 
     batch_norm = "either"
     has_teacher = True
@@ -54,7 +54,7 @@ class Selection(Method):
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Epochs of each expert that a run reads: for forgetting all; otherwise the last one and `select.epoch`."""
+        """Numbers of the epochs that a run reads: all for forgetting, otherwise the last and `select.epoch`."""
         if config.select.by == "forgetting":
             return config.kept_epochs
         return (config.select.epoch or config.experts.epochs, config.experts.epochs)
@@ -81,7 +81,7 @@ class Selection(Method):
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
-        """Blocks of classes of about equal sizes: one block per class, but at most `MOST_PIECES` blocks."""
+        """Pieces with about equally many classes: one piece per class, but at most `MOST_PIECES` pieces."""
         groups = np.array_split(np.arange(classes), min(classes, MOST_PIECES))
         images = range(config.distill.ipc)
         return [Piece(number, range(own[0], own[-1] + 1), images) for number, own in enumerate(groups)]
@@ -96,7 +96,8 @@ class Selection(Method):
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """Work of choosing the images: kind of work -> images that pass a network.
 
-        Each crop passes the teacher once, or each image passes each expert and epoch once. Labelling the set is added.
+        Each crop passes the teacher once, or each image passes each expert at each epoch once. Labelling the set adds
+        to this.
 
         Args:
             training_images: number of training images, without validation images.
@@ -189,7 +190,7 @@ class Selection(Method):
 
 
 def _check_select(config: RunConfig) -> None:
-    """Raise a `ConfigError` if values of `select` do not fit each other or the stored epochs of the experts."""
+    """Raise a `ConfigError` if values of `select` contradict each other or the stored epochs of the experts."""
     settings, stored = config.select, config.kept_epochs
     if settings.by == "rded":
         check_crops(config)

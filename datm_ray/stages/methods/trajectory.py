@@ -50,11 +50,11 @@ class _Backbone:
 
 
 COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
-"""Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
-1.9 compiled, 7.3 to 8.9 uncompiled."""
+"""Peak memory of a compiled and of an uncompiled student step, as a multiple of the bytes that all layers write in one
+forward pass. Measured: 1.8 to 1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 10
-"""Number of vectors with p parameters in memory, beside the student's stored steps: two networks, target, v, sums of
-gradients, and start and target of the next iteration."""
+"""Number of vectors as long as the network's parameters in memory, beside the student's stored steps: two networks,
+target, the reverse sweep's v, sums of gradients, and start and target of the next iteration."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
@@ -65,9 +65,9 @@ class TrajectoryMatching(Method):
     """Trajectory matching (DATM, MTT): a worker matches its backbones, each with that backbone's experts."""
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
-    """Class that computes a student step and its reverse. Benchmarks may set another one."""
+    """Class that computes a student step and its derivative. Benchmarks may set another class."""
     refuses: bool = True
-    """True to raise an error for sets that cannot be matched. Benchmarks may set it to False."""
+    """True to raise an error for a set that learns nothing from matching. Benchmarks may set this to False."""
     state = Distillation
     reads_backbones = True
     can_continue = True
@@ -95,7 +95,7 @@ class TrajectoryMatching(Method):
         """Work and memory of an iteration: student steps on this worker's part of the minibatches.
 
         The student's parameters after each step stay in memory. With several class shards, each step sums two vectors
-        over them.
+        over the shards.
         """
         settings, images = config.distill, config.distill.ipc * classes
         rows = rows_at_a_time(images, settings.ipc * -(-classes // shards), min(settings.batch_size, images))
@@ -120,7 +120,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Distance:
-        """Forecast for a recipe: the distances in parameter space that experts and the student move."""
+        """Forecast for a recipe: how far experts and the student move in the space of parameters."""
         return Distance.of(config, training_images)
 
     def __init__(self, part: Part) -> None:
@@ -141,7 +141,8 @@ class TrajectoryMatching(Method):
             for number in role.backbones
             for group in [self.experts[number].group]
         ]
-        # A thread hides the wait for a remote store or for a GPU. On a CPU the draws take the iteration's own cores.
+        # A thread prepares inputs during waits for a remote store or a GPU. On a CPU it would only take cores from the
+        # iteration.
         is_remote = any(each.group.location.local_path is None for each in self._backbones)
         has_waits = is_remote or part.device.type == "cuda"
         self._ahead = Ahead(self._inputs, config.distill.iterations, in_thread=has_waits)
@@ -166,7 +167,7 @@ class TrajectoryMatching(Method):
         self._ahead.close()
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile student steps. On a GPU, also find by trial how many images of a micro-batch fit."""
+        """Compile student steps. On a GPU, also find by trial how large a micro-batch may be."""
         for place, backbone in enumerate(self._backbones):
 
             def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
@@ -248,7 +249,7 @@ class TrajectoryMatching(Method):
         """Find the best step size of every network of the run, with its losses. All workers get the same results."""
         near = self._distance(state).likely_step_size
         threshold = self.part.config.distill.threshold
-        bound = min(threshold, (1 + threshold) / 2)  # single losses scatter around the mean
+        bound = min(threshold, (1 + threshold) / 2)  # below the threshold, as single losses scatter around the mean
 
         def search(own: int, all_sum: AllSum) -> Measured:
             return find_step_size(lambda tried: measure(tried, pairs[own], state.synthetic, all_sum), near, bound)
@@ -274,10 +275,10 @@ class TrajectoryMatching(Method):
         return [Measured(row[0], tuple(row[4:]), *row[1:4]) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
-        """Learning rate of the images with which a first update moves them by `FIRST_MOVE` times their norm.
+        """Learning rate with which a first update moves the images by `FIRST_MOVE` times their norm.
 
-        The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` change nothing, so they count
-        only if all losses are above it.
+        The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` would update nothing, so they
+        count only if all losses are above the threshold.
         """
         for skip_above in (self.part.config.distill.threshold, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
@@ -307,7 +308,7 @@ class TrajectoryMatching(Method):
         return self.share_of_images(state.movement(total), state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
-        """Distances in parameter space that experts move and, with the set's present step size, the student."""
+        """Distances that experts move in the space of parameters and, with the set's current step size, the student."""
         given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
 
@@ -320,7 +321,7 @@ class TrajectoryMatching(Method):
         best: Sequence[Measured],
         again: str = "",
     ) -> ThresholdError:
-        """Make an error about losses above `distill.threshold`, with numbers, and settings that bring losses below it.
+        """Make an error about losses above `distill.threshold`, with settings that would bring losses below it.
 
         Args:
             what: start of the message, before "with a matching loss of".
@@ -345,7 +346,7 @@ class TrajectoryMatching(Method):
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
 
     def _better(self, best: Sequence[Measured]) -> str:
-        """Text that recommends the setting with the best step size found for the present set, and gives its loss."""
+        """Text that recommends a setting with the best step size found for the current set, and gives the loss."""
         found, least = (_numbers(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
         if self.part.config.distill.initial_step_size is not None:
             return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
@@ -379,9 +380,9 @@ class TrajectoryMatching(Method):
     def augmentations(
         self, rows: NDArray[np.int64], labels: NDArray[np.int64], iteration: int
     ) -> Sequence[Augmentation]:
-        """Augmentation, of one sample each, under which the first backbone's student first sees some images.
+        """For each of some images, the augmentation under which the first backbone's student first sees it.
 
-        See `Method.augmentations`, and `first_shown` for images that the iteration does not show.
+        See `Method.augmentations`, and `first_shown` for images that the student does not see in the iteration.
         """
         settings = self.part.config.distill
         if not settings.augmentation:
@@ -432,7 +433,7 @@ class TrajectoryMatching(Method):
         first, last = backbone.group.read_params(*self._wanted(origin))
         matched = first_matched(len(first), settings.unmatched_share)
         if np.array_equal(first[matched:], last[matched:]):
-            self._require_motion(backbone, origin, matched)  # a single such pair skips its iteration
+            self._require_motion(backbone, origin, matched)  # no error for a single pair: its iteration is skipped
         start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
         return Match(
             backbone.functions,
@@ -448,7 +449,7 @@ class TrajectoryMatching(Method):
     def _require_motion(self, backbone: _Backbone, origin: Origin, matched: int) -> None:
         """Raise a `StoreError` if the expert's matched parameters are identical at its first and last stored epochs.
 
-        Called if start and target of an iteration are identical, which alone is no error.
+        Call this if start and target of an iteration are identical, which by itself is no error.
         """
         expert, (start, target) = self._wanted(origin)
         group = backbone.group
@@ -493,7 +494,7 @@ class TrajectoryMatching(Method):
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: Distillation) -> Iterator[str]:
-        """Messages if the set learned nothing, or less than the recipe says, so that nobody takes this for success."""
+        """Messages if more than a quarter of the updates was skipped, or of the gradients shortened."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
@@ -522,13 +523,13 @@ class TrajectoryMatching(Method):
 
 
 class MatchingTrainingTrajectories(TrajectoryMatching):
-    """MTT: students start at any epoch of a range from 0 on, images at any real ones, and labels are the classes."""
+    """MTT: students start at epochs from 0 up to a fixed bound, first images are random, and labels are the classes."""
 
     state = HardLabelled
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` also for start epochs that are DATM's: a range that begins later, or that grows."""
+        """Raise a `ConfigError` also if the range of start epochs begins after epoch 0, or grows, as in DATM."""
         super().check(config)
         starts = config.distill.start_epochs
         if starts.first or starts.bound <= starts.last:
@@ -557,8 +558,9 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
 def rows_at_a_time(images: int, held: int, batch: int) -> int:
     """Number of images of a minibatch for which a worker plans memory, if it holds `held` of the set's images.
 
-    Minibatches are drawn from the whole set, so the worker's part of them varies; about one in a thousand has more.
-    With micro-batches of the average part, half of all steps would need a second call for a few images.
+    Minibatches are drawn from the whole set, so the number of a worker's images in a minibatch varies. About one
+    minibatch in a thousand has more than the planned number. If memory were planned for the average number, half of all
+    steps would need a second call for a few images.
 
     Args:
         images: images of the whole set.
