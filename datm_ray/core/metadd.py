@@ -1,8 +1,8 @@
 """MetaDD: losses that make synthetic images show the same evidence to every architecture (arXiv 2410.05103).
 
 Trained, frozen networks classify an image of class y: the backbone, and auxiliaries of other architectures. Each
-network's class activation map shows where it finds y. Features that all networks use are the image's meta features; the
-others are heterogeneous.
+network's class activation map shows where the network finds y. Features that all networks use are the image's meta
+features; all other features are heterogeneous.
 Three terms, each a mean over images, are added to the loss of any distillation:
 
     variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (a_m - mean a)^2
@@ -70,7 +70,7 @@ class MetaLoss:
 
 
 class MetaDD:
-    """MetaDD's loss for given networks. Any distillation can add it to its own loss:
+    """MetaDD's loss for given networks. Any distillation can add this loss to its own:
 
         metadd = MetaDD([backbone, resnet, vit])
         loss = distribution_matching(synthetic, real) + metadd.loss(synthetic, labels).total

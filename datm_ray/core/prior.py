@@ -126,9 +126,9 @@ def build_autoencoder(settings: PriorConfig, image: tuple[int, int, int], seed: 
 
 
 def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> nn.Module:
-    """Build the decoder that a recipe describes, untrained, or call the user's function that returns one.
+    """Build the untrained decoder that a recipe describes, or call the user's function that returns a decoder.
 
-    Parameters that torch draws in the function depend on `seed` alone.
+    Parameters that torch draws in the user's function depend on `seed` alone.
 
     Raises:
         ConfigError: the function cannot be imported, or does not return a decoder for images of this shape.

@@ -41,7 +41,7 @@ class AugmentationRobust:
     """Augmentation-robust score (ARS), and the number `beta` from which it follows."""
 
     beta: float
-    """Accuracy of the set minus that of random images, in [-1, 1]: weighted mean with and without augmentation."""
+    """Accuracy of the set minus that of random images, in [-1, 1], as a weighted mean with and without augmentation."""
     score: float
     """ARS in [0, 1]; higher is better."""
 

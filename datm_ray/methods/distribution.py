@@ -50,7 +50,7 @@ class EmbeddingFunctions:
     """Embeddings by networks of one architecture, and their derivative in the images; compiled if the machine can.
 
     Attributes:
-        note: one line on why the functions are not compiled although asked to be; "" otherwise.
+        note: one line on why the functions are not compiled although this was asked for; "" otherwise.
         is_compiled: True if they are compiled.
     """
 

@@ -63,7 +63,7 @@ class View:
     def of(self, images: Tensor) -> Tensor:
         """View of images [n c h w]; differentiable in the images.
 
-        All images share one box, so the crop is a product with two matrices. Its gradient is reproducible on GPUs too.
+        All images share one box, so the crop is a product with two matrices. This makes gradients reproducible on GPUs.
         """
         top, left, height, width = self.box
         rows, columns = (
@@ -103,7 +103,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     Args:
         options: section `recover` of the recipe.
         seed: seed of the run.
-        block: number of the block, the images that are recovered together.
+        block: number of the block (images that are recovered together) within the set, from 0.
         iteration: number of iterations done.
         iterations: number of iterations of the whole run.
     """
@@ -125,7 +125,7 @@ class RecoveryLoss:
     """Loss of images: a teacher's cross-entropy for their classes, plus the distance to networks' running statistics.
 
     Attributes:
-        note: one line on why the gradient is not compiled although asked to be; "" otherwise.
+        note: one line on why the gradient is not compiled although this was asked for; "" otherwise.
     """
 
     def __init__(

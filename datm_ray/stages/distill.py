@@ -1,11 +1,11 @@
-"""Distillation of one synthetic set in one task, by one worker or a mesh of workers. It resumes from checkpoints.
+"""Distillation of one synthetic set in one task, by one worker or a mesh of workers, with checkpoints to resume from.
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds`, before a
                        validation and when the command is stopped, and kept at the end; the images are in checkpoint/,
                        see `checkpoint`
-    maps.arrow         with MetaDD: class activation maps of some images, before and after
+    maps.arrow         with MetaDD: class activation maps of some images, before and after the distillation
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
@@ -84,7 +84,7 @@ LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
 FOUND = "found"
-"""Key, in a set's provenance, of a mapping: setting of `distill` that the recipe leaves open -> value found."""
+"""Key in a set's provenance, with a mapping: setting of `distill` that the recipe leaves open -> value found."""
 VALIDATING = "validating the set"
 CHOOSING = "choosing the first images"
 
@@ -196,7 +196,7 @@ class DistillWorker:
             return
         attempt = Attempt.start(folder, Alone())
         folder, attempt.resumed_at = attempt.folder, config.distill.iterations
-        spent = read_cost(folder)  # before the state: another worker may add the results that the state lacks
+        spent = read_cost(folder)  # before the state, so that no result's cost is counted twice
         kind = (self.method or method_of(config)).state
         state = load_checkpoint(kind, folder, rows, config.distill, self._device)
         if state is None:
@@ -512,7 +512,7 @@ class Distillation:
         seconds = seconds_to_look(self._folder, self._config.cluster.progress_timeout)
         require_shared(read_together, seconds, fact)
         self._attempt.resumed_at = -1 if saved is None else saved.iteration
-        if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
+        if self._mesh.is_first:  # forget candidates that a lost or removed checkpoint left
             self._candidates.forget(first=self._attempt.resumed_at + 1)
         if saved is not None:
             _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))

@@ -62,7 +62,7 @@ def create_labels(
     Args:
         place: folder of the store.
         images: [n c h w] images of the set, as networks are trained on them.
-        classes: number of the teacher's logits.
+        classes: number of classes, for which the teacher has one logit each.
         teacher_fingerprint: digest of what decides the teacher's logits.
         epochs: number of epochs of the training.
         keep: number of epochs to label and store, which the training repeats in turn; `None` labels all.
@@ -147,7 +147,7 @@ LABELS, COSTS = "labels", "costs"
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
     """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run.
 
-    Recipes that differ only in the length of training or the number of kept epochs share a folder.
+    Trainings of any length, with any number of kept epochs, share a folder.
     """
     settings = config.evaluate
     facts = settings.model_dump(include={"top_logits", "cutmix"})

@@ -86,7 +86,8 @@ class MetaNetworks:
     def term(self, iteration: int) -> MetaTerm:
         """MetaDD's loss term for an iteration: the networks, and the images for which the term is computed.
 
-        The images are drawn from the whole set. The term has those of the drawn images that this worker holds.
+        The images are drawn from the whole set, or from this worker's piece. The term has those of the drawn images
+        that this worker holds.
         """
         images = self._images if self._piece is None else self._rows.last
         count = max(1, round(self._settings.share * images))
@@ -147,8 +148,9 @@ class MetaNetworks:
         return torch.stack(ratios).sum()
 
     def keep_maps(self, place: Location, mesh: Mesh, initial: Tensor, final: SyntheticSet) -> None:
-        """Write the networks' maps of some images, and the mean meta-feature ratio of all, before and after the
-        distillation.
+        """Write class activation maps of some images, and the mean meta-feature ratio of all images.
+
+        Both are written for the images before and after the distillation.
 
         Args:
             place: file to write.

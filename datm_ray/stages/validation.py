@@ -177,8 +177,8 @@ def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool
 def standard_error(mean: float, dataset: Dataset) -> float:
     """Standard error of a validation accuracy, a fraction in [0, 1] and not percent.
 
-    It follows from the mean accuracy and the number of validation images. More networks do not reduce it, because
-    scores on the same images are not independent draws.
+    The standard error follows from the mean accuracy and the number of validation images. More networks do not reduce
+    it, because scores on the same images are not independent draws.
 
     Args:
         mean: mean accuracy of the networks on the validation images, in [0, 1].

@@ -191,7 +191,7 @@ def _with_traced_strides(owner: fx.Node) -> None:
 
 
 def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
-    """Give all arguments at these positions the memory order that the last of them had in tracing."""
+    """Give all arguments at these positions the memory order that the last of these arguments had in tracing."""
     last = node.args[places[-1]]
     assert isinstance(last, fx.Node)
     order = torch.contiguous_format if last.meta["val"].is_contiguous() else torch.channels_last

@@ -1,7 +1,7 @@
 """Functions of tensors as CUDA graphs: all kernels of a call are launched together.
 
-A student step on a few images takes a GPU less time than launching its kernels one by one. A graph records the
-kernels of one call, with the memory that they read and write. Replaying it launches all of them at once. Each call
+A student step on a few images takes a GPU less time than launching its kernels one by one. A graph records the kernels
+of one call, with the memory that they read and write. Replaying the graph launches all these kernels at once. Each call
 copies its arguments into this memory, and the results out of it. The tests (tests/core/compute/test_cuda_graphs.py)
 simulate the recording on a CPU. No GPU has run this code yet.
 """

@@ -31,7 +31,7 @@ def shapes_only() -> AbstractContextManager[Any]:
 
 
 def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    """Trace the function. Returns the graph of the tensor operations that it executes for these arguments."""
+    """Trace the function. Returns the graph of the tensor operations that the function executes for these arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self

@@ -1,8 +1,8 @@
 """Weight gradients of 3x3 convolutions with fewer multiplications, for CPUs.
 
 The gradient in the weights is itself a convolution, of the input with the output's cotangent, with a result of 3x3.
-Winograd's minimal filtering computes it from tiles of 2x2 cotangents and the 4x4 inputs around them, with 16 instead of
-36 multiplications:
+Winograd's minimal filtering computes this gradient from tiles of 2x2 cotangents and the 4x4 inputs around them, with 16
+instead of 36 multiplications:
 
     dw = G' [ sum over tiles of (B' x B) * (A y_ A') ] G
 

@@ -265,8 +265,8 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
 def alexnet(spec: NetworkSpec) -> SpatialNetwork:
     """AlexNet in the version of the distillation literature, for 32x32 pixels.
 
-    It has five convolutions without normalisation, 2x2 max pooling after the first, second and last convolution, and
-    one linear layer over the flattened map instead of three.
+    The network has five convolutions without normalisation, 2x2 max pooling after the first, second and last
+    convolution, and one linear layer over the flattened map instead of three.
     """
     _require_least_side(spec)
     _refuse_norm(spec)

@@ -121,7 +121,7 @@ class _Norm(torch.autograd.Function):
 class _NormTangent(torch.autograd.Function):
     """Tangent yt = g ht + gt h + bt of y = g h + b along the direction (zt, gt, bt) of maps, scale and shift.
 
-    Its derivatives are hand-written. Notation: see the module's docstring.
+    The derivatives of this tangent are hand-written. Notation: see the module's docstring.
     """
 
     @staticmethod

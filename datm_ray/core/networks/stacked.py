@@ -127,7 +127,7 @@ class StackStep(Protocol):
     """Function that computes losses and gradients of the networks of a stack, such as `StackFunctions`."""
 
     note: str
-    """One line on why the function is not compiled although asked to be; "" otherwise."""
+    """One line on why the function is not compiled although this was asked for; "" otherwise."""
 
     @property
     def fills_up(self) -> bool:
@@ -145,7 +145,7 @@ class StackFunctions:
     """Function that computes losses and gradients of s networks of one architecture, compiled if possible.
 
     Attributes:
-        note: one line on why the function is not compiled although asked to be; "" otherwise.
+        note: one line on why the function is not compiled although this was asked for; "" otherwise.
     """
 
     def __init__(
@@ -229,8 +229,7 @@ class StackFunctions:
         return max(1, CACHED_MAP_BYTES // (self._size * self._largest[image]))
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        # A group norm whose input has channels innermost must put them innermost too. torch 2.11 cannot do so under
-        # vmap.
+        # A group norm must keep the channels of its input innermost, which torch 2.11 cannot do under vmap.
         is_mapped = len(parameters) > 1 and self._stacked is None
         innermost = self._channels_last and not is_mapped
         images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()

@@ -77,7 +77,7 @@ def draw_views(
     uniform = random.random((count, 8))
     kept = random.beta(mix, mix, count) if mix else np.ones(count)
     mix_boxes = _mix_boxes(kept, uniform[:, 6:], size)
-    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; a single image is its own
+    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; itself if it is alone
     return Views(
         rows=np.arange(count),
         boxes=crop_boxes(torch.from_numpy(uniform[:, :4]), least_share).float().numpy(),

@@ -36,7 +36,7 @@ Heartbeat = Callable[[], None]
 
 
 SCORING_BATCH = 250
-"""Number of images scored at a time. A thousand images of 64x64 would take 4 GB."""
+"""Number of images scored at a time. A thousand images of 64x64 at a time would take 4 GB."""
 
 
 def no_heartbeat() -> None:
@@ -56,14 +56,14 @@ class Schedule:
     momentum: float = 0.0
     """SGD's momentum; 0 for none."""
     weight_decay: float = 0.0
-    """L2 penalty on the parameters; with adamw, its decoupled weight decay."""
+    """Factor of the L2 penalty on the parameters; with adamw, of the decoupled weight decay."""
     augmentation: str = ""
     """Augmentation strategy, see `core.images.augment`; "" for none."""
     decay_epoch: int | None = None
     """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
     published; `None` if neither happens."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """Update rule. adamw ignores `momentum` and uses 0.9 and 0.999."""
+    """Update rule. adamw ignores `momentum`; its decays of the two moments are 0.9 and 0.999."""
     cosine: bool = False
     """True if the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: int = 0
@@ -201,7 +201,7 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
 
 
 def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
-    """Schedule that a recipe's `evaluate` section describes, given as plain data. Missing keys have their defaults."""
+    """Schedule that a recipe's section `evaluate`, given as plain data, describes. Missing keys get their defaults."""
     known = {key: scored[key] for key in SCORING_KEYS if key in scored}
     name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
     settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)

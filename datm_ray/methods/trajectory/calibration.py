@@ -69,7 +69,7 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
 
 
 def find_step_size(measured_at: Callable[[float], Measured], near: float, bound: float = 1.0) -> Measured:
-    """Search for the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses at it.
+    """Search for the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses with it.
 
     The search starts at `near` and goes down, then up, by factors of two until the loss rises. It also goes down while
     the loss is above 1, because the loss is 1 at step size 0. Then it tries the vertex of the parabola through the best

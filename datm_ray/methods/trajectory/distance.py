@@ -78,7 +78,7 @@ class Distance:
 
     @property
     def ratio(self) -> float:
-        """Student's distance divided by the expert's. If `step_size` is `None`, `likely_step_size` stands for it."""
+        """Student's distance divided by the expert's. If `step_size` is `None`, `likely_step_size` is used."""
         return self.student_steps * (self.step_size or self.likely_step_size) / self.expert
 
     def __str__(self) -> str:

@@ -24,8 +24,9 @@ from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, 
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
-"""Number of iterations since the last update after which a distillation stops, if all losses exceed
-`distill.threshold` in each of them."""
+"""Number of iterations since the last update after which a distillation stops, see `Distillation.stuck`.
+
+Only iterations count in which all losses are finite and exceed `distill.threshold`."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Function that calls the given work with a sum over one backbone's class shards, then waits for other backbones.

@@ -7,7 +7,7 @@ s is the derivative of the loss along v, so `reverse` can be computed in two way
 the loss along v, then backwards. Reverse over reverse differentiates the gradient backwards. Both are exact. Compiled,
 reverse over forward was faster; uncompiled, reverse over reverse (benchmarks/LOG.md; CPUs only so far).
 
-To compile a function, it is traced once for each number of images (`compilation.py`).
+A function to compile is traced once for each number of images (`compilation.py`).
 Shapes: b images of one call, c h w image, k classes, p parameters.
 """
 
@@ -50,7 +50,7 @@ this work. The limit is assumed, not measured."""
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Options for computing a student step. Apart from rounding, they do not change its result."""
+    """Options for computing a student step. Apart from rounding, no option changes the result of the step."""
 
     compiled: bool = True
     """True to compile if the machine can."""
@@ -72,7 +72,7 @@ class StudentStepFunctions:
 
     Attributes:
         network: copy of the given network, prepared for matching.
-        note: one line on why the functions are not compiled although asked to be; "" otherwise.
+        note: one line on why the functions are not compiled although this was asked for; "" otherwise.
 
     Raises:
         ConfigError: the network has batch statistics, so that its gradient is no sum over the images of a batch.
@@ -110,7 +110,7 @@ class StudentStepFunctions:
 
     @property
     def are_replayed(self) -> bool:
-        """True if all calls so far replay CUDA graphs."""
+        """True if all calls so far replayed CUDA graphs; False before the first call."""
         made = [each for pair in self._built.values() for each in pair]
         return bool(made) and all(isinstance(each, Replayed) and each.is_recorded for each in made)
 

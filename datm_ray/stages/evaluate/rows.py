@@ -128,7 +128,7 @@ TABLE_ROWS = {
 """Rows of `ROWS` and `FIXED_ROWS` in the order in which the accuracy table shows them -> titles."""
 
 ALL_ROWS = TABLE_ROWS | FAIR_ROWS
-"""All rows -> titles."""
+"""Keys of all rows, of the accuracy table and of DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-fixed", "distilled-plain")
 """Keys of the rows whose networks are trained on distilled images."""
@@ -137,7 +137,7 @@ PLAIN = ("distilled-plain", "random-plain")
 """Keys of the rows of `FAIR_ROWS` whose networks are trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
-"""Keys of the rows of the accuracy table with soft labels. A teacher may give these labels."""
+"""Keys of the rows with soft labels that a teacher's labels may replace."""
 
 ON_OTHERS = ("random-soft", "distilled")
 """Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks`."""
@@ -192,8 +192,8 @@ class EvaluateWorker:
             result_uris: file to write for each seed; an existing file stays unchanged.
             row: key of `ALL_ROWS`.
             numbers: numbers of the seeds, from 0.
-            network: network to score with the learned and with a tuned step size; `None` scores the backbone with
-                the learned one. With AdamW there is no learned step size.
+            network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
+                the backbone. With AdamW there is no learned step size.
         """
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]

@@ -28,7 +28,7 @@ class ExpertNetworks:
         self._last_epoch = config.experts.epochs
         self._device = device
         self._restored: tuple[int, int] | None = None
-        """Expert and epoch whose snapshot the network has; None for random parameters."""
+        """Expert and epoch whose snapshot the network has; `None` for random parameters."""
 
     def _require_all(self, config: RunConfig) -> None:
         available = sum(expert < self.count for expert in self.group.experts())

@@ -195,7 +195,7 @@ class TrainingProgress:
             return
         started = time.monotonic()
         rows = self._pending
-        if not rows or rows[-1].number != state.epoch:  # to resume, even if no trajectory keeps it
+        if not rows or rows[-1].number != state.epoch:  # needed to resume, even if no trajectory keeps this epoch
             rows = [*rows, self._epoch(state)]
         yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in rows))
         arrays: dict[str, NDArray[Any]] = {

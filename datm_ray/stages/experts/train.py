@@ -93,7 +93,7 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
 
 
 def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
-    """Divide experts into stacks, which are trained together. Returns the numbers of the experts in each.
+    """Divide experts into stacks (experts trained together). Returns the numbers of the experts in each stack.
 
     Only stacks with a missing expert are returned. Expert e belongs to stack e // size.
 

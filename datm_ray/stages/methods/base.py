@@ -42,8 +42,8 @@ class Demand:
     """Work and memory of one iteration on one worker for one network. Plans of memory and time use it."""
 
     passes: Mapping[str, float]
-    """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network, or the
-    number of them that take as long."""
+    """Kind of work (a key of `FORWARD_PASSES` in `planning/machines.py`) -> number of images that pass through the
+    network, or that would take as long as the work does."""
     at_once: int
     """Largest number of images in the network at the same time. If memory is short, micro-batches have fewer."""
     is_divisible: bool = field(default=True, kw_only=True)

@@ -49,7 +49,7 @@ class Given(Method):
 
     @classmethod
     def has_step_size(cls, config: RunConfig) -> bool:
-        """True if the recipe or the set gives a step size. In a resolved run it is `given.step_size`."""
+        """True if the recipe or the set gives a step size, which a resolved run has in `given.step_size`."""
         return section_of(config).step_size is not None
 
     @classmethod
@@ -89,12 +89,12 @@ class Given(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Almost nothing, because the method has no iterations."""
+        """Smallest possible work and memory, because the method has no iterations."""
         return Demand({}, at_once=1, maps=1, vectors=1)
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Empty: no network sees the set before it is scored."""
+        """Empty mapping: no network sees the set before it is scored."""
         return {}
 
     @classmethod
@@ -127,7 +127,7 @@ class Given(Method):
         yield from filter(None, [self._warning])
 
     def shown(self, state: Any) -> Mapping[str, float]:
-        """Nothing, because there are no iterations."""
+        """Empty mapping, because there are no iterations."""
         return {}
 
 

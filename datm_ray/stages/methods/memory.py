@@ -44,7 +44,7 @@ FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
 META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
 """Size of MetaDD's micro-batches on a CPU. META_BYTES: largest size of all MetaDD networks' maps for a micro-batch.
-META_IMAGES: smallest and largest number of its images, inclusive, whatever META_BYTES allows. Chosen by hand: small
+META_IMAGES: smallest and largest number of images in it, inclusive, whatever META_BYTES allows. Chosen by hand: small
 networks took about half as long with micro-batches of 50 images as with 10."""
 MEMORY_PARTS = {
     "process": ("the process itself", ""),
@@ -86,7 +86,7 @@ class DistillationPlan:
         """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
         parts = self.parts
         apart = (parts[name] for name in ("validation", "meta", "prior"))
-        worst = max(parts["trace"] + parts["call"], *apart)  # never at the same time
+        worst = max(parts["trace"] + parts["call"], *apart)  # these take memory at different times
         return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class DistillationPlan:
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
     def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`, because the worker needs more memory than it may take. `remedies` come first in it."""
+        """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = MEMORY_PARTS[name]
@@ -291,7 +291,8 @@ def chunk_by_trial(
 ) -> int:
     """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
-    A trial also allocates the plan's part "trace". It fits if its peak memory stays within the plan's budget.
+    A trial also allocates the plan's part "trace". A step fits if the trial's peak memory stays within the plan's
+    budget.
 
     Args:
         step: computes one step with the given number of images.

@@ -88,7 +88,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing and labelling the first images, see `Method.choosing`. A worker scores crops once."""
+        """Work of choosing and labelling the first images, see `Method.choosing`. Each crop counts once."""
         labelled = dict(super().choosing(config, classes, training_images))
         if config.distill.initial == "crops":
             labelled["scoring"] += crops_scored(config, classes, training_images)
@@ -98,7 +98,8 @@ class RecoveryFromTeacher(Method):
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
         """Blocks into which the set is divided: at most `recover.block` images each, of about equal sizes.
 
-        A block has one image of each of as many classes as fit. If all classes fit, it has several images of each.
+        A block has one image of each of as many classes as fit. If all classes fit, a block has several images of each
+        class, as many as fit.
         """
         most, ipc = config.recover.block, config.distill.ipc
         groups = np.array_split(np.arange(classes), -(-classes // most))

@@ -72,7 +72,7 @@ class Selection(Method):
 
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
-        """Raise a `DatmError` for too few images, images that do not divide into tiles, or missing features."""
+        """Raise a `DatmError` for too few images, images that do not fit the tiles, or networks without features."""
         if config.select.by == "rded":
             check_images_for_crops(config, images)
         if config.select.by == "moderate":

@@ -158,7 +158,7 @@ class TrajectoryMatching(Method):
 
     @property
     def first_step_size(self) -> float:
-        """Step size of the first set: the recipe's, or a likely one."""
+        """Step size of the first set: `distill.initial_step_size`, or a likely step size if that is null."""
         distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return distance.step_size or distance.likely_step_size
 
@@ -350,7 +350,7 @@ class TrajectoryMatching(Method):
         found, least = (_numbers(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
         if self.part.config.distill.initial_step_size is not None:
             return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
-        number = min(each.step_size for each in best)  # one setting for all networks: none goes too far
+        number = min(each.step_size for each in best)  # the smallest, so that no student goes too far
         among = f"the smallest of {found}, " if len(best) > 1 else ""
         return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
