@@ -88,15 +88,17 @@ class Patience:
     steps: int = 0
     """Number of the worker's steps so far."""
     slowest: float = 0.0
-    """Duration of the longest step so far, in seconds."""
+    """Duration in seconds of the longest step so far. The first step after a `Phase` does not count."""
     is_phase: bool = False
     """True between a `Phase` and the next step, which says nothing about the duration of a phase."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""
-        self.is_phase = isinstance(event, Phase) or (self.is_phase and not isinstance(event, Progress))
         if isinstance(event, Progress):
-            self.steps, self.slowest = self.steps + 1, max(self.slowest, seconds)
+            self.steps += 1
+            if not self.is_phase:  # else the seconds are of the phase too
+                self.slowest = max(self.slowest, seconds)
+        self.is_phase = isinstance(event, Phase) or (self.is_phase and not isinstance(event, Progress))
 
     @property
     def limit(self) -> float:
