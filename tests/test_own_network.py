@@ -38,6 +38,15 @@ def flat(spec):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, spec.classes))
 
 
+class plain(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(spec.channels, 4, 3), nn.Linear(4, spec.classes)
+
+    def forward(self, images):
+        return self.head(self.conv(images).relu().mean((2, 3)))
+
+
 def failing(spec):
     raise KeyError("no width")
 
@@ -81,6 +90,17 @@ def test_the_documented_network_is_trained_matched_and_scored(tmp_path: Path) ->
     again = Pipeline([config], str(tmp_path / "runs")).plan()
     assert again[0] == "0 experts to train"
     assert plan_run(config, "cpus=2,memory=8GiB").stages["experts"][0] > 0
+
+
+def test_metadd_takes_networks_whose_maps_can_be_found(tmp_path: Path) -> None:
+    """A network that is no `SpatialNetwork`, as torchvision's, is an auxiliary of MetaDD."""
+    config = tiny_config("metadd={auxiliaries: ['more_networks:plain'], experts: {count: 1, epochs: 1}}")
+    config = override(
+        config, [*OWN, "evaluate.seeds=1", "evaluate.full=false", "distill.iterations=1", "distill.validate_every=0"]
+    )
+    pipeline = Pipeline([config], str(tmp_path / "runs"))
+    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert (tmp_path / "runs/tiny/maps.arrow").exists()
 
 
 def test_a_network_of_a_users_is_drawn_from_its_seed_alone() -> None:

@@ -313,7 +313,7 @@ def _check_network(
             if states_norm:
                 require_stated_norm(built, spec)
         if has_maps:
-            require_maps(built)
+            require_maps(built, spec)
     except ConfigError as failure:
         raise _under(failure, key) from None
     return built

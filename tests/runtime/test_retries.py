@@ -61,7 +61,7 @@ def test_patience_follows_the_slowest_step() -> None:
 
 
 def test_a_phase_between_steps_may_take_as_long_as_the_first_step() -> None:
-    """A validation in several workers, without an event for minutes, is no silence; the next step ends the phase and is not timed."""
+    """A validation in several workers, minutes without an event, is no silence. The next step ends it, untimed."""
     patience = Patience(300.0, 3600.0, steps=3, slowest=0.1)
     for event, limit in ((Phase("validating"), 3600.0), (Note("late"), 3600.0), (Progress(4, 9), 300.0)):
         patience.take(event, 100.0)

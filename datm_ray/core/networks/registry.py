@@ -228,14 +228,16 @@ def embedding(network: nn.Module, images: Tensor) -> Tensor:
     )
 
 
-def require_maps(network: nn.Module) -> None:
-    """Raise a `ConfigError` if a network, such as an mlp, is no `SpatialNetwork`, whose feature maps are known."""
-    if not isinstance(network, SpatialNetwork):
-        raise ConfigError(
-            "network.architecture has no feature maps",
-            "it flattens its images at once, as mlp does, or was registered without being a SpatialNetwork",
-            "choose another network.architecture, such as convnet",
-        )
+def require_maps(network: nn.Module, spec: NetworkSpec) -> None:
+    """Raise a `ConfigError` if feature maps cannot be found in a network, such as an mlp, see `spatial_features`."""
+    training = network.training
+    try:
+        with torch.no_grad():
+            spatial_features(network.eval(), torch.zeros(1, spec.channels, *spec.size))
+    except ConfigError as failure:
+        raise ConfigError("network.architecture has no feature maps", failure.cause, failure.remedy) from None
+    finally:
+        network.train(training)
 
 
 def _has_attention(network: nn.Module) -> bool:
