@@ -35,6 +35,8 @@ class DataShape:
     """Number of test images. 0 if it is unknown; then the time to score them is not counted."""
     is_streamed: bool = False
     """True if images stay in their files, see `dataset.streamed`."""
+    validation_images: int | None = None
+    """Number of training images that the recipe sets aside for validation; `None` if they were not counted."""
 
     def __str__(self) -> str:
         held = f"{data_size(self.bytes)}, shared by the workers of a machine" if self.bytes else "read when needed"
@@ -55,8 +57,10 @@ class DataShape:
         """Number of training images that are left when a recipe's validation images are set aside.
 
         Each class sets aside at least one image, so small classes lose a large share. The classes are assumed to be
-        equally large.
+        equally large if `validation_images` is `None`.
         """
+        if self.validation_images is not None:
+            return self.training_images - self.validation_images
         each, larger = divmod(self.training_images, self.classes)
         small, large = (held_out(count, dataset.validation) if count else 0 for count in (each, each + 1))
         return self.training_images - (self.classes - larger) * small - larger * large
@@ -108,7 +112,7 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
         side, validation = dataset.resize, dataset.validation
         raw = load_raw(dataset.source, dataset.path, resize=side, validation=validation, copies=2, streamed=streamed)
         images = len(raw.train) + len(raw.validation)
-        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed, len(raw.validation))
     if dataset.resize is not None:
         shape = replace(shape, image=(shape.image[0], dataset.resize, dataset.resize), is_streamed=streamed)
         if here and not streamed:

@@ -25,6 +25,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.shape import network_cost
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
@@ -346,9 +347,10 @@ def test_a_recipe_that_states_the_digest_is_the_same_run_every_time(
 def test_a_plan_counts_the_networks_that_a_given_set_needs(made: Path) -> None:
     """A set that brings its step size needs one network for each seed, and one without it three, as the run counts."""
     for place, candidates in (("pt", 1), ("arrow", 1), ("png", 3)):
-        tasks = plan_run(given(made / place), "cpus=2,gflops=100").tasks["evaluation"]
-        passes = [sum(each for kind, _, each in task if kind != "scoring") for task in tasks]
-        assert sorted(passes) == [20 * 20 * candidates, 20 * 20 * 3]
+        plan = plan_run(given(made / place), "cpus=2,gflops=100")
+        flop, tasks = network_cost(plan.config, plan.shape).flop, plan.tasks["evaluation"]
+        passes = [sum(part.operations for part in task if part.kind == "training") / flop for task in tasks]
+        assert sorted(passes) == pytest.approx([20 * 20 * candidates, 20 * 20 * 3])
 
 
 def test_load_says_what_to_do_with_files_of_other_programs(made: Path) -> None:

@@ -42,10 +42,12 @@ from datm_ray.pipeline.folder import LEASE, read_recipe, summaries
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
+from datm_ray.planning.work import Row, evaluation
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
+from datm_ray.shape import network_cost
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker, work_of
+from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker
 from datm_ray.stages.evaluate.scores import FAIR_PARTS
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.worker import StageWorker
@@ -543,23 +545,28 @@ def test_a_teacher_that_is_not_trained_and_an_endless_warm_up_are_refused(tmp_pa
 
 
 def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
-    """Weights are in proportion to image passes: epochs, images, candidates, iterations, and the network's cost."""
+    """Weights count image passes, by epochs, images, candidates and iterations, and steps of small sets besides."""
     threes = "cluster.experts_at_a_time=3"
     own = ("evaluate.real_epochs=40", "evaluate.networks=[vgg11]", "distill.ipc=10", "experts.count=9")
     config = tiny_config(threes, *own)
-    more = tiny_config(threes, "name=more", "distill.iterations=60", "distill.student_steps=6", "experts.epochs=20")
-    runs = Pipeline([config, more], str(tmp_path))
+    more = tiny_config(threes, "name=more", "experts.epochs=20")
+    runs = Pipeline([config, more, override(config, ["name=long", "distill.iterations=60"])], str(tmp_path))
     every = [*tasks.expert_tasks(runs.runs), *tasks.distill_tasks(runs.runs)]
     every += tasks.evaluate_tasks(runs.runs, runs.scored_rows)
     weights = {task.name.partition(" of ")[0]: task.weight for task in every}
-    assert weights["more"] / weights["tiny"] == pytest.approx(60 * 6 * 10 / (6 * 3 * 50))  # batches of 50
+    shape = runs.runs.shape(config)
+    passes = 54 * config.distill.student_steps * 50  # of iterations, each with student steps of batches of 50
+    assert weights["long"] - weights["tiny"] == pytest.approx(11 * passes * network_cost(config, shape).flop)
     assert weights["experts 0-1"] / weights["experts 6-8"] == pytest.approx(2 * 20 / (3 * 5)), weights
     distilled = weights["tiny distilled 0"]
-    assert weights["tiny random-hard 0"] == 3 * distilled
+    assert 2.9 * distilled < weights["tiny random-hard 0"] < 3 * distilled  # test images pass one network of three
     assert weights["tiny distilled on vgg11 0"] > 20 * distilled
-    for flop, images, real in ((1e15, 100, 1222), (1e-3, 1, 10)):  # of fast networks, the number of steps counts
-        one, full = (work_of(config, row, None, 10, 1222, flop) for row in ("distilled", "full"))
-        assert full / one == pytest.approx(3 * 40 * real / (20 * images))
+    one, full = (
+        {part.kind: part.operations for part in evaluation(Row(config, row, None, shape), 1)}
+        for row in ("distilled", "full")
+    )
+    assert full["real"] / one["training"] == pytest.approx(3 * 40 * 1222 / (20 * 100))
+    assert full["steps"] / one["steps"] == 3 * 40 * 10 / 20
 
 
 def test_a_row_is_reported_once_when_all_its_seeds_are_there(

@@ -94,9 +94,9 @@ class Runs:
 
     def shape(self, config: RunConfig) -> DataShape:
         """Shape and number of a run's images, for planning."""
-        raw = self.raw(config)
-        images = len(raw.train) + len(raw.validation)
-        return DataShape((raw.channels, *raw.size), raw.classes, images, is_streamed=config.dataset.streamed)
+        raw, streamed = self.raw(config), config.dataset.streamed
+        images, held_out = len(raw.train) + len(raw.validation), len(raw.validation)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed, held_out)
 
     def folder(self, config: RunConfig) -> Location:
         """Folder of a run in the output folder."""

@@ -10,29 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, short_names
-from datm_ray.core.training.loop import PROTOCOLS, validation_protocol, work_of_training
+from datm_ray.config import NetworkConfig, RunConfig, short_names
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.machines import FORWARD_PASSES
+from datm_ray.planning import work
 from datm_ray.planning.memory import distilling_memory, experts_memory, prior_memory, scoring_memory
-from datm_ray.runtime.devices import uses_gpu, workers_here
+from datm_ray.planning.work import Row, weight
+from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.shape import DataShape, network_cost, prior_cost
-from datm_ray.stages.evaluate.rows import (
-    ALL_ROWS,
-    fewest_tasks,
-    is_unstackable,
-    largest_stack,
-    result_location,
-    seeds_of_tasks,
-    training_of,
-    work_of,
-)
+from datm_ray.shape import DataShape
+from datm_ray.stages.evaluate.rows import ALL_ROWS, is_unstackable, largest_stack, result_location
 from datm_ray.stages.experts.progress import read_stacks
-from datm_ray.stages.experts.train import experts_at_a_time, stacks
+from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels, missing_epochs
 from datm_ray.stages.methods.memory import ALONE, laid_out, plans_of
 from datm_ray.stages.methods.part import Piece
@@ -57,14 +46,13 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-            passes = len(stack) * config.experts.image_passes * len(runs.raw(config).train)
             tasks.append(
                 Task(
                     f"{name} of {group.key}",
                     (config, runs.store_uri, stack),
                     run=config.name,
                     stage="experts",
-                    weight=passes * _flop(runs, config),
+                    weight=weight(work.experts(config, runs.shape(config), len(stack))),
                     memory=experts_memory(config, runs.shape(config), len(stack)),
                     is_light=True,
                 )
@@ -74,24 +62,19 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
 
 def prior_tasks(runs: Runs) -> list[Task]:
     """One task for every trained prior that any of the runs needs and the store does not hold."""
-    tasks = []
-    for config in runs.missing_priors():
-        settings = config.prior
-        assert settings is not None
-        cost, _ = prior_cost(settings, runs.shape(config).image)
-        tasks.append(
-            Task(
-                f"prior of {config.name}",
-                (config, runs.store_uri),
-                run=config.name,
-                stage="experts",
-                weight=2 * cost.flop * settings.epochs * len(runs.raw(config).train),
-                method="train_prior",
-                memory=prior_memory(config, runs.shape(config)),
-                is_light=True,
-            )
+    return [
+        Task(
+            f"prior of {config.name}",
+            (config, runs.store_uri),
+            run=config.name,
+            stage="experts",
+            weight=weight(work.prior(config, runs.shape(config))),
+            method="train_prior",
+            memory=prior_memory(config, runs.shape(config)),
+            is_light=True,
         )
-    return tasks
+        for config in runs.missing_priors()
+    ]
 
 
 def scoring_runs(runs: Runs) -> list[RunConfig]:
@@ -117,7 +100,7 @@ def scoring_tasks(runs: Runs) -> list[Task]:
             (config, runs.store_uri),
             run=config.name,
             stage="experts",
-            weight=config.experts.count * len(runs.raw(config).train) * _flop(runs, config),
+            weight=weight(work.order(config, runs.shape(config))),
             memory=experts_memory(config, runs.shape(config), 1),
             is_light=True,
         )
@@ -156,17 +139,13 @@ def expert_stacks(
     missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs, networks)]
     groups = sum(bool(left) for _, left in missing)
     for config, left in missing:
-        group, size, count = runs.experts(config), stack_size(runs, config), config.experts.count
-        if config.cluster.experts_at_a_time:
-            found.append((config, stacks(left, size, count)))
-            continue
-        noted = read_stacks(group)
+        group = runs.experts(config)
+        noted = () if config.cluster.experts_at_a_time else read_stacks(group)
         kept = [stack for stack in noted if not set(left).isdisjoint(stack)]
         new = sorted(set(left).difference(*kept))
         # Progress without a record is of an earlier version, whose stacks did not depend on the number of workers.
-        share = -(-workers // max(1, groups)) if noted or not group.progress.list() else 1
-        least = 1 if uses_gpu(config.cluster) else 2
-        found.append((config, [*kept, *stacks(new, size, count, share, least)]))
+        training = workers if noted or not group.progress.list() else 1
+        found.append((config, [*kept, *divided(config, new, stack_size(runs, config), training, max(1, groups))]))
     return found
 
 
@@ -192,15 +171,15 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
             tasks += _piece_tasks(runs, config, pieces) or [join_task(runs, config)]
             continue
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
-        settings, work = config.distill, _work_of_set(runs, config)
         validation, is_over = None, False
         if executor is not None:
-            is_over = only_validations_are_left(folder, settings)
+            is_over = only_validations_are_left(folder, config.distill)
             if is_over or is_apart(size, wanted, executor.workers):
-                validation = _validation_task(runs, config)
+                validation = validation_task(runs, config)
         own, sharing = layout(runs, config, executor)
+        whole = own.workers_per_set * weight(work.distillation(own, runs.shape(own)))
         if is_over:  # the task only makes others
-            size, fewer, work = 1, (), 1.0
+            size, fewer, whole = 1, (), 1.0
         tasks.append(
             Task(
                 config.name,
@@ -209,7 +188,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
                 fewer,
                 run=config.name,
                 stage="distillation",
-                weight=work,
+                weight=whole,
                 memory=0 if is_over else _distilling_memory(runs, own, sharing),
                 is_light=is_over,
             )
@@ -226,14 +205,14 @@ def _distilling_memory(runs: Runs, config: RunConfig, sharing: int) -> int:
 def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[Task]:
     """Make a task for each of these pieces, parts of a set that single workers make."""
     memory = _distilling_memory(runs, laid_out(config, ALONE), 1)
-    work, folder = _work_of_set(runs, config), runs.folder(config).uri
+    each, folder = weight(work.distillation(config, runs.shape(config))), runs.folder(config).uri
     return [
         Task(
             f"{config.name} {piece.number}",
             (config, runs.store_uri, folder, piece.number),
             run=config.name,
             stage="distillation",
-            weight=work,
+            weight=each,
             method="make_piece",
             memory=memory,
         )
@@ -250,50 +229,26 @@ def join_task(runs: Runs, config: RunConfig) -> Task:
         (config, runs.store_uri, runs.folder(config).uri),
         run=config.name,
         stage="distillation",
-        weight=images * _flop(runs, config),
+        weight=weight(work.joining(config, shape)),
         method="join_pieces",
         memory=scoring_memory(config, shape, images) + SETS_JOINED * images * shape.row,
         is_light=True,
     )
 
 
-def _work_of_set(runs: Runs, config: RunConfig) -> float:
-    """Expected work of all iterations, without MetaDD; for a method without iterations, of choosing the set.
-
-    The unit is a floating-point operation of a forward pass. Backward passes count as forward passes that take as long.
-    """
-    method, raw, shape = method_of(config), runs.raw(config), runs.shape(config)
-    if iterations := method.iterations(config):
-        work = 0.0
-        for each in config.each_backbone():
-            cost = network_cost(each, shape)
-            passes = method.demand(config, shape.classes, 1, cost).passes
-            work += cost.flop * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items())
-        return iterations * work
-    passes = method.choosing(config, raw.classes, len(raw.train))
-    return max(1.0, _flop(runs, config) * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items()))
-
-
-def _validation_task(runs: Runs, config: RunConfig) -> Task:
+def validation_task(runs: Runs, config: RunConfig) -> Task:
     """Task that validates a set of the run. The caller adds the set's iteration to the task's name and arguments."""
-    schedule = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
-    images = config.distill.ipc * runs.raw(config).classes
-    work = config.distill.validation_seeds * work_of_training(schedule, images, _flop(runs, config))
+    shape, seeds = runs.shape(config), config.distill.validation_seeds
     return Task(
         f"{config.name} validation",
         (config, runs.store_uri, runs.folder(config).uri),
         run=config.name,
         stage="distillation",
-        weight=work * FORWARD_PASSES["training"],
+        weight=weight(work.validation(config, shape)),
         method="validate",
-        memory=scoring_memory(config, runs.shape(config), images, together=config.distill.validation_seeds),
+        memory=scoring_memory(config, shape, shape.synthetic(config), together=seeds),
         is_light=True,
     )
-
-
-def _flop(runs: Runs, config: RunConfig, network: NetworkConfig | None = None) -> float:
-    """Floating-point operations of a forward pass of one image through `network`; `None` for the backbone."""
-    return network_cost(config.model_copy(update={"network": network or config.network}), runs.shape(config)).flop
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
@@ -336,28 +291,26 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
     """Make tasks that label finished sets. They cover the epochs whose labels the recipe stores and that have none yet.
 
     Args:
-        workers: number of workers that label at the same time. Each set's epochs are divided evenly among
-            4 * `workers` tasks, or one task per epoch if there are fewer epochs.
+        workers: number of workers that label at the same time, among which each set's epochs are divided.
     """
-    tasks = []
+    tasks = list[Task]()
     unfinished = {config.name for config in runs.unfinished()}
     for config in runs.configs:
         if not config.evaluate.stores_labels or config.name in unfinished:
             continue
         left = missing_epochs(runs.folder(config), config, runs.raw(config).fingerprint)
-        for part in np.array_split(left, min(len(left), 4 * workers)) if left else []:
-            epochs = tuple(int(epoch) for epoch in part)
-            tasks.append(
-                Task(
-                    f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
-                    (config, runs.store_uri, runs.folder(config).uri, epochs),
-                    run=config.name,
-                    stage="labels",
-                    weight=len(epochs) * config.distill.ipc * runs.raw(config).classes * _flop(runs, config),
-                    method="label",
-                    is_light=True,
-                )
+        tasks += [
+            Task(
+                f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
+                (config, runs.store_uri, runs.folder(config).uri, epochs),
+                run=config.name,
+                stage="labels",
+                weight=weight(work.labels(config, runs.shape(config), len(epochs))),
+                method="label",
+                is_light=True,
             )
+            for epochs in work.divided_epochs(left, workers)
+        ]
     return tasks
 
 
@@ -392,24 +345,16 @@ def evaluate_tasks(
         of: runs to score; `None` for all.
     """
     tasks: list[Task] = []
-    shared: dict[str, list[tuple[RunConfig, str, NetworkConfig | None]]] = {}
+    shared: dict[str, list[Row]] = {}
     for config in runs.configs:  # all runs, so that seeds are grouped alike whichever sets are finished
-        for row, network in scored_rows(config):
-            place = result_location(runs.out, config, runs.raw(config).fingerprint, row, 0, network)
-            shared.setdefault(place.uri, []).append((config, row, network))
-    rows = [
-        (users, *max(users, key=lambda each: each[0].evaluate.seeds))
-        for users in sorted(shared.values(), key=lambda each: each[0][1] == "full")
-    ]
-    works = [_work_of_row(runs, config, row, network) for _, config, row, network in rows]
-    fewest = fewest_tasks([work * row[1].evaluate.seeds for work, row in zip(works, rows, strict=True)], workers)
-    for (users, config, row, network), work, least in zip(rows, works, fewest, strict=True):
-        if of is not None and not any(user in of for user, _, _ in users):
-            continue
-        spec, images = _networks_and_images(runs, config, row, network)
-        parts = seeds_of_tasks(config, row, network, spec, images, least)
-        found = (_evaluate_task(runs, config, row, network, numbers, work) for numbers in parts)
-        tasks += filter(None, found)
+        for name, network in scored_rows(config):
+            place = result_location(runs.out, config, runs.raw(config).fingerprint, name, 0, network)
+            shared.setdefault(place.uri, []).append(Row(config, name, network, runs.shape(config)))
+    users = sorted(shared.values(), key=lambda each: each[0].name == "full")
+    rows = [max(each, key=lambda row: row.run.evaluate.seeds) for each in users]
+    for runs_of_row, row, parts in zip(users, rows, work.divided_rows(rows, workers), strict=True):
+        if of is None or any(each.run in of for each in runs_of_row):
+            tasks += filter(None, (_evaluate_task(runs, row, numbers) for numbers in parts))
     return sorted(tasks, key=lambda task: -task.weight if workers > 1 else 0)
 
 
@@ -421,18 +366,9 @@ def unstackable(runs: Runs, evaluation: Sequence[Task]) -> list[str]:
     found = dict[str, None]()
     for task in evaluation:
         config, *_, row, _, network = RowArguments(*task.arguments)
-        if is_unstackable(config, row, network, *_networks_and_images(runs, config, row, network)):
+        if is_unstackable(*Row(config, row, network, runs.shape(config)).facts):
             found[(network or config.network).architecture] = None
     return list(found)
-
-
-def _networks_and_images(
-    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None
-) -> tuple[NetworkSpec, int]:
-    """Architecture of an accuracy-table row's networks, and number of images that each network is trained on."""
-    raw = runs.raw(config)
-    spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
-    return spec, len(raw.train) if row == "full" else config.distill.ipc * raw.classes
 
 
 class RowArguments(NamedTuple):
@@ -447,39 +383,26 @@ class RowArguments(NamedTuple):
     network: NetworkConfig | None
 
 
-def _evaluate_task(
-    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, numbers: Sequence[int], work: float
-) -> Task | None:
-    """Task that scores a row of the accuracy table with seeds `numbers`; `None` if all results exist.
-
-    `work` is the expected work for one seed, see `_work_of_row`.
-    """
-    fingerprint, (spec, images) = runs.raw(config).fingerprint, _networks_and_images(runs, config, row, network)
-    places = [result_location(runs.out, config, fingerprint, row, number, network) for number in numbers]
+def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
+    """Task that scores a row of the accuracy table with seeds `numbers`; `None` if all results exist."""
+    config, network, fingerprint = row.run, row.network, runs.raw(row.run).fingerprint
+    places = [result_location(runs.out, config, fingerprint, row.name, number, network) for number in numbers]
     if all(place.exists() for place in places):
         return None
-    together = largest_stack(config, row, network, spec, images, len(numbers))
-    others = len(numbers) * training_of(config, row, network)[0] - together
-    is_shared, shape = row == "full", runs.shape(config)
+    together = largest_stack(*row.facts, len(numbers))
+    others, is_shared = row.networks(len(numbers)) - together, row.name == "full"
     uris = tuple(place.uri for place in places)
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
     return Task(
-        f"{config.name} {row}{_on(config, network)} {numbers[0]}{last}",
-        RowArguments(config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
+        f"{config.name} {row.name}{_on(config, network)} {numbers[0]}{last}",
+        RowArguments(config, runs.store_uri, runs.folder(config).uri, uris, row.name, numbers, network),
         run=config.name,
         stage="evaluation",
-        weight=work * len(numbers),
+        weight=weight(work.evaluation(row, len(numbers))),
         method="evaluate",
-        memory=scoring_memory(config, shape, images, network, together, held=others, is_shared=is_shared),
+        memory=scoring_memory(config, row.shape, row.images, network, together, held=others, is_shared=is_shared),
         is_light=True,
     )
-
-
-def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None) -> float:
-    """Expected work of training an accuracy-table row's networks with one seed. Unit: see `_work_of_set`."""
-    raw = runs.raw(config)
-    work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
-    return work * FORWARD_PASSES["training"]
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

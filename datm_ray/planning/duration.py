@@ -1,8 +1,8 @@
 """Time that a run takes on a machine, and bytes that it stores.
 
-All work is in one table: the tasks of every stage, in image passes. A pass is one image, once through one training step
-of a network. A machine needs some seconds for each (`machines.py`, `measure.py`), and some to compile steps. Faults are
-not counted. Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
+All work is in one table: the tasks of every stage, with their work (`work.py`). A machine needs some seconds for each
+operation (`machines.py`, `measure.py`), and some to compile steps. Faults are not counted.
+Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
 """
 
 from __future__ import annotations
@@ -20,25 +20,18 @@ import torch
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
-from datm_ray.core.training.loop import PROTOCOLS, scoring_schedule, validation_protocol
+from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.methods.state import columns
+from datm_ray.planning import work
 from datm_ray.planning.machines import Machine
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.planning.work import Row, Work
 from datm_ray.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
-from datm_ray.stages.evaluate.rows import (
-    asks_teacher,
-    fewest_tasks,
-    largest_stack,
-    scored_rows,
-    seeds_of_tasks,
-    training_of,
-    work_of,
-)
-from datm_ray.stages.experts.train import experts_at_a_time, stacks
+from datm_ray.stages.evaluate.rows import scored_rows
+from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.methods.base import Outlook
 from datm_ray.stages.methods.memory import DistillationPlan
-from datm_ray.stages.methods.registry import method_of, teacher_of, trained_networks
+from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained
 from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
@@ -47,13 +40,6 @@ from datm_ray.words import counted, data_size, duration
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 """Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
-
-
-DECODING = "decoding"
-"""Kind of work: an image through a prior's decoder, forward and backward."""
-Work = tuple[str, RunConfig, float]
-"""Part of a task: (kind of work, a key of `FORWARD_PASSES` or `DECODING`; run whose `network` computes it; number of
-image passes)."""
 
 
 @dataclass(frozen=True)
@@ -70,93 +56,38 @@ class Proposal:
     """Settings of the recipe that a suggested layout replaces; `None` if the layout is the recipe's own."""
 
     @functools.cached_property
-    def tasks(self) -> dict[str, list[list[Work]]]:
-        """Stage -> its tasks. A task is a list of (kind of work, run, image passes), see `Work`."""
-        tasks = {"experts": self._experts(), "distillation": self._distillation(), "validation": self._validation()}
-        if labels := self._labels:
-            tasks["labels"] = [[("scoring", teacher_of(self.config), labels.images)]] * labels.keep
-        return tasks | {"evaluation": self._evaluation()}
+    def tasks(self) -> dict[str, list[Work]]:
+        """Stage -> its tasks, each with its work."""
+        config, shape, is_in_pieces = self.config, self.shape, self._pieces > 0
+        has_validations = not is_in_pieces and method_of(config).iterations(config) > 0
+        validated = validations(config.distill) if has_validations else 0
+        tasks = {
+            "experts": self._experts(),
+            "distillation": [work.distillation(config, shape, self.seconds)] * (self._pieces or 1),
+            "validation": [work.validation(config, shape)] * validated,
+        }
+        if self._labels:
+            parts = work.divided_epochs(range(self._labels.keep), self.machine.workers)
+            tasks["labels"] = [work.labels(config, shape, len(part)) for part in parts]
+        rows = [Row(config, row, network, shape) for row, network in scored_rows(config)]
+        shares = zip(rows, work.divided_rows(rows, self.machine.workers), strict=True)
+        return tasks | {"evaluation": [work.evaluation(row, len(part)) for row, parts in shares for part in parts]}
 
-    def _experts(self) -> list[list[Work]]:
-        tasks, workers = list[list[Work]](), self.machine.workers
-        for network in trained_networks(self.config):
-            size = experts_at_a_time(network, self.shape.image, self.shape.classes)
-            most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
-            for own in (run.experts for run in (network, network.scoring_run) if run):
-                found, passes = stacks(range(own.count), size, own.count, most, least), own.image_passes * self._trained
-                tasks += [[("experts", network, len(each) * passes)] for each in found]
-            if network.scoring_run:
-                tasks.append([("scoring", network, network.scoring_run.experts.count * self._trained)])
-        if self.config.prior is not None and is_trained(self.config):  # an encoder is as large as a decoder
-            tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
-        return tasks
+    def _experts(self) -> list[Work]:
+        """Tasks that train scoring networks and order the images by them, then experts, then a prior."""
+        tasks, shape, trained = list[Work](), self.shape, trained_networks(self.config)
+        scoring: list[RunConfig] = [run for each in trained if (run := each.scoring_run)]
+        for networks in (scoring, trained):
+            for own in networks:
+                size = experts_at_a_time(own, shape.image, shape.classes)
+                stacks = divided(own, range(own.experts.count), size, self.machine.workers, len(networks))
+                tasks += [work.experts(own, shape, len(stack)) for stack in stacks]
+        tasks += [work.order(own, shape) for own in scoring]
+        return [*tasks, work.prior(self.config, shape)] if is_trained(self.config) else tasks
 
-    @functools.cached_property
-    def _iteration(self) -> list[Work]:
-        """One iteration on the slowest of the workers that distil the set together."""
-        config, networks = self.config, self.config.each_backbone()
-        seen, share = [networks[0], *config.each_auxiliary()], config.metadd.share if config.metadd else 0.0
-        ranks = []
-        for role in config.roles:
-            rank: list[Work] = [("training", seen[number], share * self._held) for number in role.meta_networks]
-            for number in role.backbones:
-                passes = self.plans[number].demand.passes
-                rank += [(kind, networks[number], count) for kind, count in passes.items()]
-            if config.prior is not None:
-                rank.append((DECODING, config, self._held * (len(role.backbones) + bool(role.meta_networks))))
-            ranks.append(rank)
-        return max(ranks, key=self.seconds)
-
-    def _distillation(self) -> list[list[Work]]:
-        """Tasks that choose and change the set: one for each piece, or one that all workers of the set do together."""
-        method, first, count = method_of(self.config), self.config.each_backbone()[0], self._pieces or 1
-        chosen = method.choosing(self.config, self.shape.classes, self._trained)
-        task = [(kind, own, method.iterations(self.config) * passes) for kind, own, passes in self._iteration]
-        return [[*task, *((kind, first, passes / count) for kind, passes in chosen.items())]] * count
-
-    def _validation(self) -> list[list[Work]]:
-        config, first = self.config, self.config.each_backbone()[0]
-        if self._pieces or not method_of(config).iterations(config):
-            return []
-        seeds, epochs = config.distill.validation_seeds, PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs
-        trained, held_out = seeds * epochs * self.shape.synthetic(config), self.shape.training_images - self._trained
-        return [[("training", first, trained), ("scoring", first, seeds * held_out)]] * validations(config.distill)
-
-    def _evaluation(self) -> list[list[Work]]:
-        config, shape, tasks = self.config, self.shape, list[list[Work]]()
-        backbone, rows, held_out = config.each_backbone()[0], scored_rows(config), shape.training_images - self._trained
-        networks = [backbone.model_copy(update={"network": network or backbone.network}) for _, network in rows]
-        works = [
-            work_of(config, row, network, shape.classes, self._trained, network_cost(trained, shape).flop)
-            for (row, network), trained in zip(rows, networks, strict=True)
-        ]
-        fewest = fewest_tasks(works, self.machine.workers)
-        for (row, network), trained, least in zip(rows, networks, fewest, strict=True):
-            kind, images = ("real", self._trained) if row == "full" else ("training", shape.synthetic(config))
-            count, schedule = training_of(config, row, network)
-            spec = trained.network.for_images(shape.image[0], shape.image[1:], shape.classes)
-            for seeds in map(len, seeds_of_tasks(config, row, network, spec, images, least)):
-                is_stacked = largest_stack(config, row, network, spec, images, seeds) > 1
-                passes = seeds * count * schedule.epochs * images
-                task: list[Work] = [("experts" if is_stacked else kind, trained, passes)]
-                task += [
-                    ("scoring", trained, seeds * count * held_out),
-                    ("scoring", trained, seeds * shape.test_images),
-                ]
-                task += [("scoring", teacher_of(config), passes)] if asks_teacher(config, row) else []
-                tasks.append(task)
-        return tasks
-
-    def seconds(self, task: Sequence[Work]) -> float:
+    def seconds(self, task: Work) -> float:
         """Seconds that one worker takes for a task, without compiling."""
-        each = {**self.machine.seconds, DECODING: self.machine.seconds["training"]}
-        return sum(passes * self._flop(kind, own) * each[kind] for kind, own, passes in task)
-
-    def _flop(self, kind: str, own: RunConfig) -> float:
-        """Operations of one image in a forward pass of a prior's decoder for `DECODING`, else of the first network."""
-        if kind == DECODING and own.prior is not None:
-            return prior_cost(own.prior, self.shape.image)[0].flop
-        return network_cost(own, self.shape).flop
+        return sum(self.machine.seconds[kind] * operations for kind, _, operations in task)
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""
@@ -164,7 +95,7 @@ class Proposal:
         each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
 
-    def _scheduled(self, tasks: Sequence[Sequence[Work]], together: int = 1) -> tuple[float, float]:
+    def _scheduled(self, tasks: Sequence[Work], together: int = 1) -> tuple[float, float]:
         """Seconds of all workers, and seconds on the clock if groups of `together` workers take the longest task first.
 
         A worker compiles the steps of a network before its first task with them.
@@ -183,7 +114,8 @@ class Proposal:
         shards, roles, machine = self.config.cluster.shards, self.config.roles, self.machine
         demands = [self.plans[number].demand for number in roles[0].backbones]
         sums = sum(machine.sum_seconds(each.summed, each.sums, shards) for each in demands)
-        return self.seconds(self._iteration), sums + machine.sum_seconds(self._held * self.shape.row, 4, len(roles))
+        computing = max(self.seconds(each) for each in work.iterations(self.config, self.shape))
+        return computing, sums + machine.sum_seconds(self._held * self.shape.row, 4, len(roles))
 
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:

@@ -66,7 +66,7 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
     """
     machine, cluster, threads = proposal.machine, proposal.config.cluster, torch.get_num_threads()
     cost, compiled = network_cost(proposal.config, proposal.shape), cluster.compile and not quickly
-    seconds, compiling = dict[str, float](), dict[str, float]()
+    seconds, compiling = {"steps": 0.0}, dict[str, float]()  # timed steps have their fixed cost within them
     try:
         with restoring_determinism():
             device = prepare_device(cluster)

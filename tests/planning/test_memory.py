@@ -433,6 +433,19 @@ def test_a_plan_counts_images_for_validation_as_such() -> None:
     assert str(shape).startswith("1,438 images of 1x8x8 in 10 classes to train and validate on: ")
 
 
+def test_images_for_validation_are_counted_where_a_plan_reads_them(tmp_path: Path) -> None:
+    """A plan of images in folders, whose classes may be unbalanced, knows how many are held out, as the run does."""
+    for name, count in {**dict.fromkeys("abcdefghi", 4), "j": 64}.items():
+        for part, images in (("train", count), ("test", 1)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(images):
+                (tmp_path / part / name / f"{number}.pgm").write_bytes(b"P5 8 8 255\n" + bytes([number] * 64))
+    dataset = DatasetConfig(source="folder", path=str(tmp_path), validation=0.1)
+    shape = data_shape(dataset)
+    assert shape.trained(dataset) == 100 - (9 * 1 + 6)
+    assert replace(shape, validation_images=None).trained(dataset) == 100 - 10 * 1  # if classes count as equally large
+
+
 ALLOWED = 1.3
 """Largest estimate, as a multiple of the measured peak. No estimate is below the peak."""
 PLAIN, GSAM = "cluster.compile=false", "experts.optimiser=gsam"

@@ -414,4 +414,4 @@ def test_a_plan_here_times_only_steps_that_the_method_has() -> None:
         machine = plan_run(config).machine
         assert machine.basis.startswith("timed here")
         assert "matching" not in machine.seconds
-        assert min(machine.seconds.values()) > 0
+        assert {kind for kind, seconds in machine.seconds.items() if seconds <= 0} == {"steps"}

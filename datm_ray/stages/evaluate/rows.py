@@ -75,7 +75,6 @@ from datm_ray.core.training.loop import (
     Training,
     accuracy,
     stack_sizes,
-    work_of_training,
     would_gain_together,
 )
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
@@ -548,24 +547,6 @@ def _gains_and_stacks(
 ) -> tuple[bool, bool]:
     built, image = build_network(spec, 0), (spec.channels, *spec.size)
     return would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu), can_be_stacked(built)
-
-
-def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
-    """Expected work of training the networks of one row of the accuracy table with one seed.
-
-    The work is the number of floating-point operations of all forward passes. Backward passes are not counted: the
-    caller multiplies the work by their cost. One network is trained for each candidate learning rate of the row.
-
-    Args:
-        row: key of `ALL_ROWS`.
-        network: scored network; `None` for the backbone.
-        classes: number of classes.
-        real: number of real training images, on which the row "full" trains.
-        flop: floating-point operations of one image's forward pass through the network.
-    """
-    count, schedule = training_of(config, row, network)
-    images = real if row == "full" else config.distill.ipc * classes
-    return count * work_of_training(schedule, images, flop)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
+from datm_ray.methods.distribution import even_size
 from datm_ray.runtime.devices import free_gpu_memory, uses_gpu, workers_here
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.methods.base import Demand
@@ -231,7 +232,7 @@ def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -
     most = min(most, demand.at_once)
     if not uses_gpu(config.cluster):
         most = min(most, 2 * CACHED_MAP_BYTES // (demand.maps * largest))  # a compiled step writes maps twice
-    return math.ceil(demand.at_once / math.ceil(demand.at_once / max(1, int(most))))
+    return even_size(demand.at_once, max(1, int(most)))
 
 
 def _meta_chunk(config: RunConfig, maps: int, most: float, held: int) -> int:
@@ -246,7 +247,7 @@ def _meta_chunk(config: RunConfig, maps: int, most: float, held: int) -> int:
     images = max(1, math.ceil(config.metadd.share * held))
     if not uses_gpu(config.cluster):
         most = min(most, max(META_IMAGES[0], min(META_IMAGES[1], META_BYTES // maps)))
-    return math.ceil(images / math.ceil(images / max(1, int(min(most, images)))))
+    return even_size(images, max(1, int(min(most, images))))
 
 
 def require_whole_classes(shards: int, classes: int, name: str) -> None:

@@ -1,0 +1,212 @@
+"""Work of every kind of task. Plans take their times from it, and runs the weights of their tasks: both count the same.
+
+A task's work is a list of parts. Each part counts operations of forward passes; `FORWARD_PASSES` says how long they
+take. Tests: tests/planning/test_work.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from datm_ray.config import NetworkConfig, NetworkSpec, Role, RunConfig
+from datm_ray.core.training.loop import (
+    PROTOCOLS,
+    STEP_OVERHEAD,
+    Schedule,
+    stack_sizes,
+    validation_protocol,
+    work_of_training,
+)
+from datm_ray.planning.machines import FORWARD_PASSES
+from datm_ray.shape import DataShape, network_cost, prior_cost
+from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_stack, seeds_of_tasks, training_of
+from datm_ray.stages.methods.registry import method_of, teacher_of
+
+
+class Part(NamedTuple):
+    """Part of a task's work, of one kind."""
+
+    kind: str
+    """Kind of work, a key of `FORWARD_PASSES`."""
+    run: RunConfig
+    """Run whose `network` computes it."""
+    operations: float
+    """Floating-point operations of all forward passes, or operations that take as long."""
+
+
+Work = list[Part]
+
+
+def weight(work: Sequence[Part]) -> float:
+    """Time of a task's work, in operations of a forward pass at the speed of student steps; at least 1."""
+    return max(1.0, sum(FORWARD_PASSES[kind] * operations for kind, _, operations in work))
+
+
+def _passes(kind: str, run: RunConfig, shape: DataShape, images: float) -> Part:
+    """Work of so many images that pass the run's network."""
+    return Part(kind, run, images * network_cost(run, shape).flop)
+
+
+def experts(run: RunConfig, shape: DataShape, count: int) -> Work:
+    """Work of training a stack of `count` experts of a run with one network."""
+    return [_passes("experts", run, shape, count * run.experts.image_passes * shape.trained(run.dataset))]
+
+
+def order(scoring: RunConfig, shape: DataShape) -> Work:
+    """Work of scoring the training images with all networks of a `scoring_run`."""
+    return [_passes("scoring", scoring, shape, scoring.experts.count * shape.trained(scoring.dataset))]
+
+
+def prior(run: RunConfig, shape: DataShape) -> Work:
+    """Work of training a run's prior, whose encoder is about as large as its decoder."""
+    assert run.prior is not None
+    flop = prior_cost(run.prior, shape.image)[0].flop
+    return [Part("training", run, 2 * flop * run.prior.epochs * shape.trained(run.dataset))]
+
+
+def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
+    """Work of one iteration, for each role: that of the worker whose shard has most classes."""
+    networks, method, shards = run.each_backbone(), method_of(run), run.cluster.shards
+    demands = [method.demand(run, shape.classes, shards, network_cost(each, shape)) for each in networks]
+    held = demands[0].held or shape.synthetic(run, shards)
+    seen = [networks[0], *run.each_auxiliary()]
+    decoding = 0 if run.prior is None else prior_cost(run.prior, shape.image)[0].flop
+
+    def of_role(role: Role) -> Work:
+        share = run.metadd.share if run.metadd else 0.0
+        work = [_passes("training", seen[number], shape, share * held) for number in role.meta_networks]
+        for number in role.backbones:
+            work += [_passes(kind, networks[number], shape, each) for kind, each in demands[number].passes.items()]
+        decoded = held * (len(role.backbones) + bool(role.meta_networks))
+        return [*work, Part("training", run, decoding * decoded)]
+
+    return [of_role(role) for role in run.roles]
+
+
+def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float] = weight) -> Work:
+    """Work of choosing and changing a set: of a piece, or of each worker if workers make the set together.
+
+    Args:
+        time: time of a worker's iteration, by which the slowest worker is found.
+    """
+    method, first = method_of(run), run.each_backbone()[0]
+    count, pieces = method.iterations(run), len(method.pieces(run, shape.classes)) or 1
+    chosen = method.choosing(run, shape.classes, shape.trained(run.dataset))
+    changing = [Part(kind, own, count * each) for kind, own, each in max(iterations(run, shape), key=time)]
+    return [*changing, *(_passes(kind, first, shape, each / pieces) for kind, each in chosen.items())]
+
+
+def joining(run: RunConfig, shape: DataShape) -> Work:
+    """Work of labelling a set that is joined from its pieces. Plans have it in `distillation`."""
+    return [_passes("scoring", run, shape, shape.synthetic(run))]
+
+
+def _training(
+    kind: str, run: RunConfig, shape: DataShape, schedule: Schedule, images: int, networks: int, stacks: int
+) -> Work:
+    """Work of training networks that are scored, in stacks whose networks share the cost of a step.
+
+    Args:
+        kind: kind of work.
+        images: number of images that each network is trained on.
+        networks: number of networks.
+        stacks: number of stacks; `networks` if they are trained one after another.
+    """
+    steps = schedule.epochs * -(-images // schedule.batch_size)
+    passes = _passes(kind, run, shape, networks * schedule.epochs * images)
+    return [passes, Part("steps", run, stacks * steps * STEP_OVERHEAD)]
+
+
+def _held_out(run: RunConfig, shape: DataShape) -> int:
+    return shape.training_images - shape.trained(run.dataset)
+
+
+def validation(run: RunConfig, shape: DataShape) -> Work:
+    """Work of one validation of a run's set."""
+    first, seeds = run.each_backbone()[0], run.distill.validation_seeds
+    schedule = PROTOCOLS[validation_protocol(run.evaluate.protocol)]
+    training = _training("training", first, shape, schedule, shape.synthetic(run), seeds, seeds)
+    return [*training, _passes("scoring", first, shape, seeds * _held_out(run, shape))]
+
+
+def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
+    """Work of labelling a run's set for so many epochs."""
+    return [_passes("scoring", teacher_of(run), shape, epochs * shape.synthetic(run))]
+
+
+def divided_epochs(epochs: Sequence[int], workers: int) -> list[tuple[int, ...]]:
+    """Divide epochs to label evenly among 4 * `workers` tasks, or one task per epoch if there are fewer epochs."""
+    parts = np.array_split(epochs, min(len(epochs), 4 * workers)) if epochs else []
+    return [tuple(part.tolist()) for part in parts]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a run's accuracy table."""
+
+    run: RunConfig
+    name: str
+    """Key of `ALL_ROWS`."""
+    network: NetworkConfig | None
+    """Scored network; `None` for the backbone."""
+    shape: DataShape
+    """Shape of the run's data."""
+
+    @property
+    def scored(self) -> RunConfig:
+        """Run with the scored network in place of the backbone."""
+        return self.run.model_copy(update={"network": self.network or self.run.network})
+
+    @property
+    def images(self) -> int:
+        """Number of images that each network is trained on."""
+        return self.shape.trained(self.run.dataset) if self.name == "full" else self.shape.synthetic(self.run)
+
+    @property
+    def facts(self) -> tuple[RunConfig, str, NetworkConfig | None, NetworkSpec, int]:
+        """First arguments of `seeds_of_tasks`, `largest_stack` and `is_unstackable`."""
+        image = self.shape.image
+        spec = self.scored.network.for_images(image[0], image[1:], self.shape.classes)
+        return self.run, self.name, self.network, spec, self.images
+
+    def networks(self, seeds: int) -> int:
+        """Number of networks of so many seeds: one for each seed and candidate step size."""
+        return seeds * training_of(self.run, self.name, self.network)[0]
+
+    @property
+    def schedule(self) -> Schedule:
+        """Training schedule of each network. Its step size is a placeholder."""
+        return training_of(self.run, self.name, self.network)[1]
+
+
+def evaluation(row: Row, seeds: int) -> Work:
+    """Work of a task that trains and scores the networks of so many seeds of a row of the accuracy table."""
+    networks, run, shape, schedule = row.networks(seeds), row.scored, row.shape, row.schedule
+    is_stacked = largest_stack(*row.facts, seeds) > 1
+    kind = "experts" if is_stacked else "real" if row.name == "full" else "training"
+    stacks = len(stack_sizes(networks)) if is_stacked else networks
+    tested = networks * _held_out(run, shape) + seeds * shape.test_images
+    work = _training(kind, run, shape, schedule, row.images, networks, stacks)
+    work.append(_passes("scoring", run, shape, tested))
+    if asks_teacher(row.run, row.name):
+        work.append(_passes("scoring", teacher_of(row.run), shape, networks * schedule.epochs * row.images))
+    return work
+
+
+def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]]]:
+    """Divide the seeds of each row into tasks, so that all workers get equal work.
+
+    Returns the numbers of each task's seeds, for each row.
+    """
+
+    def training(row: Row) -> float:
+        flop = network_cost(row.scored, row.shape).flop
+        return row.networks(row.run.evaluate.seeds) * work_of_training(row.schedule, row.images, flop)
+
+    # The division decides which networks share a stack, and so the last bits of accuracies. It counts training alone.
+    fewest = fewest_tasks([training(row) for row in rows], workers)
+    return [seeds_of_tasks(*row.facts, least) for row, least in zip(rows, fewest, strict=True)]

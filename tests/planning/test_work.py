@@ -1,0 +1,91 @@
+"""Tests that plans and runs count the same work, task by task, for every packaged recipe and for further settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datm_ray.config import RunConfig, override
+from datm_ray.data.sources import ImageSet, RawDataset
+from datm_ray.pipeline import tasks
+from datm_ray.pipeline.runs import Runs
+from datm_ray.planning.duration import Proposal
+from datm_ray.planning.machines import Machine
+from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.runtime.executor import Task
+from datm_ray.shape import KNOWN_SHAPES, DataShape
+from datm_ray.stages.evaluate.rows import scored_rows
+from datm_ray.stages.methods.memory import plans_of
+
+IMAGENET = DataShape((3, 224, 224), 1000, 1_281_167, 50_000)
+SETTINGS = {
+    "curriculum": ("experts.curriculum={first_share: 0.5, whole_from: 5, scoring_networks: 2, scoring_epochs: 3}",),
+    "prior": ("prior={width: 16}",),
+    "metadd": ("metadd={auxiliaries: [lenet], experts: {count: 3, epochs: 9}}", "cluster.auxiliaries_apart=true"),
+    "backbones": ("backbones=[{network: {width: 16, depth: 2}}]", "cluster.backbones_apart=true", "cluster.shards=2"),
+    "rows": ("evaluate.fair=true", "evaluate.networks=[lenet]", "evaluate.fixed_labels=true"),
+    "teacher": ("evaluate.labels=teacher", "evaluate.teacher={network: lenet, experts: {count: 1, epochs: 20}}"),
+    "labels": ("evaluate.labels=stored", "evaluate.keep_labels=90"),
+    "uncompiled": ("cluster.compile=false", "distill.ipc=30", "experts.optimiser=gsam"),
+    "stacks": ("cluster.experts_at_a_time=3", "experts.count=7"),
+}
+"""Name -> further settings of digits-ipc1, each with a kind of task that few packaged recipes have."""
+CASES = {name: (name, ()) for name in recipe_names()} | {
+    name: ("digits-ipc1", settings) for name, settings in SETTINGS.items()
+}
+"""Name of a case -> its recipe and further settings."""
+
+
+def images(shape: DataShape, count: int) -> ImageSet:
+    """Black images, in classes of nearly equal size, that take no memory."""
+    return ImageSet(np.broadcast_to(np.uint8(0), (count, *shape.image)), np.arange(count) % shape.classes)
+
+
+def runs_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """A run on made-up images of its data set's shape, with nothing done yet."""
+    shape = KNOWN_SHAPES.get(config.dataset.source, IMAGENET)
+    if side := config.dataset.resize:
+        shape = DataShape((shape.image[0], side, side), shape.classes, shape.training_images, shape.test_images)
+    trained = shape.trained(config.dataset)
+    counts = (trained, shape.training_images - trained, shape.test_images)
+    parts = [images(shape, count) for count in counts]
+    raw = RawDataset("made-up", tuple(map(str, range(shape.classes))), *parts, levels=255, fingerprint="0" * 16)
+    monkeypatch.setattr("datm_ray.pipeline.runs.load_raw", lambda *_, **__: raw)
+    return Runs([config], f"memory://work/{config.name}")
+
+
+def weights(found: Sequence[Task]) -> list[float]:
+    """Sorted weights of tasks."""
+    return sorted(task.weight for task in found)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plans_and_runs_count_the_same_work(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has the tasks of a run, each with the same work, for one worker and for several."""
+    name, settings = CASES[case]
+    runs = runs_of(override(get_recipe(name), [f"name={case}", *settings, "cluster.memory=1000TiB"]), monkeypatch)
+    (config,) = runs.configs
+    shape = runs.shape(config)
+    for workers in (1, 5):
+        found = Proposal(config, shape, plans_of(config, shape), Machine.of("core", workers, speed=1.0))
+
+        def planned(stage: str, together: int = 1, found: Proposal = found) -> Any:
+            """Work of the plan's tasks: their seconds on a machine that takes one for each operation."""
+            works = [max(1.0, together * found.seconds(each)) for each in found.tasks.get(stage, [])]
+            return pytest.approx(sorted(works), rel=1e-9)
+
+        scoring = tasks.scoring_runs(runs)
+        trained = [*tasks.expert_tasks(runs, workers, scoring), *tasks.scoring_tasks(runs)] if scoring else []
+        trained += [*tasks.expert_tasks(runs, workers), *tasks.prior_tasks(runs)]
+        assert weights(trained) == planned("experts")
+        distilled = tasks.distill_tasks(runs)
+        assert weights(distilled) == planned("distillation", config.workers_per_set)
+        for work in found.tasks["validation"][:1]:
+            assert tasks.validation_task(runs, config).weight == pytest.approx(found.seconds(work))
+        assert weights(tasks.evaluate_tasks(runs, scored_rows, workers=workers)) == planned("evaluation")
+        with monkeypatch.context() as finished:
+            finished.setattr(Runs, "unfinished", lambda _: [])
+            assert weights(tasks.label_tasks(runs, workers)) == planned("labels")
