@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datm_ray.config import DatasetConfig, NetworkConfig, PriorConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.prior import build_autoencoder, build_decoder, latent_shape
+from datm_ray.core.prior import build_decoder, latent_shape
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
 from datm_ray.data.splits import held_out
@@ -136,14 +136,6 @@ def prior_cost(prior: PriorConfig, image: tuple[int, int, int]) -> tuple[ImageCo
     """
     decoder = build_decoder(prior, image, seed=0)
     return image_cost(decoder, latent_shape(decoder)), math.prod(latent_shape(decoder))
-
-
-@functools.lru_cache(maxsize=64)
-def prior_size(prior: PriorConfig, image: tuple[int, int, int]) -> int:
-    """Bytes of a trained prior's parameters in the store; 0 for a prior that needs no training."""
-    if prior.kind != "trained":
-        return 0
-    return sum(each.numel() * each.element_size() for each in build_autoencoder(prior, image, seed=0).parameters())
 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:

@@ -10,22 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import scoring_schedule
-from datm_ray.methods.state import columns
 from datm_ray.planning import work
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.work import Row, Work
-from datm_ray.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
+from datm_ray.shape import DataShape, fitting_cost, network_cost
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels
@@ -39,6 +36,9 @@ from datm_ray.words import counted, data_size, duration
 
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 """Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
+SET_FILES = 8
+"""Copies of a set that a run stores: the first and the final set; set, momentum, average and kept set of a checkpoint;
+the rest is for curves and the latents of a prior."""
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
 
 
@@ -164,31 +164,16 @@ class Proposal:
 
     @property
     def storage(self) -> dict[str, int]:
-        """Bytes that a finished run stores, by part: store, checkpoint, labels if any, and results without reports."""
-        config, images, row = self.config, self.shape.synthetic(self.config), self.shape.row
-        transform, store, method = fitting_cost(config.dataset, self.shape).stored, 0, method_of(config)
+        """Bytes that a finished run stores, by part: store, labels if any, and set, without reports."""
+        config, shape = self.config, self.shape
+        transform, store = fitting_cost(config.dataset, shape).stored, 0
         for each in trained_networks(config):
-            snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, self.shape).parameters
+            snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, shape).parameters
             kept = [run.experts.count * len(run.kept_epochs) for run in (each, each.scoring_run) if run]
             store += sum(kept) * snapshot + transform
-        store += 0 if config.prior is None else prior_size(config.prior, self.shape.image)
-        sets = 3 + bool(config.distill.average_decay)  # set, momentum, set kept, average
-        rows = len(config.weights) * method.iterations(config)
-        record = sum(np.dtype(kind).itemsize for kind in columns(method.state.record).values())
-        return {
-            "store": store,
-            "checkpoint": images * (sets * row + self._latent_bytes + 16) + rows * record,
-            **({"labels": self._labels.planned_bytes} if self._labels else {}),
-            "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
-        }
-
-    @property
-    def _latent_bytes(self) -> int:
-        """Bytes of an image's latents and their momentum, less the momentum of its pixels; 0 without a prior."""
-        if self.config.prior is None:
-            return 0
-        _, latents = prior_cost(self.config.prior, self.shape.image)
-        return 4 * (2 * latents - math.prod(self.shape.image))
+        labels = {"labels": self._labels.planned_bytes} if self._labels else {}
+        copies = SET_FILES * shape.synthetic(config) * shape.row
+        return {"store": store, **labels, "set": copies + (2 if transform <= INLINE_BYTES else 1) * transform}
 
     @property
     def outlook(self) -> Outlook | None:

@@ -347,17 +347,10 @@ def test_a_prior_counts_in_the_plan() -> None:
     assert plain["network"] < small["network"] < large["network"]
 
 
-def test_a_plan_counts_what_a_prior_stores(finished: Path) -> None:
-    """Planned storage has the trained prior's parameters, and latents and their momentum in checkpoints."""
+def test_a_plan_names_a_trained_prior() -> None:
+    """A plan has a line on a prior that the run trains, and none on an untrained one."""
     cluster = "cpus=1,memory=24GiB,gflops=50"
     plain, trained, untrained = (plan_run(tiny_config(*DM, *more), cluster) for more in ((), (TRAINED,), (UNTRAINED,)))
-    arrays = read_tensors(open_location(str(stored(finished))), kind="prior").arrays
-    assert trained.storage["store"] - untrained.storage["store"] == sum(each.nbytes for each in arrays.values())
-    assert untrained.storage["store"] == plain.storage["store"]
-    latents = 4 * 2 * 2 * 4  # bytes of four maps of 2x2
-    more = 20 * (2 * latents - 4 * 64)  # a set, and a momentum in place of one of pixels
-    assert trained.storage["checkpoint"] - plain.storage["checkpoint"] == more
-    assert untrained.storage["checkpoint"] == trained.storage["checkpoint"]
     assert any("a decoder, trained for 3 epochs" in line for line in trained.lines())
     assert not any("decoder" in line for found in (plain, untrained) for line in found.lines())
 
