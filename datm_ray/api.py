@@ -21,10 +21,10 @@ from datm_ray.config import NetworkConfig, RunConfig, with_settings
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
-from datm_ray.planning.draft import Wish
 from datm_ray.planning.duration import Proposal
+from datm_ray.planning.init.draft import Wish
+from datm_ray.planning.init.suggest import Suggestion, default_name, measured_plans, read_images, rules_of, suggest
 from datm_ray.planning.plan import plan_run
-from datm_ray.planning.suggest import Suggestion, default_name, measured_plans, read_images, rules_of, suggest
 from datm_ray.recipes import get_recipe
 from datm_ray.report.results import names_of, scores_by_name
 from datm_ray.runtime.create import create_executor

@@ -192,7 +192,7 @@ def test_a_recipe_for_own_images_comes_with_notes_on_them(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`init` tells which files were not taken and what serves for testing, in JSON too."""
-    monkeypatch.setattr("datm_ray.planning.suggest.measured", lambda *_, **__: parse_cluster("cpus=2,gflops=60"))
+    monkeypatch.setattr("datm_ray.planning.init.suggest.measured", lambda *_, **__: parse_cluster("cpus=2,gflops=60"))
     for number in range(24):
         place = tmp_path / "birds" / "train" / "ab"[number % 2] / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def init(
     """
     from datm_ray.api import init as init_recipe
     from datm_ray.errors import ConfigError
-    from datm_ray.planning.suggest import default_name
+    from datm_ray.planning.init.suggest import default_name
 
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")

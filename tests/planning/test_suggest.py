@@ -19,13 +19,13 @@ from datm_ray.config import DatasetConfig, RunConfig, override, unread_keys
 from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
-from datm_ray.planning import draft, rules_others
-from datm_ray.planning.draft import EXACT_FROM, LEAST_ITERATIONS, Draft, Planner, Wish
 from datm_ray.planning.duration import Proposal
+from datm_ray.planning.init import draft, rules_others
+from datm_ray.planning.init.draft import EXACT_FROM, LEAST_ITERATIONS, Draft, Planner, Wish
+from datm_ray.planning.init.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, LEAST_EXPERTS, MOST_SHARED
+from datm_ray.planning.init.rules_others import ENOUGH_UPDATES
+from datm_ray.planning.init.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
 from datm_ray.planning.machines import parse_cluster
-from datm_ray.planning.rules_matching import ENOUGH_EXPERTS, ENOUGH_ITERATIONS, LEAST_EXPERTS, MOST_SHARED
-from datm_ray.planning.rules_others import ENOUGH_UPDATES
-from datm_ray.planning.suggest import RULES, Suggestion, default_name, read_images, source_of, suggest
 from datm_ray.recipes import get_recipe
 from datm_ray.shape import DataShape
 from datm_ray.stages.methods.memory import plans_of

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from datm_ray.errors import ConfigError
-from datm_ray.planning.draft import (
+from datm_ray.planning.init.draft import (
     AS_ASKED,
     EXPERTS_SHARE,
     FOUND,

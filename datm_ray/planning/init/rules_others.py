@@ -10,7 +10,7 @@ from typing import Any
 
 from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.errors import ConfigError
-from datm_ray.planning.draft import (
+from datm_ray.planning.init.draft import (
     AS_ASKED,
     EVALUATION_SHARE,
     EXPERTS_SHARE,

@@ -25,9 +25,9 @@ from datm_ray.data.parquet import parts_of
 from datm_ray.data.sources import RawDataset, load_raw, require_disk
 from datm_ray.data.splits import role_of
 from datm_ray.errors import ConfigError, DatasetError
-from datm_ray.planning import rules_matching, rules_others
-from datm_ray.planning.draft import AS_ASKED, Choices, Draft, Fitted, Planner, Wish, data
 from datm_ray.planning.duration import Proposal
+from datm_ray.planning.init import rules_matching, rules_others
+from datm_ray.planning.init.draft import AS_ASKED, Choices, Draft, Fitted, Planner, Wish, data
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
 from datm_ray.shape import DataShape
