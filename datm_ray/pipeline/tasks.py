@@ -229,7 +229,7 @@ def join_task(runs: Runs, config: RunConfig) -> Task:
         (config, runs.store_uri, runs.folder(config).uri),
         run=config.name,
         stage="distillation",
-        weight=weight(work.joining(config, shape)),
+        weight=weight([work.passes("scoring", config, shape, images)]),
         method="join_pieces",
         memory=scoring_memory(config, shape, images) + SETS_JOINED * images * shape.row,
         is_light=True,
@@ -390,7 +390,7 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
     if all(place.exists() for place in places):
         return None
     together = largest_stack(*row.facts, len(numbers))
-    others, is_shared = row.networks(len(numbers)) - together, row.name == "full"
+    others, is_shared = row.training(len(numbers))[0] - together, row.name == "full"
     uris = tuple(place.uri for place in places)
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
     return Task(

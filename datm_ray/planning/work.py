@@ -27,7 +27,7 @@ from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_st
 from datm_ray.stages.methods.registry import method_of, teacher_of
 
 
-class Part(NamedTuple):
+class WorkPart(NamedTuple):
     """Part of a task's work, of one kind."""
 
     kind: str
@@ -38,34 +38,34 @@ class Part(NamedTuple):
     """Floating-point operations of all forward passes, or operations that take as long."""
 
 
-Work = list[Part]
+Work = list[WorkPart]
 
 
-def weight(work: Sequence[Part]) -> float:
+def weight(work: Sequence[WorkPart]) -> float:
     """Time of a task's work, in operations of a forward pass at the speed of student steps; at least 1."""
     return max(1.0, sum(FORWARD_PASSES[kind] * operations for kind, _, operations in work))
 
 
-def _passes(kind: str, run: RunConfig, shape: DataShape, images: float) -> Part:
+def passes(kind: str, run: RunConfig, shape: DataShape, images: float) -> WorkPart:
     """Work of so many images that pass the run's network."""
-    return Part(kind, run, images * network_cost(run, shape).flop)
+    return WorkPart(kind, run, images * network_cost(run, shape).flop)
 
 
 def experts(run: RunConfig, shape: DataShape, count: int) -> Work:
     """Work of training a stack of `count` experts of a run with one network."""
-    return [_passes("experts", run, shape, count * run.experts.image_passes * shape.trained(run.dataset))]
+    return [passes("experts", run, shape, count * run.experts.image_passes * shape.trained(run.dataset))]
 
 
 def order(scoring: RunConfig, shape: DataShape) -> Work:
     """Work of scoring the training images with all networks of a `scoring_run`."""
-    return [_passes("scoring", scoring, shape, scoring.experts.count * shape.trained(scoring.dataset))]
+    return [passes("scoring", scoring, shape, scoring.experts.count * shape.trained(scoring.dataset))]
 
 
 def prior(run: RunConfig, shape: DataShape) -> Work:
     """Work of training a run's prior, whose encoder is about as large as its decoder."""
     assert run.prior is not None
     flop = prior_cost(run.prior, shape.image)[0].flop
-    return [Part("training", run, 2 * flop * run.prior.epochs * shape.trained(run.dataset))]
+    return [WorkPart("training", run, 2 * flop * run.prior.epochs * shape.trained(run.dataset))]
 
 
 def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
@@ -78,11 +78,11 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
 
     def of_role(role: Role) -> Work:
         share = run.metadd.share if run.metadd else 0.0
-        work = [_passes("training", seen[number], shape, share * held) for number in role.meta_networks]
+        work = [passes("training", seen[number], shape, share * held) for number in role.meta_networks]
         for number in role.backbones:
-            work += [_passes(kind, networks[number], shape, each) for kind, each in demands[number].passes.items()]
+            work += [passes(kind, networks[number], shape, each) for kind, each in demands[number].passes.items()]
         decoded = held * (len(role.backbones) + bool(role.meta_networks))
-        return [*work, Part("training", run, decoding * decoded)]
+        return [*work, WorkPart("training", run, decoding * decoded)]
 
     return [of_role(role) for role in run.roles]
 
@@ -90,35 +90,22 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
 def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float] = weight) -> Work:
     """Work of choosing and changing a set: of a piece, or of each worker if workers make the set together.
 
-    Args:
-        time: time of a worker's iteration, by which the slowest worker is found.
+    The slowest worker is that with the largest `time` of an iteration.
     """
     method, first = method_of(run), run.each_backbone()[0]
     count, pieces = method.iterations(run), len(method.pieces(run, shape.classes)) or 1
     chosen = method.choosing(run, shape.classes, shape.trained(run.dataset))
-    changing = [Part(kind, own, count * each) for kind, own, each in max(iterations(run, shape), key=time)]
-    return [*changing, *(_passes(kind, first, shape, each / pieces) for kind, each in chosen.items())]
-
-
-def joining(run: RunConfig, shape: DataShape) -> Work:
-    """Work of labelling a set that is joined from its pieces. Plans have it in `distillation`."""
-    return [_passes("scoring", run, shape, shape.synthetic(run))]
+    changing = [WorkPart(kind, own, count * each) for kind, own, each in max(iterations(run, shape), key=time)]
+    return [*changing, *(passes(kind, first, shape, each / pieces) for kind, each in chosen.items())]
 
 
 def _training(
     kind: str, run: RunConfig, shape: DataShape, schedule: Schedule, images: int, networks: int, stacks: int
 ) -> Work:
-    """Work of training networks that are scored, in stacks whose networks share the cost of a step.
-
-    Args:
-        kind: kind of work.
-        images: number of images that each network is trained on.
-        networks: number of networks.
-        stacks: number of stacks; `networks` if they are trained one after another.
-    """
+    """Work of training so many networks on so many images each; networks of a stack share the fixed cost of a step."""
     steps = schedule.epochs * -(-images // schedule.batch_size)
-    passes = _passes(kind, run, shape, networks * schedule.epochs * images)
-    return [passes, Part("steps", run, stacks * steps * STEP_OVERHEAD)]
+    trained = passes(kind, run, shape, networks * schedule.epochs * images)
+    return [trained, WorkPart("steps", run, stacks * steps * STEP_OVERHEAD)]
 
 
 def _held_out(run: RunConfig, shape: DataShape) -> int:
@@ -130,12 +117,12 @@ def validation(run: RunConfig, shape: DataShape) -> Work:
     first, seeds = run.each_backbone()[0], run.distill.validation_seeds
     schedule = PROTOCOLS[validation_protocol(run.evaluate.protocol)]
     training = _training("training", first, shape, schedule, shape.synthetic(run), seeds, seeds)
-    return [*training, _passes("scoring", first, shape, seeds * _held_out(run, shape))]
+    return [*training, passes("scoring", first, shape, seeds * _held_out(run, shape))]
 
 
 def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
     """Work of labelling a run's set for so many epochs."""
-    return [_passes("scoring", teacher_of(run), shape, epochs * shape.synthetic(run))]
+    return [passes("scoring", teacher_of(run), shape, epochs * shape.synthetic(run))]
 
 
 def divided_epochs(epochs: Sequence[int], workers: int) -> list[tuple[int, ...]]:
@@ -173,27 +160,23 @@ class Row:
         spec = self.scored.network.for_images(image[0], image[1:], self.shape.classes)
         return self.run, self.name, self.network, spec, self.images
 
-    def networks(self, seeds: int) -> int:
-        """Number of networks of so many seeds: one for each seed and candidate step size."""
-        return seeds * training_of(self.run, self.name, self.network)[0]
-
-    @property
-    def schedule(self) -> Schedule:
-        """Training schedule of each network. Its step size is a placeholder."""
-        return training_of(self.run, self.name, self.network)[1]
+    def training(self, seeds: int) -> tuple[int, Schedule]:
+        """Number of networks of so many seeds, and their schedule, whose step size is a placeholder."""
+        each, schedule = training_of(self.run, self.name, self.network)
+        return seeds * each, schedule
 
 
 def evaluation(row: Row, seeds: int) -> Work:
     """Work of a task that trains and scores the networks of so many seeds of a row of the accuracy table."""
-    networks, run, shape, schedule = row.networks(seeds), row.scored, row.shape, row.schedule
+    (networks, schedule), run, shape = row.training(seeds), row.scored, row.shape
     is_stacked = largest_stack(*row.facts, seeds) > 1
     kind = "experts" if is_stacked else "real" if row.name == "full" else "training"
     stacks = len(stack_sizes(networks)) if is_stacked else networks
     tested = networks * _held_out(run, shape) + seeds * shape.test_images
     work = _training(kind, run, shape, schedule, row.images, networks, stacks)
-    work.append(_passes("scoring", run, shape, tested))
+    work.append(passes("scoring", run, shape, tested))
     if asks_teacher(row.run, row.name):
-        work.append(_passes("scoring", teacher_of(row.run), shape, networks * schedule.epochs * row.images))
+        work.append(passes("scoring", teacher_of(row.run), shape, networks * schedule.epochs * row.images))
     return work
 
 
@@ -204,8 +187,8 @@ def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]
     """
 
     def training(row: Row) -> float:
-        flop = network_cost(row.scored, row.shape).flop
-        return row.networks(row.run.evaluate.seeds) * work_of_training(row.schedule, row.images, flop)
+        (networks, schedule), flop = row.training(row.run.evaluate.seeds), network_cost(row.scored, row.shape).flop
+        return networks * work_of_training(schedule, row.images, flop)
 
     # The division decides which networks share a stack, and so the last bits of accuracies. It counts training alone.
     fewest = fewest_tasks([training(row) for row in rows], workers)

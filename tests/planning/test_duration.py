@@ -23,7 +23,7 @@ from datm_ray.planning.machines import BANDWIDTH, LATENCY, machine_here, parse_c
 from datm_ray.planning.measure import compiled_gain, measured
 from datm_ray.planning.memory import scoring_memory
 from datm_ray.planning.plan import plan_run, propose
-from datm_ray.planning.work import Part
+from datm_ray.planning.work import WorkPart
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.shape import KNOWN_SHAPES, DataShape, network_cost
@@ -165,7 +165,7 @@ def test_times_follow_the_recipe() -> None:
     assert proposal(machine="cpus=2,gflops=70").stages["experts"][0] == pytest.approx(2 * base["experts"][0])
     order = "first_share: 0.5, whole_from: 5, removals: [], scoring_networks: 2, scoring_epochs: 3"
     easy = proposal(f"experts.curriculum={{{order}}}")
-    scored = easy.seconds([Part("scoring", easy.config, 2 * DIGITS.trained(easy.config.dataset) * FORWARD)]) / 3600
+    scored = easy.seconds([WorkPart("scoring", easy.config, 2 * DIGITS.trained(easy.config.dataset) * FORWARD)]) / 3600
     trained = (0.7 + 3 / 5) * base["experts"][0]  # five epochs of two experts, three of two scoring networks
     assert easy.stages["experts"][0] == pytest.approx(trained + scored)
     assert easy.storage["store"] > proposal().storage["store"]
@@ -186,8 +186,8 @@ def test_everything_that_takes_time_is_counted() -> None:
     assert base.stages["start"][0] > base.stages["start"][1] / 2 > 0
     rows = [proposal(*changes).stages["evaluation"] for changes in ((), ("evaluate.real_epochs=101",))]
     epochs, images = 2 * 3 * 100, DIGITS.trained(base.config.dataset)  # epochs of all seeds and step sizes
-    steps = Part("steps", base.config, epochs * -(-images // 128) * STEP_OVERHEAD)
-    real = base.seconds([Part("real", base.config, epochs * images * FORWARD), steps])
+    steps = WorkPart("steps", base.config, epochs * -(-images // 128) * STEP_OVERHEAD)
+    real = base.seconds([WorkPart("real", base.config, epochs * images * FORWARD), steps])
     assert rows[1][0] - rows[0][0] == pytest.approx(real / 3600)
     held, clock = proposal("evaluate.real_epochs=999", "evaluate.seeds=1").stages["evaluation"]
     assert clock > 0.9 * held  # the longest network decides what is waited for

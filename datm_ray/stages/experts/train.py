@@ -118,14 +118,9 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
 def divided(
     config: RunConfig, missing: Sequence[int], size: int, workers: int, groups: int = 1
 ) -> list[tuple[int, ...]]:
-    """Divide the missing experts of one network into stacks, for the network's share of the workers.
+    """Divide the missing experts of one network into stacks, see `stacks`, as `groups` networks share the workers.
 
     Stacks have `size` experts, however many workers there are, if the recipe gives `cluster.experts_at_a_time`.
-
-    Args:
-        missing, size: see `stacks`.
-        workers: number of workers that train at the same time.
-        groups: number of networks whose experts they train.
     """
     share = 1 if config.cluster.experts_at_a_time else -(-workers // groups)
     return stacks(missing, size, config.experts.count, share, 1 if uses_gpu(config.cluster) else 2)
