@@ -7,12 +7,13 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/log.txt           log of its commands, see `monitor/logs.py`
     <out>/<run>/dataset.json      fingerprint and size of its data set
     <out>/<run>/experts-cost.json cost of its experts, copied from the store
-    <out>/<run>/*.arrow           see `stages/distill.py`
+    <out>/<run>/*.arrow           the set and its checkpoint, see `stages/distill.py`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/<run>/scoring.json      how networks of the row "distilled" were trained, see `artifact.py`
-    <out>/transforms/             normalisations of the sets, once each; see `artifact.py`
+    <out>/transforms/             large transforms, such as whitening, once for all runs; see `artifact.py`
     <out>/controls/               training on real images, shared by runs
-    <out>/report.html, summary.json
+    <out>/report.html             the report over all runs
+    <out>/summary.json            the numbers of the report
 
 A stage is a list of tasks; a task whose result exists is skipped. So running the same command again resumes where it
 stopped, for whatever reason it stopped.

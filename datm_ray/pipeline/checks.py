@@ -68,7 +68,12 @@ def check(runs: Runs) -> None:
 
 
 def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
-    """Raise a `DatmError` for faults that do not depend on the images. Arguments: see `Runs`."""
+    """Raise a `DatmError` for faults that do not depend on the images.
+
+    Args:
+        configs: the runs of one command; at least one.
+        elsewhere: True if the workers may run on other nodes, whose GPUs are not known here.
+    """
     require_together(configs)
     cluster = configs[0].cluster
     can_have = cluster.gpus_per_worker != 0 and (elsewhere or torch.cuda.is_available())
@@ -116,7 +121,7 @@ def require_names(runs: Runs) -> None:
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` if scored networks cannot be trained as the section `evaluate` says.
 
-    `row_schedule` refuses a warm-up of all epochs, `teacher_of` a run that trains no teacher.
+    `row_schedule` refuses a warm-up that lasts for all epochs. `teacher_of` refuses a run that trains no teacher.
     """
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.has_teacher:
@@ -129,7 +134,7 @@ def _check_scoring(config: RunConfig) -> None:
 
 
 def _check_folder(runs: Runs, config: RunConfig) -> None:
-    """Raise a `RunDirectoryError` if the folder has results of another recipe. Without results it may be reused."""
+    """Raise a `RunDirectoryError` if the run's folder has results of another recipe. A folder without any is free."""
     earlier = read_recipe(runs.folder(config))
     if earlier is not None and run_identity(earlier) != run_identity(config) and has_results(runs.folder(config)):
         raise RunDirectoryError(
@@ -141,9 +146,9 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 
 
 def _check_continued(runs: Runs, config: RunConfig) -> None:
-    """Raise a `DatmError` if `distill.continue_from` is given and its run cannot continue as this one.
+    """Raise a `DatmError` if `distill.continue_from` names a run that cannot continue as `config`.
 
-    That run is needed only until its state is copied.
+    Nothing is checked once the named run's state has been copied, because that run is no longer needed.
     """
     source = continued_run(config, runs.folder(config))
     if source is None:
@@ -179,7 +184,7 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
 
 
 def _but_its_length(config: RunConfig) -> dict[str, Any]:
-    """Settings that a run must share with the run that it continues."""
+    """Settings that a run must share with the run that it continues: all but the name and number of iterations."""
     identity = run_identity(config)
     del identity["name"], identity["distill"]["iterations"]
     return identity
@@ -188,13 +193,14 @@ def _but_its_length(config: RunConfig) -> dict[str, Any]:
 def _compared(config: RunConfig) -> dict[str, Any]:
     """Settings to compare two runs by: those that decide the result, and `cluster.deterministic`.
 
-    `run_identity` has this key only if it is true, and a difference is named only if both runs have the key.
+    `run_identity` has `cluster.deterministic` only if it is true. Both values of a difference are shown only if both
+    runs have the key.
     """
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 
 
 def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
-    """Raise a `RunDirectoryError` if results in the output folder come from experts with other weights in the store.
+    """Raise a `RunDirectoryError` if results in the output folder were made with other expert weights than the store's.
 
     Args:
         of_all: True to check all runs of the folder, because runs share the scores of networks trained on random real
@@ -299,16 +305,19 @@ def _check_network(
 ) -> nn.Module:
     """Build a network for the run's images.
 
+    Args:
+        key: setting or option that gives the network, for errors.
+        has_maps: True to require class activation maps.
+        states_norm: True to require that a user's own network has the normalisation layers that `norm` names.
+
     Raises:
-        ConfigError: the network is impossible, lacks class activation maps while `has_maps`, or, as a user's, has
-            another norm than its key says while `states_norm`. The error names `key`, the setting that gives the
-            network.
+        ConfigError: the network cannot be built, or does not meet these requirements.
     """
     raw = runs.raw(config)
     spec = network.for_images(raw.channels, raw.size, raw.classes)
     try:
         built = build_network(spec, seed=0)
-        if ":" in network.architecture:  # a user's
+        if ":" in network.architecture:  # a user's own class
             require_logits(built, spec)
             if states_norm:
                 require_stated_norm(built, spec)
@@ -320,9 +329,14 @@ def _check_network(
 
 
 def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Sequence[int]) -> None:
-    """Raise an error if stored experts belong to another version's network, or lack epochs that the recipe reads."""
+    """Raise an error if stored experts do not fit `network`, or lack any of `epochs`, the epochs that a recipe reads.
+
+    Raises:
+        StoreError: the experts' parameters have other shapes than those of `network`.
+        MissingExpertsError: an epoch is not stored.
+    """
     group = runs.experts(config)
-    for expert in group.experts()[:1]:  # one expert stands for all, which normally keep equal epochs
+    for expert in group.experts()[:1]:  # the first stands for all: normally all keep the same epochs
         info = group.read_info(expert)
         if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
             raise StoreError(
@@ -332,7 +346,7 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Se
             )
         missing = set(epochs) - set(info.epochs)
         if missing:
-            is_last = missing == {config.experts.epochs}  # stored whatever experts.keep_epochs is
+            is_last = missing == {config.experts.epochs}  # the last epoch is stored whatever experts.keep_epochs is
             more = "" if is_last else ", and experts.keep_epochs, so that all recipes can share them"
             raise MissingExpertsError(
                 f"{config.name} reads epoch {min(missing)}, which the experts in {group.location.uri} lack",
@@ -350,7 +364,7 @@ def require_distillable(runs: Runs) -> None:
 def require_memory(runs: Runs, executor: Executor | None = None) -> None:
     """Raise a `ConfigError` for a set that does not fit into memory, before its experts are trained.
 
-    Workers check their memory again.
+    A run whose workers' memory is unknown here is left out. Workers check their memory again.
 
     Args:
         executor: where the workers run; `None` if it is not started yet, to assume this machine's CPUs.

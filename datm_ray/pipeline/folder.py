@@ -21,7 +21,7 @@ from datm_ray.store.sealed import rejecting_nonsense
 
 RECIPE, DATA, LEASE = "recipe.yaml", "dataset.json", "lease.json"
 RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, PIECES, "evaluation"}
-"""Files and folders in a run's folder that only its recipe can have made. Experts are in the store."""
+"""Names in a run's folder that show that the folder has results. Experts do not count, because the store has them."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class DataNote:
     fingerprint: str
     training_images: int
     name: str | None = None
-    """Name of the data set."""
+    """Name of the data set; `None` in notes of earlier versions."""
     experts: Mapping[str, str] = field(default_factory=dict)
-    """Key and number of each expert -> digest of the weights it was imported with; "" if it was trained. Empty in notes
-    of earlier versions."""
+    """KEY/NUMBER of each expert -> digest of the weights it was imported with; "" if it was trained. Empty in notes of
+    earlier versions."""
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
         """Read a run's note; `None` if its folder has none.
 
         Raises:
-            CorruptFileError: the file's content is no such note.
+            CorruptFileError: the file's content is not a note.
         """
         place = folder / DATA
         if not place.exists():
@@ -64,7 +64,7 @@ def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) ->
 
 
 def continued_run(config: RunConfig, folder: Location) -> Location | None:
-    """Folder of the shorter run that a set has still to continue; `None` if there is none, or its state was copied."""
+    """Folder of the shorter run whose state a set still has to copy; `None` without one, or after the copy."""
     place = config.distill.continue_from
     if place is None or "distill.continue_from" in unread_keys(config):
         return None
@@ -120,7 +120,7 @@ def report(out: str, say: Say = silent) -> Location:
 
     Args:
         out: output folder, a path or URI.
-        say: shows a line about each folder that is left out, because it does not have the name of its run.
+        say: shows a line about each folder that is left out because its name is not that of its run.
 
     Raises:
         RunDirectoryError: the folder holds no runs.
@@ -164,7 +164,7 @@ def publish(run: str, out: str, *, transform: bool = True) -> list[str]:
             "give <out>/<name>, such as runs/digits-ipc1",
         )
     present = (to / CARD).read_bytes().decode(errors="replace") if (to / CARD).exists() else ""
-    present = present.replace("\r\n", "\n")  # some editors end lines so
+    present = present.replace("\r\n", "\n")  # editors on Windows end lines with "\r\n"
     if present and not is_card(present):
         raise RunDirectoryError(
             f"{(to / CARD).uri} exists and is no card of a set",

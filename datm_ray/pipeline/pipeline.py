@@ -89,7 +89,7 @@ class Pipeline:
         checks.check(self.runs)
         self._log = Logger()
         self._unstackable = set[str]()
-        """Architectures that the user knows to be trained one after another."""
+        """Architectures that a message has already named as trained one after another."""
         self._shares_out = True
         """True if workers of the present command use the output folder."""
         self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
@@ -112,7 +112,7 @@ class Pipeline:
 
     @property
     def is_distillable(self) -> bool:
-        """True if every run can be distilled by its method. Networks that no method takes can still be trained."""
+        """True if every run can be distilled by its method. Experts can be trained even if this is False."""
         try:
             checks.require_distillable(self.runs)
         except ConfigError:
@@ -120,7 +120,11 @@ class Pipeline:
         return True
 
     def plan(self) -> list[str]:
-        """Remaining work in words, one line for each stage. Raises the errors of `remaining`."""
+        """Remaining work in words, one line for each stage.
+
+        Raises:
+            DatmError: the runs cannot be distilled or written here, or do not fit into memory.
+        """
         lines = []
         for title, (count, names) in self.remaining().items():
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -129,10 +133,10 @@ class Pipeline:
         return lines
 
     def remaining(self) -> dict[str, tuple[int, list[str]]]:
-        """Title of each stage -> number of experts, sets or networks that it has to make, and names of its tasks.
+        """Title of each stage -> number of experts, sets or networks left to make, and names of their tasks or runs.
 
         Raises:
-            ConfigError: a set does not fit into memory.
+            DatmError: the runs cannot be distilled or written here, or do not fit into memory.
         """
         checks.require_startable(self.runs)
         runs, scoring = self.runs, tasks.scoring_runs(self.runs)
@@ -162,7 +166,7 @@ class Pipeline:
         return {title: each for title, each in found.items() if each[0] or title in always}
 
     def data(self) -> list[dict[str, Any]]:
-        """Facts of each data set: name, number of classes, images of each part, shape of an image, and notes."""
+        """Facts of each data set: name, number of classes, images of each part, an image's [c, h, w], and notes."""
         return [
             {
                 "name": raw.name,
@@ -232,7 +236,7 @@ class Pipeline:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Train and score the networks without results in the runs' accuracy tables. Arguments: see `run_all`."""
+        """Train and score the networks that the runs' accuracy tables still lack. Arguments: see `run_all`."""
         checks.require_distillable(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, scoring_networks(config))
@@ -270,16 +274,16 @@ class Pipeline:
 
         Args:
             distils: True to check workers and memory for distilling too.
-            has_light: False if no worker of the command has the shape of `cluster.light`.
+            has_light: False if the command needs no workers with the resources of `cluster.light`.
             shares_out: False if the command's workers use the store alone, and not the output folder.
         """
         checks.require_writable(self.runs)
         self._shares_out = shares_out
         with ExitStack() as leases:
-            for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
+            for config in sorted(self.configs, key=lambda config: config.name):  # a fixed order: no deadlock
                 place = self.runs.folder(config) / LEASE
                 leases.enter_context(lease(place, config.cluster.wait_for_run, reporter.message, ask))
-            # Again, because the command before may have used other experts.
+            # Checked again, because the command that held the leases before may have used other experts.
             checks.require_same_experts(self.runs, of_all=False)
             with self._executing(start, reporter, distils=distils, has_light=has_light) as executor:
                 yield executor
@@ -295,7 +299,7 @@ class Pipeline:
         try:
             if executor.gpus_per_worker is not None:  # the workers' machines may have other GPUs than this one
                 self.runs.give_gpus(executor.gpus_per_worker)
-            if has_light:  # here, because the stages before may take days
+            if has_light:  # checked now, because earlier stages may take days
                 executor.require_workers(self.configs[0].name, 1, light=True)
             if distils:
                 for config in self.runs.unfinished():
@@ -488,7 +492,7 @@ class Pipeline:
             note_scoring(self.out, config, self.runs.raw(config).fingerprint)
 
     def _tell_unstackable(self, evaluation: Sequence[Task], reporter: Reporter) -> None:
-        """Show a line with the architectures of these tasks that cannot be trained together; each is named once."""
+        """Show a line with the architectures of these tasks that cannot be stacked, unless a line named them before."""
         if new := [name for name in tasks.unstackable(self.runs, evaluation) if name not in self._unstackable]:
             self._unstackable.update(new)
             reporter.message(f"networks of {listed(new)} cannot be stacked, and are trained one after another")
@@ -516,9 +520,9 @@ class Pipeline:
     def _landmarks(self) -> tuple[str, ...]:
         """Local files by which workers find that they share this machine's disks: in the output folder and the store.
 
-        Without this check, a stage would end before its results are missed. Workers of a command that only trains
-        experts never use the output folder, so it may be on this machine's own disk. All stages of a command have the
-        same files, and so keep their workers.
+        Without this check, missing results would be noticed only at the end of a stage. Workers of a command that only
+        trains experts never use the output folder, so it may be on this machine's own disk. All stages of a command
+        have the same files, so the command keeps its workers.
         """
         networks = self.runs.networks()
         transforms = [self.runs.experts(networks[0]).transform_file] if networks else []
@@ -538,6 +542,8 @@ class Pipeline:
         """Run the open tasks of one stage and the tasks that they make, one data set after the other.
 
         Args:
+            method: name of the worker's method that runs a task, unless the task names another.
+            open_tasks: returns the tasks of the stage that are left to do.
             following: called for each finished task before its end is shown. Returns tasks to run after all others.
 
         Raises:

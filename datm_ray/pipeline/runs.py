@@ -166,7 +166,7 @@ class Runs:
         return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:
-        """Images under the transform of the runs' experts. If there is no transform yet, it is fitted.
+        """Images, normalised by the transform of the runs' experts. If there is no transform yet, it is fitted.
 
         A large transform is fitted once for an output folder, even if several commands start at the same time.
 
@@ -193,7 +193,7 @@ class Runs:
         return Transform.from_arrays(stored.arrays, stored.metadata, place.uri)
 
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
-        # On a cluster this process has no GPU of its own: a worker may use all memory of this machine's first one.
+        # On a cluster this process uses no GPU: a worker may use all memory of this machine's first GPU.
         device = "cuda" if torch.cuda.is_available() and not self.elsewhere else "cpu"
         raw = self._raw[dataset]
         return transform_of(raw, dataset.kind, dataset.statistics, device=device, say=say)

@@ -1,4 +1,4 @@
-"""Tasks that are left of each stage: experts to train, sets to distil, networks to score.
+"""Tasks left to do in each stage: experts to train, sets to distil, networks to score.
 
 The first argument of every task is its run, whose data set the task's worker must hold.
 """
@@ -30,7 +30,7 @@ from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 SETS_JOINED = 4
-"""Number of copies of a set in the memory of a worker that joins pieces: first and final set, and data to write."""
+"""Copies of a set in the memory of a worker that joins pieces: first set, final set, and what is written of them."""
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[Task]:
@@ -158,10 +158,10 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
     """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
 
-    If free workers validate sets, a set's task makes these validation tasks.
+    If free workers validate sets, the task of a set creates their validation tasks while it runs.
 
     Args:
-        executor: where the workers run; `None` if it is not started yet, and then no task makes others.
+        executor: where the workers run; `None` if it is not started yet. Then no task creates validation tasks.
     """
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
@@ -257,7 +257,7 @@ def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
     If the workers' memory is unknown, it counts as sufficient.
     """
     rows, fewer = len(config.roles), range(1, config.cluster.shards)
-    # What fits some shards fits more of them, since each then holds no more images.
+    # A set that fits n shards also fits n + 1, because then no shard holds more images.
     first = bisect_left(fewer, True, key=lambda shards: _would_fit(runs, config, {"shards": shards}))
     sizes = [rows * shards for shards in reversed(fewer[first:])]
     alone = [1] if rows > 1 and _would_fit(runs, config, ALONE) else []
@@ -266,7 +266,7 @@ def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
 
 def _would_fit(runs: Runs, config: RunConfig, settings: Mapping[str, Any]) -> bool:
     if runs.elsewhere and config.cluster.memory is None:
-        return True  # workers check their own memory, and executors then wait for more of them
+        return True  # workers check their own memory; if it is too small, executors wait for more workers
     shape = runs.shape(config)
     try:
         plans_of(laid_out(config, settings), DataShape(shape.image, shape.classes, 0), 1)

@@ -50,7 +50,7 @@ class Proposal:
     """The recipe, whose `cluster` section has the layout."""
     shape: DataShape
     plans: list[DistillationPlan]
-    """Memory plans of the workers: first one plan for each network, in the networks' order."""
+    """Memory plans of the workers: one for each network, in the networks' order, then those of MetaDD's workers."""
     machine: Machine
     replaced: Sequence[str] | None = None
     """Settings of the recipe that a suggested layout replaces; `None` if the layout is the recipe's own."""
@@ -177,7 +177,7 @@ class Proposal:
 
     @property
     def outlook(self) -> Outlook | None:
-        """Facts that the method gives about the recipe; `None` if there are none."""
+        """Forecast of the method for the recipe; `None` if the method makes none."""
         return method_of(self.config).outlook(self.config, self._trained)
 
     def to_json(self) -> dict[str, Any]:

@@ -41,16 +41,16 @@ repetitions that is never reached."""
 STEPS = 3
 """Number of student steps in a repetition."""
 QUICK_FLOP = 1e11
-"""Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer; far
-smaller ones would not, because their maps fit into the CPU's cache."""
+"""Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer. Much
+smaller steps would be faster than in proportion, because their maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
 """Kind of step -> (a, b): a compiled step is a + b / width times as fast as an uncompiled step, for networks of so many
 channels. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels (benchmarks/LOG.md,
 2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long. The
 gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
 GRAPHS = {"embedding": 4.0}
-"""Kind of step -> time to compile all its graphs, as a multiple of that of the timed one. DM compiles embeddings for
-two sizes of micro-batches, and their derivative, which takes twice as long."""
+"""Kind of step -> time to compile all its graphs, as a multiple of the time for the graph that is timed. DM compiles
+embeddings for two sizes of micro-batches, and their derivative, which takes twice as long."""
 
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
@@ -118,7 +118,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     experts = config.experts.model_copy(update={"epochs": MANY})
     layout = channels_last_on(config.cluster, device)
     functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=layout)
-    work = {  # new memory counts, so the steps of methods are timed before others have warmed it
+    work = {  # steps of methods come first, so that their times include the first use of new memory, as in a run
         "matching": _matching(config, first, *data["matching"], spec.classes, compiled=compiled),
         "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
         "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),

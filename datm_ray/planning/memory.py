@@ -27,18 +27,26 @@ GPU_PROCESS_BYTES = 4 * 2**30
 STACKED_MAPS, ALONE_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass.
 
-STACKED_MAPS: networks in a stack, whose calls are small on CPUs; measured up to 3.4. ALONE_MAPS: one network; measured
-1.3 to 1.5. `MARGIN` comes on top.
+STACKED_MAPS: networks in a stack, which a CPU computes in small parts; measured up to 3.4. ALONE_MAPS: one network;
+measured 1.3 to 1.5. `MARGIN` comes on top.
 """
 VECTORS = 8
-"""Number of parameter vectors of a network in training, with gradients, velocity, GSAM's and updated ones."""
+"""Number of vectors of parameter size that a network in training takes: parameters, gradients, velocity, GSAM's and
+updated ones."""
 STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
 """Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
 megapixels at full size. Assumed."""
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:
-    """Bytes of main memory to reserve for the distilling rank that needs most. Arguments and errors: see `plans_of`."""
+    """Bytes of main memory to reserve for the distilling rank that needs most.
+
+    Args:
+        sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
+
+    Raises:
+        ConfigError: a CPU worker would need more memory than it may take, or there are more shards than classes.
+    """
     if uses_gpu(config.cluster):
         return GPU_PROCESS_BYTES
     saved = 0 if config.cluster.compile else PROCESS_BYTES - TRAINING_PROCESS_BYTES
@@ -48,7 +56,8 @@ def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> 
 def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
     """Bytes of main memory to reserve for a worker that trains stacks of `stacked` experts of `config.network`."""
     settings, vector = config.experts, 4 * stacked * network_cost(config, shape).parameters
-    written = 2 * min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))  # as epochs, and stacked for the file
+    # Held twice: as single epochs, and stacked for the file.
+    written = 2 * min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))
     rows, scored = min(settings.batch_size, shape.training_images), SCORING_BATCH if settings.test_every else 0
     return _training_memory(config, shape, rows, stacked, written, scored, is_stack=True)
 
@@ -61,7 +70,7 @@ def prior_memory(config: RunConfig, shape: DataShape) -> int:
     maps = 2 * STACKED_MAPS * config.prior.batch_size * cost.maps  # an encoder is about as large as its decoder
     values = math.prod(shape.image)
     is_whitened = config.dataset.resolved(shape.image[1:]).kind == "zca"
-    pixels = 4 * values * (shape.training_images + values) if is_whitened else 0  # and the matrix that turns them back
+    pixels = 4 * values * (shape.training_images + values) if is_whitened else 0  # and the matrix that undoes it
     return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters)) + pixels
 
 
@@ -105,7 +114,7 @@ def _training_memory(
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost, at_once = network_cost(config, shape), rows
-    if is_stack and config.network.norm != "batch":  # others compute whole batches, one network at a time
+    if is_stack and config.network.norm != "batch":  # other networks compute whole batches, one by one
         at_once = min(rows * networks, max(networks, CACHED_MAP_BYTES // cost.largest))
     maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)
     next_images = 3 * max(BLOCK_BYTES, rows * networks * shape.row)  # before and after their augmentation

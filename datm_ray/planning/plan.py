@@ -60,7 +60,7 @@ def plan_run(
 def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
     """Proposal with the fewest shards that distils and validates at most 5 % longer than the fastest proposal.
 
-    Numbers of shards are powers of two, and the largest possible number.
+    Powers of two and the largest possible number are tried as numbers of shards.
 
     Raises:
         ConfigError: no proposal fits into memory, or the machine has fewer workers than the recipe needs.

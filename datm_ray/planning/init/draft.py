@@ -42,10 +42,12 @@ EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
 """Largest shares of the planned time: for experts, for evaluation, and for the evaluation's networks on all real
 images. Distillation gets the rest."""
 PLANNED_SHARE = 0.7
-"""Share of the time that is planned. The rest is a reserve: runs took 1.1 to 1.6 times as long as planned."""
+"""Share of the wished time that a plan fills. The rest is a reserve: runs took 1.1 to 1.6 times as long as planned."""
 EXACT_FROM = 900.0
-"""Time wanted for the whole run, in seconds, from which on compiled steps are timed. Compiling and timing take about a
-minute, and the run finds its steps compiled. For a shorter run, uncompiled steps are timed within seconds."""
+"""Smallest wished time of a run, in seconds, inclusive, for which compiled steps are timed.
+
+Compiling and timing take about a minute, and the run reuses the compiled steps. For a shorter run, uncompiled steps are
+timed within seconds."""
 SMALLEST_PICTURE = 24
 """Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
@@ -108,15 +110,15 @@ class Draft:
         return self.planner(config, self.exactly)
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
-        """Stage -> seconds on the clock, for the recipe with these values, see `config`."""
+        """Stage -> seconds on the clock, for the recipe that `config` makes from these values."""
         return self.plan(self.config(values)).clock
 
     def stored(self, values: dict[str, Any]) -> int:
-        """Bytes of the experts' files, for the recipe with these values, see `config`."""
+        """Bytes of the experts' files, for the recipe that `config` makes from these values."""
         return self.plan(self.config(values)).storage["store"]
 
     def fits(self, values: dict[str, Any]) -> bool:
-        """True if the workers of the recipe with these values have enough memory. Values: see `config`."""
+        """True if workers have enough memory for the recipe that `config` makes from these values."""
         return bool(self._fitting(values, [values["cluster.shards"]]))
 
     def _fitting(self, values: dict[str, Any], shards: Iterable[int]) -> dict[int, Proposal]:
@@ -130,15 +132,16 @@ class Draft:
     def layout(self, values: dict[str, Any]) -> tuple[int, int]:
         """Number of workers on this machine, and number of shards whose iterations take the least time.
 
-        That is one shard, or one for each worker. A number of shards whose workers lack memory is left out.
+        The number of shards is 1, or the number of workers, but at most one shard for each class. A number of shards
+        whose workers lack memory is left out.
 
         Args:
-            values: see `config`.
+            values: values of the recipe, which replace chosen values of equal keys.
 
         Raises:
             ConfigError: no worker has enough memory.
         """
-        here = min(machine_here(self.config(values)).workers, self.raw.classes)  # fewer images in a shard: slower steps
+        here = min(machine_here(self.config(values)).workers, self.raw.classes)  # a shard has at least one class
         found = self._fitting(values, (1, here))
         if not found:
             self.plan(self.config(values | {"cluster.shards": here}))  # raises the error
@@ -149,7 +152,7 @@ class Draft:
 
     @property
     def planned_seconds(self) -> float:
-        """Seconds that are planned."""
+        """Seconds of the wished time that a plan fills; the rest is a reserve."""
         return PLANNED_SHARE * self.wish.seconds
 
     @property
@@ -192,7 +195,10 @@ class Draft:
 
     @property
     def batch_size(self) -> int:
-        """Images of an SGD step of experts: the largest power of two that leaves `EPOCH_STEPS` steps an epoch."""
+        """Images of an expert's SGD step: the largest power of two with which an epoch has `EPOCH_STEPS` or more.
+
+        It lies between `SMALLEST_BATCH` and `PUBLISHED_BATCH`, inclusive.
+        """
         batch: int = 2 ** int(math.log2(max(1, self.training_images / EPOCH_STEPS)))
         return min(max(SMALLEST_BATCH, batch), PUBLISHED_BATCH)
 
@@ -203,7 +209,7 @@ class Draft:
 
     @property
     def epoch_distance(self) -> float:
-        """Distance of one epoch of plain SGD: learning rate times steps. (`Distance` needs a whole recipe.)"""
+        """Distance of one epoch of plain SGD: learning rate times steps."""
         return self.learning_rate * math.ceil(self.training_images / self.batch_size)
 
     def augmentation(self, *sections: str) -> Choices:
@@ -222,9 +228,9 @@ class Draft:
                 yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
 
     def evaluation(self, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
-        """Values of the longest evaluation within `EVALUATION_SHARE` of the time.
+        """Values of the longest evaluation within `EVALUATION_SHARE` of the planned time; of the shortest if none is.
 
-        Networks on all real images are added if they take at most `REAL_SHARE` of the time.
+        Networks on all real images are added if they take at most `REAL_SHARE` of the planned time.
         """
         for protocol, seeds in EVALUATIONS:
             found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
@@ -248,10 +254,10 @@ class Draft:
 
         Args:
             values: the chosen values.
-            enough: what a wider network would leave too little of, in words.
+            enough: what a wider network would leave too little of, such as "300 iterations".
             real_epochs: reason for the number of epochs on all real images.
             least: smallest number of iterations that the rules choose.
-            most: largest number of iterations that the rules choose, which is published.
+            most: largest number of iterations that the rules choose, which is the published one.
         """
         iterations, is_widest = values.get("distill.iterations", 0), values["network.width"] == WIDTHS[0]
         return {
@@ -345,7 +351,7 @@ def data(draft: Draft) -> Choices:
 
 
 def saved(iterations: int) -> dict[str, int]:
-    """Values of when a distillation is validated and saved, by its number of iterations."""
+    """Intervals at which a distillation has at most `VALIDATIONS` validations and `CHECKPOINTS` checkpoints."""
     return {
         "distill.validate_every": -(-iterations // VALIDATIONS),
         "distill.checkpoint_every": -(-iterations // CHECKPOINTS),

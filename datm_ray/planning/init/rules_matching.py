@@ -148,13 +148,15 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 
 
 def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, Any]:
-    """Values with which the experts' files are not too large: fewer epochs are kept, then there are fewer experts.
+    """Values with which the experts' files are not too large; empty if the files are small enough already.
+
+    At first fewer epochs are kept. If that is not enough, there are fewer experts.
 
     Few images have many short epochs, whose files may take more space than anybody wants.
 
     Args:
-        workers: see `_numbers`.
-        stack: see `_numbers`.
+        workers: number of the machine's workers.
+        stack: number of experts that a worker trains at a time.
     """
     room = DISK_SHARE * draft.wish.disk
     if draft.stored(values) <= min(MOST_SHARED, room):

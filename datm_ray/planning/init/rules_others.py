@@ -1,4 +1,4 @@
-"""Rules for a recipe of dm, select or sre2l, for a user's own images. They share those for a teacher.
+"""Rules for a recipe of dm, select or sre2l, for a user's own images. select and sre2l share the rules for a teacher.
 
 Tests: tests/planning/test_suggest.py.
 """
@@ -32,20 +32,24 @@ from datm_ray.words import counted
 REAL_IMAGES = (256, 128, 64, 32)
 """Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""
 ENOUGH_UPDATES, MOST_UPDATES = 600, 20_000
-"""A width is chosen for dm if there is time for the digits' number of iterations. The largest is the published one."""
+"""ENOUGH_UPDATES: iterations of dm for which a chosen width must leave time; the digits' number. MOST_UPDATES: largest
+number of iterations of dm, as published."""
 PUBLISHED_STEP_SIZE = 0.01
-"""Step size published for dm, with the epochs of protocol published."""
+"""Step size published for dm, for the number of epochs of the protocol "published"."""
 TEACHER_BATCH, TEACHER_RATE = 128, 0.1
-"""Largest batch size of a teacher and its learning rate: those of SRe2L's CIFAR-100. Digits have 0.05 for 64."""
+"""Largest batch size of a teacher, and the learning rate for it: those of SRe2L's CIFAR-100. The digits' recipe has a
+rate of 0.05 for batches of 64."""
 ENOUGH_EPOCHS, LEAST_EPOCHS, MOST_EPOCHS = 30, 5, 200
-"""A width is chosen if there is time for the epochs of the digits' teacher. The largest is SRe2L's for CIFAR-100."""
+"""ENOUGH_EPOCHS: epochs of a teacher for which a chosen width must leave time; the digits' number. LEAST_EPOCHS:
+smallest number, even if the time is too short for it. MOST_EPOCHS: largest number, SRe2L's for CIFAR-100."""
 LARGE_PICTURE = 48
 """Smallest side in pixels, inclusive, of images that get the values published for Tiny-ImageNet, not for CIFAR."""
 POOL = 300
 """Published number of images of a class that rded crops."""
 ENOUGH_RECOVERY, LEAST_RECOVERY, MOST_RECOVERY, MOST_OF_SMALL = 300, 100, 4000, 1000
-"""A width is chosen for sre2l if there is time for the digits' number of iterations. Fewer than the smallest number
-leave noise, and cost little beside the teacher. The largest are published, for Tiny-ImageNet and for CIFAR-100."""
+"""ENOUGH_RECOVERY: iterations of sre2l for which a chosen width must leave time; the digits' number. LEAST_RECOVERY:
+smallest number; fewer would leave noise, and iterations cost little beside the teacher. MOST_RECOVERY, MOST_OF_SMALL:
+largest numbers, published for Tiny-ImageNet and for CIFAR-100."""
 
 
 def embeddings(draft: Draft) -> Choices:
@@ -135,7 +139,7 @@ def _selection_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 
 
 def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
-    """Values of a teacher that takes at most a share of the time, and of the evaluation."""
+    """Values of a teacher whose training takes at most `share` of the planned time, and values of the evaluation."""
     values: dict[str, Any] = {"network.width": width}
     values["experts.epochs"] = _epochs(draft, values, share)
     return values | draft.evaluation(values, values["experts.epochs"])
@@ -214,7 +218,7 @@ def _teacher_reasons(
 
 
 def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
-    """Number of the teacher's epochs that take at most a share of the time; `LEAST_EPOCHS` even if they take longer."""
+    """Number of the teacher's epochs that take at most `share` of the planned time, but at least `LEAST_EPOCHS`."""
     few = LEAST_EPOCHS
     one, two = (draft.clock(values | {"experts.epochs": count * few})["experts"] for count in (1, 2))
     return min(max(few, few + int((share * draft.planned_seconds - one) / (two - one) * few)), MOST_EPOCHS)
@@ -227,7 +231,7 @@ def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LE
     def clock(count: int) -> dict[str, float]:
         return draft.clock(values | {"distill.iterations": count, **saved(count)})
 
-    # Not the whole clock: with more iterations, more of the validations run beside them.
+    # Only distillation is compared: with more iterations, more of the validations run at the same time as iterations.
     each = (clock(2 * count)["distillation"] - clock(count)["distillation"]) / count
     for _ in range(2):
         count += int((draft.planned_seconds - sum(clock(count).values())) / each)

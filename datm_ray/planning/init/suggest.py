@@ -39,7 +39,7 @@ LIGHTER = ("sre2l", "mtt", "datm", "dm", "select")
 FEW_SCORED = 100
 """Number of test or validation images below which a recipe is written with a warning.
 
-Twice the standard error of an accuracy of one half is one, divided by the root of the number of images: 10 points."""
+For n images and an accuracy of one half, twice the standard error is 1 / sqrt(n): 10 points for 100 images."""
 LARGEST_SIDE = 64
 """Side in pixels to which larger images are resized. Larger images have no published results."""
 
@@ -59,7 +59,7 @@ class Suggestion:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on what the recipe takes beyond the wish: time, and space on the disk."""
+        """Sentences on too few images to score, and on time and disk space that the recipe takes beyond the wish."""
         found, stored, clock = list(self._few_scored()), sum(self.plan.storage.values()), self.plan.clock
         if sum(clock.values()) > self.wish.seconds:
             longest = max(clock, key=lambda stage: clock[stage])
@@ -114,7 +114,7 @@ RULES: dict[str, tuple[Sequence[Rule], Fit]] = {
         rules_others.fitted_recovery,
     ),
 }
-"""Method -> its rules in order, and the last one, which fills the time."""
+"""Method -> (its rules in the order of their use, its last rule, which fills the time)."""
 
 
 def default_name(path: str, ipc: int, method: str = "datm") -> str:
@@ -129,7 +129,8 @@ def default_name(path: str, ipc: int, method: str = "datm") -> str:
 def source_of(path: str) -> str:
     """Choose the `dataset.source` for the files at a path.
 
-    Returns "folder", "parquet", or the name of a data set whose official layout the path has.
+    Returns "folder", "parquet", or the name of a data set whose official layout the path has. The name of a known data
+    set is returned as it is, unless a file or folder has that name.
     """
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
@@ -256,7 +257,7 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
     """Rules of a method, see `RULES`.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no rules for this method.
     """
     if method not in RULES:
         raise ConfigError(
@@ -267,7 +268,9 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
 
 
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
-    """Make a planner of recipes for these images on this machine. It times each width of the network once.
+    """Make a planner of recipes for these images on this machine.
+
+    It times uncompiled steps of each width of the network once, and compiled steps once if it is asked for them.
 
     Args:
         say: shows a line to the user before each measurement.
