@@ -43,10 +43,10 @@ class Logger:
     """Logger of a run's events. Logging stops at the first failure; the run continues."""
 
     def __init__(self, backend: Backend | None = None, on_failure: Callable[[str], None] = print) -> None:
-        """Log to a backend, or nowhere if it is `None`.
+        """Choose where to log.
 
         Args:
-            backend: where to log.
+            backend: logging service; `None` logs nowhere.
             on_failure: called with a message, once, if logging fails. Nothing is logged after that.
         """
         self._backend, self._on_failure = backend, on_failure
@@ -96,7 +96,7 @@ def open_logger(name: str, out: Location, configs: Sequence[RunConfig], on_failu
         name: value of `cluster.log_to`.
         out: the run's output folder.
         configs: recipes of the run.
-        on_failure: called with a message, once, if logging fails later.
+        on_failure: called with a message, once, if logging fails after the start.
 
     Raises:
         ConfigError: a package or folder is missing, or the service does not start.

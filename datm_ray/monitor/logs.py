@@ -71,7 +71,7 @@ def hide(values: Iterable[str]) -> None:
 
 def masked(text: str) -> str:
     """Text with *** in place of passwords, keys and tokens, and of the values given to `hide`."""
-    for value in sorted(_hidden, key=len, reverse=True):  # a part comes after the whole
+    for value in sorted(_hidden, key=len, reverse=True):  # a value may be part of a longer one
         text = text.replace(value, "***")
     return _SECRET.sub(lambda found: f"{found['name'] or ''}***", text)
 
@@ -97,7 +97,7 @@ def is_raw() -> bool:
 def writing(folders: Sequence[str]) -> Iterator[None]:
     """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged."""
     before = _ROOT.level
-    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # or warnings would not be shown
+    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # else warnings would not be shown
     for folder in folders:
         Path(folder).mkdir(parents=True, exist_ok=True)
         added.append(_File(Path(folder) / LOG))
@@ -180,7 +180,7 @@ class _Terminal(logging.Handler):
             return
         least = logging.WARNING if self.verbosity == 0 else logging.ERROR
         text, now = masked(one_line(record.getMessage())), time.monotonic()
-        kind = text.partition(" (")[0]  # another worker may give another reason
+        kind = text.partition(" (")[0]  # workers may give different reasons, in brackets, for one warning
         is_repeated = now - self._last.get(kind, -math.inf) < REPEAT_AFTER
         if record.levelno < least or hasattr(record, "is_shown") or is_repeated:
             return

@@ -196,7 +196,7 @@ class Readings:
                 before the `Finished` of rank 0.
         """
         self._stage = task.stage
-        if isinstance(event, Started):  # its worker may have to install packages first
+        if isinstance(event, Started):  # not at work yet: the worker may install packages first
             return []
         observed = self._observed.setdefault(task.name, _Observed(task))
         measured = event.metrics if isinstance(event, Progress | Finished) else {}
@@ -229,7 +229,7 @@ class Readings:
         return [*of_tasks, *self._worker_counts()]
 
     def _worker_counts(self) -> Iterator[Sample]:
-        """Samples of the numbers of wanted and of busy workers."""
+        """Yield samples of the numbers of wanted and of busy workers."""
         working = sum(observed.workers or 1 for observed in self._observed.values() if observed.at_work)
         tags = {"stage": self._stage}
         yield Sample("datm_ray_workers_wanted", float(max(0, min(self._workers, self._open))), tags)

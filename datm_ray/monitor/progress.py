@@ -198,7 +198,7 @@ class Tracker:
         self._seconds, self._last = kept * self._seconds + now - self._last, now
 
     def slowest(self, now: float) -> tuple[str, _Running] | None:
-        """Name and state of the task expected to end last; None if no task runs.
+        """Name and state of the task expected to end last; `None` if no task runs.
 
         While no speed is known, returns the task that started first.
         """
@@ -396,9 +396,9 @@ def _measured(metrics: Mapping[str, float]) -> str:
 
 
 def _record(task: Task, event: Event, seconds: float | None) -> None:
-    """Log an event. `seconds` is the time for which its task has run; None if it has not started."""
+    """Log an event. `seconds` is the time for which its task has run; `None` if the task has not started."""
     if isinstance(event, Progress) and not _log.isEnabledFor(logging.DEBUG):
-        return  # every iteration sends one
+        return  # every iteration sends a `Progress`
     level, what = logging.INFO, ""
     values: dict[str, object] = {}
     match event:

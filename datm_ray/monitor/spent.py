@@ -64,7 +64,7 @@ def total(costs: Iterable[Spent]) -> Spent:
 
 
 class Account:
-    """Measures what this process spends from the construction on."""
+    """Measures what this process spends from the construction of the object on."""
 
     def __init__(self, device: torch.device, cluster: ClusterConfig) -> None:
         self._device = device
@@ -73,7 +73,7 @@ class Account:
         self._before = self._read()
 
     def spent(self) -> Spent:
-        """Cost since the construction or the last `lap`. The peak memory is always that since the construction."""
+        """Cost since the construction or the last `lap`. The peak memory is always the peak since the construction."""
         now = self._read()
         clock, cpu, read, written = (late - early for late, early in zip(now, self._before, strict=True))
         peak = peak_memory(self._device)

@@ -19,13 +19,13 @@ from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lin
 from datm_ray.words import one_line
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
-"""Bound of the number of images, exclusive -> Hugging Face's name for the size."""
+"""Exclusive upper bound of the number of images -> Hugging Face's name for the size."""
 CARD = "README.md"
 """Name of the card's file, which hubs show."""
 _LICENCE = re.compile(r"^(#+ .*licen[cs].*|.*licen[cs].*\n *[-=]+ *)$", re.MULTILINE | re.IGNORECASE)
-"""Heading of a card's last section, also in other words and underlined."""
+"""Heading of the licence, a card's last section: any heading with "licence" or "license", also an underlined one."""
 _MADE = "\n## How it was made\n"
-"""Heading of the section before it."""
+"""Heading of a card's section before the licence."""
 PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
@@ -58,7 +58,7 @@ def card(run: Run, artifact: Artifact, *, is_whole: bool = True) -> str:
     """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made.
 
     Args:
-        is_whole: False if the file of the set leaves its transform out.
+        is_whole: False if the set's safetensors file leaves the transform out.
     """
     summary, images = run.summary, len(artifact.images)
     channels, height, width = artifact.images.shape[1:]
@@ -122,10 +122,10 @@ def _preview(artifact: Artifact) -> bytes:
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """Settings that differ from the defaults and decide the set, without paths of this machine; a recipe by itself.
+    """Recipe of a set: the settings that decide the set and differ from the defaults, without paths of this machine.
 
-    Of `cluster`, the precision alone is one of them. A given set is the published one, whose digest is another than
-    that of the files it was read from.
+    Section `cluster` keeps only its precision. Section `given` names the published file, and leaves the digest out,
+    because the published file has another one than the files that the set was read from.
     """
     cluster = set(type(config.cluster).model_fields) - {"precision"}
     left_out: dict[str, Any] = {
@@ -160,9 +160,9 @@ def is_card(text: str) -> bool:
 
 
 def _with_licence_of(earlier: str, text: str) -> str:
-    """Card with the licence of an earlier card, which users fill in: keys `license...` and all from its heading on.
+    """Card with the licence of an earlier card: keys that begin with "license", and all from the licence's heading on.
 
-    A section that the user has removed stays removed.
+    Users fill in both. A licence section that a user has removed stays removed.
 
     Raises:
         RunDirectoryError: the front matter of the earlier card cannot be read.
@@ -183,7 +183,7 @@ def _with_licence_of(earlier: str, text: str) -> str:
 
 
 def _parted(card: str) -> tuple[str, str]:
-    """Parts of a card before and from the heading of its licence on; the second is "" without such a heading."""
+    """Two parts of a card: before the heading of its licence, and from this heading on; "" without such a heading."""
     found = _LICENCE.search(card, max(0, card.find(_MADE)))
     at = found.start() if found else len(card)
     return card[:at], card[at:]

@@ -14,7 +14,7 @@ from datm_ray.stages.labels import kept_labels
 
 
 def differences(configs: Sequence[RunConfig]) -> list[str]:
-    """Lines on the scored network, its training and the images it is trained on, each if the runs differ in it.
+    """Lines on the scored networks, their training and their images; no line for what is the same in all runs.
 
     A line has the settings that differ, and behind each value the names of its runs in brackets.
     """
@@ -37,7 +37,7 @@ def _by_value(values: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _differing(trainings: Sequence[Sequence[str]]) -> list[str]:
-    """Text of each training: its parts that are not equal in all of them."""
+    """For each training, its settings that are not equal in all trainings, as text."""
     kept = [number for number, parts in enumerate(zip(*trainings, strict=True)) if len(set(parts)) > 1]
     return [", ".join(filter(None, (parts[number] for number in kept))) for parts in trainings]
 

@@ -48,7 +48,7 @@ def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
 
 
 def template(name: str) -> jinja2.Template:
-    """Template of this package, by its file's name; values are escaped in HTML alone."""
+    """Template of this package, by its file's name. Values are escaped in HTML templates only."""
     text = importlib.resources.files("datm_ray.report").joinpath(name).read_text(encoding="utf-8")
     is_page = name.endswith(".html.j2")
     environment = jinja2.Environment(

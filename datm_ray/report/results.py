@@ -43,17 +43,17 @@ class RunSummary:
     scores: list[Score]
     """Scores of the finished rows of the accuracy table, in any order; empty before evaluation."""
     training_images: int | None = None
-    """Number of real training images; None if the caller does not know it."""
+    """Number of real training images; `None` if the caller does not know it."""
     networks: Sequence[NetworkScores] = ()
     """Scores of the set on other architectures, known so far; empty if none was asked for."""
     fair: FairScores | None = None
-    """DD-Ranking's scores; None without `evaluate.fair`, or before their networks are trained."""
+    """DD-Ranking's scores; `None` without `evaluate.fair`, or before their networks are trained."""
     fair_rows: Sequence[Score] = ()
     """Scores of the additional rows that DD-Ranking's scores need."""
     dataset: str | None = None
-    """Name of the data set; None if the caller does not know it."""
+    """Name of the data set; `None` if the caller does not know it."""
     labels: Location | None = None
-    """Folder of the labels that the set is scored with; None if they are not stored."""
+    """Folder of the labels that the set is scored with; `None` if they are not stored."""
 
     @cached_property
     def synthetic(self) -> Artifact | None:
@@ -72,7 +72,7 @@ class RunSummary:
 
     @cached_property
     def has_experts(self) -> bool:
-        """False if the run's method trains no experts, so that no row of the accuracy table has experts' labels."""
+        """False if the run has needed no trained networks, so that no row of the accuracy table has experts' labels."""
         return may_have_experts(self.folder)
 
 
@@ -143,7 +143,7 @@ class Run:
     history: Mapping[str, NDArray[Any]] | None
     """Name -> column of the checkpoint's history; `None` if the checkpoint is missing or has no iteration."""
     maps: Maps | None = None
-    """Maps of MetaDD's networks; None without MetaDD, or before the distillation is finished."""
+    """Maps of MetaDD's networks; `None` without MetaDD, or before the distillation is finished."""
 
     @property
     def config(self) -> RunConfig:
@@ -196,7 +196,7 @@ class Run:
         if self.history is None:
             return 0
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]
-        if "history.start" not in self.history:  # no loss is above a threshold
+        if "history.start" not in self.history:  # a method without a threshold
             return self.skipped
         return int(diverged(loss, skipped, self.config.distill.threshold).sum())
 
@@ -474,7 +474,7 @@ def network_accuracies(summary: RunSummary) -> Table:
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         found = scores_by_name(each)
         cells = [_cell(found.get(column)) for column in NETWORK_COLUMNS]
-        if each.learned is None:  # the learned step size is SGD's, for the set's own labels; these had others
+        if each.learned is None:  # not scored: the learned step size is for SGD and the set's own labels
             cells[0] = Cell("–")
         lines.append(Line(name, [Cell(each.kind), *cells]))
     for kinds in (["seen"], ["unseen"], ["seen", "unseen"]):

@@ -40,6 +40,6 @@ def set_bytes(config: RunConfig, artifact: Artifact, labels: Location | None) ->
 
 
 def _own_labels(artifact: Artifact) -> int:
-    """Bytes of the labels in a set's file: classes if the soft labels say no more than they do, else logits."""
+    """Bytes of the labels in a set's file: those of the classes if the soft labels say no more, else of the logits."""
     hard = hard_logits(artifact.labels, len(artifact.class_names))
     return artifact.labels.nbytes if torch.equal(artifact.soft_labels, hard) else artifact.soft_labels.nbytes

@@ -55,7 +55,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     if is_on_cpu:
         return torch.device("cpu")
     # Training of experts and of scored networks uses these switches. Student steps set their own.
-    # With bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
+    # TF32 is used with bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
     is_rounded = cluster.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda", torch.cuda.current_device())
@@ -105,11 +105,11 @@ def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
 def channels_last_on(cluster: ClusterConfig, device: torch.device, precision: Precision | None = None) -> bool:
     """True if maps are stored channels-last on this device: `cluster.channels_last`, or what suits the device.
 
-    On CPUs the vector units read channels, and on GPUs the tensor cores, which compute TF32 and bfloat16. Plain float32
-    products on a GPU use neither. The choice for GPUs is assumed; `make gpu` measures it.
+    The vector units of CPUs and the tensor cores of GPUs read channels that lie side by side in memory. Tensor cores
+    compute TF32 and bfloat16, and not plain float32. The choice for GPUs is assumed; `make gpu` measures it.
 
     Args:
-        precision: precision of the products; `None`: that of student steps, see `precision_on`.
+        precision: precision of the products; `None` for that of student steps, see `precision_on`.
     """
     if cluster.channels_last is not None or device.type != "cuda":
         return cluster.channels_last is not False
@@ -130,10 +130,11 @@ def workers_here(cluster: ClusterConfig) -> int:
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Turn an array into a tensor. Callers must not write to it, because on the CPU it shares the array's memory.
+    """Turn an array into a tensor. On the CPU both share memory, so callers must not write to the tensor.
 
-    Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors, and asks for a copy by
-    a warning, hidden here. A copy in each worker would multiply a node's memory by its number of workers.
+    Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors, and warns that such
+    arrays should be copied; the warning is hidden here. With a copy in each worker, a node would hold as many copies as
+    it has workers.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -77,11 +77,11 @@ class Lost:
 
 @dataclass(frozen=True)
 class Failed:
-    """Event: a task failed and is not retried. Running tasks finish before the stage raises the error."""
+    """Event: a task failed and is not retried. The stage raises the error after `others` other tasks have ended."""
 
     reason: str
     others: int
-    """Number of other tasks that are finished before the error is raised."""
+    """Number of other tasks that still run, or will run, before the stage raises the error."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Task:
     memory: int = 0
     """Memory to reserve for each worker, in bytes; 0 reserves none."""
     is_light: bool = False
-    """True for a task whose workers have the shape of `cluster.light`, if that is set."""
+    """True for a task whose workers take the resources of `cluster.light`, if the recipe has this section."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Executor(Protocol):
 
         Args:
             name: name of the task or run, for the message.
-            light: True for workers with the shape of `cluster.light`.
+            light: True for workers with the resources of `cluster.light`.
         """
         ...
 
@@ -214,7 +214,7 @@ class SerialExecutor:
     """Executor with one worker in this process, which runs one task after another."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        # Imported here because this module needs torch, which the driver of remote workers does not import.
+        # Imported here because `devices` needs torch, which the driver of remote workers does not import.
         from datm_ray.runtime.devices import prepare_device, restoring_determinism
 
         self._settings = ExitStack()
@@ -284,7 +284,7 @@ def require_precision(cluster: ClusterConfig, has_gpu: bool, *, elsewhere: bool 
 
     Args:
         has_gpu: True if workers compute on GPUs, which can compute in every precision.
-        elsewhere: True if workers may be on other machines, whose CPUs are not known here. They check their own.
+        elsewhere: True if workers may be on other machines, whose CPUs are not known here. Those workers check theirs.
     """
     if has_gpu or cluster.precision in ("auto", "float32"):
         return

@@ -280,6 +280,7 @@ def open_mesh(
 
     Raises:
         PeerLostError: a peer does not connect, dies, or does not answer in time.
+        ClusterError: this machine has too little shared memory.
     """
     if worker_rank is None:
         yield Alone()
@@ -345,7 +346,10 @@ def _group_of(parts: list[list[int]], timeout: timedelta) -> dist.ProcessGroup |
 
 @contextmanager
 def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
-    """Turn torch's various errors about a lost peer into `PeerLostError`. Other errors pass unchanged."""
+    """Turn torch's various errors about a lost peer into `PeerLostError`. Other errors pass unchanged.
+
+    An error about too little shared memory on this machine becomes a `ClusterError`.
+    """
     try:
         yield
     except RuntimeError as failure:
@@ -383,7 +387,7 @@ def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     Variables that the user has set stay as they are.
     """
     interface = _interface_towards(*_split(rendezvous_address))
-    # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
+    # Without TORCH_NCCL_BLOCKING_WAIT, NCCL kills the process when a peer is lost, instead of raising an error.
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
     if interface:  # NCCL takes a name without "=" as a prefix of names
         wanted |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}

@@ -29,7 +29,7 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of lost attempts since new work was last saved: 1 if the last attempt saved some and was then lost."""
+    """Number of lost attempts since new work was last saved, including the attempt that saved it and was then lost."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: frozenset[str] = frozenset()
@@ -90,7 +90,7 @@ class Patience:
     slowest: float = 0.0
     """Duration in seconds of the longest step so far. The first step after a `Phase` does not count."""
     is_phase: bool = False
-    """True between a `Phase` and the next step, which says nothing about the duration of a phase."""
+    """True from a `Phase` to the next `Progress`. Durations of steps say nothing about the duration of a phase."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""

@@ -65,7 +65,7 @@ def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
 def ask() -> bool:
     """Ask the work of this process to save itself.
 
-    Returns False if no work can save itself, or if it was already asked.
+    Returns True if it was asked now; False if no work can save itself, or if it was asked before.
     """
     global _is_asked
     is_new = bool(_savers) and not _is_asked

@@ -225,11 +225,11 @@ class Nodes:
     """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more."""
 
     def __init__(self, cluster: ClusterConfig, *, light: bool = False) -> None:
-        """Count workers.
+        """Choose the workers to count. Nodes are read from Ray at the first call of another method.
 
         Args:
             cluster: section `cluster` of the recipe.
-            light: True for workers with the shape of `cluster.light`, False for those that distil.
+            light: True for workers with the resources of `cluster.light`, False for workers that distil.
         """
         self._cluster, self._is_light = cluster.shaped(light=light), light
         self._nodes: dict[str, _Node] = {}
@@ -290,7 +290,7 @@ class Nodes:
         return max(held or sizes.values(), default=sys.maxsize)
 
     def elsewhere(self, nodes: Collection[str]) -> float:
-        """Number of workers that the cluster can hold at most outside of `nodes`, on nodes to come too."""
+        """Largest number of workers that the cluster can hold outside of `nodes`, with nodes that can still start."""
         return self.most() - sum(self.fits().get(node, 0) for node in nodes)
 
     def growth(self) -> float:
@@ -303,9 +303,9 @@ class Nodes:
         return sum(workers * nodes for workers, nodes in held if workers)
 
     def most(self) -> float:
-        """Number of workers that the cluster can hold at most: growth, and nodes of no autoscaler.
+        """Largest number of workers that the cluster can hold: `growth`, and nodes that no autoscaler starts.
 
-        Nodes that an autoscaler has started already are part of its growth.
+        Nodes that an autoscaler has already started are part of `growth`.
         """
         fits = self.fits()
         standing = (
@@ -322,7 +322,7 @@ class Nodes:
     def patience(self) -> float:
         """Seconds to wait for free resources.
 
-        They are `cluster.wait_for_nodes`, else without limit where an autoscaler can start nodes, else 60.
+        This is `cluster.wait_for_nodes` if it is set, else infinite if an autoscaler can start nodes, else 60.
         """
         if self._cluster.wait_for_nodes is not None:
             return self._cluster.wait_for_nodes
@@ -331,8 +331,8 @@ class Nodes:
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect, and how many of them the largest node holds; at least 1 each.
 
-        They are `cluster.workers`, else all that fit the cluster with the nodes that its autoscaler can start. Without
-        a limit to these nodes, the running ones count.
+        The number is `cluster.workers` if it is set. Otherwise it is all that fit the cluster, with the nodes that its
+        autoscaler can start. If the autoscaler has no limit, only running nodes count.
         """
         most, kinds = self.most(), [fitting(each.resources, self._cluster) for each in self._kinds]
         workers = self._cluster.workers or max(1, self.capacity(), 0 if math.isinf(most) else int(most))
@@ -342,7 +342,8 @@ class Nodes:
     def require(self, workers: int, what: str = "") -> None:
         """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time.
 
-        The autoscaler is asked only if the running nodes hold too few.
+        Nodes that an autoscaler can start count too. With `cluster.wait_for_nodes` no error is raised, because any
+        node may come.
         """
         if self._cluster.wait_for_nodes or self.capacity() >= workers:
             return
@@ -397,8 +398,9 @@ def default_gpus(cluster: ClusterConfig) -> float:
 
 
 def _wait_for_first_node(cluster: ClusterConfig) -> None:
-    """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes`: its GPUs decide.
+    """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes` seconds.
 
+    Whether this node has GPUs decides whether workers get one.
     There is no wait if `cluster.wait_for_nodes` is not set, or if the autoscaler says which nodes it can start.
 
     Raises:
@@ -425,8 +427,8 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
 
     Raises:
-        ClusterError: the precision or device needs a GPU and workers have none, this version of Ray has no labels, or
-            no node has started that shows if workers get a GPU.
+        ClusterError: the precision or device needs a GPU and workers have none; this version of Ray has no labels; or
+            no node has started in time to show if workers get a GPU.
     """
     if cluster.device != "cpu" and cluster != cluster.given_gpus(0.0):
         _wait_for_first_node(cluster)
@@ -467,7 +469,7 @@ def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0)
     """Options of a Ray actor or task for one worker. Amounts of zero and empty restrictions are left out.
 
     Args:
-        light: True for a worker with the shape of `cluster.light`.
+        light: True for a worker with the resources of `cluster.light`.
         memory: bytes of main memory that Ray reserves; 0 reserves none.
     """
     shape = cluster.shaped(light=light)

@@ -1,4 +1,4 @@
-"""Uses of Ray's private interfaces, which may change with any version. Only `dashboard` uses one more.
+"""Uses of Ray's private interfaces, which may change with any version. Module `dashboard` overrides one more.
 
 Tested with the versions in docs/versions.md, Ray 2.40 to 2.60. If a version lacks one of these interfaces, a
 convenience is lost, but everything works.
@@ -35,7 +35,7 @@ def use_token() -> None:
 
 
 def keep_token_private() -> None:
-    """Keep the token in `~/.ray`, which a new cluster makes, to this user. Ray itself lets everyone read it."""
+    """Let only this user read the token in `~/.ray`, which a new cluster writes. Ray itself lets everyone read it."""
     home = Path.home() / ".ray"
     for made in (home, home / "auth_token"):
         with suppress(OSError):  # not there, or another user's
@@ -143,7 +143,7 @@ class NodeType(NamedTuple):
 def node_types() -> list[NodeType]:
     """Kinds of nodes that the cluster's autoscaler can start; empty if it does not say.
 
-    The autoscalers that Ray brings for `ray up` and KubeRay do not say it, up to Ray 2.60.
+    Up to Ray 2.60, Ray's own autoscalers for `ray up` and KubeRay do not say it.
     """
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
         config = ray._private.state.state.get_cluster_config()

@@ -49,21 +49,24 @@ from datm_ray.words import counted
 PENDING = 64
 """Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
 MOST_FAILED_STARTS = 11
-"""Number of failed attempts in a row to start actors, after which a stage ends in which no task runs: four minutes."""
+"""Number of failed attempts in a row to start actors, made in about four minutes. After one more, a stage without a
+running task ends."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks for stuck workers, for new log records and for nodes that end soon."""
 ABSENCE = 2 * CHECK_INTERVAL
-"""Longest normal time in seconds between two checks. What exceeds it, this process was suspended, as by Ctrl-Z."""
+"""Longest normal time in seconds between two checks. Time beyond it counts as a suspension of this process, as by
+Ctrl-Z."""
 LONGEST_DRAIN = 600.0
-"""Longest time in seconds for which no one-worker task starts, so that a waiting group gets what running ones free."""
+"""Longest time in seconds for which no one-worker task starts, so that a waiting group gets the resources that become
+free."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 LONGEST_AVOIDANCE = 600.0
-"""Longest time in seconds for which no task runs and nodes that failed the waiting tasks are still avoided."""
+"""Seconds without any running task after which waiting tasks may use the nodes again that failed them before."""
 GROWTH_INTERVAL = 600.0
-"""Shortest time in seconds for which a group works before it restarts with more workers, but not with all."""
+"""Seconds that a group works before it restarts with more workers. To get all its workers, it restarts earlier."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -221,8 +224,9 @@ class _Job:
 class _Stage:
     """Run of one stage, from its first to its last task. All its tasks have the same worker class.
 
-    Tasks of several workers come first, and each kind in the order of the list. Workers are requested from Ray for all
-    tasks that may start. A task avoids the nodes that failed it while the others can hold its workers.
+    Tasks of several workers come before tasks of one, and each kind is in the order of the list. Workers are requested
+    from Ray for all tasks that may start. A task avoids the nodes that failed it, while other nodes can hold its
+    workers.
     """
 
     def __init__(self, executor: RayExecutor, stage: Stage, tasks: list[Task]) -> None:
@@ -309,7 +313,7 @@ class _Stage:
             waiting = [job for job in waiting if self._is_apart(job)]
         free = self._free()
         for job in list(waiting):
-            if not free:  # most of the time, with many tasks
+            if not free:  # a shortcut: with many tasks, actors are seldom free
                 break
             avoided, options = self._avoided(job), self._options(job.task)
             found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
@@ -319,7 +323,7 @@ class _Stage:
                 yield from self._begin(job, [found])
         is_needed = bool(waiting) or any(job.task.size > 1 and not job.workers for job in self._jobs)
         for each in free:
-            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # others may need its resources
+            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # others may need it
                 self._drop(each)
         yield from self._request_workers(waiting)
 
@@ -340,18 +344,19 @@ class _Stage:
         return sum(not job.group and bool(job.workers) and not self._is_apart(job) for job in self._jobs)
 
     def _fits_limit(self, size: int) -> bool:
-        """True if `size` more workers leave the number within `cluster.workers`."""
+        """True if `cluster.workers` allows `size` more workers."""
         return self._ranks() + len(self._pool) + size <= self._limit
 
     def _groups_are_due(self) -> bool:
-        """True while no task of one worker may start, so that a waiting group gets what running ones free.
+        """True while no task of one worker may start, so that a waiting group gets the resources that become free.
 
-        The nodes can hold the group. It is waited for up to `LONGEST_DRAIN`, or up to `SHORT_WAIT` while other commands
-        hold what it needs. Tasks of one worker then run as if it did not wait, until no group is due any more.
+        This concerns groups that the nodes can hold beside running groups. It lasts for at most `LONGEST_DRAIN`
+        seconds, or `SHORT_WAIT` seconds while other commands hold the resources. Then tasks of one worker start again,
+        until no group is due any more.
         """
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.group and job.group.is_placed for job in waiting):
-            return True  # only cluster.workers keeps it from its start
+            return True  # its resources are reserved, and it waits for cluster.workers only
         room = min(self._limit, self._nodes.capacity()) - self._ranks()
         due = [job for job in waiting if size_for(job.sizes, room)]
         self._due_since = min(self._due_since, now) if due else math.inf
@@ -398,7 +403,7 @@ class _Stage:
         return size_for(sizes, good) or size_for(sizes, now) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups whose resources are reserved. Each check is a call to Ray's head for every waiting group."""
+        """Start groups whose resources are reserved. Ray's head is asked once per `EVENT_INTERVAL` for each group."""
         if time.monotonic() - self._checked_groups < EVENT_INTERVAL:
             return
         self._checked_groups = time.monotonic()
@@ -421,7 +426,7 @@ class _Stage:
         # Ray does not say that an actor hangs in its start, as on a dead mount, so a request has a time limit.
         oldest = time.monotonic() - self._cluster.progress_timeout
         for job in waiting:
-            if not pending and room <= 0:  # most of the time, with many tasks
+            if not pending and room <= 0:  # a shortcut: with many tasks, there is seldom room
                 break
             options = self._requested_options(job)
             if requested := next(
@@ -461,7 +466,7 @@ class _Stage:
         return avoiding(self._options(job.task), self._avoided(job, size))
 
     def _avoided(self, job: _Job, size: int = 1) -> set[str]:
-        """Nodes that failed this task since it last saved new work, and those where other tasks failed in a row.
+        """Nodes that failed this task since it last saved new work, and nodes with `FAULTS_OF_A_NODE` losses in a row.
 
         The set is empty if the other nodes, running or to come, cannot hold the task's `size` workers.
         """
@@ -476,7 +481,7 @@ class _Stage:
         """Stop the workers of a task's current attempt. The task then waits for workers again."""
         if job.group:
             for later in self._jobs[self._jobs.index(job) + 1 :] if job.workers else ():
-                if later.group and not later.workers:  # requested again after this task, which it must not overtake
+                if later.group and not later.workers:  # its new request comes after this task's, as in the list
                     later.group.stop()
                     later.group = None
             job.group.stop()
@@ -523,7 +528,7 @@ class _Stage:
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
         """Handle the next item of a stream: an event, log records, or an error."""
         rank, task = job.streams[stream], job.task
-        # Time in which this process was suspended, as by Ctrl-Z, is no step.
+        # Time in which this process was suspended, as by Ctrl-Z, is no silence.
         silence = min(time.monotonic() - job.heard, job.silence + ABSENCE)
         try:
             event = ray.get(next(stream))
@@ -585,7 +590,7 @@ class _Stage:
     def _lose(
         self, job: _Job, cause: BaseException, silence: float, stream: Any = None
     ) -> Iterator[tuple[Task, Event]]:
-        """Handle an error of a task. An error in the user's input ends the stage; after others the task is retried.
+        """Handle an error of a task. An error in the user's input ends the stage; after others, the task is retried.
 
         A task that has lost its workers too often is given up.
 
@@ -617,7 +622,7 @@ class _Stage:
             yield job.task, Lost(why, history.losses)
 
     def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
-        """End the stage after an error in the user's input, unless more workers may run the task: nodes may come."""
+        """End the stage after an error in the user's input, unless a larger group may run the task once nodes come."""
         if isinstance(cause, ConfigError) and not may_be_the_nodes(cause) and job.size < job.task.size:
             self._release(job)
             job.sizes = [each for each in job.sizes if each > job.size]
@@ -629,16 +634,16 @@ class _Stage:
     def _has_elsewhere(self, job: _Job, history: History) -> bool:
         """True if the task may be retried on other nodes after an error that may have its cause on single nodes.
 
-        The error is final once `cluster.retries` + 1 nodes had it, or where the other nodes cannot hold the task.
+        The error is final once it has occurred on `cluster.retries` + 1 nodes, or if other nodes cannot hold the task.
         """
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
         return is_known and self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
-        """Return the nodes that failed the task, if known. Counts the loss for each, and stops its free actors.
+        """Return the nodes that failed the task, if known. Counts the loss for each node, and stops its free actors.
 
-        If no stream ended with the error, the ranks that have not ended are the ones that hang. A rank that lost its
-        peers is not the cause.
+        The death of a node itself is not counted. If no stream ended with the error, the ranks that have not ended are
+        the ones that hang. A rank that lost its peers is not the cause.
         """
         if stream is None:
             ranks = list(job.streams.values())
@@ -691,7 +696,11 @@ class _Stage:
                 yield from self._lose(job, job.peer_lost[0], now - job.heard)
 
     def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
-        """Fetch logs of a task's workers. End the workers if they are silent for too long, `passed` seconds more."""
+        """Fetch logs of a task's workers, and end workers that are silent for too long.
+
+        Args:
+            passed: seconds since the last check, without time in which this process was suspended.
+        """
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
@@ -705,7 +714,7 @@ class _Stage:
     def _leave_nodes(self, nodes: set[str]) -> None:
         """Ask workers on nodes that end soon to save their work, so that other workers can resume it.
 
-        They are asked at every check: a worker that compiles, for example, has nothing to save yet.
+        Workers are asked again at every check, because a worker has nothing to save yet while it compiles, for example.
         """
         for job in self._jobs:
             if any(worker.node in nodes for worker in job.workers):
@@ -716,7 +725,7 @@ class _Stage:
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
 
-        Before that, the tasks get the nodes that failed them again, because no other node becomes free.
+        Before that, tasks may use the nodes again that failed them, because no other node becomes free.
         """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:

@@ -89,7 +89,7 @@ class Jobs:
             address: URL of the cluster's dashboard, such as http://127.0.0.1:8265.
 
         Raises:
-            ClusterError: nothing answers at the address, or something that is no Ray cluster does.
+            ClusterError: nothing answers at the address, or what answers is no Ray cluster.
         """
         self._shown = masked(address)
         self._client = Dashboard(address)
@@ -227,7 +227,7 @@ class Jobs:
 
         Raises:
             JobNotFoundError: there is no job with this id.
-            JobLostError: the job existed at first, and then no longer.
+            JobLostError: the cluster had the job at first, and no longer has it.
             JobUnreachableError: the cluster has not answered for `FOLLOW_TIMEOUT` seconds.
         """
         often, seldom = FOLLOW_INTERVAL

@@ -42,7 +42,7 @@ def is_final(failure: BaseException) -> TypeGuard[DatmError]:
 
 
 def may_be_the_nodes(failure: DatmError) -> bool:
-    """True for an error that single nodes may have, such as a missing mount or package; others may not have it."""
+    """True for an error that may concern single nodes only, such as a missing mount or package."""
     return isinstance(failure, StoreError | ClusterError | PluginError) and not isinstance(failure, MissingExpertsError)
 
 

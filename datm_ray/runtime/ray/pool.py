@@ -147,7 +147,7 @@ class PoolWorker:
     """Ray's options of the actor: resources that it takes, and labels of the nodes where it may run."""
     actor: Any
     starting: Any
-    """Reference to the result of `Worker.place`; None once the actor has started."""
+    """Reference to the result of `Worker.place`; `None` once the actor has started."""
     node: str = ""
     process: int = 0
     stream: Any = None
@@ -155,7 +155,7 @@ class PoolWorker:
     free_since: float = field(default_factory=time.monotonic)
     """Time since which the actor is free or starting, in seconds of the monotonic clock."""
     unread: list[Any] = field(default_factory=list)
-    """At most one reference to requested log records that were not fetched yet."""
+    """Reference to requested log records that were not fetched yet; empty if none are requested."""
 
     @classmethod
     def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:

@@ -1,7 +1,7 @@
 """Ranks: Ray actors that run one task together, on resources that Ray reserves for all of them at once.
 
-Otherwise two groups might each hold half of their resources and wait for each other for ever. benchmarks/LOG.md,
-2026-11-29, explains why Ray Train is not used.
+Without such reservations, two groups might each hold half of their resources and wait for each other for ever.
+benchmarks/LOG.md, 2026-11-29, explains why Ray Train is not used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RankGroup:
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
         self._placement, self._more = self._reserve(size), dict[PlacementGroup, int]()
-        """Resources of the ranks; and resources for more ranks -> number of ranks."""
+        """_placement: resources of the ranks. _more: resources requested for further ranks -> number of these ranks."""
 
     def _reserve(self, size: int) -> PlacementGroup:
         labels = self.options.get("label_selector")
@@ -48,7 +48,7 @@ class RankGroup:
 
     @property
     def possible(self) -> int:
-        """Number of ranks for which Ray has reserved resources, with those for more ranks than the group has."""
+        """Number of ranks for which Ray has reserved resources, including ranks that the group could still get."""
         return self.size + sum(count for each, count in self._more.items() if _is_placed(each))
 
     def start(self, larger: Sequence[int] = ()) -> None:
