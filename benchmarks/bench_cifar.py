@@ -3,9 +3,9 @@
 python benchmarks/bench_cifar.py [--distillations 1] [--ipc 1 10 50] [--quick]         (make bench-cifar)
 
 At every IPC: DATM (its range of start epochs, first images that an expert has right, learned soft labels), DATM from
-any first images, MTT (no range, any first images, hard labels), the two controls and all real data. The rules that the
-results state decided the sizes, and no result did. The kept set and the controls' step sizes are chosen on validation
-images. The folder of runs is kept; running the command again resumes.
+any first images, MTT (no range, any first images, hard labels), the two controls and all real data. Sizes follow rules
+that the results page states, and no result decided them. The kept set and the controls' step sizes are chosen on
+validation images. The folder of runs is kept; running the command again resumes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Scale:
     """Values that replace the published ones at one IPC."""
 
     bounds: tuple[int, int]
-    """First start epoch that is too late: at iteration 0, and once the range has grown."""
+    """Exclusive upper bounds of the start epoch: at iteration 0, and once the range has grown."""
     batch: int
     iterations: int
 
     def overrides(self, method: str) -> list[str]:
-        """Overrides of a recipe for a method's range of start epochs."""
+        """Overrides of a recipe: these values, with the range of start epochs of a method."""
         bound, final = (EPOCHS, EPOCHS) if method == "mtt" else self.bounds
         grows = f"{{bound: {bound}, final_bound: {final}, expand_iterations: {self.iterations // 10}}}"
         starts = grows if bound < final else [0, bound]
@@ -62,7 +62,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "datm, any first images": ["distill.initial=random"],
     "mtt": ["distill.labels=hard", "distill.initial=random"],
 }
-"""Overrides, beside the range."""
+"""Method -> its overrides of the recipe, besides the range of start epochs."""
 BASE = [
     "network={width: 32, depth: 3}",
     f"experts={{count: 8, epochs: {EPOCHS}, batch_size: 128, learning_rate: 0.02, keep_epochs: {EPOCHS}}}",
@@ -107,7 +107,7 @@ Far from the published sizes, and below them in accuracy; what the rows say of o
 def runs_of(
     sizes: Sequence[int], distillations: int, seeds: int, dataset: str, quick: bool
 ) -> dict[tuple[int, str], list[RunConfig]]:
-    """(IPC, method) -> a run for each distillation; within an IPC the methods differ in range, labels and start."""
+    """(IPC, method) -> a run for each distillation. Within an IPC, methods differ in range, labels and first images."""
     return {
         (ipc, method): [
             override(

@@ -52,7 +52,11 @@ def published(network: nn.Module, synthetic: Tensor, real: list[Tensor], drawn: 
 
 
 def ours(given: Problem, precision: Precision, *, compiled: bool = True) -> Callable[[], Tensor]:
-    """Call that computes the same gradient in micro-batches. Uncompiled, maps have their channels outermost."""
+    """Function that computes DM's gradient [n c h w] in micro-batches.
+
+    Args:
+        compiled: True compiles and stores maps channels-last. False does neither.
+    """
     network, synthetic, real, drawn = given
     functions = EmbeddingFunctions(network, compiled=compiled, channels_last=compiled, precision=precision)
     values = functions.values_of(network)

@@ -3,8 +3,8 @@
 python benchmarks/bench_evaluate.py [--quick]         (make bench-evaluate)
 
 Every method trains the same network on the same images in one process; they take turns, so that whatever else the
-machine does hits all of them alike. The first epochs of each, with its compilation, are in the cold ratio
-alone. A page of all shapes is written; one of some (`--shape`) only where `--out` is given.
+machine does hits all of them alike. A method's first epochs, with compilation, count in the cold ratio only. With
+`--shape`, results are written only if `--out` is given.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def methods_of(shape: Shape, device: str, together: list[int]) -> dict[str, tupl
 
 
 def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[Any]:
-    """Networks that are trained together."""
+    """Iterator that trains `size` networks together, one epoch of all of them at every step."""
     images, logits = data_of(shape, device)
     networks = [build_network(shape.spec, seed).to(device) for seed in range(size)]
     trainings = [Training(network, images, logits, schedule, seed) for seed, network in enumerate(networks)]
@@ -91,7 +91,7 @@ def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[
 
 
 def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[dict[str, Any]]:
-    """Measure the methods of one shape; the first is what the others are compared with."""
+    """Measure the methods of one shape. All are compared with the first, the published loop."""
     torch.set_num_threads(shape.threads)
     methods = methods_of(shape, device, together)
     first = {name: timed(epochs, device) for name, (_, epochs) in methods.items()}
@@ -145,7 +145,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
-    """What is measured, and the numbers of networks trained together."""
+    """Shapes to measure, each with the numbers of networks to train together."""
     digits = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
     cifar, cores = NetworkSpec(channels=3, size=(32, 32), classes=10), len(os.sched_getaffinity(0))
     if quick:

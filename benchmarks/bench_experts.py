@@ -3,7 +3,7 @@
 python benchmarks/bench_experts.py [--quick]         (make bench-experts)
 
 Every method trains the same network on the same images in one process; their epochs take turns, so that whatever else
-the machine does hits all of them alike. The first epoch of each, with its compilation, is not counted and is shown.
+the machine does hits all of them alike. A method's first epoch, with compilation, is shown apart from the others.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def images_of(shape: Shape, count: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
-    """The published loop."""
+    """Iterator that trains one epoch by the published loop at every step, with a pass over test images if asked for."""
     network = build_network(shape.spec, 0).to(device)
     train, test = (images_of(shape, count, "cpu") for count in (shape.images, shape.test_images))
     return loader_epochs(network, train, test if test_pass else None, shape.batch, shape.augmentation, gsam=shape.gsam)
@@ -96,7 +96,7 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
 
 
 def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
-    """Methods in the order of the table; the others are compared with the first."""
+    """Methods in the order of the table. All are compared with the first."""
     methods = [
         Method("loader", 1, published_epochs(shape, device, test_pass=False)),
         Method("loader + test pass", 1, published_epochs(shape, device, test_pass=True)),
@@ -142,7 +142,7 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
-    """What is measured, and the sizes of stacks."""
+    """Shapes to measure, each with the numbers of experts in a stack."""
     cores = len(os.sched_getaffinity(0))
     digits_spec = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
     cifar_spec = NetworkSpec(channels=3, size=(32, 32), classes=10)

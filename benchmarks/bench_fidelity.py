@@ -3,8 +3,8 @@
 python benchmarks/bench_fidelity.py [--part crossover|ablation|limit] [--distillations 1] [--quick]   (make fidelity)
 
 Crossover: images per class (IPC) against start ranges early, middle, late and DATM's own, which are those of the
-packaged recipes; within an IPC nothing else differs. Questions: which range wins where, and from which share of the
-data on a set is lossless, at most one standard error below all real data. Both controls stand beside every row.
+packaged recipes; within an IPC nothing else differs. Questions: which range is best at which IPC, and how many images
+make a set lossless, that is at most one standard error below all real data. Both controls stand beside every row.
 Ablation: one change at a time, at one IPC. Limit: some runs of the crossover without a limit on gradients. All runs
 share their experts. bench_metadd.py measures sets on other architectures.
 
@@ -51,7 +51,7 @@ ERRORS = {
 and leave out by how much distillations differ.""",
     True: "Standard errors are over distillations, by the means of their networks.",
 }
-"""By whether there are several distillations of a row."""
+"""True if a row has several distillations -> sentence on its standard errors."""
 
 
 class Scoring(AnyPipeline):
@@ -79,7 +79,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The runs of every part; those of the others are compared with some of the crossover's."""
+    """Runs of every part. Runs of the ablation and of the limit are compared with some of the crossover's."""
 
     crossover: Rows
     ablation: dict[str, list[RunConfig]]
@@ -152,7 +152,7 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
 
 
 def write(arguments: argparse.Namespace, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str]) -> None:
-    """Write the three files of a result. A single part, and tiny sizes, have a name of their own."""
+    """Write the files of a result. Results of a single part, and of tiny sizes, have file names of their own."""
     part = "" if arguments.part == "all" else f"-{arguments.part}"
     several = f"-{arguments.distillations}-distillations" if arguments.distillations > 1 else ""
     path = result_path(arguments.out, f"fidelity-digits{part}{several}{'-quick' if arguments.quick else ''}")

@@ -50,7 +50,7 @@ class Page:
         self._printed = 0
 
     def save(self, outcomes: Sequence[Outcome]) -> None:
-        """Write both files anew."""
+        """Write the result's Markdown and JSON files anew, and print the rows that are new."""
         lines = [*head(self._title, self._facts), *(line for outcome in outcomes for line in outcome.lines())]
         sections = [outcome.as_json() for outcome in outcomes]
         save(self._path, lines, {**self._facts, "sections": sections})
@@ -95,8 +95,8 @@ def main(words: Sequence[str] | None = None) -> int:
     machine = Machine(arguments.device, arguments.device == "cpu", arguments.cifar, arguments.compile)
     # Tiny tensors gain nothing from a second thread, and on a busy machine lose everything by waiting for it.
     torch.set_num_threads(1 if machine.small else len(os.sched_getaffinity(0)))
-    # Torch's default rounds convolutions to TF32. The exactness of float32 is checked without; sections that measure
-    # what a run does allow it as the run does (`Machine.as_in_a_run`, `StepOptions`).
+    # Torch's default rounds convolutions to TF32. The exactness of float32 is checked without this rounding. Sections
+    # that measure what a run does round as the run does (`Machine.as_in_a_run`, `StepOptions`).
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     patience = 5 if machine.small else 1  # in small nothing is measured, and the machine may be busy
     chosen = [each for each in SECTIONS if each.name in arguments.only]

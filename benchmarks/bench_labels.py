@@ -55,7 +55,7 @@ class Sizes:
 
     @property
     def labels(self) -> int:
-        """Images times epochs."""
+        """Number of labels: one for each image in each epoch."""
         return self.images * self.epochs
 
 
@@ -69,9 +69,9 @@ class Way:
     name: str
     write: Callable[[Path], None]
     read: Callable[[Path], Played]
-    """Views and logits of all batches of all epochs."""
+    """Function that yields views and logits of all batches of all epochs from a folder."""
     played: Callable[[Path], Iterator[Tensor]] | None = None
-    """Views made in another way than by `apply_views` after `read`."""
+    """Function that yields views of the images from a folder; `None` applies `apply_views` to what `read` yields."""
     bytes: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"write": [], "read": [], "views": []})
 
@@ -95,7 +95,7 @@ class Labels:
         return [draw.permutation(count) if shuffled else np.arange(count) for _ in range(self.sizes.epochs)]
 
     def batches(self, order: NDArray[np.int64], batch: int) -> Iterator[NDArray[np.int64]]:
-        """Parts of an order."""
+        """Consecutive parts of an order, of `batch` images each; the last one may be smaller."""
         return (order[first : first + batch] for first in range(0, len(order), batch))
 
     def write_store(self, place: Path, top: int | None) -> None:

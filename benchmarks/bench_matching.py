@@ -72,11 +72,11 @@ class Shape:
     chunk: int
     """Images per call of the step functions."""
     reference: tuple[int, int]
-    """Images and steps of the problem on which errors are measured."""
+    """Numbers of images and student steps of the problem on which errors are measured."""
 
     @property
     def spec(self) -> NetworkSpec:
-        """The ConvNet."""
+        """ConvNet of this depth and width, for images of this shape."""
         channels, *size = self.image
         return NetworkConfig(width=self.width, depth=self.depth).for_images(channels, (size[0], size[1]), self.classes)
 
@@ -88,7 +88,7 @@ class Method:
     shape: Shape
     steps: int
     name: str = "ours"
-    """unrolling, tesla, ours, or reference: float64 unrolling of the small problem."""
+    """Name: unrolling, tesla, ours, or reference, which is float64 unrolling of the problem of `Shape.reference`."""
     strategy: str = ""
     order: Order | None = None
     precision: Precision = "float32"
@@ -186,7 +186,7 @@ def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
 
 
 def child(request: dict[str, Any]) -> None:
-    """Warm up and report it, then make one measured call for every line of input."""
+    """Run one process of a method: report the warm-up, then make one measured call for every line of input."""
     shape = Shape(**{**request["method"].pop("shape")})
     shape = replace(shape, image=tuple(shape.image), reference=tuple(shape.reference))  # type: ignore[arg-type]
     method = Method(shape=shape, **request["method"])
@@ -205,7 +205,7 @@ def child(request: dict[str, Any]) -> None:
 
 
 def answers_of(method: Method, request: dict[str, Any]) -> Any:
-    """Read what a child reports: the warm-up, then each call."""
+    """Compute and yield what a child process reports: the warm-up, then each measured call."""
     shape, there = method.shape, {"device": method.device, "strategy": method.strategy}
     if method.name == "reference":
         exact = unrolling(make_problem(shape.spec, *shape.reference, dtype=torch.float64, **there))
@@ -278,7 +278,7 @@ class Worker:
 
 
 def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[dict[str, Any]]:
-    """Run the methods of a row in turns."""
+    """Run the methods of a row in turns, each in processes of its own. Returns the results of each method."""
     with tempfile.TemporaryDirectory() as folder:
         reference = f"{folder}/reference.pt" if with_errors else ""
         if with_errors:
@@ -294,7 +294,7 @@ def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[
 
 
 def summary(worker: Worker, base: Worker) -> dict[str, Any]:
-    """A method's cells of the table, with the figures of every call."""
+    """Results of a method: figures of every call, and ratios of its seconds to those of `base` in the same turn."""
     pairs = zip(worker.calls, base.calls, strict=False)
     row = {"method": asdict(worker.method), "label": worker.method.label, "calls": worker.calls, **worker.report}
     row["ratios"] = [call["seconds"] / other["seconds"] for call, other in pairs]
@@ -358,7 +358,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     rows.append(([ours, replace(ours, shape=tenfold)], False))
     if not cuda:  # two shards on one GPU would only share it
         rows.append(([replace(ours, steps=2 if quick else 10, threads=1, shards=shards) for shards in (1, 2)], False))
-        shape, steps = (small, first) if multiplies_bfloat16() else (tiny, 2)  # others compute it number by number
+        shape, steps = (small, first) if multiplies_bfloat16() else (tiny, 2)  # other CPUs are too slow
         base = replace(three(shape, steps)[-1], compiled=True)
         rows.append(([base, replace(base, precision="bfloat16")], True))
     else:

@@ -42,7 +42,7 @@ SCORED_ON = [
     NetworkConfig(architecture="mlp"),
     NetworkConfig(architecture="convnet", width=32, depth=3, norm="none", pooling="max"),
 ]
-"""Beside the backbone."""
+"""Networks that score the sets, besides the backbone."""
 NORMED = ["{architecture: convnet, width: 32, depth: 2, norm: batch}", "{architecture: vgg11, width: 16, norm: batch}"]
 """Auxiliaries with batch normalisation, whose statistics a teacher's may be compared with."""
 NORMED_SCORED_ON = [
@@ -53,8 +53,8 @@ NORMED_SCORED_ON = [
 WEIGHTS = 1.0, 0.01, 0.1
 """Weights of variance, invariance and position, chosen on digits with DATM."""
 DM_WEIGHTS, SRE2L_WEIGHTS = (30.0, 0.3, 3.0), (100.0, 1.0, 10.0)
-"""Weights in DM and in SRe2L, tried by hand until the ratio rose about as in DATM; with DATM's it hardly moves. In
-SRe2L an auxiliary's cross-entropy then counts as the teacher's."""
+"""Weights in DM and in SRe2L, tried by hand until the meta-feature ratio rose about as much as in DATM. With DATM's
+weights the ratio hardly moves. In SRe2L an auxiliary's cross-entropy then counts as much as the teacher's."""
 CIFAR_ITERATIONS = 200
 
 
@@ -72,13 +72,13 @@ class Setting:
     host: str = "DATM"
     """Method that MetaDD's losses are added to, in words."""
     seen: Sequence[str] = tuple(SEEN)
-    """Auxiliaries of all variants but those with other numbers of them."""
+    """Auxiliaries of all variants, except of variants with another number of auxiliaries."""
     scored_on: Sequence[NetworkConfig] = tuple(SCORED_ON)
     """Networks that score the sets, beside the backbone."""
     weights: tuple[float, float, float] = WEIGHTS
     """Weights of variance, invariance and position."""
     has_statistics: bool = False
-    """True if images may have the statistics of auxiliaries, which is a rival then."""
+    """True for a rival of MetaDD that recovers images from the batch statistics of the auxiliaries too."""
     is_cifar: bool = False
     """True takes the part of CIFAR-10, False the digits."""
 
@@ -120,7 +120,7 @@ DM = replace(
     DIGITS,
     recipe="digits-dm-ipc10",
     host="DM",
-    overrides=[*DIGITS.overrides, "experts.count=1"],  # the backbone that MetaDD looks with; DM trains none
+    overrides=[*DIGITS.overrides, "experts.count=1"],  # the backbone as MetaDD's network; DM itself trains none
     quick=QUICK,
     weights=DM_WEIGHTS,
 )
@@ -138,7 +138,7 @@ SRE2L = replace(
 )
 SETTINGS = {"digits": DIGITS, "cifar10": CIFAR10}
 HOSTS = {"datm": DIGITS, "mtt": replace(DIGITS, host="MTT"), "dm": DM, "sre2l": SRE2L}
-"""Method of a recipe for digits -> what is measured with it."""
+"""Method of a recipe for digits -> its setting."""
 
 HEADER = """Host: {host}. {description}
 {distillations} for each variant; for each set {n} freshly
@@ -241,7 +241,7 @@ class Scoring(Pipeline):
 
 
 def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, seeds: int, *, learns: bool) -> str:
-    """Facts that a reader of the tables needs.
+    """Text above the tables, with the facts that a reader needs.
 
     Args:
         learns: True if sets have a step size of their own.
@@ -288,7 +288,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
 
 
 def setting_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Setting:
-    """What is measured with the recipe that the command line names; a recipe's method decides MetaDD's host."""
+    """Setting for the recipe that the command line names. The recipe's method is MetaDD's host."""
     if not arguments.recipe:
         return SETTINGS[arguments.data]
     method = get_recipe(arguments.recipe).method

@@ -69,7 +69,7 @@ SCORING = [
     f"evaluate.teacher={{network: {RESNET}, experts: {TRAINING}}}",
     "evaluate.networks=[{architecture: convnet, width: 32, depth: 3}]",
 ]
-"""Labels of every row: those of one teacher, trained as the networks of SRe2L and of the selections, for each seed."""
+"""Settings of the labels of every row: for each seed, those of one teacher, trained as the networks of SRe2L are."""
 RECOVER = [
     *("recover.learning_rate=0.25", "recover.statistics=0.01"),
     *("recover.least_share=1.0", "recover.flip=false"),
@@ -84,13 +84,13 @@ OF_RANDOM = {"hard": "random-hard", "one soft label": "random-fixed", EVERY: "ra
 RANDOM = "random images"
 OF_EXPERTS = "random images, DATM's experts label"
 PIXEL = 4
-"""Bytes of a value of a set's image for each byte of a real one."""
+"""Bytes of one value of a learned image, which is a 32-bit float. A value of a real image has one byte."""
 TITLES = [
     *("set", *(f"{label}, %" for label in LABELS)),
     *("bytes of images", *(f"bytes of labels, {label}" for label in LABELS)),
 ]
 PARTS = {"networks": ("experts", "teacher"), "set": ("distillation",), "labels": ("labels",)}
-"""Part of the hours -> first words of the lines of costs that it has."""
+"""Part of the CPU hours -> titles of the cost lines that it sums, up to their first comma."""
 HEADER = """{description}
 Far from the published sizes: a ResNet-18 of an eighth of the published width, trained for 30 epochs, is the teacher of
 SRe2L, of the selections and, for all rows, of the labels for every epoch. EL2N and forgetting have this one network,
@@ -135,9 +135,10 @@ class Scored(Pipeline):
     """Scores the rows of the tables on the one network."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-        """The set's rows, and those of random images that no other run has; under pruned labels only those with them.
+        """Rows of the set, and rows of random images that no other run scores.
 
-        Random images are the same for all methods. One soft label is the teacher's, or that of DATM's experts.
+        Random images are the same for all methods. Their one soft label is the teacher's, or that of DATM's experts.
+        With pruned labels, only the rows that use stored labels are scored.
         """
         network = None if config.network == SCORED else SCORED
         rows = ["distilled", *(row for row in fixed_rows(config) if row.startswith("distilled"))]
@@ -186,7 +187,7 @@ def epochs_of(arguments: argparse.Namespace) -> int:
 
 
 def plain(name: str) -> str:
-    """A row's name as that of a run."""
+    """Name of a run, made from a row's name: lower case, with hyphens for spaces and without brackets and commas."""
     return "-".join(word.strip("(),").lower() for word in name.split())
 
 
@@ -324,7 +325,7 @@ def pruned_rows(found: Mapping[str, Row], columns: Sequence[str]) -> list[list[s
 
 
 def values(sets: Sequence[Sequence[float]]) -> list[float]:
-    """Values in percent over which a cell has its spread: means of several sets, or the networks of a single one."""
+    """Values in percent that a cell averages: the mean of each set, or each network of a single set."""
     return [100 * statistics.fmean(each) for each in sets] if len(sets) > 1 else [100 * each for each in sets[0]]
 
 

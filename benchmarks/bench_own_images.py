@@ -53,7 +53,7 @@ CASES: dict[str, tuple[tuple[str, str], Counts, int | None]] = {
     "unbalanced-3": (TINY, {0: (100, 25), 60: (60, 25), 120: (25, 25)}, None),
     "digits-16": (("", ""), {}, None),
 }
-"""Case -> files, images of each class, and the side in pixels of grey images; None for colour at the files' size."""
+"""Case -> files, images of each class, and the side in pixels of grey images; `None` for colour at the files' size."""
 
 
 def write_case(name: str, data: Path, folder: Path) -> None:
@@ -79,7 +79,7 @@ def write_case(name: str, data: Path, folder: Path) -> None:
 
 
 def write_image(encoded: bytes, place: Path, grey: int | None) -> None:
-    """Write an image as it is, or made grey and small."""
+    """Write an image as it is, or in grey with sides of `grey` pixels; `None` keeps it."""
     if grey is None:
         place.with_suffix(".jpg").write_bytes(encoded)
         return
@@ -94,7 +94,7 @@ EVERY = 5.0
 def timed(words: Sequence[str], place: Path) -> float:
     """Run a command to its end. Returns its seconds, those of earlier, interrupted calls included.
 
-    They are noted in the file `place` every `EVERY` seconds, so that a killed benchmark loses no more.
+    The seconds so far are noted in the file `place` every `EVERY` seconds, so a killed benchmark loses no more.
 
     Raises:
         CalledProcessError: the command failed.
@@ -112,10 +112,10 @@ def timed(words: Sequence[str], place: Path) -> float:
 
 
 def run_case(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the recipe of a case and run it with a seed; what is finished is read."""
+    """Write the recipe of a case and run it with a seed, unless this is done already. Returns what was measured."""
     runs: Path = arguments.runs
     folder, run = runs / "cases" / name, f"{name}-ipc{ipc}"
-    out = runs / f"{run}-seed{seed}"  # of its own, because a run that found experts would take less time
+    out = runs / f"{run}-seed{seed}"  # one folder a run, because a run that found experts would take less time
     recipe, done = runs / f"{run}.yaml", out / f"{run}.json"
     if name != "digits-16" and not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
@@ -176,8 +176,8 @@ HEAD = [
     *("case", "random, hard", "random, soft", "distilled", "above by", "skipped at most"),
     *("taken / planned", "the same by CPU", "n"),
 ]
-"""Titles of the columns. "above by" counts the larger of both standard deviations. The CPU time is of workers, without
-their start; it does not depend on what else the machine does."""
+"""Titles of the columns. "above by" is in units of the larger of both standard deviations. CPU time is that of workers,
+without their start, and does not depend on other work on the machine."""
 
 
 def main() -> None:

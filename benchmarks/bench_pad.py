@@ -34,7 +34,8 @@ CURRICULUM = {
     "digits": "experts.curriculum={whole_from: 8, removals: []}",
     "cifar10": "experts.curriculum={whole_from: 6, removals: []}",
 }
-"""Easiest 75 % of each class at first, all from a fifth of the training on, as published; the rest is never matched."""
+"""Experts see the easiest 75 % of each class at first, and all images after a fifth of the training, as published. The
+published removals of easy images are left out, because they come in epochs that are never matched."""
 SHALLOW, AVERAGE = "distill.unmatched_share=0.25", "distill.average_decay=0.98"
 WITHOUT = "without"
 HEADER = """{description}
@@ -101,7 +102,7 @@ def is_wanted(numbers: Sequence[int] | None, name: str) -> bool:
 
 
 def plain(name: str) -> str:
-    """A variant's name as that of a run."""
+    """Name of a run, made from a variant's name: with hyphens for spaces, "percent" for %, and without commas."""
     return "-".join(name.replace(",", "").replace("%", "percent").split())
 
 

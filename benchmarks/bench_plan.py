@@ -42,7 +42,7 @@ SMALL: dict[str, object] = {
     "distill.validate_every": 20,
     "evaluate.real_epochs": 10,
 }
-"""Settings of all cases, and of those of made-up images."""
+"""SHORT: settings of all cases. SMALL: further settings of cases with made-up images."""
 STAGES, MEMORY = ("experts", "distillation", "evaluation"), "memory, MiB"
 HEADER = """CPU seconds of one worker with one thread, planned and taken, with other work on the machine or not: small
 steps timed in a few seconds, the run's own steps with `--measure`, and the run. Starting is not part of them. Memory:
@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def made_up(folder: Path, side: int) -> Path:
-    """Folder of 80 images of noise in each of 10 classes, 20 of them for testing."""
+    """Write a folder with 80 images of noise in each of 10 classes, 20 of them for testing. Returns the folder."""
     draw = np.random.default_rng(0)
     for part, each in (("train", 60), ("test", 20)):
         for number in range(10 * each):
@@ -64,7 +64,7 @@ def made_up(folder: Path, side: int) -> Path:
 
 
 def datm_ray(*arguments: str) -> str:
-    """What a command prints."""
+    """Run a `datm-ray` command with these arguments. Returns what it prints on standard output."""
     command = [sys.executable, "-m", "datm_ray", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 

@@ -39,7 +39,7 @@ from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
 JUMP = 1e-5
-"""Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
+"""Smallest error of the image gradient that shows that a kink was crossed. Rounding alone leaves less than 2e-6."""
 
 HEADER = """ConvNet, depth 3, width 128, 32x32, 20 images a step, T = 5; random images, soft labels, parameters and
 target of seeds 0 to n - 1.
@@ -48,7 +48,7 @@ rounding has carried an activation over a rectifier's kink."""
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact one."""
+    """Norm of the difference, divided by the norm of `exact`."""
     return float((value.double() - exact).norm() / exact.norm())
 
 
@@ -99,7 +99,7 @@ def table(errors: dict[str, list[list[float]]]) -> list[str]:
 
 
 def expert_lines(problems: int) -> Iterator[str]:
-    """A table: error of an expert's float32 gradient against float64, and its time, in both memory orders."""
+    """Yield a table's lines: error of an expert's float32 gradient against float64, and time, in both memory orders."""
     shapes = {
         "digits, 6 experts, batch 32": (6, 32, NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)),
         "CIFAR, 1 expert, batch 20": (1, 20, NetworkSpec(channels=3, size=(32, 32), classes=10)),
@@ -173,7 +173,7 @@ class EmulatedTf32(TorchDispatchMode):
 
 
 def precision_lines(problems: int) -> Iterator[str]:
-    """A table: error of the matching gradient in each precision against float64, uncompiled."""
+    """Yield a table's lines: error of the uncompiled matching gradient in each precision against float64."""
     shapes = {
         "digits, 50 images, T = 10": (NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2), 50, 10),
         "CIFAR, width 64, 20 images, T = 5": (NetworkSpec(channels=3, size=(32, 32), classes=10, width=64), 20, 5),

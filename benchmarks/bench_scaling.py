@@ -42,7 +42,7 @@ from datm_ray.runtime.mesh import Mesh, open_mesh
 TOLERANCE = 1e-5
 """Largest difference between images of one process and of several, as a share of their norm; the tests' tolerance."""
 GROUPS = (("strong", 1), ("strong", 2), ("strong", 4), ("weak", 2), ("weak", 4))
-"""Scaling and number of processes; the others are compared with the first."""
+"""Pairs (scaling, number of processes). All are compared with the first, one process."""
 
 HEADER = """One distillation by trajectory matching; random tensors of fixed seeds; every minibatch is the whole set; no
 augmentation; one thread in each process; all calls of a shape have the same number of images.
@@ -135,7 +135,7 @@ def turn(case: Case, scaling: str, count: int, pools: Sequence[ProcessPoolExecut
 
 def measure(case: Case, turns: int, pools: Sequence[ProcessPoolExecutor]) -> list[dict[str, Any]]:
     """Rows of the table for one case."""
-    for group in GROUPS:  # compiles
+    for group in GROUPS:  # the first turns compile
         turn(case, *group, pools)
     columns = list(zip(*([turn(case, *group, pools) for group in GROUPS] for _ in range(turns)), strict=True))
     return [row_of(case, *group, own, columns[0]) for group, own in zip(GROUPS, columns, strict=True)]
@@ -175,7 +175,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def cases(quick: bool) -> list[Case]:
-    """What is distilled: sets of twenty classes, which divide evenly."""
+    """Distillations to measure: sets of twenty classes, which divide evenly over 1, 2 and 4 processes."""
     small = NetworkSpec(channels=1, size=(8, 8), classes=20, width=32, depth=2)
     if quick:
         return [Case("tiny", small.model_copy(update={"width": 4}), 1, 2, 5, 1, 1e3, compiled=False)]

@@ -2,8 +2,8 @@
 
 python benchmarks/bench_scheduling.py [--quick] [--workers 64] [--tasks 1000]         (make bench-scheduling)
 
-The workers sleep, so that many of them fit on few cores: Ray gets a CPU for each, by number. What is
-measured is the time of Ray and of the driver. Start-up is the exception: all processes start on the cores there are.
+The workers sleep, so that many of them fit on few cores: Ray is given one CPU for each worker, whatever the machine
+has. So the time of Ray and of the driver is measured. Start-up is the exception: all processes share the real cores.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Sleeper:
 
 
 def timed(executor: Executor, method: str, tasks: list[Task], seen: Callable[[Task, Any, float], None]) -> float:
-    """Run tasks, and pass every event with its time on. Returns the driver's CPU seconds."""
+    """Run tasks, and call `seen` with every event and its time in seconds. Returns the driver's CPU seconds."""
     began, cpu = time.monotonic(), time.process_time()
     for task, event in executor.run(Sleeper, (), method, tasks):
         seen(task, event, time.monotonic() - began)
@@ -116,7 +116,7 @@ def _collect(times: list[float], kind: type[Any]) -> Callable[[Task, Any, float]
 
 
 def measure(workers: int, tasks: int, events: int, ranks: int) -> dict[str, float]:
-    """One go on a cluster of its own."""
+    """Measure everything once, on a new Ray cluster. Returns the name of each figure -> its value."""
     cpus = max(workers, ranks)
     ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     executor = RayExecutor(ClusterConfig(peer_timeout=600.0))

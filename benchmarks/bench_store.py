@@ -62,11 +62,11 @@ class Row:
     pairs: int
     bytes_per_pair: float
     share: float
-    """Bytes on the wire over the bytes of two stored snapshots."""
+    """Bytes on the wire for a pair, divided by the bytes of two stored snapshots."""
     times_fewer: float
     p50: float
-    """Milliseconds."""
     p99: float
+    """50th and 99th percentile of a call's duration, in milliseconds (`p50` and `p99`)."""
 
     def line(self) -> str:
         """Format the row for the table."""

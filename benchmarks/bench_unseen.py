@@ -31,7 +31,7 @@ from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 
 UNDIFFERENTIATED = -1.0
-"""Loss above which `matching_gradient` computes no gradient: any loss is."""
+"""Threshold of `matching_gradient` that every loss exceeds, so that no gradient is computed."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Losses:
 
     @classmethod
     def of_run(cls, run: str) -> Losses:
-        """Losses of the set in a run's folder, whose images stay as they are."""
+        """Make the `Losses` of the set in a run's folder."""
         config, artifact = read_recipe(open_location(run)), load(f"{run}/synthetic.arrow")
         assert config is not None, f"{run} is no folder of a run"
         channels, height, width = artifact.images.shape[1:]

@@ -36,7 +36,7 @@ def dataset_override(source: Path, runs: Path, quick: bool) -> str:
 
 
 def write_part(source: Path, folder: Path, per_class: tuple[int, int]) -> None:
-    """The first training and test images of every class, in the same order."""
+    """Write the first training and test images of every class, in the order of the source files."""
     import pyarrow.parquet as pq
 
     missing = next((name for name in FILES if not (source / name).is_file()), None)

@@ -38,7 +38,7 @@ def common_facts(program: str, words: Sequence[str], device: str = "cpu", runs: 
     """Facts above every result: command, machine, versions, commit and date.
 
     Args:
-        runs: folder of runs that several goes may have worked on, see `going`.
+        runs: folder of runs that several calls of the program may have worked on, see `going`; `None` without one.
     """
     versions = provenance(torch.device("cpu"))["versions"]
     return {
@@ -94,7 +94,7 @@ def counted(distillations: int, networks: int) -> dict[str, str]:
 
 
 def head(title: str, facts: Mapping[str, str]) -> list[str]:
-    """The first lines of a page: its title and the facts."""
+    """First lines of a page in Markdown: its title and the facts."""
     return [f"# {title}", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]
 
 
@@ -104,7 +104,7 @@ def result_path(out: Path, name: str, device: str = "cpu") -> Path:
 
 
 def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
-    """Write the page for readers and the numbers for programs."""
+    """Write a Markdown page for readers, and a JSON file with the numbers for programs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -145,7 +145,7 @@ def vector_units(path: str = "/proc/cpuinfo") -> str:
 
 
 def status(field: str, path: str = "/proc/self/status") -> int:
-    """A line of /proc in bytes."""
+    """Value of a field of a file in /proc that is given in kB, in bytes."""
     line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 

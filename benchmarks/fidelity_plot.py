@@ -25,7 +25,10 @@ CONTROLS = {"random-soft": "random real, soft labels", "random-hard": "random re
 
 
 def draw(found: Mapping[str, Any], place: Path) -> None:
-    """Accuracy against IPC, a line for each range, with both controls and all real data; the larger IPCs once more."""
+    """Draw accuracy against IPC, a line for each range, with both controls and all real data.
+
+    The first panel has every IPC. The second leaves the smallest one out.
+    """
     rows = found["crossover"]
     every = list(dict.fromkeys(row["ipc"] for row in rows))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

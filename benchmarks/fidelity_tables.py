@@ -21,7 +21,7 @@ from datm_ray.stages.experts.train import read_experts_cost
 from datm_ray.store.files.filesystem import Location
 
 Accuracies = Sequence[Sequence[float]]
-"""In [0, 1], by distillation and network."""
+"""Accuracies in [0, 1]: for each distillation, those of its networks."""
 REAL = "full"
 
 
@@ -124,27 +124,27 @@ def _error_of_mean(units: Sequence[float]) -> float:
 def paired_difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
     """Mean difference and its standard error, over draws paired by seed.
 
-    Those of one seed have experts, validation images and initial parameters of networks in common.
+    Draws of one seed share experts, validation images and initial parameters of networks.
     """
     gains = [one - other for one, other in zip(_units(these), _units(those), strict=True)]
     return statistics.fmean(gains), _error_of_mean(gains)
 
 
 ROUNDING = 1e-9
-"""Accuracies are fractions of some hundred images, whose differences may tie."""
+"""Tolerance of a comparison. Accuracies are fractions of some hundred images, so a difference may equal its bound."""
 
 
 def is_lossless(distilled: Accuracies, real: Accuracies) -> bool | None:
     """True if sets are at most one standard error of the difference below all real data; `None` if unknown.
 
-    Of one distillation it is not: networks that share a set do not tell by how much sets differ.
+    It is unknown for a single distillation, because networks that share a set do not show by how much sets differ.
     """
     gain, error = paired_difference(distilled, real)
     return None if len(distilled) < 2 else gain >= -error - ROUNDING
 
 
 def cell(values: Accuracies | None) -> str:
-    """Percent: mean ± standard deviation over all networks."""
+    """Mean ± standard deviation over all networks, in percent; a dash for `None`."""
     if values is None:
         return "–"
     every = [each for networks in values for each in networks]
@@ -152,7 +152,7 @@ def cell(values: Accuracies | None) -> str:
 
 
 def gain_cell(these: Accuracies, those: Accuracies) -> str:
-    """Percent: a difference in pairs and its standard error."""
+    """Mean difference over pairs and its standard error, in percentage points."""
     gain, error = paired_difference(these, those)
     return f"{100 * gain:+.2f}" + ("" if math.isnan(error) else f" (se {100 * error:.2f})")
 
@@ -196,7 +196,7 @@ beyond `distill.gradient_limit`. kept: the iteration whose set was kept, by vali
 
 
 def lossless_sentence(found: Mapping[str, Any]) -> str:
-    """From which share of the data on, with DATM's own range."""
+    """Sentence on the IPCs at which sets with DATM's own range are lossless."""
     own = [row for row in found["crossover"] if row["range"] == "datm"]
     verdicts = {row["ipc"]: is_lossless(row["accuracy"]["distilled"], row["accuracy"][REAL]) for row in own}
     if None in verdicts.values():
@@ -209,7 +209,7 @@ def lossless_sentence(found: Mapping[str, Any]) -> str:
 
 
 def progress_table(found: Mapping[str, Any]) -> list[str]:
-    """How far validation images say that each set had come, and so whether more iterations are worth trying."""
+    """Table of each set's validation accuracy by iteration, to judge whether more iterations are worth trying."""
     rows = []
     for row in found["crossover"]:
         by: dict[int, list[float]] = {}
@@ -307,7 +307,7 @@ torch and the images are 0.85 GiB of it."""
     named += [(NAMES.get(row["variant"], row["variant"]), row) for row in found["ablation"][1:]]
     named += [(f"IPC {row['ipc']}, {row['range']}, no limit", row) for row in found["unlimited"]]
     groups = {row["optimiser"]: row for _, row in sorted(named, key=lambda each: each[1]["experts"])}
-    for optimiser, row in groups.items():  # the row with the most of each kind; others share some of it
+    for optimiser, row in groups.items():  # of each optimiser, the row with most experts, which has the others' too
         count = len(row["seeds"]) * row["experts"]
         rows.append(cost_cells(f"experts, {optimiser}", count, row["cost"]["experts"]))
     controls: set[tuple[str, int | None]] = set()

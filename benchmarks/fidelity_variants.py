@@ -1,4 +1,4 @@
-"""What bench_fidelity.py distils: the runs of both parts, and the TESLA-style gradient for one of them."""
+"""What bench_fidelity.py distils: the runs of its three parts, and the TESLA-style gradient for one of the ablation."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class TeslaStepFunctions(StudentStepFunctions):
 
 
 class AnyMatching(TrajectoryMatching):
-    """Trajectory matching that also takes ranges that can hardly be matched, for these are part of the comparison."""
+    """Trajectory matching that also accepts ranges that can hardly be matched, because the benchmark compares them."""
 
     refuses = False
 
 
 class AnyWorker(DistillWorker):
-    """Distils whatever the range."""
+    """Worker that distils with any range of start epochs."""
 
     method = AnyMatching
 
 
 class AnyPipeline(Pipeline):
-    """A pipeline that distils whatever the range."""
+    """Pipeline that distils with any range of start epochs."""
 
     distill_worker = AnyWorker
 
@@ -93,9 +93,9 @@ class Sizes:
     base: Sequence[str]
     """Overrides of every run."""
     everything: Range
-    """No range: all start epochs that there are."""
+    """All start epochs that exist, for the variants without a range."""
     unlimited: Sequence[tuple[int, str]]
-    """(IPC, range) that are distilled without a limit on gradients too."""
+    """Pairs (IPC, range) that are also distilled without a limit on gradients."""
 
 
 FULL = Sizes(
@@ -133,7 +133,7 @@ QUICK = Sizes(
 )
 
 TESLA = "tesla"
-"""The variant that another pipeline distils."""
+"""Name of the variant that `TeslaPipeline` distils."""
 UNLIMITED = "unlimited"
 
 
@@ -163,7 +163,7 @@ def unlimited_runs(sizes: Sizes, distillations: int, seeds: int) -> Rows:
 def ablation_runs(sizes: Sizes, distillations: int, seeds: int) -> dict[str, list[RunConfig]]:
     """Variant -> a run for each distillation; each differs in one thing from DATM's own run of the same IPC.
 
-    That run itself is the crossover's.
+    DATM's own run is one of the crossover's.
     """
     ipc = sizes.ablation_ipc
     own = sizes.own[ipc]
@@ -209,8 +209,8 @@ def _runs(sizes: Sizes, ipc: int, name: str, changes: Sequence[str], distillatio
 # --- how long it will take ----------------------------------------------------------------------------------------
 
 ITERATION = {10: 0.072, 50: 0.15}
-"""CPU seconds of an iteration of 40 student steps, by images of a minibatch. These and what follows: one run of each on
-a core of an AMD EPYC beside other work, see LOG.md."""
+"""Images of a minibatch -> CPU seconds of an iteration of 40 student steps. These and the constants below were measured
+once each, on a core of an AMD EPYC beside other work, see LOG.md."""
 TRAINING = (0.00087, 0.0000233)
 """CPU seconds of an epoch on a synthetic set: of each minibatch, and of each image."""
 EXPERT_EPOCH, COMPILING, STARTING = 0.025, 4.1, 60.0

@@ -24,17 +24,17 @@ from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.train import ExpertsCost, read_experts_cost
 
 MAIN = ("without", "var-ai-pos")
-"""Shown architecture by architecture."""
+"""Variants whose accuracies are shown for every architecture."""
 THRESHOLDS = (0.3, 0.5, 0.7)
 FEWEST_DISTILLATIONS = 3
-"""From which on their mean differences are tested."""
+"""Smallest number of distillations whose mean differences are tested, inclusive."""
 
 Accuracies = dict[str, list[list[float]]]
-"""In %, by architecture, distillation and network."""
+"""Architecture -> for each distillation, the accuracies of its networks in %."""
 
 
 def label(network: NetworkConfig) -> str:
-    """A short name that tells the networks here apart."""
+    """Short name of a network, different for all networks of bench_metadd.py."""
     return network.architecture + (f"-{network.norm}-{network.pooling}" if network.norm != "instance" else "")
 
 
@@ -65,7 +65,7 @@ def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: 
     """Rows of the table, with every accuracy; the first variant is the baseline of all others.
 
     Args:
-        auxiliaries: of the variant under whose networks all sets' ratios are measured.
+        auxiliaries: number of auxiliaries of the variant under whose networks all sets' ratios are measured.
     """
     looks = [each for each in runs.values() if each[0].metadd]
     looking = next((each for each in looks if len(each[0].each_auxiliary()) == auxiliaries), looks[0])

@@ -39,7 +39,11 @@ TITLE = (
 
 
 def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
-    """Peak memory and seconds of an iteration at CIFAR shape, IPC 10, with this many auxiliaries; one JSON line."""
+    """Print a line of JSON: peak memory and seconds of an iteration at CIFAR shape, IPC 10, with so many auxiliaries.
+
+    Args:
+        share: share of the images for which MetaDD's losses are computed, in (0, 1].
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     width, size, steps = (8, (16, 16), 2) if quick else (128, (32, 32), 10)
     shape = Shape("CIFAR-10 IPC 10", 3, width, (3, *size), 10, 100, 20, (20, 5))

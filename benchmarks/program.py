@@ -31,7 +31,7 @@ def options(description: str | None, runs: str, seeds: int) -> argparse.Argument
 
 
 def settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    """Options with both folders made, so that an unwritable place fails before the work."""
+    """Options with the folders of runs and results filled in and created, so that an unwritable one fails early."""
     default: Path = arguments.default_runs
     arguments.runs = arguments.runs or default.with_name(default.name + ("-quick" if arguments.quick else ""))
     arguments.out = arguments.out or (None if arguments.quick else RESULTS)
@@ -67,7 +67,7 @@ def positive(text: str) -> int:
 
 
 def start(main: Callable[[], object]) -> None:
-    """Run a program; an error is one line and exit code 2."""
+    """Run a program. An error of this package is shown in one line, and decides the exit code."""
     try:
         main()
     except DatmError as failure:

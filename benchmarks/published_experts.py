@@ -14,7 +14,7 @@ from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 
 Epochs = Iterator[None]
-"""Trains one epoch for every step of the iteration."""
+"""Iterator that trains one epoch at every step."""
 Data = tuple[Tensor, Tensor]
 """Images [n c h w] and their classes [n]."""
 
@@ -25,8 +25,8 @@ def loader_epochs(
     """The loop of MTT, FTD and DATM: images wait in main memory, and every batch travels to the device.
 
     Args:
-        network: on the device.
-        test: passed through after every epoch; None leaves that out.
+        network: network on the device.
+        test: test images, which the network classifies after every epoch; `None` for none.
     """
     device = next(network.parameters()).device
     loader = DataLoader(TensorDataset(*train), batch, shuffle=True)
@@ -47,7 +47,7 @@ def loader_epochs(
 
 
 def evaluation_epochs(network: nn.Module, images: Tensor, targets: Tensor, batch: int, augmentation: str) -> Epochs:
-    """The loop with which MTT and DATM score a set: as above, with momentum, and loss and accuracy read every step.
+    """The loop with which MTT and DATM score a set: a DataLoader, SGD with momentum, loss and accuracy read every step.
 
     Args:
         targets: [n k] probabilities.

@@ -49,7 +49,7 @@ def make_problem(
     The target lies at distance 1 from the start.
 
     Args:
-        images: in the set; None makes every minibatch the whole set.
+        images: number of images in the set; `None` makes every minibatch the whole set.
     """
     count = images or batch
     module = build_network(spec, seed)

@@ -44,7 +44,7 @@ MONITORING = Path(__file__).parents[1] / "cluster" / "monitoring"
 FAULTS = ("Workers lost", "Tasks given to other workers")
 CONDITIONS = ("Losses", "Meta-feature ratio", "Test accuracy")
 PATIENCE = 240.0
-"""Seconds to wait for anything, on a machine that may be busy with other things."""
+"""Longest time in seconds to wait for an event of the run. The machine may be busy with other work."""
 
 CHANGES = (
     "name=watched",
@@ -85,7 +85,11 @@ class Watcher(Reporter):
             yield _Passing(inner, self)
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        """Wait until a condition holds, or the run must end."""
+        """Wait until a condition holds.
+
+        Raises:
+            TimeoutError: the condition does not hold after `PATIENCE` seconds, or the run has ended.
+        """
         end = time.monotonic() + PATIENCE
         while not what() and time.monotonic() < end and not self.go_on.is_set():
             time.sleep(0.2)
@@ -128,7 +132,7 @@ def kill_an_actor(kind: str, dashboard: str) -> None:
 
 @contextmanager
 def prometheus(folder: Path, ray_folder: Path, seconds: int) -> Iterator[str]:
-    """Prometheus with the configuration of cluster/monitoring, for another folder of Ray's. Its address."""
+    """Run Prometheus with the configuration of cluster/monitoring, for another folder of Ray's. Yields its address."""
     text = (MONITORING / "prometheus.yml").read_text().replace("/tmp/ray/", f"{ray_folder}/")
     text = text.replace("[alerts.yml]", f"[{MONITORING / 'alerts.yml'}]")
     config = folder / "prometheus.yml"
@@ -160,7 +164,7 @@ def screenshot(dashboard: str, place: Path) -> None:
 
 
 def check(address: str, *required: str) -> subprocess.CompletedProcess[str]:
-    """Query everything until all is there or the time is over."""
+    """Run cluster/monitoring/check.py until all queries return data, for at most half of `PATIENCE`."""
     command = [sys.executable, str(MONITORING / "check.py"), address]
     command += [word for panel in required for word in ("--with", panel)]
     end = time.monotonic() + PATIENCE / 2

@@ -33,8 +33,8 @@ def cost_cells(what: str, number: int, cost: Mapping[str, float]) -> list[str]:
     """Cells of a row under `COST_HEAD`.
 
     Args:
-        number: of the things that cost so much together.
-        cost: of `Spent.to_json`.
+        number: number of experts, sets or networks that cost this much together.
+        cost: result of `Spent.to_json`.
     """
     seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
     sizes = [data_size(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]

@@ -60,7 +60,7 @@ TINY = (
 
 
 BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
-"""Seconds that one phase of a test not marked slow may take when it has the machine's cores to itself."""
+"""Seconds that one phase of a test without the mark `slow` may take if no other process uses the machine's cores."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, which shares their fixtures, and all of the shared Ray cluster in another."""
+    """Keep the tests of a file in one process, to share fixtures, and all tests of the Ray cluster in another one."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))  # seconds; enough on a busy machine
@@ -94,7 +94,7 @@ def busy_processes() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test that exceeds its budget, which grows with the load; a busy machine fails none."""
+    """Fail a test that exceeds its budget, which grows with the load. No test fails on a busy machine."""
     report = yield
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     load = busy_processes() / len(os.sched_getaffinity(0))
@@ -165,7 +165,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
 
 def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
-    """Let networks of a row be trained together however short that is, and uncompiled."""
+    """Let the networks of a row be trained together, uncompiled, however short their training is."""
     patch.setattr(loop, "COMPILED_WORK", 0.0)
     patch.setattr(stacked, "compiler_problem", lambda device: "")
     patch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
@@ -175,9 +175,12 @@ def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:
-    """Process ids of the workers that this process's Ray cluster runs; Ray names a process after its actor.
+    """Process ids of Ray workers among the descendants of a process. Ray names a process after its actor.
 
-    Only descendants, of this process or another one: another cluster on the machine may be at real work.
+    Other workers are left out, because another cluster on the machine may do real work.
+
+    Args:
+        ancestor: process id; `None` for this process.
     """
     ancestor = os.getpid() if ancestor is None else ancestor
     found = []
@@ -223,7 +226,7 @@ def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @contextmanager
 def recorded_steps() -> Iterator[list[tuple[float, bool]]]:
-    """Each optimizer step inside the block: its learning rate, and whether the optimizer had a momentum before it."""
+    """Record each optimizer step of the block: its learning rate, and True if the optimizer had a momentum before."""
     found: list[tuple[float, bool]] = []
 
     def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -249,7 +252,7 @@ def documented_keys(command: str) -> set[str]:
     """Keys that docs/command-line.md names for a command's --json, those in brackets too."""
     text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
     (row,) = re.findall(rf"^\| `{re.escape(command)}` \| (.*) \|$", text, re.MULTILINE)
-    _, _, table = text.partition(f"The keys of a {command}:\n")  # of a long one
+    _, _, table = text.partition(f"The keys of a {command}:\n")  # a long list of keys is a table
     row += table.partition("\n## ")[0]
     return set(re.findall(r"`(\w+)`", row))
 

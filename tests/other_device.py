@@ -20,7 +20,7 @@ _ATEN = torch.ops.aten
 _MOVES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.copy}
 """Operations that may read from one device and write to the other."""
 _OF_VALUES = {_ATEN.nonzero, _ATEN._unique2, _ATEN.unique_dim}
-"""Operations whose result's size depends on values; they get made-up ones."""
+"""Operations whose result's size depends on values. They are given made-up values."""
 
 
 class _Built(TorchFunctionMode):
@@ -39,7 +39,11 @@ class OtherDevice(TorchDispatchMode):
     """Within this mode, `DEVICE` is a device of its own."""
 
     def __init__(self, made_up: Callable[..., Tensor] = torch.rand) -> None:
-        """Make up numbers by this function, such as `torch.zeros`."""
+        """Make the mode.
+
+        Args:
+            made_up: function that makes up numbers of a shape, such as `torch.zeros`.
+        """
         super().__init__()
         self._made_up = made_up
         self._copied: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,7 +1,7 @@
 """Processes for tests of several ranks: forked from a server that has imported torch and this package once, and kept.
 
-A freshly started interpreter spends seven CPU-seconds on those imports; a forked process starts in milliseconds. One
-that is kept has also traced the networks of earlier tests.
+A freshly started interpreter spends seven CPU-seconds on those imports; a forked process starts in milliseconds. A kept
+process has also traced the networks of earlier tests.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.conftest", "torch._dynamo", "torch.distributed", "datm_ray.stages.distill"])
 
 _KEPT: list[ProcessPoolExecutor] = []
-"""One for each rank, because an executor that loses its process cannot be used again."""
+"""One executor for each rank, because an executor that loses its process cannot be used again."""
 
 
 def until(condition: Callable[[], object], what: str = "the condition", every: float = 0.02) -> None:
-    """Wait until a condition holds, for at most four minutes; it is checked `every` so many seconds."""
+    """Wait until a condition holds, for at most four minutes. It is checked at intervals of `every` seconds."""
     end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, f"it did not happen: {what}"

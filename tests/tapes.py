@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
         storages = {storage_id(each) for each in held}
         is_view = not func._schema.is_mutable and any(storage_id(each) in storages for each in made)
         if not is_view and torch.Tag.inplace_view not in func.tags:
-            # Aliases keep the shapes of now, which torch 2.11 changes in place later.
+            # Aliases keep the present shapes, because torch 2.11 later changes those of the originals in place.
             args, kwargs, made = tree_map_only(Tensor, _alias, (args, kwargs, made))
             self._recorded.append((func, args, kwargs, [] if func._schema.is_mutable else made))
         return results

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-# The copy beside these programs, installed or not.
+# The package's copy beside these programs is imported, even if another one is installed.
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 # Torch reads it at the first product on a GPU, which comes long before the first check of deterministic algorithms.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -42,7 +42,7 @@ def assumed(module: str, name: str) -> Any:
 
 
 class _Speeds:
-    """The speed of student steps, measured once, and what follows from it."""
+    """Speed of student steps, measured once, and times of other work relative to it."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine

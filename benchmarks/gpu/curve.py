@@ -31,7 +31,7 @@ FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
 EXPERTS_SHARE = 0.4
 """Share of the section's time that experts may take."""
 POINTS = 6
-"""Points of the curve, if time allows."""
+"""Number of points of the curve, if time allows."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is distilled: 1 image per class."""
+    """Recipe of the curve, with 1 image per class."""
 
     run: RunConfig
     """A run whose experts have as many epochs as starts and targets need."""
     stacks: int
-    """Most stacks of experts; fewer where time runs out."""
+    """Largest number of stacks of experts; fewer are trained if time runs out."""
     stacked: int
-    """Experts of a stack."""
+    """Number of experts in a stack."""
     starts: int
     """Exclusive upper bound of the start epochs."""
     evaluation_epochs: int
@@ -81,7 +81,7 @@ def read_images(machine: Machine) -> Images:
     """CIFAR-10, whitened, from its folder; else scikit-learn's digits."""
     from datm_ray.data import load_raw, prepare
 
-    # Plain names, because the names of a folder's files would have to say which is train and which is test.
+    # Both files are named, because in a folder the files' names would have to say which is train and which is test.
     if machine.data is not None:
         files = [str(Path(machine.data) / name) for name in FILES]
         name, raw = "CIFAR-10", load_raw("parquet", ",".join(files), validation=0.02)

@@ -33,15 +33,15 @@ from gpu.sections import Clock, Row, Section, Work
 LIMIT = 1e-9
 """Largest relative error in float64; rounding gives some 1e-14, a wrong term some 1e-2."""
 ROUNDED = {"float32": 5e-2, "tf32": 0.3, "bfloat16": 0.9}
-"""Largest relative error in lower precisions: more says that something is wrong, less says nothing. A rectifier that
-rounding carries over its kink may cost what many roundings do. A gradient of zeros has an error of 1."""
+"""Largest relative error in lower precisions. A larger error shows a fault; a smaller one proves nothing. One rectifier
+that rounding carries over its kink may add as much as many roundings. A gradient of zeros has an error of 1."""
 COSINE = 0.5
-"""The first result and the exact one enclose an angle whose cosine is above this."""
+"""Smallest cosine, exclusive, of the angle between the first result and the exact one."""
 
 SETTINGS = DistillConfig(
     learning_rate_images=0.1, learning_rate_labels=0.1, learning_rate_step_size=1e-5, threshold=1e9, gradient_limit=10.0
 )
-"""Distillations of the checks: no loss is skipped, and no random gradient leads far."""
+"""Settings of the checks' distillations: no iteration is skipped, and the limit keeps random gradients short."""
 
 Tensors = Sequence[Tensor]
 
@@ -103,7 +103,7 @@ class Recorded(StudentStepFunctions):
 
 
 class _Matching:
-    """One problem, whose set no minibatch divides, on any device and in any precision."""
+    """One problem on any device and in any precision. Its set is not a multiple of a minibatch."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -210,7 +210,7 @@ def compiled_checks(machine: Machine) -> Checks:
         (f"{how}, channels first, micro-batches of 4", partial(matching.compiled, 4, channels_last=False)),
         *(
             [(f"three networks trained together, {how}, float64", partial(together_check, machine, True))]
-            if machine.compiled  # else it is the row of `other_checks`
+            if machine.compiled  # else `other_checks` has this row
             else []
         ),
     ]

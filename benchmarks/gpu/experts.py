@@ -29,12 +29,12 @@ class Setting:
 
     spec: NetworkSpec
     images: int
-    """In the epochs that are timed."""
+    """Number of images of a timed epoch."""
     batch: int
 
 
 def setting(machine: Machine) -> Setting:
-    """CIFAR-10's shape; 40 batches of it."""
+    """Setting of the section: CIFAR-10's shape, and epochs of 40 batches."""
     if machine.small:
         return Setting(NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2), 64, 32)
     return Setting(NetworkSpec(channels=3, size=(32, 32), classes=10), 10_240, 256)
@@ -56,7 +56,7 @@ class Way:
     precision: Precision
     channels_last: bool
     one_by_one: bool = False
-    """One expert after another by a CUDA graph, instead of all in one call."""
+    """True for one expert after another by a CUDA graph, False for all in one call."""
 
     def step(self, network: torch.nn.Module) -> StackStep:
         """Function of a training step of all experts."""

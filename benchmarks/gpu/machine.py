@@ -23,11 +23,11 @@ class Machine:
     """Device of all measurements, and sizes that fit it."""
 
     device: str
-    """cuda or cpu."""
+    """Name of the device: cuda or cpu."""
     small: bool
-    """Tiny sizes, which try the program and measure nothing."""
+    """True for tiny sizes, which try the program and measure nothing."""
     data: str | None = None
-    """Folder of cifar10-train.parquet and cifar10-test.parquet; None takes scikit-learn's digits."""
+    """Folder of cifar10-train.parquet and cifar10-test.parquet; `None` takes scikit-learn's digits."""
 
     compiles: bool = False
     """Compile in small too, where it takes longer than all the rest."""
@@ -46,7 +46,7 @@ class Machine:
 
     @property
     def place(self) -> torch.device:
-        """The device for torch."""
+        """Device as torch's object."""
         return torch.device(self.device)
 
     @property
@@ -83,7 +83,7 @@ class Measured:
 
     seconds: list[float]
     peak: int
-    """Most bytes of the device's allocator beyond what was held before; 0 on a CPU, where they are not counted."""
+    """Peak bytes of the device's allocator beyond those held before; 0 on a CPU, where they are not counted."""
     result: Any
 
     @property

@@ -31,7 +31,7 @@ def random_set(machine: Machine, images: int) -> tuple[NetworkSpec, torch.Tensor
 
 
 def epochs_of(machine: Machine, ipc: int, networks: int) -> tuple[Training, Iterator[object]]:
-    """The first of some networks, and an iterator that trains all of them for an epoch at each step, as a run does."""
+    """Training of the first of some networks, and an iterator that trains all of them for an epoch at each step."""
     spec, images, targets = random_set(machine, 10 * ipc)
     schedule = replace(PROTOCOLS["published"], epochs=10**6, decay_epoch=None, augmentation=PUBLISHED_AUGMENTATION)
     stack = [

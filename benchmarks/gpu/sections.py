@@ -31,7 +31,7 @@ class Clock:
     """Time that a section has."""
 
     end: float
-    """On the monotonic clock."""
+    """Time of the end, in seconds of the monotonic clock."""
 
     @classmethod
     def of(cls, seconds: float) -> Clock:
@@ -90,7 +90,7 @@ class Section:
     name: str
     title: str
     note: str
-    """How it is measured, for readers."""
+    """Text for readers about how the section is measured."""
     columns: tuple[str, ...]
     """Keys of the rows that the table shows."""
     seconds: float
@@ -108,14 +108,14 @@ class Section:
 
 @dataclass
 class Outcome:
-    """Rows and errors that a section has so far."""
+    """Rows and errors of a section so far."""
 
     section: Section
     rows: list[Row] = field(default_factory=list)
     unreached: list[Row] = field(default_factory=list)
     """Columns that name the works that did not end, in order; `reason` says why, where it is not the time."""
     status: str = "running"
-    """done; stopped, skipped or failed with the reason."""
+    """Status: running, done, or stopped, skipped or failed with the reason."""
     seconds: float = 0.0
     error: str = ""
     """The traceback of a failure."""
@@ -174,7 +174,7 @@ def run_sections(
     Each gets its share of the time that is left, so what one leaves over goes to those after it.
 
     Args:
-        seconds: that they may take together.
+        seconds: longest time in seconds of all sections together.
         save: called after every row and every section with everything so far.
     """
     whole, outcomes = Clock.of(seconds), list[Outcome]()
@@ -219,7 +219,7 @@ def _run(outcome: Outcome, machine: Machine, seconds: float, save: Callable[[], 
 
 @contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in the block when its time is over; code outside Python is interrupted when it returns."""
+    """Raise `OutOfTime` in the block after so many seconds; code outside Python is interrupted when it returns."""
 
     def stop(*_: object) -> None:
         raise OutOfTime

@@ -30,13 +30,13 @@ class Shape:
     name: str
     spec: NetworkSpec
     images: int
-    """In the set."""
+    """Number of images in the set."""
     batch: int
     """Images of a student step."""
     steps: int
-    """T."""
+    """Number of student steps of an iteration, T."""
     chunk: int
-    """Images of a call."""
+    """Largest number of images in one call of the step functions."""
 
 
 def shapes(machine: Machine) -> list[Shape]:
@@ -57,7 +57,7 @@ def shapes(machine: Machine) -> list[Shape]:
 def operations(spec: NetworkSpec) -> int:
     """Floating-point operations of one image's forward and reverse step: products and convolutions as they are defined.
 
-    Of reverse over reverse, traced; what a compiler leaves out is counted too.
+    The traced functions of reverse over reverse are counted, with operations that a compiler leaves out.
     """
     problem = make_problem(spec, 2, 1)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
@@ -65,7 +65,7 @@ def operations(spec: NetworkSpec) -> int:
 
 
 def ours(problem: Problem, functions: StudentStepFunctions, chunk: int) -> Gradient:
-    """Measure `matching_gradient`."""
+    """Loss and gradient by `matching_gradient`, in the form in which `unrolling` and `tesla` return them."""
     found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
     return found.loss, (found.images, found.soft_labels, found.step_size)
 

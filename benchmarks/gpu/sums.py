@@ -32,7 +32,7 @@ from gpu.machine import Machine, timed
 from gpu.sections import Clock, Row, Section, Work
 
 WAIT = 40.0
-"""Seconds for all processes of a row; in small, where others may have the machine, five times as many."""
+"""Longest time in seconds of all processes of a row. With tiny sizes it is five times as long, for a busy machine."""
 
 
 def problem_of(machine: Machine) -> Problem:
@@ -43,7 +43,7 @@ def problem_of(machine: Machine) -> Problem:
 
 
 def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
-    """The error of the gradient of this shard, and how long a sum of a ConvNet's parameters takes."""
+    """Error of this shard's gradient, seconds of a sum of a ConvNet's parameters, and the sums' latency and speed."""
     problem = problem_of(machine)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
     synthetic = problem.synthetic

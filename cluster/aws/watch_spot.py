@@ -3,7 +3,7 @@
     python watch_spot.py HEAD:PORT
 
 cluster.yaml starts it on every worker. Plain Python. AWS announces the end two minutes before, in the machine's
-metadata, and nothing of Ray looks there. METADATA_URL names another metadata service, EVERY the seconds between looks.
+metadata, and nothing of Ray reads it. METADATA_URL names another metadata service, EVERY the seconds between requests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOTICE = 120
 
 
 def metadata(path: str, method: str = "GET", **headers: str) -> str:
-    """Answer of the metadata service, which wants a token of its own for all but the request of that token."""
+    """Answer of the metadata service. All requests need a token of this service, except the request for the token."""
     named = {f"X-aws-ec2-metadata-{name.replace('_', '-')}": value for name, value in headers.items()}
     request = urllib.request.Request(f"{METADATA}/latest/{path}", method=method, headers=named)
     with urllib.request.urlopen(request, timeout=2) as answer:
@@ -33,7 +33,7 @@ def metadata(path: str, method: str = "GET", **headers: str) -> str:
 
 
 def notice() -> dict[str, Any] | None:
-    """AWS's notice that this machine ends soon; None if there is none, or if the service does not answer."""
+    """AWS's notice that this machine ends soon; `None` if there is none, or if the service does not answer."""
     try:
         token = metadata("api/token", "PUT", token_ttl_seconds="60")
         found = json.loads(metadata("meta-data/spot/instance-action", token=token))

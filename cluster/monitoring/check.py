@@ -30,7 +30,7 @@ class Query(NamedTuple):
     row: str
     panel: str
     condition: str
-    """When there is data; "" for always."""
+    """Condition under which the query has data; "" if it always has."""
     text: str
 
 
@@ -76,7 +76,7 @@ def series(prometheus: str, query: str, minutes: float) -> int:
         values = ask(prometheus, f"label/{variable['label']}/values", **{"match[]": variable["series"]})
         return len(values)
     found = ask(prometheus, "query_range", query=query, start=now - 60 * minutes, end=now, step=5)["result"]
-    # A rate of something that stood still is a series too; one that is nowhere a number is none.
+    # A rate that is 0 everywhere counts as a series. A series without any number does not.
     return sum(any(value != "NaN" for _, value in one["values"]) for one in found)
 
 

@@ -25,11 +25,11 @@ JOB = "here"
 Answer = tuple[int, dict[str, str], str]
 """Status, headers and body."""
 LOST: Answer = (0, {}, "")
-"""The connection is closed without an answer."""
+"""Answer in whose place the connection is closed."""
 
 
 def page(status: int, **headers: str) -> Answer:
-    """A page of HTML as a gateway answers it."""
+    """Answer of a gateway: a page of HTML that asks for a login, with this status."""
     return status, {"Content-Type": "text/html; charset=utf-8", **headers}, "<html><form>Please log in</form></html>"
 
 
@@ -50,9 +50,9 @@ class Dashboard:
     status: str = "RUNNING"
     exit_code: int | None = None
     prefix: str = ""
-    """Path of a gateway before that of Ray."""
+    """Path of a gateway, which comes before Ray's paths."""
     plan: Callable[[Asked], Answer | None] = lambda asked: None
-    """Answer in place of Ray's; None gives Ray's."""
+    """Function that returns an answer in place of Ray's; `None` gives Ray's."""
     asked: list[Asked] = field(default_factory=list)
     job: dict[str, Any] = field(default_factory=lambda: {"metadata": {"datm_ray": "tiny", "out": "s3://bucket/runs"}})
     address: str = ""

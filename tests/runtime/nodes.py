@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on this machine, whose nodes are added and lost as a test demands.
 
-It lives in a process of its own, so that it does not meet the cluster that other tests share.
+The cluster lives in a process of its own, so that it does not meet the cluster that other tests share.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tests.conftest import actor_processes
 
 STARTS = 8
-"""Most attempts to start the cluster, and to add a node. Ray gives a node 15 to 30 seconds."""
+"""Largest number of attempts to start the cluster, and to add a node. Ray gives a node 15 to 30 seconds to start."""
 SCRIPT = f"""
 STARTS = {STARTS}
 import json, sys
@@ -102,7 +102,7 @@ class Nodes:
         return answer
 
     def _next_line(self) -> Any:
-        """Next answer of the cluster's process; None if it has ended."""
+        """Next answer of the cluster's process; `None` if the process has ended."""
         assert self._process.stdout is not None
         while line := self._process.stdout.readline():
             if line.startswith(("[", '"')):

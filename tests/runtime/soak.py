@@ -40,8 +40,8 @@ KINDS = {
 }
 """Kind of fault -> what is done."""
 ROOM = 8 << 30
-"""Bytes above the memory in use at the start at which Ray kills workers. The soak's own processes take about four
-GiB."""
+"""Bytes by which memory use may grow from the start of the soak before Ray kills workers. The soak's own processes take
+about four GiB."""
 LONGEST_PAUSE = 8.0
 """Longest time in seconds from the end of a fault to the next one."""
 LONGEST_WAIT = 900.0
@@ -57,7 +57,10 @@ FINISHED = re.compile(
 
 
 def memory_limit(room: int) -> dict[str, str]:
-    """Environment of a cluster that kills workers if memory use grows by `room` bytes; skips a test without so much."""
+    """Environment of a cluster that kills workers if memory use grows by `room` bytes.
+
+    The test is skipped if the machine has less memory free.
+    """
     memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
     threshold = 1 - (memory["MemAvailable"] - room) / memory["MemTotal"]
     if not 0 < threshold < 0.9:
@@ -136,7 +139,7 @@ class Fault:
     run: int
     """Number of the run, from 0."""
     during: str
-    """Stages at work when it came."""
+    """Stages at work at the time of the fault, separated by commas."""
     shards: int
     """Workers of each set of the run."""
     seconds: float = 0.0
@@ -171,7 +174,7 @@ class Soak:
         self._log = folder / "log"
         self.faults: list[Fault] = []
         self.failures: list[str] = []
-        """What did not happen as it should; empty at the end of a soak that succeeds."""
+        """Descriptions of what went wrong; empty at the end of a soak that succeeds."""
         self.runs: list[list[RunConfig]] = []
         """Recipes of the runs so far, all finished at the end."""
         self.seconds = 0.0
@@ -183,8 +186,8 @@ class Soak:
         """Make faults of these kinds, and let every run end.
 
         Args:
-            kinds: one for each fault.
-            share: most faults in a run; there are as many runs as it takes.
+            kinds: kind of each fault, a key of `KINDS`.
+            share: largest number of faults in a run; there are as many runs as it takes.
             limit: seconds after which no more faults are made.
         """
         began, self._left = time.monotonic(), list(kinds)
@@ -249,7 +252,7 @@ class Soak:
         return any(each.what == "end" or (each.what == "step" and each.process not in gone) for each in later)
 
     def _wait(self, condition: Callable[[], object], what: str) -> None:
-        """Wait until a condition holds; after `LONGEST_WAIT` note a failure instead, so that later faults are made."""
+        """Wait until a condition holds. After `LONGEST_WAIT` seconds, note a failure, so that later faults are made."""
         end = time.monotonic() + LONGEST_WAIT
         while not condition():
             if time.monotonic() > end:
@@ -260,7 +263,7 @@ class Soak:
     # --- faults: each returns the processes that it has hit, or None if the run ended before -------------------------
 
     def _victim(self) -> int | None:
-        """A worker at work, drawn at random; None if the run ends before there is one."""
+        """Process id of a worker at work, drawn at random; `None` if the run ends before there is one."""
         found = list[int]()
 
         def look() -> bool:
@@ -295,7 +298,7 @@ class Soak:
         return workers
 
     def _make_gpu(self, kind: str = "gpu") -> set[int] | None:
-        """Have a worker at work make a fault in itself; another one is asked where it has just finished."""
+        """Have a worker at work make a fault in itself. If the worker has just finished, another one is asked."""
         while (victim := self._victim()) is not None:
             answer = self._faults / f"{victim}.answer"
             (self._faults / str(victim)).write_text(kind)
@@ -330,7 +333,7 @@ class Soak:
 
     def _make_second(self) -> set[int] | None:
         second = subprocess.run(self._command(), capture_output=True, text=True, timeout=LONGEST_WAIT, check=False)
-        if self._is_done():  # before the second command looked, so that it found everything finished
+        if self._is_done():  # the second command may have found everything finished
             return None
         if (second.returncode, "is in use by process" in second.stderr) != (2, True):
             self.failures.append(f"a second command ends with {second.returncode}: {second.stderr}")

@@ -105,7 +105,7 @@ class Saver:
     def count(
         self, numbers: int, worker_rank: WorkerRank | None = None, by_two: int = 5
     ) -> Iterator[Progress | Finished]:
-        """Count to a number; or to fewer, once two have counted `by_two` of them."""
+        """Count to `numbers` and save each number. A group of two ranks ends after `by_two` numbers."""
         start = int(self._file.read_text()) if self._file.exists() else 0
         end = min(numbers, start + by_two) if worker_rank and worker_rank.world_size == 2 else numbers
         for number in range(start, end):

@@ -25,7 +25,7 @@ NAMES, SHAPES = ("conv.weight", "conv.bias", "scale"), ((4, 3, 2), (4,), ())  # 
 
 
 def make_info(expert: int = 0, epochs: int = 5, key: GroupKey = KEY) -> TrajectoryInfo:
-    """The info of an expert of 29 parameters that stores epochs 0, 2, 4, ..."""
+    """Info of an expert with 29 parameters that stores `epochs` epochs: 0, 2, 4, ..."""
     return TrajectoryInfo(
         dataset=key.dataset,
         dataset_fingerprint="d1",
@@ -68,7 +68,7 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
 
 
 def with_buffers(info: TrajectoryInfo) -> TrajectoryInfo:
-    """The info of an expert with a batch norm: 8 values in buffers."""
+    """Copy of an expert's info for a network with a batch norm: 8 values in buffers."""
     return replace(info, buffer_names=("norm.running_mean", "norm.running_var"), buffer_shapes=((4,), (4,)))
 
 

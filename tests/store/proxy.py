@@ -18,7 +18,7 @@ BUSY, LOST_REQUEST, LOST_ANSWER = "503", "lost request", "lost answer"
 FAULTS = (BUSY, LOST_REQUEST, LOST_ANSWER)
 
 Plan = Callable[[str, str], str | None]
-"""Method and path of a request -> its fault (one of FAULTS, or a refusal), or None."""
+"""Function of a request's method and path that returns its fault, one of FAULTS or a `refusal`, or `None`."""
 
 
 def refusal(status: int, code: str, message: str = "") -> str:
@@ -63,7 +63,7 @@ class Proxy:
 
 
 def every_fifth(seed: int) -> Plan:
-    """Fails a random fifth of all requests, in each way in turn."""
+    """Plan that fails a random fifth of all requests, with each of FAULTS in turn."""
     draw = random.Random(seed)
     kinds = iter(FAULTS * 10_000)
     return lambda method, path: next(kinds) if draw.random() < 0.2 else None

@@ -31,7 +31,7 @@ class BrokenGpu(RuntimeError):
 
 
 class Stuck(RuntimeError):
-    """A call of a C library that does not return and keeps Python's global lock; raising it makes the call."""
+    """Error whose constructor calls a C function that does not return and keeps Python's global interpreter lock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _journalled(method: Callable[..., Any], folder: Path, name: str) -> Callable
 
 
 class _Hook(importlib.abc.MetaPathFinder):
-    """Has the worker's stages keep the journal as soon as their module is imported."""
+    """Import hook that makes the worker's stages keep the journal as soon as their module is imported."""
 
     name = "datm_ray.stages.worker"
 

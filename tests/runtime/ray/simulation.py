@@ -165,7 +165,7 @@ class Simulation:
                 self.stage._note_start(each)
 
     def turn(self, seconds: float = 1.0, turns: int = 1) -> list[tuple[str, Event]]:
-        """Let time pass, and the stage act on what has changed meanwhile. Returns its events, with names of tasks."""
+        """Let time pass, then let the stage act, `turns` times. Returns the stage's events, with the names of tasks."""
         found = list[tuple[str, Event]]()
         for _ in range(turns):
             self.clock.now += seconds
