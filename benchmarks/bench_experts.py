@@ -79,7 +79,7 @@ def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
 
 
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
-    """Run `train_experts` for more epochs than any caller consumes."""
+    """Iterator that trains one epoch by `train_experts` at every step, more epochs than any caller takes."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
     functions = StackFunctions(networks[0], stacked=stacked, compile_=compile_)
     optimiser = "gsam" if shape.gsam else "sgd"

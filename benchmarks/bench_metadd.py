@@ -4,11 +4,11 @@ python benchmarks/bench_metadd.py [--quick] [--data cifar10] [--distillations 5]
 python benchmarks/bench_metadd.py --recipe digits-dm-ipc10
 python benchmarks/bench_metadd.py --recipe digits-sre2l-ipc10
 
-One recipe is distilled with and without MetaDD, with each of its terms, with other auxiliaries, with a control that
-takes logits in place of maps, and with rivals: cross-entropy of several networks, and in SRe2L their statistics. All
+One recipe is distilled with and without MetaDD, with each of its terms, with other auxiliaries, and with a control that
+takes logits in place of maps. Rivals take the cross-entropy of several networks, and in SRe2L their statistics. All
 else is equal, seeds included. The recipe's method is MetaDD's host. Every set is scored on the backbone, on
 architectures that took part (seen) and on some that did not (unseen). The folder of runs is kept; running the command
-again resumes. Digits are resized to 16x16 pixels; weights were chosen on their validation images with DATM as host, see
+again resumes. Digits are resized to 16x16 pixels. Weights were chosen on their validation images with DATM as host, see
 benchmarks/LOG.md, and are larger with other hosts. CIFAR-10 is a part of the real one, from Parquet files.
 """
 

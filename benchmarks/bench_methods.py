@@ -3,10 +3,10 @@
 python benchmarks/bench_methods.py [--distillations 1] [--seeds 3] [--kept 0.1 0.025] [--quick]    (make bench-methods)
 
 Sets are made by SRe2L and its variants, DATM, DM, selections of real images and a random draw. The same ConvNet is
-trained on each with hard labels, with one soft label for each image, and with stored labels for every epoch, which one
-teacher has made for all rows. `--kept` gives shares of the epochs to keep: a second table then has the accuracy under
-labels that are pruned so far. Step sizes are chosen on validation images. The folder of runs is kept; running the
-command again resumes.
+trained on each set with hard labels, with one soft label for each image, and with stored labels for every epoch. One
+teacher makes the stored labels of all rows. `--kept` gives shares of the epochs whose labels are kept: a second table
+then has the accuracy with only these labels. Step sizes are chosen on validation images. The folder of runs is kept;
+running the command again resumes.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Row:
 
 
 class Scored(Pipeline):
-    """Scores the rows of the tables on the one network."""
+    """Pipeline that scores the rows of the tables, on the network SCORED."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
         """Rows of the set, and rows of random images that no other run scores.

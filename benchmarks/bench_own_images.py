@@ -79,7 +79,7 @@ def write_case(name: str, data: Path, folder: Path) -> None:
 
 
 def write_image(encoded: bytes, place: Path, grey: int | None) -> None:
-    """Write an image as it is, or in grey with sides of `grey` pixels; `None` keeps it."""
+    """Write an image in grey, with sides of `grey` pixels; unchanged if `grey` is `None`."""
     if grey is None:
         place.with_suffix(".jpg").write_bytes(encoded)
         return

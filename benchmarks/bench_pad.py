@@ -62,7 +62,7 @@ def variants(data: str) -> dict[str, list[str]]:
 
 
 class Scored(Pipeline):
-    """Scores the distilled sets alone."""
+    """Pipeline that scores the distilled sets alone, without controls."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
         """The distilled set on its own network."""

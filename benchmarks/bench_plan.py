@@ -2,8 +2,8 @@
 
 python benchmarks/bench_plan.py [--quick]         (make bench-plan)
 
-Every case plans a run of made-up images of its shape, with and without `--measure`, and then runs it in one process:
-neither time nor memory depends on what is on the images. `--quick` takes the smallest case, without `--measure`.
+Every case plans a run of made-up images of its shape, with and without `--measure`, and then runs it in one process.
+Neither time nor memory depends on what the images show. `--quick` takes the smallest case, without `--measure`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Error of the float32 matching gradient over many problems: unrolling, and this package in both memory orders.
 
 python benchmarks/bench_rounding.py [--problems 24]         (make bench-rounding)
-python benchmarks/bench_rounding.py --experts               the same of an expert's step, with its time; prints only
-python benchmarks/bench_rounding.py --precisions            of TF32, emulated, and bfloat16; prints only
+python benchmarks/bench_rounding.py --experts               error and time of an expert's step; prints only
+python benchmarks/bench_rounding.py --precisions            error in emulated TF32 and in bfloat16; prints only
 
 A single problem says little: where rounding carries an activation over a rectifier's kink, a second derivative is taken
 on its other side, and the error jumps from 1e-6 to 1e-3. How often that happens depends on the rounding of the

@@ -228,7 +228,7 @@ class Bench:
         self.add("local, cold", timed(reads, drop_pages), mapped * len(reads))
 
     def remote(self, server: Server, uri: str, storage: str, delays: Sequence[float], think: float) -> None:
-        """Measure a store on S3: plain, with latency, read ahead, and from the cache."""
+        """Measure a store on S3: without and with added latency, and read ahead."""
         group = write_experts(uri, self.network, self.experts, self.epochs, storage)
         value_bytes = 4 if storage == "float32" else 2
         for expert in range(self.experts):

@@ -137,7 +137,7 @@ ROUNDING = 1e-9
 def is_lossless(distilled: Accuracies, real: Accuracies) -> bool | None:
     """True if sets are at most one standard error of the difference below all real data; `None` if unknown.
 
-    It is unknown for a single distillation, because networks that share a set do not show by how much sets differ.
+    The answer for a single distillation is `None`: networks that share a set do not show by how much sets differ.
     """
     gain, error = paired_difference(distilled, real)
     return None if len(distilled) < 2 else gain >= -error - ROUNDING

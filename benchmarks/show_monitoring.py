@@ -73,7 +73,7 @@ class Watcher(Reporter):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
-        """Events of progress, by stage."""
+        """Stage -> number of its `Progress` events so far."""
         self.lost: Counter[str] = Counter()
         self.go_on = threading.Event()
         """Set when nothing more is to be watched."""

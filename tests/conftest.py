@@ -66,7 +66,7 @@ BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
 def pytest_configure(config: pytest.Config) -> None:
     """Give all processes of a session one compiler cache, so that each graph is compiled once.
 
-    A shell that starts the session in the background has it ignore Ctrl-C, which tests of Ctrl-C need.
+    Ctrl-C is handled again, because tests need it: a shell that starts the session in the background has it ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

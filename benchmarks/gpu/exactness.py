@@ -103,7 +103,7 @@ class Recorded(StudentStepFunctions):
 
 
 class _Matching:
-    """One problem on any device and in any precision. Its set is not a multiple of a minibatch."""
+    """One problem on any device and in any precision. Its number of images is not a multiple of a minibatch's."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine

@@ -71,7 +71,7 @@ class Way:
 
 
 def our_epochs(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Epochs:
-    """Run `train_experts` for more epochs than any caller consumes."""
+    """Iterator that trains one epoch by `train_experts` at every step, more epochs than any caller takes."""
     networks, stacked = [build_network(how.spec, seed).to(machine.device) for seed in range(way.stacked)], way.stacked
     functions = way.step(networks[0])
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")

@@ -111,7 +111,7 @@ def measured(call: Callable[[], Any], device: str, calls: int, *, warm: int = 1)
     """Measure this many calls, after some that are not counted.
 
     Raises:
-        torch.OutOfMemoryError: the device's memory is too small; what the call held is given back.
+        torch.OutOfMemoryError: the device's memory is too small.
     """
     for _ in range(warm):
         timed(call, device)

@@ -119,7 +119,7 @@ class _Running:
     phase: str = ""
     """Work between steps, such as compiling, until the next `Progress`; "" during steps."""
     changed: float = 0.0
-    """Time of the task's last event, in seconds of the monotonic clock."""
+    """Time of the task's last `Progress`, or of the start of a later phase, in seconds of the monotonic clock."""
 
     def doing(self, now: float) -> str:
         """Text on the current phase, or on a long time without a step; "" if there is neither."""

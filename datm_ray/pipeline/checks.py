@@ -134,7 +134,10 @@ def _check_scoring(config: RunConfig) -> None:
 
 
 def _check_folder(runs: Runs, config: RunConfig) -> None:
-    """Raise a `RunDirectoryError` if the run's folder has results of another recipe. A folder without any is free."""
+    """Raise a `RunDirectoryError` if the run's folder has results of another recipe.
+
+    A folder without results may be used again.
+    """
     earlier = read_recipe(runs.folder(config))
     if earlier is not None and run_identity(earlier) != run_identity(config) and has_results(runs.folder(config)):
         raise RunDirectoryError(

@@ -562,7 +562,7 @@ class Pipeline:
                 for task, event in executor.run(StageWorker, self._setup(dataset, executor, reporter), method, group):
                     more = following(task) if isinstance(event, Finished) else ()
                     for each in [event.task] if isinstance(event, More) else more:
-                        if each.name not in names:  # a task that is tried again makes its tasks again
+                        if each.name not in names:  # a task that is retried creates its tasks again
                             names.add(each.name)
                             group.append(each)
                             stage.add(each)

@@ -30,7 +30,7 @@ from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 SETS_JOINED = 4
-"""Copies of a set in the memory of a worker that joins pieces: first set, final set, and what is written of them."""
+"""Number of copies of a set that a worker holds while it joins pieces: first and final set, and the data to write."""
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[Task]:

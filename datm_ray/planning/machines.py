@@ -35,8 +35,9 @@ at 32x32 pixels with ConvNet-3 of width 128, and "recovery" with a ResNet-18 of 
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
-Measured by `measure.measured` for digits-ipc1, with an empty compiler cache, on an idle core of an EPYC with AVX-512; a
-busy, older core took up to three times as long. "embedding" and "recovery": for the networks of `FORWARD_PASSES`."""
+Measured by `measure.measured` for digits-ipc1, with an empty compiler cache, on an idle core of an EPYC with AVX-512.
+An older, busy core took up to three times as long. "embedding" and "recovery" are for the networks of
+`FORWARD_PASSES`."""
 SPEED = {"core": 150e9, "GPU": 7e12}
 """FLOP/s of student steps on one core and on one GPU, used to choose a layout if no speed is given. The GPU's value is
 assumed: a tenth of an H200's float32 peak."""

@@ -1,8 +1,8 @@
 """Collective sums between the workers that run one task together.
 
-Workers form a grid: a row computes the same networks (see `RunConfig.roles`), each worker for a shard of the classes;
-a column has the same shard, each worker for other networks. Workers communicate through torch.distributed. A worker
-that waits for a dead, hung or unreachable peer gets a `PeerLostError` after the timeout.
+Workers form a grid. The workers of a row compute the same networks (see `RunConfig.roles`), each for a shard of the
+classes. The workers of a column have the same shard, each for other networks. Workers communicate through
+torch.distributed. A worker that waits for a dead, hung or unreachable peer gets a `PeerLostError` after the timeout.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class ProcessMesh(Mesh):
     def _receive_parts(self, own: Tensor) -> Tensor:
         """Receive the tensors of row 0's other workers, and concatenate them after `own`, rank 0's tensor.
 
-        Needs no memory beyond the result.
+        On a CPU this needs no memory beyond the result; on a GPU, it needs main memory for one received tensor.
         """
         lengths = [own.shape[0]]
         for rank in range(1, self.columns):

@@ -77,7 +77,8 @@ def ask() -> bool:
 def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
     """Handle SIGINT and SIGTERM: the first asks the work of this process to save itself, the second ends it at once.
 
-    Signals that the process ignores stay ignored. Outside of the main thread this context does nothing.
+    If no work can save itself, the first signal ends the process's work at once. Signals that the process ignores stay
+    ignored. Outside of the main thread this context does nothing.
 
     Args:
         tell: shows a message to the user.

@@ -59,7 +59,7 @@ FINISHED = re.compile(
 def memory_limit(room: int) -> dict[str, str]:
     """Environment of a cluster that kills workers if memory use grows by `room` bytes.
 
-    The test is skipped if the machine has less memory free.
+    The test is skipped if the machine has too little free memory.
     """
     memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
     threshold = 1 - (memory["MemAvailable"] - room) / memory["MemTotal"]

@@ -157,12 +157,12 @@ class Draft:
 
     @property
     def asked(self) -> str:
-        """The asked time in words."""
+        """Wished time of the run as text."""
         return duration(self.wish.seconds)
 
     @property
     def too_short(self) -> str:
-        """Reason for a number that is the smallest allowed one."""
+        """Text of the reason for choosing the smallest allowed number: the wished time is too short for more."""
         return f"the least; {self.asked} would be too short for more"
 
     @property

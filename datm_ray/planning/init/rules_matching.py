@@ -150,9 +150,8 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, Any]:
     """Values with which the experts' files are not too large; empty if the files are small enough already.
 
-    At first fewer epochs are kept. If that is not enough, there are fewer experts.
-
-    Few images have many short epochs, whose files may take more space than anybody wants.
+    Few images have many short epochs, whose files may take more space than anybody wants. At first fewer epochs are
+    kept. If that is not enough, there are fewer experts.
 
     Args:
         workers: number of the machine's workers.

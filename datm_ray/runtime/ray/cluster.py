@@ -389,7 +389,7 @@ class Nodes:
 def default_gpus(cluster: ClusterConfig) -> float:
     """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has or can start GPUs, else 0.
 
-    Nodes without `cluster.labels` do not count. With `cluster.device` "cpu" always 0.
+    Nodes without `cluster.labels` do not count. If `cluster.device` is "cpu", the result is 0.
     """
     chosen = [node for node in ray.nodes() if node["Alive"] and matches(node.get("Labels", {}), cluster.labels)]
     offered = [*(node["Resources"] for node in chosen), *(each.resources for each in node_types() if each.nodes)]
@@ -400,8 +400,8 @@ def default_gpus(cluster: ClusterConfig) -> float:
 def _wait_for_first_node(cluster: ClusterConfig) -> None:
     """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes` seconds.
 
-    Whether this node has GPUs decides whether workers get one.
-    There is no wait if `cluster.wait_for_nodes` is not set, or if the autoscaler says which nodes it can start.
+    Its GPUs decide whether each worker gets a GPU. There is no wait if `cluster.wait_for_nodes` is not set, or if the
+    autoscaler says which nodes it can start.
 
     Raises:
         ClusterError: no node has started in time.
