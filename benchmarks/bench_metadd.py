@@ -68,7 +68,7 @@ class Setting:
     overrides: Sequence[str]
     quick: Sequence[str]
     experts: str
-    """Experts section of the auxiliaries."""
+    """Section `experts` of the auxiliaries, in YAML."""
     host: str = "DATM"
     """Method that MetaDD's losses are added to, in words."""
     seen: Sequence[str] = tuple(SEEN)

@@ -259,7 +259,7 @@ def add(found: dict[str, Row], name: str, pipeline: Pipeline, configs: Sequence[
 
 
 def column_of(label: str, config: RunConfig) -> str:
-    """Column of a kind of labels: its name, or the number of kept epochs under pruned labels."""
+    """Column of a kind of labels: its name, or the number of kept epochs if labels are pruned."""
     keep = config.evaluate.keep_labels
     return label if label != EVERY or keep is None else f"{keep} of {config.evaluate.epochs} epochs"
 

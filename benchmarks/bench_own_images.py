@@ -3,7 +3,7 @@
 python benchmarks/bench_own_images.py --data FOLDER [--minutes 15] [--ipc 1 10] [--seeds 3] [--cases digits-16 ...]
 
 The cases are parts of real data sets, written as folders of images. The recipe of each is what `init` writes for the
-time; a seed draws its own experts, set and networks. Every pair of commands runs alone. The folder of runs is kept;
+time; a seed draws its own experts, set and networks. Only one command runs at a time. The folder of runs is kept;
 running the command again resumes.
 """
 

@@ -11,9 +11,9 @@ import numpy as np
 from datm_ray.errors import DatasetError
 
 PER_CLASS = (1000, 500)
-"""Training and test images taken of each class."""
+"""Numbers of training and of test images taken of each class."""
 FEW_PER_CLASS = (20, 20)
-"""Training and test images of each class when a program is only tried."""
+"""Numbers of training and of test images taken of each class with `--quick`, which only tries a program."""
 DESCRIPTION = (
     "A part of real CIFAR-10: the first 1000 training images (100 of them for validation) and 500 test images of\n"
     "each class."

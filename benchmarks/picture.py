@@ -15,7 +15,7 @@ import datm_ray
 from datm_ray.report.gallery import contact_sheet
 
 SCALE = 3
-"""Picture pixels for one of an image."""
+"""Side, in pixels of the picture, of the square that shows one pixel of an image."""
 
 
 def side_by_side(run: str) -> NDArray[np.uint8]:

@@ -68,7 +68,7 @@ CHANGES = (
 
 
 class Watcher(Reporter):
-    """Follows the run's events, and holds it at the first result of its evaluation."""
+    """Reporter that follows the run's events, and holds the run at the first result of its evaluation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Watcher(Reporter):
         """Stage -> number of its `Progress` events so far."""
         self.lost: Counter[str] = Counter()
         self.go_on = threading.Event()
-        """Set when nothing more is to be watched."""
+        """Event that is set once nothing more is watched, so that the run may end."""
 
     @contextmanager
     def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[_Passing]:

@@ -41,7 +41,7 @@ class Machine:
 
     @property
     def how(self) -> str:
-        """Words for a table: compiled or not compiled."""
+        """Text for a table: "compiled" or "not compiled"."""
         return "compiled" if self.compiled else "not compiled"
 
     @property

@@ -62,7 +62,7 @@ def _shown(value: object) -> str:
 def hide(values: Iterable[str]) -> None:
     """Have `masked` replace these values too, in each form in which an error may show them.
 
-    Values of at most 5 characters, such as "true", are words too and stay.
+    Values of at most 5 characters, such as "true", are not replaced, because they may be ordinary words.
     """
     for value in values:
         if len(value) > 5:

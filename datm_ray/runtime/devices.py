@@ -75,7 +75,7 @@ def fix_workspace() -> bool:
 
 
 def _unusable() -> ClusterError:
-    """Error for a GPU that torch cannot use. Without it the worker would silently compute on its CPU."""
+    """Error for a GPU that torch cannot use. Without this error, the worker would silently compute on its CPU."""
     version = torch.version.cuda
     driver = f"its driver is older than torch's CUDA {version}, or its container was started without the driver"
     return ClusterError(

@@ -127,7 +127,7 @@ def close_unless_interrupted(close: Callable[[], object]) -> None:
 
 
 def wait_for_close() -> None:
-    """Wait for a close that continues after a signal has ended its caller's wait. SIGINT ends this wait too.
+    """Wait until `close_unless_interrupted`, whose wait a signal has ended, has closed. SIGINT ends this wait too.
 
     An error of the close is not raised here.
     """
