@@ -692,7 +692,7 @@ SELDOM = {
 """Section -> names of its fields that few recipes change. `recipe show` prints these fields last in their section."""
 
 READ_OF_DISTILL = {
-    "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation average_decay "
+    "dm": "ipc iterations learning_rate_images real_batch initial initial_step_size augmentation average_decay "
     "options validate_every validation_seeds checkpoint_every continue_from",
     "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
