@@ -827,7 +827,7 @@ class ClusterConfig(WorkerShape):
     progress_timeout: Annotated[float, Field(ge=0.1, le=7 * 86_400)] = 3600.0
     """Seconds without a step before a worker counts as stuck; later 20 times its slowest step if that is shorter."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
-    """Seconds to wait for free resources; null: no limit if nodes start on demand, else 60."""
+    """Seconds to wait for free resources and for nodes that start on demand; null: 60."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for another command that works on the same run; 0 refuses at once."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0

@@ -570,21 +570,15 @@ def test_tasks_that_are_added_meanwhile_are_run(executor: Executor) -> None:
 
 
 def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too few workers are refused, unless an autoscaler can start nodes for them or the recipe says to wait."""
+    """Too few workers are refused, unless the recipe says to wait for nodes."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
-    from datm_ray.runtime.ray.compat import NodeType
 
     monkeypatch.setattr(ray, "nodes", list)
     with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
         ray_cluster.Nodes(ClusterConfig()).require(4)
     assert ray_cluster.Nodes(ClusterConfig()).patience() == ray_cluster.SHORT_WAIT
     ray_cluster.Nodes(ClusterConfig(wait_for_nodes=600.0)).require(4)
-    monkeypatch.setattr(ray_cluster, "node_types", lambda: [NodeType({"CPU": 64.0, "GPU": 8.0}, 1)])
-    nodes = ray_cluster.Nodes(ClusterConfig())
-    nodes.require(4)
-    assert nodes.patience() == float("inf")
-    assert nodes.planned() == (64, 64)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}])
     shapes = ClusterConfig(gpus_per_worker=1.0, light=WorkerShape(gpus_per_worker=0.25))
     assert [ray_cluster.Nodes(shapes, light=light).capacity() for light in (False, True)] == [2, 8]

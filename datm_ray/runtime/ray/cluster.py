@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import re
 import socket
@@ -24,12 +23,10 @@ from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
-    NodeType,
     keep_off_standard_output,
     keep_token_private,
     knows_labels,
     limit_node_search,
-    node_types,
     runs_a_node,
 )
 from datm_ray.words import counted
@@ -47,7 +44,7 @@ PROBE_TIMEOUT = 2.0
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
 SHORT_WAIT = 60.0
-"""Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
+"""Seconds to wait for free resources without `cluster.wait_for_nodes`. Stopped workers free theirs sooner."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
@@ -236,8 +233,6 @@ class Nodes:
         """Live nodes by identifier."""
         self._fits: dict[str, int] = {}
         """Result of `fits` for these nodes."""
-        self._kinds: list[NodeType] = []
-        """Kinds of nodes that the autoscaler can start."""
         self._checked = float("-inf")
 
     def fits(self) -> dict[str, int]:
@@ -255,7 +250,7 @@ class Nodes:
             self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
             held = {name: fitting(each.resources, self._cluster) for name, each in self._chosen().items()}
             self._fits = {name: held.get(name, 0) for name in self._nodes}
-            self._kinds, self._checked = [each for each in node_types() if each.nodes], time.monotonic()
+            self._checked = time.monotonic()
         return self._nodes
 
     def _chosen(self) -> dict[str, _Node]:
@@ -289,65 +284,28 @@ class Nodes:
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
-    def elsewhere(self, nodes: Collection[str]) -> float:
-        """Largest number of workers that the cluster can hold outside of `nodes`, with nodes that can still start."""
-        return self.most() - sum(self.fits().get(node, 0) for node in nodes)
-
-    def growth(self) -> float:
-        """Number of workers that all nodes of an autoscaler can hold, running ones included.
-
-        Labels do not count, because an autoscaler does not say which ones its nodes will have.
-        """
-        self._alive()
-        held = ((fitting(each.resources, self._cluster), each.nodes) for each in self._kinds)
-        return sum(workers * nodes for workers, nodes in held if workers)
-
-    def most(self) -> float:
-        """Largest number of workers that the cluster can hold: `growth`, and nodes that no autoscaler starts.
-
-        Nodes that an autoscaler has already started are part of `growth`.
-        """
-        fits = self.fits()
-        standing = (
-            fits.get(name, 0)
-            for name, node in self._alive().items()
-            if not any(each.has_started(node.resources, node.labels) for each in self._kinds)
-        )
-        return sum(standing) + self.growth()
-
-    def may_grow(self) -> bool:
-        """True if an autoscaler can start nodes that hold workers."""
-        return self.growth() > 0
+    def elsewhere(self, nodes: Collection[str]) -> int:
+        """Number of workers that the running nodes outside of `nodes` can hold."""
+        return self.capacity() - sum(self.fits().get(node, 0) for node in nodes)
 
     def patience(self) -> float:
-        """Seconds to wait for free resources.
-
-        This is `cluster.wait_for_nodes` if it is set, else infinite if an autoscaler can start nodes, else 60.
-        """
-        if self._cluster.wait_for_nodes is not None:
-            return self._cluster.wait_for_nodes
-        return math.inf if self.may_grow() else SHORT_WAIT
+        """Seconds to wait for free resources: `cluster.wait_for_nodes`, else 60."""
+        return SHORT_WAIT if self._cluster.wait_for_nodes is None else self._cluster.wait_for_nodes
 
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect, and how many of them the largest node holds; at least 1 each.
 
-        The number is `cluster.workers` if it is set. Otherwise it is all that fit the cluster, with the nodes that its
-        autoscaler can start. If the autoscaler has no limit, only running nodes count.
+        They are `cluster.workers`, else all that fit the running nodes.
         """
-        most, kinds = self.most(), [fitting(each.resources, self._cluster) for each in self._kinds]
-        workers = self._cluster.workers or max(1, self.capacity(), 0 if math.isinf(most) else int(most))
-        largest = max([1, *self.fits().values(), *kinds])
-        return workers, min(workers, largest)
+        workers = self._cluster.workers or max(1, self.capacity())
+        return workers, min(workers, max([1, *self.fits().values()]))
 
     def require(self, workers: int, what: str = "") -> None:
-        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time.
+        """Raise a `ClusterError` if the running nodes cannot hold `workers` workers, unless the recipe waits for more.
 
-        Nodes that an autoscaler can start count too. With `cluster.wait_for_nodes` no error is raised, because any
-        node may come.
+        Ray's autoscalers do not say which nodes they can start, so only `cluster.wait_for_nodes` waits for nodes.
         """
-        if self._cluster.wait_for_nodes or self.capacity() >= workers:
-            return
-        if self.most() < workers:
+        if not self._cluster.wait_for_nodes and self.capacity() < workers:
             raise self._too_few(workers, what)
 
     def _too_few(self, workers: int, what: str) -> ClusterError:
@@ -387,21 +345,19 @@ class Nodes:
 
 
 def default_gpus(cluster: ClusterConfig) -> float:
-    """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has or can start GPUs, else 0.
+    """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has GPUs, else 0.
 
     Nodes without `cluster.labels` do not count. If `cluster.device` is "cpu", the result is 0.
     """
     chosen = [node for node in ray.nodes() if node["Alive"] and matches(node.get("Labels", {}), cluster.labels)]
-    offered = [*(node["Resources"] for node in chosen), *(each.resources for each in node_types() if each.nodes)]
-    has_gpus = any(each.get("GPU", 0) > 0 for each in offered)
+    has_gpus = any(node["Resources"].get("GPU", 0) > 0 for node in chosen)
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 
 def _wait_for_first_node(cluster: ClusterConfig) -> None:
     """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes` seconds.
 
-    Its GPUs decide whether each worker gets a GPU. There is no wait if `cluster.wait_for_nodes` is not set, or if the
-    autoscaler says which nodes it can start.
+    There is no wait if `cluster.wait_for_nodes` is not set.
 
     Raises:
         ClusterError: no node has started in time.
@@ -409,7 +365,7 @@ def _wait_for_first_node(cluster: ClusterConfig) -> None:
     nodes, seconds = Nodes(cluster.given_gpus(0.0)), cluster.wait_for_nodes or 0.0
     key = "gpus_per_worker" if cluster.gpus_per_worker is None else "light.gpus_per_worker"
     remedy = f"set cluster.{key} to 1, or to 0 for CPUs; nodes on demand start only then"
-    if not seconds or nodes.may_grow() or nodes.capacity():
+    if not seconds or nodes.capacity():
         return
     _log.warning("waiting up to %.0f s for the first node, to see if workers get a GPU each. Else %s", seconds, remedy)
     end = time.monotonic() + seconds

@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import ray
 
@@ -112,50 +110,6 @@ def keep_off_standard_output(*, shown: bool) -> None:
     elif shown and hasattr(worker, "print_worker_logs"):
         show = worker.print_worker_logs
         worker.print_worker_logs = lambda data, _stream, *more: show(data, sys.stderr, *more)
-
-
-class NodeType(NamedTuple):
-    """Kind of node that an autoscaler can start."""
-
-    resources: dict[str, float]
-    """All resources of one such node."""
-    nodes: float
-    """Largest number of such nodes, running ones included; infinite without a limit."""
-    group: str = ""
-    """Name of the autoscaler's group of such nodes; "" if it does not say."""
-
-    def has_started(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> bool:
-        """True if a running node is of this kind: by the label of its group, else by equal resources.
-
-        A head is never of this kind, because no autoscaler starts it.
-
-        Args:
-            resources: all resources of the node.
-            labels: labels of the node.
-        """
-        if "node:__internal_head__" in resources:
-            return False
-        if self.group and labels.get("ray.io/node-group"):
-            return labels["ray.io/node-group"] == self.group
-        return all(resources.get(name) == amount for name, amount in self.resources.items())
-
-
-def node_types() -> list[NodeType]:
-    """Kinds of nodes that the cluster's autoscaler can start; empty if it does not say.
-
-    Up to Ray 2.60, Ray's own autoscalers for `ray up` and KubeRay do not say it.
-    """
-    with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
-        config = ray._private.state.state.get_cluster_config()
-        return [_node_type(group, config.max_resources) for group in config.node_group_configs] if config else []
-    return []
-
-
-def _node_type(group: Any, limits: Mapping[str, float]) -> NodeType:
-    """Node type of an autoscaler's group; `limits` are the largest amounts of resources in the whole cluster."""
-    resources = {name: float(amount) for name, amount in group.resources.items() if amount}
-    shares = [limits[name] // amount for name, amount in resources.items() if name in limits]
-    return NodeType(resources, min([math.inf if group.max_count < 0 else group.max_count, *shares]), group.name)
 
 
 def draining_nodes() -> set[str]:

@@ -104,8 +104,7 @@ class RayExecutor:
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
-        more = ", more as nodes start" if self.nodes.may_grow() and cluster.workers is None else ""
-        self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{more}{where}"
+        self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{where}"
 
     @property
     def workers(self) -> int:
@@ -468,7 +467,7 @@ class _Stage:
     def _avoided(self, job: _Job, size: int = 1) -> set[str]:
         """Nodes that failed this task since it last saved new work, and nodes with `FAULTS_OF_A_NODE` losses in a row.
 
-        The set is empty if the other nodes, running or to come, cannot hold the task's `size` workers.
+        The set is empty if the other running nodes cannot hold the task's `size` workers.
         """
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
         return bad if bad and knows_labels() and self._nodes_of(job.task).elsewhere(bad) >= size else set()

@@ -117,7 +117,6 @@ class Simulation:
         monkeypatch.setattr(ray_executor, "time", self.clock)
         monkeypatch.setattr(ray_cluster, "time", self.clock)
         monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
-        monkeypatch.setattr(ray_cluster, "node_types", list)
         monkeypatch.setattr(ray, "nodes", self._ray_nodes)
         monkeypatch.setattr(ray_executor, "draining_nodes", set)
         monkeypatch.setattr(PoolWorker, "start", self._request(Worker))

@@ -17,14 +17,13 @@ from unittest import mock
 import pytest
 import ray
 from ray._raylet import node_labels_match_selector
-from ray.core.generated import autoscaler_pb2
 
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import Task
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
-from datm_ray.runtime.ray.compat import NOT_A_NODE, NodeType, limit_node_search
+from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 from datm_ray.runtime.ray.pool import Stage
 
 
@@ -157,74 +156,6 @@ def test_options_and_resources_of_a_worker() -> None:
     assert (fitting(node, CHOSEN), fitting(node | {"accelerator_type:A100": 1.0}, CHOSEN)) == (0, 3)
 
 
-def autoscaler(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], *groups: tuple[int, dict[str, int]]) -> None:
-    """Give Ray's state an autoscaler's word of what it can start: largest count and resources of each group."""
-    found = autoscaler_pb2.ClusterConfig(max_resources=limits)
-    for count, resources in groups:
-        found.node_group_configs.add(max_count=count, resources=resources)
-    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: found)
-    monkeypatch.setattr(ray, "nodes", list)
-
-
-POD = {"CPU": 7, "GPU": 1}
-
-
-@pytest.mark.parametrize(
-    ("count", "limits", "settings", "workers"),
-    [
-        (16, {}, {"threads_per_worker": 7, "gpus_per_worker": 1.0}, 16),
-        (16, {}, {"threads_per_worker": 3, "gpus_per_worker": 0.5}, 32),
-        (16, {"GPU": 4}, {"gpus_per_worker": 1.0}, 4),
-        (16, {}, {"threads_per_worker": 8}, 0),
-        (16, {}, {"gpus_per_worker": 2.0}, 0),
-        (0, {}, {}, 0),
-        (-1, {}, {"gpus_per_worker": 1.0}, 10**6),
-        (-1, {}, {"threads_per_worker": 8}, 0),
-    ],
-)
-def test_a_worker_must_fit_one_node_that_an_autoscaler_starts(
-    monkeypatch: pytest.MonkeyPatch, count: int, limits: dict[str, int], settings: dict[str, Any], workers: int
-) -> None:
-    """Workers are waited for up to the number that single nodes can hold, whatever the nodes have together."""
-    autoscaler(monkeypatch, limits, (count, POD), (3, {"CPU": 0}))
-    nodes = ray_cluster.Nodes(ClusterConfig(**settings))
-    assert nodes.may_grow() == bool(workers)
-    assert nodes.patience() == (float("inf") if workers else ray_cluster.SHORT_WAIT)
-    if workers:
-        nodes.require(workers)
-    if count >= 0:
-        with pytest.raises(ClusterError, match="do not fit"):
-            nodes.require(workers + 1)
-
-
-@pytest.mark.parametrize("group", [None, "", "pods", "others"])
-def test_nodes_that_an_autoscaler_has_started_count_once(monkeypatch: pytest.MonkeyPatch, group: str | None) -> None:
-    """Running nodes of an autoscaler's group count to its limit. A head and nodes of no group count beside it."""
-    labels = {"ray.io/node-group": group} if group else {}
-    autoscaler(monkeypatch, {}, (4, POD), (0, {"CPU": 3, "GPU": 1}))
-    if group is not None:
-        ray._private.state.state.get_cluster_config().node_group_configs[0].name = "pods"
-    found = [node(str(i), labels, CPU=7.0, GPU=1.0, memory=2.0**34) for i in range(2)]
-    monkeypatch.setattr(ray, "nodes", lambda: found)
-    cluster, standing = ClusterConfig(gpus_per_worker=1.0), 2 * (group == "others")
-    head = node("head", {}, CPU=7.0, GPU=1.0, **{"node:__internal_head__": 1.0})
-    for more in ([], [head, node("own", {}, CPU=3.0, GPU=1.0)]):
-        found += more
-        standing += len(more)
-        ray_cluster.Nodes(cluster).require(4 + standing)
-        with pytest.raises(ClusterError, match="do not fit"):
-            ray_cluster.Nodes(cluster).require(5 + standing)
-
-
-def test_gpus_of_nodes_on_demand_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers get a GPU by default where an autoscaler can start nodes with one, also before the first node."""
-    for count, gpus in ((16, 1.0), (0, 0.0)):
-        autoscaler(monkeypatch, {}, (count, POD))
-        assert ray_cluster.default_gpus(ClusterConfig()) == gpus
-    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: None)
-    assert ray_cluster.default_gpus(ClusterConfig()) == 0.0
-
-
 @pytest.mark.parametrize(("gpus", "expected"), [(2.0, 1.0), (0.0, 0.0)])
 def test_the_first_node_decides_if_workers_get_a_gpu(
     monkeypatch: pytest.MonkeyPatch, gpus: float, expected: float
@@ -235,7 +166,6 @@ def test_the_first_node_decides_if_workers_get_a_gpu(
     clock.sleep.side_effect = lambda _: found.append(node("a", {}, CPU=4.0, GPU=gpus))
     monkeypatch.setattr(ray_cluster, "time", clock)
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.0)
-    monkeypatch.setattr(ray_cluster, "node_types", list)
     monkeypatch.setattr(ray, "nodes", lambda: found)
     assert with_gpus(ClusterConfig(wait_for_nodes=99.0)).gpus_per_worker == expected
     assert clock.sleep.call_count == 1
@@ -244,7 +174,6 @@ def test_the_first_node_decides_if_workers_get_a_gpu(
 def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no node starts in time, one line says which key decides about GPUs; with that key there is no wait."""
     monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(ray_cluster, "node_types", list)
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
     with pytest.raises(ClusterError, match=r"within 0\.05 s\. .* Set cluster\.gpus_per_worker to 1, or to 0 for CPUs"):
         with_gpus(ClusterConfig(wait_for_nodes=0.05))
@@ -255,13 +184,12 @@ def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypa
         with_gpus(ClusterConfig(wait_for_nodes=0.05, **settings))
 
 
-def test_plans_count_the_nodes_of_the_moment_and_those_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of workers follows nodes that start after the executor, and what the autoscaler may start at most."""
+def test_plans_count_the_nodes_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of workers follows nodes that start after the executor."""
     executor = object.__new__(ray_executor.RayExecutor)
     cluster, found = ClusterConfig(), list[Any]()
     executor.cluster, (executor.nodes, executor.light_nodes) = cluster, both(cluster)
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
-    monkeypatch.setattr(ray_cluster, "node_types", list)
     monkeypatch.setattr(ray, "nodes", lambda: found)
 
     def planned() -> tuple[int, int, int]:
@@ -270,9 +198,6 @@ def test_plans_count_the_nodes_of_the_moment_and_those_to_come(monkeypatch: pyte
     assert planned() == (1, 1, 1)
     found += [node(name, {}, CPU=4.0) for name in "ab"]
     assert planned() == (8, 4, 8)
-    for count, workers in ((16, 16 * 8 + 8), (float("inf"), 8)):
-        monkeypatch.setattr(ray_cluster, "node_types", lambda count=count: [NodeType({"CPU": 8.0}, count)])
-        assert planned() == (workers, 8, workers)
 
 
 def test_gpus_of_nodes_without_the_labels_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,10 +278,9 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
 
 
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray is asked once what its autoscaler can start, for any number of tasks; light workers count for light tasks."""
+    """Ray is asked once for its nodes, for any number of tasks; light workers count for light tasks."""
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 60.0)
-    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=2.0)])
-    monkeypatch.setattr(ray_cluster, "node_types", mock.Mock(return_value=[]))
+    monkeypatch.setattr(ray, "nodes", mock.Mock(return_value=[node("a", {}, CPU=2.0)]))
     monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
     executor = object.__new__(ray_executor.RayExecutor)
     executor.cluster = ClusterConfig(light=WorkerShape(labels={"tier": "small"}))
@@ -369,7 +293,7 @@ def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
     run(2)
     with pytest.raises(ClusterError, match=r"0: 3 workers .* do not fit"):
         run(3)
-    assert ray_cluster.node_types.call_count == 1
+    assert ray.nodes.call_count == 1
     with pytest.raises(ClusterError, match=r"0: no node has the labels of cluster\.light\.labels"):
         run(1, is_light=True)
 

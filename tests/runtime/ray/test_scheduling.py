@@ -13,10 +13,9 @@ from ray.exceptions import RayActorError
 from datm_ray.config.plugins import imported
 from datm_ray.errors import ClusterError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
 from datm_ray.runtime.executor import Failed, Progress, Resized, Stopped, Task
-from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor, ranks
-from datm_ray.runtime.ray.compat import NodeType
+from datm_ray.runtime.ray import executor as ray_executor, ranks
 from datm_ray.runtime.ray.pool import PoolWorker
-from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker, refused
+from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker
 
 HOUR = 3600.0
 
@@ -69,19 +68,6 @@ def test_nodes_are_forgiven_where_others_hold_the_rest_and_nothing_runs(monkeypa
     run.turn(5.0, turns=6)
     assert run.places("task") == ["bad"]
     assert run.notes()[-1].startswith("task: no other node became free")
-
-
-def test_a_node_that_may_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only live node is avoided for as long as a node takes to start, if an autoscaler can start another one."""
-    run = Simulation(monkeypatch, {"bad": 1}, alone("task"))
-    monkeypatch.setattr(ray_cluster, "node_types", lambda: [NodeType({"CPU": 1.0}, 2)])
-    run.turn(turns=2)
-    run.lose("task")
-    run.turn(30.0, turns=10)
-    assert [refused(each.options) for each in run.waiting] == [{"bad"}]
-    run.nodes["new"] = 1
-    run.turn(turns=2)
-    assert run.places("task") == ["new"]
 
 
 MOUNT = StoreError("cannot write /shared/store: No such file or directory")
