@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -322,38 +321,6 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
-    def get_single_node(self) -> yaml.Node | None:
-        """Root node of the document. Aliases that expand to too many nodes are an error."""
-        node = super().get_single_node()
-        if node is not None and _written_out(node, {}) > _LARGEST_TEXT:
-            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too much", node.start_mark)
-        return node
-
-
-def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """Number of nodes in `node`, itself included, with all aliases expanded; infinite if a node contains itself.
-
-    Args:
-        known: id of each node counted so far -> its number of nodes.
-    """
-    if id(node) not in known:
-        known[id(node)] = math.inf  # marks a node that is being counted
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        inner = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
-        known[id(node)] = 1 + sum(_written_out(each, known) for each in inner)
-    return known[id(node)]
-
-
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """Integer of at most 128 bits. Larger integers are an error, because Python refuses to print the largest."""
-    value = int(loader.construct_yaml_int(node)) if len(node.value) < 100 else 2**128
-    if abs(value) >= 2**128:
-        raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
-    return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
 
 class _Dumper(yaml.SafeDumper):
     """YAML writer that quotes text which `_Loader` would read as something else."""
@@ -369,7 +336,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-_LARGEST_TEXT = 2**16  # most characters, and most values, of a recipe: PyYAML takes quadratic time for some
+_LARGEST_TEXT = 2**16  # most characters of a recipe: PyYAML takes quadratic time for some
 
 
 def _read_yaml(text: str, origin: str) -> Any:
