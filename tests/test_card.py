@@ -35,7 +35,7 @@ from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
 from datm_ray.report.card import as_markdown, card, is_card
-from datm_ray.report.results import Cell, Line, Table, read_run
+from datm_ray.report.results import Cell, Line, Table
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
@@ -232,7 +232,7 @@ def test_an_unfinished_publication_keeps_the_earlier_card(summary: RunSummary, t
 def test_no_other_warning_changes_a_card(summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A learning rate counts as chosen by the set's own data, whatever another module warns of meanwhile."""
     artifact = load(tmp_path / "runs/toys-ipc2" / SYNTHETIC)
-    expected = card(read_run(summary), artifact)
+    expected = card(summary, artifact)
     assert "neither learned" not in expected
 
     def warning_too(*given: Any) -> Schedule:
@@ -241,7 +241,7 @@ def test_no_other_warning_changes_a_card(summary: RunSummary, tmp_path: Path, mo
 
     monkeypatch.setattr("datm_ray.artifact.schedule_of", warning_too)
     with pytest.warns(DeprecationWarning, match="an old call"):
-        assert card(read_run(summary), artifact) == expected
+        assert card(summary, artifact) == expected
 
 
 def test_the_recipe_of_a_given_sets_card_scores_the_published_set(
@@ -313,7 +313,7 @@ def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path:
     """The card and the published set have the training noted by the evaluation; before, the card says what is not."""
     recipe = {"method": "select", "evaluate": {"protocol": "quick"}}
     unscored = dataclasses.replace(load(tmp_path / "runs/toys-ipc2" / SYNTHETIC), recipe=recipe)
-    assert "learning_rate 0.0123, which was neither learned nor chosen\n" in card(read_run(summary), unscored)
+    assert "learning_rate 0.0123, which was neither learned nor chosen\n" in card(summary, unscored)
     chosen = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
     (summary.folder / SCORING).write_json(chosen.to_json())
     files = published_files(summary)

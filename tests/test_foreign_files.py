@@ -33,7 +33,7 @@ from PIL import Image, features
 from safetensors.torch import save_file as save_weights
 
 from datm_ray.artifact import KIND, SCORING, export, load, save_artifact
-from datm_ray.cli.stores import _expert_lines
+from datm_ray.cli.stores import _expert_facts, _expert_lines
 from datm_ray.config import DistillConfig, to_yaml
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.experts import ExpertState
@@ -127,7 +127,8 @@ def write_expert(folder: Path) -> Path:
 
 def read_expert(path: Path) -> object:
     group = group_of(path)
-    lines = _expert_lines(group, 0, with_recipe=True)
+    facts = _expert_facts(group, 0)
+    lines = [*_expert_lines(facts, with_recipe=True), facts["damage"]]
     snapshots = [group.read_snapshot(0, epoch) for epoch in group.read_info(0).epochs]
     return [lines, *((each.epoch, each.step, each.params, each.buffers) for each in snapshots)]
 

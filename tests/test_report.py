@@ -44,12 +44,11 @@ from datm_ray.report import (
     accuracy_table,
     fair_table,
     networks_table,
-    results,
     write_report,
     write_summary,
 )
 from datm_ray.report.differences import differences
-from datm_ray.report.results import Maps, read_run, shown_rows
+from datm_ray.report.results import Maps, shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT
@@ -274,8 +273,7 @@ def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pyte
         fair_rows=[Score(row, (0.5, 0.6), 1.0, Spent()) for row in FAIR_ROWS],
     )
     one = np.zeros((1, 1, 6, 6), np.float32)
-    with_maps = dataclasses.replace(read_run(run), maps=Maps(["convnet"], [0], (one, one), (0.1, 0.2), 0.5))
-    monkeypatch.setattr(results, "read_run", lambda _: with_maps)
+    monkeypatch.setattr(RunSummary, "maps", Maps(["convnet"], [0], (one, one), (0.1, 0.2), 0.5))
     (written,) = write_summary(out, [run]).read_json()
     assert set(written["test_accuracy"]) == {*ROWS, *FAIR_ROWS}
     found = keys_below({**written, "test_accuracy": list(written["test_accuracy"].values())})

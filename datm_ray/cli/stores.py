@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,19 +81,13 @@ def _bytes(group: ExpertGroup, numbers: Iterable[int]) -> int:
 @store_app.command("show")
 def store_show(uri: StoreUri, json_: Json = False) -> None:
     """Show the recipe, epochs, loss and size of every expert."""
-    from datm_ray.errors import CorruptFileError
-
     if json_:
         print_json([_expert_facts(group, number) for group in _groups(uri) for number in group.experts()])
         return
     for group in _groups(uri):
         print(group.key)
         for place, number in enumerate(group.experts()):
-            try:
-                lines = _expert_lines(group, number, with_recipe=place == 0)
-            except CorruptFileError as failure:
-                lines = [f"  expert {number:>5}: damaged: {failure.fact}"]
-            print("\n".join(lines))
+            print("\n".join(_expert_lines(_expert_facts(group, number), with_recipe=place == 0)))
 
 
 def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
@@ -118,24 +112,26 @@ def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
     }
 
 
-def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
+def _expert_lines(facts: Mapping[str, Any], *, with_recipe: bool) -> list[str]:
+    """Lines about an expert from `_expert_facts`, with its group's recipe first if asked."""
     import math
 
     from datm_ray.store.trajectories import epochs_in_words
 
-    info, progress = group.read_info(number), group.read_progress(number)
-    lines = []
+    expert = f"  expert {facts['expert']:>5}"
+    if facts["damage"]:
+        return [f"{expert}: damaged: {facts['damage']}"]
+    lines, recipe = [], facts["recipe"]
     if with_recipe:
-        buffers = f"   buffers {info.buffer_count:,}" if info.buffer_count else ""
-        lines.append(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
-        for section, values in info.recipe.items():
+        buffers = f"   buffers {facts['buffers']:,}" if facts["buffers"] else ""
+        lines.append(f"  parameters {facts['parameters']:,}{buffers}   {facts['storage']}   format {facts['format']}")
+        for section, values in recipe.items():
             values = values if isinstance(values, dict) else {"": values}
             lines.append(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
-    result = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
-    if math.isfinite(progress.test_accuracy[-1]):
-        result += f", test accuracy {progress.test_accuracy[-1]:.4f}"
-    size = data_size(group.size(number))
-    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {result}, {size}"]
+    result = "imported" if "imported" in recipe else f"final train loss {facts['train_loss']:.4f}"
+    if math.isfinite(facts["test_accuracy"]):
+        result += f", test accuracy {facts['test_accuracy']:.4f}"
+    return [*lines, f"{expert}: {epochs_in_words(facts['epochs'])}, {result}, {data_size(facts['bytes'])}"]
 
 
 @store_app.command("verify")

@@ -70,7 +70,7 @@ class Account:
         self._device = device
         self._gpus = (cluster.gpus_per_worker or 1.0) if device.type == "cuda" else 0.0
         _forget_peak(device)
-        self._before = self._read()
+        self._before, self._moved = self._read(), traffic()
 
     def spent(self) -> Spent:
         """Cost since the construction or the last `lap`. The peak memory is always the peak since the construction."""
@@ -84,6 +84,12 @@ class Account:
         """Return the cost since the construction or the last `lap`, and start a new lap."""
         found, self._before = self.spent(), self._read()
         return found
+
+    def metrics(self) -> dict[str, float]:
+        """Files read and written since the construction, and peak memory in bytes, for `Progress.metrics`."""
+        moved = dataclasses.asdict(traffic() - self._moved)
+        sums = {f"datm_ray_store_{name}_total": float(value) for name, value in moved.items()}
+        return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}
 
     @staticmethod
     def _read() -> tuple[float, float, float, float]:

@@ -15,7 +15,7 @@ from datm_ray.config import RunConfig, unread_keys
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, template, what_was_done
-from datm_ray.report.results import Run, RunSummary, Table, accuracies, cost_lines, network_accuracies, read_run
+from datm_ray.report.results import RunSummary, Table, accuracies, cost_lines, network_accuracies
 from datm_ray.words import one_line
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
@@ -30,21 +30,20 @@ PREVIEW_PIXELS = 96
 """Width of one image in preview.png up to which small images are enlarged."""
 
 
-def published_files(summary: RunSummary, earlier: str = "", *, transform: bool = True) -> dict[str, bytes]:
+def published_files(run: RunSummary, earlier: str = "", *, transform: bool = True) -> dict[str, bytes]:
     """Files with which a finished set is published, by name: preview, Parquet, safetensors, and last the card of these.
 
     Args:
-        summary: the run.
+        run: the run.
         earlier: text of an earlier card, whose licence the new one keeps; "" if there is none.
         transform: False to leave a large transform out of safetensors, see `without_transform`.
 
     Raises:
         RunDirectoryError: the run has no synthetic set yet, or the earlier card's licence cannot be read.
     """
-    run = read_run(summary)
     if run.synthetic is None:
         raise RunDirectoryError(
-            f"{summary.folder.uri} holds no synthetic set",
+            f"{run.folder.uri} holds no synthetic set",
             "its distillation is not finished",
             "run the same `datm-ray run` again: it resumes",
         )
@@ -54,17 +53,17 @@ def published_files(summary: RunSummary, earlier: str = "", *, transform: bool =
     return files | EXPORTS["safetensors"](everything) | {CARD: text.encode(errors="replace")}
 
 
-def card(run: Run, artifact: Artifact, *, is_whole: bool = True) -> str:
+def card(run: RunSummary, artifact: Artifact, *, is_whole: bool = True) -> str:
     """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made.
 
     Args:
         is_whole: False if the set's safetensors file leaves the transform out.
     """
-    summary, images = run.summary, len(artifact.images)
+    images = len(artifact.images)
     channels, height, width = artifact.images.shape[1:]
-    rows = accuracies([summary])
+    rows = accuracies([run])
     return template("card.md.j2").render(
-        title=one_line(f"{run.config.name}: {run.dataset} distilled to {images:,} images"),
+        title=one_line(f"{run.config.name}: {run.dataset_name} distilled to {images:,} images"),
         size=next((name for bound, name in SIZES.items() if images < bound), "n>1M"),
         method=run.config.method.rpartition(":")[2],
         done=one_line(what_was_done(run)),
@@ -75,12 +74,12 @@ def card(run: Run, artifact: Artifact, *, is_whole: bool = True) -> str:
         is_whole=is_whole,
         source=_source(run.config),
         teacher=_taught(artifact),
-        table=as_markdown(rows) if summary.scores else "",
-        networks=as_markdown(network_accuracies(summary)) if summary.networks else "",
+        table=as_markdown(rows) if run.scores else "",
+        networks=as_markdown(network_accuracies(run)) if run.networks else "",
         facts=[(name, one_line(value)) for name, value in provenance_lines(artifact.provenance) if value],
-        costs=as_markdown(table) if (table := costs_of(cost_lines(summary))) else "",
+        costs=as_markdown(table) if (table := costs_of(cost_lines(run))) else "",
         recipe=yaml.safe_dump(_recipe(run.config), sort_keys=False, allow_unicode=True).strip(),
-        dataset=one_line(run.dataset),
+        dataset=one_line(run.dataset_name),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact
 from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
-from datm_ray.report.results import Run
+from datm_ray.report.results import RunSummary
 from datm_ray.words import counted
 
 Floats = NDArray[np.float64]
@@ -73,7 +73,7 @@ class Picture:
     caption: str
 
 
-def charts_of(run: Run) -> list[Picture]:
+def charts_of(run: RunSummary) -> list[Picture]:
     charts = []
     if run.history is not None:
         is_matching = "history.start" in run.history
@@ -130,7 +130,7 @@ def _tidy(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+def _loss_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration, skipped = history["history.iteration"] + 1, history["history.skipped"]
     loss: Floats = history["history.loss"]
     used = np.where(skipped | ~np.isfinite(loss), np.nan, loss)
@@ -183,7 +183,7 @@ def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
     )
 
 
-def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+def _start_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture:
     starts, skipped = history["history.start"], history["history.skipped"]
     allowed = run.config.distill.start_epochs
     iteration = history["history.iteration"]
@@ -229,7 +229,7 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     )
 
 
-def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+def _validation_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration, accuracy = history["validation.iteration"], 100 * history["validation.accuracy"]
     kept = int(np.flatnonzero(iteration == history["validation.chosen_at"])[0])
 
@@ -261,7 +261,7 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     )
 
 
-def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+def _step_size_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration = np.append(0, history["history.iteration"] + 1)
     learned = history["history.step_size"]
     steps = np.append(run.initial.step_size if run.initial else learned[0], learned)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datm_ray.artifact import Artifact
-from datm_ray.report.results import Run
+from datm_ray.report.results import RunSummary
 
 IMAGES_SHOWN, CLASSES_SHOWN = 10, 20
 """Largest number of images per class, and largest number of classes, in a gallery."""
@@ -34,7 +34,7 @@ class Gallery:
     """True if one pixel of an image covers several on the screen; it is then drawn as a sharp square."""
 
 
-def galleries(run: Run) -> list[Gallery]:
+def galleries(run: RunSummary) -> list[Gallery]:
     if not run.total:
         return [_gallery("Chosen images", run.synthetic)] if run.synthetic is not None else []
     sets = ((run.before, run.initial), ("After: synthetic images", run.synthetic))
@@ -81,7 +81,7 @@ def _shown_rows(artifact: Artifact) -> list[list[int]]:
     return [np.flatnonzero(labels == label)[:IMAGES_SHOWN].tolist() for label in classes]
 
 
-def left_out(run: Run) -> str:
+def left_out(run: RunSummary) -> str:
     """Sentence on what the galleries leave out; "" if they show everything."""
     if run.latest is None:
         return ""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact
 from datm_ray.report.charts import MUTED, STYLE, Picture
 from datm_ray.report.gallery import data_uri
-from datm_ray.report.results import Maps, Run
+from datm_ray.report.results import Maps, RunSummary
 from datm_ray.words import percent
 
 IMAGES_DRAWN = 6
@@ -25,7 +25,7 @@ OPACITY = 0.55
 """Opacity of a map over its image, in [0, 1]."""
 
 
-def map_pictures(run: Run) -> list[Picture]:
+def map_pictures(run: RunSummary) -> list[Picture]:
     """One picture before and one after distillation; empty without MetaDD or before distillation is finished."""
     if run.maps is None:
         return []

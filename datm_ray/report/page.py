@@ -16,7 +16,6 @@ from datm_ray.report.results import (
     Cell,
     CostLine,
     Line,
-    Run,
     RunSummary,
     Table,
     accuracies,
@@ -25,7 +24,6 @@ from datm_ray.report.results import (
     fair_scores,
     find_score,
     network_accuracies,
-    read_run,
     share_of_full,
     shown_rows,
 )
@@ -42,7 +40,7 @@ def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
         CorruptFileError: a file of a run is damaged. A missing file is no error: the page states that it is missing.
     """
     place = out / "report.html"
-    page = render(sorted(map(read_run, runs), key=lambda run: run.unfinished))
+    page = render(sorted(runs, key=lambda run: run.unfinished))
     place.write_atomic(page.encode(errors="backslashreplace"))  # a class's name may not be valid UTF-8
     return place
 
@@ -57,23 +55,22 @@ def template(name: str) -> jinja2.Template:
     return environment.from_string(text)
 
 
-def render(runs: Sequence[Run]) -> str:
-    summaries = [run.summary for run in runs]
-    datasets = list(dict.fromkeys(run.dataset for run in runs))
+def render(runs: Sequence[RunSummary]) -> str:
+    datasets = list(dict.fromkeys(run.dataset_name for run in runs))
     return template("page.html.j2").render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
-        matching=any(run.summary.follows_experts for run in runs),
+        matching=any(run.follows_experts for run in runs),
         done=[what_was_done(run) for run in runs],
-        columns=[column_name(summary) for summary in summaries],
-        accuracies=accuracies(summaries),
-        skipped="" if "full" in shown_rows(summaries) else SKIPPED,
-        differences=differences([summary.config for summary in summaries]),
-        evaluated=any(summary.scores for summary in summaries),
+        columns=[column_name(run) for run in runs],
+        accuracies=accuracies(runs),
+        skipped="" if "full" in shown_rows(runs) else SKIPPED,
+        differences=differences([run.config for run in runs]),
+        evaluated=any(run.scores for run in runs),
         runs=[_run_view(run) for run in runs],
     )
 
 
-def _run_view(run: Run) -> dict[str, Any]:
+def _run_view(run: RunSummary) -> dict[str, Any]:
     # Imported here because matplotlib takes most of a second, and most commands draw no charts.
     from datm_ray.report.charts import charts_of
     from datm_ray.report.maps import map_pictures
@@ -85,14 +82,14 @@ def _run_view(run: Run) -> dict[str, Any]:
         "galleries": galleries(run),
         "left_out": left_out(run),
         "maps": map_pictures(run),
-        "networks": network_accuracies(run.summary) if run.summary.networks else None,
-        "fair": fair_scores([run.summary]) if run.summary.fair else None,
-        "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.summary.fair_rows],
+        "networks": network_accuracies(run) if run.networks else None,
+        "fair": fair_scores([run]) if run.fair else None,
+        "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.fair_rows],
         "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
         "recipe": _recipe(run),
         "provenance": provenance_lines(run.latest.provenance) if run.latest else [],
-        "costs": costs_of(cost_lines(run.summary)),
+        "costs": costs_of(cost_lines(run)),
     }
 
 
@@ -116,13 +113,13 @@ def _cost_cells(line: CostLine) -> dict[str, str]:
     }
 
 
-def what_was_done(run: Run) -> str:
+def what_was_done(run: RunSummary) -> str:
     """Description of one run in one sentence."""
-    config, real = run.config, run.summary.training_images
+    config, real = run.config, run.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
-    origin = f"{counted(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
+    origin = f"{counted(real, 'real image')} of {run.dataset_name}" if real else f"The images of {run.dataset_name}"
     experts = f"{counted(config.experts.count, 'expert')} trained for {counted(config.experts.epochs, 'epoch')} each"
-    taught = f"from {experts}, " if run.summary.follows_experts else ""
+    taught = f"from {experts}, " if run.follows_experts else ""
     done = f"distilled to {_size(run)}, {taught}in {counted(run.total, 'iteration')}"
     if config.method == "given":
         return f"{_size(run)}, made elsewhere, stand for {origin[:1].lower()}{origin[1:]}."
@@ -131,7 +128,7 @@ def what_was_done(run: Run) -> str:
     return f"{origin} {verb} {done}.{_kept(run)}"
 
 
-def _kept(run: Run) -> str:
+def _kept(run: RunSummary) -> str:
     """Sentence on the iteration whose set is kept, if it is not the last one; else ""."""
     if run.synthetic is None or run.history is None or "validation.chosen_at" not in run.history:
         return ""
@@ -141,18 +138,18 @@ def _kept(run: Run) -> str:
     return f" The set of iteration {chosen:,} is kept, which validation images chose."
 
 
-def _size(run: Run) -> str:
+def _size(run: RunSummary) -> str:
     """Number of synthetic images as text, also as a percentage of the real images if their number is known."""
     if run.latest is None:
         return f"{counted(run.config.distill.ipc, 'image')} per class"
-    synthetic, real = len(run.latest.images), run.summary.training_images
+    synthetic, real = len(run.latest.images), run.training_images
     return counted(synthetic, "synthetic image") + (f" ({percent(synthetic / real)})" if real else "")
 
 
-def _key_figures(run: Run) -> list[tuple[str, str]]:
+def _key_figures(run: RunSummary) -> list[tuple[str, str]]:
     """Pairs (value, meaning) for the strip below a run's name."""
     figures = []
-    real, scores = run.summary.training_images, run.summary.scores
+    real, scores = run.training_images, run.scores
     if run.synthetic is not None:
         synthetic = len(run.synthetic.images)
         share = f", {percent(synthetic / real)} of {real:,} real ones" if real else ""
@@ -167,7 +164,7 @@ def _key_figures(run: Run) -> list[tuple[str, str]]:
     return figures
 
 
-def _state(run: Run) -> str:
+def _state(run: RunSummary) -> str:
     """Progress of the run, in sentences."""
     total = run.total
     if run.synthetic is not None and not total:
@@ -198,8 +195,8 @@ def _state(run: Run) -> str:
             f"{counted(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: the "
             f"first-order decrease exceeded {run.config.distill.gradient_limit:g} times the loss."
         )
-    rows = shown_rows([run.summary])
-    missing = [title for row, title in rows.items() if find_score(run.summary.scores, row) is None]
+    rows = shown_rows([run])
+    missing = [title for row, title in rows.items() if find_score(run.scores, row) is None]
     if len(missing) == len(rows):
         sentences.append("Nothing is evaluated yet.")
     elif missing:
@@ -209,7 +206,7 @@ def _state(run: Run) -> str:
     return " ".join(sentences)
 
 
-def _recipe(run: Run) -> str:
+def _recipe(run: RunSummary) -> str:
     """Recipe as YAML. Comments give the values of `distill` that are null in it and were found by the run."""
     text = to_yaml(run.config).strip()
     for key, value in (run.latest.provenance.get(FOUND, {}) if run.latest else {}).items():

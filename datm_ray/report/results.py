@@ -10,14 +10,15 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, short_names
+from datm_ray.core.synthetic import hard_logits
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.report.differences import differences
-from datm_ray.report.sizes import SetBytes, set_bytes
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import ALL_ROWS, FIXED_ROWS, ROWS, TABLE_ROWS, fixed_rows
@@ -28,14 +29,26 @@ from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.methods.registry import iterations_of, trained_backbones
 from datm_ray.stages.prior import read_prior_cost
 from datm_ray.store.files.filesystem import Location
+from datm_ray.store.labels import LabelStore
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
 from datm_ray.words import data_size
 
 
 @dataclass(frozen=True)
+class SetBytes:
+    """Bytes of a set as networks are trained on it, without transform, names and provenance."""
+
+    images: int
+    """Bytes of the images in the type in which the set's file has them, 32-bit floats."""
+    labels: int | None
+    """Bytes of the labels: one class or k logits for each image, or the files of a label store. `None` if a teacher
+    labels every batch, so that no labels are kept, or if stored labels are not made yet."""
+
+
+@dataclass(frozen=True)
 class RunSummary:
-    """Part of a run's data that the caller gives. The report reads the rest from the run's folder."""
+    """Data of one run: fields that the caller gives, and properties that are read once from the run's folder."""
 
     config: RunConfig
     folder: Location
@@ -62,8 +75,29 @@ class RunSummary:
 
     @cached_property
     def stored(self) -> SetBytes | None:
-        """Bytes of the finished set and of its labels; `None` before there is a set."""
-        return set_bytes(self.config, self.synthetic, self.labels) if self.synthetic else None
+        """Bytes of the finished set and of the labels that score it; `None` before there is a set."""
+        if self.synthetic is None:
+            return None
+        if not self.config.evaluate.has_teacher:
+            return SetBytes(self.synthetic.images.nbytes, _own_labels(self.synthetic))
+        stored = None if self.labels is None else LabelStore(self.labels, keep=kept_labels(self.config)).nbytes
+        return SetBytes(self.synthetic.images.nbytes, stored)
+
+    @cached_property
+    def initial(self) -> Artifact | None:
+        """The set before the first iteration; `None` before there is one."""
+        return _artifact(self.folder / INITIAL)
+
+    @cached_property
+    def history(self) -> Mapping[str, NDArray[Any]] | None:
+        """Name -> column of the checkpoint's history; `None` if the checkpoint is missing or has no iteration."""
+        history = read_curves(self.folder) if (self.folder / CHECKPOINT).exists() else None
+        return None if history is None or not len(history["history.iteration"]) else history
+
+    @cached_property
+    def maps(self) -> Maps | None:
+        """Maps of MetaDD's networks; `None` without MetaDD, or before the distillation is finished."""
+        return _maps(self.folder / MAPS)
 
     @property
     def follows_experts(self) -> bool:
@@ -74,6 +108,66 @@ class RunSummary:
     def has_experts(self) -> bool:
         """False if the run has needed no trained networks, so that no row of the accuracy table has experts' labels."""
         return may_have_experts(self.folder)
+
+    @property
+    def latest(self) -> Artifact | None:
+        """The finished set, else the initial one; `None` before there is one."""
+        return self.synthetic or self.initial
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the data set from the caller, else from the synthetic set's file, else its source."""
+        named = self.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
+        return str(named or self.config.dataset.source)
+
+    @property
+    def before(self) -> str:
+        """Heading of the images before the first iteration."""
+        first = "noise" if self.config.distill.initial == "noise" else "real images"
+        return f"Before: {first}" + (", as the prior makes them" if self.config.prior else "")
+
+    @property
+    def learns_step_size(self) -> bool:
+        """True if the step size is learned, False if the recipe or the method keeps its initial value."""
+        has_course = self.history is None or "history.step_size" in self.history
+        return bool(self.total) and has_course and self.config.distill.learning_rate_step_size > 0
+
+    @property
+    def unfinished(self) -> tuple[bool, int]:
+        """Sort key: runs with a synthetic set come first, then runs with more rows in the accuracy table."""
+        return self.synthetic is None, -len(self.scores)
+
+    @property
+    def total(self) -> int:
+        """Number of iterations of the whole distillation; 0 if the initial set is the result."""
+        return iterations_of(self.config)
+
+    @property
+    def iterations(self) -> int:
+        """Number of iterations done, from the checkpoint; 0 without a checkpoint."""
+        return 0 if self.history is None else len(self.history["history.iteration"])
+
+    @property
+    def skipped(self) -> int:
+        return 0 if self.history is None else int(self.history["history.skipped"].sum())
+
+    @property
+    def diverged(self) -> int:
+        """Number of iterations skipped for any reason except a finite loss above `distill.threshold`."""
+        if self.history is None:
+            return 0
+        loss, skipped = self.history["history.loss"], self.history["history.skipped"]
+        if "history.start" not in self.history:  # no loss is above a threshold
+            return self.skipped
+        return int(diverged(loss, skipped, self.config.distill.threshold).sum())
+
+    @property
+    def shortened(self) -> int:
+        """Number of gradients that were scaled down to `distill.gradient_limit`, so far."""
+        limit = self.config.distill.gradient_limit
+        if self.history is None or limit is None or "history.decrease" not in self.history:
+            return 0
+        return int((self.history["history.decrease"] > limit).sum())
 
 
 @dataclass(frozen=True)
@@ -133,90 +227,6 @@ def _cost_line(title: str, score: Score) -> CostLine:
     return CostLine(title, score.n, score.spent, complete=score.cost is not None)
 
 
-@dataclass(frozen=True)
-class Run:
-    """All data that the page shows about one run."""
-
-    summary: RunSummary
-    initial: Artifact | None
-    synthetic: Artifact | None
-    history: Mapping[str, NDArray[Any]] | None
-    """Name -> column of the checkpoint's history; `None` if the checkpoint is missing or has no iteration."""
-    maps: Maps | None = None
-    """Maps of MetaDD's networks; `None` without MetaDD, or before the distillation is finished."""
-
-    @property
-    def config(self) -> RunConfig:
-        return self.summary.config
-
-    @property
-    def latest(self) -> Artifact | None:
-        return self.synthetic or self.initial
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set from the caller, else from the synthetic set's file, else its source."""
-        named = self.summary.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
-        return str(named or self.config.dataset.source)
-
-    @property
-    def before(self) -> str:
-        """Heading of the images before the first iteration."""
-        first = "noise" if self.config.distill.initial == "noise" else "real images"
-        return f"Before: {first}" + (", as the prior makes them" if self.config.prior else "")
-
-    @property
-    def learns_step_size(self) -> bool:
-        """True if the step size is learned, False if the recipe or the method keeps its initial value."""
-        has_course = self.history is None or "history.step_size" in self.history
-        return bool(self.total) and has_course and self.config.distill.learning_rate_step_size > 0
-
-    @property
-    def unfinished(self) -> tuple[bool, int]:
-        """Sort key: runs with a synthetic set come first, then runs with more rows in the accuracy table."""
-        return self.synthetic is None, -len(self.summary.scores)
-
-    @property
-    def total(self) -> int:
-        """Number of iterations of the whole distillation; 0 if the initial set is the result."""
-        return iterations_of(self.config)
-
-    @property
-    def iterations(self) -> int:
-        """Number of iterations done, from the checkpoint; 0 without a checkpoint."""
-        return 0 if self.history is None else len(self.history["history.iteration"])
-
-    @property
-    def skipped(self) -> int:
-        return 0 if self.history is None else int(self.history["history.skipped"].sum())
-
-    @property
-    def diverged(self) -> int:
-        """Number of iterations skipped for any reason except a finite loss above `distill.threshold`."""
-        if self.history is None:
-            return 0
-        loss, skipped = self.history["history.loss"], self.history["history.skipped"]
-        if "history.start" not in self.history:  # a method without a threshold
-            return self.skipped
-        return int(diverged(loss, skipped, self.config.distill.threshold).sum())
-
-    @property
-    def shortened(self) -> int:
-        """Number of gradients that were scaled down to `distill.gradient_limit`, so far."""
-        limit = self.config.distill.gradient_limit
-        if self.history is None or limit is None or "history.decrease" not in self.history:
-            return 0
-        return int((self.history["history.decrease"] > limit).sum())
-
-
-def read_run(summary: RunSummary) -> Run:
-    folder = summary.folder
-    history = read_curves(folder) if (folder / CHECKPOINT).exists() else None
-    if history is not None and not len(history["history.iteration"]):
-        history = None
-    return Run(summary, _artifact(folder / INITIAL), summary.synthetic, history, _maps(folder / MAPS))
-
-
 def _maps(place: Location) -> Maps | None:
     if not place.exists():
         return None
@@ -232,6 +242,12 @@ def _artifact(place: Location) -> Artifact | None:
     return read_artifact(place) if place.exists() else None
 
 
+def _own_labels(artifact: Artifact) -> int:
+    """Bytes of the labels in a set's file: classes if the soft labels say no more than they do, else logits."""
+    hard = hard_logits(artifact.labels, len(artifact.class_names))
+    return artifact.labels.nbytes if torch.equal(artifact.soft_labels, hard) else artifact.soft_labels.nbytes
+
+
 def write_summary(out: Location, summaries: Sequence[RunSummary]) -> Location:
     """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the file."""
     place = out / "summary.json"
@@ -240,11 +256,10 @@ def write_summary(out: Location, summaries: Sequence[RunSummary]) -> Location:
 
 
 def _summary(summary: RunSummary) -> dict[str, Any]:
-    run = read_run(summary)
-    latest = run.latest
+    latest = summary.latest
     return {
         "run": summary.config.name,
-        "dataset": run.dataset,
+        "dataset": summary.dataset_name,
         "training_images": summary.training_images,
         "synthetic_images": None if latest is None else len(latest.images),
         "bytes": None if summary.stored is None else dataclasses.asdict(summary.stored),
@@ -262,8 +277,8 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
         if summary.fair is None
         else {name: {"mean": statistics.fmean(v), "n": len(v), "seeds": list(v)} for name, v in fair_parts(summary)},
         "meta_feature_ratio": None
-        if run.maps is None
-        else dict(zip(("before", "after"), run.maps.ratios, strict=True)),
+        if summary.maps is None
+        else dict(zip(("before", "after"), summary.maps.ratios, strict=True)),
         "networks": [
             {
                 "network": scores.network.model_dump(),

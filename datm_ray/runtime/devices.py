@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import socket
@@ -20,7 +19,6 @@ from datm_ray.core.compute.precision import Precision, has_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
-from datm_ray.store.files.traffic import traffic
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:
@@ -166,19 +164,6 @@ def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -
 def free_gpu_memory() -> int:
     """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-class Meter:
-    """Meter of a worker's peak memory in bytes, and of its file reads and writes since the meter was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._before = device, traffic()
-
-    def measure(self) -> dict[str, float]:
-        """Measurements for `Progress.metrics`, by metric name."""
-        moved = traffic() - self._before
-        sums = {f"datm_ray_store_{name}_total": float(value) for name, value in dataclasses.asdict(moved).items()}
-        return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -39,7 +39,7 @@ from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter, prepare_device
+from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.executor import (
     Event,
     Finished,
@@ -159,8 +159,8 @@ class DistillWorker:
         Args:
             iteration: number of iterations that were done when the candidate was written.
         """
-        folder, meter = open_location(folder_uri), Meter(self._device)
-        candidates, account = Candidates(folder), Account(self._device, self._cluster)
+        folder, account = open_location(folder_uri), Account(self._device, self._cluster)
+        candidates = Candidates(folder)
         whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
         try:
             if not candidates.results([iteration]):
@@ -179,7 +179,7 @@ class DistillWorker:
         except MissingFileError:
             if candidates.file(iteration).exists():
                 raise
-        yield Finished(metrics=meter.measure())
+        yield Finished(metrics=account.metrics())
 
     def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> None:
         """Write the final set if all candidates (sets of single iterations) have a validation result.
@@ -286,7 +286,7 @@ class Distillation:
 
     def events(self) -> Iterator[Event]:
         """Run the remaining iterations and yield progress. All workers of the set yield the same events."""
-        settings, meter = self._config.distill, Meter(self._device)
+        settings = self._config.distill
         state = yield from self._start()
         first = self._saved_at = state.iteration
         yield Progress(first, self._iterations, metrics=self._mesh_metrics)
@@ -312,13 +312,13 @@ class Distillation:
                 saves = is_late or is_last or state.iteration % settings.checkpoint_every == 0
                 if saves and (self._validation is None or self._saved_at != state.iteration):
                     self._save_checkpoint(state)
-                metrics = meter.measure() | self._measured(state, seconds)
+                metrics = self._account.metrics() | self._measured(state, seconds)
                 metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
                 yield Progress(state.iteration, self._iterations, self._shown(state), metrics, saved=saves)
         yield from map(Note, self._method.warnings(state))
         if not unvalidated(settings, state):  # otherwise the worker that writes the last result writes the set too
             self._write_result(state)
-        yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
+        yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, self._account.metrics())
 
     def _start(self) -> Generator[Event, None, State[Any]]:
         """Read the last checkpoint and return its state; without one, choose and calibrate a first set."""

@@ -44,7 +44,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent
-from datm_ray.runtime.devices import Meter, prepare_device, to_device
+from datm_ray.runtime.devices import prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
@@ -113,18 +113,16 @@ class PriorWorker:
             StoreError: the store cannot be written.
         """
         assert config.prior is not None
-        dataset, account, meter = self._dataset, Account(self._device, self._cluster), Meter(self._device)
+        dataset, account = self._dataset, Account(self._device, self._cluster)
         folder = prior_folder(store_uri, config, dataset.name, dataset.fingerprint)
         if not (folder / PRIOR_FILE).exists():
-            yield from self._train(config, config.prior, folder, account, meter)
+            yield from self._train(config, config.prior, folder, account)
         with suppress(StoreError):  # another worker has removed it
             if (folder / PRIOR_PROGRESS).exists():
                 (folder / PRIOR_PROGRESS).remove()
-        yield Finished(metrics=meter.measure())
+        yield Finished(metrics=account.metrics())
 
-    def _train(
-        self, config: RunConfig, settings: PriorConfig, folder: Location, account: Account, meter: Meter
-    ) -> Iterator[Event]:
+    def _train(self, config: RunConfig, settings: PriorConfig, folder: Location, account: Account) -> Iterator[Event]:
         network = build_autoencoder(settings, self._dataset.image_shape, config.seed).to(self._device)
         state, spent = self._resumed(folder / PRIOR_PROGRESS, network)
         due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
@@ -145,7 +143,7 @@ class PriorWorker:
                     _write(folder / PRIOR_PROGRESS, state, spent)
                     ended = time.monotonic()
                     due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
-                yield Progress(state.epoch, settings.epochs, {"error": error}, meter.measure(), saved=is_saved)
+                yield Progress(state.epoch, settings.epochs, {"error": error}, account.metrics(), saved=is_saved)
                 if is_asked():
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
         unflatten_into(network, state.parameters)

@@ -15,9 +15,9 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.monitor.metrics import CATALOGUE, REASONS, Readings, Sample, reason_kind
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.spent import Account
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import Meter
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor, Started, Task
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
@@ -160,13 +160,14 @@ def test_gauges_are_repeated_until_their_task_is_finished() -> None:
     assert [sample for sample in readings.gauges() if "task" in sample.tags] == []
 
 
-def test_the_meter_measures_from_where_it_began(tmp_path: Path) -> None:
-    """The meter leaves out earlier reads, and its memory is this process's peak."""
+def test_an_account_measures_from_where_it_began(tmp_path: Path) -> None:
+    """An account's metrics leave out earlier reads, also after a lap, and its memory is this process's peak."""
     file = open_location(str(tmp_path / "file"))
     file.write_atomic(b"x" * 100)
-    meter = Meter(torch.device("cpu"))
+    account = Account(torch.device("cpu"), ClusterConfig())
     file.read_bytes()
-    measured = meter.measure()
+    account.lap()
+    measured = account.metrics()
     assert (measured["datm_ray_store_reads_total"], measured[BYTES]) == (1, 100)
     assert measured["datm_ray_store_write_bytes_total"] == 0
     assert 2**20 < measured["datm_ray_worker_memory_bytes"] < 2**40

@@ -22,7 +22,6 @@ from datm_ray.core.training.loop import Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter
 from datm_ray.runtime.executor import Note, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, remove_folder
@@ -66,6 +65,7 @@ class SavedTraining:
             (stack, TrainingProgress(result.parent / f"{name}-{number}", len(stack), account, interval=SAVE_INTERVAL))
             for number, stack in enumerate(stacks)
         ]
+        self._account = account
         self._done, self._reported, self._saved = 0, 0.0, list[int]()
 
     @property
@@ -74,14 +74,13 @@ class SavedTraining:
         return total(progress.spent for _, progress in self._stacks)
 
     def run(
-        self, device: torch.device, scored: Callable[[torch.nn.Module], float], meter: Meter
+        self, device: torch.device, scored: Callable[[torch.nn.Module], float]
     ) -> Generator[Progress | Note, None, list[float]]:
         """Train the networks from where they were saved. Returns each network's validation accuracy, in [0, 1].
 
         Args:
             device: device of the networks.
             scored: measures the validation accuracy of a network, in [0, 1].
-            meter: measures the worker's memory.
 
         Raises:
             Interrupted: the work was asked to stop, and is saved.
@@ -98,7 +97,7 @@ class SavedTraining:
                 shares = [scored(each.network) for each in stack]
                 measured += shares
                 mean = statistics.fmean(shares)
-                metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
+                metrics = self._account.metrics() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
                 yield dataclasses.replace(self._progress(saved=True), values={"validation": mean}, metrics=metrics)
             if is_asked():
                 raise Interrupted(f"{self._count} networks, to be tested")

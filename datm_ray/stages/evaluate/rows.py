@@ -83,7 +83,7 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
-from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.devices import images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.progress import SavedTraining
@@ -194,7 +194,7 @@ class EvaluateWorker:
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
                 the backbone. With AdamW there is no learned step size.
         """
-        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
         sets = self._training_sets(config, store_uri, folder, row, seeds, network)
@@ -212,7 +212,7 @@ class EvaluateWorker:
         if trainer.note and not self._has_noted:
             self._has_noted = True
             yield Note(trainer.note)
-        measured = yield from training.run(self._device, self._validation_accuracy, meter)
+        measured = yield from training.run(self._device, self._validation_accuracy)
         every = [
             _Trial(each.network, each.schedule.learning_rate, share)
             for each, share in zip(trainings, measured, strict=True)
@@ -227,7 +227,7 @@ class EvaluateWorker:
         for place, result in zip(places, results, strict=True):
             self._write(place, result, config.name, len(schedules))
         training.remove()
-        yield Finished(results, meter.measure())
+        yield Finished(results, account.metrics())
 
     def _result(self, chosen: _Trial, of_test: float, with_learned: float | None, spent: Spent) -> dict[str, Any]:
         """Part of a result file that describes one network: accuracies, step size, cost and provenance.

@@ -20,7 +20,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import in_batches
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.selection import Work, el2n_scores
-from datm_ray.runtime.devices import Meter
+from datm_ray.monitor.spent import Account
 from datm_ray.runtime.executor import Event, Finished, Phase
 from datm_ray.stages.experts.curriculum import KIND
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -41,7 +41,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
     Raises:
         MissingExpertsError: the store lacks a scoring network.
     """
-    dataset, settings, meter = worker.dataset, config.experts, Meter(worker.device)
+    dataset, settings, account = worker.dataset, config.experts, Account(worker.device, config.cluster)
     group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
     place = group.difficulty_file(settings.count)
     if not place.exists():
@@ -49,7 +49,7 @@ def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Ite
         metadata = {"score": "el2n", "networks": settings.count, "epochs": settings.epochs}
         with suppress(AlreadyExistsError):  # another command stored scores meanwhile; its experts may use them
             write_tensors(place, {"scores": scores}, kind=KIND, metadata=metadata, replace=False)
-    yield Finished(metrics=meter.measure())
+    yield Finished(metrics=account.metrics())
 
 
 def _scores(

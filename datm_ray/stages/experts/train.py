@@ -41,7 +41,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter, channels_last_on, images_on, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
@@ -173,18 +173,18 @@ class ExpertWorker:
         """
         group = expert_group(store_uri, config, self.dataset.name, self.dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
-        account, meter = Account(self.device, self._cluster), Meter(self.device)
+        account = Account(self.device, self._cluster)
         progress = progress_of(config, group, experts, account)
         try:
             if not set(wanted) <= set(group.experts()):
                 curriculum = self._curriculum(config, store_uri)
-                yield from self._train_and_store(config, group, experts, progress, meter, curriculum)
+                yield from self._train_and_store(config, group, experts, progress, account, curriculum)
         except (StoreError, CorruptFileError):
             # Another command may have stored these experts and removed the progress that both commands used.
             if not set(wanted) <= set(group.experts()):
                 raise
         progress.remove()
-        yield Finished(metrics=meter.measure())
+        yield Finished(metrics=account.metrics())
 
     def _train_and_store(
         self,
@@ -192,10 +192,10 @@ class ExpertWorker:
         group: ExpertGroup,
         experts: Sequence[int],
         progress: ExpertProgress,
-        meter: Meter,
+        account: Account,
         curriculum: Curriculum | None,
     ) -> Iterator[Event]:
-        yield from self._train(config, experts, progress, meter, curriculum)
+        yield from self._train(config, experts, progress, account, curriculum)
         progress.note_cost()  # before storing, because a command that finds all experts stored skips this
         for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
             progress.require_whole(config.experts.epochs)
@@ -211,7 +211,7 @@ class ExpertWorker:
         config: RunConfig,
         experts: Sequence[int],
         progress: ExpertProgress,
-        meter: Meter,
+        account: Account,
         curriculum: Curriculum | None,
     ) -> Iterator[Event]:
         yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
@@ -239,7 +239,7 @@ class ExpertWorker:
                 for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
                     yield Note(waiting)
                 shown = {"loss": float(losses.mean())}
-                metrics = meter.measure() | {
+                metrics = account.metrics() | {
                     "datm_ray_expert_epoch": float(state.epoch),
                     "datm_ray_expert_loss": shown["loss"],
                     "datm_ray_expert_images_per_second": seen * len(experts) * len(self._labels) / seconds,
