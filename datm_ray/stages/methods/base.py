@@ -23,7 +23,7 @@ from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows
+from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows, hard_logits
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
@@ -110,6 +110,14 @@ class Method:
     gives_step_size: ClassVar[bool] = False
     """True if the method learns the set's step size, or its paper publishes one. Networks that score the set then train
     with this step size. False if the step size is chosen on validation images, as for the controls."""
+    trains: ClassVar[Literal["none", "first", "all"]] = "none"
+    """Backbones whose experts the method needs. With "none", the first one is trained if the recipe has MetaDD."""
+    reads_last_epoch: ClassVar[bool] = False
+    """True if only the last epoch of each expert is read, False if any stored epoch may be."""
+    soft_labels: ClassVar[bool] = False
+    """True if the set's labels are soft unless `distill.labels` asks for hard ones, False if they are the classes."""
+    has_iterations: ClassVar[bool] = True
+    """False if the set before the first iteration is the result."""
     has_teacher: ClassVar[bool] = False
     """True if the set is made from one trained network, which lists of costs then call teacher, not experts."""
     preparation: str = ""
@@ -125,14 +133,16 @@ class Method:
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
-        By default the list has the first backbone if the recipe has MetaDD, and is empty otherwise.
+        By default those that `trains` names.
         """
-        return config.each_backbone()[:1] if config.metadd else []
+        if cls.trains == "all":
+            return config.each_backbone()
+        return config.each_backbone()[:1] if config.metadd or cls.trains == "first" else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Numbers of the epochs that a run reads of each backbone's experts. By default all stored epochs."""
-        return config.kept_epochs
+        """Numbers of the epochs that a run reads of each backbone's experts. By default see `reads_last_epoch`."""
+        return (config.experts.epochs,) if cls.reads_last_epoch else config.kept_epochs
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -200,8 +210,8 @@ class Method:
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True if the set's labels may be soft; False (the default) if every label is its image's class."""
-        return False
+        """True if the set's labels may be soft; False if every label is its image's class. By default `soft_labels`."""
+        return cls.soft_labels and config.distill.has_soft_labels
 
     @classmethod
     def has_step_size(cls, config: RunConfig) -> bool:
@@ -229,8 +239,9 @@ class Method:
         """Number of updates of the set.
 
         If the number is 0, the set before the first iteration is the result, and `calibrate` and `step` are not called.
+        By default it is `distill.iterations`, or 0 without `has_iterations`.
         """
-        return config.distill.iterations
+        return config.distill.iterations if cls.has_iterations else 0
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
@@ -294,13 +305,8 @@ class Method:
 
     @property
     def piece(self) -> Piece:
-        """Piece (some images of some classes) that the worker makes.
-
-        Raises:
-            ValueError: the worker's part has no piece, though the method makes sets in pieces.
-        """
-        if self.part.piece is None:
-            raise ValueError("the set is made in pieces; give the part one of `pieces`")
+        """Piece (some images of some classes) that the worker makes, of a method that makes sets in `pieces`."""
+        assert self.part.piece is not None
         return self.part.piece
 
     @cached_property
@@ -325,6 +331,13 @@ class Method:
         """Choose the set before the first iteration, in one step."""
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
+    def hard_labelled(self, images: Tensor, labels: Tensor) -> SyntheticSet:
+        """Set of images [n c h w] with hard labels for their classes [n]."""
+        part = self.part
+        step_sizes = torch.full((1,), part.config.distill.initial_step_size or STEP_SIZE, device=part.device)
+        hard = hard_logits(labels, part.dataset.classes)
+        return SyntheticSet(images.to(part.device), hard, step_sizes, labels)
+
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Do slow work once before the first iteration, such as compiling. By default there is none."""
 
@@ -339,8 +352,7 @@ class Method:
             if not share:
                 raise ConfigError("the loss has no gradient in the images", remedy="give distill.learning_rate_images")
             state.image_rate = FIRST_MOVE / share
-            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
-            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
+            yield rate_found(state)
 
     def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
         """Euclidean norm of a gradient or a movement of images, divided by the norm of the images.
@@ -482,6 +494,12 @@ class Method:
 
     def close(self) -> None:
         """Release files and threads."""
+
+
+def rate_found(state: Any) -> str:
+    """Message about the learning rate of the images that `Method.calibrate` has found."""
+    found = f"distill.learning_rate_images {state.image_rate:.3g} found"
+    return f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
 
 
 def _kind_of(value: bool | float | str) -> str:

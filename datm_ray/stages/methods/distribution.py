@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,12 +27,8 @@ class DistributionMatching(Method):
     reads_backbones = True
     can_continue = True
     gives_step_size = True  # the published one, 0.01
+    reads_last_epoch = True  # for MetaDD and for labels
     precisions = ("auto", "float32", "tf32", "bfloat16")
-
-    @classmethod
-    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Numbers of the epochs that a run reads of each expert: only the last one, for MetaDD and for labels."""
-        return (config.experts.epochs,)
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:

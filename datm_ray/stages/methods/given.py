@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,8 @@ class Given(Method):
     """Reads the set at `given.path`. There are no iterations, and nothing is trained for the set itself."""
 
     batch_norm = "either"
+    reads_last_epoch = True  # which labels images
+    has_iterations = False
     _warning = ""
     has_teacher = True
 
@@ -36,11 +38,6 @@ class Given(Method):
         evaluate = config.evaluate
         is_teacher = evaluate.has_teacher and evaluate.teacher is None
         return config.each_backbone()[:1] if is_teacher or evaluate.fair else []
-
-    @classmethod
-    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Number of the last epoch, because only experts after this epoch label images."""
-        return (config.experts.epochs,)
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
@@ -75,11 +72,6 @@ class Given(Method):
             found.require_fitting((raw.channels, *raw.size), raw.class_names, config.distill.ipc)
             stated |= {"digest": found.digest, "step_size": settings.step_size or found.step_size}
         return config.model_copy(update={"given": settings.model_copy(update=stated)})
-
-    @classmethod
-    def iterations(cls, config: RunConfig) -> int:
-        """Always 0, because the set is finished."""
-        return 0
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

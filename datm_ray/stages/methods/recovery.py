@@ -14,7 +14,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.compute.compilation import compiled_facts
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
+from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
@@ -22,7 +22,7 @@ from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view, pulled_
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.runtime.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
@@ -42,24 +42,12 @@ class RecoveryFromTeacher(Method):
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
+    trains = "first"
+    reads_last_epoch = True  # the teacher is expert 0 after this epoch
+    soft_labels = True
     starts_from_crops = True
     has_teacher = True
     augments = False  # `step` shows MetaDD the view of the iteration
-
-    @classmethod
-    def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True unless the recipe asks for hard labels."""
-        return config.distill.has_soft_labels
-
-    @classmethod
-    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Run with the teacher's network alone: the one backbone that must be trained before."""
-        return config.each_backbone()[:1]
-
-    @classmethod
-    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Numbers of the stored epochs that a run reads: only the last. The teacher is expert 0 after this epoch."""
-        return (config.experts.epochs,)
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -189,9 +177,7 @@ class RecoveryFromTeacher(Method):
             images = yield from self._crops()
         else:
             images = self._real_images()
-        hard = hard_logits(labels, self.part.dataset.classes)
-        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=self.part.device)
-        return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
+        return self.hard_labelled(images, labels)
 
     def _crops(self) -> Generator[None, None, Tensor]:
         """Images [n c h w], tiled from the crops that the teacher classifies best; yields between scoring steps.

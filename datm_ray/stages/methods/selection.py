@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network, embedding
-from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import SCORING_BATCH, in_batches
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.selection import Scores, Work, drawn_order, forgetting_scores, keep, moderate_scores
 from datm_ray.stages.experts.difficulty import mean_el2n
-from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
+from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
@@ -37,20 +37,10 @@ class Selection(Method):
     """Chooses real images at random, or by scores that a teacher or all experts of `network` give the images."""
 
     batch_norm = "either"
+    trains = "first"  # expert 0 is the teacher and labels the set; el2n and forgetting use all experts
+    soft_labels = True
+    has_iterations = False
     has_teacher = True
-
-    @classmethod
-    def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True unless the recipe asks for hard labels."""
-        return config.distill.has_soft_labels
-
-    @classmethod
-    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The one backbone that must be trained before, as a run with this network alone.
-
-        Expert 0 is the teacher and labels the set; el2n and forgetting use all experts.
-        """
-        return config.each_backbone()[:1]
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
@@ -58,11 +48,6 @@ class Selection(Method):
         if config.select.by == "forgetting":
             return config.kept_epochs
         return (config.select.epoch or config.experts.epochs, config.experts.epochs)
-
-    @classmethod
-    def iterations(cls, config: RunConfig) -> int:
-        """Always 0, because the chosen images are the set."""
-        return 0
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -127,8 +112,7 @@ class Selection(Method):
         config, device = self.part.config, self.part.device
         images = yield from self._condensed() if config.select.by == "rded" else self._real()
         labels = torch.tensor(self.piece.classes, device=device).repeat_interleave(config.distill.ipc)
-        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=device)
-        return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
+        return self.hard_labelled(images, labels)
 
     def _real(self) -> Generator[None, None, Tensor]:
         """Uncropped real images [n c h w] with the best scores, class by class; yields between scoring steps."""

@@ -27,7 +27,7 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, first_match
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import channels_last_on, precision_on, to_device_ahead
-from datm_ray.stages.methods.base import Demand, Method
+from datm_ray.stages.methods.base import Demand, Method, rate_found
 from datm_ray.stages.methods.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
@@ -71,18 +71,10 @@ class TrajectoryMatching(Method):
     state = Distillation
     reads_backbones = True
     can_continue = True
+    trains = "all"  # each is matched with its own experts
+    soft_labels = True
     gives_step_size = True
     precisions = ("auto", "float32", "tf32", "bfloat16")
-
-    @classmethod
-    def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True unless the recipe asks for hard labels."""
-        return config.distill.has_soft_labels
-
-    @classmethod
-    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """All backbones, each as a run with that network alone, because each is matched with its own experts."""
-        return config.each_backbone()
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -210,8 +202,7 @@ class TrajectoryMatching(Method):
             yield self._started(measured)
         if self.part.config.distill.learning_rate_images is None:
             state.image_rate = self._image_rate(state, pairs)
-            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
-            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
+            yield rate_found(state)
         if above:
             yield (
                 f"{above} of {counted(len(losses), 'matching loss')} at the start exceed{'s' * (above == 1)} "
@@ -526,6 +517,7 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
     """MTT: students start at epochs from 0 up to a fixed bound, first images are random, and labels are the classes."""
 
     state = HardLabelled
+    soft_labels = False
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
@@ -539,11 +531,6 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
                 "ranges by difficulty are what DATM adds",
                 f"use --set 'distill.start_epochs=[0, {starts.last + 1}]', or --set method=datm",
             )
-
-    @classmethod
-    def has_soft_labels(cls, config: RunConfig) -> bool:
-        """False: labels are the images' classes."""
-        return False
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
