@@ -31,6 +31,7 @@ from datm_ray.config import (
 from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
 from datm_ray.errors import RunDirectoryError, StoreError
 from datm_ray.interop.sets import read_set
+from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
@@ -96,7 +97,8 @@ def test_a_card_has_the_accuracies_beside_their_controls(summary: RunSummary) ->
     assert "| random real images, soft labels | 81.0 ± 1.4 (2) |" in accuracy
     assert "| distilled | 91.0 ± 1.0 (3) |" in accuracy
     assert "other networks" not in accuracy
-    vgg = NetworkScores(NetworkConfig(architecture="vgg11"), "unseen", None, Score("distilled", (0.5,), 1.0), None)
+    score = Score("distilled", (0.5,), Spent(1.0))
+    vgg = NetworkScores(NetworkConfig(architecture="vgg11"), "unseen", None, score, None)
     summary = RunSummary(summary.config, summary.folder, summary.scores, 600, [vgg])
     assert "| vgg11 | unseen | – | 50.0 (1) |" in sections(card_of(summary))["Accuracy"]
 

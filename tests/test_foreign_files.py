@@ -304,7 +304,7 @@ class Kind:
 
 
 SPENT = Spent(1, 2, 3, 4, 5, 6).to_json()
-RESULT = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 3, "cost": SPENT}
+RESULT = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "step_size": 0.01, "cost": SPENT}
 COSTS = [{"architecture": "convnet", "known": 3, "spent": SPENT}]
 KINDS = {
     "synthetic set": Kind(write_set, read_set, sealed=True),

@@ -61,10 +61,10 @@ from datm_ray.words import data_size
 from tests.conftest import load_config_text
 
 SCORES = [
-    Score("random-hard", (0.70, 0.72), 3.0),
-    Score("random-soft", (0.80, 0.82), 4.0),
-    Score("distilled", (0.90, 0.91, 0.92), 90.0),
-    Score("full", (0.97, 0.99), 4000.0),
+    Score("random-hard", (0.70, 0.72), Spent(3.0)),
+    Score("random-soft", (0.80, 0.82), Spent(4.0)),
+    Score("distilled", (0.90, 0.91, 0.92), Spent(90.0)),
+    Score("full", (0.97, 0.99), Spent(4000.0)),
 ]
 PROVENANCE = {"versions": {"torch": "9.8.7"}, "processor": "Toy <CPU>", "cores": 2, "dataset": "toys"}  # former name
 SIDE, MARKUP_NAME = 6, "<b> & $x_1$ 数"
@@ -265,12 +265,11 @@ def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pyte
     """docs/command-line.md names the keys that summary.json has for a run with every table, and no others."""
     label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
     augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
-    scores = [dataclasses.replace(score, cost=Spent()) for score in SCORES]
     run = dataclasses.replace(
-        finished_run(out, configure(), scores=scores),
-        networks=[NetworkScores(NetworkConfig(architecture="lenet"), "seen", *scores[:3])],
+        finished_run(out, configure(), scores=SCORES),
+        networks=[NetworkScores(NetworkConfig(architecture="lenet"), "seen", *SCORES[:3])],
         fair=FairScores((label,), (augmentation,)),
-        fair_rows=[Score(row, (0.5, 0.6), 1.0, Spent()) for row in FAIR_ROWS],
+        fair_rows=[Score(row, (0.5, 0.6), Spent(1.0)) for row in FAIR_ROWS],
     )
     one = np.zeros((1, 1, 6, 6), np.float32)
     monkeypatch.setattr(RunSummary, "maps", Maps(["convnet"], [0], (one, one), (0.1, 0.2), 0.5))
@@ -632,6 +631,6 @@ def test_text_table_states_n_once_where_it_is_one(out: Location) -> None:
 
 def test_one_seed_has_no_deviation(out: Location) -> None:
     """A single network's accuracy is shown without a standard deviation."""
-    run = RunSummary(configure(), out / "tiny", [Score("distilled", (0.5,), 1.0)])
+    run = RunSummary(configure(), out / "tiny", [Score("distilled", (0.5,), Spent(1.0))])
     assert "nan" not in accuracy_table([run])
     assert "distilled 50.0 (1)" in text_of(page_of(out, run))

@@ -102,14 +102,14 @@ def costs_of(lines: Sequence[CostLine]) -> Table | None:
 
 def _cost_cells(line: CostLine) -> dict[str, str]:
     """Heading of the table of costs -> text of this line's cell."""
-    spent, known = line.spent, line.complete
+    spent = line.spent
     kind = "GPU" if spent.gpu_seconds else "CPU"
     return {
         "n": f"{line.count:,}",
         "worker time": duration(spent.seconds),
-        "CPU or GPU time": f"{duration(line.device_seconds)} {kind}" if known else "–",
-        "peak memory": data_size(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
-        "read": data_size(spent.read_bytes) if known else "–",
+        "CPU or GPU time": f"{duration(line.device_seconds)} {kind}",
+        "peak memory": data_size(spent.peak_memory_bytes) if spent.peak_memory_bytes else "–",
+        "read": data_size(spent.read_bytes),
     }
 
 

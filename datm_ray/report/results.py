@@ -193,8 +193,6 @@ class CostLine:
     count: int
     """Number of experts, sets or networks that the cost covers."""
     spent: Spent
-    complete: bool = True
-    """True if the whole cost was measured; False for results of earlier versions, which contain seconds only."""
 
     @property
     def device_seconds(self) -> float:
@@ -224,7 +222,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
 
 
 def _cost_line(title: str, score: Score) -> CostLine:
-    return CostLine(title, score.n, score.spent, complete=score.cost is not None)
+    return CostLine(title, score.n, score.spent)
 
 
 def _maps(place: Location) -> Maps | None:
@@ -269,7 +267,7 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
                 "std": score.std if score.n > 1 else None,
                 "n": score.n,
                 "seeds": list(score.accuracies),
-                "worker_seconds": round(score.seconds, 1),
+                "worker_seconds": round(score.spent.seconds, 1),
             }
             for score in (*summary.scores, *summary.fair_rows)
         },
@@ -290,11 +288,7 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
             }
             for scores in summary.networks
         ],
-        "cost": [
-            {"what": line.title, "n": line.count}
-            | (line.spent.to_json() if line.complete else {"seconds": round(line.spent.seconds, 3)})
-            for line in cost_lines(summary)
-        ],
+        "cost": [{"what": line.title, "n": line.count} | line.spent.to_json() for line in cost_lines(summary)],
         "recipe": summary.config.model_dump(),
         "provenance": None if latest is None else dict(latest.provenance),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from datm_ray.errors import CorruptFileError
 from datm_ray.monitor import spent as spent_module
 from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.pipeline import Pipeline, report
+from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.devices import peak_memory
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.mesh import Alone
@@ -250,18 +249,3 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     group.remove()
     assert group.costs() == []
     assert not list(Path(tmp_path, "experts").rglob("costs"))
-
-
-def test_results_of_earlier_versions_are_shown_without_what_they_lack(finished_run: Path, tmp_path: Path) -> None:
-    """Results of earlier versions show their seconds, and a dash for the rest."""
-    out = tmp_path / "out"
-    shutil.copytree(finished_run, out)
-    (out / "tiny" / COST).unlink()
-    for place in out.rglob("distilled-0*.json"):
-        place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "cost"}))
-    report(str(out))
-    (summary,) = json.loads((out / "summary.json").read_text())
-    parts = {part["what"]: part for part in summary["cost"]}
-    assert "distillation" not in parts
-    assert set(parts["distilled"]) == {"what", "n", "seconds"}
-    assert "<td>–</td><td>–</td><td>–</td>" in (out / "report.html").read_text()

@@ -37,15 +37,8 @@ class Score:
     """Name of the row: a key of `ALL_ROWS` in `stages.evaluate.rows`."""
     accuracies: tuple[float, ...]
     """Test accuracies in [0, 1], one per seed."""
-    seconds: float
-    """Wall-clock seconds of training and testing the row's networks, summed over seeds."""
-    cost: Spent | None = None
-    """Cost of training and testing, summed over seeds; `None` if an earlier version of this package wrote a result."""
-
-    @property
-    def spent(self) -> Spent:
-        """Cost of the row; if `cost` is unknown, a cost with `seconds` alone."""
-        return self.cost or Spent(seconds=self.seconds)
+    spent: Spent
+    """Cost of training and testing the row's networks, summed over seeds."""
 
     @property
     def n(self) -> int:
@@ -117,23 +110,20 @@ class _Result:
     """Test accuracy with the chosen step size, in [0, 1]."""
     with_learned_step_size: float
     """Test accuracy in [0, 1] with the step size learned with the set; nan if none was learned."""
-    seconds: float
-    cost: Spent | None
-    """Cost of the result; `None` if an earlier version of this package wrote the file."""
-    step_size: float | None
-    """Chosen step size; `None` if an earlier version of this package wrote the file."""
+    spent: Spent
+    step_size: float
+    """Chosen step size."""
 
     @classmethod
     def read(cls, place: Location) -> _Result:
         content = place.read_json()
         with rejecting_nonsense(place):
-            learned, step_size = (content.get(key) for key in ("test_accuracy_with_learned_step_size", "step_size"))
+            learned = content["test_accuracy_with_learned_step_size"]
             return cls(
                 float(content["test_accuracy"]),
                 math.nan if learned is None else float(learned),
-                float(content["seconds"]),
-                Spent.from_json(content["cost"]) if "cost" in content else None,
-                None if step_size is None else float(step_size),
+                Spent.from_json(content["cost"]),
+                float(content["step_size"]),
             )
 
 
@@ -144,10 +134,10 @@ def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> 
     while a seed is unfinished.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, "distilled")
-    chosen = [each.step_size for each in results if each.step_size is not None]
-    if not chosen:
+    if not results:
         return
-    schedule = dataclasses.replace(row_schedule(config, "distilled"), learning_rate=statistics.mode(chosen))
+    chosen = statistics.mode(each.step_size for each in results)
+    schedule = dataclasses.replace(row_schedule(config, "distilled"), learning_rate=chosen)
     if is_taught(config, "distilled"):
         schedule = dataclasses.replace(schedule, temperature=config.evaluate.temperature)
     (out / config.name / SCORING).write_json(schedule.to_json())
@@ -253,10 +243,4 @@ def read_score(
 
 
 def _score(row: str, results: Sequence[_Result]) -> Score:
-    costs = [result.cost for result in results if result.cost is not None]
-    return Score(
-        row,
-        tuple(result.accuracy for result in results),
-        sum(result.seconds for result in results),
-        total(costs) if len(costs) == len(results) else None,
-    )
+    return Score(row, tuple(each.accuracy for each in results), total(each.spent for each in results))

@@ -118,13 +118,18 @@ def test_other_architectures_have_both_and_choose_on_validation_data(worker: Eva
     assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
 
 
+def content_of(accuracy: float, learned: float | None = None, step_size: float = 0.01) -> dict[str, Any]:
+    """Content of a result file."""
+    accuracies = {"test_accuracy": accuracy, "test_accuracy_with_learned_step_size": learned}
+    return {**accuracies, "step_size": step_size, "cost": Spent(1.0).to_json()}
+
+
 def test_a_run_notes_the_step_size_that_most_of_its_networks_chose(tmp_path: Path) -> None:
     """The note has the row's schedule with the most frequent step size, and waits for the last seed."""
     config, out = tiny_config("evaluate.seeds=4", "evaluate.optimiser=adamw"), open_location(str(tmp_path))
     for number, step_size in enumerate((1e-3, 3e-3, 3e-3, 3e-4)):
         assert not (out / "tiny" / SCORING).exists()
-        values = {"test_accuracy": 0.5, "seconds": 1.0, "step_size": step_size}
-        result_location(out, config, "d" * 16, "distilled", number).write_json(values)
+        result_location(out, config, "d" * 16, "distilled", number).write_json(content_of(0.5, step_size=step_size))
         note_scoring(out, config, "d" * 16)
     noted = Schedule.from_json((out / "tiny" / SCORING).read_json())
     assert noted == dataclasses.replace(row_schedule(config, "distilled"), learning_rate=3e-3)
@@ -164,8 +169,7 @@ def test_networks_are_grouped_by_their_part_in_the_distillation(tmp_path: Path) 
     out = open_location(str(tmp_path))
     for number, network in enumerate(config.scored_networks[:-1]):
         for row in ON_OTHERS:
-            values = {"test_accuracy": number / 10, "test_accuracy_with_learned_step_size": 0.0, "seconds": 1.0}
-            result_location(out, config, "d", row, 0, network).write_json(values)
+            result_location(out, config, "d", row, 0, network).write_json(content_of(number / 10, 0.0))
     scores = read_network_scores(out, config, "d")
     assert [(each.network.architecture, each.kind) for each in scores] == [
         ("convnet", "same"),
@@ -243,8 +247,7 @@ def test_results_under_other_trainings_have_places_of_their_own() -> None:
 def scores_without_learned_ones(out: Location, config: RunConfig) -> list[NetworkScores]:
     """Write results that have no learned step size, one for each network, and read their scores."""
     for network in config.scored_networks:
-        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
-        result_location(out, config, "d", "distilled", 0, network).write_json(values)
+        result_location(out, config, "d", "distilled", 0, network).write_json(content_of(0.5))
     scores = read_network_scores(out, config, "d")
     assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
     return scores
@@ -436,7 +439,7 @@ ACCURACIES = {
 def write_accuracies(out: Location, config: RunConfig, rows: Sequence[str]) -> None:
     for row in rows:
         for number, value in enumerate(ACCURACIES[row]):
-            result_location(out, config, "d", row, number).write_json({"test_accuracy": value, "seconds": 1.0})
+            result_location(out, config, "d", row, number).write_json(content_of(value))
 
 
 def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
