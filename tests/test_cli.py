@@ -650,7 +650,7 @@ def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool
     Path("tiny.yaml").write_text(to_yaml(second))
     code, out, err = datm_ray("run", "tiny.yaml", "--executor", "serial")
     assert (code, out) == (2, "")
-    assert f"it differs in metadd ({'set' if there else 'not set'} there)" in err.lower()
+    assert f"it differs in metadd ({'set there, not set' if there else 'not set there, set'} here)" in err.lower()
     assert len(err.splitlines()) == 1
 
 

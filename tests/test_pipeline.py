@@ -785,7 +785,7 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     for each in (config, named):
         assert Pipeline([each], str(tmp_path)).plan()[0] == "0 experts to train"
     (tmp_path / "tiny/initial.arrow").touch()
-    with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \('zca' there, 'standard' here\)"):
+    with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \(zca there, standard here\)"):
         Pipeline([override(config, ["dataset.normalisation=standard"])], str(tmp_path))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from datm_ray.monitor.loggers import require_logger
 from datm_ray.pipeline.folder import RECIPE, DataNote, continued_run, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
+from datm_ray.report.differences import differing
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC
@@ -423,25 +423,7 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
     return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"{key}.", part) for part in parts))
 
 
-def unequal_keys(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys at which two configurations differ, each with both values: "experts.epochs (50 there, 30 here)".
-
-    Args:
-        prefix: dotted path of the compared section, such as "experts."; "" for whole configurations.
-    """
-    keys: list[str] = []
-    for key in {**earlier, **now}:
-        there, here = (side.get(key, "not set") for side in (earlier, now))
-        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
-        if isinstance(there, dict) and isinstance(here, dict):
-            keys += unequal_keys(there, here, f"{prefix}{key}.")
-        elif isinstance(there, dict) or isinstance(here, dict):
-            keys.append(f"{name} ({'set' if isinstance(there, dict) else 'not set'} there)")
-        elif there != here:
-            keys.append(f"{name} ({_in_yaml(there)} there, {_in_yaml(here)} here)")
-    return keys
-
-
-def _in_yaml(value: object) -> str:
-    """Value as a recipe gives it, such as "true" or "null"; texts in quotes."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+def unequal_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys at which two configurations differ, each with both values: "experts.epochs (50 there, 30 here)"."""
+    found = differing([earlier, now])
+    return [f"{RENAMED.get(key, key)} ({there} there, {here} here)" for key, (there, here) in found]

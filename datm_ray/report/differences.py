@@ -1,31 +1,60 @@
-"""Settings in which the runs of one accuracy table differ, so that no column is compared with another unawares.
+"""Keys in which configurations differ, for errors, and for tables whose columns should not be compared unawares.
 
 Tests: tests/test_report.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from datm_ray.config import RunConfig, short_names
-from datm_ray.config.sections import TeacherConfig
-from datm_ray.stages.evaluate.rows import ROWS, row_schedule
-from datm_ray.stages.labels import kept_labels
+from datm_ray.config import RunConfig
+
+MISSING = "not set"
+"""Text in place of the value of a key that a configuration lacks."""
+UNSCORED = {"seeds", "networks", "full", "fair", "fixed_labels"}
+"""Keys of `evaluate` that decide which networks are scored, and not how each is."""
+OF_TEACHERS, OF_STORED_LABELS = {"teacher", "temperature", "cutmix"}, {"keep_labels", "top_logits"}
+"""Keys of `evaluate` that are read with a teacher's labels only, and with stored ones only."""
 
 
 def differences(configs: Sequence[RunConfig]) -> list[str]:
-    """Lines on the scored networks, their training and their images; no line for what is the same in all runs.
+    """Lines on the images, the scored network and its training, one for each key that all runs read and set otherwise.
 
-    A line has the settings that differ, and behind each value the names of its runs in brackets.
+    A line has the key and its values, with the names of their runs in brackets.
     """
     names = [config.name for config in configs]
-    networks = short_names([config.network for config in configs])
-    lines = {
-        "network": networks,
-        "training": _differing([_training(config) for config in configs]),
-        "images": _differing([_images(config) for config in configs]),
-    }
-    return [f"{title}: {_by_value(values, names)}" for title, values in lines.items() if len(set(values)) > 1]
+    found = differing([_settings(config) for config in configs])
+    return [f"{key}: {_by_value(values, names)}" for key, values in found if MISSING not in values]
+
+
+def differing(values: Sequence[Any], key: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Dotted keys at which configurations, given as plain data, differ, with each one's value as text.
+
+    Args:
+        values: section of each configuration.
+        key: dotted path of the section; "" for whole configurations.
+    """
+    if all(isinstance(each, dict) for each in values):
+        for name in dict.fromkeys(name for each in values for name in each):
+            yield from differing([each.get(name, MISSING) for each in values], f"{key}.{name}".lstrip("."))
+    elif any(each != values[0] for each in values):
+        yield key, ["set" if isinstance(each, dict) else _in_yaml(each) for each in values]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Settings that decide what a column of the accuracy table shows, without those that the run does not read."""
+    left_out = UNSCORED
+    if not config.evaluate.has_teacher:
+        left_out = left_out | OF_TEACHERS
+    if not config.evaluate.stores_labels:
+        left_out = left_out | OF_STORED_LABELS
+    return config.model_dump(
+        mode="json",
+        include={"dataset", "network", "evaluate"},
+        exclude={"dataset": {"path", "streamed"}, "evaluate": left_out},
+    )
 
 
 def _by_value(values: Sequence[str], names: Sequence[str]) -> str:
@@ -36,55 +65,6 @@ def _by_value(values: Sequence[str], names: Sequence[str]) -> str:
     return "; ".join(f"{value} ({', '.join(found)})" for value, found in runs.items())
 
 
-def _differing(trainings: Sequence[Sequence[str]]) -> list[str]:
-    """For each training, its settings that are not equal in all trainings, as text."""
-    kept = [number for number, parts in enumerate(zip(*trainings, strict=True)) if len(set(parts)) > 1]
-    return [", ".join(filter(None, (parts[number] for number in kept))) for parts in trainings]
-
-
-def _training(config: RunConfig) -> list[str]:
-    """Settings of a run's training as texts, in a fixed order: of the row "distilled", then of the controls."""
-    settings, schedule = config.evaluate, row_schedule(config, "distilled")
-    rate = "learned or chosen" if settings.learning_rate is None else f"{settings.learning_rate:g}"
-    labels = {"own": "the set's labels", "teacher": "a teacher's labels", "stored": "stored labels"}[settings.labels]
-    labels += f" ({_changed(settings.teacher)})" if settings.teacher and config.own_teacher() else ""
-    taught = f" at temperature {settings.temperature:g}, CutMix {settings.cutmix:g}" if settings.has_teacher else ""
-    top = "all" if settings.top_logits is None else f"{settings.top_logits:,}"
-    stored = f"labels of {kept_labels(config):,} epochs, {top} logits each" if settings.stores_labels else ""
-    return [
-        f"{schedule.epochs:,} epochs",
-        f"batches of {schedule.batch_size:,}",
-        {"sgd": "SGD", "adamw": "AdamW"}[schedule.optimiser],
-        f"learning rate {rate}",
-        "cosine decay" if schedule.cosine else "one decay halfway",
-        f"{schedule.warmup_epochs:,} warm-up epochs",
-        f"weight decay {schedule.weight_decay:g}",
-        " and ".join(dict.fromkeys(_augmentation(config, row) for row in ROWS)),
-        labels + taught,
-        stored,
-        f"{settings.real_epochs:,} epochs on all real data",
-    ]
-
-
-def _changed(teacher: TeacherConfig) -> str:
-    """Settings of a teacher that are no defaults, and its architecture, such as "architecture resnet18, epochs 30"."""
-    network = {"architecture": teacher.network.architecture, **teacher.network.model_dump(exclude_defaults=True)}
-    training = teacher.experts.model_dump(exclude_defaults=True)
-    return ", ".join(f"{key} {value}" for key, value in {**network, **training}.items())
-
-
-def _augmentation(config: RunConfig, row: str) -> str:
-    augmentation = row_schedule(config, row).augmentation
-    return f"augmentation {augmentation}" if augmentation else "no augmentation"
-
-
-def _images(config: RunConfig) -> list[str]:
-    """Settings of a run's images as texts, in a fixed order."""
-    settings = config.dataset
-    given = f" with mean {list(settings.mean or ())} and deviation {list(settings.std or ())}" * bool(settings.mean)
-    return [
-        settings.source,
-        f"{settings.resize} pixels a side" if settings.resize else "original size",
-        f"normalisation {settings.normalisation}{given}",
-        f"validation share {settings.validation:g}",
-    ]
+def _in_yaml(value: Any) -> str:
+    """Value as a recipe gives it, such as "true" or "null"."""
+    return value if isinstance(value, str) and value else json.dumps(value)
