@@ -147,7 +147,7 @@ BAD_INPUT = {
     "recipe for endless minutes": (["init", "absent", "--minutes", "inf"], "minutes is inf. Give a number of minutes"),
     "recipe for endless hours": (["init", "absent", "--hours", "inf"], "minutes is inf"),
     "recipe for ages": (["init", "absent", "--minutes", "1e307"], "minutes is 1e+307. Give a number of minutes"),
-    "recipe for no tables": (["init", "absent.parquet"], "Give a folder of Parquet files, one file, or TRAIN"),
+    "recipe for no tables": (["init", "absent.parquet"], "a folder of Parquet files, one file, or TRAIN"),
     "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
     "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),
     "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "it has no GPU"),
@@ -163,7 +163,6 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     command, expected = BAD_INPUT[case]
     code, out, err = datm_ray(*command)
     require_one_line((code, out, err), expected, tmp_path)
-    assert command[0] != "init" or not re.search(r"dataset\.|--set", err)  # it has neither
 
 
 @pytest.mark.ray

@@ -38,7 +38,7 @@ _KINDS: tuple[tuple[bytes, Content], ...] = (
     (rb"BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", Content("an archive of another kind", _UNPACK)),
     (rb"(?s).{257}ustar", Content("a tar archive", _UNPACK)),
     (rb"PARE", Content("an encrypted Parquet file", "Write it again without encryption")),
-    (rb"PAR1", Content("a Parquet file", "Read it with --set dataset.source=parquet", ".parquet")),
+    (rb"PAR1", Content("a Parquet file", "Give it a name that ends in .parquet (dataset.source parquet)", ".parquet")),
     (rb"(?s).{4}ftyp(hei|hev|mif1|msf1)", Content("a HEIC image", _CONVERT)),
     (rb"(?s).{4}ftypavi", Content("an AVIF image", _CONVERT, ".avif")),
     (rb"%PDF|%!PS", Content("a document", _CONVERT)),

@@ -259,7 +259,7 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 _SIDES = (128, 64, 32, 16, 8)
 """Sizes in pixels that an error may suggest for `dataset.resize`."""
-_STREAMED = "dataset.streamed=true, which leaves the images of a folder or of Parquet files where they are"
+_STREAMED = "a recipe with dataset.streamed=true, which leaves the images in their folder or Parquet files"
 
 
 def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
@@ -285,9 +285,9 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
         f"{images:,} images of {dimensions(shape)}{example} need {data_size(needed(*shape[1:]))} of memory, "
         f"and {data_size(free)} is free",
         f"They are kept in memory as they are read and, as float32, {'twice' if copies > 1 else 'once'} more",
-        f"Use --set dataset.resize={side}, which resizes each image as it is read, or {_STREAMED}"
+        f"Use --set dataset.resize={side} (--resize {side} of init), or {_STREAMED}"
         if side
-        else f"Use fewer images, a smaller dataset.resize, or {_STREAMED}",
+        else f"Use fewer images, a smaller dataset.resize (--resize of init), or {_STREAMED}",
     )
 
 

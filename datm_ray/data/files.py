@@ -33,7 +33,7 @@ UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
 """Limit on the unpacked size of one file of an archive: 1 MiB plus 200 times its packed size. Compression hardly
 shrinks encoded images."""
 
-_TAKEN = "links to data already taken"
+_TAKEN, _WHERE = "links to data already taken", "Give the path where the data set is (dataset.path)"
 
 _HIDDEN = {
     *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN"),
@@ -284,10 +284,10 @@ def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
         raise DatasetError(
             f"data set path {root} {known}",
             "Its end is missing" if content and content.suffix == ".zip" else "",
-            content.remedy if content else "Set dataset.path to where the data set is",
+            content.remedy if content else _WHERE,
         )
     else:
-        raise DatasetError(f"data set path {root} does not exist", remedy="Set dataset.path to where the data set is")
+        raise DatasetError(f"data set path {root} does not exist", remedy=_WHERE)
 
 
 def _opened(root: Path) -> zipfile.ZipFile:

@@ -149,7 +149,7 @@ def find_files(path: str) -> ParquetFiles:
     if missing or len(named) > 2:
         raise DatasetError(
             f"no Parquet file at {missing[0]}" if missing else f"the path {path!r} names {len(named)} Parquet files",
-            remedy="Set dataset.path to a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
+            remedy="Give the path (dataset.path) of a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
         )
     notes = [f"{file.name} is one of {total} numbered files" for file in named if (total := _shards_of(file.name)) > 1]
     return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]), tuple(notes))
@@ -245,7 +245,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
         raise DatasetError(
             f"the folder {folder} has no Parquet file of training images",
             f"It holds {', '.join(files[:5])}" if files else " ".join(("It holds no *.parquet file", *listing.notes())),
-            "Give them names with the word 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
+            "Give them names with the word 'train' in it, or the path TRAIN.parquet,TEST.parquet (dataset.path)",
         )
     _require_one_place(folder, train, "training images")
     held_out = next((part for part in (test, val) if any(_is_labelled(folder / file) for file in part)), [])
@@ -297,7 +297,7 @@ def read_parquet(
             raise DatasetError(
                 f"the Parquet files {files[0].name} and {file.name} hold different classes",
                 "Files of several data sets lie in one folder",
-                "Set dataset.path to TRAIN.parquet,TEST.parquet",
+                "Give the path TRAIN.parquet,TEST.parquet (dataset.path)",
             )
     names = shards[0].class_names
     if isinstance(shards[0].labels, list):

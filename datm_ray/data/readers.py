@@ -289,7 +289,7 @@ def _parquet(request: Request) -> Loaded:
         raise DatasetError(
             f"the training and test files of {path} name different classes",
             "They belong to two data sets",
-            "Set dataset.path to TRAIN.parquet,TEST.parquet of one data set",
+            "Give the path TRAIN.parquet,TEST.parquet of one data set (dataset.path)",
         )
     if not len(parts[0].encoded):
         raise _no_images(Path(path), "one image a row")
@@ -335,7 +335,7 @@ def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[Imag
 
 def _needed_path(name: str, request: Request) -> str:
     if request.path is None:
-        raise DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
+        raise DatasetError(f"source {name!r} needs a path", remedy="Give the path where the images are (dataset.path)")
     return request.path
 
 
@@ -345,7 +345,7 @@ def _no_images(root: Path, layout: str, notes: Sequence[str] = (), tables: int =
     return DatasetError(
         f"no training images found in {root}",
         "; ".join((f"Expected was {layout}", *notes)),
-        f"It holds Parquet files ({tables}): {unpack}set dataset.source to parquet if they hold the images"
+        f"It holds Parquet files ({tables}): {unpack}give the folder of the Parquet files (dataset.source parquet)"
         if tables
-        else "Check dataset.path and the layout below it",
+        else "Check the path (dataset.path) and the layout below it",
     )

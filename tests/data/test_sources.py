@@ -622,7 +622,7 @@ def test_parquet_files_in_a_folder_without_images_are_named(tmp_path: Path, writ
     """Reading Parquet files as a folder of images is an error that says how they are read."""
     write_parquet(tmp_path / "data" / "train.parquet", LABELS)
     (tmp_path / "banner.png").write_bytes(encode_value(1))
-    with pytest.raises(DatasetError, match=r"It holds Parquet files \(1\): set dataset\.source to parquet"):
+    with pytest.raises(DatasetError, match=r"It holds Parquet files \(1\): give the folder of the Parquet files"):
         load_raw("folder", str(tmp_path))
 
 

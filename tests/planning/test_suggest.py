@@ -482,7 +482,7 @@ def test_a_recipe_of_two_parquet_files_reads_them_from_any_folder(
 
 
 def test_errors_of_files_are_explained_by_what_init_takes(tmp_path: Path) -> None:
-    """Paths without images are errors whose remedies name no key of a recipe, which is still to be written."""
+    """Paths without images are errors whose remedies give a path first, and then the key of a recipe."""
     with zipfile.ZipFile(tmp_path / "tables.zip", "w") as archive:
         archive.writestr("train.parquet", "PAR1")
     (tmp_path / "table.pq").write_bytes(b"PAR1")
@@ -492,31 +492,13 @@ def test_errors_of_files_are_explained_by_what_init_takes(tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     remedies = {
         "absent": "Give the path where the data set is",
-        "absent.parquet": "Give a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
-        "tables.zip": "It holds Parquet files (1): unpack it, then give the folder or file of the Parquet files",
+        "absent.parquet": "Give the path (dataset.path) of a folder of Parquet files, one file, or TRAIN.parquet,",
+        "tables.zip": "It holds Parquet files (1): unpack it, then give the folder of the Parquet files",
         "table.pq": "Give it a name that ends in .parquet",
-        "two": "Give them names with the word 'train' in it, or give TRAIN.parquet,TEST.parquet",
-        "empty": "Check the path and the layout below it",
+        "two": "Give them names with the word 'train' in it, or the path TRAIN.parquet,TEST.parquet",
+        "empty": "Check the path (dataset.path) and the layout below it",
     }
     for name, remedy in remedies.items():
         with pytest.raises(DatasetError) as caught:
             read_images(str(tmp_path / name), None)
         assert caught.value.remedy.startswith(remedy), name
-        assert not re.search(r"dataset\.|--set", str(caught.value)), name
-
-
-@pytest.mark.parametrize(("free", "remedy"), [(300_000, "Use --resize 32; or"), (100, "Use a smaller --resize, or")])
-@pytest.mark.parametrize("resize", [None, 64])
-def test_too_little_memory_is_explained_in_options_of_init(
-    free: int, remedy: str, resize: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Images that do not fit into memory are an error with options that `init` has."""
-    for i in range(12):
-        (folder := tmp_path / f"class {i % 2}").mkdir(exist_ok=True)
-        Image.new("L", (70, 70), i).save(folder / f"{i}.png")
-    monkeypatch.setattr(decode, "available_memory", lambda: free)
-    with pytest.raises(DatasetError, match=r"of memory, and (293 KiB|100 B) is free") as caught:
-        read_images(str(tmp_path), resize)
-    assert caught.value.remedy.startswith(remedy)
-    assert "by hand with dataset.streamed=true" in caught.value.remedy
-    assert "--set" not in str(caught.value)

@@ -12,7 +12,6 @@ Measured in distances, the published ranges of start epochs and the digits' rang
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -197,32 +196,8 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
             return dataset, raw
     except DatasetError as failure:
         if resize is not None or "dataset.resize" not in failure.remedy:
-            raise _in_options_of_init(failure) from failure.__cause__
+            raise
     return read_images(path, LARGEST_SIDE)
-
-
-_OWN_WORDS = {
-    r"read it with --set dataset\.source=parquet": "give it a name that ends in .parquet",
-    r"set dataset\.source to parquet": "give the folder or file of the Parquet files",
-    r"set dataset\.path to where": "give the path where",
-    r"set dataset\.path to": "give",
-    r"dataset\.path": "the path",
-}
-"""Pattern of words in remedies for recipes -> words for `init`, replaced in this order."""
-
-
-def _in_options_of_init(failure: DatasetError) -> DatasetError:
-    """Error with a remedy in the options of `init`, which has a path and `--resize`, and no `--set`."""
-    if "dataset.resize" not in failure.remedy:
-        remedy = failure.remedy
-        for words, own in _OWN_WORDS.items():
-            remedy = re.sub(words, own, remedy, flags=re.IGNORECASE)
-        return DatasetError(failure.fact, failure.cause, remedy[:1].upper() + remedy[1:])
-    side = re.search(r"dataset\.resize=(\d+)", failure.remedy)
-    remedy = f"Use --resize {side[1]}" if side else "Use a smaller --resize, or fewer images"
-    if "dataset.streamed" in failure.remedy:
-        remedy += "; or write a recipe by hand with dataset.streamed=true, which leaves the images in their files"
-    return DatasetError(failure.fact, failure.cause, remedy)
 
 
 def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) -> Suggestion:
