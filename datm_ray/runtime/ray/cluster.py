@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -87,7 +85,13 @@ def connect(address: str | None) -> str:
 
 def _connection_error(address: str | None, given: str, failure: Exception) -> ClusterError:
     if isinstance(failure, OSError) and failure.filename:
-        return _unwritable(failure, f"cannot connect to Ray at {address}" if address else _NO_START)
+        what = f"cannot connect to Ray at {address}" if address else _NO_START
+        return ClusterError(
+            f"{what}: cannot use {os.path.abspath(os.fsdecode(failure.filename))} ({failure.strerror})",
+            f"Ray writes to RAY_TMPDIR (else /tmp/ray) and to .ray in HOME ({os.path.expanduser('~')})",
+            "free some space, or set these variables to folders of yours with short paths, such as "
+            "RAY_TMPDIR=$(mktemp -d); or use --executor serial",
+        )
     if address is None:
         too_long = "AF_UNIX path" in str(failure)  # Ray's socket paths are limited to 107 bytes
         remedy = "set RAY_TMPDIR to a folder with a shorter path, or " if too_long else ""
@@ -121,39 +125,6 @@ def _outside(address: str) -> ClusterError:
         "a run must start on a node of its cluster",
         f"submit it with `datm-ray job submit` and the dashboard's address, such as --address http://{host}:8265",
     )
-
-
-def _unwritable(failure: OSError, what: str) -> ClusterError:
-    """Error for a file that Ray cannot write. The remedy names the environment variable that changes the folder.
-
-    Args:
-        what: what failed, for the message.
-    """
-    place = os.path.abspath(os.fsdecode(failure.filename))
-    home = os.path.expanduser("~")
-    fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
-    at_home = place.startswith(os.path.join(home, ".ray"))
-    if not at_home and "ray" not in Path(place).parts:  # not a file of Ray's, but for example a program that it starts
-        return ClusterError(f"{what}: {place}: {failure.strerror}", remedy="use --executor serial")
-    remedy = (
-        "set HOME to a folder of yours, such as HOME=$(mktemp -d)"
-        if at_home
-        else "set RAY_TMPDIR to a folder of yours with a short path, such as RAY_TMPDIR=$(mktemp -d)"
-    )
-    if failure.errno in (errno.EACCES, errno.EPERM):
-        nearest = next(str(folder) for folder in Path(place).parents if folder.exists())
-        whose = f"{nearest} belongs to {_owner(nearest)}, and this process runs as user id {os.geteuid()}"
-        return ClusterError(fact, f"HOME is {home}; {whose}" if at_home else whose, remedy)
-    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ClusterError(fact, "the disk or the quota is full", f"free some space, or {remedy}")
-    return ClusterError(fact, remedy=remedy)
-
-
-def _owner(folder: str) -> str:
-    try:
-        return Path(folder).owner()
-    except (KeyError, OSError):
-        return "another user"
 
 
 @contextmanager
