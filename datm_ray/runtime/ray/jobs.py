@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from packaging.requirements import InvalidRequirement, Requirement
 from ray.job_submission import JobDetails, JobStatus
 from ray.runtime_env import RuntimeEnv
 
@@ -357,7 +356,7 @@ def job_environment(
     """Make Ray's runtime environment of a job, without `working_dir`. The log never shows a value of its variables.
 
     Args:
-        requirements: path of a file of packages, as pip takes it.
+        requirements: path of a file of packages, as pip takes it. Ray reads it; files that it names do not travel.
         variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
         runtime_env: path of a YAML or JSON file with a Ray runtime environment. This package's own is added to it.
 
@@ -373,11 +372,13 @@ def job_environment(
     _require_apart(given, {"pip"} if requirements else (), f"{runtime_env} and by --requirements")
     _require_apart(theirs, named, f"{runtime_env} and by --env")
     _require_apart(theirs | named, ours, "you and by datm-ray, so that a stopped job can save its work")
+    if requirements and _CREDENTIALS.search(_text(requirements, "--requirements")):
+        raise _credentials_error(requirements)
     modules = given.get("py_modules") or []
     merged = given | {
         "env_vars": ours | theirs | named,
         "py_modules": [*([modules] if isinstance(modules, str) else modules), str(Path(__file__).parents[2])],
-        **({} if requirements is None else {"pip": _requirements(requirements)}),
+        **({} if requirements is None else {"pip": requirements}),
     }
     try:
         RuntimeEnv(**merged, working_dir=tempfile.gettempdir())
@@ -448,32 +449,3 @@ def _credentials_error(path: str) -> ConfigError:
         f"{path} has a line with a user name or password in it, which everybody would see among the job's data",
         remedy="give the cluster's machines their own credentials, such as in ~/.netrc",
     )
-
-
-def _requirements(path: str) -> list[str]:
-    lines = _text(path, "--requirements").splitlines()
-    wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    for line in wanted:
-        if _CREDENTIALS.search(line):
-            raise _credentials_error(path)
-        if line.startswith(("-r", "-c", "-e", "--requirement", "--constraint", "--editable")) or line.endswith("\\"):
-            raise ConfigError(
-                f"{path} has the line {line!r}, which names something that does not travel with the job",
-                remedy="write the packages themselves, one a line",
-            )
-        if not line.startswith("-") and not _is_package(re.split(r"\s(?:#|--)", line)[0]):
-            raise ConfigError(
-                f"{path} has the line {line!r}, which is not a package that the cluster can install",
-                remedy="write it as pip takes it, such as numpy>=2 or https://HOST/package.whl; files do not travel",
-            )
-    return wanted
-
-
-def _is_package(text: str) -> bool:
-    """True if another machine can install this requirement: a package name, or a URL that is no local file."""
-    if "://" in text and "@ " not in text:
-        return not text.startswith("file:")
-    try:
-        return not (Requirement(text).url or "").startswith("file:")
-    except InvalidRequirement:
-        return False
