@@ -11,7 +11,7 @@ import typer
 
 from datm_ray.cli.ending import INTERRUPTED
 from datm_ray.cli.options import Json, Recipes, Set, Store, Verbose, config_of, print_json
-from datm_ray.words import counted, duration
+from datm_ray.words import duration
 
 if TYPE_CHECKING:
     from datm_ray.runtime.ray.jobs import Jobs
@@ -126,41 +126,21 @@ def job_list(address: Dashboard, json_: Json = False) -> None:
 
 @job_app.command("status")
 def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
-    """Show a job's state, progress and last log line."""
+    """Show a job's state and the last line of its log."""
     from datm_ray.runtime.ray.jobs import Jobs
 
     jobs = Jobs(address)
     job = jobs.job(number)
-    found = highlights(jobs.logs(number), job.message)
+    lines = jobs.logs(number).split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
     if json_:
-        print_json(dataclasses.asdict(job) | {title: found.get(title) for title in ("lost", "progress", "last")})
+        print_json(dataclasses.asdict(job) | {"last": last})
         return
     ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
     print(f"{job.id}: {job.status}{ended}")
-    facts = {"recipes": job.recipes, "out": job.out, "time": duration(job.seconds)}
-    for title, value in (facts | found).items():
+    facts = {"recipes": job.recipes, "out": job.out, "time": duration(job.seconds), "last": last or job.message}
+    for title, value in facts.items():
         print(f"  {title:<8} {value}")
-
-
-def highlights(log: str, message: str) -> dict[str, str]:
-    """Extract lost workers ("lost"), the latest progress ("progress") and the last line ("last") from a job's log.
-
-    Keys without a value are left out.
-
-    Args:
-        message: the cluster's message about the job, shown while its log is empty.
-    """
-    from datm_ray.monitor.progress import TASKS_DONE, WORKER_LOST
-
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lost = [line for line in lines if WORKER_LOST in line]
-    progress = [line for line in lines if any(mark in line for mark in TASKS_DONE)]
-    found = {
-        "lost": f"{counted(len(lost), 'worker')}, the last time: {lost[-1]}" if lost else "",
-        "progress": progress[-1] if progress else "",
-        "last": lines[-1] if lines else message,
-    }
-    return {title: line for title, line in found.items() if line}
 
 
 @job_app.command("logs")

@@ -31,11 +31,6 @@ from datm_ray.words import counted, data_size, duration, one_line
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
 
-WORKER_LOST = "worker lost"
-TASKS_DONE = (" tasks done", "  progress stage=")
-"""Texts in lines about a lost worker (WORKER_LOST) and about progress (TASKS_DONE: as shown, as logged). `cli.jobs`
-finds the lines by them."""
-
 LINE_INTERVAL = 30.0
 """Seconds between progress lines, in the log and on an output that cannot show bars."""
 TICK = 1.0
@@ -297,7 +292,7 @@ class Stage:
     def _summary(self, now: float) -> str:
         """Text with the numbers of finished and running tasks, the estimated time left, and the slowest task."""
         tracker, slowest, left = self._tracker, self._tracker.slowest(now), self._tracker.seconds_left(now)
-        done = f"{self._title}: {tracker.finished}/{tracker.tasks}{TASKS_DONE[0]}"
+        done = f"{self._title}: {tracker.finished}/{tracker.tasks} tasks done"
         parts = [done, f"{len(tracker.running)} running"]
         parts += [] if math.isnan(left) else [f"about {duration(left)} left"]
         if slowest:
@@ -414,7 +409,7 @@ def _record(task: Task, event: Event, seconds: float | None) -> None:
         case Finished():
             what, values = "task finished", {"seconds": seconds}
         case Lost():
-            level, what, values = logging.WARNING, WORKER_LOST, {"attempt": event.attempt, "reason": event.reason}
+            level, what, values = logging.WARNING, "worker lost", {"attempt": event.attempt, "reason": event.reason}
         case Failed():
             level, what, values = logging.ERROR, "task failed", {"reason": event.reason}
         case Resized():
@@ -434,4 +429,4 @@ def _line(task: Task, event: Lost | Failed | Resized | Note | Stopped) -> str:
     if isinstance(event, Resized):
         why = " (the cluster can hold no more)" if event.size < event.wanted else ""
         return f"{task.name}: runs with {event.size} of {counted(event.wanted, 'worker')}{why}"
-    return f"{task.name}: {WORKER_LOST} ({event.reason}); starting attempt {event.attempt + 1} on another one"
+    return f"{task.name}: worker lost ({event.reason}); starting attempt {event.attempt + 1} on another one"
