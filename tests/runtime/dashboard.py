@@ -149,16 +149,16 @@ def free_port() -> int:
         return port
 
 
-def make_certificate(file: Path, host: str = "127.0.0.1", days: int = 1) -> Path:
-    """A self-signed certificate with its key in one PEM file; expired if `days` is negative."""
+def make_certificate(file: Path) -> Path:
+    """A self-signed certificate of this machine with its key in one PEM file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "A company's authority")])
     now = datetime.datetime.now(datetime.timezone.utc)
-    alternative = x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+    alternative = x509.IPAddress(ip_address("127.0.0.1"))
     certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(9))
-        .not_valid_after(now + datetime.timedelta(days))
+        .not_valid_before(now - datetime.timedelta(1))
+        .not_valid_after(now + datetime.timedelta(1))
         .add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
