@@ -37,7 +37,6 @@ READER_GONE = 141
 ERROR_LOG = "datm-ray-error.log"
 """Name of the file, in the output folder, with tracebacks of unexpected failures."""
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
-_SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
 _home: str | None = None
 """Temporary folder that `find_home` has made for HOME; `None` if the user has a home folder."""
@@ -246,23 +245,10 @@ def _has_no_reader(stream: TextIO | None) -> bool:
 
 
 def adapt_streams() -> None:
-    """Make standard output and error replace characters that they cannot encode, instead of failing."""
-    codecs.register_error("datm-ray", _spelled)
+    """Make standard output and error print escapes for characters that they cannot encode, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="datm-ray")
-
-
-def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encoding error handler: replace characters by the ASCII spelling in `_SPELLED`, else by an escape.
-
-    Undecodable bytes of file names stay. Returns the replacement, and the index after the replaced characters.
-    """
-    assert isinstance(error, UnicodeEncodeError)
-    with suppress(UnicodeEncodeError):
-        return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
-    spelled = error.object[error.start : error.end].translate(_SPELLED)
-    return spelled.encode("ascii", "backslashreplace").decode(), error.end
+            stream.reconfigure(errors="backslashreplace")
 
 
 def find_home() -> None:
