@@ -53,10 +53,9 @@ largest numbers, published for Tiny-ImageNet and for CIFAR-100."""
 
 
 def embeddings(draft: Draft) -> Choices:
-    """Choose the first images, labels and augmentation of dm."""
+    """Choose the first images and the augmentation of dm."""
     yield "distill.ipc", draft.wish.ipc, AS_ASKED
     yield "distill.initial", "random", "real images, as published"
-    yield "distill.labels", "hard", "the classes, because no network is trained that could label"
     yield "distill.learning_rate_images", None, FOUND
     yield from draft.augmentation("distill", "evaluate")
 
