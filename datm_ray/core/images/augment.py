@@ -11,6 +11,7 @@ Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, F
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,16 +56,23 @@ class Augmentation:
 
 def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
     """Draw one operation of a strategy, such as "crop_flip", with parameters for `batch` samples."""
-    operations = parse_strategy(strategy)
+    operations = _operations(strategy)
     if not operations:
         return Augmentation(NO_AUGMENTATION, np.zeros((batch, width(NO_AUGMENTATION)), np.float32))
     operation = operations[int(generator.integers(len(operations)))]
     return Augmentation(operation, generator.random((batch, width(operation)), np.float32))
 
 
+@functools.cache
 def width(operation: str) -> int:
     """Number p of an operation's parameters for one sample, added up over the parts that "+" joins."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
+
+
+@functools.cache
+def _operations(strategy: str) -> tuple[str, ...]:
+    """Operations of a strategy, split once for all draws."""
+    return tuple(parse_strategy(strategy))
 
 
 def parse_strategy(strategy: str) -> list[str]:
