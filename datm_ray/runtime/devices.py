@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
+from datm_ray.core.compute.gpu import free_gpu_memory
 from datm_ray.core.compute.precision import Precision, has_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError
@@ -159,11 +160,6 @@ def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -
     if device.type == "cuda" and images.nbytes > free_gpu_memory() // 2:
         device = torch.device("cpu")
     return to_device(images, device)
-
-
-def free_gpu_memory() -> int:
-    """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -1,15 +1,15 @@
 """Minibatches of networks in training: order, augmentation, and the copy to the device.
 
 Each network has its own order of images and its own augmentation. Both depend only on the network's seed, the epoch and
-the number of the batch. Images are gathered and augmented for many steps at a time. Shapes: s networks, b images of a
-batch, c h w image.
+the number of the batch. Images are gathered and augmented for many steps at a time, a block. A GPU gets the numbers of
+a block in two copies, for which the host does not wait. Shapes: s networks, b images of a batch, c h w image.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,11 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.core.images.augment import Augmentation, augment_batches, draw_augmentation
-from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.compute.gpu import free_gpu_memory, uploaded
+from datm_ray.core.images.augment import Augmentation, apply_operation, draw_augmentation, width
+from datm_ray.core.randomness import Purpose, drawn
 
-BLOCK_BYTES = 2**24
-"""Largest size in bytes of images that are augmented in one call for several steps; one step may be larger."""
+BLOCK_BYTES, GPU_BLOCK_BYTES = 2**24, 2**28
+"""Largest size in bytes of images that are augmented in one call for several steps, on CPUs and on GPUs; one step may
+be larger. Larger blocks let a GPU work while the host prepares the next one."""
+GPU_BLOCK_SHARE = 1 / 16
+"""Largest share of a GPU's free memory that the images of a block take. Augmentation makes several copies of them."""
 
 
 class ImageReader(Protocol):
@@ -80,28 +84,93 @@ def batches(
     rows_of: Callable[[int], int | NDArray[np.int64]] = seen or (lambda epoch: count)
     every = ((epoch, batch, last) for epoch in epochs for batch, last in _numbered(rows_of(epoch), batch_size))
     of_a_step = len(seeds) * min(batch_size, count) * 4 * math.prod(images[0].shape[1:])
-    orders: list[NDArray[np.int64]] = []
-    while block := list(islice(every, max(1, BLOCK_BYTES // of_a_step))):
-        rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
-        draws: list[list[Augmentation]] = [[] for _ in seeds]
-        for epoch, batch, _ in block:
+    orders, steps = list[NDArray[np.int64]](), max(1, _block_bytes(device) // of_a_step)
+    while block := list(islice(every, steps)):
+        pieces: list[list[_Piece]] = [[] for _ in seeds]
+        for step, (epoch, batch, _) in enumerate(block):
             if batch == 0:
-                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(rows_of(epoch)) for seed in seeds]
+                orders = [_order(rows_of(epoch), seed, epoch) for seed in seeds]
             for number, seed in enumerate(seeds):
-                chosen = orders[number][batch * batch_size : (batch + 1) * batch_size]
-                random = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
-                rows[number].append(chosen)
-                draws[number].append(draw_augmentation(augmentation, len(chosen), random))
-        sizes = [len(chosen) for chosen in rows[0]]
-        x, y = list[Tensor](), list[tuple[Tensor, ...]]()
-        for number, (own_images, own_targets) in enumerate(zip(images, targets, strict=True)):
-            place = torch.from_numpy(np.concatenate(rows[number]))
-            x += rows_on(own_images, place, device).split(sizes)
-            y.append(own_targets[place.to(device)].split(sizes))
-        x = augment_batches(x, [draw for own in draws for draw in own])
-        for number, (epoch, _, is_last) in enumerate(block):
-            inputs = torch.stack(x[number :: len(block)])
-            yield Batch(epoch, is_last, inputs, torch.stack([own[number] for own in y]))
+                rows = orders[number][batch * batch_size : (batch + 1) * batch_size]
+                made = _augmentation(augmentation, len(rows), seed, epoch, batch)
+                pieces[number].append(_Piece(number, step, rows, made))
+        x, y = _placed([piece for own in pieces for piece in own], images, targets)
+        for step, (epoch, _, is_last) in enumerate(block):
+            inputs, wanted = (torch.stack([each[number, step] for number in range(len(seeds))]) for each in (x, y))
+            yield Batch(epoch, is_last, inputs, wanted)
+
+
+def _order(rows: int | NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Indices of an epoch's images in a network's random order. `rows`: the images' indices, or their count."""
+    return drawn(lambda random: random.permutation(rows), seed, Purpose.TRAINING_ORDER, epoch)
+
+
+def _augmentation(strategy: str, images: int, seed: int, epoch: int, batch: int) -> Augmentation:
+    """Random augmentation of a network's batch of `images` images."""
+    purpose = Purpose.TRAINING_AUGMENTATION
+    return drawn(lambda random: draw_augmentation(strategy, images, random), seed, purpose, epoch, batch)
+
+
+def _block_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return BLOCK_BYTES
+    return min(GPU_BLOCK_BYTES, int(GPU_BLOCK_SHARE * free_gpu_memory()))
+
+
+class _Piece(NamedTuple):
+    """Minibatch of one network for one step of a block."""
+
+    network: int
+    step: int
+    rows: NDArray[np.int64]
+    """[b] indices of the images."""
+    augmentation: Augmentation
+
+
+_Placed = dict[tuple[int, int], Tensor]
+"""Network and step of a block -> images [b c h w], or targets, of the minibatch on the device."""
+
+
+def _placed(pieces: Sequence[_Piece], images: Sequence[Images], targets: Sequence[Tensor]) -> tuple[_Placed, _Placed]:
+    """Augmented images and targets of a block's minibatches on the device. Arguments: see `batches`.
+
+    Minibatches with the same operation lie side by side, so that each operation is one call. No operation mixes images.
+    """
+    operations = list(dict.fromkeys(piece.augmentation.operation for piece in pieces))
+    pieces = sorted(pieces, key=lambda piece: operations.index(piece.augmentation.operation))
+    device, sizes = targets[0].device, [len(piece.rows) for piece in pieces]
+    rows = uploaded([piece.rows for piece in pieces], device)
+    x = _gathered(images, pieces, rows)
+    numbers = [piece.augmentation.parameters.ravel() for piece in pieces]  # flat, because widths differ by operation
+    uniform, parts, first, used = uploaded(numbers, device, x.dtype), list[Tensor](), 0, 0
+    for operation, same in groupby(pieces, key=lambda piece: piece.augmentation.operation):
+        own = [len(piece.rows) for piece in same]
+        last, end = first + sum(own), used + sum(own) * width(operation)
+        parts += apply_operation(x[first:last], operation, uniform[used:end].view(last - first, -1)).split(own)
+        first, used = last, end
+    places = [(piece.network, piece.step) for piece in pieces]
+    wanted = _gathered(targets, pieces, rows).split(sizes)
+    return dict(zip(places, parts, strict=True)), dict(zip(places, wanted, strict=True))
+
+
+def _gathered(sources: Sequence[Images], pieces: Sequence[_Piece], rows: Tensor) -> Tensor:
+    """Images or targets at the indices of all pieces, in one gather for neighbouring pieces of the same source.
+
+    Args:
+        sources: images or targets of each network.
+        rows: indices of all pieces, on the device.
+    """
+    parts, first = list[Tensor](), 0
+    for _, same in groupby(pieces, key=lambda piece: id(sources[piece.network])):
+        own = list(same)
+        source, last = sources[own[0].network], first + sum(len(piece.rows) for piece in own)
+        if isinstance(source, Tensor) and source.device == rows.device:
+            parts.append(source[rows[first:last]])
+        else:
+            there = torch.from_numpy(np.concatenate([piece.rows for piece in own]))
+            parts.append(rows_on(source, there, rows.device))
+        first = last
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[int, bool]]:

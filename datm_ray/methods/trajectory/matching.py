@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from datm_ray.core.compute.gpu import uploaded
 from datm_ray.core.images.augment import Augmentation, apply_operation, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
@@ -241,22 +242,15 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
     for weight, piece in zip(weights, flat, strict=True):
         weight[: len(piece.rows)] = 1 / piece.global_batch
     columns = (
-        _uploaded([piece.rows for piece in flat], like.device).split(sizes),
-        _uploaded(numbers, like.device, like.dtype).split([part.size for part in numbers]),
-        _uploaded(weights, like.device, like.dtype).split(padded),
+        uploaded([piece.rows for piece in flat], like.device).split(sizes),
+        uploaded(numbers, like.device, like.dtype).split([part.size for part in numbers]),
+        uploaded(weights, like.device, like.dtype).split(padded),
     )
     made = (
         _Piece(rows, piece.augmentation.operation, uniform.view(len(rows), -1), weight)
         for piece, rows, uniform, weight in zip(flat, *columns, strict=True)
     )
     return PlacedSteps([list(islice(made, len(pieces))) for pieces in cut])
-
-
-def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Concatenate arrays to one tensor on the device, converted to `dtype`; `None` keeps the arrays' type."""
-    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
-    whole = whole.to(dtype) if dtype else whole
-    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
 
 
 class _Sweep:

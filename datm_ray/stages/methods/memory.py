@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 import torch
 
 from datm_ray.config import Role, RunConfig
+from datm_ray.core.compute.gpu import free_gpu_memory
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.methods.distribution import even_size
-from datm_ray.runtime.devices import free_gpu_memory, uses_gpu, workers_here
+from datm_ray.runtime.devices import uses_gpu, workers_here
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.methods.base import Demand
 from datm_ray.stages.methods.part import Part
