@@ -16,7 +16,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import OneByOne
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
-from gpu.machine import Machine, freeing, timed
+from gpu.machine import Machine, freeing, timed, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 
 IMAGES, EPOCHS = 50_000, 100
@@ -57,6 +57,8 @@ class Way:
     channels_last: bool
     one_by_one: bool = False
     """True for one expert after another by a CUDA graph, False for all in one call."""
+    timed_algorithms: bool = True
+    """True if cuDNN times its algorithms at the first step, as in a run."""
 
     def step(self, network: torch.nn.Module) -> StackStep:
         """Function of a training step of all experts."""
@@ -91,7 +93,7 @@ def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
 
 def ours(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Row:
     """Train experts in this way."""
-    with tf32_products(way.precision == "tf32", machine.place):
+    with tf32_products(way.precision == "tf32", machine.place), timed_algorithms(way.timed_algorithms):
         return row_of(machine, how, our_epochs(machine, how, way, gsam=gsam), way.stacked)
 
 
@@ -118,6 +120,7 @@ def ways(machine: Machine) -> dict[str, Way]:
     if machine.small:
         return found
     found |= {f"{each} at a time": replace(run, stacked=each) for each in (1, 4)}
+    found[f"{size} at a time, cuDNN's algorithms not timed"] = replace(run, timed_algorithms=False)
     others = [each for each in machine.precisions if each != run.precision]
     found |= {f"{size} at a time, {each}": replace(run, precision=each) for each in others}
     return found | {"1 at a time, uncompiled": replace(run, stacked=1, compiled=False)}

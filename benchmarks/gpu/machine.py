@@ -72,9 +72,20 @@ class Machine:
 
     @contextmanager
     def as_in_a_run(self) -> Iterator[None]:
-        """Round the products of experts and of scored networks as a run does."""
-        with tf32_products(self.precision == "tf32", self.place):
+        """Round the products of experts and of scored networks as a run does, and choose cuDNN's algorithms so."""
+        with tf32_products(self.precision == "tf32", self.place), timed_algorithms(True):
             yield
+
+
+@contextmanager
+def timed_algorithms(is_on: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms at the first step of each shape, or not, within the context."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = is_on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     # TF32 is used with bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
     is_rounded = cluster.precision != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
+    # Shapes are the same in every step, so cuDNN may time its algorithms at the first. They round differently.
+    torch.backends.cudnn.benchmark = not cluster.deterministic
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -86,12 +88,13 @@ def _unusable() -> ClusterError:
 
 @contextmanager
 def restoring_determinism() -> Iterator[None]:
-    """Restore torch's setting of deterministic algorithms, which `prepare_device` may change, when the block ends."""
-    before = torch.get_deterministic_debug_mode()
+    """Restore torch's choice of algorithms when the block ends: `prepare_device` may make it deterministic or timed."""
+    before, is_timed = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+        torch.backends.cudnn.benchmark = is_timed
 
 
 def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:

@@ -252,6 +252,24 @@ def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
     assert held == tried[-1:] * (size >= 100), "what does not fit is forgotten before the next trial"
 
 
+@pytest.mark.parametrize(("is_timed", "tried"), [(True, [10, 10, 5, 5]), (False, [10, 5, 2])])
+def test_memory_of_cudnns_timings_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, is_timed: bool, tried: list[int]
+) -> None:
+    """A first step that times cuDNN's algorithms may take twice the memory; the step after it decides."""
+    gpu, planned = FakeGpu(monkeypatch, 10**9), plan_of(tiny_config("cluster.memory=4GiB"))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", is_timed)
+
+    def step(chunk: int) -> None:
+        is_first = chunk not in gpu.tried
+        gpu.step(chunk)
+        gpu.peak *= 2 if is_first else 1
+
+    plan = replace(planned, budget=500, chunk=10)
+    assert chunk_by_trial(step, plan, torch.device("cpu")) == tried[-1]
+    assert gpu.tried == tried
+
+
 def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the process caches on a GPU counts as free, and a tenth is kept in reserve."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
