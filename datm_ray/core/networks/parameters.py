@@ -39,14 +39,23 @@ class FlatNetwork:
         logits: Tensor = functional_call(self.module, self.layers(parameters), (images,))
         return logits
 
-    def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
+    def with_buffers(
+        self, parameters: Tensor, buffers: Tensor, images: Tensor, *, channels_last: bool = False
+    ) -> Tensor:
         """Compute logits [b k] of images [b c h w] with parameters [p] and buffers [q].
 
         In training mode the vector of buffers is changed in place.
+
+        Args:
+            channels_last: True to store the weights of convolutions with their input channels innermost, as the images.
         """
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
-        logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))
+        layers = self.layers(parameters)
+        if channels_last:
+            ordered = {name: each for name, each in layers.items() if each.dim() == 4}
+            layers |= {name: each.contiguous(memory_format=torch.channels_last) for name, each in ordered.items()}
+        logits: Tensor = functional_call(self.module, {**layers, **named}, (images,))
         return logits
 
     def layers(self, parameters: Tensor) -> dict[str, Tensor]:

@@ -200,6 +200,32 @@ def test_running_statistics_are_those_of_the_module() -> None:
     assert torch.equal(first.buffers, second.buffers)
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_networks_with_batch_statistics_have_the_memory_order_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, channels_last: bool
+) -> None:
+    """On a GPU a convolution of theirs reads images and weights with channels innermost; values stay, and CPUs too."""
+    networks = make_networks(2, "batch")
+    state, (x, y) = ExpertState.initial(networks), data()
+    arguments = (state.parameters, state.buffers, x.expand(2, *x.shape), y.expand(2, -1), torch.full((COUNT,), 0.1))
+    expected = StackFunctions(networks[0], stacked=2, channels_last=channels_last)(*arguments)
+    orders = list[tuple[bool, bool]]()
+    convolved = nn.Conv2d._conv_forward
+
+    def noting(layer: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        orders.append(tuple(each.is_contiguous(memory_format=torch.channels_last) for each in (images, weight)))
+        return convolved(layer, images, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", noting)
+    if on_gpu:
+        monkeypatch.setattr(stacked, "_gains_from_order", lambda device: True)
+    found = StackFunctions(networks[0], stacked=2, channels_last=channels_last)(*arguments)
+    for each, other in zip(found, expected, strict=True):
+        assert_close(each, other) if on_gpu else torch.testing.assert_close(each, other, rtol=0, atol=0)
+    assert set(orders) == {(on_gpu and channels_last,) * 2}
+
+
 @pytest.mark.slow
 def test_compiled_experts_equal_uncompiled_ones() -> None:
     """Compiled experts equal uncompiled ones, also where the last batch is padded with images of weight zero."""
