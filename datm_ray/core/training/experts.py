@@ -157,11 +157,12 @@ def _step(
         # The second pass's buffers are dropped, because the first pass already counted the batch's statistics.
         _, sharp, _ = functions(there, state.buffers, images, labels, weights)
         gradient = descent(gradient, sharp, settings)
+    # The calls of torch.optim.SGD, which round as it does. A sum with alpha is one pass, and rounds once.
     if settings.weight_decay:
-        gradient = gradient + settings.weight_decay * parameters
+        gradient = torch.add(gradient, parameters, alpha=settings.weight_decay)
     if settings.momentum:
         velocity = state.velocity
-        gradient = state.velocity = gradient if velocity is None else settings.momentum * velocity + gradient
+        gradient = state.velocity = gradient if velocity is None else (settings.momentum * velocity).add_(gradient)
     state.parameters = _descended(parameters, gradient, rates)
     state.step += 1
     return losses

@@ -20,7 +20,7 @@ from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.experts import ExpertState, descent, perturbation, train_experts
+from datm_ray.core.training.experts import ExpertState, descent, perturbation, train_experts, train_stack
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
@@ -125,6 +125,45 @@ def test_sgd_equals_torchs(settings: ExpertConfig) -> None:
     state, _ = trained([network], settings, [7])
     assert_close(state.parameters[0], flatten(plainly(network, settings, 7, sgd_step)))
     assert (state.epoch, state.step) == (settings.epochs, 3 * settings.epochs)
+
+
+class Given:
+    """Gradients of two networks that were drawn beforehand, instead of those of a loss."""
+
+    note, fills_up = "", False
+
+    def __init__(self, gradients: Sequence[Tensor]) -> None:
+        self._left = iter(gradients)
+
+    def __call__(self, parameters: Tensor, buffers: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return zeros as losses, and the next gradients."""
+        return torch.zeros(len(parameters)), next(self._left), buffers
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 5e-4), (0.0, 5e-4), (0.9, 0.0), (0.0, 0.0)])
+def test_a_step_rounds_as_torchs_sgd_does(momentum: float, decay: float, foreach: bool) -> None:
+    """Thirty steps of two networks side by side have the bits of torch.optim.SGD on the layers of each."""
+    draw, rates = torch.Generator().manual_seed(0), [0.01, 0.03]
+    shapes = [(13, 3, 3, 3), (13,), (13,), (10, 117), (10,)]
+    layers = [[nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes] for _ in rates]
+    given = [[[torch.randn(shape, generator=draw) for shape in shapes] for _ in rates] for _ in range(30)]
+    flat = [torch.stack([torch.cat([part.flatten() for part in own]) for own in each]) for each in (layers, *given)]
+    optimisers = [
+        torch.optim.SGD(own, rate, momentum, weight_decay=decay, foreach=foreach)
+        for own, rate in zip(layers, rates, strict=True)
+    ]
+    settings = SGD.model_copy(update={"momentum": momentum, "weight_decay": decay, "batch_size": 2, "epochs": 15})
+    state = ExpertState(flat[0].detach(), torch.empty(2, 0))
+    images, labels = [torch.zeros(4, 1, 1, 1)] * 2, [torch.zeros(4, dtype=torch.int64)] * 2
+    list(train_stack(Given(flat[1:]), images, labels, settings, [0, 1], state, rates))
+    for gradients in given:
+        for own, gradient, optimiser in zip(layers, gradients, optimisers, strict=True):
+            for part, value in zip(own, gradient, strict=True):
+                part.grad = value
+            optimiser.step()
+    expected = torch.stack([torch.cat([part.detach().flatten() for part in own]) for own in layers])
+    assert torch.equal(state.parameters, expected)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
