@@ -19,6 +19,7 @@ import torch
 
 from datm_ray.config import RunConfig, override
 from datm_ray.core.compute.precision import tf32_products
+from datm_ray.core.training import loop
 from gpu.machine import Machine, freeing, timed
 from gpu.sections import Clock, Row, Section, Work, needed_packages
 
@@ -40,8 +41,7 @@ SETTINGS = (
     "evaluate.seeds=4",
     "metadd={auxiliaries: [lenet], experts: {epochs: 1}}",
 )
-"""The shortest run with every stage. The section `cluster` keeps its defaults, which are what is checked. Four networks
-of 20 epochs are enough work to be trained together."""
+"""The shortest run with every stage. The section `cluster` keeps its defaults, which are what is checked."""
 SMALL = ("network.width=4", "cluster.compile=false", "cluster.device=cpu", "evaluate.seeds=1")
 CLASSES = 10
 
@@ -97,14 +97,25 @@ class _Run:
         return ", ".join(f"{size} images fit" for size in (*steps, *maps)) or "no trial"
 
     def scored(self) -> str:
-        """Train networks on the set, and score them."""
+        """Train networks on the set together, and score them."""
         from datm_ray.stages.evaluate.rows import EvaluateWorker
 
         numbers = range(self.config.evaluate.seeds)
         files = [f"{self._out}/{number}.json" for number in numbers]
         worker = EvaluateWorker(self.dataset, self.config.cluster.shaped(light=True))
-        results = ended(worker.evaluate(self.config, self._store, self._out, files, "distilled", numbers))
+        with short_trainings_together():
+            results = ended(worker.evaluate(self.config, self._store, self._out, files, "distilled", numbers))
         return f"{len(results)} networks"
+
+
+@contextmanager
+def short_trainings_together() -> Iterator[None]:
+    """Let networks on a GPU be trained together however few steps they take, as those of a longer run are."""
+    before, loop.COMPILED_STEPS = loop.COMPILED_STEPS, 1
+    try:
+        yield
+    finally:
+        loop.COMPILED_STEPS = before
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def validating(
     ]
     yield Progress(0, epochs)
     last = time.monotonic()
-    for epoch in trainer_of(config.cluster, device).train_all(trainings):
+    for epoch in trainer_of(config.cluster, device).train_all(trainings, seeds * validations(config.distill)):
         heartbeat()
         if time.monotonic() - last > REPORT_INTERVAL:
             yield Progress(epoch, epochs)

@@ -369,7 +369,10 @@ def test_stage_workers_run_with_the_settings_of_a_recipe(bench: SimpleNamespace)
     assert whole.cluster == ClusterConfig()
     network = build_network(whole.resolved((32, 32)).network.for_images(3, (32, 32), 10), 0)
     schedule = evaluation_schedule(whole, 0.01)
-    assert would_gain_together(network, whole.evaluate.seeds, (3, 32, 32), 10, schedule, on_gpu=True)
+    arguments = (network, whole.evaluate.seeds, (3, 32, 32), 10, schedule)
+    with bench.workers.short_trainings_together():
+        assert would_gain_together(*arguments, on_gpu=True)
+    assert not would_gain_together(*arguments, on_gpu=True)
 
 
 def test_the_workspace_of_cublas_is_fixed_before_torch_is_used() -> None:

@@ -364,11 +364,18 @@ STEP_OVERHEAD = 3e7
 
 The cost is one millisecond, at 3e10 operations a second. Measured with `make bench-evaluate`: 1.0 ms a step for 10
 digits, and 3.7e10 operations a second and core for 10 images of 32x32."""
-COMPILED_WORK = 5e10
-"""Smallest expected work of several trainings for which networks are trained together, in operations of forward passes.
+COMPILED_WORK = 3e11
+"""Smallest expected work on a CPU of all trainings with the same step for which networks are trained together, in
+operations of forward passes.
 
-One CPU core takes about two seconds for this work, and five to ten for the first compilation (`make bench-evaluate`).
-The process keeps the compiled function for later rows and validations, so this limit is below the cost of compiling."""
+One CPU core takes about ten seconds for this work if networks are trained one after another. Five networks together
+take six to seven seconds less, which is what compiling takes. Measured with `make bench-evaluate`: both are equal at
+3.1e11 operations for digits at 1 image per class, and at 2.6e11 at 10."""
+COMPILED_STEPS = 15_000
+"""Smallest number of steps on a GPU of all trainings with the same step for which networks are trained together.
+
+On a GPU a step of one network takes as long as launching its kernels. Assumed: two milliseconds saved in each step, and
+half a minute to compile. `make gpu` measures both (evaluation: "first, s")."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map above which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
@@ -398,25 +405,29 @@ def would_gain_together(
     schedule: Schedule,
     *,
     on_gpu: bool = False,
+    alike: int = 0,
 ) -> bool:
     """True if training several networks like this one together would be faster than one after another.
 
     Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
-    checks these conditions.
+    checks these conditions. Compiling must take less time than it saves in all trainings with the same step.
 
     Args:
         networks: number of networks.
         image: channels, height and width.
         count: number of images that each network is trained on.
         on_gpu: True if a GPU trains them.
+        alike: number of networks with such trainings in all tasks of the run, these included, if known.
     """
+    every = max(networks, alike)
     if networks == 1 or schedule.optimiser != "sgd":
         return False
+    if on_gpu:
+        return every * schedule.epochs * -(-count // schedule.batch_size) >= COMPILED_STEPS
     cost = image_cost(network, image)
-    maps = min(schedule.batch_size, count) * cost.largest
-    if not on_gpu and WIDE_MAP_BYTES < maps < CACHED_MAP_BYTES:
+    if WIDE_MAP_BYTES < min(schedule.batch_size, count) * cost.largest < CACHED_MAP_BYTES:
         return False
-    return networks * work_of_training(schedule, count, cost.flop) >= COMPILED_WORK
+    return every * work_of_training(schedule, count, cost.flop) >= COMPILED_WORK
 
 
 def stack_sizes(networks: int) -> list[int]:
@@ -461,13 +472,16 @@ class Trainer:
         self._functions: dict[tuple[str, int], StackFunctions] = {}
         """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
 
-    def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
+    def stacks(
+        self, trainings: Sequence[Training], lessons: Lessons | None = None, alike: int = 0
+    ) -> list[Sequence[Training]]:
         """Divide networks into groups that are trained together. Groups have one network each if this is faster.
 
         Args:
             trainings: networks of one architecture and equally many images. Their schedules differ in the learning
                 rate alone.
             lessons: a teacher's images and logits, see `train`; networks with lessons are trained one after another.
+            alike: see `would_gain_together`.
         """
         first, sizes = trainings[0], [1] * len(trainings)
         count, *image = first.images.shape
@@ -479,6 +493,7 @@ class Trainer:
             count,
             first.schedule,
             on_gpu=next(first.network.parameters()).is_cuda,
+            alike=alike,
         ):
             self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note
             sizes = sizes if self.note else stack_sizes(len(trainings))
@@ -509,10 +524,14 @@ class Trainer:
         for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
             yield state
 
-    def train_all(self, trainings: Sequence[Training]) -> Iterator[int]:
-        """Train networks of one architecture in place. Yields the epochs done so far, summed over all networks."""
+    def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
+        """Train networks of one architecture in place. Yields the epochs done so far, summed over all networks.
+
+        Args:
+            alike: see `would_gain_together`.
+        """
         done = 0
-        for stack in self.stacks(trainings):
+        for stack in self.stacks(trainings, alike=alike):
             for state in self.train(stack):
                 yield done + len(stack) * state.epoch
             done += len(stack) * stack[0].schedule.epochs

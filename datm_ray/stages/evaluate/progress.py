@@ -45,6 +45,7 @@ class SavedTraining:
         lessons: Lessons | None,
         result: Location,
         account: Account,
+        alike: int = 0,
     ) -> None:
         """Divide the networks into stacks (networks trained together), and open a progress folder for each stack.
 
@@ -54,10 +55,11 @@ class SavedTraining:
             lessons: a teacher's images and logits, see `core.training.loop.train`.
             result: file of the task's first result.
             account: meter of the task.
+            alike: number of networks with such trainings in all tasks of the run, see `would_gain_together`.
         """
         self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
         self._epochs = trainings[0].schedule.epochs
-        stacks = trainer.stacks(trainings, lessons)
+        stacks = trainer.stacks(trainings, lessons, alike)
         trained = [[(each.seed, dataclasses.asdict(each.schedule)) for each in stack] for stack in stacks]
         name = result.path.rpartition("/")[2].removesuffix(".json")
         name = f"{PROGRESS}{name}-{stable_hash({'network': str(trainings[0].network), 'trained': trained})}"

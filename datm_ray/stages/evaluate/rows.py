@@ -208,7 +208,7 @@ class EvaluateWorker:
             for seed, (images, targets, _) in zip(seeds, sets, strict=True)
         ]
         trainer = trainer_of(self._cluster, self._device)
-        training = SavedTraining(trainer, trainings, lessons, places[0], account)
+        training = SavedTraining(trainer, trainings, lessons, places[0], account, networks_alike(config, row, network))
         if trainer.note and not self._has_noted:
             self._has_noted = True
             yield Note(trainer.note)
@@ -474,6 +474,20 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
     return len(schedules), row_schedule(config, row)
 
 
+def networks_alike(config: RunConfig, row: str, network: NetworkConfig | None) -> int:
+    """Number of networks of a run whose training steps are those of this row of the accuracy table, which is included.
+
+    They have the same architecture and as many images. A process compiles the step of a stack of them once. The number
+    does not depend on what is finished, so a resumed run trains the same stacks.
+
+    Args:
+        network: scored network; `None` for the backbone.
+    """
+    rows = [each for each in scored_rows(config) if each[1] == network and not is_taught(config, each[0])]
+    same = [each for each in rows if (each[0] == "full") == (row == "full")]
+    return config.evaluate.seeds * sum(training_of(config, *each)[0] for each in same)
+
+
 def seeds_of_tasks(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, least: int
 ) -> list[tuple[int, ...]]:
@@ -537,16 +551,17 @@ def _stacking(
     count, schedule = training_of(config, row, network)
     if not config.cluster.compile or is_taught(config, row):
         return seeds * count, False, False
-    on_gpu = uses_gpu(config.cluster.shaped(light=True))
-    return seeds * count, *_gains_and_stacks(spec, seeds * count, images, schedule, on_gpu)
+    on_gpu, alike = uses_gpu(config.cluster.shaped(light=True)), networks_alike(config, row, network)
+    return seeds * count, *_gains_and_stacks(spec, seeds * count, images, schedule, on_gpu, alike)
 
 
 @functools.lru_cache(maxsize=64)
 def _gains_and_stacks(
-    spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool
+    spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool, alike: int
 ) -> tuple[bool, bool]:
     built, image = build_network(spec, 0), (spec.channels, *spec.size)
-    return would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu), can_be_stacked(built)
+    gains = would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu, alike=alike)
+    return gains, can_be_stacked(built)
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,16 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
     """
     network = make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
-    long = replace(RICH, epochs=1000)
+    long = replace(RICH, epochs=2000)
     assert would_gain_together(network, 2, (1, 8, 8), 20, long)
     assert not would_gain_together(network, 2, (1, 8, 8), 20, RICH)
+    half = replace(long, epochs=1000)
+    assert not would_gain_together(network, 2, (1, 8, 8), 20, half)
+    assert would_gain_together(network, 2, (1, 8, 8), 20, half, alike=4), "other rows have the same step"
+    assert [would_gain_together(network, 2, (1, 8, 8), 20, half, on_gpu=True, alike=each) for each in (4, 5)] == [
+        False,
+        True,
+    ], "a GPU compiles for 15,000 steps, three in an epoch"
     assert not would_gain_together(network, 1, (1, 8, 8), 20, long)
     assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_adamw())
     images, labels = torch.zeros(20, 1, 8, 8), torch.zeros(20, 3)
@@ -167,12 +174,12 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
 
 
 def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
-    """Networks stay alone if their maps are large but still fit the cache, as measured; a GPU takes them together."""
+    """Networks stay alone if their maps are large but still fit the cache, as measured; a GPU counts steps alone."""
     shapes = [(64, 10), (128, 10), (128, 20), (128, 100)]
     image, together = (3, 32, 32), []
     for width, images in shapes:
         network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=width), 0)
-        assert would_gain_together(network, 5, image, images, PROTOCOLS["published"], on_gpu=True)
+        assert would_gain_together(network, 15, image, images, PROTOCOLS["published"], on_gpu=True)
         together.append(would_gain_together(network, 5, image, images, PROTOCOLS["published"]))
     assert together == [True, False, True, True]
 

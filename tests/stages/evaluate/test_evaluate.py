@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from datm_ray.artifact import SCORING, save_artifact
-from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
+from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, override, run_identity, scored_on
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState
@@ -25,6 +25,7 @@ from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
+from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime import stopping
 from datm_ray.runtime.devices import images_on
@@ -45,6 +46,8 @@ from datm_ray.stages.evaluate.rows import (
     EvaluateWorker,
     fewest_tasks,
     has_learned_step_size,
+    largest_stack,
+    networks_alike,
     result_location,
     row_schedule,
     scored_rows,
@@ -596,6 +599,28 @@ def test_a_task_that_is_stopped_saves_its_epoch_and_names_it(
     found = open_location(str(tmp_path / "parts/random-hard-01.json")).read_json()
     assert found["cost"]["cpu_seconds"] == (100 * len(laps) + 2) / 2
     assert (results, networks) == scored(str(tmp_path / "whole"), is_stacked)[1:]
+
+
+DIGITS = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
+
+
+def test_networks_are_compiled_where_all_rows_of_a_run_gain_from_it() -> None:
+    """The demo's rows share a compiled step, and one small row does not compile. Rows of a teacher do not count."""
+    for recipe, images in (("digits-ipc1", 10), ("digits-ipc10", 100)):
+        config = get_recipe(recipe)
+        assert networks_alike(config, "distilled", None) == 5 * (3 + 3 + 1)
+        assert networks_alike(config, "full", None) == 5 * 3
+        found = {row: largest_stack(config, row, None, DIGITS, images, 5) for row in ("random-hard", "distilled")}
+        assert found == {"random-hard": 5, "distilled": 5}
+    few = override(get_recipe("digits-ipc1"), ["evaluate.seeds=2"])
+    assert networks_alike(few, "distilled", None) == 14
+    assert largest_stack(few, "random-hard", None, DIGITS, 10, 2) == 1
+    others = override(get_recipe("digits-ipc1"), ["evaluate.networks=[{architecture: lenet}]"])
+    lenet = others.evaluate.networks[0]
+    assert networks_alike(others, "distilled", lenet) == 5 * (3 + 4)
+    assert networks_alike(others, "distilled", None) == 5 * (3 + 3 + 1)
+    taught = override(get_recipe("digits-ipc1"), ["evaluate.labels=teacher"])
+    assert networks_alike(taught, "random-hard", None) == 5 * 3
 
 
 @pytest.mark.parametrize("is_stacked", [False, True])
