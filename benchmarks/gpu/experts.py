@@ -13,7 +13,7 @@ from published_experts import Data, Epochs, loader_epochs
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stack_trial import OneByOne
+from datm_ray.core.networks.stack_trial import InParts
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
 from gpu.machine import Machine, freeing, timed, timed_algorithms
@@ -69,7 +69,7 @@ class Way:
             channels_last=self.channels_last,
             in_bfloat16=self.precision == "bfloat16",
         )
-        return OneByOne(functions) if self.one_by_one else functions
+        return InParts(functions) if self.one_by_one else functions
 
 
 def our_epochs(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Epochs:

@@ -12,6 +12,7 @@ import torch
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stack_trial import InParts
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.loop import PROTOCOLS, Training, predict_logits, train, train_together
 from gpu.machine import Machine, free_memory, freeing, measured, timed
@@ -30,8 +31,15 @@ def random_set(machine: Machine, images: int) -> tuple[NetworkSpec, torch.Tensor
     return spec, pixels.to(machine.device), torch.randn(images, 10, generator=draw).to(machine.device)
 
 
-def epochs_of(machine: Machine, ipc: int, networks: int) -> tuple[Training, Iterator[object]]:
-    """Training of the first of some networks, and an iterator that trains all of them for an epoch at each step."""
+def epochs_of(
+    machine: Machine, ipc: int, networks: int, at_a_time: int | None = None
+) -> tuple[Training, Iterator[object]]:
+    """Training of the first of some networks, and an iterator that trains all of them for an epoch at each step.
+
+    Args:
+        at_a_time: networks in a call, `None` for all; a run takes all or one, whichever a trial finds faster.
+    """
+    at_a_time = at_a_time or networks
     spec, images, targets = random_set(machine, 10 * ipc)
     schedule = replace(PROTOCOLS["published"], epochs=10**6, decay_epoch=None, augmentation=PUBLISHED_AUGMENTATION)
     stack = [
@@ -42,14 +50,15 @@ def epochs_of(machine: Machine, ipc: int, networks: int) -> tuple[Training, Iter
     if networks == 1:
         return first, train(first.network, images, targets, schedule, 0)
     options = {"compile_": machine.compiled, "channels_last": machine.channels_last}
-    return first, train_together(StackFunctions(first.network, stacked=networks, **options), stack)
+    functions = StackFunctions(first.network, stacked=at_a_time, **options)
+    return first, train_together(InParts(functions, at_a_time) if machine.device == "cuda" else functions, stack)
 
 
-def evaluation_row(machine: Machine, ipc: int, networks: int) -> Row:
+def evaluation_row(machine: Machine, ipc: int, networks: int, at_a_time: int) -> Row:
     """Seconds to evaluate a network of a stack: the schedule, extrapolated from a part of it, and scoring."""
     part, calls = (3, 1) if machine.small else (25, 3)
     with machine.as_in_a_run():
-        training, epochs = epochs_of(machine, ipc, networks)
+        training, epochs = epochs_of(machine, ipc, networks, at_a_time)
         first, _ = timed(partial(next, epochs), machine.device)
         trained = measured(lambda: [next(epochs) for _ in range(part)], machine.device, calls)
         test = torch.randn(100 if machine.small else TEST_IMAGES, *training.images.shape[1:], device=machine.device)
@@ -66,10 +75,11 @@ def evaluation_row(machine: Machine, ipc: int, networks: int) -> Row:
 
 def evaluation(machine: Machine, _: Clock) -> Iterator[Work]:
     """List the evaluation of sets of several sizes, five seeds together as a run has them, and one by one."""
-    cases = [(1, 2), (1, 1)] if machine.small else [(10, 5), (1, 5), (10, 1), (50, 5), (1, 1), (50, 1)]
-    for ipc, networks in cases:
-        call = partial(evaluation_row, machine, ipc, networks)
-        yield Work({"images per class": ipc, "together": networks}, partial(freeing, machine.device, call))
+    cases = [(10, 5, 5), (1, 5, 5), (10, 5, 1), (10, 1, 1), (50, 5, 5), (1, 5, 1), (1, 1, 1), (50, 1, 1)]
+    for ipc, networks, at_a_time in [(1, 2, 2), (1, 1, 1)] if machine.small else cases:
+        call = partial(evaluation_row, machine, ipc, networks, at_a_time)
+        what = {"images per class": ipc, "together": networks, "in a call": at_a_time}
+        yield Work(what, partial(freeing, machine.device, call))
 
 
 def metadd_row(machine: Machine, auxiliaries: int) -> Row:
@@ -115,9 +125,18 @@ EVALUATION = Section(
     "6. How many networks an hour are scored?",
     "Fresh ConvNet-3s trained on a set of CIFAR-10's shape for the published 1,001 epochs of batches of 128, from 25 "
     "of them, and scored on 10,000 images, in a run's precision and memory order. Together: so many in one compiled "
-    "step, as a run trains the seeds of a row; 1: uncompiled, as networks that cannot be stacked. Seconds of one. "
+    "step, as a run trains the seeds of a row, by CUDA graphs. In a call: all of them, or one after another, whichever "
+    "a run's trial finds faster. Together 1: uncompiled, as networks that cannot be stacked. Seconds of one. "
     "First: an epoch of all of them with compilation.",
-    ("images per class", "together", "training and scoring, s", "scoring, s", "networks an hour", "first, s"),
+    (
+        "images per class",
+        "together",
+        "in a call",
+        "training and scoring, s",
+        "scoring, s",
+        "networks an hour",
+        "first, s",
+    ),
     seconds=40,
     least=5,
     works=evaluation,

@@ -97,15 +97,17 @@ class _Run:
         return ", ".join(f"{size} images fit" for size in (*steps, *maps)) or "no trial"
 
     def scored(self) -> str:
-        """Train networks on the set together, and score them."""
+        """Train networks on the set together, and score them. On a GPU a trial finds how many one call computes."""
         from datm_ray.stages.evaluate.rows import EvaluateWorker
+        from datm_ray.stages.validation import trainer_of
 
         numbers = range(self.config.evaluate.seeds)
         files = [f"{self._out}/{number}.json" for number in numbers]
         worker = EvaluateWorker(self.dataset, self.config.cluster.shaped(light=True))
         with short_trainings_together():
             results = ended(worker.evaluate(self.config, self._store, self._out, files, "distilled", numbers))
-        return f"{len(results)} networks"
+        trials = trainer_of(worker._cluster, worker._device)._at_a_time.values()
+        return ", ".join([f"{len(results)} networks", *(f"{size} in a call" for size in trials)])
 
 
 @contextmanager

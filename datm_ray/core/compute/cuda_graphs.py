@@ -61,6 +61,7 @@ class Replayed:
         try:
             self._record(arguments)
         except torch.OutOfMemoryError:  # the caller may retry with fewer images
+            self._inputs = []
             raise
         except Exception as failure:  # a kernel or library that cannot be recorded may raise anything
             self._has_failed, self._inputs = True, []

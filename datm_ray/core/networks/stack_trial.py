@@ -2,28 +2,35 @@
 
 Side by side, the networks share every kernel, as groups of one convolution. One after another, each network has kernels
 of its own, which libraries compute faster, and a CUDA graph launches these kernels together. Which way is faster
-depends on the GPU and the network. Both ways give the same values up to rounding. Tests:
-tests/core/networks/test_stack_trial.py.
+depends on the GPU and the network. A stack that does not fit into the GPU's memory is computed in parts. All ways give
+the same values up to rounding. Tests: tests/core/networks/test_stack_trial.py.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from datm_ray.core.compute.cuda_graphs import Replayed
+from datm_ray.core.compute.gpu import free_gpu_memory
+from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.stacked import StackFunctions, StackResults
 
 TURNS = 3
 """Number of timed calls of each candidate. The candidates are called in turn, and each one's fastest call counts."""
+KEPT_MAPS, KEPT_VECTORS = 2, 8
+"""Peak memory of a training step on a GPU: multiples of the bytes that all layers write in one forward pass (maps and
+their gradients), and of a network's parameters. Assumed. If a stack does not fit nevertheless, the trial halves it."""
 
 
-class OneByOne:
-    """Function of a stack's networks that computes one network after another, each by the same CUDA graph.
+class InParts:
+    """Function of a stack's networks that computes some of them in each call, by CUDA graphs.
 
     Attributes:
         note: see `StackFunctions`.
@@ -32,22 +39,83 @@ class OneByOne:
 
     fills_up = True
 
-    def __init__(self, single: StackFunctions) -> None:
-        """Store the function of a single network. The first call records its graph.
+    def __init__(self, functions: StackFunctions, at_a_time: int = 1) -> None:
+        """Store the function. The first call for each number of networks records its graph.
 
         Args:
-            single: function of one network without batch statistics.
+            functions: function of networks without batch statistics.
+            at_a_time: number of networks in a call, at least 1. The last call may have fewer.
         """
-        self.note, self._single = single.note, Replayed(single)
+        self.note, self._functions, self._at_a_time = functions.note, functions, at_a_time
+        self._graphs: dict[int, Replayed] = {}
+        """Number of networks -> the graph that computes them."""
 
     def __call__(
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> StackResults:
         """Compute losses [s], gradients [s p] and buffers [s q], see `StackFunctions`."""
-        splits = (each.split(1) for each in (parameters, buffers, images, labels))
-        found = [self._single(*each, weights) for each in zip(*splits, strict=True)]
+        splits = (each.split(self._at_a_time) for each in (parameters, buffers, images, labels))
+        found = [self._graph(len(each[0]))(*each, weights) for each in zip(*splits, strict=True)]
+        if len(found) == 1:
+            whole: StackResults = found[0]
+            return whole
         losses, gradients, after = (torch.cat(each) for each in zip(*found, strict=True))
         return losses, gradients, after
+
+    def _graph(self, networks: int) -> Replayed:
+        if networks not in self._graphs:
+            self._graphs[networks] = Replayed(self._functions)
+        return self._graphs[networks]
+
+
+def is_tried(device: torch.device) -> bool:
+    """True if a trial finds how many networks one call computes: on GPUs. For CPUs, limits were measured beforehand."""
+    return device.type == "cuda"
+
+
+def now_on(device: torch.device) -> float:
+    """Wait until the device has finished all its work. Returns the time in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def fitting(networks: int, rows: int, cost: ImageCost) -> int:
+    """Number of networks, halved until a step of theirs should fit into the GPU's free memory; at least 1.
+
+    Args:
+        networks: largest number.
+        rows: number of images of each network in a step.
+        cost: cost of an image in a network.
+    """
+    needed, free = KEPT_MAPS * rows * cost.maps + KEPT_VECTORS * 4 * cost.parameters, free_gpu_memory()
+    while networks > 1 and networks * needed > free:
+        networks = _half(networks)
+    return networks
+
+
+def found_at_a_time(call_of: Callable[[int], Callable[[], Any]], most: int, device: torch.device | None) -> int:
+    """Number of networks that one call computes: `most`, halved until they fit, or one if a trial finds this faster.
+
+    Under deterministic algorithms nothing is timed, so that every run computes alike.
+
+    Args:
+        call_of: function from a number of networks to a call that computes a step of the whole stack with it.
+        most: largest number.
+        device: device that is timed; `None` to time nothing.
+
+    Raises:
+        torch.OutOfMemoryError: one network at a time does not fit.
+    """
+    while most > 1 and not _fits(call_of(most)):
+        most = _half(most)
+    if device is None or torch.are_deterministic_algorithms_enabled():
+        return most
+    return fastest({each: call_of(each) for each in dict.fromkeys((most, 1))}, partial(now_on, device))
+
+
+def _half(networks: int) -> int:
+    return -(-networks // 2)
 
 
 def fastest(ways: Mapping[int, Callable[[], Any]], now: Callable[[], float]) -> int:
@@ -77,6 +145,8 @@ def fastest(ways: Mapping[int, Callable[[], Any]], now: Callable[[], float]) -> 
 def _fits(call: Callable[[], Any]) -> bool:
     try:
         call()
+        return True
     except torch.OutOfMemoryError:
-        return False
-    return True
+        pass  # the failed call's tensors live as long as its error
+    torch.cuda.empty_cache()
+    return False

@@ -25,7 +25,14 @@ from datm_ray.core.images.augment import augment, draw_augmentation, parse_strat
 from datm_ray.core.images.batches import Images, batches, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
+from datm_ray.core.networks.stack_trial import InParts, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stacked import (
+    CACHED_MAP_BYTES,
+    LARGEST_STACK,
+    StackFunctions,
+    StackStep,
+    can_be_stacked,
+)
 from datm_ray.core.training.experts import ExpertState, train_stack
 from datm_ray.core.training.rates import share_of_rate
 from datm_ray.core.training.teacher import Lessons, divergence
@@ -471,6 +478,8 @@ class Trainer:
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
         """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
+        self._at_a_time: dict[tuple[str, int, int], int] = {}
+        """(Architecture, image shape), number of networks, images of a step -> number of networks in a call."""
 
     def stacks(
         self, trainings: Sequence[Training], lessons: Lessons | None = None, alike: int = 0
@@ -492,13 +501,52 @@ class Trainer:
             (image[0], image[1], image[2]),
             count,
             first.schedule,
-            on_gpu=next(first.network.parameters()).is_cuda,
+            on_gpu=is_tried(_device_of(trainings)),
             alike=alike,
         ):
             self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note
             sizes = sizes if self.note else stack_sizes(len(trainings))
         ends = np.cumsum(sizes).tolist()
         return [trainings[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    def at_a_time(self, stack: Sequence[Training], saved: int | None = None) -> int:
+        """Number of networks of a stack that one call computes: all, or on a GPU what a trial on the first batch finds.
+
+        The trial takes as many as fit into the GPU's memory, or one if this is faster. It is made once for every
+        architecture, number of networks and size of a step.
+
+        Args:
+            stack: one of the groups that `stacks` returned.
+            saved: number of an earlier part of this training, which holds if it fits; `None` for a trial.
+        """
+        if len(stack) == 1 or not is_tried(_device_of(stack)):
+            return len(stack)
+        key = (_kind_of(stack[0]), len(stack), _rows_of(stack))
+        if key not in self._at_a_time or saved not in (None, self._at_a_time[key]):
+            self._at_a_time[key] = self._tried(stack, saved)
+        return self._at_a_time[key]
+
+    def _tried(self, stack: Sequence[Training], saved: int | None) -> int:
+        batch = _first_batch(stack)
+        ways: dict[int, InParts] = {}
+
+        def way(networks: int) -> Callable[[], object]:
+            ways[networks] = ways.get(networks) or self._in_parts(stack[0], networks)
+            return functools.partial(ways[networks], *batch)
+
+        if saved is not None:
+            return found_at_a_time(way, saved, None)
+        cost = image_cost(stack[0].network, tuple(stack[0].images.shape[1:]))
+        return found_at_a_time(way, fitting(len(stack), _rows_of(stack), cost), _device_of(stack))
+
+    def _step_of(self, stack: Sequence[Training]) -> StackStep:
+        """Training step of all networks of a stack; on a GPU by CUDA graphs, which are freed with it."""
+        if not is_tried(_device_of(stack)):
+            return self._functions_for(stack[0], len(stack))
+        return self._in_parts(stack[0], self.at_a_time(stack))
+
+    def _in_parts(self, training: Training, networks: int) -> InParts:
+        return InParts(self._functions_for(training, networks), networks)
 
     def train(
         self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
@@ -514,7 +562,7 @@ class Trainer:
                 trainer keeps no reference to it.
         """
         if len(stack) > 1:
-            together = train_together(self._functions_for(stack[0], len(stack)), stack, saved)
+            together = train_together(self._step_of(stack), stack, saved)
             del saved
             yield from together
             return
@@ -537,11 +585,46 @@ class Trainer:
             done += len(stack) * stack[0].schedule.epochs
 
     def _functions_for(self, training: Training, size: int) -> StackFunctions:
-        key = (f"{training.network} {tuple(training.images.shape[1:])}", size)
+        key = (_kind_of(training), size)
         if key not in self._functions:
             functions = StackFunctions(training.network, stacked=size, channels_last=self._channels_last)
             self._functions[key] = functions
         return self._functions[key]
+
+
+def _kind_of(training: Training) -> str:
+    """Architecture and shape of the images of a training in words, the same for all that one function can compute."""
+    return f"{training.network} {tuple(training.images.shape[1:])}"
+
+
+def _device_of(stack: Sequence[Training]) -> torch.device:
+    return next(stack[0].network.parameters()).device
+
+
+def _rows_of(stack: Sequence[Training]) -> int:
+    """Number of images of each network in a whole step."""
+    return min(stack[0].schedule.batch_size, len(stack[0].images))
+
+
+def _first_batch(stack: Sequence[Training]) -> tuple[Tensor, ...]:
+    """Arguments of a step of `StackFunctions` on the first images of every network's set."""
+    state, rows = ExpertState.initial([each.network for each in stack]), torch.arange(_rows_of(stack))
+    device = state.parameters.device
+    images = torch.stack([rows_on(each.images, rows, device) for each in stack])
+    labels = torch.stack([each[rows.to(device)] for each in _probabilities(stack)])
+    return state.parameters, state.buffers, images, labels, state.parameters.new_full((len(rows),), 1 / len(rows))
+
+
+def _probabilities(stack: Sequence[Training]) -> list[Tensor]:
+    """Probabilities [n k] of each network's targets; networks with the same targets share a tensor."""
+    network, device = stack[0].network, _device_of(stack)
+    classes = network(rows_on(stack[0].images, torch.arange(1), device)).shape[1]
+    dtype, found = next(network.parameters()).dtype, dict[int, Tensor]()
+    for targets in (each.targets for each in stack):
+        if id(targets) not in found:
+            is_soft = targets.is_floating_point()
+            found[id(targets)] = targets.softmax(dim=1) if is_soft else one_hot(targets, classes).to(dtype)
+    return [found[id(each.targets)] for each in stack]
 
 
 @functools.cache
@@ -551,7 +634,7 @@ def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
 
 
 def train_together(
-    functions: StackFunctions, stack: Sequence[Training], saved: TrainingState | None = None
+    functions: StackStep, stack: Sequence[Training], saved: TrainingState | None = None
 ) -> Iterator[ExpertState]:
     """Train several networks of one architecture in place by SGD, each as `train` would.
 
@@ -562,12 +645,8 @@ def train_together(
     if saved is not None:
         state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
         del saved  # so that its vectors are freed by the first step
-    classes = stack[0].network(rows_on(stack[0].images, torch.arange(1), state.parameters.device)).shape[1]
-    probabilities = [
-        each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)
-        for each in (training.targets for training in stack)
-    ]
-    images, seeds, decay = [each.images for each in stack], [each.seed for each in stack], schedule.decay_epoch
+    images, probabilities = [each.images for each in stack], _probabilities(stack)
+    seeds, decay = [each.seed for each in stack], schedule.decay_epoch
     for epochs in sorted({min(decay or schedule.epochs, schedule.epochs), schedule.epochs}):
         is_late = decay is not None and state.epoch >= decay
         if state.epoch == decay:

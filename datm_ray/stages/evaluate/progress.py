@@ -131,6 +131,7 @@ class SavedTraining:
         """
         stack, progress = self._stacks[number]
         state = progress.resume(device)
+        progress.at_a_time = self._trainer.at_a_time(stack, progress.at_a_time if state else None)
         self._done += len(stack) * ((state.epoch if state else 0) - self._saved[number])
         return state
 

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from datm_ray.core.images.batches import Images, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples
-from datm_ray.core.networks.stack_trial import OneByOne, fastest
+from datm_ray.core.networks.stack_trial import InParts, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import (
     LARGEST_STACK,
     STACKED_MAP_BYTES,
@@ -129,18 +129,6 @@ def divided(
 _log = logging.getLogger(__name__)
 
 
-def is_tried(device: torch.device) -> bool:
-    """True if a trial finds how many experts one call computes: on GPUs. For CPUs, limits were measured beforehand."""
-    return device.type == "cuda"
-
-
-def now_on(device: torch.device) -> float:
-    """Wait until the device has finished all its work. Returns the time in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class ExpertWorker:
     """Trains experts on one data set.
 
@@ -156,9 +144,10 @@ class ExpertWorker:
         self._images = images_on(dataset.train_images, self.device)
         self._labels = to_device(dataset.train_labels, self.device)
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
-        self._one_by_one: dict[tuple[NetworkSpec, str], OneByOne] = {}
+        self._in_parts: dict[tuple[NetworkSpec, int, str], InParts] = {}
+        """Network, number of networks in a call and precision -> training step by CUDA graphs."""
         self._at_a_time: dict[tuple[NetworkSpec, int, str], int] = {}
-        """(network, size of the stack, precision) -> number of networks per call that a trial found fastest."""
+        """(network, size of the stack, precision) -> number of networks per call that a trial found."""
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
@@ -268,17 +257,19 @@ class ExpertWorker:
     def _step_of(
         self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str, at_a_time: int
     ) -> StackStep:
-        """Training step for `stacked` networks: in one call if `at_a_time` is `stacked`, otherwise one by one."""
+        """Training step for `stacked` networks: in one call, or in several calls of at most `at_a_time` networks."""
+        functions, key = self._functions_for(spec, network, at_a_time, precision), (spec, at_a_time, precision)
         if at_a_time == stacked:
-            return self._functions_for(spec, network, stacked, precision)
-        if (spec, precision) not in self._one_by_one:
-            self._one_by_one[spec, precision] = OneByOne(self._functions_for(spec, network, 1, precision))
-        return self._one_by_one[spec, precision]
+            return functions
+        if key not in self._in_parts:
+            self._in_parts[key] = InParts(functions, at_a_time)
+        return self._in_parts[key]
 
     def _found_at_a_time(self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig) -> int:
-        """Number of networks that one call computes: all, or 1 if a trial with a batch on a GPU finds this faster.
+        """Number of networks that one call computes: all, or on a GPU the number that a trial on the first batch finds.
 
-        There is no trial if the recipe gives `cluster.experts_at_a_time`.
+        The trial takes as many networks as fit into the GPU's memory, or one if this is faster. There is no trial if
+        the recipe gives `cluster.experts_at_a_time`.
         """
         stacked, precision = len(networks), settings.precision
         is_given = self._cluster.experts_at_a_time is not None
@@ -289,13 +280,14 @@ class ExpertWorker:
             images = rows_on(self._images, torch.from_numpy(rows), self.device).expand(stacked, *[-1] * 4)
             labels = self._labels[: len(rows)].to(self.device).expand(stacked, -1)
             arguments = (state.parameters, state.buffers, images, labels, state.parameters.new_ones(len(rows)))
-            ways = {
-                size: functools.partial(self._step_of(spec, networks[0], stacked, precision, size), *arguments)
-                for size in (stacked, 1)
-            }
-            found = self._at_a_time[spec, stacked, precision] = fastest(ways, lambda: now_on(self.device))
-            if found == stacked:  # an unused graph would keep its memory
-                self._one_by_one.pop((spec, precision), None)
+
+            def way(size: int) -> Callable[[], object]:
+                return functools.partial(self._step_of(spec, networks[0], stacked, precision, size), *arguments)
+
+            most = fitting(stacked, len(rows), image_cost(networks[0], tuple(images.shape[2:])))
+            found = self._at_a_time[spec, stacked, precision] = found_at_a_time(way, most, self.device)
+            for key in self._in_parts.keys() - {(spec, found, precision)}:  # unused graphs would keep their memory
+                del self._in_parts[key]
             _log.info("experts timed %s", fields(stacked=stacked, at_a_time=found))
         return self._at_a_time[spec, stacked, precision]
 

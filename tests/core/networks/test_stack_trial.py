@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import ExpertConfig, NetworkSpec
+from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stack_trial import TURNS, OneByOne, fastest
+from datm_ray.core.networks.stack_trial import TURNS, InParts, fastest, fitting, found_at_a_time
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
 from tests.tapes import Tape
@@ -28,16 +29,19 @@ def trained(make: Callable[[], StackStep], optimiser: str) -> tuple[Tensor, list
     return state.parameters, losses
 
 
+@pytest.mark.parametrize(("at_a_time", "calls"), [(1, [3]), (2, [1, 1]), (3, [1])])
 @pytest.mark.parametrize("optimiser", ["sgd", "gsam"])
-def test_experts_one_by_one_equal_those_of_a_stack(tapes: list[Tape], optimiser: str) -> None:
-    """One graph, replayed for each expert with its own parameters and images, gives a stack's experts to 1e-12."""
+def test_experts_in_parts_equal_those_of_a_stack(
+    tapes: list[Tape], optimiser: str, at_a_time: int, calls: list[int]
+) -> None:
+    """One graph for each size of a part, replayed with each part's parameters and images, gives a stack's experts."""
     network = build_network(SPEC, 0).double()
-    single, stack = (StackFunctions(network, stacked=size, compile_=False) for size in (1, 3))
-    parameters, losses = trained(lambda: OneByOne(single), optimiser)
+    part, stack = (StackFunctions(network, stacked=size, compile_=False) for size in (at_a_time, 3))
+    parameters, losses = trained(lambda: InParts(part, at_a_time), optimiser)
     expected, expected_losses = trained(lambda: stack, optimiser)
     torch.testing.assert_close(parameters, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=1e-13)
-    assert [tape.replays for tape in tapes] == [3 * 2 * 3 * (1 + (optimiser == "gsam"))]
+    assert [tape.replays for tape in tapes] == [each * 2 * 3 * (1 + (optimiser == "gsam")) for each in calls]
 
 
 class Clock:
@@ -78,3 +82,31 @@ def test_what_does_not_fit_into_memory_is_not_taken() -> None:
     assert fastest({8: too_large, 1: clock.way(1, [9, 9, 9])}, lambda: clock.now) == 1
     with pytest.raises(torch.OutOfMemoryError, match="neither a stack of networks nor one network"):
         fastest({8: too_large, 1: too_large}, lambda: clock.now)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_stack_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack is halved by its expected memory, then by trial; what fits is compared with one network at a time."""
+    cost = ImageCost(maps=100, largest=50, flop=1, functions=1, parameters=10)
+    for free, expected in ((1e9, 8), (8 * 2320, 8), (8 * 2320 - 1, 4), (3 * 2320, 2), (0, 1)):
+        monkeypatch.setattr("datm_ray.core.networks.stack_trial.free_gpu_memory", lambda free=free: free)
+        assert fitting(8, 10, cost) == expected
+    tried = list[int]()
+
+    def way(size: int, most: int = 3) -> Callable[[], None]:
+        def call() -> None:
+            tried.append(size)
+            if size > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return call
+
+    monkeypatch.setattr("datm_ray.core.networks.stack_trial.fastest", lambda ways, now: -len(ways))
+    assert found_at_a_time(way, 5, CPU) == -2
+    assert tried == [5, 3]
+    assert found_at_a_time(lambda size: way(size, 1), 5, CPU) == -1, "one at a time has no rival"
+    assert found_at_a_time(way, 8, None) == 2, "nothing is timed"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert found_at_a_time(way, 8, CPU) == 2, "a timing would differ from run to run"

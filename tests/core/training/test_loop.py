@@ -13,11 +13,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
+from datm_ray.core.compute import compilation
 from datm_ray.core.images.augment import augment, draw_augmentation
+from datm_ray.core.networks import stack_trial, stacked
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK, StackFunctions
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import (
     PROTOCOLS,
@@ -35,6 +38,7 @@ from datm_ray.core.training.loop import (
     would_gain_together,
 )
 from datm_ray.errors import ConfigError
+from tests.tapes import Tape
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
 RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
@@ -203,6 +207,82 @@ def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:
     for each, other in zip(own, alone, strict=True):
         train_to_end(other, images, labels, PLAIN, each.seed)
         assert torch.equal(flatten(each.network), flatten(other))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]) -> list[Tape]:
+    """Let the CPU play a GPU with much memory that compiles at once. Returns the CUDA graphs recorded so far."""
+    monkeypatch.setattr(loop, "is_tried", lambda device: True)
+    monkeypatch.setattr(loop, "COMPILED_STEPS", 0)
+    monkeypatch.setattr(stack_trial, "free_gpu_memory", lambda: 2**40)
+    monkeypatch.setattr(stacked, "compiler_problem", lambda device: "")
+    monkeypatch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
+    return tapes
+
+
+def test_a_trial_on_a_gpu_decides_how_a_stack_is_computed(
+    monkeypatch: pytest.MonkeyPatch, on_a_gpu: list[Tape]
+) -> None:
+    """One trial serves all stacks of a kind; each way gives the networks of single trainings, by CUDA graphs."""
+    asked = list[list[int]]()
+    for taken, replays in ((3, 1), (1, 3)):
+
+        def fastest(ways: dict[int, object], now: object, taken: int = taken) -> int:
+            asked.append(list(ways))
+            return taken
+
+        monkeypatch.setattr(stack_trial, "fastest", fastest)
+        trainer, before = Trainer(channels_last=False), len(on_a_gpu)
+        for _ in range(2):
+            own, alone = trainings(RICH, soft=True), trainings(RICH, soft=True)
+            assert list(trainer.train_all(own))[-1] == 3 * RICH.epochs
+            assert on_a_gpu[-1].replays == replays * 3 * RICH.epochs
+            for each, other in zip(own, alone, strict=True):
+                train_to_end(other.network, other.images, other.targets, other.schedule, other.seed)
+                torch.testing.assert_close(flatten(each.network), flatten(other.network), rtol=1e-12, atol=1e-13)
+        assert len(on_a_gpu) == before + 3, "a graph of the trial, which is not kept, and one of each training"
+    assert asked == [[3, 1]] * 2
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+def test_a_stack_that_does_not_fit_into_a_gpu_is_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, on_a_gpu: list[Tape], is_planned: bool
+) -> None:
+    """Networks and accuracies are those of a stack that fits, if memory is expected to be short, or proves to be."""
+    images, labels = make_data(40)
+    monkeypatch.setattr(stack_trial, "fastest", lambda ways, now: next(iter(ways)))
+    whole, parts = trainings(RICH, soft=False), trainings(RICH, soft=False)
+    list(Trainer().train_all(whole))
+    computed, failed = list[int](), list[int]()
+    function = StackFunctions.__call__
+
+    def short_of_memory(functions: StackFunctions, parameters: Tensor, *others: Tensor) -> object:
+        if len(parameters) == 3 and not failed:
+            failed.append(len(parameters))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        computed.append(len(parameters))
+        return function(functions, parameters, *others)
+
+    monkeypatch.setattr(StackFunctions, "__call__", short_of_memory)
+    if is_planned:
+        monkeypatch.setattr(stack_trial, "free_gpu_memory", lambda: 0)
+    trainer = Trainer()
+    list(trainer.train_all(parts))
+    assert (len(failed), set(computed)) == ((0, {1}) if is_planned else (1, {2, 1}))
+    assert trainer.at_a_time(parts) == (1 if is_planned else 2)
+    for each, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(flatten(each.network), flatten(other.network), rtol=1e-12, atol=1e-13)
+        right = [accuracy(network.float(), images, labels) for network in (each.network, other.network)]
+        assert right[0] == right[1] > 0.5
+
+
+def test_a_resumed_training_is_computed_as_it_was(monkeypatch: pytest.MonkeyPatch, on_a_gpu: list[Tape]) -> None:
+    """A saved number of networks in a call holds without a trial, unless it does not fit; a CPU takes the stack."""
+    monkeypatch.setattr(stack_trial, "fastest", lambda ways, now: pytest.fail("there is no trial"))
+    stack = trainings(PLAIN, soft=True)
+    assert [Trainer().at_a_time(stack, saved) for saved in (1, 2, 3)] == [1, 2, 3]
+    monkeypatch.setattr(loop, "is_tried", lambda device: device.type == "cuda")
+    assert Trainer().at_a_time(stack, 1) == 3
 
 
 def copied(state: TrainingState) -> ExpertState:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import nn
 
 from datm_ray.artifact import SCORING, save_artifact
 from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, override, run_identity, scored_on
+from datm_ray.core.networks import stack_trial
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import Schedule, Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
@@ -67,6 +69,7 @@ from datm_ray.stages.experts.progress import TrainingProgress
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import stacks_of_any_work, tiny_config
 from tests.processes import side_by_side
+from tests.tapes import Tape
 
 LEARNED = 0.5
 VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
@@ -599,6 +602,31 @@ def test_a_task_that_is_stopped_saves_its_epoch_and_names_it(
     found = open_location(str(tmp_path / "parts/random-hard-01.json")).read_json()
     assert found["cost"]["cpu_seconds"] == (100 * len(laps) + 2) / 2
     assert (results, networks) == scored(str(tmp_path / "whole"), is_stacked)[1:]
+
+
+def test_a_trial_on_a_gpu_decides_how_networks_are_computed_until_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]
+) -> None:
+    """A trial chooses once; whoever resumes the task computes its networks alike, with equal bits, without a trial."""
+    monkeypatch.setattr(progress, "REPORT_INTERVAL", 0.0)
+    monkeypatch.setattr(loop, "is_tried", lambda device: True)
+    monkeypatch.setattr(loop, "COMPILED_STEPS", 0)
+    monkeypatch.setattr(stack_trial, "free_gpu_memory", lambda: 2**40)
+    asked, taken = list[list[int]](), [1]
+
+    def fastest(ways: Mapping[int, object], now: object) -> int:
+        asked.append(list(ways))
+        return taken[0]
+
+    monkeypatch.setattr(stack_trial, "fastest", fastest)
+    whole = scored(str(tmp_path / "whole"), True)
+    assert asked == [[6, 1]]
+    assert tapes[-1].replays == 6 * 20, "every step of every network"
+    with pytest.raises(Interrupted, match=r"networks 1-6 of 6, epoch 8 of 20"):
+        scored(str(tmp_path / "parts"), True, 45, stopping.ask)
+    taken[0] = 6  # the stack would be faster now
+    assert scored(str(tmp_path / "parts"), True)[1:] == whole[1:]
+    assert len(asked) == 2, "the resumed attempt had no trial"
 
 
 DIGITS = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)

@@ -170,7 +170,8 @@ def test_a_trial_on_a_gpu_decides_how_experts_are_computed_until_their_end(
         return min(ways, key=lambda size: seconds[size])
 
     monkeypatch.setattr("datm_ray.stages.experts.train.is_tried", lambda device: True)
-    monkeypatch.setattr("datm_ray.stages.experts.train.fastest", timed)
+    monkeypatch.setattr("datm_ray.core.networks.stack_trial.fastest", timed)
+    monkeypatch.setattr("datm_ray.core.networks.stack_trial.free_gpu_memory", lambda: 2**40)
     train(config, tmp_path / "whole", (0, 1))
     assert (asked, len(tapes)) == ([[2, 1]], 1)
     assert tapes[0].replays > 100, "every step of both experts"
