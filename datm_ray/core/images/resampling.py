@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import grid_sample
 
 from datm_ray.core.compute.precision import tf32_products
 
@@ -22,18 +22,40 @@ def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned:
     """Sample images [b c h w] bilinearly at affinely transformed positions; differentiable in the images.
 
     Args:
-        matrix: [b 2 3] maps a position in the result to a position in the image, as `affine_grid` defines it.
+        matrix: [b 2 3] maps a position in the result to a position in the image, see `_grid`.
         align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if -1 and
             1 are the image's borders, with the outermost pixels repeated beyond them.
         is_turned: False if `matrix` is diagonal but for its last column, so that rows and columns are independent.
             True for any other matrix, such as a rotation.
     """
-    with tf32_products(False, images.device):  # TF32's 10 bits are too few for coordinates
-        grid = affine_grid(matrix, list(images.shape), align_corners=align_corners)
+    grid = _grid(matrix, images.shape[2], images.shape[3], align_corners=align_corners)
     if torch.are_deterministic_algorithms_enabled() and images.requires_grad:
         read: Tensor = _InOrder.apply(images, grid, align_corners, is_turned)
         return read
     return _read(images, grid, align_corners=align_corners)
+
+
+def _grid(matrix: Tensor, height: int, width: int, *, align_corners: bool) -> Tensor:
+    """Positions [b h w 2] to which matrices map the pixels of an image, as torch's `affine_grid` computes them.
+
+    x comes before y, each from -1 to 1 within the image. A sum of two products for each coordinate is a few kernels;
+    `affine_grid` multiplies a matrix for each image, for which TF32 would have to be forbidden.
+
+    Args:
+        matrix: [b 2 3] factors of x and y, and what is added to both products.
+        align_corners: see `resampled`.
+    """
+    x = _centres(width, matrix, align_corners=align_corners)
+    y = x if height == width else _centres(height, matrix, align_corners=align_corners)
+    of_x, of_y, shift = matrix.unsqueeze(3).unbind(2)
+    places = (of_x * x).unsqueeze(2) + (of_y * y + shift).unsqueeze(3)  # [b 2 h w]
+    return places.permute(0, 2, 3, 1)
+
+
+def _centres(side: int, like: Tensor, *, align_corners: bool) -> Tensor:
+    """Coordinates [side] of the pixels' centres along a side, of the type and on the device of `like`."""
+    last = float(side > 1) if align_corners else (side - 1) / side
+    return torch.linspace(-last, last, side, dtype=like.dtype, device=like.device)
 
 
 def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid
 
 from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation, parse_strategy
+from datm_ray.core.images.resampling import _grid
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.runtime.devices import restoring_determinism
 
@@ -56,3 +58,24 @@ def test_the_gradient_in_a_fixed_order_equals_finite_differences(operation: str)
     images = torch.randn(3, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(lambda x: augment(x, drawn), (images.requires_grad_(),))
     assert torch.autograd.gradgradcheck(lambda x: augment(x, drawn), (images,))
+
+
+@pytest.mark.filterwarnings("ignore:Since version 1.3.0")  # of torch, about a side of one pixel
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (7, 12), (32, 32), (1, 5), (64, 64), (224, 224)], ids=str)
+def test_places_round_no_more_than_torchs(size: tuple[int, int], align_corners: bool) -> None:
+    """Places in float32 are off by no more than those of torch's `affine_grid`; in float64 the two agree."""
+    angle = torch.linspace(-0.3, 0.3, 41, dtype=torch.float64)
+    factors, cos, sin = 1 + angle, angle.cos(), angle.sin()
+    for rows in (
+        [[factors, 0 * sin, sin], [0 * sin, factors.flip(0), -sin]],
+        [[cos, -sin, 0 * sin], [sin, cos, 0 * sin]],
+    ):
+        matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1).float()
+        exact = _grid(matrix.double(), *size, align_corners=align_corners)
+        theirs = affine_grid(matrix.double(), [41, 1, *size], align_corners=align_corners)
+        torch.testing.assert_close(exact, theirs, rtol=0, atol=1e-14)
+        ours = (_grid(matrix, *size, align_corners=align_corners) - exact).abs()
+        torchs = (affine_grid(matrix, [41, 1, *size], align_corners=align_corners) - exact).abs()
+        assert ours.max() <= 1.2 * torchs.max()
+        assert ours.mean() <= 1.2 * torchs.mean()
