@@ -118,6 +118,8 @@ class State(Generic[Record]):
     """Learning rate of the images, found before the first iteration; `None` if the recipe gives it."""
     prior: Prior | None = None
     """Decoder that makes the images from latents; `None` if pixels are learned. Checkpoints do not hold the decoder."""
+    _counts: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Name of a count -> number of records that are counted already, and the count, see `count`."""
 
     @property
     def iteration(self) -> int:
@@ -148,6 +150,18 @@ class State(Generic[Record]):
         if self.prior is None:
             return replace(self.synthetic, images=self.averaged)
         return replace(self.synthetic, images=self.prior.render(self.averaged), latents=self.averaged)
+
+    def count(self, name: str, count_in: Callable[[Sequence[Record]], int]) -> int:
+        """Count records of the history, which grows at its end only: those of earlier calls are not counted again.
+
+        Args:
+            name: name of the count.
+            count_in: function that counts in some consecutive records.
+        """
+        known, found = self._counts.get(name, (0, 0))
+        found += count_in(self.history[known:])
+        self._counts[name] = len(self.history), found
+        return found
 
     def record_validation(
         self,
@@ -339,7 +353,7 @@ class Descent(State[LossRecord]):
     @property
     def skipped(self) -> int:
         """Number of iterations that updated nothing."""
-        return sum(record.skipped for record in self.history)
+        return self.count("skipped", lambda new: sum(record.skipped for record in new))
 
     def step(
         self,

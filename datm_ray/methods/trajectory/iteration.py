@@ -143,18 +143,18 @@ class Distillation(State[IterationRecord]):
     @property
     def skipped(self) -> int:
         """Number of backbones' updates skipped so far, for any reason."""
-        return sum(record.skipped for record in self.history)
+        return self.count("skipped", lambda new: sum(record.skipped for record in new))
 
     @property
     def diverged(self) -> int:
         """Number of backbones' updates skipped so far because of a divergence, see `diverged`."""
-        return int(self._diverged(self.history).sum())
+        return self.count("diverged", lambda new: int(self._diverged(new).sum()))
 
     @property
     def shortened(self) -> int:
         """Number of backbones' gradients shortened so far, see `distill.gradient_limit`."""
         limit = self.settings.gradient_limit or math.inf
-        return sum(record.decrease > limit for record in self.history)
+        return self.count("shortened", lambda new: sum(record.decrease > limit for record in new))
 
     @property
     def stuck(self) -> int:

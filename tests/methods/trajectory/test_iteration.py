@@ -450,6 +450,29 @@ def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeyp
         step(resumed, spoiled("step_size", 100.0))
 
 
+class Appended(list[IterationRecord]):
+    """A history that is never read from its start again."""
+
+    def __iter__(self) -> Any:
+        """Refuse."""
+        raise AssertionError("the whole history is read")
+
+
+def test_counts_read_new_records_alone(step: Scripted) -> None:
+    """Numbers of skipped, diverged and shortened updates read each record once, also after resuming."""
+    state = make_state(gradient_limit=0.25, threshold=0.75)
+    gradients = [make_gradient(), spoiled("loss", math.inf), make_gradient(1.0), make_gradient(seed=3)]
+    for gradient in gradients:
+        step(state, gradient)
+    for resumed in (state, Distillation.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))):
+        assert (resumed.skipped, resumed.diverged, resumed.shortened) == (2, 1, 2)
+        resumed.history, found = Appended(resumed.history), []
+        for gradient in gradients:
+            step(resumed, gradient)
+            found.append((resumed.skipped, resumed.diverged, resumed.shortened))
+        assert found == [(2, 1, 3), (3, 2, 3), (4, 2, 3), (4, 2, 4)]
+
+
 def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> None:
     """The chosen set is the latest within one standard error of the best validation accuracy."""
     state, kept = make_state(), []
