@@ -11,7 +11,8 @@ adjoint of the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s
 The result equals the gradient of full unrolling; it is no approximation (TESLA drops the effect of the last term).
 Norms may leave out the first parameters (PAD). The student still trains them, and v_T is 0 there.
 Augmentation A_i is applied outside the compiled step, and differentiated by its own vector-Jacobian product. A_i does
-not depend on theta, so this is exact too.
+not depend on theta, so this is exact too. For the same reason the images of many steps can be augmented together, and
+their gradients pass back together (see `_Block`): small steps would take a GPU less time than launching their kernels.
 
 The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The images are computed in chunks
 (micro-batches), so that memory does not grow with the batch. Class shards, which each hold some rows of the set, add
@@ -25,9 +26,9 @@ tests/methods/trajectory/test_matching.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -40,6 +41,15 @@ from datm_ray.core.images.augment import Augmentation, apply_operation, draw_aug
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
+
+BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**20
+"""Largest size in bytes of the augmented images that student steps share, on a GPU and on a CPU, see `_Block`.
+
+A step with more images is augmented by itself, as its networks then take longer than launches. With raw images,
+gradients and what the derivative keeps, a block takes about eight times as much memory. Assumed for GPUs."""
+CPU_DIVIDED_SUM = 2**15
+"""Least number of numbers whose sum torch divides among a CPU's threads, if it is the only sum of a call. So an image
+of as many may get other bits in a batch than alone, and is in no block."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +263,102 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
     return PlacedSteps([list(islice(made, len(pieces))) for pieces in cut])
 
 
+class _Block:
+    """Pieces whose images are augmented in one call for each operation, and differentiated in one call for each.
+
+    No operation mixes images, so every image and every gradient has the bits that it has in a call of its own.
+    """
+
+    def __init__(self, synthetic: SyntheticSet, pieces: Sequence[_Piece], functions: StudentStepFunctions) -> None:
+        """Augment the images of all pieces."""
+        self._pieces = pieces
+        numbers = range(len(pieces))
+        self._groups = [
+            [number for number in numbers if pieces[number].operation == operation]
+            for operation in dict.fromkeys(piece.operation for piece in pieces)
+        ]
+        with torch.enable_grad():
+            self._raw = [synthetic.images[self._rows(group)].requires_grad_() for group in self._groups]
+            self._augmented = [
+                apply_operation(raw, pieces[group[0]].operation, _joined([pieces[number].uniform for number in group]))
+                for raw, group in zip(self._raw, self._groups, strict=True)
+            ]
+        self.images = self._split([functions.layout(each.detach()) for each in self._augmented])
+        """[b c h w] augmented images of each piece, in the memory order of the step functions."""
+        sizes = [len(piece.rows) for piece in pieces]
+        self.soft_labels = synthetic.soft_labels[self._rows(numbers)].split(sizes)
+        """[b k] soft labels of each piece."""
+        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def collect(self, number: int, d_x: Tensor, d_y: Tensor) -> bool:
+        """Keep the gradients in a piece's augmented images and soft labels. True if those of all pieces are there."""
+        self._gradients[number] = d_x, d_y
+        return len(self._gradients) == len(self._pieces)
+
+    def add_to(self, images: Tensor, soft_labels: Tensor) -> None:
+        """Pass all gradients back through the augmentation, and add them in the order in which they were collected."""
+        along = [_joined([self._gradients[number][0] for number in group]) for group in self._groups]
+        d_images = self._split(torch.autograd.grad(self._augmented, self._raw, along))
+        rows = self._rows(self._gradients)
+        _add_rows(images, rows, _joined([d_images[number] for number in self._gradients]))
+        _add_rows(soft_labels, rows, _joined([d_y for _, d_y in self._gradients.values()]))
+
+    def _rows(self, numbers: Iterable[int]) -> Tensor:
+        return _joined([self._pieces[number].rows for number in numbers])
+
+    def _split(self, of_groups: Sequence[Tensor]) -> list[Tensor]:
+        """Cut the tensor of each operation into its pieces' parts. Returns the parts in the order of the pieces."""
+        parts: dict[int, Tensor] = {}
+        for whole, group in zip(of_groups, self._groups, strict=True):
+            parts |= dict(zip(group, whole.split([len(self._pieces[number].rows) for number in group]), strict=True))
+        return [parts[number] for number in range(len(self._pieces))]
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Concatenate tensors along dimension 0; a single one is not copied."""
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Add `values` [m ...] to the rows `rows` [m] of `total`, in place and in order. Rows may come repeatedly."""
+    if total.device.type == "cpu":
+        total.index_add_(0, rows, values)
+    else:  # On a GPU index_add_ adds in no fixed order, and index_put_ sorts the rows first. On a CPU neither is so.
+        total.index_put_((rows,), values, accumulate=True)
+
+
+def _images_of_a_block(images: Tensor) -> int:
+    """Largest number of images that steps share in a block; 0 for none."""
+    numbers = images.shape[1:].numel()
+    if images.device.type != "cpu":
+        return BLOCK_BYTES // (numbers * images.element_size())
+    return CPU_BLOCK_BYTES // (numbers * images.element_size()) if numbers < CPU_DIVIDED_SUM else 0
+
+
+def _blocks(steps: Sequence[range], sizes: Sequence[int], most: int) -> list[range]:
+    """Group pieces into blocks: consecutive whole steps with at most `most` images, or one piece of a larger step.
+
+    Args:
+        steps: numbers of the pieces of each step.
+        sizes: number of images of each piece.
+
+    Returns:
+        The block of each piece: the numbers of the pieces in it.
+    """
+    blocks, held = [range(0)], 0
+    for step in steps:
+        images = sum(sizes[number] for number in step)
+        if images > most:
+            blocks += [range(number, number + 1) for number in step]
+        elif held + images <= most:
+            blocks[-1] = range(blocks[-1].start, step.stop)
+            images += held
+        else:
+            blocks.append(step)
+        held = images
+    return [block for block in blocks for _ in block]
+
+
 class _Sweep:
     """Runner of the student's steps: calls the step functions for each minibatch, at most `chunk` images at a time."""
 
@@ -265,36 +371,50 @@ class _Sweep:
     ) -> None:
         self._functions, self._synthetic = functions, synthetic
         placed = steps if isinstance(steps, PlacedSteps) else place_steps(steps, chunk, synthetic.images)
-        self._steps = placed.pieces
+        self._pieces = [piece for pieces in placed.pieces for piece in pieces]
+        ends = accumulate(len(pieces) for pieces in placed.pieces)
+        self._of_step = [range(end - len(pieces), end) for end, pieces in zip(ends, placed.pieces, strict=True)]
+        sizes = [len(piece.rows) for piece in self._pieces]
+        self._block_of = _blocks(self._of_step, sizes, _images_of_a_block(synthetic.images))
+        self._held: tuple[range, _Block] | None = None
 
     def student_gradient(self, theta: Tensor, step: int) -> Tensor:
         """Compute this shard's part [p] of the student's gradient g_i in step i, see the module's docstring."""
         total = torch.zeros_like(theta)
-        for piece in self._steps[step]:
-            x = apply_operation(self._synthetic.images[piece.rows], piece.operation, piece.uniform)
-            total += self._functions.forward(theta, *self._filled_up(x, piece))
+        for number in self._of_step[step]:
+            total += self._functions.forward(theta, *self._filled_up(number))
         return total
 
     def reverse(self, theta: Tensor, step: int, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
         """Differentiate s_i = <v, g_i> for student step i on this shard's images; g_i is the student's gradient.
 
-        Adds ds_i/dX to `images` and ds_i/dY to `soft_labels`. Returns ds_i/dtheta_i and s_i as one vector [p + 1].
+        Adds ds_i/dX to `images` and ds_i/dY to `soft_labels`, after the last step of a block. Returns ds_i/dtheta_i and
+        s_i as one vector [p + 1].
         """
         total = theta.new_zeros(len(theta) + 1)
-        for piece in self._steps[step]:
-            rows = piece.rows
-            raw = self._synthetic.images[rows].requires_grad_()
-            x = apply_operation(raw, piece.operation, piece.uniform)
-            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(x.detach(), piece), v)
+        for number in self._of_step[step]:
+            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(number), v)
             total[:-1] += d_theta
             total[-1] += s
-            images[rows] += torch.autograd.grad(x, raw, d_x[: len(rows)])[0]
-            soft_labels[rows] += d_y[: len(rows)]
+            block, size = self._block(number), len(self._pieces[number].rows)
+            if block.collect(number - self._block_of[number].start, d_x[:size], d_y[:size]):
+                block.add_to(images, soft_labels)
+                self._held = None
         return total
 
-    def _filled_up(self, x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights of part of a minibatch, padded to the chunk size with images of weight 0."""
-        y = self._synthetic.soft_labels[piece.rows]
-        if missing := len(piece.weights) - len(x):  # padding by nothing would copy
+    def _block(self, number: int) -> _Block:
+        """Block of a piece, augmented when the first of its pieces is needed. Only the latest block is in memory."""
+        numbers = self._block_of[number]
+        if self._held is None or self._held[0] != numbers:
+            self._held = None  # makes room
+            pieces = self._pieces[numbers.start : numbers.stop]
+            self._held = numbers, _Block(self._synthetic, pieces, self._functions)
+        return self._held[1]
+
+    def _filled_up(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, soft labels and weights of a piece, padded to the chunk size with images of weight 0."""
+        block, place, weights = self._block(number), number - self._block_of[number].start, self._pieces[number].weights
+        x, y = block.images[place], block.soft_labels[place]
+        if missing := len(weights) - len(x):  # padding by nothing would copy
             x, y = pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing))
-        return x, y, piece.weights
+        return x, y, weights

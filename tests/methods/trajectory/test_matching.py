@@ -13,24 +13,29 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, NetworkSpec, PriorConfig
-from datm_ray.core.images.augment import augment, draw_augmentation
+from datm_ray.core.images.augment import apply_operation, augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import Prior, build_decoder, draw_latents
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory import matching
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import (
     MatchingGradient,
+    PlacedSteps,
     StudentStep,
     draw_student_steps,
     first_matched,
     first_shown,
     identity,
     matching_gradient,
+    place_steps,
 )
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
+from datm_ray.runtime.devices import restoring_determinism
 
 OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
 SETTINGS = DistillConfig(
@@ -216,6 +221,116 @@ def test_chunks_of_any_size_give_the_same_gradient(chunk: int, strategy: str) ->
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-13)
     for value, expected in zip(parts(chunked), parts(whole), strict=True):
         assert relative_error(value, expected) < 1e-12
+
+
+def step_by_step(
+    functions: StudentStepFunctions,
+    start: Tensor,
+    target: Tensor,
+    synthetic: SyntheticSet,
+    steps: PlacedSteps,
+    first: int = 0,
+) -> tuple[Tensor, ...]:
+    """Loss and gradient with every piece of a minibatch augmented, and differentiated so, in calls of its own."""
+
+    def filled_up(x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        missing = size - len(x)
+        return pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing))
+
+    images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
+    trace, step_size = [start], synthetic.step_size
+    for pieces in steps.pieces:
+        g = torch.zeros_like(start)
+        for piece in pieces:
+            x = apply_operation(synthetic.images[piece.rows], piece.operation, piece.uniform)
+            x, y = filled_up(x, synthetic.soft_labels[piece.rows], len(piece.weights))
+            g += functions.forward(trace[-1], x, y, piece.weights)
+        trace.append(trace[-1] - step_size * g)
+    distance, gap = (start - target)[first:].square().sum(), trace.pop() - target
+    gap[:first] = 0
+    v, d_step_size = 2 * gap / distance, torch.zeros_like(step_size)
+    for pieces in reversed(steps.pieces):
+        theta = trace.pop()
+        total, d_alpha = torch.zeros_like(start), torch.zeros_like(step_size)
+        for piece in pieces:
+            raw = synthetic.images[piece.rows].requires_grad_()
+            x = apply_operation(raw, piece.operation, piece.uniform)
+            filled = filled_up(x.detach(), synthetic.soft_labels[piece.rows], len(piece.weights))
+            s, d_theta, d_x, d_y = functions.reverse(theta, *filled, piece.weights, v)
+            total += d_theta
+            d_alpha += s
+            images[piece.rows] += torch.autograd.grad(x, raw, d_x[: len(raw)])[0]
+            soft_labels[piece.rows] += d_y[: len(raw)]
+        d_step_size -= d_alpha
+        v = v - step_size * total
+    return gap.square().sum() / distance, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size
+
+
+@pytest.mark.parametrize(
+    ("channels", "chunk", "dtype"),
+    [(1, None, torch.float32), (3, None, torch.float32), (3, 2, torch.float32), (1, 3, torch.float64)],
+)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_steps_that_are_augmented_together_have_the_bits_of_each_alone(
+    channels: int, chunk: int | None, dtype: torch.dtype, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of any size give the loss and gradients of steps augmented one by one, also with padded pieces."""
+    network, start, target, synthetic = make_problem(channels=channels)
+    network = FlatNetwork(network.module.to(dtype))
+    start, target = start.to(dtype), target.to(dtype)
+    learned = {name: getattr(synthetic, name).to(dtype) for name in ("images", "soft_labels", "step_sizes")}
+    synthetic = dataclasses.replace(synthetic, **learned)
+    strategy = f"{PUBLISHED_AUGMENTATION}_resized+flip"
+    drawn, color, plain = (draw_student_steps(12, 8, 5, each, seed=1, iteration=3) for each in (strategy, "color", ""))
+    functions = eager(network)
+    image = synthetic.images[0].numel() * synthetic.images.element_size()
+    with restoring_determinism():
+        torch.use_deterministic_algorithms(in_order)
+        for steps in (color[:3] + drawn + plain[:2], [each.held_by(0, 7) for each in drawn]):
+            placed = place_steps(steps, chunk, synthetic.images)
+            expected = step_by_step(functions, start, target, synthetic, placed, first=5)
+            for most in (0, 11, 1000):
+                monkeypatch.setattr(matching, "CPU_BLOCK_BYTES", most * image)
+                found = matching_gradient(functions, start, target, synthetic, placed, first=5)
+                assert found.loss == float(expected[0])
+                assert all(map(torch.equal, parts(found), expected[1:])), most
+
+
+def test_large_images_keep_their_bits_with_several_threads() -> None:
+    """Steps of one large image, whose mean several threads compute, give the bits of each step augmented alone."""
+    network, start, target, synthetic = make_problem(size=105, width=2, ipc=1)
+    network, start, target = FlatNetwork(network.module.float()), start.float(), target.float()
+    learned = {name: getattr(synthetic, name).float() for name in ("images", "soft_labels", "step_sizes")}
+    synthetic = dataclasses.replace(synthetic, **learned)
+    placed = place_steps(draw_student_steps(4, 6, 1, "color", seed=1, iteration=3), None, synthetic.images)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = step_by_step(eager(network), start, target, synthetic, placed)
+        found = matching_gradient(eager(network), start, target, synthetic, placed)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.loss == float(expected[0])
+    assert all(map(torch.equal, parts(found), expected[1:]))
+
+
+def test_steps_are_augmented_once_for_each_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient calls each operation once for all its steps; with blocks of one step, twice for each step."""
+    network, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 20, 12, PUBLISHED_AUGMENTATION, seed=1, iteration=3)
+    called: list[str] = []
+
+    def counted(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
+        called.append(operation)
+        return apply_operation(images, operation, uniform)
+
+    monkeypatch.setattr(matching, "apply_operation", counted)
+    matching_gradient(eager(network), start, target, synthetic, steps)
+    assert sorted(called) == sorted({step.augmentation.operation for step in steps})
+    called.clear()
+    monkeypatch.setattr(matching, "CPU_BLOCK_BYTES", synthetic.images.nbytes)
+    matching_gradient(eager(network), start, target, synthetic, steps)
+    assert len(called) == 2 * len(steps) - 1  # the reverse sweep starts with the last step's
 
 
 class Barrier:
