@@ -85,6 +85,18 @@ class MetaRecord:
     ratio: float
 
 
+@dataclass(frozen=True)
+class Move:
+    """An update of the set that is computed and not yet taken, see `State.moved`."""
+
+    synthetic: SyntheticSet
+    """The set after the update."""
+    momenta: dict[str, Tensor]
+    """SGD's momenta after the update."""
+    is_invalid: Tensor
+    """[1] not 0 if the update makes a value not finite, or a step size not positive, in any shard."""
+
+
 Record = TypeVar("Record")
 
 
@@ -246,14 +258,23 @@ class State(Generic[Record]):
     def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
         """Update the set along the gradients, unless the update makes a value invalid in any shard.
 
-        A value is invalid if it is not finite, or if it is a step size and not positive.
+        A value is invalid if it is not finite, or if it is a step size and not positive. Arguments: see `moved`.
+
+        Returns:
+            True if the set was updated. All shards return the same.
+        """
+        move = self.moved(gradient, moved, all_sum)
+        if bool(move.is_invalid):
+            return False
+        self.take(move)
+        return True
+
+    def moved(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> Move:
+        """Compute an update of the set along the gradients, without taking it. Reads no number from the device.
 
         Args:
             gradient: learned variable -> its gradient; changed in place.
             moved: [a] True for backbones whose step size has a gradient. Other step sizes stay as they are.
-
-        Returns:
-            True if the set was updated. All shards return the same.
         """
         updated, rates = self.synthetic.clone(), self.rates
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
@@ -265,16 +286,16 @@ class State(Generic[Record]):
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
-        # All checks give one number, because the CPU waits for the GPU at each number that it reads.
         is_bad = not_finite(*gradient.values()).bool() | updated.is_invalid()
         # Each shard checks its own rows. The sum makes all shards update, or none.
-        if bool(all_sum(is_bad.float().reshape(1))):
-            return False
+        return Move(updated, gradient, all_sum(is_bad.float().reshape(1)))
+
+    def take(self, move: Move) -> None:
+        """Replace the set and its momenta by those of the update, and move the average of the images."""
         if self.settings.average_decay is not None:
             before = self.synthetic.variable("images") if self.averaged is None else self.averaged
-            self.averaged = before.lerp(updated.variable("images"), 1 - self.settings.average_decay)
-        self.synthetic, self.momenta = updated, gradient
-        return True
+            self.averaged = before.lerp(move.synthetic.variable("images"), 1 - self.settings.average_decay)
+        self.synthetic, self.momenta = move.synthetic, move.momenta
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
         """Convert the state to named arrays for a checkpoint. Returns arrays with one row per image, and all others."""

@@ -201,42 +201,74 @@ class Distillation(State[IterationRecord]):
         """
         # MetaDD comes first: processes that hold only MetaDD networks finish it while the other processes match.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
-        outcome = torch.zeros(4, self.backbones, dtype=torch.float64)
+        outcome = self._outcome(matches, total, all_sum, in_rows)
+        outcome[3] = float(is_lost)
+        outcome = sum_over_backbones(outcome)
+        zeros = (name for name in LEARNED if name not in total)
+        total |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in zeros}
+        summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
+        # The update is computed before it is known whether it is taken, so that the CPU waits for the GPU once.
+        move = self.moved(summed, ~self._skips(outcome), all_sum)
+        outcome, is_invalid, after, before = _read(
+            outcome, move.is_invalid, move.synthetic.step_sizes, self.synthetic.step_sizes
+        )
+        skipped = self._skips(outcome) | is_invalid.bool()
+        is_taken = not bool(skipped.all())
+        if is_taken:
+            self.take(move)
+            self.meta_history += meta_records
+        records = self._records(origins, outcome, after if is_taken else before, skipped)
+        self.history += records
+        self._require_progress(bool(outcome[3].any()))
+        return records
+
+    def _outcome(
+        self, matches: Sequence[Match], total: dict[str, Tensor], all_sum: AllSum, in_rows: InRows | None
+    ) -> Tensor:
+        """Add the gradients of this process's backbones to `total`. Returns their outcome, see `_skips`.
+
+        Backbones of other processes have zeros there. Arguments: see `step`.
+        """
+        outcome = torch.zeros(4, self.backbones, dtype=torch.float64, device=self.synthetic.images.device)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
-                outcome[:3, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
+                for row, value in enumerate(self._match(match, total, all_sum)):
+                    outcome[row, match.backbone] = value
 
         if in_rows is None:
             match_all(all_sum)
         else:
             in_rows(match_all)
-        outcome[3] = is_lost
-        losses, decreases, unusable, lost = sum_over_backbones(outcome.to(self.synthetic.images.device)).cpu()
-        skipped = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
-        if not bool(skipped.all()):
-            zeros = (name for name in LEARNED if name not in total)
-            total |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in zeros}
-            summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
-            if self.update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
-                self.meta_history += meta_records
-            else:
-                skipped.fill_(True)
-        decreases[skipped] = math.nan
-        records = self._records(origins, losses, skipped, decreases)
-        self.history += records
-        self._require_progress(bool(lost.any()))
-        return records
+        return outcome
 
     def _records(
-        self, origins: Sequence[Origin], losses: Tensor, skipped: Tensor, decreases: Tensor
+        self, origins: Sequence[Origin], outcome: Tensor, step_sizes: Tensor, skipped: Tensor
     ) -> list[IterationRecord]:
-        """Make this iteration's records, one per backbone."""
-        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
+        """Make this iteration's records, one per backbone.
+
+        Args:
+            outcome: [4 a] see `_skips`.
+            step_sizes: [a] step sizes after the iteration.
+            skipped: [a] True for backbones that updated nothing.
+        """
+        decreases = outcome[1].masked_fill(skipped, math.nan)
+        columns = [each.tolist() for each in (outcome[0], step_sizes, skipped, decreases)]
         return [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
         ]
+
+    def _skips(self, outcome: Tensor) -> Tensor:
+        """Mask [a] of the backbones that update nothing.
+
+        Args:
+            outcome: [4 a] for each backbone: its loss, its first-order decrease, not 0 if it diverged, and not 0 if
+                MetaDD's loss or gradient is not finite.
+        """
+        losses, _, unusable, lost = outcome
+        skipped: Tensor = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
+        return skipped
 
     def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
         losses, skipped = [record.loss for record in records], [record.skipped for record in records]
@@ -254,26 +286,29 @@ class Distillation(State[IterationRecord]):
             if times % MOST_DIVERGED == 0:
                 raise self._divergence(times, own[-1].loss, is_lost)
 
-    def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
+    def _match(
+        self, match: Match, total: dict[str, Tensor], all_sum: AllSum
+    ) -> tuple[float, Tensor | float, Tensor | float]:
         """Add a backbone's weighted gradient to `total`, unless it diverges or its loss exceeds `distill.threshold`.
 
-        Returns the backbone's loss, its first-order decrease (nan if nothing was added), and True if it diverged.
+        Returns:
+            The backbone's loss; [] its first-order decrease, nan if nothing was added; [] not 0 if it diverged.
         """
         gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
         if not gradient.loss <= self.settings.threshold:
-            return gradient.loss, math.nan, not math.isfinite(gradient.loss)
+            return gradient.loss, math.nan, float(not math.isfinite(gradient.loss))
         gradient = replace(gradient, images=self.pulled_back(gradient.images))
         decrease = self._shorten(match, gradient, all_sum)
-        if math.isnan(decrease) or not self._stays_positive(match, gradient):
-            return gradient.loss, math.nan, True
+        has_diverged = decrease.isnan() | ~self._stays_positive(match, gradient)
         step_sizes = torch.zeros_like(self.synthetic.step_sizes)
         step_sizes[match.backbone] = gradient.step_size
         for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
-            weighted = value.mul_(match.weight)  # in place, because the gradient may be large
+            # In place, because the gradient may be large. Adding -0 changes no bit of any number.
+            weighted = value.mul_(match.weight).masked_fill_(has_diverged, -0.0)
             total[name] = total[name].add_(weighted) if name in total else weighted
-        return gradient.loss, decrease, False
+        return gradient.loss, decrease.masked_fill(has_diverged, math.nan), has_diverged
 
-    def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
+    def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> Tensor:
         """Shorten a backbone's gradient, in place, if its first-order decrease exceeds `distill.gradient_limit`.
 
         The first-order decrease is how much one step of SGD without momentum lowers the loss, to first order: the sum
@@ -281,33 +316,33 @@ class Distillation(State[IterationRecord]):
         limit.
 
         Returns:
-            The first-order decrease before shortening, as a multiple of the loss; nan if the gradient is not finite in
-            any shard.
+            [] the first-order decrease before shortening, as a multiple of the loss; nan if the gradient is not finite
+            in any shard.
         """
         # A norm, unlike a sum of squares, makes no copy of the images. Squares of large norms need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )
-        rates, limit = self.rates, self.settings.gradient_limit or math.inf
+        rates, limit = self.rates, self.settings.gradient_limit
         fall = rates["images"] * images + rates["soft_labels"] * labels
         bad = not_finite(gradient.images, gradient.soft_labels, gradient.step_size).double()
-        square = gradient.step_size.double().square()
-        fall, bad, square = torch.stack([*all_sum(torch.stack([fall, bad])), square]).tolist()
-        if bad:
-            return math.nan
-        fall += rates["step_sizes"] * square
-        decrease = match.weight * fall / gradient.loss if gradient.loss else 0.0
-        if decrease > limit:
+        fall, bad = all_sum(torch.stack([fall, bad]))
+        fall = fall + rates["step_sizes"] * gradient.step_size.double().square()
+        # Divisors are tensors, because a GPU divides by a number less exactly.
+        share = match.weight * fall / torch.full_like(fall, gradient.loss)
+        decrease = (share if gradient.loss else torch.zeros_like(fall)).masked_fill(bad > 0, math.nan)
+        if limit is not None:
+            factor = torch.where(decrease > limit, torch.full_like(decrease, limit) / decrease, 1.0)
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
-                each.mul_(limit / decrease)
+                each.mul_(factor.to(each.dtype))
         return decrease
 
-    def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
-        """True if an update leaves the backbone's step size positive. Every shard gets the same result."""
+    def _stays_positive(self, match: Match, gradient: MatchingGradient) -> Tensor:
+        """Bool tensor []: True if an update leaves the backbone's step size positive; the same in every shard."""
         moved = match.weight * gradient.step_size
         if "step_sizes" in self.momenta:
             moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]
-        return bool(self.synthetic.step_sizes[match.backbone] - self.rates["step_sizes"] * moved > 0)
+        return self.synthetic.step_sizes[match.backbone] - self.rates["step_sizes"] * moved > 0
 
     def _divergence(self, times: int, loss: float, is_lost: bool) -> DivergenceError:
         if is_lost:
@@ -327,6 +362,13 @@ class Distillation(State[IterationRecord]):
             f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
             f"Running the same command again tries {MOST_DIVERGED} more iterations",
         )
+
+
+def _read(*tensors: Tensor) -> list[Tensor]:
+    """Copy tensors to the CPU as float64, all in one copy, for which the CPU waits for a GPU."""
+    whole = torch.cat([each.double().flatten() for each in tensors]).cpu()
+    parts = whole.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 class HardLabelled(Distillation):
