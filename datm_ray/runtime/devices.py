@@ -51,6 +51,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
                 "environment or start the run first",
             )
         torch.use_deterministic_algorithms(True)
+        # torch would also fill all new memory, one kernel for each tensor. No code here reads memory before writing it.
+        _set_filling(False)
     if is_on_cpu:
         return torch.device("cpu")
     # Training of experts and of scored networks uses these switches. Student steps set their own.
@@ -89,12 +91,22 @@ def _unusable() -> ClusterError:
 @contextmanager
 def restoring_determinism() -> Iterator[None]:
     """Restore torch's choice of algorithms when the block ends: `prepare_device` may make it deterministic or timed."""
-    before, is_timed = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    before, is_timed, fills = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, _fills_memory()
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
         torch.backends.cudnn.benchmark = is_timed
+        _set_filling(fills)
+
+
+def _fills_memory() -> bool:
+    """True if torch fills new memory while algorithms are deterministic."""
+    return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
+
+
+def _set_filling(fills: bool) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
 def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:

@@ -115,8 +115,10 @@ def test_a_worker_asks_for_determinism_only_if_the_recipe_does() -> None:
     executor = SerialExecutor(ClusterConfig(device="cpu", deterministic=True))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     executor.close()
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)  # as a user's own program may
     executor = SerialExecutor(ClusterConfig(device="cpu"))
     executor.close()
