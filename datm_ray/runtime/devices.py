@@ -58,6 +58,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     # Training of experts and of scored networks uses these switches. Student steps set their own.
     # TF32 is used with bfloat16 too: whoever lets student steps round to 8 bits does not want experts in full float32.
     is_rounded = cluster.precision != "float32"
+    # torch 2.9 asks for newer names of the switches, but its own compiler reads these and refuses a mixture.
+    warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     # Shapes are the same in every step, so cuDNN may time its algorithms at the first. They round differently.
     torch.backends.cudnn.benchmark = not cluster.deterministic

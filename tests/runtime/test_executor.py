@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -847,6 +848,31 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
         assert precision_on(ClusterConfig(), torch.device("cuda")) == "float32"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_torchs_advice_about_tf32_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker on a GPU shows no advice of torch 2.9 about names of switches, which its user cannot follow."""
+    advice = (
+        "Please use the new API settings to control TF32 behavior, such as torch.backends.cudnn.conv.fp32_precision = "
+        "'tf32' or torch.backends.cuda.matmul.fp32_precision = 'ieee'."
+    )
+
+    class Advising:
+        def __setattr__(self, name: str, value: bool) -> None:
+            warnings.warn(advice, UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Advising())
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            prepare_device(ClusterConfig())
+            warnings.warn("another", UserWarning, stacklevel=1)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert [str(each.message) for each in shown] == ["another"]
 
 
 @pytest.mark.parametrize(
