@@ -232,6 +232,8 @@ class ProcessMesh(Mesh):
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         with self._peers_needed():
+            # It is waited for here, and not only where the value is used: gloo's sums are used at once, and for NCCL's
+            # only this wait notices a lost peer. Queued behind the sum, a later read would never return.
             work = dist.all_reduce(total, group=group, async_op=True)
             if total.is_cuda:
                 _poll_eagerly(work)
