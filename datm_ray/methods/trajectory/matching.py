@@ -42,11 +42,12 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
-BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**20
+BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**18
 """Largest size in bytes of the augmented images that student steps share, on a GPU and on a CPU, see `_Block`.
 
 A step with more images is augmented by itself, as its networks then take longer than launches. With raw images,
-gradients and what the derivative keeps, a block takes about eight times as much memory. Assumed for GPUs."""
+gradients and what the derivative keeps, a block takes about eight times as much memory. Assumed for GPUs. On a CPU
+digits need no more, and larger images in larger blocks were sometimes slower (benchmarks/LOG.md)."""
 CPU_DIVIDED_SUM = 2**15
 """Least number of numbers whose sum torch divides among a CPU's threads, if it is the only sum of a call. So an image
 of as many may get other bits in a batch than alone, and is in no block."""

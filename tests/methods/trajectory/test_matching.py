@@ -317,7 +317,7 @@ def test_large_images_keep_their_bits_with_several_threads() -> None:
 def test_steps_are_augmented_once_for_each_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient calls each operation once for all its steps; with blocks of one step, twice for each step."""
     network, start, target, synthetic = make_problem()
-    steps = draw_student_steps(12, 20, 12, PUBLISHED_AUGMENTATION, seed=1, iteration=3)
+    steps = draw_student_steps(12, 12, 12, PUBLISHED_AUGMENTATION, seed=1, iteration=3)
     called: list[str] = []
 
     def counted(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
