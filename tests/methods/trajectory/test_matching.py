@@ -296,6 +296,27 @@ def test_steps_that_are_augmented_together_have_the_bits_of_each_alone(
                 assert all(map(torch.equal, parts(found), expected[1:])), most
 
 
+class OnGpu(Tensor):
+    """A tensor in main memory that claims to be on a GPU."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+def test_rows_that_come_repeatedly_add_up_on_a_gpu_too() -> None:
+    """The operation for GPUs adds values to rows as the one for CPUs does, also to the same row and in any order."""
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(7, 2, 3, dtype=torch.float64, generator=draw).transpose(1, 2)
+    rows = torch.tensor([3, 0, 3, 1, 0, 3, 1])
+    totals = [torch.ones(5, 3, 2, dtype=torch.float64) for _ in range(2)]
+    matching._add_rows(totals[0], rows, values)
+    matching._add_rows(totals[1].as_subclass(OnGpu), rows, values)
+    expected = torch.ones(5, 3, 2, dtype=torch.float64)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        expected[row] += value
+    assert torch.equal(totals[0], expected)
+    torch.testing.assert_close(totals[1], expected, rtol=1e-14, atol=1e-14)
+
+
 def test_large_images_keep_their_bits_with_several_threads() -> None:
     """Steps of one large image, whose mean several threads compute, give the bits of each step augmented alone."""
     network, start, target, synthetic = make_problem(size=105, width=2, ipc=1)
