@@ -222,10 +222,10 @@ def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
 
 
 def _place_of(file: str) -> str:
-    """Path of the folder that contains the file or folder whose name states the role of `file`, see `role_of`.
+    """Folder above the name in a path that states the file's role, see `role_of`: `a` for `a/train/0.parquet`.
 
-    If a folder's whole name is the role, such as `train`, it decides, not the names below it. If no name states a role,
-    the result is the folder of the file. "" means the root.
+    A folder whose whole name is the role comes before other names; of several, the innermost counts. If no name states
+    a role, the result is the folder of the file. "" means the root.
     """
     parts = file.split("/")
     role = role_of(*reversed(parts))

@@ -53,7 +53,7 @@ _COUNTERS = ("num_batches_tracked", "n_averaged")
 
 
 class _Discarded:
-    """Empty object in place of one that a training program stored beside a state_dict, whose values are not needed."""
+    """Empty stand-in for an object that a training program saved beside a state_dict. Its content is not read."""
 
     def __new__(cls, *_: object) -> _Discarded:
         return super().__new__(cls)

@@ -192,8 +192,8 @@ class Readings:
         Args:
             task: task of the event.
             event: event of one worker.
-            rank: rank of that worker within the task's group. Ranks above 0 contribute only counters, and all of these
-                before the `Finished` of rank 0.
+            rank: rank of that worker within the task's group. From ranks above 0 only counters are taken. The caller
+                passes all their events before the `Finished` of rank 0.
         """
         self._stage = task.stage
         if isinstance(event, Started):  # not at work yet: the worker may install packages first

@@ -74,7 +74,7 @@ class Proposal:
         return tasks | {"evaluation": [work.evaluation(row, len(part)) for row, parts in shares for part in parts]}
 
     def _experts(self) -> list[Work]:
-        """Tasks that train scoring networks and order the images by them, then experts, then a prior."""
+        """Work of the run's tasks that train scoring networks, train experts, order the images, and train a prior."""
         tasks, shape, trained = list[Work](), self.shape, trained_networks(self.config)
         scoring: list[RunConfig] = [run for each in trained if (run := each.scoring_run)]
         for networks in (scoring, trained):

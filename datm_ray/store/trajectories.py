@@ -167,10 +167,10 @@ class TrajectoryStore:
         self.location = open_location(uri)
 
     def groups(self, *, unfinished: bool = False) -> list[GroupKey]:
-        """Keys of the groups with at least one expert, sorted.
+        """Keys of the groups with at least one finished expert, sorted.
 
         Args:
-            unfinished: True to include priors, and groups in which no expert is finished yet.
+            unfinished: True to include groups without one: priors, and groups whose experts are all in training.
         """
         keys = [
             GroupKey(dataset, architecture, fingerprint)

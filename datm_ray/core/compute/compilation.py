@@ -250,7 +250,7 @@ def _is_needless_copy(node: fx.Node) -> bool:
 
 
 def _owner(node: fx.Node) -> fx.Node:
-    """Node whose output owns the memory of this node's value, found by following views and in-place writes back."""
+    """Node whose output owns the memory of this node's value, traced through views and in-place operations."""
     while True:
         maker = node.args[0] if node.target is operator.getitem else node  # getitem picks one of several results
         assert isinstance(maker, fx.Node)

@@ -32,7 +32,12 @@ _ATEN = torch.ops.aten
 
 
 def weight_gradient(x: Tensor, y_: Tensor) -> Tensor:
-    """Compute the gradient [o c 3 3] in the weights of a 3x3 convolution with padding 1, for even h and w."""
+    """Compute the gradient with respect to the weights [o c 3 3] of a 3x3 convolution with padding 1, for even h and w.
+
+    Args:
+        x: [n c h w] input of the convolution.
+        y_: [n o h w] gradient with respect to its output.
+    """
     products = torch.bmm(_input_tiles(x).transpose(1, 2), _cotangent_tiles(y_))  # [16 c o]
     rows = [_from_four(*products[4 * i : 4 * i + 4].unbind()) for i in range(4)]
     columns = [_from_four(*(rows[i][j] for i in range(4))) for j in range(3)]

@@ -607,7 +607,7 @@ def _rows_of(stack: Sequence[Training]) -> int:
 
 
 def _first_batch(stack: Sequence[Training]) -> tuple[Tensor, ...]:
-    """Arguments of a step of `StackFunctions` on the first images of every network's set."""
+    """Parameters, buffers, images, labels and image weights of a stack's networks, for a step on the first images."""
     state, rows = ExpertState.initial([each.network for each in stack]), torch.arange(_rows_of(stack))
     device = state.parameters.device
     images = torch.stack([rows_on(each.images, rows, device) for each in stack])

@@ -245,7 +245,8 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
     """Make a planner of recipes for these images on this machine.
 
-    It times uncompiled steps of each width of the network once, and compiled steps once if it is asked for them.
+    The planner measures each width of the network once: by small uncompiled steps on a CPU, and by a run's compiled
+    steps on a GPU, or where its argument `exactly` is true.
 
     Args:
         say: shows a line to the user before each measurement.

@@ -547,7 +547,12 @@ def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, s
 def _stacking(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
 ) -> tuple[int, bool, bool]:
-    """Number of networks of a row for `seeds` seeds, True if stacking them is faster, and True if it is possible."""
+    """How the networks of a row of the accuracy table are trained.
+
+    Returns:
+        The number of networks for `seeds` seeds; True if training them together is faster; and True if it is possible.
+        The last two are False without compilation, or if a teacher labels the row's images.
+    """
     count, schedule = training_of(config, row, network)
     if not config.cluster.compile or is_taught(config, row):
         return seeds * count, False, False

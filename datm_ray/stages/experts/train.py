@@ -373,14 +373,14 @@ def expert_info(
 def origins(group: ExpertGroup, count: int) -> dict[int, str]:
     """Number of each stored expert below `count` -> digest of its imported weights; "" if it was trained here.
 
-    Reading ends after the first trained expert that keeps several epochs. Later experts are assumed to be trained too,
-    and are left out of the result.
+    To spare reading hundreds of files, reading ends after the first expert that was trained here and has several stored
+    epochs. The experts after it are taken for trained here too, and are not in the result.
     """
     found = dict[int, str]()
     for expert in sorted(each for each in group.experts() if each < count):
         info = group.read_info(expert)
         found[expert] = str(info.recipe.get("imported", {}).get("digest", ""))
-        if not found[expert] and len(info.epochs) > 1:  # spares reading hundreds of experts
+        if not found[expert] and len(info.epochs) > 1:
             break
     return found
 

@@ -194,7 +194,7 @@ class RecoveryFromTeacher(Method):
         return torch.cat(found)
 
     def _real_images(self) -> Tensor:
-        """Real images [n c h w] with which the block starts."""
+        """Real images [n c h w] from which recovering this block of synthetic images starts."""
         piece, ipc = self.piece, self.part.config.distill.ipc
         of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
         chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
