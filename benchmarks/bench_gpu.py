@@ -26,7 +26,7 @@ import gpu  # first: it finds the package beside this folder, which all that fol
 import torch
 from facts import common_facts, head, result_path, save
 from gpu import constants, curve, exactness, experts, networks, steps, sums, workers
-from gpu.machine import Machine
+from gpu.machine import Machine, timed_algorithms
 from gpu.sections import Outcome, Section, run_sections
 
 SECTIONS: tuple[Section, ...] = (
@@ -109,7 +109,8 @@ def main(words: Sequence[str] | None = None) -> int:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         facts["device"] = f"{memory:.0f} GiB, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     page = Page(result_path(out, name, machine.device), title, facts)
-    outcomes = run_sections(chosen, machine, 60 * patience * arguments.minutes, page.save)
+    with timed_algorithms(True):  # as in a run
+        outcomes = run_sections(chosen, machine, 60 * patience * arguments.minutes, page.save)
     failures, unchecked = (sum(getattr(each, name) for each in outcomes) for name in ("failures", "unchecked"))
     print(f"{failures} failure(s), {unchecked} check(s) not reached; written to {out}", flush=True)
     return 1 if failures or unchecked else 0

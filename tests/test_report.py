@@ -47,7 +47,7 @@ from datm_ray.report import (
     write_report,
     write_summary,
 )
-from datm_ray.report.differences import differences
+from datm_ray.report.differences import differences, differing
 from datm_ray.report.results import Maps, shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
@@ -635,3 +635,10 @@ def test_one_seed_has_no_deviation(out: Location) -> None:
     run = RunSummary(configure(), out / "tiny", [Score("distilled", (0.5,), Spent(1.0))])
     assert "nan" not in accuracy_table([run])
     assert "distilled 50.0 (1)" in text_of(page_of(out, run))
+
+
+def test_sections_that_some_runs_lack_are_shown_apart() -> None:
+    """A section reads "set" beside a run without it. Two sections that differ are shown as JSON."""
+    assert list(differing([{"a": {"b": 1}}, {"a": None}])) == [("a", ["set", "null"])]
+    found = list(differing([{"a": {"b": 1}}, {"a": None}, {"a": {"b": 2}}]))
+    assert found == [("a", ['{"b": 1}', "null", '{"b": 2}'])]

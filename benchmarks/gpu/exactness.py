@@ -27,7 +27,8 @@ from datm_ray.core.training.loop import Schedule, Training, predict_logits, trai
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from gpu.machine import Machine
+from datm_ray.runtime.devices import restoring_determinism
+from gpu.machine import Machine, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 
 LIMIT = 1e-9
@@ -167,11 +168,10 @@ class _Matching:
 @contextmanager
 def reproducible() -> Iterator[None]:
     """Compute sums in a fixed order, as with `cluster.deterministic`. `gpu/__init__.py` fixed cuBLAS's workspace."""
-    torch.use_deterministic_algorithms(True)
-    try:
+    with restoring_determinism(), timed_algorithms(False):
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 Checks = list[tuple[str, Callable[[], Row]]]

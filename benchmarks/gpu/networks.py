@@ -94,23 +94,25 @@ def metadd_row(machine: Machine, auxiliaries: int) -> Row:
     def gradient(chunk: int) -> object:
         return metadd.gradient(images, labels, networks=len(networks), classes=10, chunk=chunk)
 
-    chunk = most_that_fit(machine, gradient, count)
-    found = measured(partial(gradient, chunk), machine.device, 1 if machine.small else 5)
+    with machine.as_in_a_run():
+        chunk = most_that_fit(machine, gradient, count)
+        found = measured(partial(gradient, chunk), machine.device, 1 if machine.small else 5)
     return {"images at a time": chunk, "seconds": found.seconds, "peak MiB": round(found.peak / 2**20)}
 
 
 def most_that_fit(machine: Machine, call: Callable[[int], object], count: int) -> int:
-    """Most images at a time: on a GPU all, or half of them until they fit, as a run finds by trial; else ten."""
+    """Most images at a time: on a GPU all, or half of them until they fit; else ten."""
     if machine.device != "cuda":
         return IMAGES_AT_A_TIME
-    try:
-        call(count)
-    except torch.OutOfMemoryError:
-        if count == 1:
-            raise
+    while True:
+        try:
+            call(count)
+            return count
+        except torch.OutOfMemoryError:  # the failed call's tensors live as long as its error
+            if count == 1:
+                raise
         free_memory(machine.device)
-        return most_that_fit(machine, call, count // 2)
-    return count
+        count //= 2
 
 
 def metadd(machine: Machine, _: Clock) -> Iterator[Work]:

@@ -63,7 +63,11 @@ def job_submit(
     store: Store = None,
     requirements: Annotated[
         str | None,
-        typer.Option("--requirements", metavar="FILE", help="File of packages, for pip on the cluster."),
+        typer.Option(
+            "--requirements",
+            metavar="FILE",
+            help="File of packages, for pip on the cluster. Files that it names do not travel.",
+        ),
     ] = None,
     env: Annotated[
         list[str] | None,

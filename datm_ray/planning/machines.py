@@ -30,8 +30,8 @@ FORWARD_PASSES = {
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
 The first three are compiled steps of DATM, DM and SRe2L. "training" is on a synthetic set, "real" on real data. "steps"
-is the fixed cost of a step of these two, see `STEP_OVERHEAD`; measured speeds of steps include it. Measured on one core
-at 32x32 pixels with ConvNet-3 of width 128, and "recovery" with a ResNet-18 of half the width."""
+is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; measured speeds of steps include it. Measured on
+one core at 32x32 pixels with ConvNet-3 of width 128, and "recovery" with a ResNet-18 of half the width."""
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 

@@ -177,11 +177,9 @@ def cifar10_dm_ipc10() -> RunConfig:
             ipc=10,
             iterations=20_000,
             learning_rate_images=1.0,
-            learning_rate_step_size=0.0,
             initial_step_size=0.01,
             real_batch=256,
             initial="random",
-            labels="hard",
             validate_every=2000,
         ),
     )

@@ -61,7 +61,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     # torch 2.9 asks for newer names of the switches, but its own compiler reads these and refuses a mixture.
     warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
-    # Shapes are the same in every step, so cuDNN may time its algorithms at the first. They round differently.
+    # Nearly all steps have the same shapes, so cuDNN may time its algorithms at the first. They round differently.
     torch.backends.cudnn.benchmark = not cluster.deterministic
     return torch.device("cuda", torch.cuda.current_device())
 

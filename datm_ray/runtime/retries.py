@@ -79,25 +79,23 @@ def size_for(sizes: Sequence[int], free: int) -> int | None:
 class Patience:
     """Time limit in seconds for a worker's next event.
 
-    Up to the worker's third step the limit is `longest`. Later it is 20 times the worker's longest step, but at least
+    Up to the worker's third timed step the limit is `longest`. Later it is 20 times its longest step, but at least
     `shortest` and at most `longest`. During a `Phase`, such as a validation in several workers, it is `longest` again.
     """
 
     shortest: float = 0.0
     longest: float = 0.0
     steps: int = 0
-    """Number of the worker's steps so far."""
+    """Number of the worker's timed steps so far. The first step after a `Phase` is not timed."""
     slowest: float = 0.0
-    """Duration in seconds of the longest step so far. The first step after a `Phase` does not count."""
+    """Duration of the longest timed step so far, in seconds."""
     is_phase: bool = False
     """True from a `Phase` to the next `Progress`. Durations of steps say nothing about the duration of a phase."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""
-        if isinstance(event, Progress):
-            self.steps += 1
-            if not self.is_phase:  # else the seconds are of the phase too
-                self.slowest = max(self.slowest, seconds)
+        if isinstance(event, Progress) and not self.is_phase:  # else the seconds are of the phase too
+            self.steps, self.slowest = self.steps + 1, max(self.slowest, seconds)
         self.is_phase = isinstance(event, Phase) or (self.is_phase and not isinstance(event, Progress))
 
     @property

@@ -47,14 +47,14 @@ def test_nodes_are_avoided_until_the_task_gets_on() -> None:
 
 
 def test_patience_follows_the_slowest_step() -> None:
-    """Before its third step a worker may take long; then 20 times its slowest step, between both limits."""
+    """Before its third timed step a worker may take long; then 20 times its slowest step, between both limits."""
     patience = Patience(shortest=300.0, longest=3600.0)
     for seconds, limit in ((500.0, 3600.0), (20.0, 3600.0), (1.0, 3600.0)):
         patience.take(Progress(1, 9), seconds)
         assert patience.limit == limit
     patience = Patience(shortest=300.0, longest=3600.0)
     patience.take(Phase("compiling"), 900.0)
-    for seconds in (1.0, 30.0, 2.0):
+    for seconds in (900.0, 1.0, 30.0, 2.0):
         patience.take(Progress(1, 9), seconds)
     assert patience.limit == 600.0
     assert Patience(300.0, 3600.0, steps=3, slowest=0.1).limit == 300.0

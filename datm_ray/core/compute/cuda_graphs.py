@@ -77,8 +77,9 @@ class Replayed:
                 self._function(*self._inputs)
         present.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local" lets other threads copy to the GPU during the recording.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # "thread_local" lets other threads copy to the GPU during the recording. After a recording that failed,
+        # torch.cuda.graph leaves this thread on its own stream; the outer context restores the present one.
+        with torch.cuda.stream(present), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self._function(*self._inputs)
         self._is_single = isinstance(results, Tensor)
         self._outputs, self._graph = (results,) if self._is_single else tuple(results), graph

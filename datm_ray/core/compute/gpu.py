@@ -19,10 +19,14 @@ def free_gpu_memory() -> int:
 
 
 def uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Concatenate arrays to one tensor on the device, converted to `dtype`; `None` keeps the arrays' type.
+    """Concatenate arrays to one tensor of type `dtype` on the device, see `sent`; `None` keeps the arrays' type."""
+    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
+    return sent(whole.to(dtype) if dtype else whole, device)
+
+
+def sent(whole: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor in main memory to the device.
 
     A copy to a GPU goes through pinned memory, because from other memory it would wait until the GPU is idle.
     """
-    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
-    whole = whole.to(dtype) if dtype else whole
     return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.core.compute.gpu import free_gpu_memory, uploaded
+from datm_ray.core.compute.gpu import free_gpu_memory, sent, uploaded
 from datm_ray.core.images.augment import Augmentation, apply_operation, draw_augmentation, width
 from datm_ray.core.randomness import Purpose, drawn
 
@@ -192,7 +192,7 @@ def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:
         device: device of the result. A GPU may come without its index.
     """
     if not isinstance(images, Tensor):
-        return torch.from_numpy(images[rows.numpy()]).to(device)
+        return sent(torch.from_numpy(images[rows.numpy()]), device)
     if images.device.type != "cpu" or device.type == "cpu":  # `cuda` and `cuda:0` are unequal
         return images[rows.to(images.device)].to(device)
     pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")

@@ -17,6 +17,9 @@ from torch.nn.functional import grid_sample
 
 from datm_ray.core.compute.precision import tf32_products
 
+MOST_SAMPLED = 65_535
+"""Largest number of images in a call of `grid_sample`. cuDNN refuses more (github.com/pytorch/pytorch/issues/88380)."""
+
 
 def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
     """Sample images [b c h w] bilinearly at affinely transformed positions; differentiable in the images.
@@ -60,7 +63,11 @@ def _centres(side: int, like: Tensor, *, align_corners: bool) -> Tensor:
 
 def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
     padding = "zeros" if align_corners else "border"
-    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=align_corners)
+    read = [
+        grid_sample(*each, mode="bilinear", padding_mode=padding, align_corners=align_corners)
+        for each in zip(images.split(MOST_SAMPLED), grid.split(MOST_SAMPLED), strict=True)
+    ]
+    return torch.cat(read) if len(read) > 1 else read[0]
 
 
 class _InOrder(torch.autograd.Function):

@@ -53,9 +53,17 @@ class InParts:
     def __call__(
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> StackResults:
-        """Compute losses [s], gradients [s p] and buffers [s q], see `StackFunctions`."""
+        """Compute losses [s], gradients [s p] and buffers [s q], see `StackFunctions`.
+
+        Raises:
+            torch.OutOfMemoryError: a graph does not fit into the GPU's memory. None is kept then.
+        """
         splits = (each.split(self._at_a_time) for each in (parameters, buffers, images, labels))
-        found = [self._graph(len(each[0]))(*each, weights) for each in zip(*splits, strict=True)]
+        try:
+            found = [self._graph(len(each[0]))(*each, weights) for each in zip(*splits, strict=True)]
+        except torch.OutOfMemoryError:
+            self._graphs.clear()  # else the graph of another number of networks would keep its memory
+            raise
         if len(found) == 1:
             whole: StackResults = found[0]
             return whole

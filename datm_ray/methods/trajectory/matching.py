@@ -267,7 +267,7 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
 class _Block:
     """Pieces whose images are augmented in one call for each operation, and differentiated in one call for each.
 
-    No operation mixes images, so every image and every gradient has the bits that it has in a call of its own.
+    No operation mixes images, so on a CPU every image and every gradient has the bits of a call of its own.
     """
 
     def __init__(self, synthetic: SyntheticSet, pieces: Sequence[_Piece], functions: StudentStepFunctions) -> None:

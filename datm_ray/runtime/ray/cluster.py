@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -85,7 +86,7 @@ def connect(address: str | None) -> str:
 
 
 def _connection_error(address: str | None, given: str, failure: Exception) -> ClusterError:
-    if isinstance(failure, OSError) and failure.filename:
+    if isinstance(failure, OSError) and {"ray", ".ray"} & set(Path(os.fsdecode(failure.filename or "")).parts):
         what = f"cannot connect to Ray at {address}" if address else _NO_START
         return ClusterError(
             f"{what}: cannot use {os.path.abspath(os.fsdecode(failure.filename))} ({failure.strerror})",

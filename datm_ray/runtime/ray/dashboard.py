@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import BadStatusLine
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
@@ -132,7 +133,7 @@ def _require_web_address(address: str) -> None:
 def _authorities(address: str) -> str | bool:
     """File of accepted certificate authorities in SSL_CERT_FILE; True for those that `requests` accepts.
 
-    They include those in REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE, which come first.
+    If REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is set, `requests` accepts those in its file instead.
     """
     is_known = any(map(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")))
     return True if is_known or not address.startswith("https:") else os.environ.get("SSL_CERT_FILE") or True
@@ -156,11 +157,12 @@ def _no_answer(address: str, reason: str) -> ClusterError:
     through = f" through the proxy {masked(proxy)}" if proxy else ""
     return ClusterError(
         f"no Ray cluster answers at {masked(address)}{through} ({masked(reason)})",
-        "the address is wrong, the head node is down, or a proxy, a login or a certificate is between",
+        "the address is wrong (host, port, http or https), the head node is down, or a proxy, a login or a certificate "
+        "is between",
         f"give the address at which a browser shows the dashboard, usually http://HOST:{PORT}, or a tunnel "
         f"(ssh -L {PORT}:127.0.0.1:{PORT} HOST). Proxies are in http_proxy, https_proxy and no_proxy, with %40, %2F "
         "and %3A for @, / and : of a password; a gateway's login is part of the address (http://USER:PASSWORD@HOST); "
-        "a company's certificate is in the file of SSL_CERT_FILE or REQUESTS_CA_BUNDLE",
+        "a company's certificate is in the file of REQUESTS_CA_BUNDLE, or of SSL_CERT_FILE if that is not set",
     )
 
 
@@ -181,4 +183,6 @@ def _reason(failure: Exception, seconds: float) -> str:
     first: BaseException = failure
     while inner := first.__cause__ or first.__context__:
         first = inner
+    if type(first) is BadStatusLine:  # its text is what the port answered, in bytes
+        return "it answers in something else than HTTP"
     return str(getattr(first, "strerror", None) or first_line(first))

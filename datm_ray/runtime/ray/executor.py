@@ -64,7 +64,9 @@ free."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 LONGEST_AVOIDANCE = 600.0
-"""Seconds without any running task after which waiting tasks may use the nodes again that failed them before."""
+"""Longest time in seconds without a running task until waiting tasks may use nodes again that failed them.
+
+If `Nodes.patience` is shorter, it counts."""
 GROWTH_INTERVAL = 600.0
 """Seconds that a group works before it restarts with more workers. To get all its workers, it restarts earlier."""
 WAIT_INTERVAL = 60.0

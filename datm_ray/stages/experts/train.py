@@ -144,10 +144,10 @@ class ExpertWorker:
         self._images = images_on(dataset.train_images, self.device)
         self._labels = to_device(dataset.train_labels, self.device)
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
-        self._in_parts: dict[tuple[NetworkSpec, int, str], InParts] = {}
-        """Network, number of networks in a call and precision -> training step by CUDA graphs."""
-        self._at_a_time: dict[tuple[NetworkSpec, int, str], int] = {}
-        """(network, size of the stack, precision) -> number of networks per call that a trial found."""
+        self._in_parts: dict[tuple[NetworkSpec, int, str, int], InParts] = {}
+        """(network, number of networks in a call, precision, images in a step) -> training step by CUDA graphs."""
+        self._at_a_time: dict[tuple[NetworkSpec, int, str, int], int] = {}
+        """(network, size of the stack, precision, images in a step) -> number of networks per call that was found."""
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
@@ -209,9 +209,9 @@ class ExpertWorker:
         seeds = [derive_seed(config.expert_seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self.device) for seed in seeds]
         state = progress.resume(self.device)
-        if state is None:
-            progress.at_a_time = self._found_at_a_time(spec, networks, settings)
-        functions = self._step_of(spec, networks[0], len(experts), settings.precision, progress.at_a_time)
+        saved = progress.at_a_time if state else None
+        progress.at_a_time = self._found_at_a_time(spec, networks, settings, saved)
+        functions = self._step_of(spec, networks[0], len(experts), settings, progress.at_a_time)
         if functions.note:
             yield Note(functions.note)
         if state is None:
@@ -255,41 +255,53 @@ class ExpertWorker:
         return curriculum_of(config, self.dataset, scoring)
 
     def _step_of(
-        self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str, at_a_time: int
+        self, spec: NetworkSpec, network: nn.Module, stacked: int, settings: ExpertConfig, at_a_time: int
     ) -> StackStep:
         """Training step for `stacked` networks: in one call, or in several calls of at most `at_a_time` networks."""
-        functions, key = self._functions_for(spec, network, at_a_time, precision), (spec, at_a_time, precision)
+        functions = self._functions_for(spec, network, at_a_time, settings.precision)
+        key = (spec, at_a_time, settings.precision, self._rows_of(settings))
         if at_a_time == stacked:
             return functions
         if key not in self._in_parts:
             self._in_parts[key] = InParts(functions, at_a_time)
         return self._in_parts[key]
 
-    def _found_at_a_time(self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig) -> int:
+    def _rows_of(self, settings: ExpertConfig) -> int:
+        """Number of images of each network in a step."""
+        return min(settings.batch_size, len(self._labels))
+
+    def _found_at_a_time(
+        self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig, saved: int | None
+    ) -> int:
         """Number of networks that one call computes: all, or on a GPU the number that a trial on the first batch finds.
 
         The trial takes as many networks as fit into the GPU's memory, or one if this is faster. There is no trial if
         the recipe gives `cluster.experts_at_a_time`.
+
+        Args:
+            saved: number of an earlier part of this training, maybe on another device. It is halved until it fits a
+                GPU, and does not count on a CPU. `None` for a trial.
         """
-        stacked, precision = len(networks), settings.precision
+        stacked, key = len(networks), (spec, len(networks), settings.precision, self._rows_of(settings))
         is_given = self._cluster.experts_at_a_time is not None
         if stacked == 1 or is_given or not is_tried(self.device) or couples_samples(networks[0]):
             return stacked
-        if (spec, stacked, precision) not in self._at_a_time:
-            state, rows = ExpertState.initial(networks), np.arange(min(settings.batch_size, len(self._labels)))
+        if key not in self._at_a_time or saved not in (None, self._at_a_time[key]):
+            state, rows = ExpertState.initial(networks), np.arange(self._rows_of(settings))
             images = rows_on(self._images, torch.from_numpy(rows), self.device).expand(stacked, *[-1] * 4)
             labels = self._labels[: len(rows)].to(self.device).expand(stacked, -1)
             arguments = (state.parameters, state.buffers, images, labels, state.parameters.new_ones(len(rows)))
 
             def way(size: int) -> Callable[[], object]:
-                return functools.partial(self._step_of(spec, networks[0], stacked, precision, size), *arguments)
+                return functools.partial(self._step_of(spec, networks[0], stacked, settings, size), *arguments)
 
-            most = fitting(stacked, len(rows), image_cost(networks[0], tuple(images.shape[2:])))
-            found = self._at_a_time[spec, stacked, precision] = found_at_a_time(way, most, self.device)
-            for key in self._in_parts.keys() - {(spec, found, precision)}:  # unused graphs would keep their memory
-                del self._in_parts[key]
+            most = saved or fitting(stacked, len(rows), image_cost(networks[0], tuple(images.shape[2:])))
+            found = found_at_a_time(way, most, None if saved else self.device)
+            self._at_a_time[key] = found
+            for other in self._in_parts.keys() - {(spec, found, *key[2:])}:  # unused graphs would keep their memory
+                del self._in_parts[other]
             _log.info("experts timed %s", fields(stacked=stacked, at_a_time=found))
-        return self._at_a_time[spec, stacked, precision]
+        return self._at_a_time[key]
 
     def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
         """Training step for `stacked` networks together. The worker compiles it once for all its tasks."""

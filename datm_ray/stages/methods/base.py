@@ -275,7 +275,7 @@ class Method:
         """
         settings, passes = config.distill, 0
         if cls.trained_backbones(config):
-            passes = config.experts.count * settings.has_soft_labels + 2 * (settings.initial == "correct")
+            passes = config.experts.count * cls.has_soft_labels(config) + 2 * (settings.initial == "correct")
         return {"scoring": passes * settings.ipc * classes}
 
     @classmethod

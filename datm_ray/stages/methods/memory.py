@@ -310,7 +310,7 @@ def chunk_by_trial(
         for _ in range(1 + torch.backends.cudnn.benchmark):  # timing cuDNN's algorithms may take more memory, once
             if _fits(partial(step, chunk), plan.parts["trace"], limit, device):
                 return chunk
-        forget()
+            forget()  # a graph that is only replayed would show less memory than its recording took
         chunk //= 2
     raise ConfigError(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",

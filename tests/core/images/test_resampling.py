@@ -50,6 +50,18 @@ def test_sums_in_a_fixed_order_change_no_image_and_round_the_gradient(
     torch.testing.assert_close(gradient, of_usual, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_more_images_than_a_call_takes_are_sampled_in_several(
+    operation: str, in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images and gradients keep their bits."""
+    usual = augmented(operation, torch.float32, (8, 8), in_order=in_order)
+    monkeypatch.setattr("datm_ray.core.images.resampling.MOST_SAMPLED", 4)
+    for found, expected in zip(augmented(operation, torch.float32, (8, 8), in_order=in_order), usual, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("operation", ["scale", "rotate", "resized+flip"])
 def test_the_gradient_in_a_fixed_order_equals_finite_differences(operation: str) -> None:
     """With deterministic algorithms gradients, and derivatives of gradients, equal finite differences."""

@@ -44,6 +44,27 @@ def test_experts_in_parts_equal_those_of_a_stack(
     assert [tape.replays for tape in tapes] == [each * 2 * 3 * (1 + (optimiser == "gsam")) for each in calls]
 
 
+def test_a_graph_that_does_not_fit_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of parts of another size are freed, because the next, smaller try needs their memory."""
+    recorded: list[int] = []
+
+    def replayed(functions: object) -> Callable[..., tuple[Tensor, ...]]:
+        def call(parameters: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+            recorded.append(len(parameters))
+            if len(recorded) == 2:
+                raise torch.OutOfMemoryError
+            return parameters, parameters, parameters
+
+        return call
+
+    monkeypatch.setattr("datm_ray.core.networks.stack_trial.Replayed", replayed)
+    step = InParts(StackFunctions(build_network(SPEC, 0), stacked=3, compile_=False), 3)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(*[torch.zeros(5, 2)] * 5)
+    assert recorded == [3, 2]
+    assert step._graphs == {}
+
+
 class Clock:
     """Time in seconds, which calls let pass."""
 

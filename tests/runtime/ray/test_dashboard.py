@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -205,7 +206,27 @@ def test_an_unreachable_dashboard_is_reported_with_its_reason(
                 line = refusal(address)
             assert re.search(expected, line), (expected, line)
             assert "head node is down, or a proxy, a login or a certificate is between. Give the address" in line
+            assert "(host, port, http or https)" in line
             assert all(each in line for each in ("https_proxy", "SSL_CERT_FILE", "USER:PASSWORD@HOST")), line
+
+
+def test_a_port_that_speaks_no_http_is_named() -> None:
+    """What such a port, as one of Ray's others, answers in bytes is not shown."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            while True:
+                try:
+                    asked, _ = other.accept()
+                except OSError:
+                    return
+                with asked:
+                    asked.recv(1000)
+                    asked.sendall(b"\x00\x01 no HTTP\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        line = refusal(f"http://127.0.0.1:{other.getsockname()[1]}")
+    assert "(it answers in something else than HTTP)" in line
 
 
 @pytest.mark.parametrize(

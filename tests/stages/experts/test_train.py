@@ -184,6 +184,11 @@ def test_a_trial_on_a_gpu_decides_how_experts_are_computed_until_their_end(
     assert len(asked) == 2, "the resumed attempt had no trial"
     train(tiny_config(*RICH, "cluster.experts_at_a_time=2"), tmp_path / "given", (0, 1))
     assert len(asked) == 2, "a given number holds"
+    train(config, tmp_path / "moved", (0, 1), stop_after=3)
+    monkeypatch.setattr("datm_ray.stages.experts.train.is_tried", lambda device: False)
+    made = len(tapes)
+    train(config, tmp_path / "moved", (0, 1))
+    assert len(tapes) == made, "a CPU that resumes them records no graph"
 
 
 def test_test_images_are_copied_to_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
