@@ -246,7 +246,8 @@ class Artifact:
     def has_step_size(self) -> bool:
         """True if the set's step size was learned, published or given, for SGD on the set's own labels.
 
-        False if the step size is a default. Networks that score the set then have one chosen on validation images.
+        False if the step size is a default. Networks that score the set then train with a step size that is chosen on
+        validation images.
         """
         method, distill = self.recipe.get("method", "datm"), self.recipe.get("distill", {})
         if ":" in method:  # a user's own method, which may have learned the step size
@@ -375,7 +376,14 @@ def save_artifact(
 
 
 def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set's file: with the whole transform, or with its digest alone if `kept`."""
+    """Arrays by name, and metadata, of a set's file.
+
+    A transform that the set leaves out, see `LeftOutTransform`, has no arrays here.
+
+    Args:
+        kept: True if the transform is stored in a file of its own: its arrays are left out here, and the metadata hold
+            its digest, by which that file is found. False puts the transform's arrays here.
+    """
     held = artifact.held_transform
     arrays = {
         "images": artifact.images.cpu().numpy(),
@@ -398,7 +406,12 @@ def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray
 
 
 def _described(held: Transform | KeptTransform | LeftOutTransform, *, kept: bool) -> dict[str, Any]:
-    """Metadata of a set's transform for the set's file."""
+    """Metadata of a set's transform for the set's file.
+
+    Args:
+        held: the transform, or the set's reference to it or description of it.
+        kept: True if the transform is stored in a file of its own: its digest is added, by which that file is found.
+    """
     if isinstance(held, LeftOutTransform):
         plain = {"kind": held.kind, "shape": list(held.shape), "fingerprint": held.fingerprint, "eps": held.eps}
         return plain | {"is_left_out": True}
@@ -559,9 +572,11 @@ def _left_out_of(location: Location, metadata: Mapping[str, Any]) -> LeftOutTran
 
 
 def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Mapping[str, Any] | Location | None:
-    """Settings of the training that scored a set, from the set's file; else the location of its run's file with them.
+    """Settings of the training that scored a set, or the location of a file that may hold them.
 
-    `None` if the set's file has no such settings and is not in a run's folder.
+    Settings in the set's file come first. Without them, a set in a run's folder gives the location of that run's file
+    with the settings. Any other set gives `None`. A set counts as in a run's folder if its file has the name that runs
+    give to sets.
     """
     if "scoring" in metadata:
         return dict(metadata["scoring"])
@@ -762,7 +777,10 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """Folder name of each class. Names that would be equal, in upper or lower case, end in the class's number."""
+    """Folder name of each class, in the order of the classes.
+
+    Names that would be equal, ignoring upper and lower case, get the number of their class as an ending.
+    """
     names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]
     # A name with a number may equal another class's name. Names with numbers differ from each other, so this ends.

@@ -128,7 +128,8 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
 def _is_of_the_locale(failure: BaseException) -> bool:
     """True if a path cannot be encoded because the locale has another encoding than UTF-8, such as ASCII.
 
-    Paths on the command line are encoded in any locale, but not those in a recipe, which is UTF-8.
+    Such a path usually comes from a recipe, because recipes are read as UTF-8 in any locale. A path from the command
+    line can be encoded in any locale.
     """
     if not isinstance(failure, UnicodeEncodeError):
         return False
@@ -146,16 +147,23 @@ def _exit_at_once(code: int) -> None:
 
 
 def _failed_before(first: KeyboardInterrupt) -> Exception | None:
-    """Failure that had ended the command before its first Ctrl-C, which only interrupted the closing of Ray.
+    """Exception that had ended the command before the user first pressed Ctrl-C; `None` if the command had not failed.
 
-    `None` if the command had not failed.
+    In a command that had failed, Ctrl-C only interrupts the closing of Ray.
+
+    Args:
+        first: interrupt of the first Ctrl-C.
     """
     before = first.__context__ if getattr(first, "is_at_once", False) else None
     return before if isinstance(before, Exception) else None
 
 
 def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
-    """Yield an interrupt and all earlier ones, latest first. The text of one of them may say what was saved."""
+    """Yield the interrupts of all Ctrl-C, latest first. The text of one interrupt may say what was saved.
+
+    Args:
+        end: latest interrupt. Python links it to the earlier interrupts by `__context__`.
+    """
     each: BaseException | None = end
     while each:
         if isinstance(each, KeyboardInterrupt):

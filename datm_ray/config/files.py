@@ -54,10 +54,11 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
 
 
 def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
-    """Sections and keys, such as `distill` and `distill.ipc`, that a user's file and overrides set themselves.
+    """Sections and keys, such as `distill` and `distill.ipc`, that a user has set in a file or by overrides.
 
     Args:
-        path: the YAML file; `None` for a packaged recipe. The keys of a recipe that a run has saved are not counted.
+        path: the YAML file; `None` for a packaged recipe. If a run has saved this file, its keys are ignored: runs save
+            default values too, so the file does not tell which keys a user has set.
         assignments: overrides of the form `section.field=value`.
     """
     values = {} if path is None else load_sections(path)
@@ -69,7 +70,13 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
 
 
 def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
-    """Plain data of the recipe that a file's key `base` names. Errors begin with `origin`, the name of this file."""
+    """Plain data of the recipe that a file's key `base` names.
+
+    Args:
+        name: value of the key `base`.
+        base_of: finds a recipe by its name.
+        origin: name of the file with the key, at the start of error messages.
+    """
     if not isinstance(name, str):
         raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
     try:
@@ -134,7 +141,8 @@ def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
 def _keep_former_recovery(values: dict[str, Any]) -> None:
     """Set keys of `recover`, in place, so that a recipe saved by an earlier version gives the same images as before.
 
-    The section of such a recipe has all keys of that version, but no key `restarts`.
+    Such a recipe is recognised by its section `recover`: the section has all keys of that version, but no key
+    `restarts`, which later versions save too.
     """
     recover = values.get("recover")
     if isinstance(recover, dict) and recover.keys() >= _FORMER_RECOVERY and "restarts" not in recover:

@@ -79,8 +79,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
     - `cluster`, except `cluster.deterministic` if it is true, and keys that the run's method does not read;
     - paths of the data set and of a given set, whose contents have fingerprints of their own;
-    - keys of `evaluate` that may change in a finished run: number of seeds, further networks, their optimiser, further
-      rows, `teacher` and `SCORING_KEYS`;
+    - keys of `evaluate` that may change in a finished run: number of seeds, further networks, the optimiser, keys that
+      add rows to the accuracy table (`full`, `fair`, `fixed_labels`), `teacher` and `SCORING_KEYS`;
     - keys on which the set does not depend: stored epochs beyond the matched ones, measurements of test accuracy, the
       interval of checkpoints, and the run that is continued.
     """
@@ -124,7 +124,8 @@ def _meta_networks_see_what_they_saw(config: RunConfig) -> bool:
     """True if MetaDD's networks see the same images as in runs of earlier versions, which lacked `metadd.augmented`.
 
     In earlier versions these networks saw augmented images with method sre2l, and unaugmented images with other
-    methods. The key has no effect if a packaged method other than sre2l does not augment.
+    methods. A packaged method other than sre2l gives unaugmented images, whatever the key says, if
+    `distill.augmentation` is empty.
     """
     assert config.metadd is not None
     if config.method == "sre2l":

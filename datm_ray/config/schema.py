@@ -209,7 +209,10 @@ class RunConfig(Section):
         return parse_config(self.model_copy(update=changes).model_dump(), self.name)
 
     def each_backbone(self) -> list[RunConfig]:
-        """One copy of the run for each backbone, which is the copy's only network and decides the experts it needs."""
+        """One copy of the run for each backbone.
+
+        The backbone is the copy's only network. The copy therefore needs the experts of this backbone alone.
+        """
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
         alone = {"backbones": (), "metadd": None}
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
@@ -224,10 +227,12 @@ class RunConfig(Section):
         return [self._with_experts(network, self.metadd.experts) for network in self.metadd.auxiliaries]
 
     def own_teacher(self) -> list[RunConfig]:
-        """List with a copy of the run for `evaluate.teacher`; empty if there is no such teacher or it labels no images.
+        """List with one copy of the run, to train `evaluate.teacher`.
 
-        The teacher is the copy's only network, and `evaluate.teacher.experts` replaces `experts`. If its seed is null,
-        the seed of `experts` is kept.
+        The list is empty if the run has no such teacher, or if no teacher labels images in the run.
+
+        The teacher is the copy's only network, and `evaluate.teacher.experts` replaces `experts`. If
+        `evaluate.teacher.experts.seed` is null, the seed of `experts` is kept.
         """
         teacher = self.evaluate.teacher
         if teacher is None or not self.evaluate.has_teacher:
@@ -279,7 +284,10 @@ class RunConfig(Section):
 
     @property
     def whole_role(self) -> Role:
-        """Role of a worker that computes all networks, for all classes or for its shard of the classes."""
+        """Role of a worker that computes all backbones and all MetaDD networks of a set.
+
+        A role says nothing about classes: the worker may compute them all, or only its shard, a part of the classes.
+        """
         return Role(
             tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
         )
@@ -291,9 +299,9 @@ class RunConfig(Section):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Roles among which the networks of one set are divided. The first role has the first backbone.
+        """Roles that together compute all networks of one synthetic set. The first role has the first backbone.
 
-        `cluster.shards` workers take each role, each with a shard of the classes.
+        Each role is taken by `cluster.shards` workers. Each of these workers has a shard, a part of the classes.
         """
         cluster = self.cluster
         backbones, auxiliaries = range(len(self.weights)), range(1, self.meta_network_count)

@@ -133,10 +133,10 @@ PUBLISHED_DEPTH = 3
 def depth_for(architecture: str, size: tuple[int, int]) -> int:
     """Default depth of a network for images of `size` (height, width) in pixels.
 
-    convnet gets as many blocks as leave feature maps of at least 3 pixels a side, and at least 2. If the image's
-    smaller side has at least 24 pixels, there are 3 blocks; from 48 pixels on 4, from 96 on 5, and so on. Published
-    networks for 28, 32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size. Other
-    architectures ignore depth.
+    The depth of convnet is its number of blocks. The image's smaller side decides: below 24 pixels 2 blocks, from 24
+    on 3, from 48 on 4, from 96 on 5, and so on. Each block's pooling halves the sides of the feature maps; from 12
+    pixels on, the last maps therefore have at least 3 pixels a side. Published networks for 28, 32, 64 and 128 pixels
+    have these depths. mlp gets its published 3 layers at any size. Other architectures ignore depth.
     """
     if architecture != "convnet":
         return PUBLISHED_DEPTH
@@ -470,9 +470,9 @@ class RecoverConfig(Section):
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation, for select, and for crops that sre2l starts from (distill.initial).
+    """Choosing real images without optimisation: for method select, and for crops that method sre2l starts from.
 
-    The values of rded are the published ones.
+    sre2l starts from crops if `distill.initial` is crops. Defaults of keys for `by: rded` are the published values.
     """
 
     by: Literal["rded", "moderate", "el2n", "forgetting", "random"] = "rded"
@@ -841,9 +841,14 @@ class ClusterConfig(WorkerShape):
     """Resources of workers for experts, validation and evaluation; null: those for distillation."""
 
     def shaped(self, *, light: bool) -> ClusterConfig:
-        """Copy with the resources of the section `light`; itself if `light` is False or the recipe has no such section.
+        """Section with the resources of workers for distillation, or of light workers.
 
-        Workers of experts, validation and evaluation are light.
+        Workers for experts, validation and evaluation are light. Returns this section unchanged if the recipe has no
+        section `cluster.light`.
+
+        Args:
+            light: True for light workers: a copy in which `cluster.light` replaces the resources. False for
+                distillation: this section unchanged.
         """
         if not light or self.light is None:
             return self

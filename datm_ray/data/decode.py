@@ -309,7 +309,12 @@ def _header(files: Encoded, index: int) -> _Header | _Unreadable:
 
 
 def _require_known_range(name: str, mode: str) -> None:
-    """Raise a `DatasetError` for pixels of 32 bits or floats. `mode` is that of the image's header."""
+    """Raise a `DatasetError` if an image has pixels of 32 bits or floats, because their range is unknown.
+
+    Args:
+        name: name of the image, for the message.
+        mode: Pillow mode in the image's header.
+    """
     if mode[0] in "IF" and mode != "I;16":
         raise DatasetError(
             f"image {name} has neither 8 nor 16 bits a channel (mode {mode})",
@@ -459,7 +464,14 @@ def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...])
 
 
 def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None, counted: str = "") -> tuple[str, ...]:
-    """One line that counts the converted images; empty if there are none. `counted` follows "of N images" in it."""
+    """Tuple of one line that counts the converted images; empty if no image is converted.
+
+    Args:
+        channels: channels of the images after conversion, 1 or 3.
+        sets: headers of each set's images.
+        resize: side of the resized images; `None` if they keep their size.
+        counted: text behind "of N images" in the line.
+    """
     headers = [header for of_set in sets for header in of_set]
     target = "L" if channels == 1 else "RGB"
     modes = Counter(_MODES.get(header.mode, header.mode) for header in headers if header.mode != target)

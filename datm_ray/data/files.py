@@ -323,7 +323,8 @@ def _members(archive: zipfile.ZipFile) -> dict[str, str]:
     r"""Normalised name of each file and folder -> its name in the archive.
 
     Normalised names have the form "a/b.png", although some programs write "./a/b.png" or "a\b.png". If one folder holds
-    everything, they leave it out. If a name occurs twice, the last entry counts, as for `unzip`.
+    the whole archive, normalised names do not include this folder. If a name occurs twice in the archive, the last
+    entry counts, as for the program `unzip`.
     """
     members = {}
     for own in archive.namelist():

@@ -204,9 +204,10 @@ def _require_all_shards(folder: Path, files: Iterable[str]) -> None:
 def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
     """Raise a `DatasetError` if training images, or test images, come from several folders.
 
-    A repository may hold the same images several times, as configurations such as 320px and 160px. A file belongs to
-    the folder above the name that states its role: to "320px" for 320px/train-0.parquet and for 320px/train/0.parquet.
-    Files below one folder that is called `train` are parts of one set, whatever their names.
+    The reason: a repository may hold the same images several times, at different sizes in folders such as 320px and
+    160px. A file comes from the folder above the name that states its role, see `_place_of`. So 320px/train-0.parquet
+    and 320px/train/0.parquet both come from 320px. All files below one folder `train` come from one folder, whatever
+    their names.
 
     Args:
         files: paths relative to `folder`.
@@ -224,8 +225,9 @@ def _require_one_place(folder: Path, files: Sequence[str], images: str) -> None:
 def _place_of(file: str) -> str:
     """Folder above the name in a path that states the file's role, see `role_of`: `a` for `a/train/0.parquet`.
 
-    A folder whose whole name is the role comes before other names; of several, the innermost counts. If no name states
-    a role, the result is the folder of the file. "" means the root.
+    If several names in the path state the role, folders whose whole name is the role, such as `train`, are preferred to
+    names such as `train-0`. Among the preferred names, the innermost counts. If no name states a role, the result is
+    the folder of the file. "" means the root.
     """
     parts = file.split("/")
     role = role_of(*reversed(parts))

@@ -204,10 +204,14 @@ def _folder(request: Request) -> Loaded:
 def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
     """Top folder that holds the class folders of a role, such as training; `None` if there is none.
 
-    If several have a fitting name, the one without digits is taken, such as "train" beside "train2".
+    If several folders have a name for this role, the folder whose name has only letters is taken: "train" beside
+    "train2".
 
     Args:
-        images: paths of the image files, as their parts.
+        images: path of each image file, divided into the names of folders and file.
+
+    Raises:
+        DatasetError: several folders have such a name, and not exactly one name has only letters.
     """
     tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
     plain = [top for top in tops if top.isalpha()]
@@ -225,7 +229,11 @@ def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
 
 
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
-    """Raise a `DatasetError` if top folders are no classes: named as a part of the set ("test"), or without images."""
+    """Raise a `DatasetError` if the top folders cannot be the classes.
+
+    They cannot if a folder is named as a part of the data set, such as "test", or if no folder directly holds images. A
+    folder "train" beside others may be a class.
+    """
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
     if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # "train" may be a class

@@ -557,7 +557,7 @@ def _covariance(images: NDArray[np.uint8], total: Doubles, levels: int, note: Sa
 
 
 def _exact_products(images: NDArray[np.uint8], note: Say = silent) -> Matrix:
-    """Sums [d d] over images of each product of two pixels minus `_CENTRE`, without rounding.
+    """Matrix product X^T X, [d d], without rounding. X [n d] holds all pixels, with `_CENTRE` subtracted from each.
 
     Sums within a chunk are integers that float32 holds exactly, and sums over chunks are integers that float64 holds
     exactly. So the speed is that of single precision, and the bits do not depend on a library's order of additions.
@@ -583,10 +583,12 @@ def _pixel_sums(images: NDArray[np.uint8]) -> Doubles:
 def _eigenpairs_of_few(
     images: NDArray[np.uint8], total: Doubles, levels: int, device: str, note: Say = silent
 ) -> tuple[Doubles, Matrix]:
-    """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, from the images' products [n n].
+    """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, for fewer images n than values d in an image.
+
+    They are computed from the Gram matrix [n n] of the images, which is smaller than the covariance [d d].
 
     Args:
-        total: sums of `_pixel_sums`.
+        total: sums [d] that `_pixel_sums` returns.
     """
     count = len(images)
     centred = images.reshape(count, -1).astype(np.float64)

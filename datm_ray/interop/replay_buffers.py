@@ -147,7 +147,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
         per_file: experts per file.
 
     Raises:
-        StoreError: there are no experts, or one has no epoch 0.
+        StoreError: the group has no experts, or the epoch 0 of an expert is not stored.
     """
     experts = group.experts()
     if not experts:
@@ -166,7 +166,12 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """True if the published network pads images of this number of channels differently, and so gives other outputs."""
+    """True if the published network pads images otherwise than this package's network, so that the outputs differ.
+
+    Args:
+        architecture: name of the network's architecture.
+        channels: number of the images' channels.
+    """
     return architecture == "convnet" and channels == 1
 
 

@@ -155,7 +155,16 @@ def read_step_size(uri: str) -> float | None:
 
 
 def _place_of(uri: str) -> Location:
-    """Location of a set: its .pt file of images, its file of this program, or its folder with folders of images."""
+    """Location from which a set is read: one file, or the given folder if the set consists of image files.
+
+    The file is the .pt file of the images, or the .arrow or .safetensors file that this program has written.
+
+    Args:
+        uri: the file, or the folder that holds the file.
+
+    Raises:
+        ConfigError: nothing is there, or the .pt files in the folder have no known name.
+    """
     place = open_location(uri)
     if not place.exists():
         raise ConfigError(f"given.path {uri} does not exist", remedy="give the folder or file of the set")
@@ -261,10 +270,14 @@ def _as_logits(soft: NDArray[np.float32]) -> NDArray[np.float32]:
 def _classes_of(soft: NDArray[np.float32]) -> NDArray[np.int64]:
     """Classes [n] of images, derived from their soft labels [n k].
 
-    If taking each image's highest label gives equally many images of each class, these are the classes. Otherwise the
-    labels were learned, and the highest one need not be the image's class. Published sets are sorted by class. The
-    classes are therefore those of a sorted set, if they equal the highest labels of at least (1 + 1/k) / 2 of the
-    images: halfway between chance and all. If not, the highest labels are the classes.
+    There are two candidates: the highest label of each image, and the classes of a set that is sorted by class with
+    equally many images in each. Learned labels need not be highest at the image's class, and published sets are sorted.
+    The sorted classes are returned if both conditions hold:
+
+    - n is a multiple of k, but the highest labels do not have equally many images in each class;
+    - both candidates agree on at least (1 + 1/k) / 2 of the images, which is halfway between chance and all.
+
+    Otherwise the highest labels are returned.
     """
     n, k = soft.shape
     highest: NDArray[np.int64] = soft.argmax(axis=1).astype(np.int64)

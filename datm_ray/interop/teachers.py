@@ -79,7 +79,10 @@ class ImportedTeacher:
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
-    """Store a trained classifier as an expert of a recipe: of its first network with the same names and shapes.
+    """Store a trained classifier as an expert of a recipe.
+
+    If the recipe has several networks, the classifier becomes an expert of the first network that its weights fit, by
+    their names and shapes, see `load_weights`.
 
     Args:
         file: path or URI of a state_dict, in safetensors format if the name ends in .safetensors, else torch's.

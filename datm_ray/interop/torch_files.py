@@ -51,7 +51,10 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values [count] of a storage, which several tensors may share. No array can pass for this class."""
+    """Values [count] of a storage, which several tensors may share.
+
+    The class is separate from arrays, so that a damaged file cannot use a tensor as a storage.
+    """
 
     values: NDArray[Any]
 
