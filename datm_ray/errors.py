@@ -128,7 +128,7 @@ class WorkerLostError(DatmError):
 
 
 class OvertakenError(WorkerLostError):
-    """A newer attempt or command has taken over the files that this one writes."""
+    """A task or command must end: a newer attempt or command has taken over its files, or the files are missing."""
 
 
 class PeerLostError(WorkerLostError):

@@ -147,22 +147,22 @@ def _exit_at_once(code: int) -> None:
 
 
 def _failed_before(first: KeyboardInterrupt) -> Exception | None:
-    """Exception that had ended the command before the user first pressed Ctrl-C; `None` if the command had not failed.
+    """Exception that had ended the command before its first interrupt; `None` if the command had not failed.
 
-    In a command that had failed, Ctrl-C only interrupts the closing of Ray.
+    After a failure, Ctrl-C or SIGTERM only interrupts the closing of Ray.
 
     Args:
-        first: interrupt of the first Ctrl-C.
+        first: first of the command's interrupts.
     """
     before = first.__context__ if getattr(first, "is_at_once", False) else None
     return before if isinstance(before, Exception) else None
 
 
 def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
-    """Yield the interrupts of all Ctrl-C, latest first. The text of one interrupt may say what was saved.
+    """Yield all interrupts of the command, latest first. The text of one interrupt may say what was saved.
 
     Args:
-        end: latest interrupt. Python links it to the earlier interrupts by `__context__`.
+        end: latest interrupt. Each interrupt leads to the one before by `__context__`.
     """
     each: BaseException | None = end
     while each:
@@ -273,6 +273,9 @@ def _remove_home() -> None:
 
 
 def note(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Callback of an option: store its value in the command's context by its name, for `main`. Returns the value."""
+    """Store the value of a command-line option by the option's name, so that `main` can read it. Returns the value.
+
+    For use as the callback of an option. `main` needs the output folder when a command fails.
+    """
     context.find_root().ensure_object(dict)[option.name] = value
     return value

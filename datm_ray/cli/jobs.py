@@ -26,7 +26,8 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 def default_dashboard() -> str:
     """URL of the dashboard: RAY_ADDRESS if it holds a URL, as in Ray's own job commands, else this machine's dashboard.
 
-    On the nodes of a cluster, RAY_ADDRESS may hold the address for drivers, which is no URL.
+    On the nodes of a cluster, RAY_ADDRESS may hold the address that Ray programs connect to. This address is no URL,
+    and is ignored.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     return address if address.startswith(("http://", "https://")) else LOCAL_DASHBOARD

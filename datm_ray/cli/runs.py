@@ -235,11 +235,12 @@ def evaluate(
 ) -> None:
     """Score the synthetic sets and their controls on the test set.
 
-    Fresh networks are trained on each synthetic set and on each control, and tested on the real test images.
+    Fresh networks are trained on each synthetic set and on each control, such as random real images, and tested on the
+    real test images.
 
     Architectures of --arch are trained twice: with the learned step size, and with a step size chosen on validation
-    data. If the recipe has a network of the given name, that network is used. Widths are relative to 128. Networks that
-    SGD cannot train well, such as vit-small, need --set evaluate.optimiser=adamw.
+    data. If the recipe has a network of the given name, that network is used. A WIDTH of 128 means the published size.
+    Networks that SGD cannot train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
     --fair also measures the set's accuracy with hard labels and without augmentation. This needs the control on all
     real data.

@@ -40,9 +40,10 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
     """Networks that the user asks for by names of architectures. Returns network -> its name in `names`.
 
     Args:
-        names: NAME or NAME:WIDTH. NAME means every network of this architecture in the recipe, or the published network
-            if the recipe has none. NAME:WIDTH means the first of these networks, with its width replaced. A NAME may
-            be package.module:Builder: what follows a colon is a width if it begins with a digit.
+        names: each is NAME or NAME:WIDTH. NAME is an architecture, and means every network of this architecture in the
+            recipe. If the recipe has no such network, NAME means the published network. NAME:WIDTH means the first
+            network that NAME means, with another width. NAME may also be package.module:Builder. To tell WIDTH from
+            Builder: text after a colon is a width if it begins with a digit.
 
     Raises:
         ConfigError: a width is not a positive number.

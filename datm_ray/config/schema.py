@@ -142,7 +142,11 @@ class RunConfig(Section):
             raise ConfigError(self._unmatched_epochs)
 
     def require_matchable(self) -> None:
-        """Raise a `ConfigError` if a network of the run can be trained but not matched."""
+        """Raise a `ConfigError` if a network of the run has batch normalisation, which cannot be matched.
+
+        Experts can be trained with batch normalisation. Matching cannot use it, because it couples the images of a
+        batch: the gradient is then not a sum over images.
+        """
         for number, each in enumerate(self.each_backbone()):
             if each.network.norm == "batch":
                 key = f"backbones.{number - 1}.network" if number else "network"
@@ -314,7 +318,10 @@ class RunConfig(Section):
 
     @property
     def latest_matched(self) -> int:
-        """Last epoch of a trajectory that can be a start or a target, inclusive."""
+        """Last epoch of experts that matching can use, inclusive.
+
+        This epoch is the target of students that start at the latest start epoch.
+        """
         return self.distill.start_epochs.last + self.distill.expert_epochs
 
     @property

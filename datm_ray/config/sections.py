@@ -470,9 +470,9 @@ class RecoverConfig(Section):
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation: for method select, and for crops that method sre2l starts from.
+    """Choosing real images without optimisation, for select, and for crops that sre2l starts from (distill.initial).
 
-    sre2l starts from crops if `distill.initial` is crops. Defaults of keys for `by: rded` are the published values.
+    Keys that only `by: rded` reads have the published values as defaults.
     """
 
     by: Literal["rded", "moderate", "el2n", "forgetting", "random"] = "rded"
@@ -796,7 +796,7 @@ class WorkerShape(Section):
 
 
 class ClusterConfig(WorkerShape):
-    """How the work is spread. Threads, device, precision, compile and deterministic change results by rounding."""
+    """How the work is spread. Keys such as device, precision and compile change results, but only by rounding."""
 
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""

@@ -26,7 +26,7 @@ _LARGE = 1 << 27  # bytes of a transform that takes more than some seconds to ap
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Normalised images [n c h w] and labels [n] of the three sets."""
+    """Normalised images [n c h w] and labels [n] of the training, validation and test sets."""
 
     name: str
     class_names: tuple[str, ...]
