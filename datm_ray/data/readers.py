@@ -231,8 +231,8 @@ def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
     """Raise a `DatasetError` if the top folders cannot be the classes.
 
-    They cannot if a folder is named as a part of the data set, such as "test", or if no folder directly holds images. A
-    folder "train" beside others may be a class.
+    There are two such cases: a folder is named as a part of the data set, such as "test"; or there are several folders,
+    and all images lie in their subfolders. A folder "train" beside folders of other names may be a class.
     """
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
