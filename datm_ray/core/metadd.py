@@ -125,7 +125,7 @@ class MetaDD:
         augmentations: Sequence[Augmentation] = (),
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
-        """Compute the loss and its gradient in the images [b c h w], one part of the images at a time.
+        """Compute the loss and its gradient with respect to the images [b c h w], one part of the images at a time.
 
         Each network processes each part once. The graphs of all networks held here are kept for one part only.
 
@@ -138,7 +138,7 @@ class MetaDD:
             over: number by which sums over images are divided, if `images` are only some of them; `None` for b.
             chunk: number of images per part.
             augmentations: [b] augmentation of one sample for each image. The networks see the augmented images. The
-                gradient is taken in the images before augmentation. Empty for none.
+                gradient is with respect to the images before augmentation. Empty for none.
             all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
                 part of the gradient that goes through its own networks.
         """
@@ -180,10 +180,16 @@ class MetaDD:
 
 
 def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-    """Gather the evidence [m b ..] of all networks from all processes. Only networks held here keep derivatives.
+    """Gather the maps [m b h w] and logits [m b k] of all m networks from all processes.
+
+    Only the entries of networks that this process holds keep derivatives.
 
     Args:
-        here: index of a network held here -> its evidence.
+        here: index of a network that this process holds -> maps and logits of this network.
+        images: [b c h w] the images.
+        networks: m, the number of networks in all processes.
+        classes: k; 0 reads k from the networks held here.
+        all_sum: sum over the processes that hold the other networks.
     """
     _require_one_label_set([one.logits for one in here.values()])
     classes = classes or next(iter(here.values())).logits.shape[1]
@@ -274,7 +280,10 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Shift and scale m networks' logits [m b k] to mean 0 and variance 1 over the classes, to count all equally."""
+    """Shift and scale the logits [m b k] of m networks to mean 0 and variance 1 over the classes.
+
+    So all networks count equally, whatever the scale of their logits is.
+    """
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 

@@ -170,7 +170,7 @@ def micro_batch(cost: ImageCost) -> int:
 
 @dataclass(frozen=True)
 class Prior:
-    """Decoder as a distillation uses it: maps latents to normalised images, and gradients in images to latents."""
+    """Decoder as a distillation uses it: maps latents to normalised images, and has derivatives of this map."""
 
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
@@ -194,7 +194,15 @@ class Prior:
         return torch.cat([self.network(part) for part in latents.split(self.chunk)])
 
     def pull_back(self, latents: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient in the latents [n l a b] of a loss whose gradient in the images is `gradient` [n c h w]."""
+        """Turn a gradient of a loss with respect to the images into the gradient with respect to the latents.
+
+        Args:
+            latents: [n l a b] latents of the images.
+            gradient: [n c h w] gradient with respect to the images.
+
+        Returns:
+            [n l a b] gradient with respect to the latents.
+        """
         found = []
         for part, along in zip(latents.split(self.chunk), gradient.split(self.chunk), strict=True):
             inner = part.detach().requires_grad_()

@@ -70,7 +70,7 @@ def _words(counters: tuple[int, ...]) -> list[int]:
 
 
 class _Kept(threading.local):
-    """Generator that a thread has made and does not use now; `None` if there is none."""
+    """Generator that a thread keeps for its next call of `drawn`. `None` before the first call and during a call."""
 
     random: np.random.Generator | None = None
 
@@ -81,8 +81,8 @@ _kept = _Kept()
 def drawn(draw: Callable[[np.random.Generator], Drawn], seed: int, purpose: Purpose, *counters: int) -> Drawn:
     """Call `draw` with the generator for one purpose and set of counters, and return its result.
 
-    The draws are those of `generator`. This takes less time, because the thread sets the state of a generator that it
-    keeps. So `draw` must not keep the generator. Calls may be nested.
+    The numbers are those that `generator` would give. To save time, each thread keeps a generator and sets its state
+    anew in every call. So `draw` must not use the generator after its return. Calls may be nested.
     """
     random, _kept.random = _kept.random or np.random.Generator(np.random.Philox(0)), None
     random.bit_generator.state = {

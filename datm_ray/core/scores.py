@@ -56,7 +56,8 @@ def label_robust(
         distilled_hard: accuracy with the distilled images and hard labels.
         distilled: accuracy with the distilled images and the soft labels of the set.
         random_soft: accuracy with random real images and soft labels.
-        weight: weight of the improvement over random, in [0, 1]; the hard-label recovery has 1 - weight.
+        weight: weight w in [0, 1]. The score grows with w a - (1 - w) b, where a is the improvement over random and b
+            the hard-label recovery, see `LabelRobust`.
 
     Raises:
         ValueError: an accuracy or the weight is not in [0, 1], such as an accuracy in percent.

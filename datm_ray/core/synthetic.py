@@ -28,7 +28,10 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """Range [first, last) of images, sorted by class, of a synthetic set: those that one worker holds."""
+    """Part of a synthetic set that one worker holds: the images `first` to `last`, without the image `last`.
+
+    The images of the set are sorted by class.
+    """
 
     first: int
     last: int

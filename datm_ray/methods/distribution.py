@@ -47,7 +47,7 @@ def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augment
 
 
 class EmbeddingFunctions:
-    """Embeddings by networks of one architecture, and their derivative in the images; compiled if the machine can.
+    """Embeddings of images by networks of one architecture, and their derivatives; compiled if the machine can.
 
     Attributes:
         note: one line on why the functions are not compiled although this was asked for; "" otherwise.
@@ -117,7 +117,7 @@ class EmbeddingFunctions:
             return self._forward(values, self._arranged(images, size))[: len(images)]
 
     def reverse(self, values: Tensor, images: Tensor, direction: Tensor, size: int) -> Tensor:
-        """Differentiate, in the images [b c h w], the sum over images of the products <direction, embedding>.
+        """Derivative [b c h w], with respect to the images, of the sum over images of <direction, embedding>.
 
         Args:
             direction: [d] vector that each embedding is multiplied by.
@@ -170,7 +170,7 @@ def distance_and_gradient(
     augmentations: Sequence[Augmentation],
     sizes: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss [] with one network, and its exact gradient [n c h w] in the synthetic images.
+    """Compute the loss [] with one network, and its exact gradient [n c h w] with respect to the synthetic images.
 
     Only one class's real images and the graph of one micro-batch are kept.
 

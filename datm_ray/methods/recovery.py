@@ -76,7 +76,13 @@ class View:
 
 
 def pulled_back(seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
-    """Turn a gradient [n c h w] in `seen`, a view of images [n c h w], into a gradient in the images."""
+    """Turn a gradient with respect to a view of images into a gradient with respect to the images.
+
+    Args:
+        seen: [n c h w] the view, computed from `images`.
+        images: [n c h w] the images.
+        gradient: [n c h w] gradient with respect to the view.
+    """
     with tf32_products(False, gradient.device):
         (found,) = torch.autograd.grad(seen, images, gradient)
     return found
@@ -167,7 +173,7 @@ class RecoveryLoss:
         return self._loss(images, labels, self._named)
 
     def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Differentiate the loss in the images [n c h w] of classes [n].
+        """Differentiate the loss with respect to the images [n c h w] of classes [n].
 
         Returns the gradient [n c h w], the loss [], and the loss's statistics term [] without its weight.
         """
@@ -261,15 +267,17 @@ class Recovery(Descent):
     ) -> RecoveryRecord:
         """Update the images by Adam unless a value would not be finite, and append to the history.
 
+        After each round but the last, the images that the block started from are mixed in, and Adam's moments restart.
+
         Args:
-            gradient: gradient [n c h w] of the loss in the images.
+            gradient: gradient [n c h w] of the loss with respect to the images.
             loss: loss [] before the update.
             statistics: unweighted term [] of statistics in the loss.
             options: learning rate and rounds.
             bounds: values of black and white pixels, [c 1 1] each.
 
         Raises:
-            DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
+            DivergenceError: `MOST_DIVERGED` iterations in a row were skipped, or a multiple of this number.
         """
         first, last = self._round(options)
         falls = (first, last) if options.restarts == "all" else (0, self.settings.iterations)
@@ -298,9 +306,12 @@ class Recovery(Descent):
             self.synthetic.latents, self.synthetic.images = moved, self.prior.render(moved)
 
     def _adam(self, gradient: Tensor, rate: float, done: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute pixels, or a prior's latents, and Adam's moments after one step of Adam.
+        """Compute one step of Adam without taking it.
+
+        Returns the new pixels, or a prior's new latents, and Adam's new moments: "first" and "second" -> values.
 
         Args:
+            gradient: gradient with respect to the pixels or latents.
             rate: learning rate of the step.
             done: steps done in the round.
         """
@@ -310,7 +321,11 @@ class Recovery(Descent):
         return moved, dict(zip(("first", "second"), after, strict=True))
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
-        """First iteration of the current round, and its end, exclusive. Lengths of rounds differ by at most one."""
+        """First iteration of the current round, and first iteration after this round.
+
+        The iterations are divided into `options.rounds` rounds, whose lengths differ by at most one. Each round starts
+        with new moments of Adam.
+        """
         ends = [self.settings.iterations * number // options.rounds for number in range(options.rounds + 1)]
         return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 

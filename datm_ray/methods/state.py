@@ -102,7 +102,7 @@ Record = TypeVar("Record")
 
 @dataclass
 class State(Generic[Record]):
-    """State of one distillation, or of one class shard of it."""
+    """State of one distillation, or of one class shard (the images of some classes) of a distillation."""
 
     record: ClassVar[type[Any]]
     """Dataclass of one record in the history. Its fields are int, float or bool; the first field is `iteration`."""
@@ -164,10 +164,12 @@ class State(Generic[Record]):
         return replace(self.synthetic, images=self.prior.render(self.averaged), latents=self.averaged)
 
     def count(self, name: str, count_in: Callable[[Sequence[Record]], int]) -> int:
-        """Count records of the history, which grows at its end only: those of earlier calls are not counted again.
+        """Count records in the whole history.
+
+        The history grows at its end only. So the count is kept, and the next call reads only the records added since.
 
         Args:
-            name: name of the count.
+            name: name under which the count is kept.
             count_in: function that counts in some consecutive records.
         """
         known, found = self._counts.get(name, (0, 0))
@@ -205,18 +207,22 @@ class State(Generic[Record]):
         return is_chosen
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
-        """Turn a gradient in pixels [n c h w] into a gradient in the latents; unchanged if the set has no prior."""
+        """Turn a gradient [n c h w] with respect to pixels into a gradient with respect to latents.
+
+        Without a prior the gradient is returned unchanged.
+        """
         if self.prior is None:
             return gradient
         return self.prior.pull_back(self.synthetic.variable("images"), gradient)
 
     def movement(self, gradient: Tensor) -> Tensor:
-        """Negative first-order change [n c h w] of the images in a step of SGD with learning rate 1.
+        """Images [n c h w] before a step of SGD with learning rate 1, minus the images after this step, to first order.
 
-        Without a prior this is the gradient itself. With a prior, the step moves the latents.
+        Without a prior this difference is the gradient itself. With a prior, the step moves the latents, and the
+        images change with the latents.
 
         Args:
-            gradient: [n c h w] gradient in pixels.
+            gradient: [n c h w] gradient with respect to pixels.
         """
         if self.prior is None:
             return gradient
@@ -225,10 +231,10 @@ class State(Generic[Record]):
     def meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute MetaDD's gradient in pixels, or in a prior's latents, through this process's networks.
+        """Compute the part of MetaDD's gradient that goes through the networks of this process.
 
-        The networks see augmented images if `meta` has augmentations. The gradient is taken in the images before
-        augmentation.
+        The gradient is with respect to pixels, or to a prior's latents. The networks see augmented images if `meta` has
+        augmentations, but the gradient is with respect to the images before augmentation.
 
         Returns:
             {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
@@ -389,14 +395,14 @@ class Descent(State[LossRecord]):
         The update is skipped in all shards and backbones, or in none.
 
         Args:
-            gradient: function that computes this process's part of the loss [] and of its gradient in the images
-                [n c h w].
+            gradient: function that computes this process's part of the loss [], then its part of the gradient [n c h w]
+                of the loss with respect to the images.
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over class shards.
             sum_over_backbones: sum over the processes that hold the same images and work on other networks.
 
         Raises:
-            DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
+            DivergenceError: `MOST_DIVERGED` iterations in a row were skipped, or a multiple of this number.
         """
         # MetaDD comes first: processes that hold only MetaDD networks finish it while the others compute the loss.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
@@ -434,7 +440,7 @@ FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
 
 
 def _averaged(arrays: Mapping[str, Any]) -> str:
-    """Name of the moving average in a checkpoint with these arrays: "averaged.latents" with a prior, or of images."""
+    """Name of the moving average in a checkpoint: "averaged.latents" if the set has a prior, or "averaged.images"."""
     return "averaged.latents" if "synthetic.latents" in arrays else "averaged.images"
 
 

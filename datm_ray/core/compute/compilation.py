@@ -180,7 +180,7 @@ def _free_of_strides(graph: fx.GraphModule) -> None:
 
 
 def _with_traced_strides(owner: fx.Node) -> None:
-    """Replace a value by a copy that has the strides seen in tracing."""
+    """Insert a copy of a node's value with the strides seen in tracing, and let all other nodes read the copy."""
     value = owner.meta["val"]
     with owner.graph.inserting_after(owner):
         memory = owner.graph.call_function(_ATEN.new_empty_strided.default, (owner, value.shape, value.stride()))
@@ -191,7 +191,10 @@ def _with_traced_strides(owner: fx.Node) -> None:
 
 
 def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
-    """Give all arguments at these positions the memory order that the last of these arguments had in tracing."""
+    """Give all arguments at these positions one memory order, either contiguous or with channels last.
+
+    The chosen order is the one that the argument at the last position had in tracing.
+    """
     last = node.args[places[-1]]
     assert isinstance(last, fx.Node)
     order = torch.contiguous_format if last.meta["val"].is_contiguous() else torch.channels_last

@@ -22,10 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class Replayed:
-    """A function replayed as a CUDA graph, for tensors of the shapes of its first call. Results have the same bits.
+    """A function of tensors that is recorded as a CUDA graph at the first call. Every call replays the graph.
 
-    If the function cannot be recorded, one line is logged, and each call runs the function itself. The function must
-    launch kernels only: it must not read a tensor's value.
+    All calls must have arguments of the same shapes. The results have the same bits as without a graph. If the function
+    cannot be recorded, one line is logged, and each call runs the function itself. The function must launch kernels
+    only: it must not read a tensor's value.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

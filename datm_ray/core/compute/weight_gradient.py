@@ -102,14 +102,20 @@ def _(x: Tensor) -> Tensor:
 
 
 def _input_tiles(x: Tensor) -> Tensor:
-    """Winograd transform of the 4x4 inputs around every 2x2 tile of outputs: [16 t c]."""
+    """Winograd transform [16 t c] of the convolution's input: 16 numbers for each of t tiles and c channels.
+
+    A tile is 2x2 outputs of the convolution. The 16 numbers are computed from the 4x4 inputs around the tile.
+    """
     x = _framed(x)
     tiles = [part for row in _input_parts(x, 1) for part in _input_parts(row, 2)]
     return torch.stack(tiles).flatten(1, 3)
 
 
 def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Winograd transform of inputs along one axis: four sums of four neighbours, for each even position."""
+    """Winograd transform of padded inputs along one axis. Returns four sums or differences of two inputs each.
+
+    Along this axis, each result has one entry for every tile. Tile i combines the inputs 2 i to 2 i + 3.
+    """
     pairs = x.shape[axis] // 2
     x = x.unflatten(axis, (pairs, 2))
     here, after = x.narrow(axis, 0, pairs - 1), x.narrow(axis, 1, pairs - 1)
@@ -119,7 +125,7 @@ def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _cotangent_tiles(y_: Tensor) -> Tensor:
-    """Winograd transform of the 2x2 cotangents of every tile: [16 t o]."""
+    """Winograd transform [16 t o] of cotangents: 16 numbers for each tile of 2x2 cotangents and each channel."""
     b, o, h, w = y_.shape
     y_ = y_.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, o)
     tiles = [part for row in _cotangent_parts(*y_.unbind(2)) for part in _cotangent_parts(*row.unbind(3))]
@@ -131,6 +137,6 @@ def _cotangent_parts(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _from_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse Winograd transform along one axis of the weights: three gradients from four products."""
+    """Inverse Winograd transform along one axis: gradients with respect to three weights from four products."""
     half_sum = (b + c) / 2
     return a + half_sum, (b - c) / 2, half_sum + d

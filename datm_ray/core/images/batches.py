@@ -118,7 +118,7 @@ def _block_bytes(device: torch.device) -> int:
 
 
 class _Piece(NamedTuple):
-    """Minibatch of one network for one step of a block."""
+    """Minibatch of one network for one step. Steps that are prepared together form a block."""
 
     network: int
     step: int
@@ -132,9 +132,16 @@ _Placed = dict[tuple[int, int], Tensor]
 
 
 def _placed(pieces: Sequence[_Piece], images: Sequence[Images], targets: Sequence[Tensor]) -> tuple[_Placed, _Placed]:
-    """Augmented images and targets of a block's minibatches on the device. Arguments: see `batches`.
+    """Prepare all minibatches of a block, the steps that are prepared together, on the device.
 
     Minibatches with the same operation lie side by side, so that each operation is one call. No operation mixes images.
+
+    Args:
+        pieces: minibatches of all networks in all steps of the block.
+        images, targets: see `batches`.
+
+    Returns:
+        The augmented images, then the targets. Each is a dictionary (network, step) -> tensor of the minibatch.
     """
     operations = list(dict.fromkeys(piece.augmentation.operation for piece in pieces))
     pieces = sorted(pieces, key=lambda piece: operations.index(piece.augmentation.operation))
@@ -154,7 +161,9 @@ def _placed(pieces: Sequence[_Piece], images: Sequence[Images], targets: Sequenc
 
 
 def _gathered(sources: Sequence[Images], pieces: Sequence[_Piece], rows: Tensor) -> Tensor:
-    """Images or targets at the indices of all pieces, in one gather for neighbouring pieces of the same source.
+    """Read the images or targets of all pieces. Returns one tensor, in the order of the pieces.
+
+    Neighbouring pieces of the same source are read in one gather.
 
     Args:
         sources: images or targets of each network.

@@ -39,13 +39,15 @@ def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned:
 
 
 def _grid(matrix: Tensor, height: int, width: int, *, align_corners: bool) -> Tensor:
-    """Positions [b h w 2] to which matrices map the pixels of an image, as torch's `affine_grid` computes them.
+    """Positions [b h w 2] in the image from which each pixel of the result is read, as by torch's `affine_grid`.
 
-    x comes before y, each from -1 to 1 within the image. A sum of two products for each coordinate is a few kernels;
-    `affine_grid` multiplies a matrix for each image, for which TF32 would have to be forbidden.
+    The last axis holds x, then y, each from -1 to 1 within the image. Sums of products compute both in a few kernels.
+    `affine_grid` multiplies a matrix for each image instead, for which TF32 would have to be forbidden.
 
     Args:
-        matrix: [b 2 3] factors of x and y, and what is added to both products.
+        matrix: [b 2 3] a row for the x and a row for the y that are read. A row holds the factor of the result's x, the
+            factor of the result's y, and a shift.
+        height, width: size of the image and of the result in pixels.
         align_corners: see `resampled`.
     """
     x = _centres(width, matrix, align_corners=align_corners)
@@ -103,12 +105,12 @@ def _places(coordinates: Tensor, side: int, *, align_corners: bool) -> Tensor:
 
 
 def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient [b c h w] in the sampled images, computed by two matrix products.
+    """Gradient [b c h w] with respect to the sampled images, computed by two matrix products.
 
     The horizontal position must depend on the column alone, and the vertical one on the row alone.
 
     Args:
-        along: [b c h w] gradient in the result of the sampling.
+        along: [b c h w] gradient with respect to the result of the sampling.
         x, y: [b h w] horizontal and vertical positions that were read, in pixels.
     """
     columns, rows = _interpolation(x[:, 0]), _interpolation(y[:, :, 0])
@@ -123,10 +125,12 @@ def _interpolation(places: Tensor) -> Tensor:
 
 
 def _scattered(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient [b c h w] in the sampled images for any positions. Each read value adds to four pixels.
+    """Gradient [b c h w] with respect to the sampled images, for any positions.
+
+    Each value was interpolated from four pixels, so its gradient is spread over these four pixels.
 
     Args:
-        along: [b c h w] gradient in the result of the sampling.
+        along: [b c h w] gradient with respect to the result of the sampling.
         x, y: [b h w] horizontal and vertical positions that were read, in pixels.
     """
     height, width = along.shape[2:]

@@ -77,7 +77,9 @@ def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """Sum [c] of values over images and pixels, from their means [n c 1 1] over each map, without another pass.
+    """Sum [c] of values over all images and pixels, computed from the mean of each map.
+
+    So the values themselves need not be read again.
 
     Args:
         means: [n c 1 1] mean of each map.

@@ -189,10 +189,10 @@ def couples_samples(network: nn.Module) -> bool:
 def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the last feature maps [b c h w] before pooling, and the logits [b k] of images [b c h w].
 
-    The logits are computed from the maps, so one call of `torch.autograd.grad` differentiates the logits in the maps.
-    Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its patch's
-    position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the maps are the last
-    output of a module that has more than one position.
+    The logits are computed from the maps. So one call of `torch.autograd.grad` differentiates the logits with respect
+    to the maps. Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its
+    patch's position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the maps are the
+    last output of a module that has more than one position.
 
     Raises:
         ConfigError: the network has no feature maps, such as an mlp, or its maps cannot be found.

@@ -30,7 +30,9 @@ their gradients), and of a network's parameters. Assumed. If a stack does not fi
 
 
 class InParts:
-    """Function of a stack's networks that computes some of them in each call, by CUDA graphs.
+    """Function that computes losses and gradients of a stack (networks that are trained together) in parts.
+
+    The networks are split into groups. One replay of a CUDA graph computes one group.
 
     Attributes:
         note: see `StackFunctions`.
@@ -44,7 +46,7 @@ class InParts:
 
         Args:
             functions: function of networks without batch statistics.
-            at_a_time: number of networks in a call, at least 1. The last call may have fewer.
+            at_a_time: number of networks in a group, at least 1. The last group may have fewer.
         """
         self.note, self._functions, self._at_a_time = functions.note, functions, at_a_time
         self._graphs: dict[int, Replayed] = {}
@@ -56,7 +58,7 @@ class InParts:
         """Compute losses [s], gradients [s p] and buffers [s q], see `StackFunctions`.
 
         Raises:
-            torch.OutOfMemoryError: a graph does not fit into the GPU's memory. None is kept then.
+            torch.OutOfMemoryError: a graph does not fit into the GPU's memory. No graph is kept then.
         """
         splits = (each.split(self._at_a_time) for each in (parameters, buffers, images, labels))
         try:
@@ -89,10 +91,12 @@ def now_on(device: torch.device) -> float:
 
 
 def fitting(networks: int, rows: int, cost: ImageCost) -> int:
-    """Number of networks, halved until a step of theirs should fit into the GPU's free memory; at least 1.
+    """Number of networks, at least 1, for which a training step should fit into the GPU's free memory.
+
+    The given number is halved until the step should fit.
 
     Args:
-        networks: largest number.
+        networks: number to begin with.
         rows: number of images of each network in a step.
         cost: cost of an image in a network.
     """
@@ -103,13 +107,15 @@ def fitting(networks: int, rows: int, cost: ImageCost) -> int:
 
 
 def found_at_a_time(call_of: Callable[[int], Callable[[], Any]], most: int, device: torch.device | None) -> int:
-    """Number of networks that one call computes: `most`, halved until they fit, or one if a trial finds this faster.
+    """Find how many networks of a stack (networks that are trained together) one call should compute.
 
-    Under deterministic algorithms nothing is timed, so that every run computes alike.
+    The number `most` is halved until a step fits into memory. Then a trial times this number against one network at a
+    time, and the faster wins. Under deterministic algorithms nothing is timed, so that every run computes alike.
 
     Args:
-        call_of: function from a number of networks to a call that computes a step of the whole stack with it.
-        most: largest number.
+        call_of: function from a number n of networks to a function that computes a step of the whole stack, n networks
+            at a time.
+        most: number to begin with.
         device: device that is timed; `None` to time nothing.
 
     Raises:

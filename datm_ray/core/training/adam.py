@@ -25,7 +25,7 @@ def adam_step(
 
     Args:
         value: variable of any shape.
-        gradient: gradient in the variable.
+        gradient: gradient of a loss with respect to the variable.
         moments: running means of the gradient and of its square; zeros before the first step.
         rate: learning rate of this step.
         done: number of steps before this one.

@@ -71,7 +71,9 @@ def draw_views(
         epoch: number of the epoch, from 0.
         size: height and width of the images in pixels.
         least_share: smallest share of an image's area that a crop keeps, in (0, 1]; 1 keeps the whole image.
-        mix: both parameters of the beta distribution of the kept share; 0 pastes no partner.
+        mix: both parameters of a beta distribution. CutMix pastes a box of another image (the partner) into each view.
+            The share of the view outside the box, before the border cuts the box, has this distribution. 0 pastes
+            nothing.
     """
     random = generator(seed, Purpose.LABEL_VIEWS, epoch)
     uniform = random.random((count, 8))
@@ -190,10 +192,11 @@ def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], clas
 
 
 class DrawnLabels:
-    """Views and a teacher's logits as a label store would hold them, but made on demand and not stored.
+    """Views of images, and a teacher's logits for the views. Both are computed when needed, and not stored.
 
-    Networks of the controls (such as random real images) train on these labels. So a control differs from a set with
-    stored labels in its images alone. The logits equal stored ones up to rounding, because batches differ.
+    Networks train on these labels for controls, such as random real images, and on stored labels for a distilled set.
+    Both kinds of labels are made in the same way, so that only the images differ. The logits equal stored logits up to
+    rounding, because the teacher reads the views in other batches.
     """
 
     def __init__(

@@ -424,7 +424,8 @@ def would_gain_together(
         image: channels, height and width.
         count: number of images that each network is trained on.
         on_gpu: True if a GPU trains them.
-        alike: number of networks with such trainings in all tasks of the run, these included, if known.
+        alike: number of networks in all tasks of the run that the same compiled step can train, including these
+            `networks`; 0 if not known.
     """
     every = max(networks, alike)
     if networks == 1 or schedule.optimiser != "sgd":
@@ -510,14 +511,16 @@ class Trainer:
         return [trainings[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     def at_a_time(self, stack: Sequence[Training], saved: int | None = None) -> int:
-        """Number of networks of a stack that one call computes: all, or on a GPU what a trial on the first batch finds.
+        """Number of networks of a stack (networks that are trained together) that one call computes.
 
-        The trial takes as many as fit into the GPU's memory, or one if this is faster. It is made once for every
-        architecture, number of networks and size of a step.
+        On a CPU one call computes all. On a GPU a trial on the first batch chooses the faster of two ways: one network
+        in a call, or as many as fit into the GPU's memory. The trial is made once for every architecture, number of
+        networks and batch size.
 
         Args:
             stack: one of the groups that `stacks` returned.
-            saved: number of an earlier part of this training, which holds if it fits; `None` for a trial.
+            saved: number that an earlier part of this training used. This number is used again, halved if it does not
+                fit; `None` for a trial.
         """
         if len(stack) == 1 or not is_tried(_device_of(stack)):
             return len(stack)
@@ -540,7 +543,10 @@ class Trainer:
         return found_at_a_time(way, fitting(len(stack), _rows_of(stack), cost), _device_of(stack))
 
     def _step_of(self, stack: Sequence[Training]) -> StackStep:
-        """Training step of all networks of a stack; on a GPU by CUDA graphs, which are freed with it."""
+        """Training step of all networks of a stack.
+
+        On a GPU the step owns CUDA graphs, which are freed with the step.
+        """
         if not is_tried(_device_of(stack)):
             return self._functions_for(stack[0], len(stack))
         return self._in_parts(stack[0], self.at_a_time(stack))
@@ -593,7 +599,7 @@ class Trainer:
 
 
 def _kind_of(training: Training) -> str:
-    """Architecture and shape of the images of a training in words, the same for all that one function can compute."""
+    """Text of the network's layers and the shape of an image. Trainings with equal texts can share a function."""
     return f"{training.network} {tuple(training.images.shape[1:])}"
 
 
@@ -602,7 +608,7 @@ def _device_of(stack: Sequence[Training]) -> torch.device:
 
 
 def _rows_of(stack: Sequence[Training]) -> int:
-    """Number of images of each network in a whole step."""
+    """Number of images of each network in a full batch: the batch size, or all images if they are fewer."""
     return min(stack[0].schedule.batch_size, len(stack[0].images))
 
 

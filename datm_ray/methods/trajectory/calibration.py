@@ -69,15 +69,17 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
 
 
 def find_step_size(measured_at: Callable[[float], Measured], near: float, bound: float = 1.0) -> Measured:
-    """Search for the step size with the smallest mean loss, trying at most `MOST_TRIED`. Returns the losses with it.
+    """Search for the step size with the smallest mean loss. Returns the losses at the step size that was found.
+
+    At most `MOST_TRIED` step sizes are tried.
 
     The search starts at `near` and goes down, then up, by factors of two until the loss rises. It also goes down while
     the loss is above 1, because the loss is 1 at step size 0. Then it tries the vertex of the parabola through the best
     step size and its neighbours. If the student moves straight to the target, the loss is a parabola in the step size.
 
     If no loss is below 1 by `LEAST_FALL`, no step size is best, and the smallest step sizes hardly move the student.
-    The result is then the largest step size tried whose loss is at most `bound`. If no loss is, the result is the step
-    size with the smallest loss.
+    The result is then the largest step size tried whose loss is at most `bound`. If all losses are above `bound`, the
+    result is the step size with the smallest loss.
 
     Args:
         measured_at: measures the losses at a step size.

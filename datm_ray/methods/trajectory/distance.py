@@ -73,7 +73,10 @@ class Distance:
 
     @property
     def likely_step_size(self) -> float:
-        """Step size at which a search starts: the one with the ratio `BEST`. The best step size is near it or below."""
+        """Step size at which a search starts, for which `ratio` is `BEST`.
+
+        The best step size is near this step size or smaller.
+        """
         return BEST * self.expert / self.student_steps
 
     @property

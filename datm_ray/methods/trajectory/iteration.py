@@ -147,7 +147,7 @@ class Distillation(State[IterationRecord]):
 
     @property
     def diverged(self) -> int:
-        """Number of backbones' updates skipped so far because of a divergence, see `diverged`."""
+        """Number of backbones' updates skipped so far because of a divergence, see the function `diverged`."""
         return self.count("diverged", lambda new: int(self._diverged(new).sum()))
 
     @property
@@ -161,8 +161,8 @@ class Distillation(State[IterationRecord]):
         """Number of vain iterations since the last update if the run must stop now; 0 if the run may continue.
 
         An iteration is vain if all its losses are finite and above `distill.threshold`, so that it updates nothing. The
-        run must stop when a vain iteration makes their number a multiple of `MOST_ABOVE`. So a resumed run tries
-        `MOST_ABOVE` more iterations.
+        run must stop if the last iteration was vain and the number of vain iterations is a multiple of `MOST_ABOVE`. So
+        a resumed run tries `MOST_ABOVE` more vain iterations.
         """
         since = _since_update(self.history)
         since = since[len(since) % self.backbones :]  # whole iterations
@@ -191,8 +191,8 @@ class Distillation(State[IterationRecord]):
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over the class shards of a backbone.
             sum_over_backbones: sum over the processes that hold the same images and match other networks.
-            in_rows: function that calls its argument with an `all_sum`, and then waits for the other backbones; `None`
-                if no other process computes a backbone.
+            in_rows: function that takes a function f, calls f with the sum over the class shards of a backbone, and
+                then waits until other processes have computed their backbones; `None` if no other process computes one.
 
         Raises:
             DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of this
@@ -225,9 +225,14 @@ class Distillation(State[IterationRecord]):
     def _outcome(
         self, matches: Sequence[Match], total: dict[str, Tensor], all_sum: AllSum, in_rows: InRows | None
     ) -> Tensor:
-        """Add the gradients of this process's backbones to `total`. Returns their outcome, see `_skips`.
+        """Add the gradients of this process's backbones to `total`. Returns the outcome [4 a] of all a backbones.
 
-        Backbones of other processes have zeros there. Arguments: see `step`.
+        The rows of the outcome are explained in `_skips`. Backbones of other processes have zeros in all rows. The last
+        row, which is about MetaDD, is all zeros: the caller sets it.
+
+        Args:
+            total: learned variable -> sum of gradients, to which this method adds.
+            matches, all_sum, in_rows: see `step`.
         """
         outcome = torch.zeros(4, self.backbones, dtype=torch.float64, device=self.synthetic.images.device)
 
@@ -263,8 +268,9 @@ class Distillation(State[IterationRecord]):
         """Mask [a] of the backbones that update nothing.
 
         Args:
-            outcome: [4 a] for each backbone: its loss, its first-order decrease, not 0 if it diverged, and not 0 if
-                MetaDD's loss or gradient is not finite.
+            outcome: [4 a] four numbers for each of a backbones: the loss, the first-order decrease (see `_shorten`), a
+                number that is not 0 if the backbone diverged, and a number that is not 0 if MetaDD's loss or gradient
+                is not finite.
         """
         losses, _, unusable, lost = outcome
         skipped: Tensor = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
@@ -292,7 +298,8 @@ class Distillation(State[IterationRecord]):
         """Add a backbone's weighted gradient to `total`, unless it diverges or its loss exceeds `distill.threshold`.
 
         Returns:
-            The backbone's loss; [] its first-order decrease, nan if nothing was added; [] not 0 if it diverged.
+            The backbone's loss, then its first-order decrease [] (see `_shorten`; nan if nothing was added), then a
+            number [] that is not 0 if the backbone diverged.
         """
         gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
         if not gradient.loss <= self.settings.threshold:

@@ -154,7 +154,7 @@ def matching_gradient(
     first: int = 0,
     all_sum: AllSum = identity,
 ) -> MatchingGradient:
-    """Compute the normalised matching loss and its exact gradient in images, soft labels and step size.
+    """Compute the normalised matching loss and its exact gradient with respect to images, soft labels and step size.
 
     Memory holds len(steps) + 1 parameter vectors, one sum of gradients per learned variable, and the activations of one
     chunk of one student step.
@@ -265,9 +265,10 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
 
 
 class _Block:
-    """Pieces whose images are augmented in one call for each operation, and differentiated in one call for each.
+    """Pieces (parts of minibatches) that are augmented together: all pieces with the same operation in one call.
 
-    No operation mixes images, so on a CPU every image and every gradient has the bits of a call of its own.
+    The augmentation is also differentiated in one call for each operation. No operation mixes images. So on a CPU every
+    image and every gradient has the same bits as if each piece had been augmented alone.
     """
 
     def __init__(self, synthetic: SyntheticSet, pieces: Sequence[_Piece], functions: StudentStepFunctions) -> None:
@@ -292,7 +293,13 @@ class _Block:
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
     def collect(self, number: int, d_x: Tensor, d_y: Tensor) -> bool:
-        """Keep the gradients in a piece's augmented images and soft labels. True if those of all pieces are there."""
+        """Keep the gradients of one piece. Returns True if the gradients of all pieces of the block are now kept.
+
+        Args:
+            number: number of the piece in the block.
+            d_x: gradient with respect to the piece's augmented images.
+            d_y: gradient with respect to the piece's soft labels.
+        """
         self._gradients[number] = d_x, d_y
         return len(self._gradients) == len(self._pieces)
 
@@ -308,7 +315,7 @@ class _Block:
         return _joined([self._pieces[number].rows for number in numbers])
 
     def _split(self, of_groups: Sequence[Tensor]) -> list[Tensor]:
-        """Cut the tensor of each operation into its pieces' parts. Returns the parts in the order of the pieces."""
+        """Cut tensors, each with all pieces of one operation, into pieces. Returns these in the order of the pieces."""
         parts: dict[int, Tensor] = {}
         for whole, group in zip(of_groups, self._groups, strict=True):
             parts |= dict(zip(group, whole.split([len(self._pieces[number].rows) for number in group]), strict=True))
@@ -329,7 +336,7 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _images_of_a_block(images: Tensor) -> int:
-    """Largest number of images that steps share in a block; 0 for none."""
+    """Largest number of images in a block of several pieces. 0 makes every piece a block of its own."""
     numbers = images.shape[1:].numel()
     if images.device.type != "cpu":
         return BLOCK_BYTES // (numbers * images.element_size())
@@ -344,7 +351,7 @@ def _blocks(steps: Sequence[range], sizes: Sequence[int], most: int) -> list[ran
         sizes: number of images of each piece.
 
     Returns:
-        The block of each piece: the numbers of the pieces in it.
+        For each piece, the block that the piece is in, as the range of the numbers of all pieces in this block.
     """
     blocks, held = [range(0)], 0
     for step in steps:
@@ -389,8 +396,8 @@ class _Sweep:
     def reverse(self, theta: Tensor, step: int, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
         """Differentiate s_i = <v, g_i> for student step i on this shard's images; g_i is the student's gradient.
 
-        Adds ds_i/dX to `images` and ds_i/dY to `soft_labels`, after the last step of a block. Returns ds_i/dtheta_i and
-        s_i as one vector [p + 1].
+        Returns one vector [p + 1]: ds_i/dtheta_i, then s_i. The derivatives ds_i/dX and ds_i/dY are kept until those of
+        all pieces of a block are there. Then they are added to `images` and `soft_labels`.
         """
         total = theta.new_zeros(len(theta) + 1)
         for number in self._of_step[step]:

@@ -98,7 +98,10 @@ class StudentStepFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options that student steps use, as plain data. The order of differentiation is final after a first trace."""
+        """Options that student steps use, as plain data.
+
+        The first trace may change the order of differentiation. Later traces do not.
+        """
         precision = self._options.precision
         return {
             "precision": precision,
@@ -133,7 +136,7 @@ class StudentStepFunctions:
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
         """Differentiate s = <v, g> for a given v [p], where g is the result of `forward`.
 
-        Returns s [] and its derivatives in theta [p], x [b c h w] and y [b k].
+        Returns s [] and its derivatives with respect to theta [p], x [b c h w] and y [b k].
         """
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
