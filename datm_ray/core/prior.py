@@ -170,7 +170,7 @@ def micro_batch(cost: ImageCost) -> int:
 
 @dataclass(frozen=True)
 class Prior:
-    """Decoder as a distillation uses it: maps latents to normalised images, and has derivatives of this map."""
+    """Decoder as a distillation uses it: maps latents to normalised images, and differentiates this map."""
 
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""

@@ -28,7 +28,7 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """Part of a synthetic set that one worker holds: the images `first` to `last`, without the image `last`.
+    """Part of a synthetic set that one worker holds: the images from `first` up to, but not including, `last`.
 
     The images of the set are sorted by class.
     """

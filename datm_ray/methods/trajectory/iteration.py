@@ -225,7 +225,7 @@ class Distillation(State[IterationRecord]):
     def _outcome(
         self, matches: Sequence[Match], total: dict[str, Tensor], all_sum: AllSum, in_rows: InRows | None
     ) -> Tensor:
-        """Add the gradients of this process's backbones to `total`. Returns the outcome [4 a] of all a backbones.
+        """Add the gradients of this process's backbones to `total`. Returns the outcome [4 a] of the a backbones.
 
         The rows of the outcome are explained in `_skips`. Backbones of other processes have zeros in all rows. The last
         row, which is about MetaDD, is all zeros: the caller sets it.
@@ -268,7 +268,7 @@ class Distillation(State[IterationRecord]):
         """Mask [a] of the backbones that update nothing.
 
         Args:
-            outcome: [4 a] four numbers for each of a backbones: the loss, the first-order decrease (see `_shorten`), a
+            outcome: [4 a] four numbers for each of the a backbones: loss, the first-order decrease (see `_shorten`), a
                 number that is not 0 if the backbone diverged, and a number that is not 0 if MetaDD's loss or gradient
                 is not finite.
         """
