@@ -42,14 +42,14 @@ _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 class Attempt:
     """One attempt to distil a set, by any number of workers. The latest attempt owns the set's folder.
 
-    Each attempt claims the folder before it reads anything there. Before a file of the first worker gets its name, this
-    worker checks the claim. So a worker left over from a lost connection ends with an `OvertakenError`.
+    Each attempt claims the folder before it reads anything there. The first worker checks the claim just before each of
+    its files gets its name. So a first worker left over from a lost connection ends with an `OvertakenError`.
 
-    A write that passed this check may be delayed until the next attempt has started, and then still replace a file.
-    This corrupts nothing, because files are whole. An attempt deletes another attempt's parts only up to the iteration
-    from which it resumed. So the parts that a delayed checkpoint.arrow names exist until a third attempt resumes from a
-    later iteration. If the new attempt is killed before its next checkpoint, at most the iterations between the two
-    checkpoints are computed again.
+    A write of an old attempt may pass this check, be delayed until a new attempt has started, and then still replace a
+    file. This corrupts nothing, because each file is written whole. If the file is checkpoint.arrow, the part files
+    that it names still exist: the new attempt deletes parts of old attempts only up to the iteration from which the new
+    attempt resumed. If the new attempt is then killed before its next checkpoint, a third attempt resumes from the
+    delayed checkpoint. Only the iterations between this checkpoint and the one that it replaced are computed again.
     """
 
     folder: Location
@@ -263,9 +263,11 @@ def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
 
 
 def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
-    """Delete this attempt's parts of earlier iterations, and other attempts' parts up to where this attempt resumed.
+    """Delete part files (one worker's rows of a checkpoint) that no checkpoint needs.
 
-    Later parts of another attempt stay, because that attempt's checkpoint may name them. The next attempt deletes them.
+    These are this attempt's parts of iterations before `iteration`, and other attempts' parts up to the iteration from
+    which this attempt resumed. Later parts of another attempt stay, because a delayed checkpoint of that attempt may
+    name them. A later attempt deletes them.
     """
     parts = attempt.folder / PARTS
     for name in parts.list():

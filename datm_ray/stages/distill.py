@@ -119,8 +119,9 @@ class DistillWorker:
             store_uri: store of the experts.
             folder_uri: folder of the run.
             sharing: number of distilling workers that may run on this machine at the same time.
-            validation: template of the tasks by which any worker validates a set: each task adds the set's iteration to
-                its arguments. The last task writes the result. `None`: this worker validates and writes the result.
+            validation: template for tasks that validate a set on any worker. Each task is a copy of the template with
+                the set's iteration as a further argument. The last of these tasks writes the result. `None`: this
+                worker validates, and writes the result.
             worker_rank: this worker's rank among the workers of the recipe; `None` if it works alone.
 
         Raises:
@@ -236,7 +237,8 @@ def _record(
 ) -> None:
     """Record in the state the validation accuracy of the set after `iteration` iterations.
 
-    If the state is of a later iteration, the set is read from its file in `candidates`.
+    A set with a good accuracy becomes the result so far. If the state has passed `iteration`, this set is read from its
+    file in `candidates`.
     """
     device = state.synthetic.images.device
     earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
@@ -519,9 +521,13 @@ class Distillation:
         return saved
 
     def _is_everyones(self, iteration: int) -> bool:
-        """True if every worker resumes at the same iteration; -1 stands for a new distillation.
+        """True if every worker resumes at the same iteration.
 
-        All workers call this together and get the same answer: only equal numbers have no variance.
+        All workers call this together and get the same answer. They exchange sums alone, and find the variance of their
+        iterations from these sums. The variance is 0 only if all iterations are equal.
+
+        Args:
+            iteration: iteration at which this worker resumes; -1 for a new distillation.
         """
         mine = torch.tensor([iteration, iteration**2, 1.0], dtype=torch.float64)
         total, squares, workers = self._mesh.sum_over_all(mine).tolist()
@@ -613,7 +619,13 @@ class Distillation:
 
 
 def least_of_workers(mesh: Mesh, own: int) -> int:
-    """Smallest positive `own` of all workers; 1 if all are 0. All workers call this together and get the same value."""
+    """Smallest positive number among those of all workers; 1 if all numbers are 0.
+
+    All workers call this together and get the same value.
+
+    Args:
+        own: number of this worker; 0 does not count.
+    """
     mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
     found = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
     return int(min(filter(None, found), default=1))

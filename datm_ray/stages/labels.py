@@ -188,7 +188,9 @@ def _cost_of(note: Location, keep: int) -> Spent:
 
 
 def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:
-    """Labels of a control's images, made by the rule for the run's set: same views, epochs and numbers of logits.
+    """Labels for images of a control (random real images, to compare with the distilled set), computed when needed.
+
+    The rule is that for the labels of the run's set: the same views, epochs and numbers of logits.
 
     Args:
         network: the teacher, on the images' device.

@@ -32,8 +32,8 @@ class MetaNetworks:
     Iterations use the ensembles in turn.
 
     Attributes:
-        chunk: number of images in the networks at a time while a set is distilled, and on GPUs for the maps at its
-            end too; the same on all its workers.
+        chunk: number of images that pass the networks at a time in an iteration. On GPUs, also for the maps written at
+            the end of a distillation. All workers of a set must have the same number.
     """
 
     def __init__(
@@ -134,9 +134,10 @@ class MetaNetworks:
         return scaled_maps(seen.maps)
 
     def _viewed_at_a_time(self, images: Tensor) -> int:
-        """Number of images in the networks at a time, without an iteration: on a GPU `chunk`.
+        """Number of images that pass the networks at a time when maps are computed outside of an iteration.
 
-        CPUs take `IMAGES_AT_A_TIME`, as in earlier versions, because another number would round otherwise.
+        On a GPU the number is `chunk`. On a CPU it is `IMAGES_AT_A_TIME`, as in earlier versions of this package,
+        because results with another number would be rounded differently.
         """
         return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
 

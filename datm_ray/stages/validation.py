@@ -158,7 +158,10 @@ class Candidates:
 
 
 def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
-    """True if separate tasks validate sets: several workers would wait for a validation, or some workers are free.
+    """True if validations are tasks of their own; False if a worker that distils also validates.
+
+    Separate tasks save time if several workers of a set would otherwise wait for each validation, or if some workers
+    have nothing else to do.
 
     Args:
         workers_per_set: number of workers that distil a set together.

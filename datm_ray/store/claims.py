@@ -88,12 +88,12 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
         place: file of the lease, in that folder. Missing folders are made, and removed at the end if they are empty.
         wait: seconds to wait if another command holds the lease.
         say: shows a message to the user.
-        on_loss: called from another thread if another command takes over, every `HEARTBEAT` seconds until the block
-            ends.
+        on_loss: stops the block after another command took over, usually by a `KeyboardInterrupt` in the main thread.
+            It is called from another thread, every `HEARTBEAT` seconds until the block ends.
 
     Raises:
-        RunDirectoryError: another command holds the lease.
-        OvertakenError: another command took over, and then the block ended by `KeyboardInterrupt`.
+        RunDirectoryError: another command still holds the lease after the wait.
+        OvertakenError: another command took over. This error replaces the `KeyboardInterrupt` that ended the block.
     """
     claim, ended, is_lost = Claim(place), threading.Event(), False
     claim.owner |= {"machine": _machine(), "started": _start_of(os.getpid()), "heartbeats": 0}
@@ -178,9 +178,10 @@ def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object])
 
 
 def _machine() -> str:
-    """Name of the container or machine, since its last boot, within which process ids can be compared.
+    """Name of the container or machine on which this process runs; another name after each boot.
 
-    If the system does not tell, each call returns a new random name, which equals no other.
+    Two processes with the same name see the same process ids. If the system does not tell, each call returns a new
+    random name, which equals no other.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

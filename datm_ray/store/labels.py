@@ -247,8 +247,9 @@ class LabelStore:
     def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
         """Open the store for labels as `info` describes them, and create it if it is missing.
 
-        Several workers may call this at the same time. If the store is for fewer epochs or a shorter training, its
-        numbers are raised, and its labels stay. If it has more epochs, the first `info.keep` are used.
+        Several workers may call this at the same time. If the store was made with a smaller `keep` or `epochs` than
+        `info` has, the larger number is stored, and the labels stay. If the store has more epochs, only the first
+        `info.keep` epochs are used.
 
         Raises:
             StoreError: the folder holds labels of other images, of another teacher or with other settings.

@@ -101,7 +101,7 @@ class SealedWriter:
 
 @dataclass(frozen=True)
 class Part:
-    """Byte range of the stream: the head with the schema, one batch, or the end mark."""
+    """Byte range of a sealed file's Arrow stream: the head with the schema, one batch, or the end mark."""
 
     start: int
     """Position of the first byte, from 0 at the start of the file."""
@@ -213,7 +213,9 @@ def reading_again(
     failures: tuple[type[DatmError], ...] = (CorruptFileError,),
     forget: Callable[[], object] = unguarded,
 ) -> T:
-    """Return the result of `read`. If `read` finds the file damaged, it is repeated while the file keeps changing.
+    """Return the result of `read`. If `read` finds the file damaged, try again while the file keeps changing.
+
+    A file that is replaced during a read looks damaged too.
 
     Args:
         location: file that another process may replace.
@@ -254,9 +256,10 @@ _MEND = "Restore a copy; or, if no other command writes it, move it away and run
 
 @contextmanager
 def rejecting_nonsense(location: Location) -> Iterator[None]:
-    """Turn errors in the block, caused by content that makes no sense, into a `CorruptFileError`.
+    """Turn errors in the block that content without sense causes, such as a TypeError, into a `CorruptFileError`.
 
-    The digests of such content are right, so another program or a faulty one wrote it.
+    The digests of such content are right. So the file was not damaged later, but was written wrongly, or by another
+    program.
     """
     try:
         yield

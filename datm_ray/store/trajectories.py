@@ -149,9 +149,9 @@ class GroupKey:
 
 
 class Progress(NamedTuple):
-    """Mean training loss and test accuracy, in [0, 1], of one expert at each stored epoch; nan where not measured.
+    """Stored epochs of one expert, and for each epoch the mean training loss and the test accuracy, in [0, 1].
 
-    The three fields have the same length.
+    The three fields have the same length. A loss or accuracy that was not measured is nan.
     """
 
     epochs: tuple[int, ...]
@@ -170,7 +170,8 @@ class TrajectoryStore:
         """Keys of the groups with at least one finished expert, sorted.
 
         Args:
-            unfinished: True to include groups without one: priors, and groups whose experts are all in training.
+            unfinished: True to include groups without a finished expert, if they hold something else: a prior, scores
+                of images, or unfinished training.
         """
         keys = [
             GroupKey(dataset, architecture, fingerprint)
@@ -182,7 +183,7 @@ class TrajectoryStore:
         return [key for key, group in found if group.experts() or (unfinished and group.holds_more())]
 
     def group(self, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
-        """Group with these three names, which may be empty. Raises StoreError if one cannot be a folder's name."""
+        """Group with these three names; it may hold nothing. Raises StoreError if a name cannot be a folder's."""
         return ExpertGroup(self.location, GroupKey(dataset, architecture, fingerprint))
 
 

@@ -54,8 +54,9 @@ class SavedTraining:
             trainings: networks of one architecture. Their schedules differ in the learning rate alone.
             lessons: a teacher's images and logits, see `core.training.loop.train`.
             result: file of the task's first result.
-            account: meter of the task.
-            alike: number of networks with such trainings in all tasks of the run, see `would_gain_together`.
+            account: meter of the task's cost.
+            alike: number of networks in all tasks of the run whose training steps are the same as those of
+                `trainings`; 0 if unknown. Compiling the step once serves all of them, see `would_gain_together`.
         """
         self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
         self._epochs = trainings[0].schedule.epochs

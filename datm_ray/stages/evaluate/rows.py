@@ -397,8 +397,9 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
     """Candidate schedules for networks of a row of the accuracy table, with different step sizes.
 
-    Validation chooses one. There is one candidate if the step size was learned with this network and these labels. For
-    rows with soft labels, there is also one candidate if `evaluate.learning_rate` is given.
+    Validation chooses among the candidates. A row with soft labels has only the step size `evaluate.learning_rate` if
+    it is given. Otherwise a step size that was learned with this network and these labels is the only candidate. A step
+    size that was learned with others is the first of several candidates.
 
     Args:
         learned: step size that was learned with the set; `None` if none was learned.
@@ -432,7 +433,10 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 
 def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy of the settings with the training that `evaluate.protocol` names: `SCORING_KEYS` get their defaults."""
+    """Copy of the settings in which the keys in `SCORING_KEYS` have their defaults.
+
+    With these defaults, networks are trained as `evaluate.protocol` says.
+    """
     fields = EvaluateConfig.model_fields
     return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
@@ -475,10 +479,12 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
 
 
 def networks_alike(config: RunConfig, row: str, network: NetworkConfig | None) -> int:
-    """Number of networks of a run whose training steps are those of this row of the accuracy table, which is included.
+    """Number of networks in a run that share the training step of this row of the accuracy table.
 
-    They have the same architecture and as many images. A process compiles the step of a stack of them once. The number
-    does not depend on what is finished, so a resumed run trains the same stacks.
+    Networks share the step if they have the same architecture and the same number of images. A process compiles the
+    step once for all stacks (networks trained together) of one size. The networks of the row itself count too. Rows
+    that a teacher labels do not count. The number does not depend on what is finished, so a resumed run trains the same
+    stacks.
 
     Args:
         network: scored network; `None` for the backbone.

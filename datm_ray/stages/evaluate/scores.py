@@ -56,7 +56,7 @@ class Score:
         return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
-        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"."""
+        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"; the mean alone for one seed."""
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
 
 

@@ -384,7 +384,11 @@ def remove_folder(folder: Location) -> None:
 
 
 def _at_a_time(file: TensorFile, networks: int) -> int:
-    """Number of networks that one call computed, from 1 to `networks`; `networks` if the file does not give it."""
+    """Number of networks that one call of the training step computed, as recorded in a progress file.
+
+    Returns `networks`, the number of all networks of the stack, if the file does not give the number. Raises ValueError
+    if the number is not between 1 and `networks`.
+    """
     found = int(file.metadata.get("at_a_time", networks))
     if not 1 <= found <= networks:
         raise ValueError(f"it has calls of {found} networks, and {networks} in all")

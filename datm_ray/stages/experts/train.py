@@ -74,10 +74,11 @@ def _as_folder(name: str, usual: str) -> str:
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
-    """Number of experts that one worker trains together (a stack), at most `LARGEST_STACK` if the recipe gives none.
+    """Number of experts in a stack: experts that one worker trains together.
 
-    `cluster.experts_at_a_time` gives the number. Without it, a GPU gets as many as leave a stack for every worker, and
-    a CPU as many as keep a batch's largest feature map below `STACKED_MAP_BYTES`.
+    `cluster.experts_at_a_time` gives the number. Without this key, the number is at most `LARGEST_STACK`. On GPUs, the
+    experts are then divided by the number of workers, rounded up. On CPUs, the number keeps a batch's largest feature
+    map below `STACKED_MAP_BYTES`; it is 1 if the architecture cannot be stacked.
     """
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
@@ -118,9 +119,15 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
 def divided(
     config: RunConfig, missing: Sequence[int], size: int, workers: int, groups: int = 1
 ) -> list[tuple[int, ...]]:
-    """Divide the missing experts of one network into stacks, see `stacks`, as `groups` networks share the workers.
+    """Divide the missing experts of one network into stacks (experts trained together), see `stacks`.
 
-    Stacks have `size` experts, however many workers there are, if the recipe gives `cluster.experts_at_a_time`.
+    If the recipe gives `cluster.experts_at_a_time`, stacks have `size` experts, however many workers there are.
+
+    Args:
+        missing: numbers of the experts that are not stored.
+        size: number of experts in a stack.
+        workers: number of workers that train at the same time, for all networks.
+        groups: number of networks whose experts are trained at the same time. Each gets an equal share of the workers.
     """
     share = 1 if config.cluster.experts_at_a_time else -(-workers // groups)
     return stacks(missing, size, config.experts.count, share, 1 if uses_gpu(config.cluster) else 2)
@@ -279,8 +286,8 @@ class ExpertWorker:
         the recipe gives `cluster.experts_at_a_time`.
 
         Args:
-            saved: number of an earlier part of this training, maybe on another device. It is halved until it fits a
-                GPU, and does not count on a CPU. `None` for a trial.
+            saved: number with which an earlier part of this training was computed, maybe on another device. A GPU takes
+                this number, halved until the networks fit. A CPU ignores this number. `None` for a new training.
         """
         stacked, key = len(networks), (spec, len(networks), settings.precision, self._rows_of(settings))
         is_given = self._cluster.experts_at_a_time is not None

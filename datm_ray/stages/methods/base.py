@@ -133,7 +133,7 @@ class Method:
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
-        By default those that `trains` names.
+        By default the class attribute `trains` decides: all backbones, the first one, or none.
         """
         if cls.trains == "all":
             return config.each_backbone()
@@ -141,7 +141,10 @@ class Method:
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
-        """Numbers of the epochs that a run reads of each backbone's experts. By default see `reads_last_epoch`."""
+        """Numbers of the epochs that a run reads of each backbone's experts.
+
+        By default this is the last epoch with the class attribute `reads_last_epoch`, otherwise all stored epochs.
+        """
         return (config.experts.epochs,) if cls.reads_last_epoch else config.kept_epochs
 
     @classmethod
@@ -210,7 +213,10 @@ class Method:
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True if the set's labels may be soft; False if every label is its image's class. By default `soft_labels`."""
+        """True if the set's labels may be soft; False if every label is its image's class.
+
+        By default True if the class attribute `soft_labels` is True and the recipe does not ask for hard labels.
+        """
         return cls.soft_labels and config.distill.has_soft_labels
 
     @classmethod
@@ -266,9 +272,9 @@ class Method:
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing the set before the first iteration: kind of work -> images that pass the first network.
+        """Work of choosing the set before the first iteration, for plans.
 
-        The kinds of work are those of `Demand.passes`.
+        Returns kind of work (a key of `Demand.passes`) -> number of images that pass the first network.
 
         Args:
             training_images: number of training images, without validation images.
@@ -424,9 +430,10 @@ class Method:
         return self._rows[label]
 
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
-        """Compute the loss [] of this worker's rows and networks, and its gradient in their images [n c h w].
+        """Compute this worker's part of the loss, and the gradient of this part with respect to the worker's images.
 
-        The caller adds both over workers, so each worker returns its own part of the sum.
+        The loss [] is that of the worker's classes and networks. The gradient is [n c h w]. The caller adds both over
+        workers.
 
         Args:
             synthetic: rows of the set that the worker holds, class by class.
@@ -436,8 +443,9 @@ class Method:
         raise NotImplementedError
 
     def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
-        """Loss [] of this worker's rows and backbones, and its gradient [n c h w]; zeros if it computes no backbone.
+        """Loss [] of this worker's rows and backbones, and the loss's gradient [n c h w] with respect to the images.
 
+        Both are zeros if the worker computes no backbone.
         Workers that compute other backbones wait for each other.
         """
         images = state.synthetic.images

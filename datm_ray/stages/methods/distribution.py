@@ -96,9 +96,10 @@ class DistributionMatching(Method):
         return len(self.part.config.weights) * classes * (settings.real_batch + settings.ipc)
 
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
-        """Compute the weighted distances between mean embeddings of real and synthetic images, and their gradient.
+        """Compute the loss: weighted distances between mean embeddings of real and synthetic images.
 
-        The distances are summed over this worker's classes and backbones. The gradient is in the images [n c h w].
+        Returns the loss [], summed over this worker's classes and backbones, and the loss's gradient [n c h w] with
+        respect to the synthetic images.
         """
         config, settings, images = self.part.config, self.part.config.distill, synthetic.images
         labels = self.part.rows.classes(settings.ipc)

@@ -53,8 +53,11 @@ class Given(Method):
     def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
         """Copy of a run that states its set's content: digest, absolute path and step size, see `Method.resolved`.
 
-        Without real images, only the step size is filled in, if it can be read. If a finished run has the stated
-        digest, the set is read only if its files exist and the recipe's step size is not the finished run's.
+        Without real images (`raw`), only the step size is filled in, if it can be read.
+
+        The set need not be read if `made`, the configuration of the finished run, states the same digest, and either
+        the same step size or the set's files are gone. The finished run's step size is then kept, unless the recipe
+        gives another one. In all other cases the set is read and checked.
 
         Raises:
             DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.

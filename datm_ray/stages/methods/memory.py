@@ -131,7 +131,8 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
 
     Args:
         shape: shape of the recipe's data. With 0 training images, the data set counts as taking no memory.
-        sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
+        sharing: number of distilling workers that share a machine's memory. 0 counts the workers of this set alone,
+            as if only this set were distilled, on this machine.
 
     Raises:
         ConfigError: a worker would need more memory than it may take, or there are more shards than classes.

@@ -86,8 +86,8 @@ class RecoveryFromTeacher(Method):
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
         """Blocks into which the set is divided: at most `recover.block` images each, of about equal sizes.
 
-        A block has one image of each of as many classes as fit. If all classes fit, a block has several images of each
-        class, as many as fit.
+        If there are more classes than a block may have images, a block has one image of each of some classes.
+        Otherwise a block has all classes, with as many images of each class as fit.
         """
         most, ipc = config.recover.block, config.distill.ipc
         groups = np.array_split(np.arange(classes), -(-classes // most))
@@ -130,7 +130,10 @@ class RecoveryFromTeacher(Method):
         self.facts = compiled_facts(works, self._loss.note)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile the gradient in the images, if worth it. A worker keeps compiled code for all blocks of one size."""
+        """Compile the gradient with respect to the images, if compiling saves more time than it takes.
+
+        A worker keeps the compiled code for all blocks of one size.
+        """
         if not self.facts["compiled"]:
             return
         labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
@@ -223,7 +226,10 @@ class RecoveryFromTeacher(Method):
         state.follow(gradient, loss, statistics, config.recover, self._bounds)
 
     def _with_meta(self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor) -> Tensor:
-        """Add MetaDD's gradient in the images `shown` [n c h w] to `gradient`, and its values to the history."""
+        """Return `gradient` plus the gradient of MetaDD's loss with respect to the images `shown` [n c h w].
+
+        The values of MetaDD's loss are added to the state's history.
+        """
         rows = torch.from_numpy(meta.rows).to(shown.device)
         found, along = meta.metadd.gradient(
             shown[rows],

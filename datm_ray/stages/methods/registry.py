@@ -83,12 +83,18 @@ def role_of(config: RunConfig, network: RunConfig) -> str:
 
 
 def scoring_networks(config: RunConfig) -> list[RunConfig]:
-    """Networks that must be trained before a set is scored: backbones, then a teacher. Each is a run with it alone."""
+    """Networks that must be trained before a set is scored: backbones, then the teacher of `evaluate.teacher` if any.
+
+    Each network is given as a run with this network alone.
+    """
     return _with_teacher(config, trained_backbones(config))
 
 
 def trained_networks(config: RunConfig) -> list[RunConfig]:
-    """Networks that must be trained for a run: backbones, auxiliaries, then a teacher. Each is a run with it alone."""
+    """Networks that must be trained for a run: backbones, auxiliaries, then the teacher of `evaluate.teacher` if any.
+
+    Each network is given as a run with this network alone.
+    """
     return _with_teacher(config, [*trained_backbones(config), *config.each_auxiliary()])
 
 

@@ -284,9 +284,13 @@ class TrajectoryMatching(Method):
     def _image_share(
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
-        """Norm of the gradient in the images for the pair `number` of each network, divided by the images' norm.
+        """Norm of a first update of the images with learning rate 1, divided by the norm of the images.
 
-        Networks whose loss exceeds `skip_above` add nothing.
+        The update follows the loss of one pair (start and target) of each network. Networks with a loss above
+        `skip_above` add nothing.
+
+        Args:
+            number: index of the pair among the `pairs` of each network, from 0.
         """
         total = torch.zeros_like(state.synthetic.images)
 
@@ -521,7 +525,10 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` also if the range of start epochs begins after epoch 0, or grows, as in DATM."""
+        """Raise a `ConfigError` for a recipe that the method cannot distil.
+
+        MTT also rejects the ranges of start epochs that DATM adds: those that begin after epoch 0 or grow.
+        """
         super().check(config)
         starts = config.distill.start_epochs
         if starts.first or starts.bound <= starts.last:

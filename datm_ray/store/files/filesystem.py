@@ -365,8 +365,9 @@ class Location:
 def appears(look: Callable[[], bool], seconds: int) -> bool:
     """Call `look` once a second until it returns True, for up to `seconds` seconds. Returns False if it never does.
 
-    Used, mostly with `LAG` seconds, before an error about a file that another machine may have written just now. The
-    number of calls depends on their results alone, so several workers may make the calls together.
+    Callers use this, mostly with `LAG` seconds, before they report a missing file that another machine may have written
+    just now. The number of calls of `look` depends on their results alone, not on the clock. So `look` may be an
+    operation that several workers must call together and equally often.
     """
     for _ in range(seconds):
         if look():

@@ -265,9 +265,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return None
 
     def clearer(self, error: Exception, path: str) -> Exception:
-        """Clearer error in place of that of a HEAD request, whose answer has no error code; otherwise `error` itself.
+        """Error with S3's error code, in place of an error that has only an HTTP status, 400 or 403.
 
-        The server is asked again, by a request whose answer has a code.
+        Answers to HEAD requests have no code. So the server is asked again, by a request that is answered with a code.
+        Returns `error` itself for other errors, and if the second request gives no code.
         """
         if code_of(error) not in ("400", "403"):
             return error
