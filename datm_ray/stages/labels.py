@@ -173,8 +173,8 @@ def kept_labels(config: RunConfig) -> int:
 def labels_cost(place: Location, keep: int) -> Spent:
     """Cost of making the labels of the first `keep` epochs so far, over all workers and attempts; zero without labels.
 
-    An attempt that labelled other epochs too counts by its share of the first `keep` epochs. Attempts of earlier
-    versions, which did not record their epochs, count in full.
+    If an attempt labelled other epochs too, the counted share of its cost is the share of its epochs that are among the
+    first `keep`. Attempts of earlier versions, which did not record their epochs, count in full.
     """
     return total(_cost_of(place / COSTS / name, keep) for name in (place / COSTS).list())
 

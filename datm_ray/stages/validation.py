@@ -105,7 +105,7 @@ class Candidates:
         return self._run / self.name(iteration)
 
     def open(self) -> list[int]:
-        """Iterations, in order, whose set is written and has no validation result yet."""
+        """Numbers of iterations, sorted, after which a set was written that has no validation result yet."""
         names = set(self._folder.list())
         stems = sorted(name.removesuffix(".arrow") for name in names if name.endswith(".arrow"))
         return [int(stem) for stem in stems if f"{stem}.json" not in names]

@@ -88,8 +88,8 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
         place: file of the lease, in that folder. Missing folders are made, and removed at the end if they are empty.
         wait: seconds to wait if another command holds the lease.
         say: shows a message to the user.
-        on_loss: stops the block after another command took over, usually by a `KeyboardInterrupt` in the main thread.
-            It is called from another thread, every `HEARTBEAT` seconds until the block ends.
+        on_loss: asks the work in the block to stop, because another command took over. Called from another thread,
+            every `HEARTBEAT` seconds until the block ends.
 
     Raises:
         RunDirectoryError: another command still holds the lease after the wait.

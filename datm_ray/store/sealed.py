@@ -51,7 +51,10 @@ T = TypeVar("T")
 
 
 class SealedWriter:
-    """Writes one sealed file, batch by batch, into an empty binary file that is open for reading and writing."""
+    """Writes one sealed file (an Arrow file with digests of all its bytes), batch by batch, into an empty binary file.
+
+    The binary file must be open for reading and writing.
+    """
 
     def __init__(
         self,
@@ -321,7 +324,8 @@ def _is_compressed(message: memoryview) -> bool:
 def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
     """Read the end of a file. Returns the index, the Arrow footer (up to the end of the file), and all bytes read.
 
-    Index and footer are checked against the digest in the seal. Raises CorruptFileError.
+    The index holds the digests of the file's parts. Index and footer are checked against the digest that stands
+    between them. Raises CorruptFileError.
     """
     tail = memoryview(b"")
 

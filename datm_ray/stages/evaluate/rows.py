@@ -635,7 +635,8 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     """Settings of `evaluate` that change how a row's networks are trained: key -> value.
 
     The result is empty if all these settings have their defaults, and for the row "full". If a teacher labels the row,
-    the result also has the key "teacher", with the fingerprint of the teacher's experts.
+    the result also has the key "teacher", with the fingerprint of the teacher's experts. If the row's views
+    are drawn as stored views are, but are not stored, the result has the key "views" too.
 
     Args:
         row: key of `ALL_ROWS`.

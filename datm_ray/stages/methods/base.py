@@ -83,8 +83,8 @@ class Method:
     """One way to make a synthetic set, as one worker computes it. `Method(part)` takes the worker's part in the set.
 
     The work is divided by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over
-    the workers of all classes. A subclass must define `gradient`. By default, images follow this gradient, labels are
-    hard, and no network is trained before. A subclass overrides what differs.
+    the workers of all classes. A subclass must define `gradient`. By default, descent along this gradient changes the
+    images, labels are hard, and no network is trained before the distillation. A subclass overrides what differs.
     """
 
     state: ClassVar[type[State[Any]]] = Descent

@@ -86,7 +86,7 @@ class DistillationPlan:
 
     @property
     def total(self) -> int:
-        """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
+        """Peak memory of the worker in bytes. Tensors count `MARGIN` times, the process itself once."""
         parts = self.parts
         apart = (parts[name] for name in ("validation", "meta", "prior"))
         worst = max(parts["trace"] + parts["call"], *apart)  # these take memory at different times
@@ -226,6 +226,8 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
 def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
     """Number of images in a micro-batch, at least 1, so that all micro-batches of a step are nearly equal.
 
+    If the images must not be divided, the number is that of all images of the step, whatever memory allows.
+
     Args:
         most: upper limit by memory. On CPUs the cache may lower it.
         largest: bytes of one image's largest map.
@@ -295,8 +297,8 @@ def chunk_by_trial(
 ) -> int:
     """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
-    A trial also allocates the plan's part "trace". A step fits if the trial's peak memory stays within the plan's
-    budget.
+    A trial also allocates the plan's part "trace", the bytes that stay in memory through an iteration. A step fits if
+    the trial's peak memory stays within the plan's budget.
 
     Args:
         step: computes one step with the given number of images.

@@ -86,7 +86,7 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        """Folder that contains this file or folder. A location without one, such as a bucket, is its own parent."""
+        """Folder that contains this file or folder. A location without a parent, such as a bucket, gives itself."""
         path, uri = self.path.rstrip("/"), self.uri.rstrip("/")
         if "/" not in path:
             return self
