@@ -369,7 +369,11 @@ class Distillation:
                 due = time.monotonic() + REPORT_INTERVAL
 
     def _late_or_stopped(self, is_asked: bool, state: State[Any]) -> bool:
-        """True if a checkpoint is due on any worker's clock. All workers decide alike.
+        """True if the time for the next checkpoint has come on any worker. All workers get the same answer.
+
+        Args:
+            is_asked: True if this worker was asked to stop.
+            state: state to save if any worker was asked to stop.
 
         Raises:
             Interrupted: any worker was asked to stop. The state is saved.

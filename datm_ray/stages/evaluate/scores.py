@@ -235,8 +235,8 @@ def read_score(
         out: output folder of the run.
         dataset_fingerprint: fingerprint of the run's data set.
         row: key of `ALL_ROWS` in `stages.evaluate.rows`.
-        network: scored network of `evaluate.networks`; `None` for the backbone. The score of such a network is with the
-            step size that is best on validation data.
+        network: scored network of `evaluate.networks`, trained with the step size that is best on validation data;
+            `None` for the backbone.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None
