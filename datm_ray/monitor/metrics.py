@@ -192,8 +192,8 @@ class Readings:
         Args:
             task: task of the event.
             event: event of one worker.
-            rank: rank of that worker within the task's group. From ranks above 0 only counters are taken. The caller
-                passes all their events before the `Finished` of rank 0.
+            rank: rank of that worker, its number in the task's group. From ranks above 0 only counters are taken. The
+                caller passes all events of these ranks before the `Finished` of rank 0.
         """
         self._stage = task.stage
         if isinstance(event, Started):  # not at work yet: the worker may install packages first
@@ -239,7 +239,7 @@ class Readings:
 def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> Iterator[Sample]:
     """Yield a sample for each counter in `known` that the worker of this rank has increased since its last event.
 
-    A worker counts from 0. A smaller value than before comes from a new worker, so all of it is the increase.
+    A worker counts from 0. A smaller value than before comes from a new worker, so the whole value is the increase.
     """
     for name, value in known.items():
         if CATALOGUE[name].kind == "counter":
@@ -250,9 +250,12 @@ def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> It
 
 
 def _progress(observed: _Observed, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
-    """Yield samples of gauges and histograms from a progress event, and one if the worker group changed its size.
+    """Yield samples of gauges and histograms from a progress event.
 
-    `known` holds the event's measurements that are in the catalogue and finite.
+    If the task's number of workers has changed, the last sample counts this change.
+
+    Args:
+        known: the event's measurements that are in the catalogue and finite.
     """
     for name, value in known.items():
         if CATALOGUE[name].kind == "gauge":

@@ -145,9 +145,10 @@ def _seconds_left(left: float, done: float, seconds: float, due: float, silent: 
 class Tracker:
     """Finished and running tasks of a stage, and the estimated time for the rest.
 
-    Speed is the tasks' progress, times their weights, over time. Older progress counts exponentially less, so that the
-    estimate follows a change of speed without jumping. Work that a resumed task had done before is not counted as
-    progress. Time before the stage's first `Progress`, for example for compiling, is not counted either.
+    The work of a task is its weight, an estimate of its cost. The speed is the work done per second. Older work counts
+    exponentially less, so that the estimate follows a change of speed without jumping. Work that a resumed task had
+    done before is not counted. Time before the stage's first `Progress`, for example for compiling, is not counted
+    either.
     """
 
     def __init__(self, tasks: Sequence[Task], now: float) -> None:
@@ -272,7 +273,7 @@ class Stage:
         self._reporter.show(text)
 
     def _show_state(self, text: str) -> None:
-        """Show a line about the stage. Displays that can replace lines replace the earlier one."""
+        """Show a line about the stage. A display that can replace lines puts it in place of the last such line."""
         self._show(text)
 
     def _log_progress(self, now: float) -> None:
@@ -379,7 +380,10 @@ def _values(values: Mapping[str, float]) -> str:
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
-    """Text at the end of a progress line: bound of start epochs, speed and memory, where `metrics` has them."""
+    """Text at the end of a progress line: what `metrics` has of three measurements.
+
+    These are the epoch below which matching starts on an expert's trajectory, the speed, and the memory.
+    """
     shown = ""
     if (bound := metrics.get("datm_ray_distill_upper_bound")) is not None:
         shown += f"  start below {bound:.0f}"

@@ -196,8 +196,8 @@ def _but_its_length(config: RunConfig) -> dict[str, Any]:
 def _compared(config: RunConfig) -> dict[str, Any]:
     """Settings to compare two runs by: those that decide the result, and `cluster.deterministic`.
 
-    `run_identity` has `cluster.deterministic` only if it is true. Both values of a difference are shown only if both
-    runs have the key.
+    `run_identity` has `cluster.deterministic` only if it is true. Here the key is always present, because a message
+    shows the two values of a difference only if both runs have the key.
     """
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 

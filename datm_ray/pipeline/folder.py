@@ -64,7 +64,10 @@ def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) ->
 
 
 def continued_run(config: RunConfig, folder: Location) -> Location | None:
-    """Folder of the shorter run whose state a set still has to copy; `None` without one, or after the copy."""
+    """Folder of the run that `distill.continue_from` names, if its state must still be copied into `folder`.
+
+    `None` if the recipe continues no run, or if `folder` has a state already.
+    """
     place = config.distill.continue_from
     if place is None or "distill.continue_from" in unread_keys(config):
         return None

@@ -387,7 +387,7 @@ class Pipeline:
                 note_prior_cost(self.runs.folder(config), self.runs.prior(config))
 
     def _experts_cost(self, config: RunConfig) -> ExpertsCost:
-        """Cost of the experts of a run with one network, and of the networks that order their images, if any."""
+        """Cost of the experts of a run with one network, and of the networks that order the experts' images, if any."""
         cost, scoring = experts_cost(config, self.runs.experts(config)), config.scoring_run
         if scoring is None:
             return cost
@@ -518,11 +518,12 @@ class Pipeline:
         return self._setups[dataset]
 
     def _landmarks(self) -> tuple[str, ...]:
-        """Local files by which workers find that they share this machine's disks: in the output folder and the store.
+        """Files on this machine's disks, in the output folder and the store, that workers look for when they start.
 
-        Without this check, missing results would be noticed only at the end of a stage. Workers of a command that only
-        trains experts never use the output folder, so it may be on this machine's own disk. All stages of a command
-        have the same files, so the command keeps its workers.
+        A worker that does not find them does not share these disks. Without this check, missing results would be
+        noticed only at the end of a stage. A command that only trains experts has no file in the output folder here:
+        its workers never use this folder, which may be on this machine's own disk. All stages of a command have the
+        same files, so the command keeps its workers.
         """
         networks = self.runs.networks()
         transforms = [self.runs.experts(networks[0]).transform_file] if networks else []

@@ -46,8 +46,8 @@ class Runs:
             store: trajectory store, a path or URI; `None` puts it into the output folder.
             elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
             alone: True if one process will do all the work.
-            asked: network to score on -> command-line option that asked for it, for messages. It lacks networks that
-                recipes themselves list.
+            asked: network to score on -> command-line option that asked for this network, for messages. Networks that
+                the recipes list are not in it.
         """
         self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
         self.out = open_location(out)
@@ -116,7 +116,10 @@ class Runs:
         return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
 
     def origins(self, config: RunConfig) -> dict[str, str]:
-        """Stored experts of a run, by key and number -> digest of what they were imported from; "" if trained."""
+        """Each stored expert of a run -> digest of the file that it was imported from; "" if it was trained.
+
+        An expert is named "KEY/NUMBER", by the key of its group of experts and its number in the group.
+        """
         found = dict[str, str]()
         for each in trained_networks(config):
             group = self.experts(each)
@@ -134,7 +137,7 @@ class Runs:
         return prior_folder(self.store_uri, config, raw.name, raw.fingerprint)
 
     def missing_priors(self) -> list[RunConfig]:
-        """Runs whose trained prior the store does not hold, one for each prior."""
+        """One run for each trained prior that the store does not hold. Several runs may share a prior."""
         found = dict[str, RunConfig]()
         for config in filter(is_trained, self.configs):
             place = self.prior(config) / PRIOR_FILE

@@ -93,7 +93,7 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
 
 
 def scoring_tasks(runs: Runs) -> list[Task]:
-    """Make a task for each of `scoring_runs`, which scores images with the run's networks after their training."""
+    """Make one task for each run in `scoring_runs`. The task scores images with the run's networks, once trained."""
     return [
         Task(
             f"difficulty of images by {config.experts.count} of {runs.experts(config).key}",
@@ -276,10 +276,15 @@ def _would_fit(runs: Runs, config: RunConfig, settings: Mapping[str, Any]) -> bo
 
 
 def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[RunConfig, int]:
-    """Copy of the run with the layout in which its set is distilled, and number of workers that distil on one machine.
+    """Layout in which a run's set is distilled, that is, how the work is divided among workers.
+
+    One worker distils the whole set if the command has one process, or if the executor has too few workers.
 
     Args:
         executor: where the workers run; `None` for this machine's CPUs.
+
+    Returns:
+        The run, whose `cluster` section has the layout; and the number of workers that distil on one machine.
     """
     if runs.alone or (executor is not None and config.workers_per_set > executor.workers):
         return laid_out(config, ALONE), 1

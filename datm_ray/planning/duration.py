@@ -44,7 +44,10 @@ NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --clu
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe in a layout on a machine, with estimates of its memory, time and storage."""
+    """A recipe, the layout of its workers and a machine, with estimates of memory, time and storage.
+
+    The layout, such as the number of shards, says how workers divide the distillation.
+    """
 
     config: RunConfig
     """The recipe, whose `cluster` section has the layout."""
@@ -96,9 +99,10 @@ class Proposal:
         return each * network_cost(network, self.shape).functions
 
     def _scheduled(self, tasks: Sequence[Work], together: int = 1) -> tuple[float, float]:
-        """Seconds of all workers, and seconds on the clock if groups of `together` workers take the longest task first.
+        """Sum of the seconds that all workers work, and seconds on the clock until the last task ends.
 
-        A worker compiles the steps of a network before its first task with them.
+        A group of `together` workers runs a task. A free group takes the longest task that is left. It compiles the
+        steps of a network before its first task with these steps.
         """
         groups = [(0.0, number, frozenset[Any]()) for number in range(max(1, self.machine.workers // together))]
         for task in sorted(tasks, key=self.seconds, reverse=True):
@@ -145,7 +149,7 @@ class Proposal:
 
     @functools.cached_property
     def _held(self) -> int:
-        """Images of the set that the largest shard holds."""
+        """Number of the set's images in the largest shard (classes of one worker)."""
         return self.plans[0].demand.held or self.shape.synthetic(self.config, self.config.cluster.shards)
 
     @property

@@ -90,7 +90,9 @@ def compiled_gain(kind: str, width: int) -> float:
 
 
 def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, tuple[int, Iterator[Any]]]:
-    """Kind of work -> image passes of one repetition, and an endless iterator that runs one repetition per item.
+    """Kind of work -> how often an image passes through a network in one repetition, and iterator over repetitions.
+
+    The number counts all images. The iterator is endless, and each call of `next` runs one repetition of the work.
 
     Args:
         flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.
@@ -136,7 +138,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
 def _matching(
     config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, classes: int, *, compiled: bool
 ) -> Iterator[Any]:
-    """Gradients of `STEPS` student steps on all images."""
+    """Iterate without end. Each item is a matching gradient through `STEPS` student steps, each on all images."""
     precision, count = precision_on(config.cluster, images.device), len(images)
     options = StepOptions(compiled, channels_last=channels_last_on(config.cluster, images.device), precision=precision)
     functions, start = StudentStepFunctions(FlatNetwork(network), options), flatten(network)
@@ -148,7 +150,7 @@ def _matching(
 
 
 def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Any]:
-    """Embeddings of all images."""
+    """Iterate without end. Each item is the embeddings of all images."""
     place = (config.cluster, images.device)
     layout, precision = channels_last_on(*place), precision_on(*place)
     functions = EmbeddingFunctions(network, compiled=compiled, channels_last=layout, precision=precision)
@@ -160,7 +162,7 @@ def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compile
 def _recovery(
     config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool
 ) -> Iterator[Any]:
-    """Gradients of SRe2L's loss in all images."""
+    """Iterate without end. Each item is the gradient of SRe2L's loss with respect to all images."""
     layout = channels_last_on(config.cluster, images.device)
     loss = RecoveryLoss(network, config.recover, compiled=compiled, channels_last=layout)
     while True:

@@ -39,7 +39,7 @@ megapixels at full size. Assumed."""
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:
-    """Bytes of main memory to reserve for the distilling rank that needs most.
+    """Bytes of main memory to reserve for each worker that distils a set: what the largest of them needs.
 
     Args:
         sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.

@@ -42,12 +42,12 @@ Work = list[WorkPart]
 
 
 def weight(work: Sequence[WorkPart]) -> float:
-    """Time of a task's work, in operations of a forward pass at the speed of student steps; at least 1."""
+    """Relative time of a task's work; at least 1. The unit is the time of one operation in a student step."""
     return max(1.0, sum(FORWARD_PASSES[kind] * operations for kind, _, operations in work))
 
 
 def passes(kind: str, run: RunConfig, shape: DataShape, images: float) -> WorkPart:
-    """Work of so many images that pass the run's network."""
+    """Work of kind `kind` in which `images` images pass through the run's network."""
     return WorkPart(kind, run, images * network_cost(run, shape).flop)
 
 
@@ -69,7 +69,10 @@ def prior(run: RunConfig, shape: DataShape) -> Work:
 
 
 def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
-    """Work of one iteration, for each role: that of the worker whose shard has most classes."""
+    """Work of one iteration, one entry for each role (the networks that one worker computes).
+
+    Workers of a role have different shards (classes). The entry is the work of the worker with most classes.
+    """
     networks, method, shards = run.each_backbone(), method_of(run), run.cluster.shards
     demands = [method.demand(run, shape.classes, shards, network_cost(each, shape)) for each in networks]
     held = demands[0].held or shape.synthetic(run, shards)
@@ -88,9 +91,10 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
 
 
 def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float] = weight) -> Work:
-    """Work of choosing and changing a set: of a piece, or of each worker if workers make the set together.
+    """Work of distilling a set: choosing images, and all iterations.
 
-    The slowest worker is that with the largest `time` of an iteration.
+    If single workers make pieces of the set, this is the work of one piece. If workers make the set together, it is
+    the work of the slowest worker, the one with the largest `time` of an iteration.
     """
     method, first = method_of(run), run.each_backbone()[0]
     count, pieces = method.iterations(run), len(method.pieces(run, shape.classes)) or 1
@@ -102,7 +106,10 @@ def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float]
 def _training(
     kind: str, run: RunConfig, shape: DataShape, schedule: Schedule, images: int, networks: int, stacks: int
 ) -> Work:
-    """Work of training so many networks on so many images each; networks of a stack share the fixed cost of a step."""
+    """Work of training `networks` networks on `images` images each.
+
+    The fixed cost of a step is paid once for each of the `stacks` stacks, groups of networks trained together.
+    """
     steps = schedule.epochs * -(-images // schedule.batch_size)
     trained = passes(kind, run, shape, networks * schedule.epochs * images)
     return [trained, WorkPart("steps", run, stacks * steps * STEP_OVERHEAD)]
@@ -155,13 +162,19 @@ class Row:
 
     @property
     def facts(self) -> tuple[RunConfig, str, NetworkConfig | None, NetworkSpec, int]:
-        """First arguments of `seeds_of_tasks`, `largest_stack` and `is_unstackable`."""
+        """Run, name of the row, scored network (`None` for the backbone), the network's spec, and number of images.
+
+        `seeds_of_tasks`, `largest_stack` and `is_unstackable` take these values as their first arguments.
+        """
         image = self.shape.image
         spec = self.scored.network.for_images(image[0], image[1:], self.shape.classes)
         return self.run, self.name, self.network, spec, self.images
 
     def training(self, seeds: int) -> tuple[int, Schedule]:
-        """Number of networks of so many seeds, and their schedule, whose step size is a placeholder."""
+        """Number of networks that `seeds` seeds of the row train, and the schedule of their training.
+
+        The schedule's step size is a placeholder: each network is trained with a step size of its own.
+        """
         each, schedule = training_of(self.run, self.name, self.network)
         return seeds * each, schedule
 
@@ -183,7 +196,7 @@ def evaluation(row: Row, seeds: int) -> Work:
 def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]]]:
     """Divide the seeds of each row into tasks, so that all workers get equal work.
 
-    Returns the numbers of each task's seeds, for each row.
+    Returns one list for each row. Each tuple in the list has the numbers of the seeds of one task.
     """
 
     def training(row: Row) -> float:

@@ -31,7 +31,9 @@ PREVIEW_PIXELS = 96
 
 
 def published_files(run: RunSummary, earlier: str = "", *, transform: bool = True) -> dict[str, bytes]:
-    """Files with which a finished set is published, by name: preview, Parquet, safetensors, and last the card of these.
+    """Name -> content of the files with which a finished set is published.
+
+    These are a preview, Parquet and safetensors files, and last the card, a README.md that describes the set.
 
     Args:
         run: the run.
@@ -123,8 +125,8 @@ def _preview(artifact: Artifact) -> bytes:
 def _recipe(config: RunConfig) -> dict[str, Any]:
     """Recipe of a set: the settings that decide the set and differ from the defaults, without paths of this machine.
 
-    Section `cluster` keeps only its precision. Section `given` names the published file, and leaves the digest out,
-    because the published file has another one than the files that the set was read from.
+    Section `cluster` keeps only its precision. Section `given`, of a set that was read from files, names the published
+    file instead. The digest of the original files is left out, because that of the published file differs.
     """
     cluster = set(type(config.cluster).model_fields) - {"precision"}
     left_out: dict[str, Any] = {

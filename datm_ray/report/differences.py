@@ -20,9 +20,10 @@ OF_TEACHERS, OF_STORED_LABELS = {"teacher", "temperature", "cutmix"}, {"keep_lab
 
 
 def differences(configs: Sequence[RunConfig]) -> list[str]:
-    """Lines on the images, the scored network and its training, one for each key that all runs read and set otherwise.
+    """Lines that say in which settings the runs differ, one line for each key.
 
-    A line has the key and its values, with the names of their runs in brackets.
+    Compared are settings of the images, the scored network and its training. Keys that some of the runs do not use are
+    left out. A line has the key and its values, each with the names of the runs that have this value in brackets.
     """
     names = [config.name for config in configs]
     found = differing([_settings(config) for config in configs])

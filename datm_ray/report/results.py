@@ -134,7 +134,10 @@ class RunSummary:
 
     @property
     def unfinished(self) -> tuple[bool, int]:
-        """Sort key: runs with a synthetic set come first, then runs with more rows in the accuracy table."""
+        """Sort key that puts runs with a synthetic set first, and among equals those with more scored rows.
+
+        Returns True if the run has no synthetic set, and the negative number of its scored rows.
+        """
         return self.synthetic is None, -len(self.scores)
 
     @property
@@ -241,7 +244,10 @@ def _artifact(place: Location) -> Artifact | None:
 
 
 def _own_labels(artifact: Artifact) -> int:
-    """Bytes of the labels in a set's file: classes if the soft labels say no more than they do, else logits."""
+    """Bytes that the labels of a set take.
+
+    Only class numbers are counted if the soft labels are those that the class numbers give; else only the soft labels.
+    """
     hard = hard_logits(artifact.labels, len(artifact.class_names))
     return artifact.labels.nbytes if torch.equal(artifact.soft_labels, hard) else artifact.soft_labels.nbytes
 
@@ -295,7 +301,10 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
 
 
 class Cell(NamedTuple):
-    """Cell of a table. The page shows the value, then the note; the text shows the note only in place of a value."""
+    """Cell of a table. The HTML page shows the value and then the note.
+
+    A table as plain text shows the value, or the note if there is no value.
+    """
 
     value: str
     """Value such as "91.0 ± 1.0"; empty if there is none."""

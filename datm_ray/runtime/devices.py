@@ -92,7 +92,10 @@ def _unusable() -> ClusterError:
 
 @contextmanager
 def restoring_determinism() -> Iterator[None]:
-    """Restore torch's choice of algorithms when the block ends: `prepare_device` may make it deterministic or timed."""
+    """Restore torch's settings for the choice of algorithms when the block ends.
+
+    `prepare_device` may set torch to use deterministic algorithms, or to time cuDNN's algorithms and use the fastest.
+    """
     before, is_timed, fills = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, _fills_memory()
     try:
         yield

@@ -70,7 +70,7 @@ class Mesh:
 
     @property
     def row(self) -> int:
-        """Number of this worker's row, from 0: the index of its networks among the roles of the run."""
+        """Number of this worker's row, from 0: index in `RunConfig.roles` of the networks that the worker computes."""
         return self.rank // self.columns
 
     @property

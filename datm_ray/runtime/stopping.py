@@ -49,7 +49,7 @@ def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
         A function that returns True once a request has come. The work must then save itself and raise `Interrupted`.
 
     Raises:
-        Interrupted: the work was asked to stop, and has ended without raising this itself.
+        Interrupted: the work was asked to stop, and has ended without raising an `Interrupted` itself.
     """
     global _is_asked
     _savers.append(message)
@@ -127,9 +127,9 @@ def close_unless_interrupted(close: Callable[[], object]) -> None:
 
 
 def wait_for_close() -> None:
-    """Wait until `close_unless_interrupted`, whose wait a signal has ended, has closed. SIGINT ends this wait too.
+    """Wait for the thread that `close_unless_interrupted` has left behind after a signal. SIGINT ends this wait too.
 
-    An error of the close is not raised here.
+    If closing fails in the thread, the error is not raised here.
     """
     with _closing:
         pass

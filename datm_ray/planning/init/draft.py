@@ -195,9 +195,10 @@ class Draft:
 
     @property
     def batch_size(self) -> int:
-        """Images of an expert's SGD step: the largest power of two with which an epoch has `EPOCH_STEPS` or more.
+        """Number of images in an SGD step of an expert.
 
-        It lies between `SMALLEST_BATCH` and `PUBLISHED_BATCH`, inclusive.
+        This is the largest power of two with which an epoch has at least `EPOCH_STEPS` steps, but not less than
+        `SMALLEST_BATCH` and not more than `PUBLISHED_BATCH`.
         """
         batch: int = 2 ** int(math.log2(max(1, self.training_images / EPOCH_STEPS)))
         return min(max(SMALLEST_BATCH, batch), PUBLISHED_BATCH)
@@ -209,7 +210,7 @@ class Draft:
 
     @property
     def epoch_distance(self) -> float:
-        """Distance of one epoch of plain SGD: learning rate times steps."""
+        """Measure of how far weights move in one epoch of plain SGD: learning rate times number of steps."""
         return self.learning_rate * math.ceil(self.training_images / self.batch_size)
 
     def augmentation(self, *sections: str) -> Choices:
@@ -228,8 +229,9 @@ class Draft:
                 yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
 
     def evaluation(self, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
-        """Values of the longest evaluation within `EVALUATION_SHARE` of the planned time; of the shortest if none is.
+        """Values for the longest evaluation that takes at most `EVALUATION_SHARE` of the planned time.
 
+        If every evaluation takes longer, the shortest is chosen.
         Networks on all real images are added if they take at most `REAL_SHARE` of the planned time.
         """
         for protocol, seeds in EVALUATIONS:
@@ -254,7 +256,7 @@ class Draft:
 
         Args:
             values: the chosen values.
-            enough: what a wider network would leave too little of, such as "300 iterations".
+            enough: what the time would not suffice for with a wider network, such as "300 iterations".
             real_epochs: reason for the number of epochs on all real images.
             least: smallest number of iterations that the rules choose.
             most: largest number of iterations that the rules choose, which is the published one.

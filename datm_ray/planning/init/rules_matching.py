@@ -100,7 +100,10 @@ def matching(draft: Draft) -> Choices:
 
 
 def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
-    """Values for a number of student steps: the epochs from start to target, and the experts' epochs."""
+    """Values that follow from the number of student steps.
+
+    Those are the number of an expert's epochs that the student must cover, and the length of the experts' training.
+    """
     span = max(1, round(STEP_DISTANCE * steps / draft.epoch_distance))
     epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch_distance))
     return {

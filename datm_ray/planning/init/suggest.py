@@ -245,8 +245,9 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
     """Make a planner of recipes for these images on this machine.
 
-    The planner measures each width of the network once: by small uncompiled steps on a CPU, and by a run's compiled
-    steps on a GPU, or where its argument `exactly` is true.
+    The planner is called with a recipe and `exactly`. On a GPU, or if `exactly` is true, it measures the speed by the
+    compiled steps of a run; otherwise by small uncompiled steps. Each measurement of a width of the network is made
+    once.
 
     Args:
         say: shows a line to the user before each measurement.

@@ -57,8 +57,8 @@ def connect(address: str | None) -> str:
         The dashboard's "host:port", or "" if there is no dashboard.
 
     Raises:
-        ClusterError: no cluster answers, the address is of another kind (as the dashboard's, to which jobs are
-            submitted), or this machine does not belong to the cluster.
+        ClusterError: no cluster answers; or the address is not one to connect to, such as that of a dashboard, which
+            takes jobs only; or this machine does not belong to the cluster.
     """
     variable = os.environ.get("RAY_ADDRESS")
     given = "RAY_ADDRESS" if variable and address in (None, "", "auto") else "--address"  # as in ray.init

@@ -45,7 +45,7 @@ def keep_token_private() -> None:
 
 
 def _privately(write: Callable[[], None]) -> Callable[[], None]:
-    """`write`, whose files and folders no other user can read."""
+    """Wrap the function `write`, so that other users cannot read the files and folders that it creates."""
 
     @functools.wraps(write)
     def privately() -> None:

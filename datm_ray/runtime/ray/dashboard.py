@@ -102,7 +102,10 @@ class Dashboard(JobSubmissionClient):
 
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
-    """Set two environment variables to `address` while the block runs: Ray's client prefers them to its argument."""
+    """Set two environment variables to `address` while the block runs.
+
+    Ray's client would use an address in these variables instead of the address in its argument.
+    """
     names = (OWN_ADDRESS, "RAY_ADDRESS")  # old versions of Ray read RAY_ADDRESS only
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, address))
@@ -131,9 +134,10 @@ def _require_web_address(address: str) -> None:
 
 
 def _authorities(address: str) -> str | bool:
-    """File of accepted certificate authorities in SSL_CERT_FILE; True for those that `requests` accepts.
+    """Value for the argument `verify` of `requests`: path of a file of certificate authorities, or True.
 
-    If REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is set, `requests` accepts those in its file instead.
+    The path is that in SSL_CERT_FILE. True leaves the choice to `requests`: the file in REQUESTS_CA_BUNDLE or
+    CURL_CA_BUNDLE if one of them is set, else its own list.
     """
     is_known = any(map(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")))
     return True if is_known or not address.startswith("https:") else os.environ.get("SSL_CERT_FILE") or True

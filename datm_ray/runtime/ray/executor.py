@@ -341,7 +341,7 @@ class _Stage:
         return sum(job.size for job in self._jobs if job.group and job.workers)
 
     def _alone(self) -> int:
-        """Number of tasks of one worker at work, on resources that groups may need."""
+        """Number of tasks at work that have a single worker, on resources that groups may need."""
         return sum(not job.group and bool(job.workers) and not self._is_apart(job) for job in self._jobs)
 
     def _fits_limit(self, size: int) -> bool:
@@ -389,13 +389,15 @@ class _Stage:
             job.group = RankGroup(size, options)
 
     def _size(self, job: _Job, free: int, left: int) -> int | None:
-        """Number of ranks to request for a task: the largest that `free` workers allow, else the largest at all.
+        """Number of ranks (workers of a group) to request for a task; `None` if `left` is too small for every size.
 
-        After a second loss without progress, a smaller group is preferred to the nodes that failed the task.
+        This is the largest size for which `free` and `left` are enough, else the largest for which `left` is enough.
+        After a second loss without progress, a smaller group without the nodes that failed the task is preferred to a
+        larger group with them.
 
         Args:
             free: number of workers that the nodes can hold beside other groups.
-            left: number of workers that `cluster.workers` leaves. `None` is returned if it is too small.
+            left: number of workers that may still be started under the limit `cluster.workers`.
         """
         sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
         bad = self._avoided(job, job.sizes[-1]) if job.history.without_progress > 1 else set[str]()
@@ -591,9 +593,9 @@ class _Stage:
     def _lose(
         self, job: _Job, cause: BaseException, silence: float, stream: Any = None
     ) -> Iterator[tuple[Task, Event]]:
-        """Handle an error of a task. An error in the user's input ends the stage; after others, the task is retried.
+        """Handle an error of a task. An error in the user's input ends the stage, unless other nodes may not have it.
 
-        A task that has lost its workers too often is given up.
+        After any other error the task is retried. A task that has lost its workers too often is given up.
 
         Args:
             silence: seconds without an event before the error.

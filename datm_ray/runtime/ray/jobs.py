@@ -282,11 +282,11 @@ class Jobs:
 
     @contextmanager
     def _answers(self, number: str | None = None) -> Iterator[None]:
-        """Turn every refusal of a request by the cluster into a `ClusterError`.
+        """Raise a `ClusterError` if the cluster refuses a request that is sent in the block.
 
         Args:
-            number: id of the job in the request; `None` for a request without one. A missing job is a
-                `JobNotFoundError`.
+            number: id of the job that the request is about; `None` if it is about no job. If the cluster has no such
+                job, the error is a `JobNotFoundError`.
         """
         absent = JobNotFoundError(
             f"there is no job {number!r} at {self._shown}",

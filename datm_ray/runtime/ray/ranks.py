@@ -18,7 +18,10 @@ from datm_ray.runtime.ray.pool import PoolWorker
 
 
 class RankGroup:
-    """Group of ranks. Callers start the group once Ray has reserved its resources (`has_place`)."""
+    """Actors that run one task together; each has a number, its rank.
+
+    Callers start the group once Ray has reserved its resources (`has_place`).
+    """
 
     def __init__(self, size: int, options: Mapping[str, Any]) -> None:
         """Request the resources of a group from Ray, without waiting for them.
@@ -48,7 +51,7 @@ class RankGroup:
 
     @property
     def possible(self) -> int:
-        """Number of ranks for which Ray has reserved resources, including ranks that the group could still get."""
+        """Number of ranks that the group would have after a restart on all resources that Ray has reserved for it."""
         return self.size + sum(count for each, count in self._more.items() if _is_placed(each))
 
     def start(self, larger: Sequence[int] = ()) -> None:
@@ -58,8 +61,9 @@ class RankGroup:
         communicates most, spans as few nodes as possible.
 
         Args:
-            larger: larger numbers of ranks that the task can use, the smallest first. Resources are requested for the
-                difference of each to the one before, so that none is reserved for a group that cannot use it.
+            larger: larger sizes of the group that the task can use, the smallest first. Resources are requested in
+                steps from one size to the next, so that Ray reserves none for a size that the task cannot use. For
+                size 2 and `larger` (4, 8), these are requests for 2 and for 4 ranks.
         """
         nodes: dict[int, str] = placement_group_table(self._placement)["bundles_to_node_id"]
         count = Counter(nodes.values())
