@@ -145,7 +145,7 @@ class Sample:
 
 @dataclass
 class _Observed:
-    """Unfinished task that has sent an event."""
+    """State of a task that has sent an event and is not finished."""
 
     task: Task
     workers: int = 0

@@ -206,8 +206,9 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
     """Raise a `RunDirectoryError` if results in the output folder were made with other expert weights than the store's.
 
     Args:
-        of_all: True to check all runs of the folder, because runs share the scores of networks trained on random real
-            images (`stages.evaluate.rows.result_location`). False to check only the runs in `runs`.
+        of_all: True to check also other runs of the folder if it has scores that its runs share, such as those of
+            networks trained on random real images (`stages.evaluate.rows.result_location`). False to check only the
+            runs in `runs`.
     """
     now = {expert: digest for config in runs.configs for expert, digest in runs.origins(config).items()}
     if not now:

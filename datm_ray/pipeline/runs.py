@@ -151,9 +151,9 @@ class Runs:
         return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 
     def stored_transform(self, dataset: DatasetConfig) -> Location | None:
-        """File of the data set's transform: from the runs' experts, or else from any run of the output folder.
+        """File of the data set's transform; `None` if there is no transform yet.
 
-        `None` if there is no transform yet.
+        The file beside the runs' experts in the store is preferred to the one in the output folder.
         """
         groups = (self.experts(each) for each in self.networks() if each.dataset == dataset)
         found = next((group.transform_file for group in groups if group.has_transform()), None)

@@ -109,7 +109,9 @@ def scoring_tasks(runs: Runs) -> list[Task]:
 
 
 def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
-    """One configuration for each group of experts, with the largest `count` and `keep_epochs` of runs that share it.
+    """One configuration for each group of experts. Several runs may share a group.
+
+    The configuration has the largest `count` and `keep_epochs` of these runs.
 
     Args:
         networks: networks with experts, as runs with one network each; `None` for all but scoring networks.

@@ -85,7 +85,13 @@ class Machine:
         return cls(device, workers, cores, seconds, COMPILING, BANDWIDTH[device], basis="as given" if speed else "")
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
-        """Seconds of `sums` sums over `members` workers, `size` bytes in all; 0 for one worker."""
+        """Seconds of `sums` sums over `members` workers; 0 for one worker.
+
+        Args:
+            size: bytes of all summed tensors together.
+            sums: number of sums.
+            members: number of workers that take part in a sum.
+        """
         if members == 1:
             return 0.0
         rounds = sums * math.ceil(math.log2(members))

@@ -215,7 +215,10 @@ def _recipe(run: RunSummary) -> str:
 
 
 def provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs (name, value) of a set's provenance in words, without the values that were found for its recipe."""
+    """Pairs (name, value) of a set's provenance in words.
+
+    Values that the run found for settings that are null in the recipe are left out.
+    """
     return [
         (key.replace("student_steps", "computed").replace("_", " "), _in_words(value))
         for key, value in provenance.items()

@@ -37,7 +37,7 @@ from datm_ray.words import data_size
 
 @dataclass(frozen=True)
 class SetBytes:
-    """Bytes of a set as networks are trained on it, without transform, names and provenance."""
+    """Bytes of the images and labels that networks are trained on. Transform, names and provenance are not counted."""
 
     images: int
     """Bytes of the images in the type in which the set's file has them, 32-bit floats."""
@@ -393,7 +393,7 @@ SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
 
 
 def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
-    """Rows of these runs' accuracy table -> titles. The row for all real data is left out if every run skips it."""
+    """Key of each row of these runs' accuracy table -> title. Rows that every run skips are left out."""
     return {
         row: title
         for row, title in TABLE_ROWS.items()
@@ -443,7 +443,10 @@ def fair_table(summaries: Sequence[RunSummary]) -> str:
 
 
 def column_name(summary: RunSummary) -> str:
-    """Heading of a run's column: its name, then in brackets AdamW and the kind of labels, if not the defaults."""
+    """Heading of a run's column: the run's name, then in brackets what differs from the defaults.
+
+    That is "AdamW" if scored networks are trained with this optimiser, and the kind of labels if not the set's own.
+    """
     settings = summary.config.evaluate
     labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
     special = ["AdamW"] * (settings.optimiser == "adamw") + labels

@@ -67,7 +67,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
 
 
 def fix_workspace() -> bool:
-    """Fix the workspace of cuBLAS by an environment variable, which keeps its choice of kernels fixed.
+    """Fix the workspace of cuBLAS by an environment variable, so that cuBLAS always chooses the same kernels.
 
     A workspace that the user has chosen stays. Call this function before anything uses the GPU. Returns False if it is
     too late: torch reads the variable at its first product on a GPU, and CUDA runs in this process already.

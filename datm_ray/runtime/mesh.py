@@ -56,7 +56,7 @@ class Mesh:
     """Position of this worker in a grid of workers, and collective operations with the other workers.
 
     Workers of a row compute the same networks, workers of a column the same shard of the classes. The methods of this
-    base class are those of a worker without others: sums are the tensors themselves, and nothing is waited for.
+    base class are for a worker that is alone: a sum is the tensor itself, and no method waits.
 
     All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
     with may get the argument itself as the result.

@@ -105,9 +105,10 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
 
 
 def close_unless_interrupted(close: Callable[[], object]) -> None:
-    """Close something that takes seconds, such as Ray, in a thread of its own. SIGINT or SIGTERM ends the wait for it.
+    """Call `close` in a thread of its own and wait for its end. SIGINT or SIGTERM ends the wait.
 
-    The thread continues after a signal, unless the process ends. `wait_for_close` then waits for it.
+    This suits calls that take seconds, such as closing Ray. After a signal the thread continues, unless the process
+    ends. `wait_for_close` waits for the thread.
 
     Raises:
         Interrupted: a signal came. `is_at_once` is True, and `exit_code` is 128 + its number, as in a shell.

@@ -130,10 +130,10 @@ class Draft:
         return found
 
     def layout(self, values: dict[str, Any]) -> tuple[int, int]:
-        """Number of workers on this machine, and number of shards whose iterations take the least time.
+        """Number of workers on this machine, and the number of shards with which an iteration takes the least time.
 
-        The number of shards is 1, or the number of workers, but at most one shard for each class. A number of shards
-        whose workers lack memory is left out.
+        A shard is the classes of one worker. Two numbers of shards are compared: 1, and the number of workers, but not
+        more than there are classes. A number is left out if workers lack memory for its shards.
 
         Args:
             values: values of the recipe, which replace chosen values of equal keys.
@@ -353,7 +353,10 @@ def data(draft: Draft) -> Choices:
 
 
 def saved(iterations: int) -> dict[str, int]:
-    """Intervals at which a distillation has at most `VALIDATIONS` validations and `CHECKPOINTS` checkpoints."""
+    """Values for the numbers of iterations between two validations, and between two checkpoints.
+
+    With these, a distillation has at most `VALIDATIONS` validations and `CHECKPOINTS` checkpoints.
+    """
     return {
         "distill.validate_every": -(-iterations // VALIDATIONS),
         "distill.checkpoint_every": -(-iterations // CHECKPOINTS),

@@ -174,7 +174,7 @@ def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) ->
 def _numbers(
     draft: Draft, values: dict[str, Any], workers: int, stack: int, most: int = MOST_EXPERTS
 ) -> dict[str, int]:
-    """Numbers of experts and iterations that fill the time. If it is short, experts are cut before iterations.
+    """Numbers of experts and iterations that fill the time. If the time is short, experts are cut before iterations.
 
     Args:
         workers: number of the machine's workers. A round of experts has one expert per worker.

@@ -268,7 +268,7 @@ class Nodes:
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect, and how many of them the largest node holds; at least 1 each.
 
-        They are `cluster.workers`, else all that fit the running nodes.
+        The number to expect is `cluster.workers`, else the number of workers that the running nodes can hold.
         """
         workers = self._cluster.workers or max(1, self.capacity())
         return workers, min(workers, max([1, *self.fits().values()]))

@@ -351,9 +351,9 @@ class _Stage:
     def _groups_are_due(self) -> bool:
         """True while no task of one worker may start, so that a waiting group gets the resources that become free.
 
-        This concerns groups that the nodes can hold beside running groups. It lasts for at most `LONGEST_DRAIN`
-        seconds, or `SHORT_WAIT` seconds while other commands hold the resources. Then tasks of one worker start again,
-        until no group is due any more.
+        Only groups that the nodes can hold beside running groups are due. Tasks of one worker wait for a due group for
+        at most `LONGEST_DRAIN` seconds, or until the group has waited for `SHORT_WAIT` seconds because other commands
+        hold the resources. Then these tasks start again, until no group is due any more.
         """
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.group and job.group.is_placed for job in waiting):
@@ -643,7 +643,7 @@ class _Stage:
         return is_known and self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
-        """Return the nodes that failed the task, if known. Counts the loss for each node, and stops its free actors.
+        """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.
 
         The death of a node itself is not counted. If no stream ended with the error, the ranks that have not ended are
         the ones that hang. A rank that lost its peers is not the cause.
@@ -728,7 +728,7 @@ class _Stage:
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
 
-        Before that, tasks may use the nodes again that failed them, because no other node becomes free.
+        Before the error, tasks may use nodes again that failed them, because no other node becomes free.
         """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:

@@ -68,7 +68,7 @@ class Worker:
     def stop(self) -> bool:
         """Ask the worker to save its work and to stop.
 
-        Returns False if it has no work that can be saved, or was already asked.
+        Returns False if the worker has no work that can be saved, or was already asked.
         """
         return stopping.ask()
 
