@@ -277,7 +277,8 @@ class Recovery(Descent):
             bounds: values of black and white pixels, [c 1 1] each.
 
         Raises:
-            DivergenceError: `MOST_DIVERGED` iterations in a row were skipped, or a multiple of this number.
+            DivergenceError: the number of iterations skipped in a row reached `MOST_DIVERGED` or a multiple of it, so
+                that a resumed run tries as many again.
         """
         first, last = self._round(options)
         falls = (first, last) if options.restarts == "all" else (0, self.settings.iterations)

@@ -390,9 +390,9 @@ class Descent(State[LossRecord]):
         all_sum: AllSum = identity,
         sum_over_backbones: AllSum = identity,
     ) -> LossRecord:
-        """Run one iteration: add MetaDD's gradient, update the images, append to the history.
+        """Run one iteration: add MetaDD's gradient, update the images, append to the history. Returns the new record.
 
-        The update is skipped in all shards and backbones, or in none.
+        If the loss, a gradient or an updated value is not finite, the update is skipped in all shards and backbones.
 
         Args:
             gradient: function that computes this process's part of the loss [], then its part of the gradient [n c h w]
@@ -402,7 +402,8 @@ class Descent(State[LossRecord]):
             sum_over_backbones: sum over the processes that hold the same images and work on other networks.
 
         Raises:
-            DivergenceError: `MOST_DIVERGED` iterations in a row were skipped, or a multiple of this number.
+            DivergenceError: the number of iterations skipped in a row reached `MOST_DIVERGED` or a multiple of it, so
+                that a resumed run tries as many again.
         """
         # MetaDD comes first: processes that hold only MetaDD networks finish it while the others compute the loss.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)

@@ -121,7 +121,9 @@ def require_names(runs: Runs) -> None:
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` if scored networks cannot be trained as the section `evaluate` says.
 
-    `row_schedule` refuses a warm-up that lasts for all epochs. `teacher_of` refuses a run that trains no teacher.
+    The error comes from `row_schedule` for a warm-up that lasts for all epochs, from `teacher_of` if labels are a
+    teacher's and the run trains no network that could be one, or from here if more epochs are to be labelled than are
+    trained.
     """
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.has_teacher:

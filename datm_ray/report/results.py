@@ -116,7 +116,7 @@ class RunSummary:
 
     @property
     def dataset_name(self) -> str:
-        """Name of the data set from the caller, else from the synthetic set's file, else its source."""
+        """Name of the data set: the caller's, else the one in the synthetic set's file, else `dataset.source`."""
         named = self.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
         return str(named or self.config.dataset.source)
 
@@ -246,7 +246,7 @@ def _artifact(place: Location) -> Artifact | None:
 def _own_labels(artifact: Artifact) -> int:
     """Bytes that the labels of a set take.
 
-    Only class numbers are counted if the soft labels are those that the class numbers give; else only the soft labels.
+    If the soft labels only repeat the class numbers (see `hard_logits`), class numbers are counted; else soft labels.
     """
     hard = hard_logits(artifact.labels, len(artifact.class_names))
     return artifact.labels.nbytes if torch.equal(artifact.soft_labels, hard) else artifact.soft_labels.nbytes

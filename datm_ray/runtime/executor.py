@@ -77,7 +77,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Failed:
-    """Event: a task failed and is not retried. The stage raises the error after `others` other tasks have ended."""
+    """Event: a task failed and is not retried. The stage raises the task's error once its other tasks have ended."""
 
     reason: str
     others: int

@@ -342,7 +342,7 @@ class Distillation:
         return state
 
     def _write_result(self, state: State[Any]) -> None:
-        """Write the final set, its cost and its maps.
+        """Write the final set, its cost, and with MetaDD its class activation maps.
 
         The final set is the one chosen on validation data or, without validation, that of the last iteration.
         """

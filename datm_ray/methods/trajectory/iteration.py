@@ -265,10 +265,13 @@ class Distillation(State[IterationRecord]):
         ]
 
     def _skips(self, outcome: Tensor) -> Tensor:
-        """Mask [a] of the backbones that update nothing.
+        """Mask [a]: True for each backbone to skip.
+
+        A backbone is skipped if its loss exceeds `distill.threshold`, if it diverged, or MetaDD's loss or gradient is
+        not finite.
 
         Args:
-            outcome: [4 a] four numbers for each of the a backbones: loss, the first-order decrease (see `_shorten`), a
+            outcome: [4 a] four numbers for each of the a backbones: loss, the first-order decrease (not read here), a
                 number that is not 0 if the backbone diverged, and a number that is not 0 if MetaDD's loss or gradient
                 is not finite.
         """

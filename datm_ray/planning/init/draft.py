@@ -288,8 +288,11 @@ class Draft:
     def widest(self, of_width: Callable[[Draft, int], tuple[dict[str, Any], bool]]) -> dict[str, Any]:
         """Values for the largest width of the network for which time and memory are enough.
 
+        If the time is enough for no width, the values are those for the smallest.
+
         Args:
-            of_width: returns the values for a width, and True if the time is enough.
+            of_width: returns the values for a width, and True if the time is enough. Raises a `ConfigError` if memory
+                is not.
 
         Raises:
             ConfigError: memory is not enough for any width.

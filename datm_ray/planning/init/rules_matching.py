@@ -174,11 +174,14 @@ def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) ->
 def _numbers(
     draft: Draft, values: dict[str, Any], workers: int, stack: int, most: int = MOST_EXPERTS
 ) -> dict[str, int]:
-    """Numbers of experts and iterations that fill the time. If the time is short, experts are cut before iterations.
+    """Setting -> number, for `experts.count` and `distill.iterations`, so that the run fills the planned time.
+
+    If the time is short, experts are cut before iterations. Least numbers hold even if the time is then too short.
 
     Args:
-        workers: number of the machine's workers. A round of experts has one expert per worker.
-        stack: number of experts that a worker trains at a time.
+        values: the other settings, chosen before.
+        workers: number of the machine's workers. Experts are added and cut in rounds of one per worker.
+        stack: number of experts that each worker trains together, on which the time of an expert depends.
         most: largest number of experts.
     """
     one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))

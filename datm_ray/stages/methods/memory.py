@@ -226,10 +226,11 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
 def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
     """Number of images in a micro-batch, at least 1, so that all micro-batches of a step are nearly equal.
 
-    If the images must not be divided, the number is that of all images of the step, whatever memory allows.
+    If the images must not be divided, it is the number of all images of the step, even above `most`. On CPUs it is also
+    limited so that maps fit the cache.
 
     Args:
-        most: upper limit by memory. On CPUs the cache may lower it.
+        most: largest number of images that memory allows.
         largest: bytes of one image's largest map.
     """
     if not demand.is_divisible:

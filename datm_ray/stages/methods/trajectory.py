@@ -78,7 +78,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` if a network cannot be matched, or experts lack an epoch that can be matched."""
+        """Raise a `ConfigError` as the base class does, or if an epoch that may be drawn is not stored."""
         super().check(config)
         config.require_matched_epochs()
 

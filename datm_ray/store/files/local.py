@@ -99,10 +99,10 @@ class LocalDraft:
 
 
 def _open_in(folder: str, path: str, flags: int) -> int:
-    """Descriptor of a file in a folder, or of the folder itself; missing folders are made.
+    """Open `path`, a file in `folder` or `folder` itself, and return its descriptor. Missing folders are made.
 
-    Another command that ends may remove the folder before the file is in it, because commands remove the empty folders
-    that they made. Making the folder and opening the file are then repeated.
+    A command that ends removes the empty folders that it made. If another command removes this folder before `path` is
+    opened, the folder is made again, and opening is repeated.
     """
     for _ in range(_ATTEMPTS - 1):
         with suppress(FileNotFoundError, FileExistsError):  # `os.makedirs` raises both if a folder goes away
