@@ -112,6 +112,15 @@ def _hides_no_values_of_other_tests() -> Iterator[None]:
     logs._hidden.clear()
 
 
+@pytest.fixture(autouse=True)
+def _restores_the_choice_of_algorithms() -> Iterator[None]:
+    """What a test's worker sets for its whole process, such as cuDNN's timing, does not last beyond the test."""
+    from datm_ray.runtime.devices import restoring_determinism
+
+    with restoring_determinism():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Use one thread, because small networks run many times slower on several threads of a busy machine."""

@@ -19,7 +19,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning import plan as planning
-from datm_ray.runtime.devices import prepare_device, restoring_determinism
+from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.executor import Event, Finished, SerialExecutor, Task
 from tests.conftest import tiny_config
 
@@ -45,11 +45,9 @@ REFUSED = {
 
 
 @pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    with restoring_determinism():
-        yield
 
 
 class Recorder(TorchDispatchMode):

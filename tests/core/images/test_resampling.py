@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,16 +11,9 @@ from torch.nn.functional import affine_grid
 from datm_ray.core.images.augment import Augmentation, augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.resampling import _grid
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.runtime.devices import restoring_determinism
 
 OPERATIONS = parse_strategy("color_crop_cutout_flip_scale_rotate_resized_resized+flip_crop+resized+color_scale+rotate")
 ENDS = np.array([0.0, 1 - 2**-24], np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    with restoring_determinism():
-        yield
 
 
 def augmented(operation: str, dtype: torch.dtype, size: tuple[int, int], *, in_order: bool) -> tuple[Tensor, Tensor]:
