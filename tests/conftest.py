@@ -353,15 +353,7 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         S3.clear_instance_cache()
 
-    for name in (
-        "AWS_PROFILE",
-        "AWS_SESSION_TOKEN",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_MAX_ATTEMPTS",
-        "AWS_CA_BUNDLE",
-        "HTTP_PROXY",
-        "http_proxy",
-    ):
+    for name in (*AWS_SETTINGS, "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing",

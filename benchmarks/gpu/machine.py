@@ -72,8 +72,8 @@ class Machine:
 
     @contextmanager
     def as_in_a_run(self) -> Iterator[None]:
-        """Round the products of experts and of scored networks as a run does, and choose cuDNN's algorithms so."""
-        with tf32_products(self.precision == "tf32", self.place), timed_algorithms(True):
+        """Round the products of experts and of scored networks as a run does."""
+        with tf32_products(self.precision == "tf32", self.place):
             yield
 
 

@@ -42,36 +42,48 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
     """
     tasks = []
     for config, open_stacks in expert_stacks(runs, workers, networks):
-        group = runs.experts(config)
+        group, shape = runs.experts(config), runs.shape(config)
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-            tasks.append(
-                Task(
-                    f"{name} of {group.key}",
-                    (config, runs.store_uri, stack),
-                    run=config.name,
-                    stage="experts",
-                    weight=weight(work.experts(config, runs.shape(config), len(stack))),
-                    memory=experts_memory(config, runs.shape(config), len(stack)),
-                    is_light=True,
-                )
-            )
+            needs = work.experts(config, shape, len(stack)), experts_memory(config, shape, len(stack))
+            tasks.append(_light_task(runs, f"{name} of {group.key}", config, *needs, stack))
     return tasks
+
+
+def _light_task(
+    runs: Runs, name: str, config: RunConfig, needed: work.Work, memory: int, *more: Any, method: str = ""
+) -> Task:
+    """Make a task of the stage "experts", which a worker with the resources `cluster.light` runs.
+
+    Args:
+        needed: work of the task.
+        memory: bytes of main memory that its worker reserves.
+        more: arguments of the worker's method after the configuration and the store.
+        method: name of the worker's method; "" for the stage's own.
+    """
+    return Task(
+        name,
+        (config, runs.store_uri, *more),
+        run=config.name,
+        stage="experts",
+        weight=weight(needed),
+        method=method,
+        memory=memory,
+        is_light=True,
+    )
 
 
 def prior_tasks(runs: Runs) -> list[Task]:
     """One task for every trained prior that any of the runs needs and the store does not hold."""
     return [
-        Task(
+        _light_task(
+            runs,
             f"prior of {config.name}",
-            (config, runs.store_uri),
-            run=config.name,
-            stage="experts",
-            weight=weight(work.prior(config, runs.shape(config))),
+            config,
+            work.prior(config, runs.shape(config)),
+            prior_memory(config, runs.shape(config)),
             method="train_prior",
-            memory=prior_memory(config, runs.shape(config)),
-            is_light=True,
         )
         for config in runs.missing_priors()
     ]
@@ -95,14 +107,12 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
 def scoring_tasks(runs: Runs) -> list[Task]:
     """Make one task for each run in `scoring_runs`. The task scores images with the run's networks, once trained."""
     return [
-        Task(
+        _light_task(
+            runs,
             f"difficulty of images by {config.experts.count} of {runs.experts(config).key}",
-            (config, runs.store_uri),
-            run=config.name,
-            stage="experts",
-            weight=weight(work.order(config, runs.shape(config))),
-            memory=experts_memory(config, runs.shape(config), 1),
-            is_light=True,
+            config,
+            work.order(config, runs.shape(config)),
+            experts_memory(config, runs.shape(config), 1),
         )
         for config in scoring_runs(runs)
     ]

@@ -119,7 +119,8 @@ class Proposal:
         demands = [self.plans[number].demand for number in roles[0].backbones]
         sums = sum(machine.sum_seconds(each.summed, each.sums, shards) for each in demands)
         computing = max(self.seconds(each) for each in work.iterations(self.config, self.shape))
-        return computing, sums + machine.sum_seconds(self._held * self.shape.row, 4, len(roles))
+        held = work.held_images(self.plans[0].demand, self.config, self.shape)
+        return computing, sums + machine.sum_seconds(held * self.shape.row, 4, len(roles))
 
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:
@@ -146,11 +147,6 @@ class Proposal:
     def _pieces(self) -> int:
         """Pieces in which workers make the set, one each; 0 if workers make it together."""
         return len(method_of(self.config).pieces(self.config, self.shape.classes))
-
-    @functools.cached_property
-    def _held(self) -> int:
-        """Number of the set's images in the largest shard (classes of one worker)."""
-        return self.plans[0].demand.held or self.shape.synthetic(self.config, self.config.cluster.shards)
 
     @property
     def _trained(self) -> int:

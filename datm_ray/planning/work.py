@@ -24,6 +24,7 @@ from datm_ray.core.training.loop import (
 from datm_ray.planning.machines import FORWARD_PASSES
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_stack, seeds_of_tasks, training_of
+from datm_ray.stages.methods.base import Demand
 from datm_ray.stages.methods.registry import method_of, teacher_of
 
 
@@ -68,6 +69,11 @@ def prior(run: RunConfig, shape: DataShape) -> Work:
     return [WorkPart("training", run, 2 * flop * run.prior.epochs * shape.trained(run.dataset))]
 
 
+def held_images(demand: Demand, run: RunConfig, shape: DataShape) -> int:
+    """Number of images of the set that the largest shard holds."""
+    return demand.held or shape.synthetic(run, run.cluster.shards)
+
+
 def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
     """Work of one iteration, one entry for each role (the networks that one worker computes).
 
@@ -75,7 +81,7 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
     """
     networks, method, shards = run.each_backbone(), method_of(run), run.cluster.shards
     demands = [method.demand(run, shape.classes, shards, network_cost(each, shape)) for each in networks]
-    held = demands[0].held or shape.synthetic(run, shards)
+    held = held_images(demands[0], run, shape)
     seen = [networks[0], *run.each_auxiliary()]
     decoding = 0 if run.prior is None else prior_cost(run.prior, shape.image)[0].flop
 

@@ -41,9 +41,9 @@ def differing(values: Sequence[Any], key: str = "") -> Iterator[tuple[str, list[
         for name in dict.fromkeys(name for each in values for name in each):
             yield from differing([each.get(name, MISSING) for each in values], f"{key}.{name}".lstrip("."))
     elif any(each != values[0] for each in values):
-        sections = [each for each in values if isinstance(each, dict)]
-        alike = all(each == sections[0] for each in sections)
-        yield key, [_in_yaml(each) if each not in sections else "set" if alike else json.dumps(each) for each in values]
+        sections = {json.dumps(each) for each in values if isinstance(each, dict)}
+        section = json.dumps if len(sections) > 1 else lambda _: "set"
+        yield key, [section(each) if isinstance(each, dict) else _in_yaml(each) for each in values]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

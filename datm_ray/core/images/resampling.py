@@ -64,12 +64,11 @@ def _centres(side: int, like: Tensor, *, align_corners: bool) -> Tensor:
 
 
 def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
+    if len(images) > MOST_SAMPLED:
+        parts = zip(images.split(MOST_SAMPLED), grid.split(MOST_SAMPLED), strict=True)
+        return torch.cat([_read(*part, align_corners=align_corners) for part in parts])
     padding = "zeros" if align_corners else "border"
-    read = [
-        grid_sample(*each, mode="bilinear", padding_mode=padding, align_corners=align_corners)
-        for each in zip(images.split(MOST_SAMPLED), grid.split(MOST_SAMPLED), strict=True)
-    ]
-    return torch.cat(read) if len(read) > 1 else read[0]
+    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=align_corners)
 
 
 class _InOrder(torch.autograd.Function):
