@@ -373,7 +373,8 @@ def test_machines_can_be_chosen_without_changing_results() -> None:
     wrong = {
         "resources.x=-1": "cluster.resources.x is -1: input should be greater than or equal to 0",
         "resources.x=1.5": "cluster.resources.x is 1.5: above 1 it must be a whole number",
-        "gpus_per_worker=1.5": "cluster.gpus_per_worker is 1.5: above 1 it must be a whole number",
+        "gpus_per_worker=2": "cluster.gpus_per_worker is 2: a worker computes on one GPU; cluster.shards divides",
+        "light.gpus_per_worker=1.5": "cluster.light.gpus_per_worker is 1.5: a worker computes on one GPU",
         "resources={CPU: 1}": "cluster.resources.CPU is 'CPU': it is Ray's own; use threads_per_worker",
         "labels={-x: a}": "cluster.labels.-x is '-x': it must be a label's name",
         "labels.x=in()": "cluster.labels.x is 'in()': it must be a label's value, !value, in(a,b)",

@@ -753,7 +753,16 @@ def _resource(name: str) -> str:
     return name
 
 
+def _at_most_one_gpu(value: float) -> float:
+    if value > 1:
+        raise PydanticCustomError(
+            "gpus", "a worker computes on one GPU; cluster.shards divides a set over several workers"
+        )
+    return value
+
+
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_amount)]
+GpuShare = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_at_most_one_gpu)]
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 
 
@@ -785,8 +794,8 @@ class WorkerShape(Section):
 
     threads_per_worker: Count = 1
     """CPU threads per worker; the number affects rounding."""
-    gpus_per_worker: Amount | None = None
-    """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
+    gpus_per_worker: GpuShare | None = None
+    """GPUs per worker on Ray, at most 1; a fraction lets several share one. null: 1, or 0 if the cluster has none."""
     resources: dict[Annotated[str, AfterValidator(_resource)], Amount] = {}
     """Custom Ray resources per worker, such as {fast_disk: 1}."""
     labels: dict[LabelKey, LabelValue] = {}

@@ -275,7 +275,7 @@ def explaining_memory() -> Iterator[None]:
             f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
             "other processes use the GPU too, or the recipe needs more memory than predicted",
             "limit a distilling worker with --memory, lower cluster.experts_at_a_time, or raise "
-            "cluster.gpus_per_worker; then run the same command again: it resumes",
+            "cluster.gpus_per_worker if it is below 1; then run the same command again: it resumes",
         ) from None
 
 

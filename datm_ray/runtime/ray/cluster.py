@@ -352,6 +352,11 @@ def _wait_for_first_node(cluster: ClusterConfig) -> None:
         time.sleep(min(CHECK_INTERVAL, seconds))
 
 
+def _has_only_a_head() -> bool:
+    """True if the cluster's only node that runs is its head."""
+    return all("node:__internal_head__" in node["Resources"] for node in ray.nodes() if node["Alive"])
+
+
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
 
@@ -359,9 +364,15 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
         ClusterError: the precision or device needs a GPU and workers have none; this version of Ray has no labels; or
             no node has started in time to show if workers get a GPU.
     """
-    if cluster.device != "cpu" and cluster != cluster.given_gpus(0.0):
+    is_open = cluster.device != "cpu" and cluster != cluster.given_gpus(0.0)
+    if is_open:
         _wait_for_first_node(cluster)
     cluster = cluster.given_gpus(default_gpus(cluster))
+    if is_open and cluster.wait_for_nodes and not default_gpus(cluster) and _has_only_a_head():
+        _log.warning(
+            "workers get no GPU, because the head has none and no other node runs yet. If nodes that start on demand "
+            "have GPUs, stop this run and set cluster.gpus_per_worker=1"
+        )
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(
             "cluster.device is 'cuda', but no node of the cluster has a GPU",
@@ -433,5 +444,5 @@ def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
     per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
     fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]
     if per_worker:
-        fits.append(gpus * int(1 / per_worker + 1e-9) if per_worker < 1 else int(gpus // per_worker))
+        fits.append(gpus * int(1 / per_worker + 1e-9))
     return min(fits)

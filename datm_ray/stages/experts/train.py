@@ -83,7 +83,7 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
-    if uses_gpu(cluster):
+    if uses_gpu(cluster.shaped(light=True)):
         # If there would be fewer stacks than workers, stacks are made smaller, so that no worker is idle.
         return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
     network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
@@ -130,7 +130,8 @@ def divided(
         groups: number of networks whose experts are trained at the same time. Each gets an equal share of the workers.
     """
     share = 1 if config.cluster.experts_at_a_time else -(-workers // groups)
-    return stacks(missing, size, config.experts.count, share, 1 if uses_gpu(config.cluster) else 2)
+    least = 1 if uses_gpu(config.cluster.shaped(light=True)) else 2
+    return stacks(missing, size, config.experts.count, share, least)
 
 
 _log = logging.getLogger(__name__)

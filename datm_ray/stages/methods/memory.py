@@ -286,7 +286,7 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     # Other workers may have taken their parts of the GPU already, so a part of the free memory would be too little.
     part = cluster.gpus_per_worker or 1.0
     context = CONTEXT_BYTES if part < 1 else 0
-    share = min(part, 1.0) * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
+    share = part * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
     return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 
 
@@ -319,8 +319,8 @@ def chunk_by_trial(
     raise ConfigError(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",
         f"it may take {'all of it' if math.isinf(plan.budget) else data_size(plan.budget)}",
-        "raise cluster.gpus_per_worker or --memory, use more cluster.shards, or lower distill.student_steps or "
-        "network.width",
+        "raise --memory, or cluster.gpus_per_worker if it is below 1, use more cluster.shards, or lower "
+        "distill.student_steps or network.width",
     )
 
 

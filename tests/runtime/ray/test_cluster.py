@@ -171,6 +171,31 @@ def test_the_first_node_decides_if_workers_get_a_gpu(
     assert clock.sleep.call_count == 1
 
 
+@pytest.mark.parametrize(
+    ("others", "settings", "is_logged"),
+    [
+        ((), {"wait_for_nodes": 99.0}, True),
+        ((), {}, False),
+        ((), {"wait_for_nodes": 99.0, "gpus_per_worker": 0.0}, False),
+        ((), {"wait_for_nodes": 99.0, "device": "cpu"}, False),
+        (({"CPU": 4.0},), {"wait_for_nodes": 99.0}, False),
+        (({"CPU": 4.0, "GPU": 1.0},), {"wait_for_nodes": 99.0}, False),
+    ],
+)
+def test_a_head_that_takes_the_work_of_gpus_on_demand_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    others: tuple[dict[str, float], ...],
+    settings: dict[str, Any],
+    is_logged: bool,
+) -> None:
+    """A head with CPUs that runs alone takes all work; a warning says how to ask for GPUs that start on demand."""
+    head = node("head", {}, **{"CPU": 4.0, "node:__internal_head__": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [head, *(node("other", {}, **each) for each in others)])
+    with_gpus(ClusterConfig(**settings))
+    assert ("set cluster.gpus_per_worker=1" in caplog.text) == is_logged
+
+
 def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no node starts in time, one line says which key decides about GPUs; with that key there is no wait."""
     monkeypatch.setattr(ray, "nodes", list)

@@ -214,6 +214,16 @@ def test_stacks_on_gpus_leave_no_worker_idle(workers: int | None, stack: int) ->
     assert experts_at_a_time(config, (3, 32, 32), 10) == stack
 
 
+def test_stacks_follow_the_workers_that_train_experts() -> None:
+    """The resources of `cluster.light` decide if experts are stacked as on a GPU, not those of distillation."""
+    gpus, light = "cluster.gpus_per_worker=1", "cluster.light.gpus_per_worker=0"
+    sizes = [
+        experts_at_a_time(tiny_config("experts.count=100", "network.width=128", *settings), (3, 32, 32), 10)
+        for settings in ([gpus], [gpus, light], ["cluster.gpus_per_worker=0"])
+    ]
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
 def test_stacks_are_divided_where_workers_would_be_idle() -> None:
     """Workers beyond the stacks get a part each, as even as possible; as many stacks as workers stay as they are."""
     cases = [
