@@ -1,8 +1,9 @@
 """Log of a run, by the standard `logging` module: lines of `time level node worker  event key=value ...`, in UTC.
 
-All loggers of the package are below "datm_ray". `writing` adds a log file in each run's folder, and `show` sets what
-standard error shows. A worker in another process keeps its records in a `Collector` until the driver takes them.
-Passwords, keys and tokens are replaced by *** in every line. Tests: tests/monitor/test_logs.py.
+All loggers of the package are below "datm_ray". `writing` adds a log file in each run's folder (see `uploaded_log` for
+folders in object stores), and `show` sets what standard error shows. A worker in another process keeps its records in a
+`Collector` until the driver takes them. Passwords, keys and tokens are replaced by *** in every line. Tests:
+tests/monitor/test_logs.py.
 """
 
 from __future__ import annotations
@@ -94,10 +95,15 @@ def is_raw() -> bool:
 
 
 @contextmanager
-def writing(folders: Sequence[str]) -> Iterator[None]:
-    """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged."""
+def writing(folders: Sequence[str], uploaded: Sequence[logging.Handler] = ()) -> Iterator[None]:
+    """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged.
+
+    Args:
+        folders: local folders. Missing ones are made.
+        uploaded: further handlers, which are closed at the end, see `UploadedLog`.
+    """
     before = _ROOT.level
-    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # else warnings would not be shown
+    added = [*([] if _ROOT.hasHandlers() else [_terminal]), *uploaded]  # without a handler no warning would be shown
     for folder in folders:
         Path(folder).mkdir(parents=True, exist_ok=True)
         added.append(_File(Path(folder) / LOG))
@@ -150,7 +156,7 @@ class Collector(QueueHandler):
         return taken
 
 
-class _Line(logging.Formatter):
+class Line(logging.Formatter):
     """Format of a record: one line, and below it the traceback if there is one."""
 
     converter = staticmethod(time.gmtime)
@@ -170,7 +176,7 @@ class _Terminal(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(_Line())
+        self.setFormatter(Line())
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -193,7 +199,7 @@ class _File(RotatingFileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=LARGEST, backupCount=1, encoding="utf-8", delay=True, errors="backslashreplace")
-        self.setFormatter(_Line())
+        self.setFormatter(Line())
         self._has_failed = False
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.uploaded_log import UploadedLog
 from datm_ray.pipeline import checks, tasks
 from datm_ray.pipeline.folder import (
     LEASE,
@@ -309,11 +309,13 @@ class Pipeline:
                     executor.require_workers(config.name, min((config.workers_per_set, *fewer)))
                 checks.require_memory(self.runs, executor)
             self._log = open_logger(self.configs[0].cluster.log_to, self.out, self.configs, reporter.message)
-            folders = [path for config in self.configs if (path := self.runs.folder(config).local_path) is not None]
-            with writing(folders), noting_the_end(), by_signals(reporter.message):
+            folders = [self.runs.folder(config) for config in self.configs]
+            uploaded = [UploadedLog(folder) for folder in folders if folder.local_path is None]
+            local = [folder.local_path for folder in folders if folder.local_path is not None]
+            with writing(local, uploaded), noting_the_end(), by_signals(reporter.message):
                 _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
-                where = ", ".join(os.path.join(folder, LOG) for folder in folders)
-                log = where or f"none in {self.out.uri}, where no file can grow; -v shows it here"
+                where = ", ".join((folder / LOG).uri for folder in folders)
+                log = f"{where}, uploaded every minute; -v shows it here" if uploaded else where
                 for line in (
                     f"Running on {executor.description}",
                     *self.data_lines(),
