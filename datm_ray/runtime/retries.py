@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from datm_ray.runtime.executor import Event, Phase, Progress
+from datm_ray.store.files.patience import end_within
 
 LONGEST_DELAY = 60.0
 """Longest wait in seconds before another attempt at a task."""
@@ -106,20 +107,32 @@ class Patience:
         return min(self.longest, max(self.shortest, STEPS_OF_PATIENCE * self.slowest))
 
 
-def watched(events: Iterable[Event], patience: Patience) -> Iterator[Event]:
+def watched(events: Iterable[Event], patience: Patience, *, has_peers: bool = False) -> Iterator[Event]:
     """Pass on a worker's events. If the next event is overdue, dump the stacks of this process and end it.
 
     The dump goes to standard error, which on Ray is the worker's log. The timer works without running Python code, so
-    it also ends a process that is stuck in a system call or in a library.
+    it also ends a process that is stuck in a system call or in a library. Requests to storage end earlier, so that the
+    worker can report their error.
+
+    Args:
+        patience: time limit for each event. Its field `shortest` is the time for which peers wait.
+        has_peers: True if other workers wait for this one in sums.
     """
+    least = min(patience.shortest, patience.longest)
+
+    def set_deadline() -> None:
+        faulthandler.dump_traceback_later(patience.limit, exit=True, file=sys.__stderr__ or sys.stderr)
+        end_within(least if has_peers else patience.limit, least)
+
     last = monotonic()
     try:
-        faulthandler.dump_traceback_later(patience.limit, exit=True, file=sys.__stderr__ or sys.stderr)
+        set_deadline()
         for event in events:
             now = monotonic()
             patience.take(event, now - last)
             last = now
             yield event
-            faulthandler.dump_traceback_later(patience.limit, exit=True, file=sys.__stderr__ or sys.stderr)
+            set_deadline()
     finally:
         faulthandler.cancel_dump_traceback_later()
+        end_within()

@@ -76,7 +76,6 @@ from datm_ray.store.files.filesystem import (
     require_shared,
     seconds_to_look,
 )
-from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
 INITIAL = "initial.arrow"
@@ -144,9 +143,7 @@ class DistillWorker:
         yield Phase("preparing the networks")
         rows = len(config.roles) if worker_rank else 1
         columns = worker_rank.world_size // rows if worker_rank else 1
-        timeout = self._cluster.peer_timeout
-        waited_for = while_peers_wait(timeout if worker_rank else math.inf)
-        with open_mesh(worker_rank, rows, columns, self._device, timeout) as mesh, waited_for:
+        with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
             with closing((self.method or method_of(config))(part)) as method:
                 yield from Distillation(part, folder, method, account, validation).events()

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from datm_ray.runtime.executor import Note, Phase, Progress
-from datm_ray.runtime.retries import History, Patience
+from datm_ray.runtime.retries import History, Patience, watched
+from datm_ray.store.files import patience as storage
 
 
 def test_a_task_that_saves_nothing_new_is_given_up() -> None:
@@ -68,6 +69,20 @@ def test_a_phase_between_steps_may_take_as_long_as_the_first_step() -> None:
         assert patience.limit == limit
     patience.take(Progress(5, 9), 100.0)
     assert patience.limit == 2000.0
+
+
+def test_requests_to_storage_end_before_the_worker_counts_as_stuck() -> None:
+    """Requests end within the limit for the next event, and within the peers' time where peers wait."""
+
+    def found(*, has_peers: bool) -> list[float]:
+        steps = [Progress(done, 9) for done in range(1, 5)]
+        return [storage.patience() for _ in watched(steps, Patience(300.0, 3600.0), has_peers=has_peers)]
+
+    short = 300.0 * storage.SHARE
+    assert found(has_peers=True) == [short] * 4
+    # The event that shortens the limit is passed on before: the new limit is for the next one.
+    assert found(has_peers=False) == [storage.LONGEST] * 3 + [short]
+    assert storage.patience() == storage.LONGEST  # nobody waits for this process any more
 
 
 STUCK = """

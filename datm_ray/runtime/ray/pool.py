@@ -104,7 +104,7 @@ class Worker:
 
         try:
             with explaining_memory():
-                for event in watched(events(), patience):
+                for event in watched(events(), patience, has_peers=bool(address)):
                     yield from self._records()
                     yield event
         except stopping.Interrupted as end:

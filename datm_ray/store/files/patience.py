@@ -1,25 +1,36 @@
-"""Time for which this process repeats a failed request.
+"""Time limits of requests to storage, which end before a worker counts as lost.
 
-A worker on its own repeats a request for 300 seconds. A worker whose peers wait for it in a sum has only a third of
-`cluster.peer_timeout`: it then reports its own error before its peers report a lost worker.
+A worker counts as lost after a deadline: `cluster.peer_timeout` if peers wait for it, else the watchdog's limit (see
+`runtime.retries.Patience`). The worker must report the storage's error earlier, or the user reads of a lost worker
+instead. So `end_within` limits both parts of the time until this error, here for the default deadline of 300 seconds:
 
-The last attempt starts within this third. An attempt to write is at most three requests: who may write, the upload, and
-whose upload is stored. A silent server delays each request by 65 seconds (5 to connect, 60 for the answer). So with the
-default timeout of 300 seconds, the error comes after at most 100 + 3 x 65 = 295 seconds. With a silent server this is
-in time for timeouts of 293 seconds and more. A server that answers "busy" causes no such delay, so any timeout will do.
+- The last attempt starts within `SHARE` of the deadline: 100 seconds.
+- An attempt to write has at most `REQUESTS` requests: two for who may write, the upload, and whose upload is stored.
+  Each takes at most the time limits to connect and for the answer: 4 x (5 + 30) = 140 seconds.
+
+Together this is at most four fifths of the deadline, for deadlines of 60 seconds and more. The rest is for peers that
+started to wait earlier. A process without a deadline, such as a command, repeats a request for `LONGEST` seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 
 LONGEST = 300.0
 """Longest time for which a failed request is repeated, in seconds."""
-SHARE_OF_PEERS = 1 / 3
-"""Share of `cluster.peer_timeout` for which a failed request is repeated in a worker whose peers wait for it."""
+SHARE = 1 / 3
+"""Share of the deadline within which the last attempt starts."""
+REQUESTS = 4
+"""Largest number of requests in one attempt."""
+LONGEST_CONNECT, LONGEST_ANSWER = 5.0, 60.0
+"""Longest times in seconds to connect, and to wait for an answer. A gateway may be silent while it passes a large file
+on."""
+CONNECT_SHARE, ANSWER_SHARE = 1 / 60, 1 / 10
+"""Shares of the deadline to connect, and to wait for an answer."""
+SHORTEST_DEADLINE = 60.0
+"""Shortest deadline in seconds for which these shares are used. Shorter times would end requests to healthy servers."""
 
-_limit = LONGEST
+_deadline = _least = math.inf
 _rights_are_there = False
 
 
@@ -37,21 +48,28 @@ def rights_expected() -> bool:
     return _rights_are_there
 
 
-def patience() -> float:
-    """Seconds for which this process repeats a failed request, from its first attempt on."""
-    return _limit
-
-
-@contextmanager
-def while_peers_wait(timeout: float) -> Iterator[None]:
-    """Limit the time for repeating requests to a third of `timeout` while the block runs, in all threads.
+def end_within(deadline: float = math.inf, least: float | None = None) -> None:
+    """Limit the time of requests in all threads of this process, from now on.
 
     Args:
-        timeout: seconds after which the waiting workers count this one as lost.
+        deadline: seconds after which this worker counts as lost; infinite for a process that nobody waits for.
+        least: shortest deadline of the worker's task, which sets the time limit of a single request; `None` if it is
+            `deadline`. It should stay the same during a task, because each change costs a new connection.
     """
-    global _limit
-    before, _limit = _limit, min(_limit, timeout * SHARE_OF_PEERS)
-    try:
-        yield
-    finally:
-        _limit = before
+    global _deadline, _least
+    _deadline, _least = deadline, deadline if least is None else least
+
+
+def patience() -> float:
+    """Seconds for which this process repeats a failed request, from its first attempt on."""
+    return min(LONGEST, SHARE * _deadline)
+
+
+def connect_timeout() -> float:
+    """Seconds to wait for a connection to a server."""
+    return min(LONGEST_CONNECT, CONNECT_SHARE * max(_least, SHORTEST_DEADLINE))
+
+
+def answer_timeout() -> float:
+    """Seconds to wait for a server's answer to one request."""
+    return min(LONGEST_ANSWER, ANSWER_SHARE * max(_least, SHORTEST_DEADLINE))

@@ -44,7 +44,7 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from datm_ray.store.files.causes import code_of, lacks_certificates, reason, status_of
-from datm_ray.store.files.patience import patience, rights_expected
+from datm_ray.store.files.patience import answer_timeout, connect_timeout, patience, rights_expected
 from datm_ray.store.files.traffic import count_retry
 from datm_ray.words import duration
 
@@ -86,7 +86,6 @@ class S3(S3FileSystem):  # type: ignore[misc]
     """File system of s3fs that repeats failed requests itself, so that s3fs and botocore do not."""
 
     retries = 1  # attempts by s3fs itself
-    read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -94,9 +93,25 @@ class S3(S3FileSystem):  # type: ignore[misc]
         self._takes_conditions = True
         self._attempts: int | None = None
         self._ready: Any = None  # the client that was set up last
+        self._timeouts = (0.0, 0.0)  # connect_timeout and read_timeout of this client
+
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds to wait for a connection. s3fs reads this when it makes a client."""
+        return connect_timeout()
+
+    @property
+    def read_timeout(self) -> float:
+        """Seconds to wait for an answer. s3fs reads this when it makes a client."""
+        return answer_timeout()
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """Make the client if there is none, or if `refresh` is True. s3fs calls this before every request."""
+        """Make the client if there is none, if its time limits have changed, or if `refresh` is True.
+
+        s3fs calls this before every request.
+        """
+        timeouts = (self.connect_timeout, self.read_timeout)
+        refresh, self._timeouts = refresh or timeouts != self._timeouts, timeouts
         if self._s3 is None or refresh:
             settings = botocore.session.Session(**self.kwargs)
             self._attempts = settings.get_config_variable("max_attempts")

@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 from botocore.exceptions import CredentialRetrievalError, NoCredentialsError, SSLError
 
+from datm_ray.config import ClusterConfig
 from datm_ray.errors import OvertakenError, StoreError, TransientStoreError
+from datm_ray.store.claims import Claim
 from datm_ray.store.files import patience, s3
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.files.traffic import traffic
@@ -270,7 +273,7 @@ def test_the_missing_permission_is_named(file, s3_proxy):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scale minutes of waiting to tenths of seconds, in proportion."""
-    monkeypatch.setattr(patience, "_limit", patience.LONGEST / 100)
+    monkeypatch.setattr(patience, "LONGEST", patience.LONGEST / 100)
     for name in ("FIRST_PATIENCE", "FIRST_PAUSE", "LONGEST_PAUSE", "LINE_AFTER", "LINE_EVERY"):
         monkeypatch.setattr(s3, name, getattr(s3, name) / 100)
 
@@ -385,16 +388,54 @@ def raise_next(failures: list[Exception]) -> None:
         raise failures.pop()
 
 
-def test_a_worker_gives_a_server_up_before_its_peers_give_up_the_worker(file, s3_proxy, quick):
-    """A guarded upload to a busy server ends after a third of the peers' timeout; alone it waits longer."""
+@pytest.fixture
+def deadline() -> Iterator[Callable[[float], None]]:
+    """A function that sets the seconds after which this process counts as lost, until the test ends."""
+    yield patience.end_within
+    patience.end_within()
+
+
+@pytest.mark.parametrize("seconds", [60.0, 100.0, ClusterConfig().peer_timeout, 600.0, 86_400.0])
+def test_a_worker_gives_a_server_up_before_its_peers_give_up_the_worker(file, s3_proxy, deadline, seconds):
+    """The error of a silent server comes within four fifths of the time for which peers wait."""
+    deadline(seconds)
+    assert file.exists() is False  # makes a client
+    settings = file.fs._ready.meta.config
+    assert settings.connect_timeout + settings.read_timeout >= 7.0, "a healthy server may be slow"
+    silence = patience.REQUESTS * (settings.connect_timeout + settings.read_timeout)
+    assert patience.patience() + silence <= 0.8 * seconds + 1e-9
+
+
+@pytest.mark.parametrize("fault", [BUSY, LOST_REQUEST, LOST_ANSWER])
+@pytest.mark.parametrize("replace_", [True, False])
+def test_an_attempt_to_write_is_four_requests_at_most(file, s3_proxy, monkeypatch, fault, replace_):
+    """An upload that fails, with a claim as its guard, is as many requests as `patience` counts."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3.S3.clear_instance_cache()
+    claim = Claim(open_location(file.uri).parent / "claim")
+    claim.take()
+    del s3_proxy.exchanges[:]
+    s3_proxy.plan = always("PUT", fault)
+    place = replace(open_location(file.uri), guard=claim.require)
+    failed = pytest.raises(TransientStoreError) if fault != LOST_ANSWER else nullcontext()
+    with failed, place.create(replace=replace_) as draft:
+        draft.write(b"new")
+    # The HTTP client sends a request again at once, without a wait, if an idle connection was closed.
+    sent = {(each.method, each.path) for each in s3_proxy.exchanges}
+    assert len(sent) == patience.REQUESTS if replace_ or fault != BUSY else len(sent) <= patience.REQUESTS
+
+
+def test_a_worker_whose_peers_wait_repeats_requests_for_a_shorter_time(file, s3_proxy, quick, deadline):
+    """A guarded upload to a busy server ends within a share of the deadline, and waits longer without one."""
     file.write_text("content")
     s3_proxy.plan = lambda *_: BUSY
     place = replace(file, guard=lambda: file.exists() and None)
-    with patience.while_peers_wait(2.0):
-        assert patience.patience() == pytest.approx(2.0 / 3)
-        with pytest.raises(TransientStoreError, match="Cannot look for"):
-            place.write_text("new")
-    assert patience.patience() == patience.LONGEST / 100
+    deadline(2.0)
+    assert patience.patience() == pytest.approx(2.0 * patience.SHARE)
+    with pytest.raises(TransientStoreError, match="Cannot look for"):
+        place.write_text("new")
+    deadline(float("inf"))
+    assert patience.patience() == patience.LONGEST
 
 
 def test_an_upload_asks_its_guard_before_each_attempt(file, s3_proxy, quick):
@@ -412,9 +453,10 @@ def test_an_upload_asks_its_guard_before_each_attempt(file, s3_proxy, quick):
     assert file.read_bytes() == b"old"
 
 
-def test_only_what_may_pass_is_worth_another_attempt(file, s3_proxy, quick):
+def test_only_what_may_pass_is_worth_another_attempt(file, s3_proxy, quick, deadline):
     """An error says whether another attempt may help: a busy or silent server, not a denial, and that at once."""
     file.write_text("content")
+    deadline(3.0)
     for fault, kind in {
         BUSY: TransientStoreError,
         LOST_REQUEST: TransientStoreError,
@@ -424,7 +466,7 @@ def test_only_what_may_pass_is_worth_another_attempt(file, s3_proxy, quick):
         refusal(404, "NoSuchBucket"): StoreError,
     }.items():
         s3_proxy.plan, before = lambda *_, fault=fault: fault, traffic()
-        with patience.while_peers_wait(0.9), pytest.raises(StoreError) as caught:
+        with pytest.raises(StoreError) as caught:
             file.read_bytes()
         assert type(caught.value) is kind, fault
         assert bool((traffic() - before).retries) == (kind is TransientStoreError), fault
@@ -535,7 +577,7 @@ def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
 def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
     """A slow upload succeeds, for an answer's time limit starts after it; no second copy is in memory meanwhile."""
     monkeypatch.setattr(s3.S3, "read_timeout", 1)
-    monkeypatch.setattr(patience, "_limit", 1.0)
+    monkeypatch.setattr(patience, "LONGEST", 1.0)
     content = bytes(50 * 2**20)
 
     def take_slowly(server: socket.socket) -> None:  # silent until the end
