@@ -1,6 +1,6 @@
 """Scheduling on Ray with simulated work: start-up, tasks, events and ranks on one machine.
 
-python benchmarks/bench_scheduling.py [--quick] [--workers 64] [--tasks 1000]         (make bench-scheduling)
+python benchmarks/bench_scheduling.py [--quick] [--workers 64] [--tasks 1000] [--ranks 64]    (make bench-scheduling)
 
 The workers sleep, so that many of them fit on few cores: Ray is given one CPU for each worker, whatever the machine
 has. So the time of Ray and of the driver is measured. Start-up is the exception: all processes share the real cores.
@@ -28,6 +28,8 @@ from datm_ray.runtime.ray.executor import RayExecutor
 
 SECONDS = 2.0
 """Duration of a simulated task."""
+TIMEOUT = 1200.0
+"""Seconds for which ranks wait for each other. Many that import torch on few cores at once take minutes."""
 
 
 class Sleeper:
@@ -53,7 +55,7 @@ class Sleeper:
         from datm_ray.runtime.mesh import open_mesh
 
         size = worker_rank.world_size if worker_rank else 1
-        with open_mesh(worker_rank, 1, size, torch.device("cpu"), timeout=300.0) as mesh:
+        with open_mesh(worker_rank, 1, size, torch.device("cpu"), TIMEOUT) as mesh:
             for step in range(sums):
                 mesh.sum_over_all(torch.ones(1))
                 yield Progress(step + 1, sums)
@@ -119,7 +121,7 @@ def measure(workers: int, tasks: int, events: int, ranks: int) -> dict[str, floa
     """Measure everything once, on a new Ray cluster. Returns the name of each figure -> its value."""
     cpus = max(workers, ranks)
     ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    executor = RayExecutor(ClusterConfig(peer_timeout=600.0))
+    executor = RayExecutor(ClusterConfig(peer_timeout=TIMEOUT))
     try:
         found = of_tasks(executor, workers, tasks) | of_events(executor, workers, events)
         return found | (of_ranks(executor, ranks) if ranks > 1 else {})
