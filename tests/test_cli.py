@@ -862,7 +862,7 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
 
         def __init__(self, _address: str) -> None: ...
 
-        def follow(self, _number: str, show: Callable[[str], None], warn: object) -> None:
+        def follow(self, _id: str, show: Callable[[str], None], warn: object) -> None:
             for _ in range(3):
                 show("line\n")
             if self.failure:

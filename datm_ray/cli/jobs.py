@@ -50,7 +50,7 @@ Follow = Annotated[
         "--follow", "-f", help="Show the log until the job ends, and end with its exit code. Ctrl-C leaves it running."
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `job list` shows it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id (Ray's submission id), as `job list` shows it.")]
 
 
 @job_app.command("submit")
@@ -109,11 +109,11 @@ def job_submit(
     require_together(configs)
     environment = job_environment(requirements, env or (), runtime_env)
     jobs = Jobs(address)
-    number = jobs.submit(configs, out, store, environment, verbose)
-    next_ = "" if follow else f"\nNext: {jobs.command('logs', number)}"
-    print(f"Job {number}{next_}", flush=True)
+    submission_id = jobs.submit(configs, out, store, environment, verbose)
+    next_ = "" if follow else f"\nNext: {jobs.command('logs', submission_id)}"
+    print(f"Job {submission_id}{next_}", flush=True)
     if follow:
-        _follow(jobs, number)
+        _follow(jobs, submission_id)
 
 
 @job_app.command("list")
@@ -130,13 +130,13 @@ def job_list(address: Dashboard, json_: Json = False) -> None:
 
 
 @job_app.command("status")
-def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
+def job_status(submission_id: JobId, address: Dashboard, json_: Json = False) -> None:
     """Show a job's state and the last line of its log."""
     from datm_ray.runtime.ray.jobs import Jobs
 
     jobs = Jobs(address)
-    job = jobs.job(number)
-    lines = jobs.logs(number).split("\n")
+    job = jobs.job(submission_id)
+    lines = jobs.logs(submission_id).split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), None)
     if json_:
         print_json(dataclasses.asdict(job) | {"last": last})
@@ -150,7 +150,7 @@ def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
 
 @job_app.command("logs")
 def job_logs(
-    number: JobId,
+    submission_id: JobId,
     address: Dashboard,
     follow: Follow = False,
 ) -> None:
@@ -159,38 +159,38 @@ def job_logs(
 
     jobs = Jobs(address)
     if follow:
-        _follow(jobs, number)
+        _follow(jobs, submission_id)
     else:
-        print(jobs.logs(number), end="")
+        print(jobs.logs(submission_id), end="")
 
 
 @job_app.command("stop")
-def job_stop(number: JobId, address: Dashboard) -> None:
+def job_stop(submission_id: JobId, address: Dashboard) -> None:
     """Stop a job and keep what it has finished.
 
     `job submit` with the same arguments resumes the stopped run.
     """
     from datm_ray.runtime.ray.jobs import Jobs
 
-    print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
+    print(f"Job {submission_id} {'is being stopped' if Jobs(address).stop(submission_id) else 'had ended already'}")
 
 
-def _follow(jobs: Jobs, number: str) -> None:
+def _follow(jobs: Jobs, submission_id: str) -> None:
     """Show a job's log until the job ends, then end this process with the job's exit code.
 
     Ctrl-C ends this process, not the job.
     """
     try:
         job = jobs.follow(
-            number,
+            submission_id,
             show=lambda text: print(text, end="", flush=True),
             warn=lambda text: print(f"datm-ray: {text}", file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
-        follow, stop = jobs.command("logs", number), jobs.command("stop", number)
+        follow, stop = jobs.command("logs", submission_id), jobs.command("stop", submission_id)
         print(f"\nThe job keeps running. Follow it again with: {follow}\nStop it with: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
+    print(f"Job {submission_id} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":
         code = job.exit_code or 1
         raise typer.Exit(code if code > 0 else 128 - code)  # a shell's exit code for a signal

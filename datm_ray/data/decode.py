@@ -221,9 +221,9 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
 
     with _pillow_prepared():
         done = _in_parallel(len(part), decode_one, torch.get_num_threads())
-    if away := sorted({part.name(i) for i, each in enumerate(done) if each and each.is_away}):
+    if away := {part.name(i): each.reason for i, each in enumerate(done) if each and each.is_away}:
         raise TransientStoreError(
-            f"image {listed(away, 1)} cannot be read any more ({next(each.reason for each in done if each)})",
+            f"image {listed(sorted(away), 1)} cannot be read any more ({away[min(away)]})",
             "its disk is not mounted on this node, or files were moved",
             "give every node the same files at the same path, then run the same command again: it resumes",
         )

@@ -26,7 +26,7 @@ from datm_ray.runtime.executor import (
     Stopped,
     Task,
 )
-from datm_ray.words import counted, data_size, duration, one_line
+from datm_ray.words import counted, data_size, duration, listed, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -429,7 +429,9 @@ def _line(task: Task, event: Lost | Failed | Resized | Note | Stopped) -> str:
     if isinstance(event, Stopped):
         return f"{task.name}: saved {event.saved}"
     if isinstance(event, Failed):
-        return f"{task.name} failed: {event.reason} Finishing {counted(event.others, 'running task')}, then stopping."
+        kinds = (event.running, "running task"), (event.queued, "queued task")
+        left = listed(counted(number, noun) for number, noun in kinds if number)
+        return f"{task.name} failed: {event.reason} Finishing {left}, then stopping."
     if isinstance(event, Resized):
         why = " (the cluster can hold no more)" if event.size < event.wanted else ""
         return f"{task.name}: runs with {event.size} of {counted(event.wanted, 'worker')}{why}"

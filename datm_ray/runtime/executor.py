@@ -80,8 +80,10 @@ class Failed:
     """Event: a task failed and is not retried. The stage raises the task's error once its other tasks have ended."""
 
     reason: str
-    others: int
-    """Number of other tasks that still run, or will run, before the stage raises the error."""
+    running: int
+    """Number of other tasks that run, and are finished before the stage raises the error."""
+    queued: int = 0
+    """Number of other tasks that still start, and are finished too. After an error in the user's input none does."""
 
 
 @dataclass(frozen=True)

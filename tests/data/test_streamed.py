@@ -162,6 +162,25 @@ def test_a_file_that_is_away_is_another_attempt(
         raw.train.images[np.array([0, 0, 1])]
 
 
+def test_the_reason_is_that_of_the_file_that_is_named(tmp_path: Path, encode: Encode) -> None:
+    """A file that is away is named with its own reason, not with that of a damaged file that was read before it."""
+    files = {f"{name}/{i}.png": encode(i) for name in "ab" for i in range(10)}
+    raw = load_raw("folder", str(write_files(tmp_path, files)), resize=8, streamed=True)
+    assert isinstance(raw.train.images, StreamedPixels)
+    encoded = raw.train.images.files
+    damaged, gone, looped = (Path(encoded.name(i)) for i in range(3))
+    damaged.write_bytes(b"no image")
+    gone.unlink()
+    looped.unlink()
+    looped.symlink_to(looped)
+    named = rf"{gone.name} and 1 more cannot be read any more \(no such file or directory\)"
+    for rows in ([0, 1, 2], [2, 1, 0]):
+        with pytest.raises(TransientStoreError, match=named):
+            decode.decode_rows(encoded, np.array(rows), (3, 8, 8))
+    with pytest.raises(TransientStoreError, match=rf"{looped.name} cannot be read any more \(too many levels"):
+        decode.decode_rows(encoded, np.array([0, 2]), (3, 8, 8))
+
+
 def test_pixels_of_unknown_range_are_refused_when_they_are_read(
     tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -275,6 +275,16 @@ def test_losses_notes_and_ends_are_always_printed(lines, monkeypatch: pytest.Mon
     assert written[4].startswith("Distillation: done in")
 
 
+@pytest.mark.parametrize(
+    ("left", "named"),
+    [((1, 0), "1 running task"), ((0, 3), "3 queued tasks"), ((2, 1), "2 running tasks and 1 queued task")],
+)
+def test_only_running_tasks_are_called_running(left: tuple[int, int], named: str, lines) -> None:
+    """A line on a failed task names the running and the queued tasks that are finished, each by its number."""
+    written = lines(Progress(1, 2), Failed("It diverged.", *left))
+    assert f"digits-ipc1 failed: It diverged. Finishing {named}, then stopping." in written
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names in brackets are no markup, and signs that a terminal lacks stop no work."""

@@ -681,8 +681,9 @@ class _Stage:
         self._jobs.remove(job)
         for each in [each for each in self._jobs if self._failure and not each.workers]:
             self._release(each)
-        if others := len(self._take_tasks()):
-            yield job.task, Failed(str(failure), others)
+        if others := self._take_tasks():
+            running = sum(bool(each.workers) for each in others)
+            yield job.task, Failed(str(failure), running, len(others) - running)
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
         """Fetch logs, end stuck workers that have not ended themselves, and report tasks that wait for long."""

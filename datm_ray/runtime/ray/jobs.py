@@ -47,7 +47,7 @@ LAST_LINES_TIMEOUT = 30.0
 """Seconds to wait for the log of a job that has ended."""
 STOP_MARGIN = 15.0
 """Seconds that a stopped job gets in addition to the time for saving its work."""
-_NUMBER = re.compile(r"\w[\w.+-]*")
+_SUBMISSION_ID = re.compile(r"\w[\w.+-]*")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
@@ -60,6 +60,7 @@ class Job:
     """State of one job, as the cluster reports it."""
 
     id: str
+    """Submission id, by which Ray's own commands know the job too."""
     status: str
     """State of the job: pending, running, stopped, succeeded or failed."""
     recipes: str
@@ -93,10 +94,10 @@ class Jobs:
         self._shown = masked(address)
         self._client = Dashboard(address)
 
-    def command(self, name: str, number: str) -> str:
-        """Text of the shell command `datm-ray job NAME` for the job with id `number`; "logs" gets --follow."""
+    def command(self, name: str, submission_id: str) -> str:
+        """Text of the shell command `datm-ray job NAME` for the job `submission_id`; "logs" gets --follow."""
         follow = " --follow" if name == "logs" else ""
-        return f"datm-ray job {name} {number}{follow} --address {shlex.quote(self._shown)}"
+        return f"datm-ray job {name} {submission_id}{follow} --address {shlex.quote(self._shown)}"
 
     def submit(
         self,
@@ -106,7 +107,7 @@ class Jobs:
         environment: Mapping[str, Any] | None = None,
         verbosity: int = 0,
     ) -> str:
-        """Submit a job that runs the recipes to the end, and return its job id.
+        """Submit a job that runs the recipes to the end, and return its submission id.
 
         Submitting the same recipes again resumes an ended job, whatever the reason of its end.
 
@@ -132,17 +133,17 @@ class Jobs:
         command += ["--store", store] if store is not None else []
         command += ["--verbose"] * verbosity
         names = ", ".join(config.name for config in configs)
-        number = _new_number()
+        submission_id = _new_submission_id()
         with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder:
             for file, config in zip(files, configs, strict=True):
                 (Path(folder) / file).write_text(to_yaml(config), encoding="utf-8")
             self._submit(
                 entrypoint=shlex.join(command),
-                submission_id=number,
+                submission_id=submission_id,
                 runtime_env={**environment, "working_dir": folder},
                 metadata={MINE: names, "out": out},
             )
-        return number
+        return submission_id
 
     def _submit(self, submission_id: str, **job: Any) -> None:
         """Submit a job. Retries while a newly started cluster has no job agent yet."""
@@ -159,24 +160,24 @@ class Jobs:
                     raise
             time.sleep(1.0)
 
-    def _took(self, number: str, failure: ClusterError, end: float) -> bool:
-        """True if the cluster has the job `number` although submitting it failed, because only the answer was lost.
+    def _took(self, submission_id: str, failure: ClusterError, end: float) -> bool:
+        """True if the cluster has the job although submitting it failed, because only the answer was lost.
 
         Raises:
             JobUnreachableError: the cluster has not answered by the time `end`, so nothing is known.
         """
         while True:
             try:
-                self.job(number)
+                self.job(submission_id)
                 return True
             except JobNotFoundError:
                 return False
             except ClusterError as silence:
                 if time.monotonic() > end:
                     raise JobUnreachableError(
-                        f"{failure.fact}; whether job {number} was submitted is not known ({silence.fact})",
+                        f"{failure.fact}; whether job {submission_id} was submitted is not known ({silence.fact})",
                         failure.cause,
-                        f"find out with `{self.command('logs', number)}`",
+                        f"find out with `{self.command('logs', submission_id)}`",
                     ) from None
             time.sleep(1.0)
 
@@ -195,32 +196,32 @@ class Jobs:
             found = [job for job in self._client.list_jobs() if MINE in (job.metadata or {})]
         return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
 
-    def job(self, number: str) -> Job:
+    def job(self, submission_id: str) -> Job:
         """Fetch the state of one job.
 
         Args:
-            number: job id.
+            submission_id: submission id of the job, as `submit` returns it.
 
         Raises:
             JobNotFoundError: the cluster has no job with this id.
             ClusterError: the cluster refuses the request or does not answer.
         """
-        with self._answers(number):
-            return _job(self._client.get_job_info(number))
+        with self._answers(submission_id):
+            return _job(self._client.get_job_info(submission_id))
 
-    def logs(self, number: str) -> str:
-        """Fetch the whole log so far of the job with id `number`."""
-        with self._answers(number):
-            text: str = self._client.get_job_logs(number)
+    def logs(self, submission_id: str) -> str:
+        """Fetch the whole log so far of the job `submission_id`."""
+        with self._answers(submission_id):
+            text: str = self._client.get_job_logs(submission_id)
         return text
 
-    def follow(self, number: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
+    def follow(self, submission_id: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
         """Show a job's log as it grows, until the job has ended. Returns the ended job.
 
         After a lost connection the log continues where it was. Ctrl-C during the call does not stop the job.
 
         Args:
-            number: job id.
+            submission_id: submission id of the job, as `submit` returns it.
             show: called with every new part of the log.
             warn: called with a message once per loss of the connection, and once if the job has not started.
 
@@ -236,8 +237,8 @@ class Jobs:
         while True:
             start, job = time.monotonic(), None
             try:
-                job = self.job(number)  # before the log: if the job has ended, the log is then complete
-                log = self.logs(number)
+                job = self.job(submission_id)  # before the log: if the job has ended, the log is then complete
+                log = self.logs(submission_id)
             except JobNotFoundError as absent:
                 if not known:
                     raise
@@ -255,7 +256,7 @@ class Jobs:
                     raise JobUnreachableError(
                         f"{failure.fact}, for {duration(silent)} now",
                         "the job keeps running without this connection",
-                        f"follow it again with `{self.command('logs', number)}`",
+                        f"follow it again with `{self.command('logs', submission_id)}`",
                     ) from None
                 if not warned:
                     warn(f"{failure.fact}. Trying again for {duration(FOLLOW_TIMEOUT)}; the job keeps running.")
@@ -274,30 +275,30 @@ class Jobs:
                 pause, shown = max(pause, (answered - start) / FOLLOW_SHARE), max(shown, len(log))
             time.sleep(pause)
 
-    def stop(self, number: str) -> bool:
-        """Stop the job with id `number`. Returns False if the job had already ended. Its saved work stays."""
-        with self._answers(number):
-            stopped: bool = self._client.stop_job(number)
+    def stop(self, submission_id: str) -> bool:
+        """Stop the job `submission_id`. Returns False if the job had already ended. Its saved work stays."""
+        with self._answers(submission_id):
+            stopped: bool = self._client.stop_job(submission_id)
         return stopped
 
     @contextmanager
-    def _answers(self, number: str | None = None) -> Iterator[None]:
+    def _answers(self, submission_id: str | None = None) -> Iterator[None]:
         """Raise a `ClusterError` if the cluster refuses a request that is sent in the block.
 
         Args:
-            number: id of the job that the request is about; `None` if it is about no job. If the cluster has no such
+            submission_id: job that the request is about; `None` if it is about no job. If the cluster has no such
                 job, the error is a `JobNotFoundError`.
         """
         absent = JobNotFoundError(
-            f"there is no job {number!r} at {self._shown}",
+            f"there is no job {submission_id!r} at {self._shown}",
             remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` lists its jobs",
         )
-        if number is not None and not _NUMBER.fullmatch(number):  # other characters would change the address
-            raise absent
+        if submission_id is not None and not _SUBMISSION_ID.fullmatch(submission_id):
+            raise absent  # other characters would change the address
         try:
             yield
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as failure:  # the last three: a bad answer
-            if number is not None and _NOT_FOUND.search(str(failure)):
+            if submission_id is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(
                 f"the Ray cluster at {self._shown} refused the request ({_refusal(failure)})",
@@ -314,7 +315,7 @@ def _refusal(failure: Exception) -> str:
     return masked(first_line(lines[-1] if is_traceback else text) or type(failure).__name__)
 
 
-def _new_number() -> str:
+def _new_submission_id() -> str:
     return f"datm-ray-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
 
 

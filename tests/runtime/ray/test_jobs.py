@@ -75,23 +75,23 @@ def test_a_stopped_job_resumes_when_submitted_again(datm_ray: CommandLine, dashb
     arguments = ("job", "submit", "tiny.yaml", "--out", out, "--store", store, *address)
     code, printed, err = datm_ray(*arguments, "--detach", "-v")
     assert code == 0, err
-    number = re.findall(r"^Job (\S+)$", printed, re.MULTILINE)[0]
+    submission_id = re.findall(r"^Job (\S+)$", printed, re.MULTILINE)[0]
     code, _, err = datm_ray(*arguments)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"writes to {out} already" in err
-    assert f"datm-ray job logs {number} --follow --address {dashboard}" in err
+    assert f"datm-ray job logs {submission_id} --follow --address {dashboard}" in err
     jobs = Jobs(dashboard)
-    until(lambda: "stage started stage=Evaluation" in jobs.logs(number), every=1)
-    assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
-    assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
-    until(lambda: jobs.job(number).is_over, every=1)
-    code, printed, _ = datm_ray("job", "status", number, *address)
+    until(lambda: "stage started stage=Evaluation" in jobs.logs(submission_id), every=1)
+    assert re.search(f"{submission_id} +running", datm_ray("job", "list", *address)[1])
+    assert "is being stopped" in datm_ray("job", "stop", submission_id, *address)[1]
+    until(lambda: jobs.job(submission_id).is_over, every=1)
+    code, printed, _ = datm_ray("job", "status", submission_id, *address)
     assert "stopped" in printed
     assert out in printed
     place = open_location(out)
     assert not (place / "report.html").exists()
     assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
-    assert re.search(r"Z INFO \S+ Worker/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(number))
+    assert re.search(r"Z INFO \S+ Worker/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(submission_id))
     code, printed, err = datm_ray(*arguments)
     assert code == 0, printed + err
     assert "Experts: nothing to do" in printed
@@ -147,18 +147,18 @@ def jobs(there: dashboards.Dashboard) -> Jobs:
     return Jobs(there.address)
 
 
-def followed(jobs: Jobs, number: str = "here") -> tuple[Job, str, list[str]]:
+def followed(jobs: Jobs, submission_id: str = "here") -> tuple[Job, str, list[str]]:
     """A followed job at its end, its printed log, and the warnings."""
     shown, warned = [], []  # type: ignore[var-annotated]
-    return jobs.follow(number, shown.append, warned.append), "".join(shown), warned
+    return jobs.follow(submission_id, shown.append, warned.append), "".join(shown), warned
 
 
 @pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, followed])
 def test_a_missing_job_is_reported(jobs: Jobs, ask: Callable[[Jobs, str], object]) -> None:
     """A missing job is an error, also if its id would lead to another page of the dashboard."""
-    for number in ("gone", "", ".", "../version", "here?x", "a b"):
-        with pytest.raises(JobNotFoundError, match=re.escape(f"there is no job {number!r} at")):
-            ask(jobs, number)
+    for submission_id in ("gone", "", ".", "../version", "here?x", "a b"):
+        with pytest.raises(JobNotFoundError, match=re.escape(f"there is no job {submission_id!r} at")):
+            ask(jobs, submission_id)
 
 
 def test_a_job_is_requested_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
@@ -303,7 +303,7 @@ def test_a_submission_whose_answer_is_lost_counts(
     there.plan = plan
     with pytest.raises(ClusterError, match="504 Gateway Timeout"):
         jobs.submit([tiny_config()], str(tmp_path))
-    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_submission_id", lambda: "datm-ray-1")
     there.log = "datm-ray-1"
     assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
 
@@ -313,7 +313,7 @@ def test_a_submission_is_asked_for_until_the_cluster_answers(
 ) -> None:
     """After a lost answer the job is requested until a gateway answers; else the line names the job."""
     there.status = "SUCCEEDED"
-    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_submission_id", lambda: "datm-ray-1")
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.time.sleep", lambda _: None)
     away, left = 3, 0
 
@@ -340,7 +340,7 @@ def test_a_submission_is_followed_unless_detached(
     """Submitting follows the job to its end; Ctrl-C leaves it running and prints how to follow and stop it."""
     submit = ("job", "submit", "digits-ipc1", "-o", str(tmp_path / "runs"), "--address", there.address)
     there.status, there.exit_code = "FAILED", 3
-    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_submission_id", lambda: "datm-ray-1")
     code, out, err = datm_ray(*submit, "-v", "-v")
     assert (code, err) == (3, "")
     assert out == "Job datm-ray-1\nExperts: 2 tasks to run\nJob datm-ray-1 failed: Job is FAILED\n"

@@ -119,6 +119,15 @@ def test_an_error_of_the_input_is_final_on_the_first_node(monkeypatch: pytest.Mo
     assert run.stage._take_tasks() == []
 
 
+def test_a_task_that_is_given_up_counts_queued_tasks_apart_from_running_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After too many losses the stage still starts queued tasks, which its event does not call running."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("task", "other", "third", "fourth"), retries=0)
+    run.turn(turns=2)
+    (failed,) = run.lose("task")
+    assert isinstance(failed, Failed)
+    assert (failed.running, failed.queued) == (1, 2)
+
+
 def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its peers' errors, the node of the rank that has not ended is avoided, and theirs are not."""
     nodes = {"a": 1, "b": 1, "c": 1, "d": 1}
