@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench_matching import spread
 from facts import common_facts, head
 from published_matching import make_problem
+from tables import spread
 from torch import Tensor
 from turns import cpu_seconds, publish
 

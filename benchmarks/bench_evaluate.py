@@ -23,7 +23,7 @@ import torch
 import torch.compiler.config
 from facts import common_facts, head, result_path, save
 from program import RESULTS, positive, start
-from published_experts import evaluation_epochs, timed
+from published_experts import epoch_seconds, evaluation_epochs
 from tables import spread, table
 from torch import Tensor
 
@@ -94,13 +94,13 @@ def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[
     """Measure the methods of one shape. All are compared with the first, the published loop."""
     torch.set_num_threads(shape.threads)
     methods = methods_of(shape, device, together)
-    first = {name: timed(epochs, device) for name, (_, epochs) in methods.items()}
+    first = {name: epoch_seconds(epochs, device) for name, (_, epochs) in methods.items()}
     for _, epochs in methods.values():
-        timed(epochs, device, shape.turn)
+        epoch_seconds(epochs, device, shape.turn)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(turns):
         for name, (networks, epochs) in methods.items():
-            seconds[name].append(timed(epochs, device, shape.turn) / (shape.turn * networks))
+            seconds[name].append(epoch_seconds(epochs, device, shape.turn) / (shape.turn * networks))
     published = seconds["published loop"]
     return [
         {

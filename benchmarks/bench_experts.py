@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from facts import common_facts, head, result_path, save
-from published_experts import Epochs, loader_epochs, timed
+from published_experts import Epochs, epoch_seconds, loader_epochs
 from tables import spread
 from torch import Tensor
 
@@ -111,8 +111,8 @@ def rows_of(shape: Shape, device: str, stacks: list[int], repetitions: int) -> l
     """Measure the methods of one shape."""
     torch.set_num_threads(shape.threads)
     methods = methods_of(shape, device, stacks)
-    first = [timed(method.epochs, device) for method in methods]
-    turns = [[timed(method.epochs, device) / method.experts for method in methods] for _ in range(repetitions)]
+    first = [epoch_seconds(method.epochs, device) for method in methods]
+    turns = [[epoch_seconds(method.epochs, device) / method.experts for method in methods] for _ in range(repetitions)]
     return [
         {
             "shape": shape.name,

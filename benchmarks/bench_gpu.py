@@ -24,6 +24,7 @@ from typing import Any
 
 import gpu  # first: it finds the package beside this folder, which all that follow import
 import torch
+from cifar_part import FILES
 from facts import common_facts, head, result_path, save
 from gpu import constants, curve, exactness, experts, networks, steps, sums, workers
 from gpu.machine import Machine, timed_algorithms
@@ -75,7 +76,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs all of it in small")
-    parser.add_argument("--cifar", help=f"folder of {' and '.join(curve.FILES)}; digits without")
+    parser.add_argument("--cifar", help=f"folder of {' and '.join(FILES)}; digits without")
     parser.add_argument("--compile", action="store_true", help="on a CPU too, where it takes longer than all the rest")
     parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
     parser.add_argument("--only", help=f"sections, joined by commas: {', '.join(names)}")

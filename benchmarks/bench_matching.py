@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,9 @@ import torch
 import torch.distributed as dist
 from facts import common_facts, head, result_path, save, status
 from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
+from tables import spread
 from torch import Tensor
+from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, NetworkSpec
 from datm_ray.core.compute.precision import Precision
@@ -158,16 +159,6 @@ def matmul_rate(device: str, precision: Precision) -> float:
     seconds = [timed(lambda: a @ a, device)[0] for _ in range(6)][1:]
     torch.backends.cuda.matmul.allow_tf32 = False
     return 2 * side**3 / min(seconds)
-
-
-def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds and result of a call, with the device idle before and after."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    synchronise()
-    before = time.perf_counter()
-    result = call()
-    synchronise()
-    return time.perf_counter() - before, result
 
 
 def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
@@ -319,11 +310,6 @@ def table_line(row: dict[str, Any]) -> str:
         f"{rate / row['rate']:.0%}" if rate else "",
     ]
     return f"| {' | '.join([*name, *cells])} |"
-
-
-def spread(values: list[float]) -> str:
-    """Median (smallest to largest)."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else ""
 
 
 def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Method], bool]]:

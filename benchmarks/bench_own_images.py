@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cifar_part import FILES as CIFAR
 from facts import common_facts, going, head, result_path, save, write_whole
 from PIL import Image
 from program import options, settled, start
@@ -33,7 +34,6 @@ from datm_ray.stages.checkpoint import read_curves
 from datm_ray.store.files.filesystem import open_location
 
 TINY = ("tinyimagenet-100-per-class-train.parquet", "tinyimagenet-25-per-class-val.parquet")
-CIFAR = ("cifar10-train.parquet", "cifar10-test.parquet")
 
 Counts = dict[int, tuple[int, int]]
 """Label -> number of training and of test images."""

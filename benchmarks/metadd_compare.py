@@ -201,10 +201,10 @@ def by_architecture(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for name in chosen[0][0]["tuned"]:
         each = [flat(row[column], [name]) for row, column in chosen]
-        lines.append([name, *(f"{statistics.fmean(values):.1f} ± {spread(values)}" for values in each)])
+        lines.append([name, *(f"{statistics.fmean(values):.1f} ± {deviation(values)}" for values in each)])
     return table(["architecture", *(f"{row['variant']}, {column}" for row, column in chosen)], lines)
 
 
-def spread(values: Sequence[float]) -> str:
+def deviation(values: Sequence[float]) -> str:
     """Sample standard deviation."""
     return f"{statistics.stdev(values):.1f}" if len(values) > 1 else "?"

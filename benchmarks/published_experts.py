@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from turns import timed
 
 from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
@@ -71,14 +71,9 @@ def evaluation_epochs(network: nn.Module, images: Tensor, targets: Tensor, batch
         yield
 
 
-def timed(epochs: Iterator[object], device: str, count: int = 1) -> float:
+def epoch_seconds(epochs: Iterator[object], device: str, count: int = 1) -> float:
     """Measure the seconds of so many epochs."""
-    started = time.perf_counter()
-    for _ in range(count):
-        next(epochs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return timed(lambda: [next(epochs) for _ in range(count)], device)[0]
 
 
 def sgd_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:

@@ -16,8 +16,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median (smallest to largest)."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    """Median (smallest to largest); "" without values."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else ""
 
 
 def quartiles(values: Sequence[float], scale: float = 1.0) -> str:

@@ -1,19 +1,35 @@
-"""Calls that take turns, timed in CPU seconds, so that other work on the machine changes little."""
+"""Calls that are timed: one on any device, or several in turns in CPU seconds, which other work changes little."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
-from bench_matching import spread
+import torch
 from facts import result_path
+from tables import spread
 from torch import Tensor
 
 WAYS_HEADING = "| | seconds | speed | difference |\n" + "| --- " * 4 + "|"
 """Heading of the lines of `compared`."""
+
+
+def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds and result of a call; on a GPU between two events, with the device idle before and after."""
+    if device != "cuda":
+        began = perf_counter()
+        result = call()
+        return perf_counter() - began, result
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    result = call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000, result
 
 
 def cpu_seconds(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ process has also traced the networks of earlier tests.
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -51,3 +52,9 @@ def end_all() -> None:
     """End the processes that are kept."""
     while _KEPT:
         _KEPT.pop().shutdown()
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens to now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cifar_part import FILES
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from datm_ray.recipes import get_recipe
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section, Work, needed_packages
 
-FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
 EXPERTS_SHARE = 0.4
 """Share of the section's time that experts may take."""
 POINTS = 6

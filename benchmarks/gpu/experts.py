@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from published_experts import Data, Epochs, loader_epochs
+from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
@@ -16,7 +17,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import InParts
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
-from gpu.machine import Machine, freeing, timed, timed_algorithms
+from gpu.machine import Machine, freeing, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 
 IMAGES, EPOCHS = 50_000, 100

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from turns import timed
 
 from datm_ray.config import ClusterConfig
 from datm_ray.core.compute.precision import Precision, has_tf32, tf32_products
@@ -101,21 +101,6 @@ class Measured:
     def median(self) -> float:
         """Median seconds of a call."""
         return statistics.median(self.seconds)
-
-
-def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds and result of a call; on a GPU between two events, with the device idle before and after."""
-    if device != "cuda":
-        began = time.perf_counter()
-        result = call()
-        return time.perf_counter() - began, result
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    first.record()
-    result = call()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000, result
 
 
 def measured(call: Callable[[], Any], device: str, calls: int, *, warm: int = 1) -> Measured:

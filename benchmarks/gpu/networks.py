@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
@@ -15,7 +16,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import InParts
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.loop import PROTOCOLS, Training, predict_logits, train, train_together
-from gpu.machine import Machine, free_memory, freeing, measured, timed
+from gpu.machine import Machine, free_memory, freeing, measured
 from gpu.sections import Clock, Row, Section, Work
 
 TEST_IMAGES = 10_000

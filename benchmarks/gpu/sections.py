@@ -6,7 +6,6 @@ A section lists its works before the first begins. So a page names those that th
 from __future__ import annotations
 
 import signal
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from tables import table
+from tables import spread, table
 
 from gpu.machine import Machine
 
@@ -248,8 +247,7 @@ def _cells(row: Row, columns: Sequence[str], remark: str) -> list[str]:
 def _shown(value: Any) -> str:
     """Format a cell: numbers with three digits, a list as median (smallest to largest), n."""
     if isinstance(value, (list, tuple)) and value:
-        spread = f"{statistics.median(value):.3g} ({min(value):.3g} to {max(value):.3g})"
-        return f"{spread}, n = {len(value)}" if len(value) > 1 else f"{value[0]:.3g}, n = 1"
+        return f"{spread(value)}, n = {len(value)}" if len(value) > 1 else f"{value[0]:.3g}, n = 1"
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
+from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
@@ -19,7 +20,7 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import to_device_ahead
 from gpu.exactness import SETTINGS, Recorded, reproducible
-from gpu.machine import Machine, ceiling, free_memory, measured, timed
+from gpu.machine import Machine, ceiling, free_memory, measured
 from gpu.sections import Clock, Row, Section, Work, in_a_line
 
 

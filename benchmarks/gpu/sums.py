@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from published_matching import Problem, make_problem
+from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
@@ -28,7 +29,7 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from gpu.exactness import SETTINGS, compared, spec_of
-from gpu.machine import Machine, timed
+from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section, Work
 
 WAIT = 40.0

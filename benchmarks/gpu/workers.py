@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from turns import timed
 
 from datm_ray.config import RunConfig, override
 from datm_ray.core.compute.precision import tf32_products
 from datm_ray.core.training import loop
 from datm_ray.runtime.devices import restoring_determinism
-from gpu.machine import Machine, freeing, timed
+from gpu.machine import Machine, freeing
 from gpu.sections import Clock, Row, Section, Work, needed_packages
 
 SETTINGS = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,14 +138,6 @@ def serving(host: str = "127.0.0.1", certificate: Path | None = None, **fields: 
         finally:
             server.shutdown()
             thread.join()
-
-
-def free_port() -> int:
-    """An unused port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def make_certificate(file: Path) -> Path:

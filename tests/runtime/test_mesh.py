@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -20,14 +19,9 @@ from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, ConfigError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh
-from tests.processes import side_by_side
+from tests.processes import free_port, side_by_side
 
 CPU = torch.device("cpu")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def take_part(

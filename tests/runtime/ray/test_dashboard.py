@@ -17,7 +17,8 @@ import pytest
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.ray.jobs import Jobs
 from tests.conftest import CommandLine
-from tests.runtime.dashboard import LOST, Answer, Asked, Dashboard, free_port, make_certificate, page, serving
+from tests.processes import free_port
+from tests.runtime.dashboard import LOST, Answer, Asked, Dashboard, make_certificate, page, serving
 
 SECRET = "no-line-shows-this"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
