@@ -82,7 +82,9 @@ class Options(TypedDict, total=False):
     store: str
     """Trajectory store, a path or URI. Default: the folder `experts` in the output folder."""
     executor: Literal["ray", "serial"]
-    """`ray` (default) runs parallel workers; `serial` uses this process alone, with the same results."""
+    """`ray` (default) runs parallel workers; `serial` uses this process alone, with the same results.
+
+    Torch's settings of this process, such as threads and TF32, are restored when the call ends."""
     address: str
     """Address of the Ray cluster to run on. Default: RAY_ADDRESS, or else a cluster started on this machine."""
     progress: bool

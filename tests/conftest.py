@@ -113,11 +113,11 @@ def _hides_no_values_of_other_tests() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _restores_the_choice_of_algorithms() -> Iterator[None]:
+def _restores_settings_of_torch() -> Iterator[None]:
     """What a test's worker sets for its whole process, such as cuDNN's timing, does not last beyond the test."""
-    from datm_ray.runtime.devices import restoring_determinism
+    from datm_ray.runtime.devices import restoring_settings
 
-    with restoring_determinism():
+    with restoring_settings():
         yield
 
 

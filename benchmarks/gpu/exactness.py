@@ -27,7 +27,7 @@ from datm_ray.core.training.loop import Schedule, Training, predict_logits, trai
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.runtime.devices import restoring_determinism
+from datm_ray.runtime.devices import restoring_settings
 from gpu.machine import Machine, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 
@@ -168,7 +168,7 @@ class _Matching:
 @contextmanager
 def reproducible() -> Iterator[None]:
     """Compute sums in a fixed order, as with `cluster.deterministic`. `gpu/__init__.py` fixed cuBLAS's workspace."""
-    with restoring_determinism(), timed_algorithms(False):
+    with restoring_settings(), timed_algorithms(False):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         yield

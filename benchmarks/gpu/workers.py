@@ -21,7 +21,7 @@ from turns import timed
 from datm_ray.config import RunConfig, override
 from datm_ray.core.compute.precision import tf32_products
 from datm_ray.core.training import loop
-from datm_ray.runtime.devices import restoring_determinism
+from datm_ray.runtime.devices import restoring_settings
 from gpu.machine import Machine, freeing
 from gpu.sections import Clock, Row, Section, Work, needed_packages
 
@@ -148,7 +148,7 @@ def row(machine: Machine, stage: Callable[[], str]) -> Row:
     """Run a stage, and restore what its worker has set for its whole process."""
     threads = torch.get_num_threads()
     try:
-        with needed_packages(), restoring_determinism(), tf32_products(False, machine.place):
+        with needed_packages(), restoring_settings(), tf32_products(False, machine.place):
             seconds, found = timed(stage, machine.device)
     finally:
         torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gr
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
-from datm_ray.runtime.devices import channels_last_on, precision_on, prepare_device, restoring_determinism
+from datm_ray.runtime.devices import channels_last_on, precision_on, prepare_device, restoring_settings
 from datm_ray.shape import network_cost
 from datm_ray.stages.experts.train import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
@@ -64,21 +64,18 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
             `COMPILED_GAIN`. False to compile as the run will and to time steps of the recipe's own size,
             which may take minutes.
     """
-    machine, cluster, threads = proposal.machine, proposal.config.cluster, torch.get_num_threads()
+    machine, cluster = proposal.machine, proposal.config.cluster
     cost, compiled = network_cost(proposal.config, proposal.shape), cluster.compile and not quickly
     seconds, compiling = {"steps": 0.0}, dict[str, float]()  # timed steps have their fixed cost within them
-    try:
-        with restoring_determinism():
-            device = prepare_device(cluster)
-            for kind, (passes, work) in _work(proposal, device, compiled, cost.flop if quickly else 0).items():
-                first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
-                seconds[kind] = usual / (cost.flop * passes)
-                if cluster.compile and kind in machine.compiling:
-                    timed = GRAPHS.get(kind, 1.0) * max(0.0, first - usual) / cost.functions
-                    compiling[kind] = machine.compiling[kind] if quickly else timed
-                    seconds[kind] /= compiled_gain(kind, proposal.config.network.width) if quickly else 1.0
-    finally:
-        torch.set_num_threads(threads)  # restore the setting of the caller, such as a notebook
+    with restoring_settings():  # of the caller, such as a notebook
+        device = prepare_device(cluster)
+        for kind, (passes, work) in _work(proposal, device, compiled, cost.flop if quickly else 0).items():
+            first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
+            seconds[kind] = usual / (cost.flop * passes)
+            if cluster.compile and kind in machine.compiling:
+                timed = GRAPHS.get(kind, 1.0) * max(0.0, first - usual) / cost.functions
+                compiling[kind] = machine.compiling[kind] if quickly else timed
+                seconds[kind] /= compiled_gain(kind, proposal.config.network.width) if quickly else 1.0
     basis = "timed here in small; --measure is more exact" if quickly else "measured here"
     return replace(machine, seconds=seconds, basis=basis, compiling=compiling)
 

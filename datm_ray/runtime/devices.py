@@ -7,7 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datm_ray.config import ClusterConfig
 from datm_ray.core.compute.gpu import free_gpu_memory
-from datm_ray.core.compute.precision import Precision, has_tf32
+from datm_ray.core.compute.precision import Precision, has_tf32, restoring_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
@@ -91,15 +91,19 @@ def _unusable() -> ClusterError:
 
 
 @contextmanager
-def restoring_determinism() -> Iterator[None]:
-    """Restore torch's settings for the choice of algorithms when the block ends.
+def restoring_settings() -> Iterator[None]:
+    """Restore torch's settings that `prepare_device` may change for the whole process, when the block ends.
 
-    `prepare_device` may set torch to use deterministic algorithms, or to time cuDNN's algorithms and use the fastest.
+    These are the number of threads, deterministic algorithms, cuDNN's timing of algorithms, and TF32. The environment
+    variable of `fix_workspace` stays, because torch reads it only once.
     """
     before, is_timed, fills = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, _fills_memory()
+    threads = torch.get_num_threads()
     try:
-        yield
+        with restoring_tf32() if torch.cuda.is_available() else nullcontext():
+            yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(before)
         torch.backends.cudnn.benchmark = is_timed
         _set_filling(fills)

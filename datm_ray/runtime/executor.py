@@ -217,11 +217,12 @@ class SerialExecutor:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         # Imported here because `devices` needs torch, which the driver of remote workers does not import.
-        from datm_ray.runtime.devices import prepare_device, restoring_determinism
+        from datm_ray.runtime.devices import prepare_device, restoring_settings
 
-        self._settings = ExitStack()
-        self._settings.enter_context(restoring_determinism())
-        device = prepare_device(cluster)  # reports a missing GPU before anything starts
+        with ExitStack() as settings:
+            settings.enter_context(restoring_settings())
+            device = prepare_device(cluster)  # reports a missing GPU before anything starts
+            self._settings = settings.pop_all()
         self.description = (
             f"this process, {counted(cluster.threads_per_worker, 'thread')}{', a GPU' * (device.type == 'cuda')}"
         )
@@ -252,7 +253,7 @@ class SerialExecutor:
                     yield task, event
 
     def close(self) -> None:
-        """Restore the process's setting of deterministic algorithms."""
+        """Restore torch's settings of the process, such as threads, TF32 and deterministic algorithms."""
         self._settings.close()
 
 

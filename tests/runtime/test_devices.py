@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig
-from datm_ray.runtime.devices import prepare_device, restoring_determinism
+from datm_ray.errors import ClusterError
+from datm_ray.runtime.devices import prepare_device, restoring_settings
+from datm_ray.runtime.executor import SerialExecutor
 
 
 @pytest.mark.parametrize(("deterministic", "expected"), [(False, True), (True, False)])
@@ -22,12 +24,62 @@ def test_cudnn_times_its_algorithms_unless_sums_must_be_reproducible(
     try:
         for own in (False, True):
             cudnn.benchmark = own
-            with restoring_determinism():
+            with restoring_settings():
                 prepare_device(ClusterConfig(deterministic=deterministic))
                 assert cudnn.benchmark is expected
             assert cudnn.benchmark is own
-            with restoring_determinism():
+            with restoring_settings():
                 prepare_device(ClusterConfig(device="cpu", deterministic=deterministic))
                 assert cudnn.benchmark is own, "a CPU has none"
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def _settings(*, is_newer: bool = False) -> dict[str, object]:
+    """Torch's settings of this process that a run may change, with the former or the newer switches for TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if is_newer:
+        switches = (matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+    else:
+        switches = (matmul.allow_tf32, torch.get_float32_matmul_precision(), cudnn.allow_tf32)
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "benchmark": cudnn.benchmark,
+        "switches": switches,
+    }
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("own", ["highest", "high", "medium", "newer switches"])
+def test_a_call_in_a_notebook_leaves_torch_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, own: str, deterministic: bool
+) -> None:
+    """Threads, TF32, timing and determinism are the caller's again once the call's executor is closed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    threads = torch.get_num_threads() + 1
+    cluster = ClusterConfig(precision="tf32", deterministic=deterministic, threads_per_worker=threads)
+    with restoring_settings():
+        if own == "newer switches":
+            matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32", "ieee"
+        else:
+            torch.set_float32_matmul_precision(own)
+            cudnn.allow_tf32 = False
+        before = _settings(is_newer=own == "newer switches")
+        executor = SerialExecutor(cluster)
+        during = _settings(is_newer=True)
+        executor.close()
+        assert _settings(is_newer=own == "newer switches") == before
+        assert during["threads"] != before["threads"]
+        assert during["switches"] == ("tf32",) * 3
+
+
+def test_a_call_that_is_refused_leaves_torch_as_it_was() -> None:
+    """A missing GPU is reported after the number of threads was set, which is the caller's again."""
+    before = _settings()
+    with pytest.raises(ClusterError, match="no GPU"):
+        SerialExecutor(ClusterConfig(device="cuda", threads_per_worker=torch.get_num_threads() + 1))
+    assert _settings() == before

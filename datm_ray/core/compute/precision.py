@@ -6,9 +6,10 @@ used TF32, because TF32 was torch's default at the time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +21,37 @@ derivatives in bfloat16, and sums in float32."""
 def has_tf32(device: torch.device) -> bool:
     """True if the device can compute products in TF32: NVIDIA's GPUs from Ampere on, so neither V100 nor T4."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@contextmanager
+def restoring_tf32() -> Iterator[None]:
+    """Restore this process's switches for TF32 and for products of less precision when the block ends.
+
+    torch has two sets of switches. While the former ones contradict the newer ones, the newer ones are restored.
+    """
+    matmul: Any = torch.backends.cuda.matmul  # torch's types lack the newer switches
+    cudnn: Any = torch.backends.cudnn
+    newer, former = (matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision), _former_switches()
+    try:
+        yield
+    finally:
+        if former is None:
+            matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = newer
+        else:
+            matmul.allow_tf32, cudnn.allow_tf32, precision = former
+            if _former_switches() != former:  # "medium", or a switch of CPUs, which a GPU's switch does not change
+                torch.set_float32_matmul_precision(precision)
+
+
+def _former_switches() -> tuple[bool, bool, str] | None:
+    """TF32 in products, TF32 in cuDNN, and precision of float32 products; `None` if the newer switches contradict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 asks for the newer switches
+        try:
+            products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            return products, convolutions, torch.get_float32_matmul_precision()
+        except RuntimeError:
+            return None
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from datm_ray.methods.trajectory.matching import (
     place_steps,
 )
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
-from datm_ray.runtime.devices import restoring_determinism
+from datm_ray.runtime.devices import restoring_settings
 
 OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
 SETTINGS = DistillConfig(
@@ -284,7 +284,7 @@ def test_steps_that_are_augmented_together_have_the_bits_of_each_alone(
     drawn, color, plain = (draw_student_steps(12, 8, 5, each, seed=1, iteration=3) for each in (strategy, "color", ""))
     functions = eager(network)
     image = synthetic.images[0].numel() * synthetic.images.element_size()
-    with restoring_determinism():
+    with restoring_settings():
         torch.use_deterministic_algorithms(in_order)
         for steps in (color[:3] + drawn + plain[:2], [each.held_by(0, 7) for each in drawn]):
             placed = place_steps(steps, chunk, synthetic.images)
