@@ -41,7 +41,7 @@ from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
-from datm_ray.data.transform import Images, Kind, Normaliser, Transform, fit_transform, require_shape
+from datm_ray.data.transform import Images, Kind, Normaliser, Transform, fit_transform, fitted_elsewhere, require_shape
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import damaged, rejecting_nonsense
@@ -68,10 +68,6 @@ _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems
 _NOT_CHOSEN = (
     "the learning rate {:.4g} of this set was neither learned for such a training nor chosen on validation images: "
     "score the set with `datm-ray evaluate` and load it from its run's folder, or try some rates"
-)
-_OTHER_IMAGES = (
-    "the set's transform was fitted on other images than these {}: real images are normalised a little differently "
-    "than those that it was made and scored with"
 )
 _PREFIX = "transform."  # prefix of the names of a transform's arrays in a set's file
 
@@ -289,7 +285,7 @@ class Artifact:
         require_shape(array.shape[1:], held.kind, held.shape)
         transform = fit_transform(held.kind, array, 255, eps=held.eps)
         if transform.fingerprint != held.fingerprint:
-            warnings.warn(_OTHER_IMAGES.format(counted(len(array), "image")), stacklevel=2)
+            warnings.warn(fitted_elsewhere("the set", f"these {counted(len(array), 'image')}"), stacklevel=2)
         return replace(self, held_transform=transform)
 
     def dataset(self) -> TensorDataset:

@@ -472,6 +472,19 @@ def _is_smaller(images: int, values: int) -> bool:
     return 0 < images < values
 
 
+def fitted_elsewhere(name: str, images: str) -> str:
+    """Warning that a set is used with a transform that was fitted on other images than the set's own.
+
+    Args:
+        name: name of the set.
+        images: which images the transform in use was fitted on, such as "these 100 images".
+    """
+    return (
+        f"the transform of {name} was fitted on other images than {images}: real images are normalised a little "
+        "differently than those that the set was made with"
+    )
+
+
 def fit_transform(
     kind: Kind,
     images: NDArray[np.uint8],  # images [n c h w]

@@ -63,8 +63,9 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
 
 
 def prior_memory(config: RunConfig, shape: DataShape) -> int:
-    """Bytes of main memory of a worker that trains the run's prior."""
-    if uses_gpu(config.cluster.shaped(light=True)) or config.prior is None:
+    """Bytes of main memory of a worker that trains the run's prior, which the run must have."""
+    assert config.prior is not None
+    if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost, _ = prior_cost(config.prior, shape.image)
     maps = 2 * STACKED_MAPS * config.prior.batch_size * cost.maps  # an encoder is about as large as its decoder

@@ -206,23 +206,27 @@ def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """Records of all iterations, each with mean values over the pieces; empty if the pieces have no iterations.
+    """Records of all iterations, each with mean values over the pieces that have a record of the iteration.
 
-    A record counts as skipped if the iteration was skipped in any piece.
+    The list is empty if the pieces have no iterations. A record counts as skipped if the iteration was skipped in any
+    piece.
 
     Args:
         places: folders of the pieces.
         prefix: first part of the columns' names in the checkpoints.
         record: class of a record.
     """
-    histories = []
+    of_iterations: dict[int, list[Any]] = {}
     for place in places:
         if not (place / CHECKPOINT).exists():
             return []
         arrays = read_tensors(place / CHECKPOINT, kind=KIND).arrays
         with rejecting_nonsense(place / CHECKPOINT):
-            histories.append(records(dict(arrays), prefix, record))
-    return [_mean(rows) for rows in zip(*histories, strict=True)]
+            has_none = prefix == "meta" and "meta.iteration" not in arrays  # every iteration was skipped
+            found = [] if has_none else records(dict(arrays), prefix, record)
+        for each in found:
+            of_iterations.setdefault(each.iteration, []).append(each)
+    return [_mean(rows) for _, rows in sorted(of_iterations.items())]
 
 
 def _mean(rows: Sequence[Any]) -> Any:

@@ -21,6 +21,7 @@ from datm_ray.core.training.loop import Schedule
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.memory import available_memory
+from datm_ray.methods.trajectory import matching
 from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.mesh import Alone
@@ -201,6 +202,28 @@ def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.Mo
     assert str(plan).endswith("as the GPU allows")
 
 
+@pytest.mark.parametrize(("size", "together"), [(2**26, 80), (100 * 3072, 4), (25 * 3072, 1), (24 * 3072, 0)])
+def test_a_gpu_s_plan_has_the_images_that_are_augmented_together(
+    monkeypatch: pytest.MonkeyPatch, size: int, together: int
+) -> None:
+    """The plan counts the images of the largest block of student steps. On a CPU blocks are small, and not counted."""
+    monkeypatch.setattr(matching, "BLOCK_BYTES", size)
+    shape, image = DataShape((3, 8, 32), 10, 1000), 4 * 3 * 8 * 32
+    settings = ("distill.ipc=10", "distill.batch_size=25")
+    of_gpu, of_cpu = (
+        plans_of(tiny_config(*settings, "distill.student_steps=80", place), shape)[0]
+        for place in ("cluster.gpus_per_worker=1", "cluster.device=cpu")
+    )
+    steps = [range(number, number + 1) for number in range(80)]
+    blocks = matching._blocks(steps, [25] * 80, size // image)
+    largest = max(25 * len(block) for block in blocks) if together else 0
+    assert of_gpu.parts["block"] == matching.BLOCK_COPIES * largest * image
+    assert largest == 25 * together
+    assert of_cpu.parts["block"] == 0
+    worst = of_gpu.parts["trace"] + of_gpu.parts["block"] + of_gpu.parts["call"]
+    assert of_gpu.total >= MARGIN * worst
+
+
 class FakeGpu:
     """A GPU of this many bytes, on which a step takes a hundred for every image and the trace a fixed number."""
 
@@ -274,7 +297,9 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
     """Memory that the process caches on a GPU counts as free, and a tenth is kept in reserve."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 9 * GIB)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    segment = {"device": 0, "total_size": 9 * GIB, "allocated_size": 3 * GIB, "segment_pool_id": (0, 0)}
+    monkeypatch.setattr("torch.cuda.memory_snapshot", lambda: [segment])
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 3 * GIB)
     assert worker_budget(tiny_config()) == int(0.9 * 10 * GIB)
 
@@ -299,8 +324,9 @@ def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
     """A worker's limit is its part of the whole GPU without its context, whoever else has started, or what is left."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * GIB, 80 * GIB))
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(f"torch.cuda.{name}", lambda: held * GIB)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.memory_snapshot", list)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: held * GIB)
     assert worker_budget(tiny_config(f"cluster.gpus_per_worker={share}")) == int(0.9 * expected * GIB)
 
 

@@ -902,8 +902,8 @@ def test_maps_are_stored_as_the_device_and_the_precision_need(
 def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of more than half of a GPU's free memory stay in main memory; on CPUs there is no other place."""
     images = np.zeros((4, 1, 8, 8), np.float32)
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     copied: list[torch.device] = []
     monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: copied.append(device))
     for free in (1, 3):

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, run_identity, unread_keys
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import DatmError
-from datm_ray.methods.recovery import RecoveryLoss
+from datm_ray.methods.recovery import Recovery, RecoveryLoss
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.duration import Proposal
@@ -280,6 +280,25 @@ def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Pat
     assert float(curves["meta.total"].min()) > 0
     (summary,) = summaries(pipeline.out, pipeline.configs)
     assert summary.config.metadd is not None
+
+
+def test_metadd_has_no_record_of_an_iteration_that_is_skipped(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that skips an iteration has no record of it; means are over the other blocks, if there are any."""
+    follow, first_block = Recovery.follow, list[int]()
+
+    def failing(state: Recovery, gradient: Tensor, loss: Tensor, *more: Any) -> Any:
+        first_block[:] = first_block or [id(state)]
+        fails = state.iteration == 2 or (state.iteration == 1 and id(state) == first_block[0])
+        return follow(state, gradient, loss * float("nan") if fails else loss, *more)
+
+    monkeypatch.setattr(Recovery, "follow", failing)
+    run(config_of(METADD), tmp_path)
+    curves = read_curves(open_location(str(tmp_path / "tiny")))
+    assert curves["meta.iteration"].tolist() == [0, 1, 3]
+    assert np.isfinite(curves["meta.total"]).all()
+    assert curves["history.skipped"].tolist() == [False, True, True, False]
 
 
 def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path: Path) -> None:

@@ -5,17 +5,41 @@ Tests: tests/core/compute/test_gpu.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+GPU_SHARE = 0.9
+"""Share of a GPU's free memory, or of a worker's part of the GPU, that tensors may fill. The rest is a margin for
+workspaces of libraries, and for memory that lies in pieces too small to be used."""
+
 
 def free_gpu_memory() -> int:
-    """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use.
+
+    Reserved memory of CUDA graphs does not count, see `reusable`.
+    """
+    free, _ = torch.cuda.mem_get_info()
+    if torch.cuda.get_allocator_backend() != "native":  # CUDA's own allocator has no segments
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return free + reusable(torch.cuda.memory_snapshot(), torch.cuda.current_device())
+
+
+def reusable(segments: Iterable[Mapping[str, Any]], device: int) -> int:
+    """Bytes that torch has reserved on a GPU, that no tensor uses, and that any new tensor may take.
+
+    A CUDA graph has a private pool. No other tensor gets the pool's memory, even where the graph's tensors are freed.
+
+    Args:
+        segments: reserved segments of all GPUs, see `torch.cuda.memory_snapshot`.
+        device: index of the GPU.
+    """
+    common = (each for each in segments if each["device"] == device and tuple(each["segment_pool_id"]) == (0, 0))
+    return sum(each["total_size"] - each["allocated_size"] for each in common)
 
 
 def uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from datm_ray.core.compute.cuda_graphs import Replayed
-from datm_ray.core.compute.gpu import free_gpu_memory
+from datm_ray.core.compute.gpu import GPU_SHARE, free_gpu_memory
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.stacked import StackFunctions, StackResults
 
 TURNS = 3
 """Number of timed calls of each candidate. The candidates are called in turn, and each one's fastest call counts."""
-KEPT_MAPS, KEPT_VECTORS = 2, 8
-"""Peak memory of a training step on a GPU: multiples of the bytes that all layers write in one forward pass (maps and
-their gradients), and of a network's parameters. Assumed. If a stack does not fit nevertheless, the trial halves it."""
+KEPT_MAPS, KEPT_VECTORS = 2, 4
+"""Peak memory of a call on a GPU: multiples of the bytes that all layers write in one forward pass (maps and their
+gradients), and of the parameters of the call's networks. Assumed. If a stack does not fit nevertheless, the trial
+halves it."""
+STATE_VECTORS = 4
+"""Number of vectors as long as the parameters of the whole stack that training holds beside a call, such as momenta,
+their update and new parameters. Assumed. The stack has them however few networks a call computes."""
 
 
 class InParts:
@@ -91,19 +95,39 @@ def now_on(device: torch.device) -> float:
 
 
 def fitting(networks: int, rows: int, cost: ImageCost) -> int:
-    """Number of networks, at least 1, for which a training step should fit into the GPU's free memory.
+    """Number of networks of a stack, at least 1, for which a call should fit into the GPU's free memory.
 
-    The given number is halved until the step should fit.
+    The given number, the whole stack, is halved until the call should fit into the share `GPU_SHARE` of free memory,
+    beside the `STATE_VECTORS` vectors of the whole stack.
 
     Args:
-        networks: number to begin with.
+        networks: number of networks of the stack.
         rows: number of images of each network in a step.
         cost: cost of an image in a network.
     """
-    needed, free = KEPT_MAPS * rows * cost.maps + KEPT_VECTORS * 4 * cost.parameters, free_gpu_memory()
+    vector = 4 * cost.parameters
+    needed = KEPT_MAPS * rows * cost.maps + KEPT_VECTORS * vector
+    free = GPU_SHARE * free_gpu_memory() - STATE_VECTORS * networks * vector
     while networks > 1 and networks * needed > free:
         networks = _half(networks)
     return networks
+
+
+def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], Any]:
+    """Make a call for a trial that fits into memory only if training does: it leaves room for `STATE_VECTORS` vectors.
+
+    Args:
+        call: computes a step of the whole stack.
+        parameters: parameters [s p] of the whole stack.
+    """
+
+    def step() -> Any:
+        room = torch.empty(STATE_VECTORS, *parameters.shape, dtype=parameters.dtype, device=parameters.device)
+        result = call()
+        del room
+        return result
+
+    return step
 
 
 def found_at_a_time(call_of: Callable[[int], Callable[[], Any]], most: int, device: torch.device | None) -> int:

@@ -25,7 +25,7 @@ from datm_ray.core.images.augment import augment, draw_augmentation, parse_strat
 from datm_ray.core.images.batches import Images, batches, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.stack_trial import InParts, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stack_trial import InParts, beside_state, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import (
     CACHED_MAP_BYTES,
     LARGEST_STACK,
@@ -535,7 +535,7 @@ class Trainer:
 
         def way(networks: int) -> Callable[[], object]:
             ways[networks] = ways.get(networks) or self._in_parts(stack[0], networks)
-            return functools.partial(ways[networks], *batch)
+            return beside_state(functools.partial(ways[networks], *batch), batch[0])
 
         if saved is not None:
             return found_at_a_time(way, saved, None)

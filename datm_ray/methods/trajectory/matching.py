@@ -45,9 +45,11 @@ from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**18
 """Largest size in bytes of the augmented images that student steps share, on a GPU and on a CPU, see `_Block`.
 
-A step with more images is augmented by itself, as its networks then take longer than launches. With raw images,
-gradients and what the derivative keeps, a block takes about eight times as much memory. Assumed for GPUs. On a CPU
-digits need no more, and larger images in larger blocks were sometimes slower (benchmarks/LOG.md)."""
+A step with more images is augmented by itself, as its networks then take longer than launches. Assumed for GPUs. On a
+CPU digits need no more, and larger images in larger blocks were sometimes slower (benchmarks/LOG.md)."""
+BLOCK_COPIES = 8
+"""Memory of a block, as a multiple of its augmented images: with raw images, gradients and what the derivative keeps.
+Assumed."""
 CPU_DIVIDED_SUM = 2**15
 """Least number of numbers whose sum torch divides among a CPU's threads, if it is the only sum of a call. So an image
 of as many may get other bits in a batch than alone, and is in no block."""
@@ -341,6 +343,18 @@ def _images_of_a_block(images: Tensor) -> int:
     if images.device.type != "cpu":
         return BLOCK_BYTES // (numbers * images.element_size())
     return CPU_BLOCK_BYTES // (numbers * images.element_size()) if numbers < CPU_DIVIDED_SUM else 0
+
+
+def block_bytes(images: int, steps: int, size: int) -> int:
+    """Bytes of GPU memory that the largest block of student steps takes; 0 if every step is augmented by itself.
+
+    Args:
+        images: number of images of a step.
+        steps: number of student steps.
+        size: bytes of an image.
+    """
+    together = min(steps, BLOCK_BYTES // size // images)  # only whole steps share a block
+    return BLOCK_COPIES * together * images * size
 
 
 def _blocks(steps: Sequence[range], sizes: Sequence[int], most: int) -> list[range]:

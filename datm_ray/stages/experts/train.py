@@ -25,7 +25,7 @@ from datm_ray.core.images.batches import Images, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples
-from datm_ray.core.networks.stack_trial import InParts, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stack_trial import InParts, beside_state, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import (
     LARGEST_STACK,
     STACKED_MAP_BYTES,
@@ -301,7 +301,8 @@ class ExpertWorker:
             arguments = (state.parameters, state.buffers, images, labels, state.parameters.new_ones(len(rows)))
 
             def way(size: int) -> Callable[[], object]:
-                return functools.partial(self._step_of(spec, networks[0], stacked, settings, size), *arguments)
+                step = self._step_of(spec, networks[0], stacked, settings, size)
+                return beside_state(functools.partial(step, *arguments), state.parameters)
 
             most = saved or fitting(stacked, len(rows), image_cost(networks[0], tuple(images.shape[2:])))
             found = found_at_a_time(way, most, None if saved else self.device)

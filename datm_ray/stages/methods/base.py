@@ -32,6 +32,7 @@ from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.initial import first_set
 from datm_ray.stages.methods.part import Part, Piece
+from datm_ray.words import counted
 
 STEP_SIZE = 0.01
 """Step size for training on a set without a learned step size: the value published for DM."""
@@ -56,6 +57,9 @@ class Demand:
     """Number of the set's images that a worker holds; `None` if it holds all images of its classes."""
     trace: int = 0
     """Further bytes that stay in memory through the iteration."""
+    steps: int = 0
+    """Number of steps of `at_once` images each, whose images a GPU augments together where they are few; 0 if images
+    are never augmented for several micro-batches."""
     summed: int = 0
     """Number of bytes that an iteration sums over class shards (workers with different classes)."""
     sums: int = 0
@@ -495,13 +499,23 @@ class Method:
     def warnings(self, state: Any) -> Iterator[str]:
         """Messages after the last iteration. By default there is one if over a quarter of the updates was skipped."""
         if 4 * state.skipped > state.iteration:
-            yield (
-                f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "
-                f"{state.rate_key}"
-            )
+            skipped = often(state.skipped, state.iteration, "update", "skipped because a value was not finite")
+            yield f"{skipped}: lower {state.rate_key}"
 
     def close(self) -> None:
         """Release files and threads."""
+
+
+def often(count: int, of: int, noun: str, what: str) -> str:
+    """Begin a warning about something that happened in many iterations, such as "3 of 8 updates were skipped".
+
+    Args:
+        count: how often it happened.
+        of: in how many cases it could have happened.
+        noun: what a case is, such as "update".
+        what: what happened, such as "skipped".
+    """
+    return f"{count} of {counted(of, noun)} {'was' if count == 1 else 'were'} {what}"
 
 
 def rate_found(state: Any) -> str:

@@ -13,14 +13,11 @@ from datm_ray.config import GivenConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.data.sources import RawDataset
+from datm_ray.data.transform import fitted_elsewhere
 from datm_ray.errors import ConfigError, DatmError
 from datm_ray.interop.sets import GivenSet, read_set, read_step_size
 from datm_ray.stages.methods.base import STEP_SIZE, Demand, Method
 from datm_ray.store.files.filesystem import open_location
-
-_OTHER_TRANSFORM = (
-    "{} was made with whitening that was fitted on other images than this run's; whitened images may differ a little"
-)
 
 
 class Given(Method):
@@ -112,13 +109,13 @@ class Given(Method):
             soft_labels = torch.tensor(found.soft_labels[rows], device=part.device)
         transform = part.dataset.transform
         if found.fitted not in ("", transform.fingerprint):
-            self._warning = _OTHER_TRANSFORM.format(found.uri)
+            self._warning = fitted_elsewhere(found.uri, "this run's")
         images = torch.tensor(mine.images_for(transform), device=part.device)
         step_size = settings.step_size or STEP_SIZE
         return SyntheticSet(images, soft_labels, torch.full((1,), step_size, device=part.device), labels)
 
     def warnings(self, state: Any) -> Iterator[str]:
-        """Yields a message if the set was whitened by another transform than the run's."""
+        """Yields a message if the set's transform was fitted on other images than the run's."""
         yield from filter(None, [self._warning])
 
     def shown(self, state: Any) -> Mapping[str, float]:

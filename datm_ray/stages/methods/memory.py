@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 import torch
 
 from datm_ray.config import Role, RunConfig
-from datm_ray.core.compute.gpu import free_gpu_memory
+from datm_ray.core.compute.gpu import GPU_SHARE, free_gpu_memory
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.methods.distribution import even_size
+from datm_ray.methods.trajectory.matching import block_bytes
 from datm_ray.runtime.devices import uses_gpu, workers_here
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.methods.base import Demand
@@ -37,9 +38,8 @@ PROCESS_BYTES = 1200 * 2**20
 trained networks before."""
 CONTEXT_BYTES = 2**29
 """Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
-MARGIN, GPU_SHARE = 1.25, 0.9
-"""MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share that a worker may
-fill of a GPU's free memory, or of the worker's part of the GPU."""
+MARGIN = 1.25
+"""Factor on the bytes of all counted tensors, for allocators and workspaces."""
 SET_COPIES, IMAGE_COPIES = 5, 6
 """SET_COPIES: copies of a set (with momentum, gradient, updated set, and the set kept by validation). IMAGE_COPIES:
 copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
@@ -54,6 +54,7 @@ MEMORY_PARTS = {
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
     "network": ("the network and sums of its gradients", "network.width"),
     "trace": ("the trace of the student's steps", "distill.student_steps"),
+    "block": ("student steps' images that are augmented together", ""),
     "call": ("one micro-batch", "network.width or dataset.resize"),
     "validation": ("validation", "network.width or dataset.resize"),
     "prior": ("a micro-batch through the prior's decoder", "prior.width"),
@@ -89,7 +90,7 @@ class DistillationPlan:
         """Peak memory of the worker in bytes. Tensors count `MARGIN` times, the process itself once."""
         parts = self.parts
         apart = (parts[name] for name in ("validation", "meta", "prior"))
-        worst = max(parts["trace"] + parts["call"], *apart)  # these take memory at different times
+        worst = max(parts["trace"] + parts["block"] + parts["call"], *apart)  # these take memory at different times
         return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
 
     def __str__(self) -> str:
@@ -179,7 +180,7 @@ def meta_plan_of_part(part: Part) -> DistillationPlan:
     config = laid_out(part.config, {**apart, "shards": part.mesh.columns})
     backbone, budget = next(iter(part.role.backbones), None), worker_budget(config, sharing=part.sharing)
     plan = _plan(config, DataShape(part.image, part.dataset.classes, 0), part.role, backbone, budget)
-    return replace(plan, chunk=plan.meta_chunk, parts={**plan.parts, "trace": 0})
+    return replace(plan, chunk=plan.meta_chunk, parts={**plan.parts, "trace": 0, "block": 0})
 
 
 def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float) -> DistillationPlan:
@@ -216,9 +217,10 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
         return DistillationPlan(name, budget, parts, 0, own, meta_chunk)
     of_an_image = own.maps * size.maps + IMAGE_COPIES * shape.row
-    free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace
+    block = block_bytes(own.at_once, own.steps, 4 * math.prod(shape.image)) if uses_gpu(config.cluster) else 0
+    free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace - block
     chunk = _micro_batch(config, own, free / of_an_image, size.largest)
-    parts |= {"trace": own.trace, "call": chunk * of_an_image}
+    parts |= {"trace": own.trace, "block": block, "call": chunk * of_an_image}
     name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")
     return DistillationPlan(name, budget, parts, chunk, own, meta_chunk)
 
@@ -298,8 +300,8 @@ def chunk_by_trial(
 ) -> int:
     """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
-    A trial also allocates the plan's part "trace", the bytes that stay in memory through an iteration. A step fits if
-    the trial's peak memory stays within the plan's budget.
+    A trial also allocates the plan's parts "trace" and "block", the bytes that stay in memory through an iteration and
+    through several steps. A step fits if the trial's peak memory stays within the plan's budget.
 
     Args:
         step: computes one step with the given number of images.
@@ -309,10 +311,11 @@ def chunk_by_trial(
         ConfigError: a step of one image does not fit.
     """
     limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
+    held = plan.parts["trace"] + plan.parts["block"]
     while chunk:
         torch.cuda.empty_cache()
         for _ in range(1 + torch.backends.cudnn.benchmark):  # timing cuDNN's algorithms may take more memory, once
-            if _fits(partial(step, chunk), plan.parts["trace"], limit, device):
+            if _fits(partial(step, chunk), held, limit, device):
                 return chunk
             forget()  # a graph that is only replayed would show less memory than its recording took
         chunk //= 2
@@ -324,13 +327,13 @@ def chunk_by_trial(
     )
 
 
-def _fits(step: Callable[[], None], trace: int, limit: float, device: torch.device) -> bool:
-    """True if the GPU's peak memory in a step stays within `limit` bytes, beside `trace` bytes that are held."""
+def _fits(step: Callable[[], None], held: int, limit: float, device: torch.device) -> bool:
+    """True if the GPU's peak memory in a step stays within `limit` bytes, beside `held` bytes."""
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        held = torch.empty(trace, dtype=torch.uint8, device=device)
+        room = torch.empty(held, dtype=torch.uint8, device=device)
         step()
-        del held
+        del room
     except torch.OutOfMemoryError:
         return False
     return torch.cuda.max_memory_allocated(device) <= limit

@@ -218,17 +218,21 @@ class RecoveryFromTeacher(Method):
         seen = view.of(images)
         along, loss, statistics = self._loss.gradient(seen.detach(), synthetic.labels)
         sees_view = config.metadd is not None and config.metadd.augmented
+        records: list[MetaRecord] = []
         if meta is not None and sees_view:
-            along = self._with_meta(along, meta, state, seen.detach())
+            along = self._with_meta(along, meta, state, seen.detach(), records)
         gradient = pulled_back(seen, images, along)
         if meta is not None and not sees_view:
-            gradient = self._with_meta(gradient, meta, state, synthetic.images)
-        state.follow(gradient, loss, statistics, config.recover, self._bounds)
+            gradient = self._with_meta(gradient, meta, state, synthetic.images, records)
+        if not state.follow(gradient, loss, statistics, config.recover, self._bounds).skipped:
+            state.meta_history += records
 
-    def _with_meta(self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor) -> Tensor:
+    def _with_meta(
+        self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor, records: list[MetaRecord]
+    ) -> Tensor:
         """Return `gradient` plus the gradient of MetaDD's loss with respect to the images `shown` [n c h w].
 
-        The values of MetaDD's loss are added to the state's history.
+        The values of MetaDD's loss are added to `records`.
         """
         rows = torch.from_numpy(meta.rows).to(shown.device)
         found, along = meta.metadd.gradient(
@@ -239,7 +243,7 @@ class RecoveryFromTeacher(Method):
             chunk=meta.chunk,
         )
         terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
-        state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
+        records.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
         return gradient.index_add(0, rows, along)
 
     def shown(self, state: Any) -> Mapping[str, float]:

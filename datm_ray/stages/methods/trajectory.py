@@ -27,7 +27,7 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, first_match
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.devices import channels_last_on, precision_on, to_device_ahead
-from datm_ray.stages.methods.base import Demand, Method, rate_found
+from datm_ray.stages.methods.base import Demand, Method, often, rate_found
 from datm_ray.stages.methods.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
@@ -98,6 +98,7 @@ class TrajectoryMatching(Method):
             maps=COMPILED_MAPS if config.cluster.compile else UNCOMPILED_MAPS,
             vectors=NETWORK_VECTORS,
             trace=(steps + 1) * vector,
+            steps=steps,
             summed=steps * (2 * vector + 4) if shards > 1 else 0,
             sums=2 * steps,
         )
@@ -504,16 +505,15 @@ class TrajectoryMatching(Method):
                 "see in the report whether it came all at once"
             )
         if 4 * state.diverged > updates:
+            reason = "skipped because a value was not finite or a step size not positive"
             yield (
-                f"{state.diverged} of {counted(updates, 'update')} {_was(state.diverged)} skipped because a value was "
-                "not finite or a step size not positive: lower distill.learning_rate_images or "
+                f"{often(state.diverged, updates, 'update', reason)}: lower distill.learning_rate_images or "
                 "learning_rate_step_size, or use cluster.precision=float32"
             )
         if 4 * state.shortened > updates:
             yield (
-                f"{state.shortened} of {counted(updates, 'gradient')} {_was(state.shortened)} shortened to "
-                f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
-                "distill.learning_rate_images, or raise the limit"
+                f"{often(state.shortened, updates, 'gradient', 'shortened to distill.gradient_limit')}, "
+                f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
             )
 
 
@@ -569,7 +569,3 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
 def _numbers(numbers: Iterable[float], digits: int = 3) -> str:
     """Numbers as a list, with `digits` significant digits."""
     return listed(f"{number:.{digits}g}" for number in numbers)
-
-
-def _was(count: int) -> str:
-    return "was" if count == 1 else "were"

@@ -87,7 +87,7 @@ def test_a_trial_that_does_not_fit_leaves_no_graph(tapes: list[Tape], monkeypatc
     """Functions forget the graphs of a size that runs out of memory, so that nothing keeps the graphs' memory."""
     for name in ("empty_cache", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
-    plan = SimpleNamespace(chunk=8, budget=100, parts={"trace": 1})
+    plan = SimpleNamespace(chunk=8, budget=100, parts={"trace": 1, "block": 0})
     functions = StudentStepFunctions(FlatNetwork(build_network(SPEC, 0)), StepOptions(compiled=False, graphs=True))
     recorded: list[weakref.ref[Tape]] = []
 

@@ -1,4 +1,4 @@
-"""Tests copies to a GPU for which the host does not wait."""
+"""Tests a GPU's free memory, and copies to it for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.core.compute.gpu import uploaded
+from datm_ray.core.compute.gpu import free_gpu_memory, reusable, uploaded
 
 
 def test_arrays_arrive_as_one_tensor() -> None:
@@ -37,3 +37,25 @@ def test_a_copy_to_a_gpu_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPa
     found = uploaded([np.array([1]), np.array([2])], torch.device("cuda", 1))
     assert found.tolist() == [1, 2]
     assert copies == [(True, torch.device("cuda", 1))]
+
+
+def segment(total: int, used: int, pool: tuple[int, int] = (0, 0), device: int = 0) -> dict[str, Any]:
+    """Segment of reserved memory with those of its entries that count, as in `torch.cuda.memory_snapshot`."""
+    return {"device": device, "total_size": total, "allocated_size": used, "segment_pool_id": pool}
+
+
+COMMON, PRIVATE = [segment(100, 30), segment(50, 50)], [segment(1000, 10, (0, 7)), segment(400, 0, (3, 0))]
+SEGMENTS = [*COMMON, *PRIVATE, segment(8, 1, device=1)]
+
+
+def test_memory_of_cuda_graphs_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unused memory in the common pool of the GPU counts as free; that of private pools and of other GPUs does not."""
+    assert (reusable(SEGMENTS, 0), reusable(SEGMENTS, 1), reusable([], 0)) == (70, 7, 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 2000))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: SEGMENTS)
+    assert free_gpu_memory() == 5 + 70
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10)
+    assert free_gpu_memory() == 5 + 20

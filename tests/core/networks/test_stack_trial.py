@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from datm_ray.config import ExpertConfig, NetworkSpec
+from datm_ray.core.compute.gpu import GPU_SHARE
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stack_trial import TURNS, InParts, fastest, fitting, found_at_a_time
+from datm_ray.core.networks.stack_trial import (
+    STATE_VECTORS,
+    TURNS,
+    InParts,
+    beside_state,
+    fastest,
+    fitting,
+    found_at_a_time,
+)
 from datm_ray.core.networks.stacked import StackFunctions, StackStep
 from datm_ray.core.training.experts import ExpertState, train_experts
 from tests.tapes import Tape
@@ -93,6 +104,32 @@ def test_the_fastest_way_is_found_without_its_compilation(
     assert clock.calls == [8, 1] * (1 + TURNS)
 
 
+def test_a_trial_leaves_room_for_the_momenta_of_the_whole_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a call is tried, vectors for the state of all networks are allocated; if they do not fit, it does not."""
+    sizes, real = list[int](), torch.empty
+
+    def allocate(*shape: int, **options: Any) -> Tensor:
+        made = real(*shape, **options)
+        sizes.append(made.nbytes)
+        weakref.finalize(made, sizes.remove, made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    parameters, seen = torch.zeros(6, 5), list[int]()
+    assert beside_state(lambda: seen.append(sum(sizes)) or "result", parameters)() == "result"
+    assert seen == [STATE_VECTORS * parameters.nbytes]
+    assert sizes == [], "the room is free again after the call"
+    monkeypatch.setattr(torch, "empty", raise_short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        beside_state(lambda: seen.append(0), parameters)()
+    assert len(seen) == 1
+
+
+def raise_short_of_memory(*_: object, **__: object) -> None:
+    """Allocate nothing."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_what_does_not_fit_into_memory_is_not_taken() -> None:
     """A stack that is too large leaves one network at a time; without either, memory is the error."""
     clock = Clock()
@@ -111,9 +148,11 @@ CPU = torch.device("cpu")
 def test_a_stack_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stack is halved by its expected memory, then by trial; what fits is compared with one network at a time."""
     cost = ImageCost(maps=100, largest=50, flop=1, functions=1, parameters=10)
-    for free, expected in ((1e9, 8), (8 * 2320, 8), (8 * 2320 - 1, 4), (3 * 2320, 2), (0, 1)):
+    call, state = 2 * 10 * 100 + 4 * 4 * 10, 8 * 4 * 4 * 10  # of a network in a call, of the whole stack
+    for needed, expected in ((1e9, 8), (8 * call + state, 8), (8 * call + state - 1, 4), (3 * call + state, 2), (0, 1)):
+        free = needed / GPU_SHARE * (1 + 1e-9)
         monkeypatch.setattr("datm_ray.core.networks.stack_trial.free_gpu_memory", lambda free=free: free)
-        assert fitting(8, 10, cost) == expected
+        assert fitting(8, 10, cost) == expected, "momenta and new parameters are those of all networks, in any part"
     tried = list[int]()
 
     def way(size: int, most: int = 3) -> Callable[[], None]:

@@ -34,6 +34,7 @@ from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.registry import METHODS, method_of
+from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from tests.conftest import CommandLine, load_config_text, tiny_config
 from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
 
@@ -427,6 +428,19 @@ def test_an_update_that_is_not_finite_is_skipped(monkeypatch: pytest.MonkeyPatch
         state.step(lambda: (torch.tensor(1.0), fine * 3e38 * 3e38))
     state.step(lambda: (torch.tensor(1.0), fine.clone()))
     assert float(state.synthetic.images.mean()) == pytest.approx(0.5 - 0.5 - 0.25)  # momentum 0.5
+
+
+@pytest.mark.parametrize("method", [Method, TrajectoryMatching])
+@pytest.mark.parametrize(("skipped", "was"), [(1, "1 of 2 updates was"), (3, "3 of 4 updates were")])
+def test_every_method_warns_of_skipped_updates_in_the_same_words(method: type[Method], skipped: int, was: str) -> None:
+    """A line after the last iteration counts the skipped updates, and names what to lower."""
+    history = [None] * (skipped + 1)
+    state = SimpleNamespace(skipped=skipped, diverged=skipped, shortened=0, history=history, iteration=skipped + 1,
+                            rate_key="some.rate")  # fmt: skip
+    part = SimpleNamespace(config=tiny_config())
+    (line,) = method.warnings(SimpleNamespace(part=part), state)  # type: ignore[arg-type]
+    assert line.startswith(f"{was} skipped because a value was not finite")
+    assert ": lower " in line
 
 
 def test_a_shard_that_diverges_has_all_skip() -> None:
