@@ -25,9 +25,8 @@ from datm_ray.monitor import logs
 from datm_ray.runtime.ray.jobs import Job, Jobs, job_environment
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, documented_keys, tiny_config
-from tests.processes import until
+from tests.processes import free_port, until
 from tests.runtime import dashboard as dashboards
-from tests.runtime.dashboard import free_port
 
 SECRET = "no-log-shows-this"
 
