@@ -122,10 +122,12 @@ class Jobs:
             ConfigError: a folder cannot be used.
             ClusterError: the cluster does not accept the job, or a running job writes to the same folder.
         """
-        continued = [("distill.continue_from", config.distill.continue_from) for config in configs]
-        for name, place in (("--out", out), ("--store", store), *continued):
+        read = [each for config in configs for each in _read(config)]
+        for name, place in (("--out", out), ("--store", store), *read):
             if place is not None:
                 _require_reachable(name, place)
+        for config in configs:
+            _require_images(config.dataset.path)
         environment = environment or job_environment()
         self._require_nobody_at_work(out)
         files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
@@ -341,14 +343,31 @@ def _message(text: str) -> str:
     return masked(first_line(text).partition(", last available logs")[0] + last)
 
 
+def _read(config: RunConfig) -> Iterator[tuple[str, str | None]]:
+    """Yield every key of a recipe that names a file or folder of results to read, with its value."""
+    yield "distill.continue_from", config.distill.continue_from
+    yield "given.path", config.given.path if config.given else None
+
+
 def _require_reachable(name: str, place: str) -> None:
     """Raise a `ConfigError` for a relative path: a job runs elsewhere, in a folder that is deleted afterwards."""
     is_local = open_location(place).local_path is not None  # raises an error for a URI that it cannot open
     if is_local and not place.startswith(("/", "file:///")):
-        raise ConfigError(
-            f"{name} {place!r} is relative to a folder that the job's machines do not have",
-            remedy="give a URI such as s3://bucket/folder, or an absolute path on a disk that all machines share",
+        raise _relative_error(
+            name, place, "a URI such as s3://bucket/folder, or an absolute path on a disk that all machines share"
         )
+
+
+def _require_images(path: str | None) -> None:
+    """Raise a `ConfigError` for a relative `dataset.path`. A job's driver, on the head, expands `~`."""
+    if path is not None and not path.startswith(("/", "~")) and "://" not in path:  # a URI has an error of its own
+        raise _relative_error("dataset.path", path, "the absolute path at which the head has the images")
+
+
+def _relative_error(name: str, place: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{name} {place!r} is relative to a folder that the job's machines do not have", remedy=f"give {what}"
+    )
 
 
 def job_environment(

@@ -477,9 +477,22 @@ def test_relative_places_of_a_job_are_refused() -> None:
     _require_reachable("--out", "/shared/runs")
     with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
         _require_reachable("--out", "runs")
-    config = tiny_config("distill.continue_from=runs/short")
-    with pytest.raises(ConfigError, match=r"distill\.continue_from 'runs/short' is relative"):
-        Jobs.__new__(Jobs).submit([config], "s3://bucket/runs")
+    for fact, changes in {
+        r"distill\.continue_from 'runs/short'": ["distill.continue_from=runs/short"],
+        r"given\.path 'downloads/datm'": ["method=given", "given={path: downloads/datm}"],
+        r"dataset\.path 'data/birds'": ["dataset.path=data/birds"],
+    }.items():
+        with pytest.raises(ConfigError, match=f"{fact} is relative"):
+            Jobs.__new__(Jobs).submit([tiny_config(*changes)], "s3://bucket/runs")
+
+
+@pytest.mark.parametrize("path", ["/data/birds", "~/birds"])
+def test_images_of_a_job_lie_on_the_head(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absolute path of images, or one in the home of the head's user, is accepted."""
+    jobs = Jobs.__new__(Jobs)
+    monkeypatch.setattr(jobs, "_require_nobody_at_work", lambda _: None)
+    monkeypatch.setattr(jobs, "_submit", lambda **_: None)
+    assert jobs.submit([tiny_config(f"dataset.path={path}")], "s3://bucket/runs")
 
 
 @pytest.mark.parametrize(
