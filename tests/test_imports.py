@@ -54,7 +54,7 @@ ALLOWED = {
     "artifact.py": ("core", "data", "store", "errors", "words"),
     "replay.py": ("artifact", "core", "store", "errors"),
     "shape.py": ("core", "data", "store", *BASE),
-    "runtime": ("runtime", "monitor", "core", "store", *BASE),
+    "runtime": ("runtime", "monitor", "core", "store", "_version", *BASE),
     "monitor": ("monitor", "runtime", "store", *BASE),
     "stages": ("stages", *BELOW_STAGES, "artifact", "replay", "interop.sets"),
     "stages/experts": ("stages.experts", *BELOW_STAGES),

@@ -44,6 +44,7 @@ from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
+from datm_ray.runtime.versions import versions_here
 from datm_ray.words import counted
 
 PENDING = 64
@@ -97,6 +98,7 @@ class RayExecutor:
         except BaseException:
             self._leave()
             raise
+        versions_here()  # before a change to the package's files: this process has imported the present ones
         self.metrics = RayMetrics()
         self.pool: list[PoolWorker] = []
         """Actors of one-worker tasks. They outlive a stage, because the next stage may use them too."""
@@ -139,7 +141,7 @@ class RayExecutor:
         self.metrics.begin(tasks, self.workers)
         if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
             self._number += 1  # actors keep their worker while the number stays the same
-        self._stage = Stage(self._number, worker, setup, method)
+        self._stage = Stage(self._number, worker, setup, method, versions_here())
         stage = _Stage(self, self._stage, tasks)
         try:
             for task, event in stage.events():

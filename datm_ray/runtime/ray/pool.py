@@ -26,6 +26,7 @@ from datm_ray.monitor.logs import Collector, accept
 from datm_ray.runtime import assigned, stopping
 from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
 from datm_ray.runtime.retries import Patience, watched
+from datm_ray.runtime.versions import Versions, require_same
 
 CONTROL = "control"
 """Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""
@@ -42,6 +43,8 @@ class Stage(NamedTuple):
     setup: tuple[Any, ...]
     """Arguments of the worker's constructor. The actor resolves Ray's references among them."""
     method: str
+    versions: Versions | None = None
+    """Versions that the actor's process must have; `None` accepts all."""
 
 
 class Worker:
@@ -97,6 +100,8 @@ class Worker:
 
         def events() -> Iterator[Any]:
             if self._stage != stage.number:
+                if stage.versions is not None:
+                    require_same(stage.versions)
                 self._worker = None  # frees the old worker's memory before the new one takes more
                 setup = [ray.get(each) if isinstance(each, ray.ObjectRef) else each for each in stage.setup]
                 self._worker, self._stage = stage.worker(*setup), stage.number

@@ -25,6 +25,7 @@ from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executo
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 from datm_ray.runtime.ray.pool import Stage
+from datm_ray.runtime.versions import versions_here
 
 
 @pytest.fixture
@@ -303,7 +304,10 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
 
 
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray is asked once for its nodes, for any number of tasks; light workers count for light tasks."""
+    """Ray is asked once for its nodes, for any number of tasks; light workers count for light tasks.
+
+    The tasks' actors must have the versions of this process.
+    """
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 60.0)
     monkeypatch.setattr(ray, "nodes", mock.Mock(return_value=[node("a", {}, CPU=2.0)]))
     monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
@@ -316,6 +320,7 @@ def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
         list(executor.run(object, (), "work", [Task(str(i), (), size, is_light=is_light) for i in range(100)]))
 
     run(2)
+    assert executor._stage.versions == versions_here()
     with pytest.raises(ClusterError, match=r"0: 3 workers .* do not fit"):
         run(3)
     assert ray.nodes.call_count == 1

@@ -16,6 +16,7 @@ from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.ray import pool
 from datm_ray.runtime.ray.losses import may_be_the_nodes
 from datm_ray.runtime.retries import Patience
+from datm_ray.runtime.versions import Versions, versions_here
 
 
 class Records:
@@ -69,9 +70,9 @@ class DeviceWorker:
         yield str(self.device)
 
 
-def names(worker: pool.Worker, cluster: ClusterConfig) -> list[str]:
-    """Events of a task of `DeviceWorker` on this actor."""
-    stage = pool.Stage(0, DeviceWorker, (cluster,), "name")
+def names(worker: pool.Worker, cluster: ClusterConfig, versions: Versions | None = None) -> list[str]:
+    """Events of a task of `DeviceWorker` on this actor, which must have the versions."""
+    stage = pool.Stage(0, DeviceWorker, (cluster,), "name", versions)
     return list(worker.work(stage, Patience(300.0, 300.0), "name", (0, 1), ""))
 
 
@@ -87,3 +88,12 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     assert may_be_the_nodes(caught.value)
     assert names(start([0]), ClusterConfig(device="cpu")) == ["cpu"]
     assert names(start([]), ClusterConfig()) == ["cpu"]
+
+
+def test_an_actor_of_another_version_runs_no_task(start: Start) -> None:
+    """An actor whose package differs from the command's constructs no worker, for a set must be computed alike."""
+    here = versions_here()
+    old = Versions("head-1", {**here.packages, "datm_ray": "another"})
+    assert names(start([]), ClusterConfig(), here) == ["cpu"]
+    with pytest.raises(ClusterError, match="has another"):
+        names(start([]), ClusterConfig(), old)
