@@ -84,7 +84,7 @@ def test_package_is_copied_and_installed(prepared: dict[str, Any]) -> None:
     assert (watcher, versions) == ("cluster/aws/watch_spot.py", "cluster/aws/constraints.txt")
     assert all(remote == f"/home/ray/src/{local}" for remote, local in mounts.items())
     copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
-    assert sorted(mounts.values()) == sorted(source for line in copied for source in line.split())
+    assert sorted([*mounts.values(), versions]) == sorted(source for line in copied for source in line.split())
     copy, install = configuration()["setup_commands"]
     source, target = copy.split()[-2:]
     assert source == "/home/ray/src"

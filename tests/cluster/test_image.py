@@ -1,9 +1,11 @@
-"""Tests cluster/Dockerfile: its sources exist, and all files agree on Ray's version. Nothing is built."""
+"""Tests cluster/Dockerfile: its sources exist, and all files agree on versions. Nothing is built."""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -95,13 +97,28 @@ def test_its_command_is_installed_by_the_package() -> None:
     assert not instructions("ENTRYPOINT"), "Ray's launchers give commands of their own"
 
 
-def test_torch_may_be_that_of_an_older_driver() -> None:
-    """Torch is installed first, from an index and in a version that the builder may choose; the package keeps it."""
+def test_images_of_different_days_have_the_same_versions(tmp_path: Path) -> None:
+    """Torch comes first, in the constraints' version or the builder's own. The package follows, under constraints."""
     given = dict(line.split("=", 1) for line in instructions("ARG") if "=" in line)
-    assert given["TORCH"] == '"torch torchvision"'
     assert given["TORCH_INDEX"].startswith("https://")
-    first, second = instructions("RUN")
-    assert first.endswith("--index-url ${TORCH_INDEX} ${TORCH}")
+    pinned = [line for line in (CLUSTER / "aws" / "constraints.txt").read_text().splitlines() if line[:5] == "torch"]
+    assert [line.partition("=")[0] for line in pinned] == ["torch", "torchvision"]
+    assert torch_of_the_image(tmp_path, "") == (pinned, pinned)
+    assert torch_of_the_image(tmp_path, "torch==2.11.0 torchvision") == (["torch==2.11.0", "torchvision"], [])
+    second = instructions("RUN")[1]
+    assert " -c /tmp/constraints.txt " in second
     assert "/tmp/datm_ray" in second
     assert "--upgrade" not in second
     assert "--build-arg TORCH_INDEX=" in (CLUSTER / "kuberay" / "README.md").read_text()
+
+
+def torch_of_the_image(tmp_path: Path, given: str) -> tuple[list[str], list[str]]:
+    """What the image's first command asks pip for, and the constraints on torch that are left, for a value of TORCH."""
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text((CLUSTER / "aws" / "constraints.txt").read_text())
+    command = instructions("RUN")[0].replace("/tmp/constraints.txt", str(constraints))
+    environment = {"PATH": os.environ["PATH"], "TORCH": given, "TORCH_INDEX": "https://index"}
+    shell = ["sh", "-euc", f"pip() {{ echo $*; }}; {command}"]
+    asked = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout
+    left = [line for line in constraints.read_text().splitlines() if line.startswith("torch")]
+    return asked.partition("https://index ")[2].split(), left
