@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from datm_ray.monitor.metrics import CATALOGUE
-from tests.cluster.files import document
+from tests.cluster.files import document, shell_blocks
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "cluster" / "monitoring"
@@ -138,7 +139,13 @@ def test_prometheus_looks_where_ray_writes() -> None:
     assert "folder=$home/$port" in start
     file = constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
     assert job["file_sd_configs"][0]["files"] == [f"{folder}/{file}" for folder in folders]
-    assert "s|datm-ray-1000/6379|" in (MONITORING / "README.md").read_text()
+    lines = [line for text in shell_blocks(MONITORING / "README.md") for line in text.splitlines()]
+    edits = [line for line in lines if line.startswith("sed ")]
+    for edit, folder in zip(edits, (f"{os.getuid()}/6379", f"{os.getuid()}/JOB"), strict=True):
+        shell = ["sh", "-euc", edit.partition(" >")[0]]
+        made = yaml.safe_load(subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        assert made["scrape_configs"][0]["file_sd_configs"][0]["files"][1] == f"/tmp/datm-ray-{folder}/{file}"
+        assert made["rule_files"] == [str(MONITORING / "alerts.yml")]
 
 
 def test_every_place_has_its_way_to_watch() -> None:
@@ -165,6 +172,7 @@ def test_alerts_ask_for_what_is_exported() -> None:
     for rule in group["rules"]:
         names = {name.removeprefix("ray_") for name in metrics_of(rule["expr"])}
         assert names <= CATALOGUE.keys()
+        assert rule["labels"] == {"severity": "warning"}
         labels = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
         asked = {label for found in re.findall(r"by \(([^)]*)\)", rule["expr"]) for label in found.split(", ")}
         assert labels <= asked <= {tag for name in names for tag in CATALOGUE[name].tags}
