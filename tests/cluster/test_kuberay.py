@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray._private import ray_constants
 
 from datm_ray.config import ClusterConfig
 from datm_ray.runtime.stopping import SAVE_TIMEOUT
-from tests.cluster.files import CLUSTER, MANIFESTS, commands, document, documents, shell_blocks
+from tests.cluster.files import CLUSTER, MANIFESTS, ROOT, commands, document, documents, shell_blocks
 
 RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml", "rayjob.yaml"))
 
@@ -76,15 +77,54 @@ def test_a_gpu_model_is_known_to_the_autoscaler_by_the_commented_line(path: Path
     assert held == [0, 1]
 
 
-@pytest.mark.parametrize(("path", "pods"), [(RAYCLUSTER, 2), (RAYJOB, 3)])
-def test_a_registry_that_asks_for_a_password_needs_the_commented_lines(path: Path, pods: int) -> None:
+@pytest.mark.parametrize(("path", "number"), [(RAYCLUSTER, 2), (RAYJOB, 3)])
+def test_a_registry_that_asks_for_a_password_needs_the_commented_lines(path: Path, number: int) -> None:
     """With the commented lines of a manifest, every pod has the secret of a registry."""
     assert "imagePullSecrets" not in str(documents(path))
-    changed = path.read_text().replace("# imagePullSecrets:", "imagePullSecrets:")
-    body = list(yaml.safe_load_all(changed))[1]["spec"]
+    changed = pods(path.read_text().replace("# imagePullSecrets:", "imagePullSecrets:"))
+    assert [each["imagePullSecrets"] for each in changed] == [[{"name": "registry"}]] * number
+
+
+def pods(manifest: str) -> list[dict[str, Any]]:
+    """Specifications of a manifest's pods: the head's, the workers' and, if there is one, the submitter's."""
+    body = list(yaml.safe_load_all(manifest))[1]["spec"]
     templates = [group["template"] for group in groups(body.get("rayClusterSpec", body))]
-    templates += [body["submitterPodTemplate"]] if "submitterPodTemplate" in body else []
-    assert [each["spec"]["imagePullSecrets"] for each in templates] == [[{"name": "registry"}]] * pods
+    submitter = [body["submitterPodTemplate"]] if "submitterPodTemplate" in body else []
+    return [each["spec"] for each in [*templates, *submitter]]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_the_head_alone_has_a_token_of_kubernetes(path: Path) -> None:
+    """The service account's token, with which the autoscaler makes pods, is in the head's pod only."""
+    head, *others = pods(path.read_text())
+    assert "automountServiceAccountToken" not in head
+    assert {each.get("automountServiceAccountToken") for each in others} == {False}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_images_come_from_a_claim_by_the_commented_lines(path: Path) -> None:
+    """With the commented lines, the head's container and the workers' read a volume claim of their pod."""
+    text = path.read_text()
+    assert not any("volumes" in pod for pod in pods(text))
+    changed = text.replace("# volumes:", "volumes:").replace("# volumeMounts:", "volumeMounts:")
+    for pod in pods(changed)[:2]:
+        (volume,), (mount,) = pod["volumes"], pod["containers"][0]["volumeMounts"]
+        assert (mount["name"], mount["mountPath"], mount["readOnly"]) == (volume["name"], "/data", True)
+        assert volume["persistentVolumeClaim"] == {"claimName": "images", "readOnly": True}
+
+
+def test_a_new_build_has_a_new_name(tmp_path: Path) -> None:
+    """The README names the image by its commit, and its commands put that name at every place of a manifest."""
+    (build,) = [text for text in shell_blocks(CLUSTER / "kuberay" / "README.md") if "docker build" in text]
+    assert build.startswith('IMAGE="registry.example.com/me/datm-ray:$(git rev-parse --short HEAD)"\n')
+    given = [line for text in shell_blocks(CLUSTER / "kuberay" / "README.md") for line in text.splitlines()]
+    edits = [line.partition(" | kubectl apply")[0] for line in given if line.startswith("sed ")]
+    assert [edit.rpartition("/")[2] for edit in edits] == ["rayjob.yaml", "raycluster.yaml"]
+    for edit, manifest in zip(edits, (RAYJOB, RAYCLUSTER), strict=True):
+        shell = ["sh", "-euc", f"IMAGE=registry/datm-ray:abc; {edit}"]
+        changed = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        images = [each["image"] for pod in pods(changed) for each in pod["containers"]]
+        assert images == ["registry/datm-ray:abc"] * manifest.read_text().count(" image: ")
 
 
 def test_the_role_of_pods_is_one_that_pods_can_assume() -> None:
@@ -111,13 +151,14 @@ def test_a_run_that_has_ended_is_deleted_before_it_is_made_again() -> None:
 
 
 def test_the_head_is_waited_for_before_its_port_is_forwarded() -> None:
-    """The README's tunnel to a new cluster follows a command that waits for the head."""
+    """The README's tunnel to a new cluster follows a command that waits for the head; a job waits for the tunnel."""
     name = document(RAYCLUSTER, "RayCluster")["metadata"]["name"]
     given = [words for text in shell_blocks(CLUSTER / "kuberay" / "README.md") for words in commands(text)]
     (forwarded,) = [place for place, words in enumerate(given) if words[:2] == ["kubectl", "port-forward"]]
     wait = given[forwarded - 1]
     assert wait[:2] == ["kubectl", "wait"]
     assert {"--for=condition=HeadPodReady", f"raycluster/{name}"} < set(wait)
+    assert given[forwarded + 1][:2] == ["until", "curl"]
 
 
 def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
@@ -152,12 +193,12 @@ def test_nobody_gets_in_without_token_and_nothing_runs_as_root(spec: dict[str, A
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     job = document(RAYJOB, "RayJob")["spec"]
-    pods = [each["template"]["spec"] for each in groups(spec)] + [job["submitterPodTemplate"]["spec"]]
-    for pod in pods:
+    templates = [each["template"]["spec"] for each in groups(spec)] + [job["submitterPodTemplate"]["spec"]]
+    for pod in templates:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] == 1000
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    for container in [*(each for pod in pods for each in pod["containers"]), spec["autoscalerOptions"]]:
+    for container in [*(each for pod in templates for each in pod["containers"]), spec["autoscalerOptions"]]:
         restricted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert container["securityContext"] == restricted, "Pod Security's `restricted` refuses it"
 
