@@ -171,7 +171,7 @@ def plan(
 ) -> Proposal:
     """Estimate memory, time and storage of a run before it starts.
 
-    >>> plan = datm_ray.plan("cifar10-ipc10", cluster="gpus=8,memory=80GiB,tflops=60")
+    >>> plan = datm_ray.plan("cifar10-ipc10", cluster="gpus=8,memory=80GiB,tflops=10")
     >>> print(plan)
     >>> plan.stages["distillation"]  # hours of all workers, hours on the clock
     >>> plan.config.cluster.shards
@@ -179,7 +179,7 @@ def plan(
     Args:
         recipe: name of a packaged recipe, path of a YAML file, or a configuration.
         settings: values that replace the recipe's.
-        cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
+        cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=10,network=25Gbps" or
             "cpus=2,memory=24GiB". Default: this machine.
         data_shape: shape of data that is not on this machine, as channels x height x width, classes, training images,
             such as "3x64x64,200,100000". Default: the shape of the recipe's data set.

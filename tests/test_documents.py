@@ -14,6 +14,7 @@ import typer.main
 
 from datm_ray.cli import app
 from datm_ray.config import override
+from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from tests.cluster.files import (
     CLUSTER,
@@ -163,6 +164,19 @@ def test_shown_choices_of_machines_are_accepted() -> None:
         ("H100", False, 0),
         (None, True, 2),
     ]
+
+
+def test_shown_gpu_hours_are_those_of_the_plan() -> None:
+    """Each row of the guide to clusters that says what a recipe takes is what `plan` computes for it."""
+    row = r"^\| `(\S+)`" + r" \| ([\d.]+)" * 4 + r" \| (\d+) GiB \|$"
+    rows = re.findall(row, (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 13
+    for name, *shown in rows:
+        found = plan_run(get_recipe(name), "gpus=1,memory=80GiB,tflops=10").to_json()
+        hours = found["hours"]
+        amounts = [hours["experts"], hours["distillation"], hours["validation"] + hours["evaluation"]]
+        amounts += [sum(hours.values()), found["storage_bytes"]["store"] / 2**30]
+        assert [float(each) for each in shown] == pytest.approx(amounts, rel=0.05, abs=0.5), name
 
 
 @pytest.mark.parametrize(("place", "words"), mentioned_commands(), ids=named)

@@ -126,7 +126,7 @@ def plan(
             "--cluster",
             metavar="KEY=VALUE,...",
             help="Suggest a layout for this cluster. Examples: cpus=2,memory=24GiB or "
-            "gpus=64,memory=80GiB,tflops=60,network=25Gbps.",
+            "gpus=64,memory=80GiB,tflops=10,network=25Gbps.",
         ),
     ] = None,
     data_shape: Annotated[
@@ -149,8 +149,8 @@ def plan(
     steps.
 
     --cluster suggests a layout for the described cluster. In it, memory is that of one GPU, or of all cores together.
-    tflops (or gflops) is the speed of student steps on one GPU or core, not the peak. network is the speed at which one
-    GPU or core can send. Time on GPUs needs tflops or --measure.
+    tflops (or gflops) is the speed of student steps on one GPU or core, a fraction of the peak in its data sheet.
+    network is the speed at which one GPU or core can send. Time on GPUs needs tflops or --measure.
     """
     from datm_ray.planning.plan import plan_run
 

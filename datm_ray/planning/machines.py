@@ -120,7 +120,7 @@ be, in words. Memory has the units of `parse_bytes`."""
 
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
-    """Read the description of a cluster, such as `gpus=64,memory=80GiB,tflops=60,network=25Gbps`.
+    """Read the description of a cluster, such as `gpus=64,memory=80GiB,tflops=10,network=25Gbps`.
 
     Args:
         text: description. Its memory is that of one GPU, or of all cores together. Its tflops or gflops are the speed
@@ -133,7 +133,7 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     parts = (part.partition("=") for part in text.split(","))
     entries = [(key.strip(), value.strip()) for key, _, value in parts]
     if fault := next(_faults(entries), ""):
-        example = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
+        example = "gpus=64,memory=80GiB,tflops=10,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
         raise ConfigError(f"--cluster {text!r}: {fault}", remedy=f"write it like {example}")
     given = {key: _value(key, value) for key, value in entries}
     device, cores, count = ("GPU", 1, given["gpus"]) if "gpus" in given else ("core", threads, given["cpus"])

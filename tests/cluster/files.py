@@ -64,6 +64,11 @@ def commands(shell: str) -> list[list[str]]:
 def documented_commands() -> list[tuple[str, list[str]]]:
     """Every whole `datm-ray` command that READMEs, scripts and manifests give to users, with its place."""
     found = [(readme, words) for readme in DOCUMENTS for text in shell_blocks(readme) for words in commands(text)]
+    found += [  # those that another command starts
+        (readme, words[words.index("datm-ray") :])
+        for readme, words in found
+        if words[0] in ("ray", "srun") and "datm-ray" in words
+    ]
     for script in SCRIPTS:
         text = re.sub(r"\$\w+", "1", script.read_text().replace('"$@"', "digits-ipc1"))
         found += [(script, words) for line in re.findall(r"datm-ray (?:run|job) .*", text) for words in commands(line)]
