@@ -12,10 +12,9 @@ import socket
 from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from datm_ray._version import __version__
 from datm_ray.errors import ClusterError
@@ -33,7 +32,7 @@ class Versions(NamedTuple):
 def versions_here() -> Versions:
     """Versions of this process, as at its first call. Builds of torch for different devices count as one version."""
     ours = f"{__version__} (source {source_digest(Path(__file__).parents[1])})"
-    return Versions(socket.gethostname(), {"datm_ray": ours, "torch": torch.__version__.partition("+")[0]})
+    return Versions(socket.gethostname(), {"datm_ray": ours, "torch": version("torch").partition("+")[0]})
 
 
 def source_digest(folder: Path) -> str:
