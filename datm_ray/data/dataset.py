@@ -6,7 +6,7 @@ splitting are in `datm_ray.data.sources`. Augmentation is applied later, to each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,16 @@ class Dataset:
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    def read_by(self, threads: int) -> Dataset:
+        """Data set whose streamed images are decoded and normalised by `threads` threads, which changes no bit."""
+        if not isinstance(self.train_images, StreamedImages):
+            return self
+        train, validation, test = (
+            replace(each, pixels=replace(each.pixels, threads=threads)) if isinstance(each, StreamedImages) else each
+            for each in (self.train_images, self.validation_images, self.test_images)
+        )
+        return replace(self, train_images=train, validation_images=validation, test_images=test)
 
 
 def prepare(

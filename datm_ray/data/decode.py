@@ -29,7 +29,6 @@ from functools import cache, partial
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
@@ -138,11 +137,11 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
             decoded.
     """
     with _pillow_prepared():
-        headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
+        headers = [in_parallel(len(files), partial(_header, files)) for files in sets]
         if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
             # Decode all images, so that one message counts the truncated files too. The pixels may not fit into
             # memory, so they are not kept.
-            tried = [_in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
+            tried = [in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
             _require_readable(sets, tried)
         good = _require_readable(sets, headers)
         shape = _common_shape(sets, good, resize)
@@ -154,7 +153,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
         require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
         pixels = [np.empty((len(files), *shape), dtype=np.uint8) for files in sets]
         done = [
-            _in_parallel(len(files), partial(_decode_one, files, resize, of_set))
+            in_parallel(len(files), partial(_decode_one, files, resize, of_set))
             for files, of_set in zip(sets, pixels, strict=True)
         ]
         _require_readable(sets, done)
@@ -174,7 +173,7 @@ def marks(files: Encoded) -> list[str]:
             "Unpack the archive and give the folder, or leave dataset.streamed out",
         )
     try:
-        return _in_parallel(len(files), files.mark)
+        return in_parallel(len(files), files.mark)
     except OSError as error:
         raise DatasetError(f"{error.filename} cannot be read ({error.strerror})") from error
 
@@ -193,16 +192,21 @@ def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tu
         counts = [min(len(files), -(-SURVEYED * len(files) // total)) for files in sets]
         chosen = [np.linspace(0, len(files) - 1, n).astype(int) for files, n in zip(sets, counts, strict=True)]
         parts = [files.take(rows) for files, rows in zip(sets, chosen, strict=True)]
-        headers = [_in_parallel(len(part), partial(_header, part)) for part in parts]
+        headers = [in_parallel(len(part), partial(_header, part)) for part in parts]
         good = _require_readable(parts, headers)
         shape = _common_shape(parts, good, side)
     return shape, _notes(shape[0], good, side, " read")
 
 
-def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Decode the images at `rows` to [n c h w], each resized to `shape`, in as many threads as torch has.
+def decode_rows(
+    files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, int], threads: int
+) -> NDArray[np.uint8]:
+    """Decode the images at `rows` to [n c h w], each resized to `shape`.
 
     Files are opened in their own order, so that neighbours in one file are read together.
+
+    Args:
+        threads: number of threads, which changes no pixel.
 
     Raises:
         DatasetError: files are damaged, or have neither 8 nor 16 bits a channel.
@@ -220,7 +224,7 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
         return _with_image(part, index, put)
 
     with _pillow_prepared():
-        done = _in_parallel(len(part), decode_one, torch.get_num_threads())
+        done = in_parallel(len(part), decode_one, threads)
     if away := {part.name(i): each.reason for i, each in enumerate(done) if each and each.is_away}:
         raise TransientStoreError(
             f"image {listed(sorted(away), 1)} cannot be read any more ({away[min(away)]})",
@@ -253,7 +257,7 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
         pixels = images[i, 0] if images.shape[1] == 1 else images[i].transpose(1, 2, 0)
         resized[i] = _pixels(Image.fromarray(np.ascontiguousarray(pixels)), resized.shape[1:])
 
-    _in_parallel(len(images), one)
+    in_parallel(len(images), one)
     return resized
 
 
@@ -531,7 +535,7 @@ def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def _in_parallel(count: int, work: Callable[[int], T], threads: int | None = None) -> list[T]:
+def in_parallel(count: int, work: Callable[[int], T], threads: int | None = None) -> list[T]:
     """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure.
 
     Args:

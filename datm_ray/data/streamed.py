@@ -6,16 +6,20 @@ the files themselves, so the files must lie at the same path on every node. Test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import Encoded, decode_rows
+from datm_ray.data.decode import Encoded, decode_rows, in_parallel
 from datm_ray.data.transform import Transform
 
 Rows = NDArray[np.int64] | slice
 """Row numbers, in any order, or a slice of them."""
+NORMALISED = 4
+"""Number of images that are normalised in one call. So few fit into a CPU's cache: on one core, four of 224x224 pixels
+took half the time per image of 256. The number changes no bit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,8 @@ class StreamedPixels:
     rows: NDArray[np.int64]  # index in `files` of each image [n]
     image: tuple[int, int, int]
     """Channels, height and width that every image gets."""
+    threads: int | None = None
+    """Number of threads that decode and normalise, which changes no bit; `None` for as many as torch has."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -42,11 +48,16 @@ class StreamedPixels:
             DatasetError: a file is damaged.
             TransientStoreError: a file is missing, or the operating system cannot read it.
         """
-        return decode_rows(self.files, self.rows[rows], self.image)
+        return decode_rows(self.files, self.rows[rows], self.image, self.threads_used)
 
     def take(self, rows: NDArray[np.int64]) -> StreamedPixels:
         """Select the images at these rows, without reading them."""
-        return StreamedPixels(self.files, self.rows[rows], self.image)
+        return replace(self, rows=self.rows[rows])
+
+    @property
+    def threads_used(self) -> int:
+        """Number of threads that decode and normalise in this process."""
+        return self.threads or torch.get_num_threads()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,4 +84,13 @@ class StreamedImages:
             DatasetError: a file is damaged.
             TransientStoreError: a file is missing, or the operating system cannot read it.
         """
-        return self.transform.apply(self.pixels[rows].astype(np.float32) / np.float32(self.levels))
+        pixels = self.pixels[rows]
+        result = np.empty(pixels.shape, np.float32)
+
+        def fill(number: int) -> None:
+            part = slice(number * NORMALISED, (number + 1) * NORMALISED)
+            result[part] = self.transform.apply(pixels[part].astype(np.float32) / np.float32(self.levels))
+
+        threads = self.pixels.threads_used // torch.get_num_threads()  # torch starts its own in each of them
+        in_parallel(-(-len(pixels) // NORMALISED), fill, max(1, threads))
+        return result

@@ -20,13 +20,14 @@ from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.planning import work
-from datm_ray.planning.machines import Machine
+from datm_ray.planning.machines import READING_OPERATIONS, Machine
 from datm_ray.planning.work import Row, Work
 from datm_ray.shape import DataShape, fitting_cost, network_cost
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.methods.base import Outlook
+from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.memory import DistillationPlan
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained
@@ -89,8 +90,17 @@ class Proposal:
         return [*tasks, work.prior(self.config, shape)] if is_trained(self.config) else tasks
 
     def seconds(self, task: Work) -> float:
-        """Seconds that one worker takes for a task, without compiling."""
-        return sum(self.machine.seconds[kind] * operations for kind, _, operations in task)
+        """Seconds that one worker takes for a task, without compiling.
+
+        A GPU computes while the CPUs beside it read streamed images; a core does one after the other.
+        """
+        read, rest = 0.0, 0.0
+        for kind, _, operations in task:
+            if kind == "reading":
+                read += self.machine.seconds[kind] * operations
+            else:
+                rest += self.machine.seconds[kind] * operations
+        return max(read, rest) if self.machine.device == "GPU" else read + rest
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""
@@ -163,6 +173,21 @@ class Proposal:
         return LabelInfo("", "", images, classes, self.shape.image[1:], epochs, keep, self.config.seed, top)
 
     @property
+    def _reading(self) -> str:
+        """Text on the streamed images that the run reads from their files; "" if it reads none."""
+        together = {"distillation": self.config.workers_per_set}
+        read = sum(
+            together.get(stage, 1) * operations / READING_OPERATIONS
+            for stage, tasks in self.tasks.items()
+            for task in tasks
+            for kind, _, operations in task
+            if kind == "reading"
+        )
+        each, demand = 1e3 * READING_OPERATIONS * self.machine.seconds["reading"], self.plans[0].demand
+        every = f"; {demand.read:,} in every iteration of a worker: {SLOW_READING}" if demand.read else ""
+        return f"{read:,.0f} images from their files, about {each:.2g} ms each in a worker{every}" if read else ""
+
+    @property
     def storage(self) -> dict[str, int]:
         """Bytes that a finished run stores, by part: store, labels if any, and set, without reports."""
         config, shape = self.config, self.shape
@@ -227,6 +252,7 @@ class Proposal:
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}",
+            "reading": self._reading,
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
             "layout": self._layout,

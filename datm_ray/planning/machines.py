@@ -15,7 +15,7 @@ import torch
 
 from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
-from datm_ray.runtime.devices import uses_gpu, workers_here
+from datm_ray.runtime.devices import reading_threads, uses_gpu, workers_here
 
 FORWARD_PASSES = {
     "matching": 11.0,
@@ -26,18 +26,27 @@ FORWARD_PASSES = {
     "real": 6.7,
     "scoring": 2.9,
     "steps": 5.0,
+    "reading": 1.0,
 }
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
 The first three are compiled steps of DATM, DM and SRe2L. "training" is on a synthetic set, "real" on real data. "steps"
-is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; measured speeds of steps include it. Measured on
-one core at 32x32 pixels with ConvNet-3 of width 128, and "recovery" with a ResNet-18 of half the width."""
+is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; measured speeds of steps include it. "reading"
+counts streamed images, see `READING_OPERATIONS`. The others were measured on one core at 32x32 pixels with ConvNet-3 of
+width 128, and "recovery" with a ResNet-18 of half the width."""
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
 Measured by `measure.measured` for digits-ipc1, with an empty compiler cache, on an idle core of an EPYC with AVX-512.
 An older, busy core took up to three times as long. "embedding" and "recovery" are for the networks of
 `FORWARD_PASSES`."""
+READING_OPERATIONS = 3.5e8
+"""Operations of student steps that take as long as reading one streamed image: 2.3 ms on a core with the speed in
+`SPEED`. Measured there: 2.1 ms to decode and resize a JPEG file of 500x375 pixels and 65 KB, 0.2 ms to normalise it.
+Files of other sizes take other times."""
+READERS = 8
+"""Threads in which a GPU's worker reads images, if its machine is only described. Assumed: nodes in clouds have 6 to 24
+CPUs for each GPU."""
 SPEED = {"core": 150e9, "GPU": 7e12}
 """FLOP/s of student steps on one core and on one GPU, used to choose a layout if no speed is given. The GPU's value is
 assumed: a tenth of an H200's float32 peak."""
@@ -71,7 +80,7 @@ class Machine:
     """Source of `seconds`, in words; "" for an assumed speed, which serves to compare layouts and gives no times."""
 
     @classmethod
-    def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0) -> Machine:
+    def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0, readers: int = READERS) -> Machine:
         """Make a machine whose workers are alike, from the speed of one core or GPU.
 
         Args:
@@ -79,9 +88,12 @@ class Machine:
             workers: number of workers that run at the same time.
             cores: number of cores of one worker; 1 on GPUs.
             speed: FLOP/s of student steps on one core or one GPU; 0 to assume `SPEED`.
+            readers: number of threads in which a GPU's worker reads streamed images. A core's worker has `cores`.
         """
         unit = cores * (speed or SPEED[device])
         seconds = {kind: passes / unit for kind, passes in FORWARD_PASSES.items()}
+        if device == "GPU":  # CPUs read for it
+            seconds["reading"] = FORWARD_PASSES["reading"] / (readers * SPEED["core"])
         return cls(device, workers, cores, seconds, COMPILING, BANDWIDTH[device], basis="as given" if speed else "")
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
@@ -102,7 +114,8 @@ def machine_here(config: RunConfig) -> Machine:
     """Machine to plan for if the user describes no cluster: `cluster.workers` workers, or as many as fit here."""
     cluster = config.cluster
     if uses_gpu(cluster):
-        return Machine.of("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
+        workers = cluster.workers or torch.cuda.device_count() or config.workers_per_set
+        return Machine.of("GPU", workers, readers=reading_threads(cluster))
     return Machine.of("core", workers_here(cluster), cluster.threads_per_worker)
 
 

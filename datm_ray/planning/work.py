@@ -21,7 +21,7 @@ from datm_ray.core.training.loop import (
     validation_protocol,
     work_of_training,
 )
-from datm_ray.planning.machines import FORWARD_PASSES
+from datm_ray.planning.machines import FORWARD_PASSES, READING_OPERATIONS
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_stack, seeds_of_tasks, training_of
 from datm_ray.stages.methods.base import Demand
@@ -52,21 +52,29 @@ def passes(kind: str, run: RunConfig, shape: DataShape, images: float) -> WorkPa
     return WorkPart(kind, run, images * network_cost(run, shape).flop)
 
 
+def reading(run: RunConfig, shape: DataShape, images: float) -> Work:
+    """Work of reading `images` images from their files; empty unless images are streamed."""
+    return [WorkPart("reading", run, images * READING_OPERATIONS)] if shape.is_streamed and images else []
+
+
 def experts(run: RunConfig, shape: DataShape, count: int) -> Work:
     """Work of training a stack of `count` experts of a run with one network."""
-    return [passes("experts", run, shape, count * run.experts.image_passes * shape.trained(run.dataset))]
+    settings, images = run.experts, count * shape.trained(run.dataset)
+    read = reading(run, shape, settings.epochs * settings.share_seen(range(settings.epochs)) * images)
+    return [passes("experts", run, shape, settings.image_passes * images), *read]
 
 
 def order(scoring: RunConfig, shape: DataShape) -> Work:
     """Work of scoring the training images with all networks of a `scoring_run`."""
-    return [passes("scoring", scoring, shape, scoring.experts.count * shape.trained(scoring.dataset))]
+    images = scoring.experts.count * shape.trained(scoring.dataset)
+    return [passes("scoring", scoring, shape, images), *reading(scoring, shape, images)]
 
 
 def prior(run: RunConfig, shape: DataShape) -> Work:
     """Work of training a run's prior, whose encoder is about as large as its decoder."""
     assert run.prior is not None
-    flop = prior_cost(run.prior, shape.image)[0].flop
-    return [WorkPart("training", run, 2 * flop * run.prior.epochs * shape.trained(run.dataset))]
+    flop, images = prior_cost(run.prior, shape.image)[0].flop, run.prior.epochs * shape.trained(run.dataset)
+    return [WorkPart("training", run, 2 * flop * images), *reading(run, shape, images)]
 
 
 def held_images(demand: Demand, run: RunConfig, shape: DataShape) -> int:
@@ -90,6 +98,7 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
         work = [passes("training", seen[number], shape, share * held) for number in role.meta_networks]
         for number in role.backbones:
             work += [passes(kind, networks[number], shape, each) for kind, each in demands[number].passes.items()]
+            work += reading(networks[number], shape, demands[number].read)
         decoded = held * (len(role.backbones) + bool(role.meta_networks))
         return [*work, WorkPart("training", run, decoding * decoded)]
 
@@ -104,9 +113,10 @@ def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float]
     """
     method, first = method_of(run), run.each_backbone()[0]
     count, pieces = method.iterations(run), len(method.pieces(run, shape.classes)) or 1
-    chosen = method.choosing(run, shape.classes, shape.trained(run.dataset))
+    chosen = dict(method.choosing(run, shape.classes, shape.trained(run.dataset)))
+    read = reading(first, shape, chosen.pop("reading", 0) / pieces)
     changing = [WorkPart(kind, own, count * each) for kind, own, each in max(iterations(run, shape), key=time)]
-    return [*changing, *(passes(kind, first, shape, each / pieces) for kind, each in chosen.items())]
+    return [*changing, *(passes(kind, first, shape, each / pieces) for kind, each in chosen.items()), *read]
 
 
 def _training(
@@ -130,7 +140,8 @@ def validation(run: RunConfig, shape: DataShape) -> Work:
     first, seeds = run.each_backbone()[0], run.distill.validation_seeds
     schedule = PROTOCOLS[validation_protocol(run.evaluate.protocol)]
     training = _training("training", first, shape, schedule, shape.synthetic(run), seeds, seeds)
-    return [*training, passes("scoring", first, shape, seeds * _held_out(run, shape))]
+    scored = seeds * _held_out(run, shape)
+    return [*training, passes("scoring", first, shape, scored), *reading(first, shape, scored)]
 
 
 def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
@@ -194,6 +205,7 @@ def evaluation(row: Row, seeds: int) -> Work:
     tested = networks * _held_out(run, shape) + seeds * shape.test_images
     work = _training(kind, run, shape, schedule, row.images, networks, stacks)
     work.append(passes("scoring", run, shape, tested))
+    work += reading(run, shape, tested + (row.name == "full") * networks * schedule.epochs * row.images)
     if asks_teacher(row.run, row.name):
         work.append(passes("scoring", teacher_of(row.run), shape, networks * schedule.epochs * row.images))
     return work

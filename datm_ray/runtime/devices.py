@@ -152,6 +152,22 @@ def workers_here(cluster: ClusterConfig) -> int:
     return cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
 
 
+MOST_READERS = 32
+"""Largest number of threads in which a worker with a GPU decodes images."""
+
+
+def reading_threads(cluster: ClusterConfig) -> int:
+    """Number of threads in which a worker of this machine decodes streamed images. It changes no bit.
+
+    A worker with a GPU takes its share of the machine's CPUs, which would wait for GPUs otherwise. A worker without one
+    takes its `cluster.threads_per_worker`.
+    """
+    cpus = assigned.cpus
+    if cpus is None:
+        cpus = (os.cpu_count() or 1) // max(1, torch.cuda.device_count()) if uses_gpu(cluster) else 0
+    return max(cluster.threads_per_worker, min(MOST_READERS, cpus))
+
+
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """Turn an array into a tensor. On the CPU both share memory, so callers must not write to the tensor.
 

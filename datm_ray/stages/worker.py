@@ -8,6 +8,7 @@ from typing import Any
 
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
+from datm_ray.runtime.devices import reading_threads
 from datm_ray.runtime.executor import Event
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import EvaluateWorker
@@ -46,7 +47,8 @@ class StageWorker:
             place = open_location(path)
             fact = f"{socket.gethostname()} has no {path}, which the command's machine has"
             require_shared(place.exists, seconds_to_look(place, cluster.progress_timeout), fact)
-        self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
+        self._dataset = dataset.read_by(reading_threads(cluster))
+        self._cluster, self._distill_worker = cluster, distill_worker
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
     def train(self, *arguments: Any) -> Iterator[Event]:

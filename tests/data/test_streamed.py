@@ -12,14 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from datm_ray.config import DatasetConfig, RunConfig
+from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig
 from datm_ray.core.images.batches import batches
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import predict_logits
 from datm_ray.data import RawDataset, decode, load_raw, parquet, streamed
 from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
+from datm_ray.data.transform import Transform
 from datm_ray.errors import DatasetError, TransientStoreError
+from datm_ray.runtime import assigned
+from datm_ray.stages.worker import StageWorker
 from tests.data.conftest import Encode, WriteParquet, write_files
 
 PHOTOS = Path(__file__).parent.parent / "samples" / "photos"
@@ -61,6 +64,50 @@ def test_streamed_images_are_the_images_in_memory(path: Path) -> None:
     assert isinstance(others, StreamedImages)
     assert others.shape == images.shape
     assert np.array_equal(images[rows], others[rows])
+
+
+def test_any_number_of_threads_reads_the_same_bits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are decoded by the threads that the data set was given, and have the bits of one thread."""
+    asked: list[int | None] = []
+    real = decode.in_parallel
+
+    def recorded(count: int, work: Any, threads: int | None = None) -> Any:
+        asked.append(threads)
+        return real(count, work, threads)
+
+    held, streamed = prepared(path)
+    monkeypatch.setattr(decode, "in_parallel", recorded)
+    for threads in (1, 3, 16):
+        again = pickle.loads(pickle.dumps(streamed.read_by(threads)))
+        for own, other in ((held.train_images, again.train_images), (held.test_images, again.test_images)):
+            assert np.array_equal(own[:], other[:])
+            assert asked.pop() == threads
+    assert held.read_by(3) is held
+
+
+def test_a_worker_reads_in_its_share_of_the_cpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of all stages gives its number of threads to all images of its data set."""
+    monkeypatch.setattr(assigned, "cpus", 5)
+    dataset = StageWorker(prepared(path)[1], ClusterConfig())._dataset
+    for images in (dataset.train_images, dataset.validation_images, dataset.test_images):
+        assert isinstance(images, StreamedImages)
+        assert images.pixels.threads == 5
+
+
+def test_images_are_normalised_some_at_a_time_with_equal_bits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call normalises all images, whose temporaries would take several times their memory."""
+    images, normalised, real = prepared(path)[1].train_images, list[int](), Transform.apply
+    assert isinstance(images, StreamedImages)
+    whole = images.transform.apply(images.pixels[:].astype(np.float32) / np.float32(images.levels))
+
+    def counted(transform: Transform, some: Any) -> Any:
+        normalised.append(len(some))
+        return real(transform, some)
+
+    monkeypatch.setattr(Transform, "apply", counted)
+    assert np.array_equal(images[:].view(np.uint32), whole.view(np.uint32))
+    assert sum(normalised) == len(images) > max(normalised)
+    assert images[:0].shape == (0, *images.shape[1:])
 
 
 def test_streamed_images_can_be_sent_to_a_worker(path: Path) -> None:
@@ -198,9 +245,9 @@ def test_given_statistics_need_no_images(path: Path, monkeypatch: pytest.MonkeyP
     """A transform of given statistics decodes two images, whose shape it takes."""
     raw, decoded, real = both(path)[1], list[int](), streamed.decode_rows
 
-    def count(files: Any, rows: Any, image: Any) -> Any:
+    def count(files: Any, rows: Any, *more: Any) -> Any:
         decoded.append(len(rows))
-        return real(files, rows, image)
+        return real(files, rows, *more)
 
     monkeypatch.setattr(streamed, "decode_rows", count)
     channels = raw.channels

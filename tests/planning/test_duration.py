@@ -19,7 +19,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.machines import BANDWIDTH, LATENCY, machine_here, parse_cluster
+from datm_ray.planning.machines import BANDWIDTH, LATENCY, READING_OPERATIONS, machine_here, parse_cluster
 from datm_ray.planning.measure import compiled_gain, measured
 from datm_ray.planning.memory import scoring_memory
 from datm_ray.planning.plan import plan_run, propose
@@ -28,6 +28,7 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.shape import KNOWN_SHAPES, DataShape, network_cost
 from datm_ray.stages.distill import read_cost
+from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.memory import plans_of
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
@@ -201,6 +202,40 @@ def test_everything_that_takes_time_is_counted() -> None:
     free = replace(together, machine=replace(together.machine, compiling={}))
     more_seconds = 3600 * (together.stages["evaluation"][0] - free.stages["evaluation"][0])
     assert more_seconds == pytest.approx(2 * together.compiling("experts", together.config))  # a seed for each worker
+
+
+def test_reading_images_from_their_files_is_counted() -> None:
+    """Streamed images take time wherever they are read: in sequence on a core, beside the computing on a GPU."""
+    base = proposal()
+    for machine, cores in (("cpus=2,gflops=150", 1), ("gpus=1,tflops=0.001", 8), ("gpus=1,tflops=900", 8)):
+        held, read = (
+            replace(proposal(machine=machine), shape=replace(DIGITS, is_streamed=streamed))
+            for streamed in (False, True)
+        )
+        for stage, count in (
+            ("experts", 2 * 5 * DIGITS.trained(base.config.dataset)),
+            ("validation", DIGITS.training_images - DIGITS.trained(base.config.dataset)),
+        ):
+            (computing, *_), (both, *_) = (each.tasks[stage] for each in (held, read))
+            seconds, reading = held.seconds(computing), count * READING_OPERATIONS / 150e9 / cores
+            joined = seconds + reading if machine.startswith("cpus") else max(seconds, reading)
+            assert read.seconds(both) == pytest.approx(joined)
+        assert "images from their files" in str(read)
+        assert "images from their files" not in str(held)
+        real = {stage: read.stages[stage][0] - held.stages[stage][0] for stage in ("distillation", "evaluation")}
+        assert min(real.values()) >= 0
+
+
+def test_a_method_that_reads_images_in_every_iteration_is_planned_so() -> None:
+    """DM reads its real images in every iteration, and a plan says what helps."""
+    changes = ("method=dm", "distill.real_batch=20", "distill.initial=noise", "experts.count=1")
+    config = tiny_config("cluster.memory=64GiB", *changes)
+    shape = replace(DIGITS, is_streamed=True)
+    found = Proposal(config, shape, plans_of(config, shape), parse_cluster("gpus=1,tflops=900"))
+    (task,) = found.tasks["distillation"]
+    read = sum(operations for kind, _, operations in task if kind == "reading") / READING_OPERATIONS
+    assert read == pytest.approx(config.distill.iterations * 10 * 20)
+    assert f"200 in every iteration of a worker: {SLOW_READING}" in str(found)
 
 
 FORWARD = network_cost(tiny_config().resolved((8, 8)), DIGITS).flop

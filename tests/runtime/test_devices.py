@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
-from datm_ray.runtime.devices import prepare_device, restoring_settings
+from datm_ray.runtime import assigned
+from datm_ray.runtime.devices import prepare_device, reading_threads, restoring_settings
 from datm_ray.runtime.executor import SerialExecutor
 
 
@@ -83,3 +86,24 @@ def test_a_call_that_is_refused_leaves_torch_as_it_was() -> None:
     with pytest.raises(ClusterError, match="no GPU"):
         SerialExecutor(ClusterConfig(device="cuda", threads_per_worker=torch.get_num_threads() + 1))
     assert _settings() == before
+
+
+@pytest.mark.parametrize(
+    ("cpus", "settings", "threads"),
+    [
+        (12, {}, 12),  # Ray: a GPU's share of a node
+        (0, {"threads_per_worker": 2}, 2),  # Ray: no GPU
+        (12, {"threads_per_worker": 20}, 20),
+        (96, {}, 32),
+        (None, {"gpus_per_worker": 1}, 24),  # one process, on a machine of four GPUs and 96 CPUs
+        (None, {"device": "cpu"}, 1),
+    ],
+)
+def test_a_worker_with_a_gpu_reads_images_in_its_share_of_the_cpus(
+    cpus: int | None, settings: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs that would wait for GPUs decode images for them. A worker without a GPU takes its own threads."""
+    monkeypatch.setattr(assigned, "cpus", cpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert reading_threads(ClusterConfig(**settings)) == threads

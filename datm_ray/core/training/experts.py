@@ -94,6 +94,25 @@ def train_stack(
         settings, seeds, state, curriculum: see `train_experts`.
         rates: learning rate of each network; `None` for `settings.learning_rate`.
     """
+    steps = stack_steps(functions, images, labels, settings, seeds, state, rates, curriculum)
+    return (losses for losses in steps if losses is not None)
+
+
+def stack_steps(
+    functions: StackStep,
+    images: Sequence[Images],
+    labels: Sequence[Tensor],
+    settings: ExpertConfig,
+    seeds: Sequence[int],
+    state: ExpertState,
+    rates: Sequence[float] | None = None,
+    curriculum: Curriculum | None = None,
+) -> Iterator[Tensor | None]:
+    """Train s networks together, step by step. The arguments are those of `train_stack`.
+
+    Yields the mean losses [s] of the epoch after its last step, and `None` after every other step. Only after an
+    epoch's last step is the state one that a training can resume from.
+    """
     count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
     seen = None if curriculum is None else curriculum.rows
     size, done = min(settings.batch_size, count), 0
@@ -123,6 +142,8 @@ def train_stack(
             yield total / done
             total.zero_()
             done = 0
+        else:
+            yield None
 
 
 def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curriculum | None = None) -> int:

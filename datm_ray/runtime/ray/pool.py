@@ -50,8 +50,10 @@ class Stage(NamedTuple):
 class Worker:
     """Ray actor that holds one of this package's workers and runs its tasks."""
 
-    def __init__(self, log_level: int) -> None:
+    def __init__(self, log_level: int, gpus: float = 0.0) -> None:
+        """Take the actor's GPUs. `gpus`: how many Ray has assigned to the actor, such as 0.5."""
         _take_gpus(ray.get_gpu_ids())
+        assigned.cpus = _cpus_beside(gpus)
         self._log = Collector(f"Worker/{os.getpid()}", log_level)
         self._worker: Any = None
         self._stage = -1
@@ -136,6 +138,15 @@ def _take_gpus(gpus: Sequence[object]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.gpus)
 
 
+def _cpus_beside(gpus: float) -> int:
+    """Share of this node's CPUs that goes with so many of its GPUs, rounded down; 0 without GPUs."""
+    if not gpus:
+        return 0
+    here = ray.get_runtime_context().get_node_id()
+    found: dict[str, float] = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == here)
+    return int(found.get("CPU", 0.0) * gpus / found["GPU"])
+
+
 def avoiding(options: Mapping[str, Any], nodes: Collection[str]) -> dict[str, Any]:
     """Options of an actor, extended so that Ray places it on none of the nodes."""
     if not nodes:
@@ -173,7 +184,8 @@ class PoolWorker:
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
         placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
-        actor = remote.options(**options, **placed).remote(logging.getLogger("datm_ray").getEffectiveLevel())
+        level, gpus = logging.getLogger("datm_ray").getEffectiveLevel(), options.get("num_gpus", 0.0)
+        actor = remote.options(**options, **placed).remote(level, gpus)
         return cls(options, actor, actor.place.remote())
 
     @property

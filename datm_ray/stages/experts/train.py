@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ from datm_ray.core.networks.stacked import (
 )
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training.curriculum import Curriculum
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState, stack_steps
 from datm_ray.core.training.loop import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
@@ -43,6 +43,7 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
+from datm_ray.runtime.retries import STEPS_OF_PATIENCE
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
@@ -66,6 +67,22 @@ def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint:
     # then separates their folders.
     names = _as_folder(dataset, "dataset"), _as_folder(architecture, "network")
     return TrajectoryStore(store_uri).group(*names, fingerprint)
+
+
+TRAINING = "training an epoch"
+
+
+def _with_heartbeats(steps: Iterable[torch.Tensor | None], interval: float) -> Iterator[torch.Tensor | None]:
+    """Pass on the losses of every epoch, and a `None` whenever `interval` seconds have passed without anything.
+
+    Args:
+        steps: losses [s] after an epoch's last step, `None` after every other step.
+    """
+    due = time.monotonic() + interval
+    for losses in steps:
+        if losses is not None or time.monotonic() >= due:
+            yield losses
+            due = time.monotonic() + interval
 
 
 def _as_folder(name: str, usual: str) -> str:
@@ -228,8 +245,15 @@ class ExpertWorker:
         else:
             _log.info("experts resumed %s", fields(experts=f"{experts[0]}-{experts[-1]}", epoch=state.epoch))
         first, began = state.epoch, time.monotonic()
+        images, labels = [self._images] * len(seeds), [self._labels] * len(seeds)
+        steps = stack_steps(functions, images, labels, settings, seeds, state, curriculum=curriculum)
+        # In shorter epochs, epochs are heartbeats enough. A phase would also lift the limit that follows from them.
+        interval = self._cluster.progress_timeout / STEPS_OF_PATIENCE
         with saving() as is_asked:
-            for losses in train_experts(functions, self._images, self._labels, settings, seeds, state, curriculum):
+            for losses in _with_heartbeats(steps, interval):
+                if losses is None:
+                    yield Phase(TRAINING)
+                    continue
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)
                 measured = self._accuracies(networks[0], state, settings)

@@ -53,6 +53,8 @@ class Demand:
     """Peak memory of a micro-batch, as a multiple of the bytes that all layers write in one forward pass."""
     vectors: int
     """Number of vectors as long as the network's parameters that stay in memory: networks, gradients, sums."""
+    read: int = field(default=0, kw_only=True)
+    """Number of real images that the worker reads in an iteration for this network."""
     held: int | None = None
     """Number of the set's images that a worker holds; `None` if it holds all images of its classes."""
     trace: int = 0
@@ -278,15 +280,17 @@ class Method:
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """Work of choosing the set before the first iteration, for plans.
 
-        Returns kind of work (a key of `Demand.passes`) -> number of images that pass the first network.
+        Returns kind of work (a key of `Demand.passes`) -> number of images that pass the first network. The key
+        "reading" has the number of real images that are read.
 
         Args:
             training_images: number of training images, without validation images.
         """
-        settings, passes = config.distill, 0
+        settings, passes, read = config.distill, 0, int(config.distill.initial != "noise")
         if cls.trained_backbones(config):
+            read += 2 * (settings.initial == "correct")  # two candidates for each chosen image
             passes = config.experts.count * cls.has_soft_labels(config) + 2 * (settings.initial == "correct")
-        return {"scoring": passes * settings.ipc * classes}
+        return {"scoring": passes * settings.ipc * classes, "reading": read * settings.ipc * classes}
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:

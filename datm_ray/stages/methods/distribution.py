@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.memory import chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
 
+SLOW_READING = (
+    "if this takes longer than computing, leave out dataset.streamed, or lower distill.real_batch or dataset.resize"
+)
+"""Advice for streamed images, which every iteration reads from their files again."""
 DERIVATIVE = 2.4
 """Time to differentiate an image's embedding, as a multiple of the time to compute the embedding. Measured with a
 compiled ConvNet of depth 3 and width 128 on one core, in float32 and bfloat16."""
@@ -39,7 +45,8 @@ class DistributionMatching(Method):
         """
         settings, own = config.distill, -(-classes // shards)
         passes = {"embedding": own * (settings.real_batch + (1 + DERIVATIVE) * settings.ipc)}
-        return Demand(passes, at_once=max(settings.real_batch, settings.ipc), maps=2, vectors=2)
+        at_once, read = max(settings.real_batch, settings.ipc), own * settings.real_batch
+        return Demand(passes, at_once=at_once, maps=2, vectors=2, read=read)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
@@ -64,7 +71,16 @@ class DistributionMatching(Method):
         self._sizes = {number: self._divided(plan.chunk) for number, plan in self._plans.items()}
         first = next(iter(self._functions.values()), None)
         self.preparation = "compiling embeddings" if first and first.is_compiled else ""
-        self.facts, self.notes = (first.facts, list(filter(None, [first.note]))) if first else ({}, [])
+        self.facts = first.facts if first else {}
+        self.notes = [*filter(None, [first.note]), *self._reading()] if first else []
+
+    def _reading(self) -> Iterator[str]:
+        """Yield a message if every iteration reads its real images from their files."""
+        part = self.part
+        if isinstance(part.dataset.train_images, np.ndarray):
+            return
+        read = part.config.distill.real_batch * len(part.rows.classes(part.config.distill.ipc))
+        yield f"every iteration reads up to {read:,} images from their files for each network; {SLOW_READING}"
 
     def _divided(self, most: int) -> tuple[int, int]:
         """Numbers of a class's synthetic and of its real images in a micro-batch of at most `most` images."""

@@ -79,7 +79,9 @@ class RecoveryFromTeacher(Method):
         """Work of choosing and labelling the first images, see `Method.choosing`. Each crop counts once."""
         labelled = dict(super().choosing(config, classes, training_images))
         if config.distill.initial == "crops":
-            labelled["scoring"] += crops_scored(config, classes, training_images)
+            scored = crops_scored(config, classes, training_images)
+            labelled["scoring"] += scored
+            labelled["reading"] += scored // config.select.crops
         return labelled
 
     @classmethod

@@ -82,7 +82,7 @@ class Selection(Method):
         """Work of choosing the images: kind of work -> images that pass a network.
 
         Each crop passes the teacher once, or each image passes each expert at each epoch once. Labelling the set adds
-        to this.
+        to this. Each image is read once for all its crops, or for each pass, and chosen images once more.
 
         Args:
             training_images: number of training images, without validation images.
@@ -95,7 +95,9 @@ class Selection(Method):
             "forgetting": training_images * count * len(_epochs_of_training(config)),
             "random": 0,
         }[settings.by]
-        return {"scoring": passes + 2 * config.distill.ipc * classes * config.distill.has_soft_labels}
+        images = config.distill.ipc * classes
+        read = passes // (settings.crops if settings.by == "rded" else 1) + images
+        return {"scoring": passes + 2 * images * config.distill.has_soft_labels, "reading": read}
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -42,6 +43,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.delenv(pool.SHOW_ALL_GPUS, raising=False)
     monkeypatch.setattr(pool, "Collector", lambda *_: Records())
     monkeypatch.setattr(assigned, "gpus", ())
+    monkeypatch.setattr(assigned, "cpus", None)
     return worker
 
 
@@ -57,6 +59,22 @@ def test_a_worker_sees_its_own_gpus(
     start(given)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
     assert assigned.gpus == [str(gpu) for gpu in given]
+
+
+@pytest.mark.parametrize(("gpus", "cpus"), [(1.0, 12), (0.5, 6), (2.0, 24), (0.0, 0)])
+def test_a_worker_has_its_share_of_the_cpus_of_its_node(
+    gpus: float, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs of the node are divided by GPUs, so that workers of one node do not read images in too many threads."""
+    nodes = [{"NodeID": "a", "Resources": {"CPU": 4.0}}, {"NodeID": "b", "Resources": {"CPU": 96.0, "GPU": 8.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    monkeypatch.setattr(pool, "Collector", lambda *_: Records())
+    monkeypatch.setattr(assigned, "gpus", ())
+    monkeypatch.setattr(assigned, "cpus", None)
+    pool.Worker(0, gpus)
+    assert assigned.cpus == cpus
 
 
 class DeviceWorker:

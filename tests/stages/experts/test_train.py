@@ -25,11 +25,18 @@ from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.devices import images_on
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor
 from datm_ray.stages.experts import progress as expert_progress
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import ExpertProgress
-from datm_ray.stages.experts.train import ExpertWorker, expert_group, expert_info, experts_at_a_time, stacks
+from datm_ray.stages.experts.train import (
+    TRAINING,
+    ExpertWorker,
+    expert_group,
+    expert_info,
+    experts_at_a_time,
+    stacks,
+)
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from tests.conftest import actor_processes, tiny_config
 from tests.tapes import Tape
@@ -80,6 +87,21 @@ def test_an_expert_resumes_from_its_last_epoch_with_the_same_bits(tmp_path: Path
     assert 1 not in resumed
     assert content(group, 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
     assert group.progress.list() == []
+
+
+@pytest.mark.parametrize(("seconds", "heartbeats"), [(3600.0, 9), (0.001, 0)])
+def test_an_epoch_that_takes_long_is_no_stuck_worker(
+    seconds: float, heartbeats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow steps are heartbeats within their epoch. In a short epoch they are not, so that epochs set the limit."""
+    clock = SimpleNamespace(monotonic=itertools.count(step=seconds).__next__)
+    monkeypatch.setattr("datm_ray.stages.experts.train.time", clock)
+    config = tiny_config()
+    worker, _, uri = worker_of(config, tmp_path)
+    assert -(-len(worker.dataset.train_labels) // config.experts.batch_size) == 10
+    events = list(worker.train(config, uri, (0,)))
+    assert epochs_trained(events) == [1, 2, 3, 4, 5]
+    assert events.count(Phase(TRAINING)) == 5 * heartbeats
 
 
 def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

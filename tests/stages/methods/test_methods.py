@@ -29,14 +29,16 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.pipeline.tasks import expert_recipes
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
-from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.runtime.executor import Note, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
+from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from tests.conftest import CommandLine, load_config_text, tiny_config
 from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
+from tests.test_pipeline import photos
 
 DM = ("method=dm", "distill.ipc=2", "distill.learning_rate_images=5", "distill.initial_step_size=0.03")
 SCORED = ("evaluate.networks=[lenet]", "evaluate.seeds=1")
@@ -91,6 +93,19 @@ def test_dm_trains_no_experts_and_is_scored_against_hard_labels(finished: tuple[
     table = pipeline.table()
     assert "random real images, hard labels, tuned" in table
     assert "soft labels" not in table
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_dm_on_images_that_stay_in_their_files_says_what_helps(streamed: bool, tmp_path: Path) -> None:
+    """A run of DM says before its first iteration that every iteration reads files, if images are streamed."""
+    config = photos(tmp_path / "data", 12)
+    settings = (f"dataset.streamed={str(streamed).lower()}", "dataset.resize=8", "dataset.normalisation=standard")
+    config = override(config, [*DM, *settings, "distill.iterations=1", "distill.real_batch=5"])
+    worker = DistillWorker(Pipeline([config], str(tmp_path)).runs.dataset(config.dataset), config.cluster)
+    events = worker.distill(config, str(tmp_path / "experts"), str(tmp_path / "tiny"))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    text = f"every iteration reads up to 10 images from their files for each network; {SLOW_READING}"
+    assert (text in notes) == streamed
 
 
 def test_report_tells_of_no_experts(finished: tuple[Path, list[str]]) -> None:

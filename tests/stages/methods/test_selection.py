@@ -265,19 +265,22 @@ def test_the_packaged_recipe_is_planned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"),
+    ("settings", "passes", "read"),
     [
-        (("select.by=random", "distill.labels=hard"), 0),
-        (("select.by=random",), 60),
-        (("select.by=rded",), 660),
-        (("select.by=moderate",), 1060),
-        (("select.by=el2n",), 2060),
-        (("select.by=forgetting",), 10060),
+        (("select.by=random", "distill.labels=hard"), 0, 30),
+        (("select.by=random",), 60, 30),
+        (("select.by=rded",), 660, 230),
+        (("select.by=moderate",), 1060, 1030),
+        (("select.by=el2n",), 2060, 2030),
+        (("select.by=forgetting",), 10060, 10030),
     ],
 )
-def test_planned_work_counts_every_image_that_networks_score(settings: tuple[str, ...], passes: int) -> None:
-    """Image passes are those of crops, networks and epochs, and two for the labels of each chosen image."""
-    assert Selection.choosing(config_of(*settings), 10, 1000) == {"scoring": passes}
+def test_planned_work_counts_every_image_that_networks_score(settings: tuple[str, ...], passes: int, read: int) -> None:
+    """Image passes are those of crops, networks and epochs, and two for the labels of each chosen image.
+
+    Images are read once for all their crops, and chosen ones once more.
+    """
+    assert Selection.choosing(config_of(*settings), 10, 1000) == {"scoring": passes, "reading": read}
 
 
 def test_memory_does_not_grow_with_the_images_that_are_scored() -> None:
