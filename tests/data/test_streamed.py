@@ -223,9 +223,9 @@ def test_the_reason_is_that_of_the_file_that_is_named(tmp_path: Path, encode: En
     named = rf"{gone.name} and 1 more cannot be read any more \(no such file or directory\)"
     for rows in ([0, 1, 2], [2, 1, 0]):
         with pytest.raises(TransientStoreError, match=named):
-            decode.decode_rows(encoded, np.array(rows), (3, 8, 8))
+            decode.decode_rows(encoded, np.array(rows), (3, 8, 8), 1)
     with pytest.raises(TransientStoreError, match=rf"{looped.name} cannot be read any more \(too many levels"):
-        decode.decode_rows(encoded, np.array([0, 2]), (3, 8, 8))
+        decode.decode_rows(encoded, np.array([0, 2]), (3, 8, 8), 1)
 
 
 def test_pixels_of_unknown_range_are_refused_when_they_are_read(
