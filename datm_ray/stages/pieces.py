@@ -1,6 +1,7 @@
 """Sets made in pieces. One worker makes each piece independently, and a further task joins all pieces into the set.
 
     pieces/<number>/    folder of a piece, with the files of a distillation, see `distill`
+    pieces/shared/      what one worker computed for all pieces, see `shared_arrays`
     initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, see `distill`
 
 The pieces are removed after the set is written. Pieces do not depend on each other, so any number of workers makes the
@@ -41,6 +42,7 @@ from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
 
 PIECES = "pieces"
+SHARED = "shared"
 
 
 def piece_folder(folder: Location, piece: Piece) -> Location:
@@ -96,7 +98,8 @@ class PieceWorker:
             DivergenceError: too many iterations in a row diverged.
         """
         piece = method_of(config).pieces(config, self._dataset.classes)[number]
-        own = piece_folder(open_location(folder_uri), piece)
+        folder = open_location(folder_uri)
+        own, shared = piece_folder(folder, piece), folder / PIECES / SHARED
         if (own / SYNTHETIC).exists():
             yield Finished()
             return
@@ -105,7 +108,7 @@ class PieceWorker:
         config = config.model_copy(update={"distill": unvalidated})
         experts = self._experts(config, store_uri)
         place = (config, self._dataset, store_uri, Alone(), self._device)
-        part = Part(*place, sharing=1, piece=piece, experts=experts, kept=self._made)
+        part = Part(*place, sharing=1, piece=piece, experts=experts, kept=self._made, shared=shared)
         with closing(method_of(config)(part)) as method:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
@@ -194,7 +197,7 @@ class PieceWorker:
 
 
 def remove_pieces(folder: Location) -> None:
-    """Remove the folders of a finished set's pieces."""
+    """Remove the folders of a finished set's pieces, and the files that the pieces shared."""
     for name in (folder / PIECES).list():
         remove_folder(folder / PIECES / name / PARTS)
         remove_folder(folder / PIECES / name)

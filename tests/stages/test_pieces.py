@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import shutil
 import weakref
 from collections.abc import Generator
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, run_identity, unread_keys
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import Rows
 from datm_ray.errors import DatmError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss
 from datm_ray.monitor.progress import Reporter
@@ -24,13 +26,16 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.runtime.mesh import Alone
+from datm_ray.stages import distill
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods import recovery
+from datm_ray.stages.methods import crops, recovery
 from datm_ray.stages.methods.crops import Crops, chosen_crops
+from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.stages.methods.recovery import RecoveryFromTeacher
-from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
+from datm_ray.stages.pieces import PIECES, PieceWorker, remove_pieces, unfinished_pieces
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup
@@ -53,6 +58,7 @@ SRE2L = (
     "evaluate.seeds=1",
 )
 """Overrides that recover 20 images of digits in four pieces."""
+Arguments = tuple[RunConfig, str, str]
 METADD = "metadd={auxiliaries: [{architecture: convnet, width: 4}], experts: {epochs: 1}}"
 
 
@@ -231,9 +237,9 @@ def test_real_images_and_several_rounds(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_images_may_start_from_the_crops_that_select_chooses(tiles: int, finished: Path, tmp_path: Path) -> None:
     """First crops are those of method select, whatever the blocks, and the second round mixes them in."""
-    crops = f"select={{by: rded, crops: 3, pool: 20, tiles: {tiles}}}"
+    select = f"select={{by: rded, crops: 3, pool: 20, tiles: {tiles}}}"
     rounds = ("distill.initial=crops", "distill.iterations=2", "recover.rounds=2", "recover.mixed_in=1")
-    configs = [config_of(crops, *rounds), config_of(crops, "name=chosen", "method=select")]
+    configs = [config_of(select, *rounds), config_of(select, "name=chosen", "method=select")]
     pipeline = Pipeline(configs, str(tmp_path), str(finished / "experts"))
     pipeline.distill(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
     first, chosen = (load(str(tmp_path / name)).images for name in ("tiny/initial.arrow", "chosen/synthetic.arrow"))
@@ -242,22 +248,112 @@ def test_images_may_start_from_the_crops_that_select_chooses(tiles: int, finishe
     assert 0.02 < float(moved) < 0.051  # one step of Adam, at half of the learning rate
 
 
-def test_a_worker_chooses_the_crops_of_a_class_once(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of the same classes in one worker share the crops, which take longer than a short recovery."""
-    scored: list[int] = []
+def classes_chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List that gets the class whenever any worker begins to choose crops."""
+    found: list[int] = []
 
     def counted(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
-        scored.append(label)
+        found.append(label)
         return (yield from chosen_crops(part, teacher, label))
 
-    monkeypatch.setattr(recovery, "chosen_crops", counted)
-    config = config_of("distill.initial=crops", "distill.iterations=1", "select.pool=4")
-    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
-    pipeline.distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    assert len(RecoveryFromTeacher.pieces(config, 10)) == 4
-    assert sorted(scored) == list(range(10))
+    monkeypatch.setattr(crops, "chosen_crops", counted)
+    monkeypatch.setattr(distill, "REPORT_INTERVAL", 0.0)  # an event for each step of choosing
+    return found
+
+
+def piece_workers(config: RunConfig, count: int, out: Path, store: Path) -> tuple[list[PieceWorker], Arguments]:
+    """Some workers, and the arguments of `make_piece` before the number of the piece."""
+    pipeline = Pipeline([config], str(out), str(store / "experts"))
+    (config,) = pipeline.configs
+    workers = [PieceWorker(pipeline.runs.dataset(config.dataset), config.cluster) for _ in range(count)]
+    return workers, (config, pipeline.store_uri, str(out / "tiny"))
+
+
+CROPS = ("distill.initial=crops", "distill.iterations=1", "select.pool=4")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_crops_of_a_class_are_chosen_once_for_all_workers(
+    count: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers read the crops that another has chosen for a block of the same classes; nothing of them is left."""
+    chosen = classes_chosen(monkeypatch)
+    sets = []
+    for name, workers_of_pieces in (("one", [0, 0, 0, 0]), ("all", [0, count - 1, count - 1, 0])):
+        workers, arguments = piece_workers(config_of(*CROPS), count, tmp_path / name, finished)
+        chosen.clear()
+        for number, worker in enumerate(workers_of_pieces):  # pieces 0 and 2 have the same classes, as have 1 and 3
+            list(workers[worker].make_piece(*arguments, number))
+        assert sorted(chosen) == list(range(10))
+        list(workers[0].join_pieces(*arguments))
+        remove_pieces(open_location(arguments[2]))
+        assert not (tmp_path / name / "tiny" / PIECES).exists()
+        sets.append(recovered(tmp_path / name).images)
+    assert torch.equal(*sets)
+
+
+def test_workers_choose_for_different_classes_at_the_same_time(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers on blocks of the same five classes, step by step in turn, choose at most one class twice."""
+    chosen = classes_chosen(monkeypatch)
+    workers, arguments = piece_workers(config_of(*CROPS), 2, tmp_path, finished)
+    pieces = [workers[0].make_piece(*arguments, 0), workers[1].make_piece(*arguments, 2)]
+    for _ in itertools.zip_longest(*pieces):
+        pass
+    assert set(chosen) == set(range(5))
+    assert len(chosen) <= 6
+
+
+def test_a_worker_that_dies_leaves_the_crops_that_it_has_chosen(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The successor of a worker that died while it chose its third class chooses this class and the rest alone."""
+    chosen = classes_chosen(monkeypatch)
+    (killed, successor), arguments = piece_workers(config_of(*CROPS), 2, tmp_path, finished)
+    events = killed.make_piece(*arguments, 0)
+    while len(chosen) < 3:
+        next(events)
+    events.close()
+    list(successor.make_piece(*arguments, 0))
+    assert chosen == [0, 1, 2, 2, 3, 4]
+
+
+def test_a_run_with_the_same_crops_chooses_none_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that makes a second run with the same choice stores its crops there, for the run's other workers."""
+    chosen = classes_chosen(monkeypatch)
+    (first, other), arguments = piece_workers(config_of(*CROPS), 2, tmp_path, finished)
+    list(first.make_piece(*arguments, 0))
+    second = (*arguments[:2], str(tmp_path / "second"))
+    list(first.make_piece(*second, 0))
+    list(other.make_piece(*second, 2))
+    assert sorted(chosen) == list(range(5))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_real_first_images_are_chosen_once_for_all_workers(
+    count: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that the teacher classifies correctly are looked for once for the blocks of the same classes."""
+    chosen: list[range] = []
+
+    def counted(part: Part, experts: ExpertNetworks, rows: Rows) -> Any:
+        chosen.append(rows.classes(2))
+        return first_rows(part, experts, rows)
+
+    monkeypatch.setattr(recovery, "first_rows", counted)
+    config = config_of("distill.initial=correct", "distill.iterations=1")
+    workers, arguments = piece_workers(config, count, tmp_path, finished)
+    for number in range(4):
+        list(workers[number // 2 % count].make_piece(*arguments, number))
+    assert chosen == [range(5), range(5, 10)]
+    list(workers[0].join_pieces(*arguments))
+    dataset, first = workers[0]._dataset, load(str(tmp_path / "tiny/initial.arrow"))
+    part = Part(arguments[0], dataset, arguments[1], Alone(), torch.device("cpu"), 1)
+    experts = ExpertNetworks(arguments[0], dataset, arguments[1], torch.device("cpu"))
+    assert torch.equal(first.images, torch.from_numpy(dataset.train_images[first_rows(part, experts, Rows(0, 20))]))
 
 
 def test_the_section_select_counts_for_crops_alone() -> None:

@@ -21,6 +21,7 @@ from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.methods.selection import best_crops, crop_for_tile, draw_boxes, drawn_order, keep, padded, tiled
 from datm_ray.stages.methods.part import Part
+from datm_ray.stages.methods.shared import Arrays, shared_arrays
 from datm_ray.words import dimensions
 
 
@@ -69,9 +70,26 @@ def chosen_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, 
     return Crops(rows[places], boxes[places, numbers[places]])
 
 
+def shared_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
+    """Choose the crops of a class as `chosen_crops` does, but once for all pieces of the set."""
+    config = part.config
+
+    def choose() -> Generator[None, None, Arrays]:
+        chosen = yield from chosen_crops(part, teacher, label)
+        return {"rows": chosen.rows, "boxes": chosen.boxes.numpy()}
+
+    settings = (config.select.model_dump_json(), config.seed, config.distill.ipc)
+    arrays = yield from shared_arrays(part, f"crops-{label:05d}", settings, choose)
+    return Crops(arrays["rows"], torch.from_numpy(arrays["boxes"]))
+
+
 def _cropped(part: Part, rows: NDArray[np.int64], boxes: Tensor) -> Tensor:
-    """Crop training images at these indices by boxes [n 4], each to the size of a tile."""
-    images = torch.from_numpy(part.dataset.train_images[rows]).to(part.device)
+    """Crop training images at these indices by boxes [n 4], each to the size of a tile.
+
+    An image with several crops is read once, because a streamed one is decoded whenever it is read.
+    """
+    different, places = np.unique(rows, return_inverse=True)
+    images = torch.from_numpy(part.dataset.train_images[different]).to(part.device)[places]
     return crop_for_tile(images, boxes.to(part.device), part.config.select.tiles)
 
 

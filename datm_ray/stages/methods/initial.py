@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet, correct_rows, hard_logits, random_rows
-from datm_ray.core.training.loop import Heartbeat, no_heartbeat
+from datm_ray.core.training.loop import SCORING_BATCH, Heartbeat, no_heartbeat
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.part import Part
 
@@ -73,8 +73,11 @@ def first_rows(
         return random_rows(dataset.train_labels, settings.ipc, part.config.seed)[rows.first : rows.last]
 
     def predict(expert: int, asked: NDArray[np.int64]) -> NDArray[np.int64]:
-        images = torch.tensor(dataset.train_images[asked], device=part.device)
-        return experts.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
+        found = [np.empty(0, np.int64)]  # `asked` may be empty
+        for first in range(0, len(asked), SCORING_BATCH):  # the candidates of many classes may not fit into memory
+            images = torch.from_numpy(dataset.train_images[asked[first : first + SCORING_BATCH]]).to(part.device)
+            found.append(experts.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy())
+        return np.concatenate(found)
 
     return correct_rows(
         dataset.train_labels,

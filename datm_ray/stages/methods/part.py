@@ -16,6 +16,7 @@ from datm_ray.core.synthetic import Rows
 from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.store.files.filesystem import Location
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Part:
     """Trained networks that the worker keeps from an earlier piece; `None` to read them from the store."""
     kept: dict[Any, Any] = field(default_factory=dict)
     """Objects that a method made from `experts` and keeps for the worker's next piece, such as compiled code."""
+    shared: Location | None = None
+    """Folder of files that all pieces of the set may need, see `shared_arrays`; `None` if the set is not made in
+    pieces. The folder is removed with the pieces."""
 
     @cached_property
     def rows(self) -> Rows:

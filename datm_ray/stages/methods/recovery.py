@@ -23,9 +23,10 @@ from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.runtime.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import Demand, Method
-from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
+from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, crops_scored, shared_crops
 from datm_ray.stages.methods.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
+from datm_ray.stages.methods.shared import Arrays, shared_arrays
 
 FEW_IMAGES = 32
 """Number of images in a block below which a run warns that batch statistics are unreliable."""
@@ -181,29 +182,36 @@ class RecoveryFromTeacher(Method):
         elif config.distill.initial == "crops":
             images = yield from self._crops()
         else:
-            images = self._real_images()
+            images = yield from self._real_images()
         return self.hard_labelled(images, labels)
 
     def _crops(self) -> Generator[None, None, Tensor]:
         """Images [n c h w], tiled from the crops that the teacher classifies best; yields between scoring steps.
 
-        The worker keeps the chosen crops for its other blocks with the same classes.
+        The crops of a class are chosen once for all blocks of the set.
         """
-        part, found = self.part, list[Tensor]()
-        for label in self.piece.classes:
-            key = ("crops", part.config.select.model_dump_json(), part.config.seed, part.config.distill.ipc, label)
-            if key not in part.kept:
-                teacher = self.experts[0].restored(0).eval()
-                part.kept[key] = yield from chosen_crops(part, teacher, label)
-            found.append(part.kept[key].images(part, self.piece.images))
-        return torch.cat(found)
+        piece, teacher, found = self.piece, self.experts[0].restored(0).eval(), dict[int, Tensor]()
+        for label in _in_turn(piece):
+            crops = yield from shared_crops(self.part, teacher, label)
+            found[label] = crops.images(self.part, piece.images)
+        return torch.cat([found[label] for label in piece.classes])
 
-    def _real_images(self) -> Tensor:
-        """Real images [n c h w] from which recovering this block of synthetic images starts."""
-        piece, ipc = self.piece, self.part.config.distill.ipc
-        of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
-        chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
-        return torch.from_numpy(self.part.dataset.train_images[chosen])
+    def _real_images(self) -> Generator[None, None, Tensor]:
+        """Real images [n c h w] from which recovering this block of synthetic images starts; yields between steps.
+
+        The images of the block's classes are chosen once for all blocks of these classes.
+        """
+        config, classes, ipc = self.part.config, self.piece.classes, self.part.config.distill.ipc
+        of_classes = Rows(classes.start * ipc, classes.stop * ipc)
+
+        def choose() -> Generator[None, None, Arrays]:
+            yield
+            return {"rows": first_rows(self.part, self.experts[0], of_classes)}
+
+        settings = (config.distill.initial, config.seed, ipc)
+        name = f"{config.distill.initial}-{classes.start:05d}-{classes.stop:05d}"
+        arrays = yield from shared_arrays(self.part, name, settings, choose)
+        return torch.from_numpy(self.part.dataset.train_images[arrays["rows"][self.piece.rows(ipc) - of_classes.first]])
 
     def step(self, state: Any, meta: MetaTerm | None) -> None:
         """Run one iteration: one step of Adam on the loss of a random view of the block's images.
@@ -255,3 +263,14 @@ class RecoveryFromTeacher(Method):
     def images_seen(self) -> float:
         """Number of images that the teacher sees in one iteration: the images of a block."""
         return float(self.part.rows.last)
+
+
+def _in_turn(piece: Piece) -> Sequence[int]:
+    """Classes of the piece, in the order in which their first images are chosen.
+
+    Pieces of the same classes start at different classes, so that workers that make them at the same time choose for
+    different classes. The start is a multiple of the golden ratio's fraction, which spreads any number of starts.
+    """
+    classes = piece.classes
+    start = int(piece.images.start * 0.618034 % 1 * len(classes))
+    return [*classes[start:], *classes[:start]]
