@@ -2,9 +2,9 @@
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds`, before a
-                       validation and when the command is stopped, and kept at the end; the images are in checkpoint/,
-                       see `checkpoint`
+    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds` (that of a
+                       piece as often as `WRITE_SHARE` allows), before a validation and when the command is stopped,
+                       and kept at the end; the images are in checkpoint/, see `checkpoint`
     maps.arrow         with MetaDD: class activation maps of some images, before and after the distillation
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
@@ -267,6 +267,8 @@ class Distillation:
         """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` starts."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
+        self._next_counted_save = -math.inf
+        """Time before which a piece skips checkpoints after `checkpoint_every` iterations, in seconds of this clock."""
         self._meta_networks = (
             None
             if config.metadd is None
@@ -308,7 +310,7 @@ class Distillation:
                     self._late_or_stopped(is_asked(), state)
                     yield from self._validated(state, [state.iteration])
                 is_last = state.iteration == self._iterations
-                saves = is_late or is_last or state.iteration % settings.checkpoint_every == 0
+                saves = is_late or is_last or self._is_counted(state.iteration)
                 if saves and (self._validation is None or self._saved_at != state.iteration):
                     self._save_checkpoint(state)
                 metrics = self._account.metrics() | self._measured(state, seconds)
@@ -364,6 +366,15 @@ class Distillation:
             if time.monotonic() >= due:
                 yield Phase(CHOOSING)
                 due = time.monotonic() + REPORT_INTERVAL
+
+    def _is_counted(self, iteration: int) -> bool:
+        """True if a checkpoint is due because `checkpoint_every` iterations have passed.
+
+        Iterations of a piece may be so short that these checkpoints would take much of its time. So a piece, which has
+        one worker, skips some. Several workers of a set would have to agree on this.
+        """
+        is_counted = iteration % self._config.distill.checkpoint_every == 0
+        return is_counted and (self._part.piece is None or time.monotonic() >= self._next_counted_save)
 
     def _late_or_stopped(self, is_asked: bool, state: State[Any]) -> bool:
         """True if the time for the next checkpoint has come on any worker. All workers get the same answer.
@@ -584,7 +595,8 @@ class Distillation:
             self._candidates.forget(last=state.validations[-1][0])
         self._has_joined = False
         self._saved_at, ended = state.iteration, time.monotonic()
-        self._next_save = ended + max(self._config.cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
+        self._next_counted_save = ended + (ended - began) / WRITE_SHARE
+        self._next_save = max(ended + self._config.cluster.checkpoint_seconds, self._next_counted_save)
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
     def _note_cost(self) -> None:

@@ -356,6 +356,22 @@ def test_real_first_images_are_chosen_once_for_all_workers(
     assert torch.equal(first.images, torch.from_numpy(dataset.train_images[first_rows(part, experts, Rows(0, 20))]))
 
 
+def test_checkpoints_of_a_piece_take_a_small_share_of_its_time(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer checkpoints than `checkpoint_every` says are made where they would take too much time; no bit changes."""
+    saved = {}
+    for share in (1e9, 1e-9):
+        monkeypatch.setattr(distill, "WRITE_SHARE", share)
+        out = tmp_path / str(share)
+        (worker,), arguments = piece_workers(config_of("distill.checkpoint_every=1"), 1, out, finished)
+        events = [event for event in worker.make_piece(*arguments, 0) if isinstance(event, Progress)]
+        saved[share] = [event.done for event in events if event.saved]
+        piece = load(str(out / "tiny" / PIECES / "00000/synthetic.arrow"))
+        assert torch.equal(piece.images, recovered(finished).images[:10:2])
+    assert saved == {1e9: [1, 2, 3, 4], 1e-9: [1, 4]}
+
+
 def test_the_section_select_counts_for_crops_alone() -> None:
     """Keys of `select` are read, and part of the identity, where images start from crops, and nowhere else in sre2l."""
     for initial, is_read in (("crops", True), ("noise", False)):
