@@ -9,9 +9,11 @@ import math
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -133,6 +135,79 @@ def test_the_example_with_a_network_of_ones_own_runs(
     assert steps == scoring_steps(names["synthetic"], CHOSEN)
     assert [has_momentum for _, has_momentum in steps].count(False) == 2
     assert capsys.readouterr().out.endswith(" of 4 images\n")
+
+
+def snippet_of_the_page(word: str) -> str:
+    """The one snippet of docs/using-a-set.md that has a word."""
+    (snippet,) = (each for each in re.findall(r"```python\n(.*?)```", USING, re.DOTALL) if word in each)
+    return str(snippet)
+
+
+class Trainer:
+    """Stands in for Lightning's, which is no dependency: the calls of its `fit`, in their order."""
+
+    def __init__(self, max_epochs: int, log_every_n_steps: int) -> None:
+        self.max_epochs = max_epochs
+
+    def fit(self, module: Any, loader: DataLoader[Any]) -> None:
+        optimizer, self.num_training_batches = module.configure_optimizers(), len(loader)
+        module.trainer, module.optimizers = self, lambda use_pl_optimizer: optimizer
+        for module.current_epoch in range(self.max_epochs):
+            for index, batch in enumerate(loader):
+                module.on_train_batch_start(batch, index)
+                optimizer.zero_grad()
+                module.training_step(batch, index).backward()
+                optimizer.step()
+
+
+@pytest.mark.parametrize("schedule", [CHOSEN, dataclasses.replace(CHOSEN, **COSINE)], ids=["sgd", "cosine"])
+def test_the_documented_training_in_lightning_is_the_scoring(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented module has the steps, rates, momentum and augmentation with which the set was scored."""
+    folder = tmp_path / "runs/demo/digits-ipc10"
+    save(folder / "synthetic.arrow")
+    open_location(str(folder / SCORING)).write_json(schedule.to_json())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=torch.nn.Module, Trainer=Trainer))
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Schedule, "augment", lambda _, images: seen.append(images.shape) or images)
+    with recorded_steps() as steps:
+        exec(
+            snippet_of_the_page("LightningModule"),
+            {"network": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, 2))},
+        )
+    assert steps == scoring_steps(load(folder / "synthetic.arrow"), schedule)
+    assert len(seen) == len(steps)
+
+
+def test_the_documented_parquet_is_the_set_up_to_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that `datasets` decodes, normalised as documented, and probabilities are those of a set of real pixels."""
+    save(tmp_path / "synthetic.arrow", "standard")
+    artifact = load(tmp_path / "synthetic.arrow")
+    for kind in ("parquet", "safetensors"):
+        export(artifact, kind, open_location(str(tmp_path / "published")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=decoded_parquet))
+    names: dict[str, Any] = {}
+    exec(snippet_of_the_page("load_dataset"), names)
+    torch.testing.assert_close(names["images"], artifact.images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(names["probabilities"], artifact.soft_labels.softmax(1))
+
+
+class SliceOf(dict[str, Any]):
+    """Columns, also as a slice of all rows."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self if isinstance(key, slice) else super().__getitem__(key)
+
+
+def decoded_parquet(kind: str, data_files: str) -> dict[str, Any]:
+    """Stands in for `datasets.load_dataset`, which is no dependency: columns, with PIL images."""
+    assert kind == "parquet"
+    columns = pq.read_table(data_files).to_pydict()
+    columns["image"] = [Image.open(io.BytesIO(each["bytes"])) for each in columns["image"]]
+    return {"train": SliceOf(columns)}
 
 
 def test_the_documented_folder_reads_16_bits_as_a_data_set_does(path: Path, tmp_path: Path) -> None:

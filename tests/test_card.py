@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from datm_ray import load, publish
-from datm_ray.artifact import SCORING
+from datm_ray.artifact import SCORING, Artifact, LeftOutTransform
 from datm_ray.config import (
     NetworkConfig,
     override,
@@ -42,6 +42,8 @@ from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, recorded_steps, scoring_steps
 from tests.test_report import SIDE, configure, finished_run as run_with_scores, save_set
+
+SETS = sorted((Path(__file__).parents[1] / "benchmarks/sets").iterdir())
 
 
 def card_of(summary: RunSummary) -> str:
@@ -121,9 +123,7 @@ def test_a_card_names_the_iteration_that_was_kept_and_the_precision(summary: Run
     assert "workers" not in made.split("```yaml")[1]
 
 
-@pytest.mark.parametrize(
-    "folder", sorted((Path(__file__).parents[1] / "benchmarks/sets").iterdir()), ids=lambda each: each.name
-)
+@pytest.mark.parametrize("folder", SETS, ids=lambda each: each.name)
 def test_a_set_of_this_repository_can_be_had(folder: Path) -> None:
     """A committed set has readable, equal files, and a card with its accuracy beside a control, and a licence."""
     text = (folder / "README.md").read_text()
@@ -136,6 +136,22 @@ def test_a_set_of_this_repository_can_be_had(folder: Path) -> None:
     assert found.labels.tolist() == rows["label"].to_pylist()
     assert found.training().epochs > 0
     assert not {"/work", "/home", "/root"} & set(re.findall(r"/\w+", text + json.dumps(dict(found.recipe))))
+
+
+@pytest.mark.parametrize("folder", SETS, ids=lambda each: each.name)
+def test_the_code_of_a_set_of_this_repository_is_that_of_new_cards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card of a committed set says how to use it in the words and code of a card that is written now."""
+    text, found = (folder / "README.md").read_text(), load(folder / "synthetic.safetensors")
+    clipped = re.search(r"^(.* were clipped) there;", text, re.MULTILINE)
+    assert clipped is not None
+    monkeypatch.setattr(Artifact, "clipped_in_words", lambda _: clipped[1])  # needs the transform
+    recipe = load_config_text(sections(text)["How it was made"].split("```yaml\n")[1].split("```")[0], "card")
+    config = override(recipe, ["dataset.path=x"])
+    summary = RunSummary(config, open_location(str(folder)), [])
+    again = card(summary, found, is_whole=not isinstance(found.held_transform, LeftOutTransform))
+    assert sections(text)["Use it"] == sections(again)["Use it"]
 
 
 def test_a_card_says_how_the_set_was_made(summary: RunSummary) -> None:
@@ -301,7 +317,7 @@ def test_the_code_of_a_card_trains_a_network(
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     code = sections((tmp_path / "README.md").read_text())["Use it"].split("```python\n")[1].split("```")[0]
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3), torch.nn.Dropout())
     before = network[1].weight.clone()
     names = {"network": network, "test_images": torch.rand(5, 1, 6, 6)}
     with recorded_steps() as steps:
@@ -309,6 +325,31 @@ def test_the_code_of_a_card_trains_a_network(
     assert steps == scoring_steps(load("synthetic.safetensors"), scoring)
     assert not torch.equal(before, network[1].weight)
     assert names["predicted"].shape == (5,)
+    assert not network.training
+
+
+def test_the_code_of_a_card_without_datm_ray_gives_the_same(
+    summary: RunSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code without datm_ray reads the same images, labels and test images, and is on the page on sets too."""
+    (summary.folder / SCORING).write_json(PROTOCOLS["quick"].to_json())
+    for name, content in published_files(summary).items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    text = sections((tmp_path / "README.md").read_text())["Use it"]
+    code = text.split("```python\n")[2].split("```")[0]
+    assert "datm_ray" not in code
+    assert f"```python\n{code}```" in (Path(__file__).parents[1] / "docs/using-a-set.md").read_text()
+    names: dict[str, Any] = {"test_images": torch.rand(5, 1, 6, 6)}
+    exec(code, names)
+    expected = load("synthetic.safetensors")
+    images, probabilities = expected.dataset().tensors
+    assert torch.equal(names["images"], images)
+    assert torch.equal(names["probabilities"], probabilities)
+    torch.testing.assert_close(names["inputs"], expected.normalise(names["test_images"]))
+    assert ", learning_rate 0.01, momentum 0.9, weight_decay 0.0005, decay_epoch 11, optimiser sgd.\n" in text
+    monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
+    assert "load_file" not in published_files(summary, transform=False)["README.md"].decode()
 
 
 def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact, without_transform
 from datm_ray.config import RunConfig, unread_keys
+from datm_ray.core.training.loop import Schedule
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, template, what_was_done
@@ -74,6 +75,8 @@ def card(run: RunSummary, artifact: Artifact, *, is_whole: bool = True) -> str:
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
         clipped=artifact.clipped_in_words(),
         is_whole=is_whole,
+        is_plain=is_whole and artifact.transform.kind == "standard",
+        whole_training=_whole_training_in_words(artifact),
         source=_source(run.config),
         teacher=_taught(artifact),
         table=as_markdown(rows) if run.scores else "",
@@ -105,12 +108,23 @@ def _source(config: RunConfig) -> str:
 
 def _training_in_words(artifact: Artifact) -> str:
     training, is_chosen = artifact.scored_training()
-    shown = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
-    names = ("epochs", "batch_size", "optimiser", "learning_rate")
-    words = [
-        f"{name} {shown[name]:.3g}" if isinstance(shown[name], float) else f"{name} {shown[name]}" for name in names
-    ]
+    words = [_setting(training, name) for name in ("epochs", "batch_size", "optimiser", "learning_rate")]
     return ", ".join(words) + ("" if is_chosen else ", which was neither learned nor chosen")
+
+
+def _whole_training_in_words(artifact: Artifact) -> str:
+    """Settings of the training that scored the set, without those that change nothing, such as no momentum."""
+    training, _ = artifact.scored_training()
+    return ", ".join(
+        _setting(training, field.name)
+        for field in dataclasses.fields(training)
+        if getattr(training, field.name) != field.default or field.name == "optimiser"
+    )
+
+
+def _setting(training: Schedule, name: str) -> str:
+    value = getattr(training, name)
+    return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _preview(artifact: Artifact) -> bytes:
