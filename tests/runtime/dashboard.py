@@ -53,6 +53,8 @@ class Dashboard:
     plan: Callable[[Asked], Answer | None] = lambda asked: None
     """Function that returns an answer in place of Ray's; `None` gives Ray's."""
     asked: list[Asked] = field(default_factory=list)
+    packages: list[bytes] = field(default_factory=list)
+    """Zip files that were sent for jobs, in the order of their arrival."""
     job: dict[str, Any] = field(default_factory=lambda: {"metadata": {"datm_ray": "tiny", "out": "s3://bucket/runs"}})
     address: str = ""
 
@@ -72,6 +74,7 @@ class Dashboard:
         if path == "/api/version":
             return _json({"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
         if path.startswith("/api/packages/"):
+            self.packages += [body] if asked.method == "PUT" else []
             return (200, {}, "") if asked.method == "PUT" else (404, {}, "Package does not exist")
         if path == "/api/jobs/" and asked.method == "POST":
             given = json.loads(body)

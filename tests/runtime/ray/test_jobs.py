@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from tests.processes import free_port, until
 from tests.runtime import dashboard as dashboards
 
 SECRET = "no-log-shows-this"
+OWN = (Path(__file__).parents[3] / "docs/methods/own.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +385,36 @@ def test_a_job_gets_the_variables_that_the_user_names_and_shows_none(
     assert len(sent["py_modules"]) == 2
     assert "stays-here" not in json.dumps(sent)
     assert SECRET not in there.job["entrypoint"] + json.dumps(there.job["metadata"])
+
+
+def test_a_method_of_ones_own_travels_as_documented(
+    datm_ray: CommandLine, there: dashboards.Dashboard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command of the page sends the folder with its method; a single file is refused and submits nothing."""
+    recipe, environment, *_ = re.findall(r"```yaml\n(.*?)```", OWN, re.DOTALL)
+    source, *_ = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
+    line = next(each for each in OWN.splitlines() if "job submit" in each)
+    files = {"digits-dc.yaml": recipe, "env.yaml": environment, "my_methods/__init__.py": source, "one.py": ""}
+    (tmp_path / "my_methods").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    _, _, *arguments = line.replace("s3://BUCKET/digits-dc", str(tmp_path / "runs")).split()
+    submit = (*arguments, "-d", "--address", there.address)
+    code, _, err = datm_ray(*submit)
+    assert (code, "cannot be imported" in err) == (2, True)  # without PYTHONPATH, before anything is sent
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert datm_ray(*submit)[0] == 0
+    inside = [zipfile.ZipFile(io.BytesIO(package)).namelist() for package in there.packages]
+    assert any("my_methods/__init__.py" in names for names in inside)
+    assert len(there.job["runtime_env"]["py_modules"]) == 2
+    (tmp_path / "env.yaml").write_text(environment.replace("my_methods", "one.py"))
+    there.status = "SUCCEEDED"
+    there.asked.clear()
+    code, _, err = datm_ray(*submit)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "one.py must be an existing directory" in err
+    assert not [asked for asked in there.asked if asked.method == "POST"]
+    sys.modules.pop("my_methods", None)
 
 
 def test_an_environment_that_cannot_travel_is_one_line_without_values(

@@ -30,12 +30,14 @@ from datm_ray.pipeline.tasks import expert_recipes
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
+from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
+from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, tiny_config
 from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
 from tests.test_pipeline import photos
@@ -245,6 +247,71 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
     assert result["learned_step_size"] is None
     assert result["step_size"] in CONTROL_STEP_SIZES
     assert last.training().learning_rate == result["step_size"]
+
+
+def distilled_here(out: Path, *changes: str) -> Artifact:
+    """Set of a tiny recipe, distilled in this process without evaluation; its experts must be in the store."""
+    config = tiny_config(*changes)
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    list(worker.distill(config, pipeline.store_uri, str(out / "tiny")))
+    return learned(out)
+
+
+@pytest.fixture
+def own_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the page's module with another term importable, and one that does as the page says of DATM."""
+    (source,) = (each for each in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "Smooth" in each)
+    (tmp_path / "my_terms.py").write_text(f"{source}\n{OF_DATM}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_terms", None)
+
+
+OF_DATM = """
+from datm_ray.stages.methods.trajectory import TrajectoryMatching
+
+
+class Fading(TrajectoryMatching):
+    options = {"fade": 0.0}
+
+    def step(self, state, meta):
+        super().step(state, meta)
+        with torch.no_grad():
+            state.synthetic.images.mul_(1 - self.option("fade"))
+"""
+
+
+@pytest.mark.usefixtures("own_terms")
+def test_the_documented_term_is_added_to_dms_loss(tmp_path: Path) -> None:
+    """With weight 0 the subclass makes DM's set, bit by bit; with another one, a smoother set with a larger loss."""
+    short = (*DM, "distill.validate_every=0", "distill.iterations=2", "cluster.compile=false")
+    quick = (*short, "method=my_terms:SmoothMatching")
+    plain = distilled_here(tmp_path / "plain", *short)
+    none = distilled_here(tmp_path / "none", *quick, "distill.options.smooth=0")
+    some = distilled_here(tmp_path / "some", *quick, "distill.options.smooth=0.01")
+    roughness = [float(each.images.diff(dim=3).square().sum()) for each in (plain, none, some)]
+    assert torch.equal(none.images, plain.images)
+    assert roughness[2] < roughness[1]
+    first = [read_curves(open_location(str(tmp_path / name / "tiny")))["history.loss"][0] for name in ("none", "some")]
+    rough = load(str(tmp_path / "some/tiny/initial.arrow")).images.double()
+    term = 0.01 * sum(rough.diff(dim=side).square().sum() for side in (2, 3))
+    assert first[1] - first[0] == pytest.approx(float(term), rel=1e-3)
+
+
+@pytest.mark.usefixtures("own_terms")
+def test_datm_takes_another_term_as_documented(tmp_path: Path, finished_run: Path) -> None:
+    """A subclass of DATM whose step moves the images once more makes DATM's set if it moves them by nothing."""
+    quick = ("distill.iterations=2", "distill.validate_every=0", "cluster.compile=false")
+    found = []
+    for number, changes in enumerate(
+        ((), ("method=my_terms:Fading",), ("method=my_terms:Fading", "distill.options.fade=0.5"))
+    ):
+        (out := tmp_path / str(number)).mkdir()
+        (out / "experts").symlink_to(finished_run / "experts")
+        found.append(distilled_here(out, *quick, *changes).images)
+    assert torch.equal(found[0], found[1])
+    assert float(found[2].norm()) < 0.5 * float(found[1].norm())
 
 
 @pytest.mark.parametrize(
