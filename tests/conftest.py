@@ -272,8 +272,8 @@ def scoring_steps(artifact: Artifact, schedule: loop.Schedule) -> list[tuple[flo
 
 
 def documented_keys(command: str) -> set[str]:
-    """Keys that docs/command-line.md names for a command's --json, those in brackets too."""
-    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+    """Keys that docs/json.md names for a command's --json, those in brackets too."""
+    text = (Path(__file__).parents[1] / "docs" / "json.md").read_text()
     (row,) = re.findall(rf"^\| `{re.escape(command)}` \| (.*) \|$", text, re.MULTILINE)
     _, _, table = text.partition(f"The keys of a {command}:\n")  # a long list of keys is a table
     row += table.partition("\n## ")[0]

@@ -262,7 +262,7 @@ def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
 
 
 def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/command-line.md names the keys that summary.json has for a run with every table, and no others."""
+    """docs/json.md names the keys that summary.json has for a run with every table, and no others."""
     label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
     augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
     run = dataclasses.replace(
@@ -276,7 +276,7 @@ def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pyte
     (written,) = write_summary(out, [run]).read_json()
     assert set(written["test_accuracy"]) == {*ROWS, *FAIR_ROWS}
     found = keys_below({**written, "test_accuracy": list(written["test_accuracy"].values())})
-    text = (Path(__file__).parents[1] / "docs/command-line.md").read_text().partition("## summary.json")[2]
+    text = (Path(__file__).parents[1] / "docs/json.md").read_text().partition("## summary.json")[2]
     assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|.*\|$", text, re.MULTILINE)))) == found
 
 
