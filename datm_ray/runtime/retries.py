@@ -92,6 +92,8 @@ class Patience:
     """Duration of the longest timed step so far, in seconds."""
     is_phase: bool = False
     """True from a `Phase` to the next `Progress`. Durations of steps say nothing about the duration of a phase."""
+    for_peers: float = 0.0
+    """Seconds added to `shortest`, see `patience_of`."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""
@@ -104,7 +106,16 @@ class Patience:
         """Seconds without an event after which the worker counts as stuck."""
         if self.steps < 3 or self.is_phase:
             return self.longest
-        return min(self.longest, max(self.shortest, STEPS_OF_PATIENCE * self.slowest))
+        return min(self.longest, max(self.shortest + self.for_peers, STEPS_OF_PATIENCE * self.slowest))
+
+
+def patience_of(size: int, peer_timeout: float, progress_timeout: float) -> Patience:
+    """Time limit for each event of a task of `size` workers.
+
+    Workers of a group get `2 * MARGIN` seconds more than `peer_timeout`, for which their peers wait. So a worker that waits for a hung one reports
+    that it lost its peers before its own limit ends it, and the worker that still runs is known as the one that hangs.
+    """
+    return Patience(peer_timeout, progress_timeout, for_peers=2 * MARGIN if size > 1 else 0.0)
 
 
 def watched(events: Iterable[Event], patience: Patience, *, has_peers: bool = False) -> Iterator[Event]:

@@ -43,9 +43,23 @@ from datm_ray.runtime.executor import (
     WorkerRank,
     multiplies_bfloat16,
 )
+from datm_ray.runtime.ray.executor import _Stage
 from datm_ray.runtime.stopping import by_signals
 from tests.processes import until
-from tests.runtime.workers import Adder, Deaf, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
+from tests.runtime.workers import (
+    Adder,
+    Deaf,
+    Greedy,
+    Hanger,
+    Idler,
+    Leaver,
+    Looker,
+    Neighbour,
+    Saver,
+    Slow,
+    Squarer,
+    Warner,
+)
 
 FURTHER = (pytest.mark.slow, pytest.mark.exhaustive)
 
@@ -345,6 +359,34 @@ def test_a_worker_that_is_stuck_is_found(
     assert isinstance(events[-1], Finished)
     executor.close()
     until(lambda: ray_cluster.available_resources().get("CPU") == 2, "the stuck worker's CPU is free")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_rank_that_hangs_is_blamed_by_its_peers(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_frozen: bool
+) -> None:
+    """The rank that waits reports its peer before its own timer ends it, so the rank that hangs is known and ended.
+
+    A step is short here, so the timer's limit is the shortest one, as in most real runs.
+    """
+    blamed: list[list[int]] = []
+
+    class Watched(_Stage):
+        def _blame(self, job: Any, cause: BaseException, stream: Any) -> set[str]:
+            blamed.append([*job.streams.values()] if stream is None else [job.streams[stream]])
+            return super()._blame(job, cause, stream)
+
+    monkeypatch.setattr("datm_ray.runtime.ray.executor._Stage", Watched)
+    timeout = 20.0
+    tasks = [Task("hung", (timeout,), 2)]
+    executor = on_ray(ClusterConfig(peer_timeout=timeout, retries=0))
+    with pytest.raises(WorkerLostError, match="last reason: worker 1 of 2 lost its peers: "):
+        list(executor.run(Hanger, (str(tmp_path), is_frozen), "add", tasks))
+    assert blamed == [[1]]
+    executor.close()
+    until(lambda: ray_cluster.available_resources().get("CPU") == 2, "the hung worker's CPU is free")
 
 
 class BrokenAtFirst:

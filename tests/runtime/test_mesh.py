@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch.distributed import DistBackendError, DistStoreError
 
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, ConfigError, PeerLostError
-from datm_ray.runtime.executor import WorkerRank
+from datm_ray.runtime.executor import Progress, WorkerRank
 from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh
+from datm_ray.runtime.retries import patience_of, watched
 from tests.processes import free_port, side_by_side
 
 CPU = torch.device("cpu")
@@ -215,6 +216,30 @@ def test_hung_peer_is_an_error_after_the_timeout(tmp_path: Path) -> None:
     assert killed is None
     assert isinstance(failure, PeerLostError)
     assert 1 < seconds < 8
+
+
+def steps_until_one_hangs(mesh: Mesh, folder: str, timeout: float) -> None:
+    noticed = Path(folder) / "noticed"
+
+    def steps() -> Iterator[Progress]:
+        for step in range(5):
+            while step == 4 and mesh.rank == 1 and not noticed.exists():
+                time.sleep(0.05)
+            if not noticed.exists():
+                mesh.barrier()
+            yield Progress(step, 5)
+
+    try:
+        list(watched(steps(), patience_of(2, timeout, 300.0)))
+    finally:
+        noticed.touch()
+
+
+def test_a_hung_peer_is_reported_before_the_timer_of_the_worker_that_waits(tmp_path: Path) -> None:
+    """A worker whose last step ended before the sum reports its hung peer, and is not ended as stuck itself."""
+    (failure, _), hung = together(steps_until_one_hangs, 1, 2, str(tmp_path), 2.0, timeout=2.0)
+    assert isinstance(failure, PeerLostError)
+    assert hung is None  # it went on, and found nothing left to do
 
 
 def fail_alone(mesh: Mesh) -> None:

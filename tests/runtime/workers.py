@@ -84,6 +84,31 @@ class Adder:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Hanger:
+    """A worker whose second rank hangs before its fifth sum."""
+
+    def __init__(self, folder: str, is_frozen: bool) -> None:
+        self._folder, self._is_frozen = Path(folder), is_frozen
+
+    def add(self, timeout: float, worker_rank: WorkerRank) -> Iterator[Progress | Finished]:
+        import torch
+
+        from datm_ray.runtime.mesh import open_mesh
+
+        (self._folder / f"rank {worker_rank.rank}").touch()  # importing torch may take longer than the timeout
+        while len(list(self._folder.glob("rank *"))) < worker_rank.world_size:
+            time.sleep(0.05)
+        with open_mesh(worker_rank, 1, worker_rank.world_size, torch.device("cpu"), timeout) as mesh:
+            for step in range(6):
+                if step == 4 and worker_rank.rank == 1:
+                    if self._is_frozen:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    time.sleep(600)
+                mesh.barrier()
+                yield Progress(step + 1, 6)
+            yield Finished("done")
+
+
 class OutOfMemoryError(RuntimeError):
     """Error with the name of torch's, in a process that does not import torch."""
 

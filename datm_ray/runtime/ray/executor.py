@@ -42,7 +42,7 @@ from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwr
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
-from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
+from datm_ray.runtime.retries import MARGIN, History, Patience, patience_of, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
 from datm_ray.runtime.versions import versions_here
 from datm_ray.words import counted
@@ -450,7 +450,7 @@ class _Stage:
         job.workers, job.size, job.saved, job.silence = workers, len(workers), 0, 0.0
         job.began = job.heard = time.monotonic()
         job.peer_lost, job.leaves = None, False
-        job.patience = Patience(self._cluster.peer_timeout, self._cluster.progress_timeout)
+        job.patience = patience_of(job.size, self._cluster.peer_timeout, self._cluster.progress_timeout)
         # Ray resolves these references before the calls, so the driver does not wait until all ranks have started.
         others = [worker.starting or "" for worker in workers[1:]]
         address = workers[0].actor.rendezvous.remote(*others) if others else ""

@@ -15,6 +15,7 @@ from datm_ray.errors import ClusterError, NoFreeWorkersError, PeerLostError, Plu
 from datm_ray.runtime.executor import Failed, Progress, Resized, Stopped, Task
 from datm_ray.runtime.ray import executor as ray_executor, ranks
 from datm_ray.runtime.ray.pool import PoolWorker
+from datm_ray.runtime.retries import MARGIN
 from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker
 
 HOUR = 3600.0
@@ -134,6 +135,7 @@ def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch:
     run = Simulation(monkeypatch, nodes, [Task("set", (), 3)])
     run.turn(turns=2)
     assert run.places("set") == ["a", "b", "c"]
+    assert run.job("set").patience.for_peers == 2 * MARGIN, "peers report before their timers end them"
     for rank in (0, 2):
         assert run.lose("set", PeerLostError("worker lost its peers"), rank) == []
     run.turn(10.0)
