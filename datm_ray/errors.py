@@ -51,6 +51,10 @@ class PluginError(ConfigError):
     """A user's module cannot be imported. Other machines may be able to import it."""
 
 
+class GpuMemoryError(ConfigError):
+    """A GPU has too little memory for a worker. GPUs of other nodes may have more."""
+
+
 class DatasetError(DatmError):
     """A data set is missing, malformed or too small for the recipe."""
 

@@ -112,8 +112,9 @@ class Patience:
 def patience_of(size: int, peer_timeout: float, progress_timeout: float) -> Patience:
     """Time limit for each event of a task of `size` workers.
 
-    Workers of a group get `2 * MARGIN` seconds more than `peer_timeout`, for which their peers wait. So a worker that waits for a hung one reports
-    that it lost its peers before its own limit ends it, and the worker that still runs is known as the one that hangs.
+    Workers of a group get `2 * MARGIN` seconds more than `peer_timeout`, for which their peers wait. So a worker that
+    waits for a hung one reports that it lost its peers before its own limit ends it. The worker that still runs is then
+    known as the one that hangs.
     """
     return Patience(peer_timeout, progress_timeout, for_peers=2 * MARGIN if size > 1 else 0.0)
 

@@ -15,6 +15,7 @@ from datm_ray.stages.evaluate.rows import EvaluateWorker
 from datm_ray.stages.experts.difficulty import score_images
 from datm_ray.stages.experts.train import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
+from datm_ray.stages.methods.memory import crowded_gpus_lose
 from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
 from datm_ray.store.files.filesystem import open_location, require_shared, seconds_to_look
@@ -65,11 +66,13 @@ class StageWorker:
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
         """Distil a set, see `DistillWorker.distill`."""
-        yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
+        with crowded_gpus_lose(self._cluster):
+            yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
 
     def make_piece(self, *arguments: Any) -> Iterator[Event]:
         """Make a piece of a set (some images of some classes), see `PieceWorker.make_piece`."""
-        yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
+        with crowded_gpus_lose(self._cluster):
+            yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def join_pieces(self, *arguments: Any) -> Iterator[Event]:
         """Join the pieces of a set into the whole set, see `PieceWorker.join_pieces`."""

@@ -19,7 +19,7 @@ from datm_ray.core.metadd import Evidence, MetaDD
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import Schedule
 from datm_ray.data.splits import Stream, stratified_split
-from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.errors import ConfigError, DatasetError, GpuMemoryError, WorkerLostError
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory import matching
 from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
@@ -33,6 +33,7 @@ from datm_ray.stages.methods.memory import (
     PROCESS_BYTES,
     DistillationPlan,
     chunk_by_trial,
+    crowded_gpus_lose,
     laid_out,
     meta_plan_of_part,
     plans_of,
@@ -328,6 +329,34 @@ def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
     monkeypatch.setattr("torch.cuda.memory_snapshot", list)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: held * GIB)
     assert worker_budget(tiny_config(f"cluster.gpus_per_worker={share}")) == int(0.9 * expected * GIB)
+
+
+@pytest.mark.parametrize(("share", "free"), [(1.0, 60), (1.0, 79), (0.5, 30), (0.5, 40)])
+@pytest.mark.parametrize("memory", ["null", "8MiB"])
+def test_a_gpu_that_others_fill_costs_an_attempt_and_a_small_one_the_node(
+    share: float, free: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without enough GPU memory is lost if other processes hold some; else GPUs of other nodes may do.
+
+    A limit in the recipe would be the same on every node, so it is a plain error of the recipe.
+    """
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * MIB, 80 * MIB))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.memory_snapshot", list)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda: 0)
+    monkeypatch.setattr("datm_ray.stages.methods.memory.CONTEXT_BYTES", MIB)
+    config = tiny_config(f"cluster.gpus_per_worker={share}", f"cluster.memory={memory}", "distill.ipc=5000")
+    is_crowded = free in (30, 60)
+    expected = ConfigError if memory != "null" else WorkerLostError if is_crowded else GpuMemoryError
+    with (
+        pytest.raises((ConfigError, WorkerLostError), match=r"needs .* and may take") as caught,
+        crowded_gpus_lose(config.cluster),
+    ):
+        plan_of(config)
+    assert type(caught.value) is expected
+    assert ("Other processes hold memory" in str(caught.value)) == (expected is WorkerLostError)
 
 
 def test_networks_count_where_they_live() -> None:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import NodeDiedError, RayActorError, RayError, RayTaskError
 
 from datm_ray.config import ClusterConfig
-from datm_ray.errors import ClusterError, ConfigError, DatmError, PeerLostError, WorkerLostError
+from datm_ray.errors import ClusterError, ConfigError, DatmError, PeerLostError, PluginError, WorkerLostError
 from datm_ray.monitor.logs import accept
 from datm_ray.runtime.executor import (
     Event,
@@ -628,7 +628,7 @@ class _Stage:
 
     def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
         """End the stage after an error in the user's input, unless a larger group may run the task once nodes come."""
-        if isinstance(cause, ConfigError) and not may_be_the_nodes(cause) and job.size < job.task.size:
+        if isinstance(cause, ConfigError) and not isinstance(cause, PluginError) and job.size < job.task.size:
             self._release(job)
             job.sizes = [each for each in job.sizes if each > job.size]
             yield job.task, Note(f"waiting for nodes: {counted(job.size, 'worker')} cannot run it: {cause}")

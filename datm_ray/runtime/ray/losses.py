@@ -17,6 +17,7 @@ from ray.exceptions import (
 from datm_ray.errors import (
     ClusterError,
     DatmError,
+    GpuMemoryError,
     MissingExpertsError,
     PluginError,
     StoreError,
@@ -42,8 +43,9 @@ def is_final(failure: BaseException) -> TypeGuard[DatmError]:
 
 
 def may_be_the_nodes(failure: DatmError) -> bool:
-    """True for an error that may concern single nodes only, such as a missing mount or package."""
-    return isinstance(failure, StoreError | ClusterError | PluginError) and not isinstance(failure, MissingExpertsError)
+    """True for an error that may concern single nodes only, such as a missing mount or package, or a small GPU."""
+    kinds = StoreError | ClusterError | PluginError | GpuMemoryError
+    return isinstance(failure, kinds) and not isinstance(failure, MissingExpertsError)
 
 
 def reason(failure: BaseException) -> str:

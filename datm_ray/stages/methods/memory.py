@@ -10,19 +10,20 @@ tests/planning/test_memory.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
-from datm_ray.config import Role, RunConfig
+from datm_ray.config import ClusterConfig, Role, RunConfig
 from datm_ray.core.compute.gpu import GPU_SHARE, free_gpu_memory
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
-from datm_ray.errors import ConfigError
+from datm_ray.errors import ConfigError, GpuMemoryError, WorkerLostError
 from datm_ray.memory import available_memory
 from datm_ray.methods.distribution import even_size
 from datm_ray.methods.trajectory.matching import block_bytes
@@ -107,15 +108,15 @@ class DistillationPlan:
         limit = None if math.isinf(self.budget) else self.budget
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
-    def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`: the worker needs more memory than it may take. The error names `remedies` first."""
+    def refuse(self, *remedies: str, error: type[ConfigError] = ConfigError) -> NoReturn:
+        """Raise an `error`: the worker needs more memory than it may take. The error names `remedies` first."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = MEMORY_PARTS[name]
         if name == "call" and not self.demand.is_divisible:  # a block of a recovery: its images cannot be divided
             knob = "recover.block"
         found = [*remedies, f"raise --memory (cluster.memory) to {data_size(1.01 * self.total)}"]
-        raise ConfigError(
+        raise error(
             f"a worker that {self.name} needs {data_size(self.total)} and may take {data_size(self.budget)}",
             f"{data_size(size)} of it is {words}",
             ", or ".join([*found, f"lower {knob}"] if knob else found),
@@ -136,7 +137,8 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
             as if only this set were distilled, on this machine.
 
     Raises:
-        ConfigError: a worker would need more memory than it may take, or there are more shards than classes.
+        ConfigError: a worker would need more memory than it may take, or there are more shards than classes. It is a
+            `GpuMemoryError` if the worker may take what its GPU has.
     """
     require_whole_classes(config.cluster.shards, shape.classes, config.name)
     sharing = sharing or min(workers_here(config.cluster), config.workers_per_set)
@@ -151,7 +153,8 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
                 if _plan(laid_out(config, {"shards": shards}), shape, *pair, budget).total <= budget:
                     remedies.append(f"use --set cluster.shards={shards}, which divides the set")
                     break
-            plan.refuse(*remedies)
+            is_gpus = uses_gpu(config.cluster) and config.cluster.memory is None
+            plan.refuse(*remedies, error=GpuMemoryError if is_gpus else ConfigError)
     return plans
 
 
@@ -292,6 +295,21 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 
 
+@contextmanager
+def crowded_gpus_lose(cluster: ClusterConfig) -> Iterator[None]:
+    """Turn a `GpuMemoryError` into a `WorkerLostError` if other processes hold memory of this worker's part of its GPU.
+
+    Such processes may end, as a killed worker that the driver has not released yet, so another attempt may succeed.
+    """
+    try:
+        yield
+    except GpuMemoryError as failure:
+        free, total = torch.cuda.mem_get_info()
+        if free + torch.cuda.memory_reserved() >= GPU_SHARE * (cluster.gpus_per_worker or 1.0) * total:
+            raise
+        raise WorkerLostError(failure.fact, "other processes hold memory of its GPU", failure.remedy) from None
+
+
 def chunk_by_trial(
     step: Callable[[int], None],
     plan: DistillationPlan,
@@ -308,7 +326,7 @@ def chunk_by_trial(
         forget: function that frees what a failed trial has left, such as recorded CUDA graphs with their memory.
 
     Raises:
-        ConfigError: a step of one image does not fit.
+        GpuMemoryError: a step of one image does not fit.
     """
     limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
     held = plan.parts["trace"] + plan.parts["block"]
@@ -319,7 +337,7 @@ def chunk_by_trial(
                 return chunk
             forget()  # a graph that is only replayed would show less memory than its recording took
         chunk //= 2
-    raise ConfigError(
+    raise GpuMemoryError(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",
         f"it may take {'all of it' if math.isinf(plan.budget) else data_size(plan.budget)}",
         "raise --memory, or cluster.gpus_per_worker if it is below 1, use more cluster.shards, or lower "

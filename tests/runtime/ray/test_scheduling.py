@@ -11,8 +11,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from datm_ray.config.plugins import imported
-from datm_ray.errors import ClusterError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
-from datm_ray.runtime.executor import Failed, Progress, Resized, Stopped, Task
+from datm_ray.errors import ClusterError, GpuMemoryError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
+from datm_ray.runtime.executor import Failed, Note, Progress, Resized, Stopped, Task
 from datm_ray.runtime.ray import executor as ray_executor, ranks
 from datm_ray.runtime.ray.pool import PoolWorker
 from datm_ray.runtime.retries import MARGIN
@@ -81,11 +81,14 @@ def missing_package() -> PluginError:
     return caught.value
 
 
-@pytest.mark.parametrize("error", [MOUNT, missing_package()], ids=["mount", "package"])
+SMALL_GPU = GpuMemoryError("a worker that distils birds needs 30 GiB and may take 20 GiB")
+
+
+@pytest.mark.parametrize("error", [MOUNT, missing_package(), SMALL_GPU], ids=["mount", "package", "small GPU"])
 def test_an_error_of_two_nodes_does_not_end_the_run_if_a_third_has_none(
     monkeypatch: pytest.MonkeyPatch, error: ClusterError
 ) -> None:
-    """A mount or package that two nodes lack costs an attempt on each, and the third node runs the task."""
+    """A mount, package or memory that two nodes lack costs an attempt on each, and the third node runs the task."""
     run = Simulation(monkeypatch, {"a": 1, "b": 1, "c": 1}, alone("task"))
     for node in ("a", "b"):
         run.turn(10.0, turns=3)
@@ -127,6 +130,18 @@ def test_a_task_that_is_given_up_counts_queued_tasks_apart_from_running_ones(mon
     (failed,) = run.lose("task")
     assert isinstance(failed, Failed)
     assert (failed.running, failed.queued) == (1, 2)
+
+
+def test_gpus_too_small_for_fewer_workers_wait_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that does not fit one GPU waits for a node whose GPU makes two, and is not refused."""
+    run = Simulation(monkeypatch, {"a": 1}, [Task("set", (), 2, fewer=(1,))], wait_for_nodes=HOUR)
+    run.turn(40.0, turns=3)
+    assert run.places("set") == ["a"]
+    (note,) = run.lose("set", SMALL_GPU)
+    assert note == Note(f"waiting for nodes: 1 worker cannot run it: {SMALL_GPU}")
+    run.nodes["b"] = 1
+    run.turn(turns=3)
+    assert run.places("set") == ["a", "b"]
 
 
 def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
