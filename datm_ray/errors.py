@@ -85,6 +85,10 @@ class ClusterError(DatmError):
     """Ray is missing, unreachable, or lacks the resources asked for."""
 
 
+class UnusableGpuError(ClusterError):
+    """torch cannot use the GPU that Ray has assigned to a worker."""
+
+
 class NoFreeWorkersError(ClusterError):
     """A task's workers did not become free in time. Running the command again later resumes the run."""
 

@@ -18,7 +18,7 @@ from datm_ray.config import ClusterConfig
 from datm_ray.core.compute.gpu import free_gpu_memory
 from datm_ray.core.compute.precision import Precision, has_tf32, restoring_tf32
 from datm_ray.core.images.batches import ImageReader, Images
-from datm_ray.errors import ClusterError
+from datm_ray.errors import ClusterError, UnusableGpuError
 from datm_ray.runtime import assigned
 
 
@@ -79,11 +79,11 @@ def fix_workspace() -> bool:
     return True
 
 
-def _unusable() -> ClusterError:
+def _unusable() -> UnusableGpuError:
     """Error for a GPU that torch cannot use. Without this error, the worker would silently compute on its CPU."""
     version = torch.version.cuda
     driver = f"its driver is older than torch's CUDA {version}, or its container was started without the driver"
-    return ClusterError(
+    return UnusableGpuError(
         f"torch cannot use the GPU that Ray has assigned to a worker on {socket.gethostname()}",
         driver if version else "torch is built without CUDA on this node",
         "update the node's driver or torch, or set cluster.device=cpu",

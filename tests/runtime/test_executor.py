@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import math
 import os
 import re
@@ -440,6 +441,37 @@ def test_an_error_that_nobody_expects_costs_an_attempt(
     assert finished == ["other"]
     lost = [event.reason for _, event in events if isinstance(event, Lost)]
     assert set(lost) == {reason}
+
+
+TWO_GPUS = """
+import json, ray
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.executor import Finished, Lost, Task
+from datm_ray.runtime.ray.executor import RayExecutor
+from tests.runtime.workers import BrokenGpu
+
+ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+executor = RayExecutor(ClusterConfig())
+events = [
+    event.reason if isinstance(event, Lost) else event.result
+    for stage in "ab"
+    for _, event in executor.run(BrokenGpu, (), "work", [Task(f"{stage}{number}", ()) for number in range(3)])
+    if isinstance(event, Lost | Finished)
+]
+print(json.dumps(events))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_gives_a_broken_gpu_to_no_other_task() -> None:
+    """On a node with two GPUs a broken one costs one attempt in a whole command; the other does all tasks."""
+    done = subprocess.run([sys.executable, "-c", TWO_GPUS], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = json.loads(done.stdout.splitlines()[-1])
+    (lost,) = [event for event in events if event != "1"]
+    assert re.fullmatch(r"RuntimeError: CUDA error: uncorrectable ECC .*; GPU 0 of \S+ is not used again", lost)
+    assert len(events) == 7
 
 
 class Holder:

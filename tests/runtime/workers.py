@@ -241,6 +241,18 @@ class Idler:
         return True
 
 
+class BrokenGpu:
+    """A worker that fails on the node's first GPU."""
+
+    def work(self) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        if gpu == "0":
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        time.sleep(1)
+        yield Finished(gpu)
+
+
 class Looker:
     """A worker that returns its visible GPUs."""
 

@@ -38,7 +38,7 @@ from datm_ray.runtime.executor import (
 )
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpus, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
-from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwrapped
+from datm_ray.runtime.ray.losses import is_final, may_be_the_gpu, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
@@ -105,6 +105,8 @@ class RayExecutor:
         self._number, self._stage = 0, Stage(0, object, (), "")
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
+        self.set_aside: list[PoolWorker] = []
+        """Actors that hold broken GPUs, so that Ray gives the GPUs to no other actor. They outlive a stage."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
@@ -160,7 +162,7 @@ class RayExecutor:
 
     def _close(self) -> None:
         self.metrics.close()
-        for each in self.pool:
+        for each in self.pool + self.set_aside:
             each.stop()
         self._leave()
 
@@ -479,7 +481,8 @@ class _Stage:
         return bad if bad and knows_labels() and self._nodes_of(job.task).elsewhere(bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
-        worker.stop()
+        if worker not in self._executor.set_aside:
+            worker.stop()
         self._pool.remove(worker)
 
     def _release(self, job: _Job) -> None:
@@ -597,7 +600,8 @@ class _Stage:
     ) -> Iterator[tuple[Task, Event]]:
         """Handle an error of a task. An error in the user's input ends the stage, unless other nodes may not have it.
 
-        After any other error the task is retried. A task that has lost its workers too often is given up.
+        After any other error the task is retried. A task that has lost its workers too often is given up. An error of
+        a GPU that is set aside blames no node, because the node's other GPUs may be good.
 
         Args:
             silence: seconds without an event before the error.
@@ -607,11 +611,13 @@ class _Stage:
             del job.streams[stream]  # another rank's error may be the cause
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
             return
-        history = job.history.after_loss(job.saved, self._blame(job, cause, stream))
-        if is_final(cause) and not (may_be_the_nodes(cause) and self._has_elsewhere(job, history)):
+        gpu = self._set_aside(job, cause)
+        nodes = self._blame(job, cause, stream) if is_final(cause) or not gpu else ()
+        history = job.history.after_loss(job.saved, nodes)
+        if is_final(cause) and not (may_be_the_nodes(cause) and (gpu or self._has_elsewhere(job, history))):
             yield from self._refuse(job, cause)
             return
-        why = reason(cause)
+        why = reason(cause) + (f"; {gpu} is not used again" if gpu else "")
         if isinstance(cause, RayTaskError):
             _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
         elif isinstance(cause, RayActorError) and silence > job.patience.limit:
@@ -643,6 +649,20 @@ class _Stage:
         """
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
         return is_known and self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
+
+    def _set_aside(self, job: _Job, cause: BaseException) -> str:
+        """Keep the actor of a task whose error may be its GPU's, because Ray would give that GPU to the next actor.
+
+        The last GPU is not set aside. Nor is one of a group, whose ranks end together with the group's reservation.
+
+        Returns:
+            The GPU in words; "" if none was set aside.
+        """
+        gpu = "" if job.group or not may_be_the_gpu(cause) else job.workers[0].gpu
+        if not gpu or len(self._executor.set_aside) + 1 >= self._nodes_of(job.task).capacity():
+            return ""
+        self._executor.set_aside.append(job.workers[0])
+        return gpu
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
         """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.
@@ -731,7 +751,7 @@ class _Stage:
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
 
-        Before the error, tasks may use nodes again that failed them, because no other node becomes free.
+        Before the error, tasks may use nodes and GPUs again that failed them, because no other becomes free.
         """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
@@ -742,11 +762,14 @@ class _Stage:
         job = min(waiting, key=lambda job: job.waits_since)
         size, nodes = job.group.size if job.group else job.sizes[0], self._nodes_of(job.task)
         waited = now - max(self._idle_since, job.waits_since)
-        if waited > min(nodes.patience(), LONGEST_AVOIDANCE) and any(self._avoided(each) for each in waiting):
+        is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
+        if waited > min(nodes.patience(), LONGEST_AVOIDANCE) and is_avoiding:
             self._executor.faults.clear()
+            while self._executor.set_aside:
+                self._executor.set_aside.pop().stop()
             for each in waiting:
                 each.history, each.waits_since = each.history.forgiving(), now
-            yield job.task, Note("no other node became free: trying again on the nodes that lost its workers")
+            yield job.task, Note("no other node became free: trying again on nodes and GPUs that lost workers")
         elif waited > nodes.patience() and (size == job.sizes[-1] or nodes.capacity() < job.sizes[-1]):
             raise nodes.not_enough(size)  # fewer workers are tried first
         elif now - self._reported_at > WAIT_INTERVAL:

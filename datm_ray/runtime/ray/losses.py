@@ -22,10 +22,16 @@ from datm_ray.errors import (
     PluginError,
     StoreError,
     TransientStoreError,
+    UnusableGpuError,
     WorkerLostError,
 )
 from datm_ray.monitor.logs import masked
 from datm_ray.runtime.ray.cluster import first_line
+
+_BROKEN_GPU = re.compile(r"cuda error|_execution_failed|uncorrectable", re.I)
+"""Words in torch's messages about a GPU that does not compute, also those of cuDNN and cuBLAS."""
+_OF_THE_WORK = re.compile(r"out of memory|assert", re.I)
+"""Words in such messages about faults that another GPU would have too."""
 
 
 def unwrapped(failure: BaseException) -> BaseException:
@@ -46,6 +52,12 @@ def may_be_the_nodes(failure: DatmError) -> bool:
     """True for an error that may concern single nodes only, such as a missing mount or package, or a small GPU."""
     kinds = StoreError | ClusterError | PluginError | GpuMemoryError
     return isinstance(failure, kinds) and not isinstance(failure, MissingExpertsError)
+
+
+def may_be_the_gpu(failure: BaseException) -> bool:
+    """True for an error that may concern one GPU only. Exhausted memory and failed assertions are the work's own."""
+    text = str(failure.cause) if isinstance(failure, RayTaskError) else ""
+    return isinstance(failure, UnusableGpuError) or bool(_BROKEN_GPU.search(text) and not _OF_THE_WORK.search(text))
 
 
 def reason(failure: BaseException) -> str:

@@ -62,9 +62,10 @@ class Worker:
         """Name of the actor for Ray's dashboard and logs."""
         return type(self).__name__
 
-    def place(self) -> tuple[str, int]:
-        """Return the identifier of the actor's node and the actor's process id."""
-        return str(ray.get_runtime_context().get_node_id()), os.getpid()
+    def place(self) -> tuple[str, int, str]:
+        """Return the identifier of the actor's node, the actor's process id, and its GPUs in words, "" without any."""
+        gpu = f"GPU {','.join(assigned.gpus)} of {socket.gethostname()}" if assigned.gpus else ""
+        return str(ray.get_runtime_context().get_node_id()), os.getpid(), gpu
 
     def news(self) -> list[logging.LogRecord]:
         """Return the log records since the last call."""
@@ -166,6 +167,8 @@ class PoolWorker:
     """Reference to the result of `Worker.place`; `None` once the actor has started."""
     node: str = ""
     process: int = 0
+    gpu: str = ""
+    """GPUs of the actor in words, such as "GPU 3 of node-7"; "" without any, and until the actor has started."""
     stream: Any = None
     """Ray's generator of references to the events of the current or last task; `None` before the first."""
     free_since: float = field(default_factory=time.monotonic)
@@ -222,9 +225,9 @@ class PoolWorker:
             with suppress(RayError):
                 self.has_started(ray.get(self.starting))
 
-    def has_started(self, place: tuple[str, int]) -> None:
-        """Record the node and process of an actor that has started."""
-        (self.node, self.process), self.starting = place, None
+    def has_started(self, place: tuple[str, int, str]) -> None:
+        """Record the node, process and GPUs of an actor that has started."""
+        (self.node, self.process, self.gpu), self.starting = place, None
 
     def take_news(self) -> None:
         """Pass the worker's new log records to the driver's log, and request the next ones. Does not wait."""

@@ -43,7 +43,7 @@ class Worker:
         self.options, self.actor, self.node, self.is_stopped = options, mock.Mock(), node, False
         self.starting: Any = None if node else object()
         self.free_since, self.stream, self.process = clock.now, None, 7
-        self.asked, self.has_ended = 0, False
+        self.gpu, self.asked, self.has_ended = "", 0, False
         """`asked`: number of requests to save; `has_ended`: True if its process was killed."""
 
     def run(self, *_: Any) -> None:
@@ -52,8 +52,8 @@ class Worker:
     def stop(self) -> None:
         self.is_stopped = True
 
-    def has_started(self, place: tuple[str, int]) -> None:
-        (self.node, self.process), self.starting = place, None
+    def has_started(self, place: tuple[str, int, str]) -> None:
+        (self.node, self.process, self.gpu), self.starting = place, None
 
     def find_node(self) -> None:
         """Nothing: the node of a worker at work is known."""
@@ -125,7 +125,7 @@ class Simulation:
         cluster = ClusterConfig(**settings)
         executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[])
         executor.light_nodes = ray_cluster.Nodes(cluster, light=True)
-        executor.faults = ray_executor.Counter()
+        executor.faults, executor.set_aside = ray_executor.Counter(), []
         self.stage: Any = ray_executor._Stage(executor, Stage(0, object, (), ""), tasks)
         self.stage._take_tasks()
 
@@ -160,7 +160,7 @@ class Simulation:
             if isinstance(each, Group):
                 each.nodes = slots[: each.size] if len(slots) >= each.size else []
             elif slots:
-                each.starting = (slots[0], 7)
+                each.starting = (slots[0], 7, f"a GPU of {slots[0]}")
                 self.stage._note_start(each)
 
     def turn(self, seconds: float = 1.0, turns: int = 1) -> list[tuple[str, Event]]:

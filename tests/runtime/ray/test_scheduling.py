@@ -8,11 +8,19 @@ import random
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from datm_ray.config.plugins import imported
-from datm_ray.errors import ClusterError, GpuMemoryError, NoFreeWorkersError, PeerLostError, PluginError, StoreError
-from datm_ray.runtime.executor import Failed, Note, Progress, Resized, Stopped, Task
+from datm_ray.errors import (
+    ClusterError,
+    GpuMemoryError,
+    NoFreeWorkersError,
+    PeerLostError,
+    PluginError,
+    StoreError,
+    UnusableGpuError,
+)
+from datm_ray.runtime.executor import Failed, Lost, Note, Progress, Resized, Stopped, Task
 from datm_ray.runtime.ray import executor as ray_executor, ranks
 from datm_ray.runtime.ray.pool import PoolWorker
 from datm_ray.runtime.retries import MARGIN
@@ -158,6 +166,79 @@ def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch:
     assert run.job("set").history.nodes == {"b"}
     run.turn(turns=2)
     assert run.places("set") == ["a", "c", "d"]
+
+
+def gpu_error(text: str = "CUDA error: uncorrectable ECC error encountered") -> RayTaskError:
+    """Error of torch in a worker, as Ray passes it on."""
+    return RayTaskError("work", "Traceback of the worker", RuntimeError(text))
+
+
+def test_a_broken_gpu_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with an error goes to no other task. Its task waits for another one, also of the same node."""
+    run = Simulation(monkeypatch, {"a": 2}, alone("x", "y", "z"))
+    run.turn(turns=2)
+    (broken,) = run.job("x").workers
+    (lost,) = run.lose("x", gpu_error())
+    assert isinstance(lost, Lost)
+    assert lost.reason.endswith("uncorrectable ECC error encountered; a GPU of a is not used again")
+    run.turn(60.0, turns=60)
+    assert (run.places("x"), run.places("z"), run.free("a"), broken.is_stopped) == ([], [], 0, False)
+    for name, following in (("y", "x"), ("x", "z")):
+        run.end(name)
+        run.turn(turns=2)
+        assert run.places(following) == ["a"]
+    assert run.losses("x") == 1
+    assert not run.stage._executor.faults, "the node's other GPU is a good one"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "error"),
+    [
+        (1, gpu_error()),
+        (2, gpu_error("CUDA error: device-side assert triggered")),
+        (2, gpu_error("CUDA error: out of memory")),
+        (2, gpu_error("the sizes do not match")),
+    ],
+    ids=["last GPU", "assertion", "memory", "no GPU"],
+)
+def test_no_gpu_is_set_aside_without_need(monkeypatch: pytest.MonkeyPatch, gpus: int, error: RayTaskError) -> None:
+    """The last GPU is tried again, and so is one whose error is the work's own."""
+    run = Simulation(monkeypatch, {"a": gpus}, alone("x"))
+    run.turn(turns=2)
+    (worker,) = run.job("x").workers
+    run.lose("x", error)
+    assert worker.is_stopped
+    assert run.free("a") == gpus
+
+
+def test_a_broken_gpu_is_tried_again_if_no_other_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another command keeps the other GPU and no task runs, the GPU of the loss is used again, with a message."""
+    run = Simulation(monkeypatch, {"a": 2}, alone("x"))
+    run.turn(turns=2)
+    run.lose("x", gpu_error())
+    run.taken["a"] = 1
+    run.turn(5.0, turns=11)
+    assert run.places("x") == []
+    run.turn(5.0, turns=6)
+    assert run.places("x") == ["a"]
+    assert run.notes()[-1].startswith("x: no other node became free: trying again on nodes and GPUs")
+
+
+@pytest.mark.parametrize(("nodes", "attempts"), [({"a": 1}, 1), ({"a": 2}, 2), ({"a": 8}, 4), ({"a": 4, "b": 1}, 2)])
+def test_a_gpu_that_torch_cannot_use_costs_an_attempt(
+    monkeypatch: pytest.MonkeyPatch, nodes: dict[str, int], attempts: int
+) -> None:
+    """A task is tried on other nodes first, then on the node's other GPUs; the last error ends the command."""
+    run, error = Simulation(monkeypatch, nodes, alone("x")), UnusableGpuError("torch cannot use the GPU")
+    places = list[str]()
+    for _ in range(attempts):
+        run.turn(60.0, turns=3)
+        places += run.places("x")
+        run.lose("x", error)
+    assert len(places) == attempts
+    assert places[-1] == max(nodes)
+    if len(nodes) == 1:
+        assert (run.stage._failure or run.stage._given_up) is error
 
 
 def test_workers_without_an_answer_are_all_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
