@@ -11,8 +11,9 @@ import os
 import re
 import socket
 import struct
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -290,20 +291,55 @@ def open_mesh(
     if worker_rank.world_size != rows * columns:
         raise ValueError(f"{worker_rank.world_size} workers do not form a grid of {rows} x {columns}")
     with _settings(worker_rank.rendezvous):
-        backend = "gloo"
+        backend, is_stuck = "gloo", False
         try:
             with _peers_needed(worker_rank.rank, worker_rank.world_size):
                 backend = _join(worker_rank, device, timedelta(seconds=timeout))
                 groups = _groups(rows, columns, timedelta(seconds=timeout))
+                if "nccl" in backend:
+                    is_stuck = True  # until the communicators exist
+                    within(timeout, lambda: _connect_gpus(groups, device), "connecting the GPUs")
+                    is_stuck = False
             yield ProcessMesh(worker_rank.rank, rows, columns, *groups, timeout)
         except BaseException:
             # A peer may be in a sum that never ends. NCCL would wait for this peer unless the group is aborted.
-            if dist.is_initialized() and "nccl" in backend:
+            if dist.is_initialized() and "nccl" in backend and not is_stuck:
                 dist.distributed_c10d._abort_process_group(dist.group.WORLD)
             raise
         finally:
-            if dist.is_initialized():
+            # Aborting and destroying may both wait for ever for a communicator. The driver ends this process.
+            if dist.is_initialized() and not is_stuck:
                 dist.destroy_process_group()
+
+
+def _connect_gpus(groups: Iterable[dist.ProcessGroup | None], device: torch.device) -> None:
+    """Let NCCL create the communicators of these groups, which it else does in the first sum on GPUs."""
+    for group in filter(None, groups):
+        dist.all_reduce(torch.zeros(1, device=device), group=group, async_op=True).wait()
+
+
+def within(timeout: float, work: Callable[[], None], name: str) -> None:
+    """Do work that may never end and knows no timeout, such as the creation of a communicator by NCCL.
+
+    Args:
+        timeout: seconds until a `RuntimeError` is raised. The work is left in its thread, until the process ends.
+        name: the work in words, for the error.
+    """
+    failures: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if failures:
+        raise failures[0]
+    if thread.is_alive():
+        raise RuntimeError(f"{name} timed out after {timeout:g} s")
 
 
 def _join(worker_rank: WorkerRank, device: torch.device, timeout: timedelta) -> str:

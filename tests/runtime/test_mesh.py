@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -12,13 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, DistStoreError
 
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, ConfigError, PeerLostError
+from datm_ray.runtime import mesh as mesh_module
 from datm_ray.runtime.executor import Progress, WorkerRank
-from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh
+from datm_ray.runtime.mesh import (
+    Alone,
+    Mesh,
+    ProcessMesh,
+    _connect_gpus,
+    _peers_needed,
+    _settings,
+    open_mesh,
+    within,
+)
 from datm_ray.runtime.retries import patience_of, watched
 from tests.processes import free_port, side_by_side
 
@@ -264,6 +276,43 @@ def test_rendezvous_without_peers_times_out(rank: int) -> None:
     with pytest.raises(PeerLostError, match=f"worker {rank + 1} of 2 lost its peers: .*[a-z]"), mesh:
         pass
     assert time.monotonic() - start < 20  # not the half hour that torch waits by itself
+
+
+def test_gpus_that_never_connect_are_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL may wait for ever for a peer when it connects GPUs. That is a lost peer after the timeout, not a hang."""
+    join, released = mesh_module._join, threading.Event()
+
+    def join_with_gpus(*arguments: Any) -> str:
+        assert join(*arguments) == "gloo"
+        return "cpu:gloo,cuda:nccl"
+
+    def never(why: str) -> Callable[..., None]:
+        return lambda *_: pytest.fail(f"it waits for ever: {why}")
+
+    monkeypatch.setattr(mesh_module, "_join", join_with_gpus)
+    monkeypatch.setattr(mesh_module, "_connect_gpus", lambda *_: released.wait())
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", never("abort"))
+    mesh = open_mesh(WorkerRank(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=4.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", never("destroy"))
+        with pytest.raises(PeerLostError, match=r"worker 1 of 1 lost its peers: connecting the GPUs timed out"), mesh:
+            pass
+    released.set()
+    dist.destroy_process_group()
+
+
+def connected(mesh: Mesh) -> float:
+    assert isinstance(mesh, ProcessMesh)
+    within(30.0, lambda: _connect_gpus((mesh.row_group, mesh.column_group), CPU), "connecting")
+    with pytest.raises(ZeroDivisionError):
+        within(30.0, lambda: [][1 // 0], "dividing")
+    return float(mesh.sum_over_all(torch.ones(1)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 2)])
+def test_connecting_reaches_the_peers_of_every_group(rows: int, columns: int) -> None:
+    """The sums that connect GPUs end in every group, with gloo here. An error of theirs keeps its type."""
+    assert together(connected, rows, columns) == [rows * columns] * (rows * columns)
 
 
 def test_a_process_joins_a_new_mesh_after_leaving_one() -> None:
