@@ -316,7 +316,6 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
         (0.25, 50, 21, 0),
         (0.005, 80, 0, 0),
         (1.0, 44, 4, 44),
-        (2.0, 80, 0, 80),
     ],
 )
 def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
