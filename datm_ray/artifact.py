@@ -490,9 +490,9 @@ def read_artifact(location: Location) -> Artifact:
         )
     with rejecting_nonsense(location):
         artifact = Artifact(
-            images=torch.tensor(arrays["images"]),
-            soft_labels=torch.tensor(arrays["soft_labels"]),
-            labels=torch.tensor(arrays["labels"]),
+            images=_tensor(arrays["images"]),
+            soft_labels=_tensor(arrays["soft_labels"]),
+            labels=_tensor(arrays["labels"]),
             step_size=float(arrays["step_size"]),
             step_sizes=tuple(arrays.get("step_sizes", arrays["step_size"].reshape(1)).tolist()),
             class_names=tuple(metadata["class_names"]),
@@ -504,6 +504,16 @@ def read_artifact(location: Location) -> Artifact:
         )
     _require_sound(artifact, location.uri)
     return artifact
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Tensor that shares the memory of an array. A read-only array is copied, because tensors can be written to."""
+    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """True if no value is infinite or nan. Unlike `Tensor.isfinite`, this takes no memory: a set may have gigabytes."""
+    return not tensor.numel() or all(bool(each.isfinite()) for each in tensor.aminmax())
 
 
 def _require_sound(artifact: Artifact, uri: str) -> None:
@@ -532,7 +542,7 @@ def _faults(artifact: Artifact) -> Iterator[str]:
     ):
         if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             yield f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
-        elif not bool(tensor.isfinite().all()):
+        elif not _is_finite(tensor):
             yield f"{name} has {counted(int((~tensor.isfinite()).sum()), 'value')} that are not finite"
     if not n or not k:
         yield f"it has {counted(n, 'image')} of {counted(k, 'class')}"

@@ -453,6 +453,20 @@ def replaced(name: str, value: object) -> Callable[[dict[str, NDArray[Any]], dic
     return edit
 
 
+def test_a_set_is_read_into_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a set are the arrays of its file, and the check of their values copies none of them."""
+    save(tmp_path / "set.arrow")
+    file = read_tensors(open_location(str(tmp_path / "set.arrow")), kind=KIND)
+    monkeypatch.setattr("datm_ray.artifact.read_tensors", lambda *_, **__: file)
+    for name in ("isfinite", "abs"):
+        own = getattr(torch.Tensor, name)
+        small = lambda tensor, own=own: own(tensor) if tensor.dim() == 0 else pytest.fail("a set was copied")  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, small)
+    loaded = load(str(tmp_path / "set.arrow"))
+    for name in ("images", "soft_labels", "labels"):
+        assert np.shares_memory(getattr(loaded, name).numpy(), file.arrays[name]), name
+
+
 NAN, INFINITY = np.float32("nan"), np.float32("inf")
 UNSOUND = {
     "a label outside the classes": (replaced("labels", np.arange(20)), "labels are 0..19, and its classes are 0..1"),

@@ -14,7 +14,13 @@ from datm_ray.config import NetworkConfig, RunConfig, short_names
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning import work
-from datm_ray.planning.memory import distilling_memory, experts_memory, prior_memory, scoring_memory
+from datm_ray.planning.memory import (
+    distilling_memory,
+    experts_memory,
+    labelling_memory,
+    prior_memory,
+    scoring_memory,
+)
 from datm_ray.planning.work import Row, weight
 from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import Executor, Task
@@ -324,6 +330,7 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
                 stage="labels",
                 weight=weight(work.labels(config, runs.shape(config), len(epochs))),
                 method="label",
+                memory=labelling_memory(config, runs.shape(config)),
                 is_light=True,
             )
             for epochs in work.divided_epochs(left, workers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE, LabelInfo, LabelRecords, LabelStore
 from datm_ray.store.sealed import rejecting_nonsense
 
+LABELLED = 256
+"""Number of images that a teacher labels at a time."""
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
 """Settings of the views, as published; see `draw_views`."""
 
@@ -105,7 +108,7 @@ def label_epochs(
     images: Tensor,
     epochs: Iterable[int],
     *,
-    batch: int = 256,
+    batch: int = LABELLED,
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[int]:
     """Label the images in some epochs. Yields each epoch once it is stored, by this call or by another worker.
@@ -122,6 +125,13 @@ def label_epochs(
         StoreError: an epoch cannot be written, or a logit does not fit into float16.
     """
     require_labelled(images, store.info.set_fingerprint, store.location.uri)
+    yield from _stored(store, network, images, epochs, batch, heartbeat)
+
+
+def _stored(
+    store: LabelStore, network: nn.Module, images: Tensor, epochs: Iterable[int], batch: int, heartbeat: Heartbeat
+) -> Iterator[int]:
+    """Label as `label_epochs` does, for images that the caller knows to be those of the store."""
     for epoch in epochs:
         store.write_epoch(epoch, _labelled(store.info, network, images, epoch, batch, heartbeat))
         yield epoch
@@ -210,11 +220,24 @@ def _views(settings: EvaluateConfig) -> dict[str, float]:
     return VIEWS | {"mix": settings.cutmix}
 
 
+@dataclass(frozen=True)
+class _Labelling:
+    """A set that is being labelled, with its teacher."""
+
+    store: LabelStore
+    images: Tensor
+    """[n c h w] images of the set, for which the store was created or opened."""
+    network: nn.Module
+    """The teacher."""
+
+
 class LabelWorker:
     """Worker that labels sets of one data set with trained networks."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device, self._cluster, self._dataset = prepare_device(cluster), cluster, dataset
+        self._kept: tuple[tuple[RunConfig, str, str], _Labelling] | None = None
+        """The last set with its teacher, for the next task: (run, store of the teacher, folder of the run) -> set."""
 
     def label(self, config: RunConfig, store_uri: str, folder_uri: str, epochs: Sequence[int]) -> Iterator[Event]:
         """Store a teacher's labels of a finished set for some epochs. Stored epochs stay unchanged.
@@ -230,24 +253,32 @@ class LabelWorker:
             StoreError: a logit does not fit into float16, or the folder cannot be written.
         """
         account, folder = Account(self._device, self._cluster), open_location(folder_uri)
-        images = read_artifact(folder / SYNTHETIC).images.to(self._device)
-        teacher = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
-        place, settings = labels_location(folder, config, self._dataset.fingerprint), config.evaluate
-        trained_for = evaluation_schedule(config, 1.0).epochs
-        store = create_labels(
-            place,
-            images,
-            self._dataset.classes,
-            teacher.group.key.fingerprint,
-            epochs=trained_for,
-            keep=kept_labels(config),
-            **_kept(settings),
-            seed=config.seed,
-            views=_views(settings),
-        )
+        key = (config, store_uri, folder_uri)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # frees the last set before the next one is read
+            self._kept = key, self._opened(config, store_uri, folder)
+        own = self._kept[1]
         yield Progress(0, len(epochs))
-        note = place / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
-        for done, _ in enumerate(label_epochs(store, teacher.restored(0), images, epochs), start=1):
+        note = own.store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
+        labelled = _stored(own.store, own.network, own.images, epochs, LABELLED, no_heartbeat)
+        for done, _ in enumerate(labelled, start=1):
             note.write_json({**account.spent().to_json(), "epochs": list(epochs[:done])})
             yield Progress(done, len(epochs), saved=True)
         yield Finished()
+
+    def _opened(self, config: RunConfig, store_uri: str, folder: Location) -> _Labelling:
+        """Read a set and its teacher, and create or open the store of its labels."""
+        images = read_artifact(folder / SYNTHETIC).images
+        teacher = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
+        store = create_labels(
+            labels_location(folder, config, self._dataset.fingerprint),
+            images,
+            self._dataset.classes,
+            teacher.group.key.fingerprint,
+            epochs=evaluation_schedule(config, 1.0).epochs,
+            keep=kept_labels(config),
+            **_kept(config.evaluate),
+            seed=config.seed,
+            views=_views(config.evaluate),
+        )
+        return _Labelling(store, images.to(self._device), teacher.restored(0))

@@ -94,13 +94,13 @@ class StageWorker:
         """Worker of one stage, made at the stage's first task.
 
         The first task of another stage drops the worker that trains experts, which frees the images on the device. It
-        also drops the worker of pieces, which frees the trained networks on the device.
+        also drops the workers of pieces and of labels, which frees the set and the trained networks on the device.
 
         Args:
             kind: class of the stage's worker.
             light: True to take the resources of `cluster.light`.
         """
-        for other, is_light in ((ExpertWorker, True), (PieceWorker, False)):
+        for other, is_light in ((ExpertWorker, True), (PieceWorker, False), (LabelWorker, True)):
             if kind is not other:
                 self._workers.pop((other, is_light), None)
         if (kind, light) not in self._workers:

@@ -22,7 +22,13 @@ from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import ConfigError, DatasetError, GpuMemoryError, WorkerLostError
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory import matching
-from datm_ray.planning.memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
+from datm_ray.planning.memory import (
+    GPU_PROCESS_BYTES,
+    distilling_memory,
+    experts_memory,
+    labelling_memory,
+    scoring_memory,
+)
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.mesh import Alone
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
@@ -572,7 +578,20 @@ def test_the_reserved_memory_follows_the_work() -> None:
     assert distilling_memory(config, shape) == GPU_PROCESS_BYTES
     assert experts_memory(config, shape, 1) < GPU_PROCESS_BYTES > scoring_memory(config, shape, 10)
     config = override(config, ["cluster.light=null"])
-    assert experts_memory(config, shape, 1) == scoring_memory(config, shape, 10) == GPU_PROCESS_BYTES
+    assert experts_memory(config, shape, 1) == scoring_memory(config, shape, 10, is_shared=True) == GPU_PROCESS_BYTES
+
+
+def test_a_set_that_is_read_for_a_gpu_is_reserved_in_main_memory() -> None:
+    """Scoring and labelling on a GPU read the set into main memory first, where a large one stays."""
+    shape = DataShape((3, 224, 224), 1000, 1_281_167)
+    config = override(
+        get_recipe("imagenet-sre2l-ipc10"), ["distill.ipc=50", "evaluate.labels=stored", "cluster.gpus_per_worker=1"]
+    )
+    config = config.resolved((224, 224))
+    images = 2 * 50_000 * 4 * (3 * 224 * 224 + 1000)
+    assert scoring_memory(config, shape, 50_000) == labelling_memory(config, shape) == GPU_PROCESS_BYTES + images
+    on_cpus = override(config, ["cluster.gpus_per_worker=0"])
+    assert labelling_memory(on_cpus, shape) > images
 
 
 class _Gpu(str):

@@ -16,6 +16,7 @@ from datm_ray import ReplayedLabels
 from datm_ray.artifact import load
 from datm_ray.config import NetworkConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.training import labelling
 from datm_ray.core.training.labelling import images_fingerprint
 from datm_ray.core.training.loop import Schedule, train
 from datm_ray.core.training.teacher import StoredLessons, Teacher
@@ -26,6 +27,7 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.stages import labels as stage
 from datm_ray.stages.evaluate.rows import EvaluateWorker
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import (
@@ -37,6 +39,7 @@ from datm_ray.stages.labels import (
     labels_location,
     missing_epochs,
 )
+from datm_ray.stages.worker import StageWorker
 from datm_ray.store.labels import LabelStore
 from tests.conftest import tiny_config
 
@@ -159,6 +162,35 @@ def test_labelling_is_resumed_epoch_by_epoch(finished_run: Path, tmp_path: Path)
         one, two = (store_of(each, config).read(epoch, range(10)) for each in (pipeline, other))
         assert np.array_equal(one.values, two.values)
         assert np.array_equal(one.boxes, two.boxes)
+
+
+def test_tasks_of_one_worker_read_and_hash_their_set_once(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker keeps a set and its teacher for its next label task, until a task of another stage."""
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED)
+    dataset, folder = pipeline.runs.dataset(config.dataset), pipeline.runs.folder(config)
+    counts = dict[str, int]()
+
+    def counted(name: str, module: Any) -> None:
+        function = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted("read_artifact", stage)
+    counted("images_fingerprint", stage)
+    counted("images_fingerprint", labelling)
+    worker = StageWorker(dataset, config.cluster)
+    for epochs in ((0, 1), (2,), (3,)):
+        list(worker.label(config, pipeline.store_uri, folder.uri, epochs))
+    assert counts == {"read_artifact": 1, "images_fingerprint": 1}
+    assert missing_epochs(folder, config, dataset.fingerprint) == []
+    worker._worker(EvaluateWorker, light=True)
+    assert not any(isinstance(each, LabelWorker) for each in worker._workers.values())
 
 
 def test_scores_under_other_labels_lie_beside_each_other(finished_run: Path, tmp_path: Path) -> None:
