@@ -31,19 +31,29 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
     with n stored epochs, epoch e has the labels of epoch e mod n.
     """
 
-    def __init__(self, images: Artifact | Tensor, labels: str | LabelStore, *, keep: int | None = None) -> None:
+    def __init__(
+        self,
+        images: Artifact | Tensor,
+        labels: str | LabelStore,
+        *,
+        keep: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """Open the label store, and check that it was made for these images.
 
         Args:
-            images: the set, or its images [n c h w] on any device. Views are made on this device.
+            images: the set, or its images [n c h w] on any device.
             labels: URI of the label store, or the store.
             keep: number of first epochs to use of a store that is given by its URI; `None` uses all.
+            device: device of the views and logits, to which the images of a batch are copied; `None` for the images'
+                device.
 
         Raises:
             ConfigError: the labels were made for other images.
             StoreError: there is no label store, or it has fewer epochs than `keep`.
         """
         self.images = images.images if isinstance(images, Artifact) else images
+        self.device = device or self.images.device
         self.labels = LabelStore(labels, keep=keep) if isinstance(labels, str) else labels
         self.info = self.labels.info
         require_labelled(self.images, self.info.set_fingerprint, self.labels.location.uri)
@@ -64,7 +74,7 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         self._epoch.fill_(epoch)
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Views [b c h w] and logits [b k] of the images with these indices, on the images' device.
+        """Views [b c h w] and logits [b k] of the images with these indices, on `device`.
 
         Calling this method is faster than a loader.
 
@@ -76,7 +86,7 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         chosen = np.asarray(rows, np.int64)
         records = self.labels.read(self.info.pool_epoch(self.epoch), chosen)
         logits = unpack_logits(records.values, records.indices, self.info.classes)
-        return apply_views(self.images, views_of(chosen, records)), logits.to(self.images.device)
+        return apply_views(self.images, views_of(chosen, records), self.device), logits.to(self.device)
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Pairs (view [c h w], logits [k]) of the images with these indices. Loaders call this once per batch."""

@@ -535,7 +535,14 @@ def test_how_a_set_is_scored_is_no_part_of_a_run_and_stands_in_the_sets_file() -
     """Labels and training of scored networks may be changed in a finished run; a set's file has those of its recipe."""
     base = RunConfig()
     changes = ["labels=teacher", "temperature=4", "cutmix=1", "learning_rate=0.2"]
-    changes += ["schedule=cosine", "warmup_epochs=5", "epochs=100", "batch_size=256", "weight_decay=0.1"]
+    changes += [
+        "schedule=cosine",
+        "warmup_epochs=5",
+        "epochs=100",
+        "batch_size=256",
+        "micro_batch=64",
+        "weight_decay=0.1",
+    ]
     changes += ["labels=stored", "keep_labels=3", "top_logits=2"]
     other = override(base, [f"evaluate.{change}" for change in changes])
     assert run_identity(other) == run_identity(base) == recipe_of_set(base)

@@ -577,7 +577,7 @@ TRAINING = {
 SCORING = {
     **{"labels": "own", "temperature": "4", "cutmix": "1", "keep_labels": "10", "top_logits": "5"},
     **{"learning_rate": "0.2", "schedule": "cosine", "warmup_epochs": "3", "epochs": "7", "batch_size": "7"},
-    "weight_decay": "0.1",
+    **{"weight_decay": "0.1", "micro_batch": "5"},
 }
 
 

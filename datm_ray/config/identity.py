@@ -39,7 +39,7 @@ SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
 `distill.initial` is crops."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
-    *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
+    *("schedule", "warmup_epochs", "epochs", "batch_size", "micro_batch", "weight_decay"),
 )
 """Keys of `evaluate` that affect how networks are scored, but not the set."""
 

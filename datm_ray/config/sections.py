@@ -658,6 +658,9 @@ class EvaluateConfig(Section):
     """Epochs of training; null: those of `protocol`."""
     batch_size: Count | None = None
     """Images per step; null: those of `protocol`."""
+    micro_batch: Count | None = None
+    """Images computed at a time within a step, for GPUs with less memory; null: all. Gradients are summed, but batch
+    normalisation sees the smaller batches. Not used on all real data."""
     weight_decay: NonNegative | None = None
     """Weight decay; null: 0.0005, and 0.05 for adamw."""
 
@@ -685,7 +688,7 @@ SELDOM = {
     "metadd": "divergence variance_of threshold augmented",
     "prior": "epochs batch_size learning_rate inversion_steps",
     "evaluate": "optimiser real_epochs full fair fixed_labels augmentation labels teacher temperature cutmix "
-    "keep_labels top_logits learning_rate schedule warmup_epochs epochs batch_size weight_decay",
+    "keep_labels top_logits learning_rate schedule warmup_epochs epochs batch_size micro_batch weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",
 }

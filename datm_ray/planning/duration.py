@@ -22,7 +22,9 @@ from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.planning import work
 from datm_ray.planning.machines import READING_OPERATIONS, Machine
 from datm_ray.planning.work import Row, Work
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.shape import DataShape, fitting_cost, network_cost
+from datm_ray.stages.evaluate.memory import memory_remedy, scoring_bytes
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels
@@ -223,6 +225,7 @@ class Proposal:
             "workers_per_set": config.workers_per_set,
             "cluster": config.cluster.model_dump(include={"shards", "gpus_per_worker", "experts_at_a_time"}),
             "memory": [each.to_json() for each in self.plans],
+            "evaluation_gpu_bytes": self.evaluation_bytes,
             "not_followed": list(self.replaced or ()),
         }
 
@@ -251,7 +254,7 @@ class Proposal:
             "prior": prior is not None and f"a decoder, trained for {prior.epochs:,} epochs",
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
-            "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}",
+            "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}{self._of_a_gpu}",
             "reading": self._reading,
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
@@ -267,6 +270,24 @@ class Proposal:
             *(f"  {label:<16} {value}" for label, value in rows.items() if value),
             *(line for each in self.plans if verbose for line in each.lines()),
         ]
+
+    @functools.cached_property
+    def evaluation_bytes(self) -> int | None:
+        """Bytes of GPU memory of a step that trains a scored network on the set; `None` if CPUs train it.
+
+        The set is left out: it stays in main memory where a GPU has too little.
+        """
+        is_on_gpu = uses_gpu(self.config.cluster.shaped(light=True))
+        return scoring_bytes(self.config, self.shape) if is_on_gpu else None
+
+    @property
+    def _of_a_gpu(self) -> str:
+        """Memory of a GPU that evaluation takes, and what to do if it is too much; "" on CPUs."""
+        needed, limit = self.evaluation_bytes, self.plans[0].budget
+        if needed is None or needed <= limit:
+            return f", {data_size(needed)} of a GPU" if needed else ""
+        remedy = memory_remedy(self.config, "distilled")
+        return f", {data_size(needed)} of a GPU where {data_size(limit)} are free: {remedy}"
 
     @property
     def _layout(self) -> str:

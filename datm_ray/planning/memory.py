@@ -16,7 +16,7 @@ from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.experts.progress import LARGEST_WRITE
-from datm_ray.stages.labels import LABELLED
+from datm_ray.stages.labels import labelling_bytes
 from datm_ray.stages.methods.memory import MARGIN, PROCESS_BYTES, plans_of
 from datm_ray.stages.methods.registry import teacher_of
 
@@ -34,9 +34,8 @@ measured 1.3 to 1.5. `MARGIN` comes on top.
 VECTORS = 8
 """Number of vectors of parameter size that a network in training takes: parameters, gradients, velocity, GSAM's and
 updated ones."""
-SET_COPIES_READ, VIEW_COPIES = 2, 6
-"""SET_COPIES_READ: copies of a synthetic set in main memory while it is read: its file's parts, and the images.
-VIEW_COPIES: copies of a batch of images that is augmented and mixed (CutMix). Counted, not measured."""
+SET_COPIES_READ = 2
+"""Copies of a synthetic set in main memory while it is read: parts of its file, and the images. Counted."""
 STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
 """Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
 megapixels at full size. Assumed."""
@@ -113,13 +112,11 @@ def scoring_memory(
 
 def labelling_memory(config: RunConfig, shape: DataShape) -> int:
     """Bytes of main memory to reserve for a worker that labels a set by a teacher."""
-    images, teacher = shape.synthetic(config), network_cost(teacher_of(config), shape)
+    images = shape.synthetic(config)
     held = SET_COPIES_READ * images * shape.row
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES + held
-    rows = min(LABELLED, images)
-    views = rows * (2 * teacher.largest + VIEW_COPIES * shape.row)
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (held + views + 2 * 4 * teacher.parameters))
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * held) + labelling_bytes(config, shape, images)
 
 
 def _training_memory(

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from datm_ray.config import ClusterConfig
 from datm_ray.core.compute.gpu import free_gpu_memory
@@ -140,6 +140,18 @@ def channels_last_on(cluster: ClusterConfig, device: torch.device, precision: Pr
     return precision == "bfloat16" or (precision == "tf32" and has_tf32(device))
 
 
+def network_on(network: nn.Module, device: torch.device, cluster: ClusterConfig) -> nn.Module:
+    """Move a network to the device, on a GPU with the layout of maps that suits it, see `channels_last_on`.
+
+    On CPUs the layout stays, and so does the rounding. It also stays for a network of the user's own, unless
+    `cluster.channels_last` is true: views of maps that are common in such networks need the usual layout.
+    """
+    is_packaged = type(network).__module__.partition(".")[0] == __name__.partition(".")[0]
+    suits = device.type != "cpu" and channels_last_on(cluster, device) and (is_packaged or cluster.channels_last)
+    network = network.to(device)
+    return network.to(memory_format=torch.channels_last) if suits else network
+
+
 def uses_gpu(cluster: ClusterConfig) -> bool:
     """True if workers compute on GPUs. If the settings leave this open, a GPU on this machine decides."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
@@ -197,9 +209,27 @@ def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -
     """
     if not isinstance(images, np.ndarray):
         return images
-    if device.type == "cuda" and images.nbytes > free_gpu_memory() // 2:
-        device = torch.device("cpu")
-    return to_device(images, device)
+    return to_device(images, device if _fits(images.nbytes, device) else torch.device("cpu"))
+
+
+def set_on(images: Tensor, device: torch.device, beside: int = 0) -> Tensor:
+    """Images [n c h w] of a set on the device, or in main memory if a GPU has too little memory for them.
+
+    Whoever reads a set in main memory copies the images of each batch, see `core.images.batches.rows_on`.
+
+    Args:
+        images: images in main memory.
+        beside: bytes that stay free on the GPU, for the work on the images.
+    """
+    return images.to(device) if _fits(images.nbytes, device, beside) else images
+
+
+def _fits(size: int, device: torch.device, beside: int = 0) -> bool:
+    """True if `size` bytes take at most half of a GPU's free memory, and leave `beside` bytes; True on a CPU."""
+    if device.type != "cuda":
+        return True
+    free = free_gpu_memory()
+    return size <= min(free // 2, free - beside)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -267,8 +267,14 @@ def _naming(task: Task) -> Iterator[None]:
 
 
 @contextmanager
-def explaining_memory() -> Iterator[None]:
-    """Turn torch's error for exhausted GPU memory into a `WorkerLostError`, because another GPU may have more free."""
+def explaining_memory(
+    remedy: str = "limit a distilling worker with --memory, lower cluster.experts_at_a_time",
+) -> Iterator[None]:
+    """Turn torch's error for exhausted GPU memory into a `WorkerLostError`, because another GPU may have more free.
+
+    Args:
+        remedy: what the user can do instead of raising `cluster.gpus_per_worker`.
+    """
     try:
         yield
     except RuntimeError as failure:
@@ -277,8 +283,7 @@ def explaining_memory() -> Iterator[None]:
         raise WorkerLostError(
             f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
             "other processes use the GPU too, or the recipe needs more memory than predicted",
-            "limit a distilling worker with --memory, lower cluster.experts_at_a_time, or raise "
-            "cluster.gpus_per_worker if it is below 1; then run the same command again: it resumes",
+            f"{remedy}, or raise cluster.gpus_per_worker if it is below 1; then run the same command again: it resumes",
         ) from None
 
 

@@ -6,6 +6,7 @@ result does not depend on which worker labels which epoch, or on their order.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,18 +30,21 @@ from datm_ray.core.training.loop import Heartbeat, no_heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import prepare_device
+from datm_ray.runtime.devices import network_on, prepare_device, set_on
 from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.methods.memory import MARGIN
 from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.stages.validation import evaluation_schedule
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE, LabelInfo, LabelRecords, LabelStore
 from datm_ray.store.sealed import rejecting_nonsense
 
-LABELLED = 256
-"""Number of images that a teacher labels at a time."""
+LABELLED, VIEW_COPIES = 256, 6
+"""LABELLED: number of images that a teacher labels at a time. VIEW_COPIES: copies of these images that augmentation and
+CutMix make. With two of the teacher's largest maps, 585 MiB are counted where a CPU took 553."""
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
 """Settings of the views, as published; see `draw_views`."""
 
@@ -114,8 +118,8 @@ def label_epochs(
     """Label the images in some epochs. Yields each epoch once it is stored, by this call or by another worker.
 
     Args:
-        network: teacher, on the images' device; it is used in evaluation mode.
-        images: [n c h w] images of the set, the images that `create_labels` got.
+        network: teacher, which is used in evaluation mode; views are made on its device.
+        images: [n c h w] images of the set, the images that `create_labels` got; on the same device or in main memory.
         epochs: numbers of the epochs to label, from 0, such as `store.missing()` or a part of these.
         batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
         heartbeat: called after each batch.
@@ -203,11 +207,12 @@ def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> Drawn
     The rule is that for the labels of the run's set: the same views, epochs and numbers of logits.
 
     Args:
-        network: the teacher, on the images' device.
-        images: [n c h w] the control's images, as many as the set has.
+        network: the teacher, on the device of the training.
+        images: [n c h w] the control's images, as many as the set has; on the same device or in main memory.
     """
     settings = config.evaluate
-    return DrawnLabels(network, images, config.seed, kept_labels(config), **_kept(settings), views=_views(settings))
+    options = {**_kept(settings), "views": _views(settings), "at_once": settings.micro_batch}
+    return DrawnLabels(network, images, config.seed, kept_labels(config), **options)
 
 
 def _kept(settings: EvaluateConfig) -> dict[str, Any]:
@@ -218,6 +223,17 @@ def _kept(settings: EvaluateConfig) -> dict[str, Any]:
 def _views(settings: EvaluateConfig) -> dict[str, float]:
     """Settings of the views, see `draw_views`."""
     return VIEWS | {"mix": settings.cutmix}
+
+
+def labelling_bytes(config: RunConfig, shape: DataShape, images: int) -> int:
+    """Bytes that labelling takes in the memory of its device, beside the set's images and the process.
+
+    Args:
+        images: number of images of the set.
+    """
+    teacher, rows = network_cost(teacher_of(config), shape), min(LABELLED, images)
+    views = rows * (2 * teacher.largest + VIEW_COPIES * shape.row)
+    return math.ceil(MARGIN * (views + 2 * 4 * teacher.parameters))
 
 
 @dataclass(frozen=True)
@@ -281,4 +297,7 @@ class LabelWorker:
             seed=config.seed,
             views=_views(config.evaluate),
         )
-        return _Labelling(store, images.to(self._device), teacher.restored(0))
+        network = network_on(teacher.restored(0), self._device, self._cluster)
+        shape = DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
+        beside = labelling_bytes(config, shape, len(images))
+        return _Labelling(store, set_on(images, self._device, beside), network)

@@ -20,8 +20,16 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.labelling import draw_views, images_fingerprint, pack_logits, teacher_logits
-from datm_ray.core.training.loop import Schedule, accuracy, train_to_end
+from datm_ray.core.training.labelling import (
+    DrawnLabels,
+    apply_views,
+    draw_views,
+    images_fingerprint,
+    pack_logits,
+    teacher_logits,
+)
+from datm_ray.core.training.loop import Schedule, accuracy, train, train_to_end
+from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
@@ -165,6 +173,22 @@ def test_labelling_stays_on_its_device() -> None:
     values, indices = pack_logits(logits, 2)
     assert (values.shape, indices.shape) == ((5, 3), (5, 2))
     assert len(images_fingerprint(images)) == 16
+
+
+def test_a_set_in_main_memory_is_labelled_and_trained_on_elsewhere() -> None:
+    """Only the images of a batch are copied to the device of the teacher and of the network in training."""
+    images, teacher, views = torch.rand(7, 3, 8, 8), there(), draw_views(0, 0, 7, (8, 8))
+    shown = apply_views(images, views, DEVICE)
+    assert (shown.device, shown.shape) == (DEVICE, images.shape)
+    assert teacher_logits(teacher, images, views, 3).device == DEVICE
+    labels = DrawnLabels(teacher, images, 0, 1, views={}, at_once=2)
+    lessons = {"drawn": StoredLessons(labels), "teacher": Teacher(teacher, cutmix=1.0, at_once=2), "none": None}
+
+    def case(lessons: Lessons | None) -> None:
+        schedule = Schedule(1, 4, 0.1, augmentation="resized+flip", micro_batch=3)
+        list(train(there(seed=1), images, classes(7), schedule, 0, lessons))
+
+    assert not failures({name: lambda each=each: case(each) for name, each in lessons.items()})  # type: ignore[misc]
 
 
 def test_experts_stay_on_their_device() -> None:

@@ -17,18 +17,29 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RuntimeEnvSetupError
+from torch import nn
 
 import datm_ray.runtime
-from datm_ray.config import ClusterConfig, WorkerShape
+from datm_ray.config import ClusterConfig, NetworkSpec, WorkerShape
+from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ClusterError, ConfigError, TransientStoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import channels_last_on, images_on, precision_on, prepare_device, uses_gpu
+from datm_ray.runtime.devices import (
+    channels_last_on,
+    images_on,
+    network_on,
+    precision_on,
+    prepare_device,
+    set_on,
+    uses_gpu,
+)
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -985,6 +996,38 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
         images_on(images, torch.device("cuda"))
     images_on(images, torch.device("cpu"))
     assert [device.type for device in copied] == ["cpu", "cuda", "cpu"]
+
+
+def test_a_set_that_would_fill_a_gpu_stays_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set takes at most half of a GPU's free memory, and leaves what a step needs."""
+    images, free = mock.Mock(nbytes=1000), {"GPU": 0}
+    monkeypatch.setattr("datm_ray.runtime.devices.free_gpu_memory", lambda: free["GPU"])
+    gpu = torch.device("cuda")
+    for size, beside, is_moved in ((1999, 0, False), (2000, 0, True), (2000, 1001, False), (3000, 2000, True)):
+        free["GPU"] = size
+        assert (set_on(images, gpu, beside) is not images) is is_moved, (size, beside)
+    assert set_on(images, torch.device("cpu"), 10**9) is images.to.return_value
+
+
+def test_networks_on_gpus_are_channels_last() -> None:
+    """Packaged networks get the layout of their device; CPUs, and networks of the user's own, keep the usual one."""
+
+    class Own(nn.Sequential):
+        """A network of the user's own."""
+
+    def is_moved(network: nn.Module, device: str, cluster: ClusterConfig) -> bool:
+        weight = next(
+            each for each in network_on(network, torch.device(device), cluster).parameters() if each.dim() == 4
+        )
+        return weight.is_contiguous(memory_format=torch.channels_last)
+
+    def packaged() -> nn.Module:
+        return build_network(NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2), 0)
+
+    usual, chosen, refused = ClusterConfig(), ClusterConfig(channels_last=True), ClusterConfig(channels_last=False)
+    found = [is_moved(packaged(), *each) for each in (("meta", usual), ("meta", refused), ("cpu", chosen))]
+    own = [is_moved(Own(nn.Conv2d(3, 4, 3)), "meta", each) for each in (usual, chosen)]
+    assert (found, own) == ([True, False, False], [False, True])
 
 
 def test_unknown_executor_is_named() -> None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.core.images.augment import LEAST_SHARE, crop_boxes, resized_crop
+from datm_ray.core.images.batches import rows_on
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.loop import Heartbeat, no_heartbeat, predict_logits
 from datm_ray.errors import ConfigError
@@ -107,21 +108,26 @@ def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tup
     return np.concatenate([first, last - first], axis=1).astype(np.uint16)
 
 
-def apply_views(images: Tensor, views: Views) -> Tensor:
-    """Make the views [n c h w] of a set's images [m c h w], on the images' device."""
-    boxes, flips = (torch.from_numpy(each).to(images.device) for each in (views.boxes, views.flips))
+def apply_views(images: Tensor, views: Views, device: torch.device | None = None) -> Tensor:
+    """Make the views [n c h w] of a set's images [m c h w].
+
+    Args:
+        device: device of the views, to which only the images of the views are copied; `None` for the images' device.
+    """
+    device = device or images.device
+    boxes, flips = (torch.from_numpy(each).to(device) for each in (views.boxes, views.flips))
     shown = _cropped(images, views.rows, boxes, flips)
     mixed = np.flatnonzero(views.mix_boxes[:, 2:].all(axis=1))
     if len(mixed):
-        places = torch.from_numpy(mixed).to(images.device)
+        places = torch.from_numpy(mixed).to(device)
         pasted = _cropped(images, views.partners[mixed], boxes[places], flips[places])
-        inside = _inside(views.mix_boxes[mixed], images)
+        inside = _inside(views.mix_boxes[mixed], shown)
         shown[places] = torch.where(inside, pasted, shown[places])
     return shown
 
 
 def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -> Tensor:
-    chosen = images[torch.from_numpy(rows.astype(np.int64)).to(images.device)]
+    chosen = rows_on(images, torch.from_numpy(rows.astype(np.int64)), boxes.device)
     crops = resized_crop(chosen, boxes)
     return torch.where(flips.view(-1, 1, 1, 1), crops.flip(3), crops)
 
@@ -144,13 +150,20 @@ def teacher_logits(
 ) -> Tensor:
     """Compute a network's logits [n k], in evaluation mode, for views of a set's images [m c h w].
 
+    The views are made on the network's device.
+
     Args:
         batch: number of views to make and label at a time.
         heartbeat: called after each batch.
     """
     parts = (views.take(slice(first, first + batch)) for first in range(0, len(views), batch))
-    made = (apply_views(images, part) for part in parts)
+    made = (apply_views(images, part, _device_of(network)) for part in parts)
     return torch.cat([predict_logits(network, each, heartbeat, batch_size=batch) for each in made])
+
+
+def _device_of(network: nn.Module) -> torch.device | None:
+    """Device of a network; `None` if the network has no parameters."""
+    return next((each.device for each in network.parameters()), None)
 
 
 def pack_logits(
@@ -209,18 +222,21 @@ class DrawnLabels:
         top: int | None = None,
         temperature: float = 1.0,
         views: Mapping[str, float],
+        at_once: int | None = None,
     ) -> None:
         """Draw the views of epoch 0.
 
         Args:
-            network: teacher, on the images' device; it is used in evaluation mode.
-            images: [m c h w] the images.
+            network: teacher, on the device of the training; it is used in evaluation mode.
+            images: [m c h w] the images, on the same device or in main memory.
             seed: seed of the views.
             keep: number of epochs whose views and labels a training repeats in turn.
             top: number of largest logits to keep; `None` keeps all.
             temperature: see `pack_logits`.
             views: settings of the views, see `draw_views`.
+            at_once: largest number of views that the teacher labels at a time; `None` for all views of a batch.
         """
+        self._at_once = at_once
         self._network, self._images, self._seed, self._keep = network, images, seed, keep
         self._top, self._temperature, self._settings = top, temperature, dict(views)
         self.set_epoch(0)
@@ -232,8 +248,9 @@ class DrawnLabels:
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Views [b c h w] of the images at these indices in the chosen epoch, and logits [b k] of the views."""
-        made = apply_views(self._images, self._views.take(np.asarray(rows, np.int64)))
-        logits = predict_logits(self._network, made, batch_size=len(made))
+        views = self._views.take(np.asarray(rows, np.int64))
+        made = apply_views(self._images, views, _device_of(self._network))
+        logits = predict_logits(self._network, made, batch_size=self._at_once or len(made))
         return made, _as_stored(logits, self._top, self._temperature)
 
 

@@ -77,10 +77,15 @@ class Schedule:
     """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
     temperature: float | None = None
     """Temperature of a teacher whose logits of every batch replace the set's labels; `None` without a teacher."""
+    micro_batch: int | None = None
+    """Largest number of images in one forward and backward pass of a step; `None` for all images of the step.
+
+    Gradients are summed over the passes. Only layers with batch statistics see the smaller batches."""
 
     def to_json(self) -> dict[str, Any]:
-        """Fields as plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Fields as plain data for JSON, without `micro_batch` if it is `None`, as earlier versions wrote them."""
+        content = dataclasses.asdict(self)
+        return content if self.micro_batch else {name: each for name, each in content.items() if name != "micro_batch"}
 
     @classmethod
     def from_json(cls, content: object) -> Schedule:
@@ -105,7 +110,7 @@ class Schedule:
 
     def _out_of_range(self) -> list[str]:
         """Names of the fields whose numbers are outside their range."""
-        positive = ("epochs", "batch_size", "learning_rate", "temperature")
+        positive = ("epochs", "batch_size", "learning_rate", "temperature", "micro_batch")
         others = ("momentum", "weight_decay", "decay_epoch", "warmup_epochs")
         values = {name: value for name in positive + others if (value := getattr(self, name)) is not None}
         wrong = [name for name, each in values.items() if not 0 <= each < math.inf or (name in positive and not each)]
@@ -204,6 +209,7 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
         decay_epoch=None if is_cosine else halfway,
         cosine=is_cosine,
         warmup_epochs=settings.warmup_epochs,
+        micro_batch=settings.micro_batch,
     )
 
 
@@ -312,7 +318,7 @@ class NetworkState:
         pieces = iter(vectors.split([each.numel() for each in parameters] * len(self._names)))
         for name in self._names:
             for each in parameters:
-                self.optimizer.state[each][name] = next(pieces).view_as(each).clone()
+                self.optimizer.state[each][name] = torch.empty_like(each).copy_(next(pieces).view_as(each))
         if self._schedule.optimiser == "adamw":
             for each in parameters:
                 self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
@@ -351,19 +357,38 @@ def train(
     for epoch, is_last, x, y in steps:
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.rate(state.step, steps_per_epoch)
-        logits = network(x[0])
-        loss = cross_entropy(logits, y[0]) if lessons is None else divergence(logits, y[0], lessons.temperature)
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total += _differentiate(network, x[0], y[0], lessons, schedule.micro_batch) * x.shape[1]
         state.optimizer.step()
         state.step += 1
-        total += loss.detach() * x.shape[1]
         if is_last:
             state.epoch = epoch + 1
             if state.epoch == schedule.decay_epoch:
                 state.start_anew()
             yield Epoch(state.epoch, state.step, float(total) / len(images))
             total.zero_()
+
+
+def _differentiate(
+    network: nn.Module, images: Tensor, wanted: Tensor, lessons: Lessons | None, micro_batch: int | None
+) -> Tensor:
+    """Add the gradient of a batch's mean loss to that of the parameters. Returns the loss [].
+
+    Args:
+        images: [b c h w] images of the batch.
+        wanted: [b] classes, or [b k] probabilities; a teacher's logits if there are lessons.
+        micro_batch: largest number of images that are computed at a time, in parts that are nearly equal; `None` for
+            all.
+    """
+    parts, losses = -(-len(images) // (micro_batch or len(images))), list[Tensor]()
+    for own, targets in zip(images.tensor_split(parts), wanted.tensor_split(parts), strict=True):
+        logits = network(own)
+        loss = cross_entropy(logits, targets) if lessons is None else divergence(logits, targets, lessons.temperature)
+        if len(own) < len(images):
+            loss = loss * (len(own) / len(images))
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 STEP_OVERHEAD = 3e7
@@ -417,7 +442,8 @@ def would_gain_together(
     """True if training several networks like this one together would be faster than one after another.
 
     Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
-    checks these conditions. Compiling must take less time than it saves in all trainings with the same step.
+    checks these conditions. Networks with micro-batches are trained one after another. Compiling must take less time
+    than it saves in all trainings with the same step.
 
     Args:
         networks: number of networks.
@@ -428,7 +454,7 @@ def would_gain_together(
             `networks`; 0 if not known.
     """
     every = max(networks, alike)
-    if networks == 1 or schedule.optimiser != "sgd":
+    if networks == 1 or schedule.optimiser != "sgd" or schedule.micro_batch:
         return False
     if on_gpu:
         return every * schedule.epochs * -(-count // schedule.batch_size) >= COMPILED_STEPS

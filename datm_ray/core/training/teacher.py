@@ -56,6 +56,8 @@ class Teacher:
     """Temperature T, above 0, by which logits are divided in the loss."""
     cutmix: float = 0.0
     """Alpha of the Beta distribution of the share of each image that CutMix keeps; 0 for no CutMix."""
+    at_once: int | None = None
+    """Largest number of images that the teacher labels at a time; `None` for all images of a batch."""
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -67,7 +69,7 @@ class Teacher:
         for epoch, is_last, x, _ in batches([images], [none], [seed], epochs, batch_size, augmentation):
             seen = self.mixed(x[0], seed, epoch, number)
             with torch.no_grad():
-                logits = self.network(seen)
+                logits = torch.cat([self.network(part) for part in seen.split(self.at_once or len(seen))])
             yield Batch(epoch, is_last, seen[None], logits[None])
             number = 0 if is_last else number + 1
 

@@ -61,7 +61,7 @@ class SavedTraining:
         self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
         self._epochs = trainings[0].schedule.epochs
         stacks = trainer.stacks(trainings, lessons, alike)
-        trained = [[(each.seed, dataclasses.asdict(each.schedule)) for each in stack] for stack in stacks]
+        trained = [[(each.seed, each.schedule.to_json()) for each in stack] for stack in stacks]
         name = result.path.rpartition("/")[2].removesuffix(".json")
         name = f"{PROGRESS}{name}-{stable_hash({'network': str(trainings[0].network), 'trained': trained})}"
         self._stacks = [

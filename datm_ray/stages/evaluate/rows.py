@@ -50,6 +50,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
@@ -83,9 +84,11 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
-from datm_ray.runtime.devices import images_on, prepare_device, to_device, uses_gpu
-from datm_ray.runtime.executor import Finished, Note, Progress
+from datm_ray.runtime.devices import images_on, network_on, prepare_device, set_on, to_device, uses_gpu
+from datm_ray.runtime.executor import Finished, Note, Progress, explaining_memory
+from datm_ray.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.evaluate.memory import memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.progress import SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
@@ -194,6 +197,20 @@ class EvaluateWorker:
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
                 the backbone. With AdamW there is no learned step size.
         """
+        with explaining_memory(memory_remedy(config, row)):
+            yield from self._evaluate(config, store_uri, folder_uri, result_uris, row, numbers, network)
+
+    def _evaluate(
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder_uri: str,
+        result_uris: Sequence[str],
+        row: str,
+        numbers: Sequence[int],
+        network: NetworkConfig | None,
+    ) -> Iterator[Progress | Note | Finished]:
+        """Train and test networks, see `evaluate`."""
         account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
@@ -202,8 +219,9 @@ class EvaluateWorker:
         schedules = _schedules(config, row, step_size, network)
         lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
         spec = (network or config.network).for_images(self._dataset.channels, self._dataset.size, self._dataset.classes)
+        place = self._device, self._cluster
         trainings = [
-            Training(build_network(spec, seed).to(self._device), images, targets, schedule, seed)
+            Training(network_on(build_network(spec, seed), *place), images, targets, schedule, seed)
             for schedule in schedules
             for seed, (images, targets, _) in zip(seeds, sets, strict=True)
         ]
@@ -224,8 +242,8 @@ class EvaluateWorker:
             shared | {"number": number, "seed": seed} | self._result(*trials, spent)
             for number, seed, trials in zip(numbers, seeds, tested, strict=True)
         ]
-        for place, result in zip(places, results, strict=True):
-            self._write(place, result, config.name, len(schedules))
+        for file, result in zip(places, results, strict=True):
+            self._write(file, result, config.name, len(schedules))
         training.remove()
         yield Finished(results, account.metrics())
 
@@ -304,15 +322,23 @@ class EvaluateWorker:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
             targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
-            return artifact.images.to(self._device), targets.to(self._device), learned
+            return self._placed(config, artifact.images, network), targets.to(self._device), learned
         all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         if row == "full":
             return images_on(all_images, self._device), to_device(all_labels, self._device), None
         rows = random_rows(all_labels, config.distill.ipc, seed)
-        images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
+        drawn = to_device(all_images[rows], torch.device("cpu"))
+        images, labels = self._placed(config, drawn, network), to_device(all_labels[rows], self._device)
         if row == "random-hard" or is_taught(config, row):
             return images, labels, None
         return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
+
+    def _placed(self, config: RunConfig, images: Tensor, network: NetworkConfig | None) -> Tensor:
+        """Images of a set on the device, or in main memory if they would leave a GPU too little for training."""
+        if self._device.type == "cpu":
+            return images
+        shape = DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
+        return set_on(images, self._device, scoring_step_bytes(config, shape, len(images), network))
 
     def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
         if config.name not in self._experts:
@@ -333,17 +359,18 @@ class EvaluateWorker:
         assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
         if is_stored(config, row):
             place = labels_location(folder, config, self._dataset.fingerprint)
-            labels = ReplayedLabels(images, LabelStore(place, keep=kept_labels(config)))
+            store = LabelStore(place, keep=kept_labels(config))
+            labels = ReplayedLabels(images, store, device=self._device)
             return StoredLessons(labels, config.evaluate.temperature)
-        settings, teacher = config.evaluate, self._teacher(config, store_uri)
+        settings, teacher, at_once = config.evaluate, self._teacher(config, store_uri), config.evaluate.micro_batch
         if has_stored_views(config, row):
             return StoredLessons(drawn_labels(config, teacher, images), settings.temperature)
-        return Teacher(teacher, settings.temperature, 0.0 if row in PLAIN else settings.cutmix)
+        return Teacher(teacher, settings.temperature, 0.0 if row in PLAIN else settings.cutmix, at_once)
 
     def _teacher(self, config: RunConfig, store_uri: str) -> nn.Module:
         if config.name not in self._teachers:
             experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
-            self._teachers[config.name] = experts.restored(0)
+            self._teachers[config.name] = network_on(experts.restored(0), self._device, self._cluster)
         return self._teachers[config.name]
 
     def _validation_accuracy(self, network: nn.Module) -> float:

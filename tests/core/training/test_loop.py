@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -24,6 +25,7 @@ from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import (
     PROTOCOLS,
+    NetworkState,
     Schedule,
     Trainer,
     Training,
@@ -37,6 +39,7 @@ from datm_ray.core.training.loop import (
     train_together,
     would_gain_together,
 )
+from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import ConfigError
 from tests.tapes import Tape
 
@@ -406,6 +409,61 @@ def test_published_protocol_has_the_published_numbers() -> None:
     assert (published.epochs, published.batch_size) == (1001, 128)
     assert (published.momentum, published.weight_decay) == (0.9, 5e-4)
     assert published.decay_epoch == 1000 // 2 + 1 + 1
+
+
+@pytest.mark.parametrize("targets", ["classes", "logits", "a teacher's"])
+def test_micro_batches_train_as_whole_batches_do(targets: str) -> None:
+    """In float64, a step in parts has the gradient of the whole step, and no part has more images than allowed."""
+    images, labels = make_data()
+    images, found, sizes = images.double(), list[Tensor](), list[int]()
+    wanted = labels if targets == "classes" else torch.rand(len(images), 3, dtype=torch.float64)
+    for micro_batch in (None, 3):
+        network = make_network().double()
+        teacher = Teacher(make_network(1).double(), 4.0, 1.0, micro_batch) if targets == "a teacher's" else None
+        for each in (network, *([teacher.network] if teacher else [])):
+            each.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        schedule = Schedule(3, 8, 0.05, momentum=0.9, augmentation="flip", micro_batch=micro_batch)
+        losses = [each.loss for each in train(network, images, wanted, schedule, 5, teacher)]
+        found.append(torch.cat([flatten(network), torch.tensor(losses, dtype=torch.float64)]))
+        assert max(sizes) == (micro_batch or 8)
+        sizes.clear()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
+def test_a_schedule_without_micro_batches_is_written_as_before() -> None:
+    """Files and names of earlier versions stay, and one with micro-batches is read back."""
+    whole = Schedule(3, 8, 0.05)
+    assert "micro_batch" not in whole.to_json()
+    for each in (whole, replace(whole, micro_batch=2)):
+        assert Schedule.from_json(each.to_json()) == each
+    with pytest.raises(ValueError, match="micro_batch"):
+        Schedule.from_json({**whole.to_json(), "micro_batch": 0})
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_channels_last_network_resumes_with_the_same_bits(optimiser: Literal["sgd", "adamw"]) -> None:
+    """The layout of a network's weights stays when it resumes, and its moments get the same layout."""
+    images, labels = make_data()
+    schedule = Schedule(4, 8, 0.05, momentum=0.9, optimiser=optimiser)
+
+    def layouts(state: NetworkState) -> set[bool]:
+        tensors = [each for values in state.optimizer.state.values() for each in values.values() if each.dim() == 4]
+        tensors += [each for each in state.network.parameters() if each.dim() == 4 and each.shape[1] > 1]
+        return {each.is_contiguous(memory_format=torch.channels_last) for each in tensors if each.shape[1] > 1}
+
+    network = make_network().to(memory_format=torch.channels_last)
+    state, saved = NetworkState(network, schedule), list[ExpertState]()
+    for _ in train(network, images, labels, schedule, 5, state=state):
+        saved.append(copied(state))
+    again = make_network().to(memory_format=torch.channels_last)
+    resumed = NetworkState(again, schedule, saved[1])
+    assert layouts(resumed) == {True}
+    list(train(again, images, labels, schedule, 5, state=resumed))
+    assert torch.equal(flatten(again), flatten(network))
+    if optimiser == "sgd":  # AdamW divides gradients that are rounding alone by themselves
+        usual = make_network()
+        list(train(usual, images, labels, schedule, 5))
+        torch.testing.assert_close(flatten(usual), flatten(network), rtol=1e-3, atol=1e-4)
 
 
 def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:

@@ -1,0 +1,55 @@
+"""GPU memory of a worker that scores networks: what a step takes beside the images, and what to do if it is too much.
+
+Tests: tests/stages/evaluate/test_memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
+from datm_ray.shape import DataShape, network_cost
+from datm_ray.stages.methods.memory import IMAGE_COPIES, MARGIN
+from datm_ray.stages.methods.registry import teacher_of
+
+KEPT_MAPS = 0.8
+"""Share of the bytes that all layers write in a forward pass and that are kept for the backward pass. Counted by
+torch's hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83 for VGG-11, 0.98 for MobileNetV2.
+`MARGIN` comes on top."""
+NETWORK_VECTORS = 5
+"""Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, two moments, and
+the updated values."""
+
+
+def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
+    """Bytes of GPU memory that training and scoring one network takes, without the images that it is trained on.
+
+    Args:
+        images: number of images that the network is trained on.
+        network: scored network; `None` for the backbone.
+    """
+    rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
+    at_once = min(config.evaluate.micro_batch or rows, rows)
+    cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
+    step = at_once * (KEPT_MAPS * cost.maps + 2 * cost.largest) + IMAGE_COPIES * rows * shape.row
+    tensors = max(step, 2 * SCORING_BATCH * cost.largest) + 4 * NETWORK_VECTORS * cost.parameters
+    if config.evaluate.has_teacher:
+        teacher = network_cost(teacher_of(config), shape)
+        tensors += 2 * at_once * teacher.largest + 4 * teacher.parameters
+    return math.ceil(MARGIN * tensors)
+
+
+def scoring_bytes(config: RunConfig, shape: DataShape) -> int:
+    """Bytes of GPU memory that the largest step on a run's set takes, over all networks that the run scores."""
+    images = shape.synthetic(config)
+    return max(scoring_step_bytes(config, shape, images, each) for each in (None, *config.scored_networks))
+
+
+def memory_remedy(config: RunConfig, row: str) -> str:
+    """What a user can do if a row's networks exhaust the memory of a GPU, as words for `explaining_memory`."""
+    if row == "full":
+        return "leave this row out with --skip-full"
+    schedule = scoring_schedule(config.evaluate, 1.0)
+    less = max(1, (schedule.micro_batch or schedule.batch_size) // 4)
+    return f"compute a step in parts: --set evaluate.micro_batch={less}"
