@@ -356,7 +356,7 @@ def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path:
     """The card and the published set have the training noted by the evaluation; before, the card says what is not."""
     recipe = {"method": "select", "evaluate": {"protocol": "quick"}}
     unscored = dataclasses.replace(load(tmp_path / "runs/toys-ipc2" / SYNTHETIC), recipe=recipe)
-    assert "learning_rate 0.0123, which was neither learned nor chosen\n" in card(summary, unscored)
+    assert "learning_rate 0.0123; the learning rate was neither learned nor chosen\n" in card(summary, unscored)
     chosen = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
     (summary.folder / SCORING).write_json(chosen.to_json())
     files = published_files(summary)

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from turns import timed
 
 from datm_ray.config import RunConfig, override
@@ -146,12 +145,8 @@ def ended(events: Iterator[Any]) -> Any:
 
 def row(machine: Machine, stage: Callable[[], str]) -> Row:
     """Run a stage, and restore what its worker has set for its whole process."""
-    threads = torch.get_num_threads()
-    try:
-        with needed_packages(), restoring_settings(), tf32_products(False, machine.place):
-            seconds, found = timed(stage, machine.device)
-    finally:
-        torch.set_num_threads(threads)
+    with needed_packages(), restoring_settings(), tf32_products(False, machine.place):
+        seconds, found = timed(stage, machine.device)
     return {"seconds": seconds, "found": found, "verdict": "ok"}
 
 

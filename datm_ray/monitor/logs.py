@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
@@ -100,7 +101,7 @@ def writing(folders: Sequence[str], uploaded: Sequence[logging.Handler] = ()) ->
 
     Args:
         folders: local folders. Missing ones are made.
-        uploaded: further handlers, which are closed at the end, see `UploadedLog`.
+        uploaded: further handlers, which are closed at the end, at the same time, see `UploadedLog`.
     """
     before = _ROOT.level
     added = [*([] if _ROOT.hasHandlers() else [_terminal]), *uploaded]  # without a handler no warning would be shown
@@ -117,7 +118,8 @@ def writing(folders: Sequence[str], uploaded: Sequence[logging.Handler] = ()) ->
         _ROOT.setLevel(before)
         for handler in added:
             _ROOT.removeHandler(handler)
-            handler.close()
+        with ThreadPoolExecutor(max(1, len(added))) as closing:  # each may wait for a server that does not answer
+            list(closing.map(lambda each: each.close(), added))
 
 
 def accept(records: Sequence[logging.LogRecord]) -> None:

@@ -17,8 +17,8 @@ from datm_ray.words import one_line
 
 INTERVAL = 60.0
 """Seconds between two uploads of a log with new lines. If the process is killed, at most these seconds are lost."""
-CLOSE_TIMEOUT = 30.0
-"""Seconds for which the end of a command waits for the last upload."""
+CLOSE_TIMEOUT = 10.0
+"""Seconds for which the end of a command waits for the last upload. A job that is stopped has little more time."""
 
 
 class UploadedLog(logging.Handler):
@@ -42,13 +42,11 @@ class UploadedLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line for the next upload."""
-        self._text += f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
-        self._logged += 1
-        self._limit_size()
-
-    def _limit_size(self) -> None:
-        if len(self._text) > LARGEST:
+        line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+        if self._text and len(self._text) + len(line) > LARGEST:
             self._older, self._text = bytes(self._text), bytearray()
+        self._text += line
+        self._logged += 1
 
     def close(self) -> None:
         """Upload the remaining lines, but wait for at most `CLOSE_TIMEOUT` seconds."""
@@ -85,8 +83,10 @@ class UploadedLog(logging.Handler):
         earlier = self._place.read_bytes() if self._place.exists() else b""
         with self._locked():
             if not self._older:  # else this command alone has logged more than is kept
-                self._text[:0] = earlier
-                self._limit_size()
+                if len(earlier) + len(self._text) > LARGEST:
+                    self._older = earlier
+                else:
+                    self._text[:0] = earlier
         self._has_read_earlier = True
 
     def _locked(self) -> AbstractContextManager[object]:

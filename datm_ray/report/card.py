@@ -107,19 +107,23 @@ def _source(config: RunConfig) -> str:
 
 
 def _training_in_words(artifact: Artifact) -> str:
-    training, is_chosen = artifact.scored_training()
-    words = [_setting(training, name) for name in ("epochs", "batch_size", "optimiser", "learning_rate")]
-    return ", ".join(words) + ("" if is_chosen else ", which was neither learned nor chosen")
+    return _in_words(artifact, ["epochs", "batch_size", "optimiser", "learning_rate"])
 
 
 def _whole_training_in_words(artifact: Artifact) -> str:
     """Settings of the training that scored the set, without those that change nothing, such as no momentum."""
     training, _ = artifact.scored_training()
-    return ", ".join(
-        _setting(training, field.name)
-        for field in dataclasses.fields(training)
-        if getattr(training, field.name) != field.default or field.name == "optimiser"
-    )
+    unused = {"momentum"} if training.optimiser == "adamw" else set()
+    usual = {field.name for field in dataclasses.fields(training) if getattr(training, field.name) == field.default}
+    left_out = unused | usual - {"optimiser"}
+    return _in_words(artifact, [each.name for each in dataclasses.fields(training) if each.name not in left_out])
+
+
+def _in_words(artifact: Artifact, names: list[str]) -> str:
+    """Settings of these names, and if the learning rate is one that nobody chose."""
+    training, is_chosen = artifact.scored_training()
+    words = ", ".join(_setting(training, name) for name in names)
+    return words if is_chosen else f"{words}; the learning rate was neither learned nor chosen"
 
 
 def _setting(training: Schedule, name: str) -> str:

@@ -48,8 +48,7 @@ class StageWorker:
             place = open_location(path)
             fact = f"{socket.gethostname()} has no {path}, which the command's machine has"
             require_shared(place.exists, seconds_to_look(place, cluster.progress_timeout), fact)
-        self._dataset = dataset.read_by(reading_threads(cluster))
-        self._cluster, self._distill_worker = cluster, distill_worker
+        self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
     def train(self, *arguments: Any) -> Iterator[Event]:
@@ -104,5 +103,6 @@ class StageWorker:
             if kind is not other:
                 self._workers.pop((other, is_light), None)
         if (kind, light) not in self._workers:
-            self._workers[kind, light] = kind(self._dataset, self._cluster.shaped(light=light))
+            cluster = self._cluster.shaped(light=light)
+            self._workers[kind, light] = kind(self._dataset.read_by(reading_threads(cluster)), cluster)
         return self._workers[kind, light]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig
+from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig, WorkerShape
 from datm_ray.core.images.batches import batches
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import predict_logits
@@ -86,12 +86,15 @@ def test_any_number_of_threads_reads_the_same_bits(path: Path, monkeypatch: pyte
 
 
 def test_a_worker_reads_in_its_share_of_the_cpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker of all stages gives its number of threads to all images of its data set."""
-    monkeypatch.setattr(assigned, "cpus", 5)
-    dataset = StageWorker(prepared(path)[1], ClusterConfig())._dataset
-    for images in (dataset.train_images, dataset.validation_images, dataset.test_images):
-        assert isinstance(images, StreamedImages)
-        assert images.pixels.threads == 5
+    """The worker of all stages gives every stage's number of threads to all images of its data set."""
+    monkeypatch.setattr(assigned, "cpus", 0)
+    cluster = ClusterConfig(threads_per_worker=5, light=WorkerShape(threads_per_worker=2))
+    worker = StageWorker(prepared(path)[1], cluster)
+    for light, threads in ((False, 5), (True, 2)):
+        dataset = worker._worker(lambda dataset, _: dataset, light=light)  # type: ignore[arg-type, return-value]
+        for images in (dataset.train_images, dataset.validation_images, dataset.test_images):
+            assert isinstance(images, StreamedImages)
+            assert images.pixels.threads == threads
 
 
 def test_images_are_normalised_some_at_a_time_with_equal_bits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 
@@ -63,8 +64,8 @@ def test_a_log_on_s3_has_the_lines_of_earlier_commands(folder: Location, monkeyp
     monkeypatch.setattr(uploaded_log, "LARGEST", (folder / logs.LOG).size())
     with writing([], [UploadedLog(folder)]):
         log.info("command 3")
-    assert events(folder) == []
-    assert events(folder, "log.txt.1") == ["command 0", "command 1", "command 2", "command 3"]
+    assert events(folder) == ["command 3"]
+    assert events(folder, "log.txt.1") == ["command 0", "command 1", "command 2"]
 
 
 def test_no_secret_is_uploaded(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +122,15 @@ def test_an_upload_delays_neither_the_run_nor_its_end(
     assert "(no answer within 0.1 s); the run continues" in capsys.readouterr().err
     may_end.set()
     handler._thread.join()
+
+
+def test_logs_of_several_runs_are_closed_at_the_same_time() -> None:
+    """Each may wait for a server, and these times do not add up."""
+    meeting = threading.Barrier(3)
+    handlers = [mock.Mock(spec=logging.Handler, level=0, close=lambda: meeting.wait(timeout=30)) for _ in range(3)]
+    with writing([], handlers):
+        pass
+    assert not meeting.broken
 
 
 def test_the_log_of_a_run_on_s3_ends_with_its_error(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def _settings(*, is_newer: bool = False) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("own", ["highest", "high", "medium", "newer switches"])
+@pytest.mark.parametrize("own", ["inherited", "highest", "high", "medium", "newer switches"])
 def test_a_call_in_a_notebook_leaves_torch_as_it_was(
     monkeypatch: pytest.MonkeyPatch, own: str, deterministic: bool
 ) -> None:
@@ -68,15 +68,18 @@ def test_a_call_in_a_notebook_leaves_torch_as_it_was(
     with restoring_settings():
         if own == "newer switches":
             matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32", "ieee"
+        elif own == "inherited":
+            matmul.fp32_precision = "none"
         else:
             torch.set_float32_matmul_precision(own)
             cudnn.allow_tf32 = False
-        before = _settings(is_newer=own == "newer switches")
+        kinds = (True,) if own == "newer switches" else (False, True)
+        before = [_settings(is_newer=is_newer) for is_newer in kinds]
         executor = SerialExecutor(cluster)
         during = _settings(is_newer=True)
         executor.close()
-        assert _settings(is_newer=own == "newer switches") == before
-        assert during["threads"] != before["threads"]
+        assert [_settings(is_newer=is_newer) for is_newer in kinds] == before
+        assert during["threads"] != before[0]["threads"]
         assert during["switches"] == ("tf32",) * 3
 
 

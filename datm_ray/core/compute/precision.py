@@ -27,7 +27,8 @@ def has_tf32(device: torch.device) -> bool:
 def restoring_tf32() -> Iterator[None]:
     """Restore this process's switches for TF32 and for products of less precision when the block ends.
 
-    torch has two sets of switches. While the former ones contradict the newer ones, the newer ones are restored.
+    torch has two sets of switches. Both are restored; where the former ones contradict the newer ones, the newer ones
+    alone. A switch that takes its value from a more general one is restored to "none", as torch names this.
     """
     matmul: Any = torch.backends.cuda.matmul  # torch's types lack the newer switches
     cudnn: Any = torch.backends.cudnn
@@ -35,12 +36,11 @@ def restoring_tf32() -> Iterator[None]:
     try:
         yield
     finally:
-        if former is None:
-            matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = newer
-        else:
+        if former is not None:
             matmul.allow_tf32, cudnn.allow_tf32, precision = former
             if _former_switches() != former:  # "medium", or a switch of CPUs, which a GPU's switch does not change
                 torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = newer
 
 
 def _former_switches() -> tuple[bool, bool, str] | None:

@@ -114,7 +114,9 @@ def fitting(networks: int, rows: int, cost: ImageCost) -> int:
 
 
 def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], Any]:
-    """Make a call for a trial that fits into memory only if training does: it leaves room for `STATE_VECTORS` vectors.
+    """Wrap a trial's call so that `STATE_VECTORS` vectors of the whole stack are allocated while it runs.
+
+    So the call fits into memory only if training does.
 
     Args:
         call: computes a step of the whole stack.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from datm_ray.core.images.augment import LEAST_SHARE, crop_boxes, resized_crop
 from datm_ray.core.images.batches import rows_on
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.loop import Heartbeat, no_heartbeat, predict_logits
+from datm_ray.core.training.loop import Heartbeat, device_of, no_heartbeat, predict_logits
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
@@ -157,13 +157,8 @@ def teacher_logits(
         heartbeat: called after each batch.
     """
     parts = (views.take(slice(first, first + batch)) for first in range(0, len(views), batch))
-    made = (apply_views(images, part, _device_of(network)) for part in parts)
+    made = (apply_views(images, part, device_of(network)) for part in parts)
     return torch.cat([predict_logits(network, each, heartbeat, batch_size=batch) for each in made])
-
-
-def _device_of(network: nn.Module) -> torch.device | None:
-    """Device of a network; `None` if the network has no parameters."""
-    return next((each.device for each in network.parameters()), None)
 
 
 def pack_logits(
@@ -249,7 +244,7 @@ class DrawnLabels:
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Views [b c h w] of the images at these indices in the chosen epoch, and logits [b k] of the views."""
         views = self._views.take(np.asarray(rows, np.int64))
-        made = apply_views(self._images, views, _device_of(self._network))
+        made = apply_views(self._images, views, device_of(self._network))
         logits = predict_logits(self._network, made, batch_size=self._at_once or len(made))
         return made, _as_stored(logits, self._top, self._temperature)
 

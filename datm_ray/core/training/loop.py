@@ -80,7 +80,7 @@ class Schedule:
     micro_batch: int | None = None
     """Largest number of images in one forward and backward pass of a step; `None` for all images of the step.
 
-    Gradients are summed over the passes. Only layers with batch statistics see the smaller batches."""
+    Gradients are summed over the passes. Only layers with batch statistics compute something else."""
 
     def to_json(self) -> dict[str, Any]:
         """Fields as plain data for JSON, without `micro_batch` if it is `None`, as earlier versions wrote them."""
@@ -528,7 +528,7 @@ class Trainer:
             (image[0], image[1], image[2]),
             count,
             first.schedule,
-            on_gpu=is_tried(_device_of(trainings)),
+            on_gpu=is_tried(device_of(trainings[0].network)),
             alike=alike,
         ):
             self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note
@@ -548,7 +548,7 @@ class Trainer:
             saved: number that an earlier part of this training used. This number is used again, halved if it does not
                 fit; `None` for a trial.
         """
-        if len(stack) == 1 or not is_tried(_device_of(stack)):
+        if len(stack) == 1 or not is_tried(device_of(stack[0].network)):
             return len(stack)
         key = (_kind_of(stack[0]), len(stack), _rows_of(stack))
         if key not in self._at_a_time or saved not in (None, self._at_a_time[key]):
@@ -566,14 +566,14 @@ class Trainer:
         if saved is not None:
             return found_at_a_time(way, saved, None)
         cost = image_cost(stack[0].network, tuple(stack[0].images.shape[1:]))
-        return found_at_a_time(way, fitting(len(stack), _rows_of(stack), cost), _device_of(stack))
+        return found_at_a_time(way, fitting(len(stack), _rows_of(stack), cost), device_of(stack[0].network))
 
     def _step_of(self, stack: Sequence[Training]) -> StackStep:
         """Training step of all networks of a stack.
 
         On a GPU the step owns CUDA graphs, which are freed with the step.
         """
-        if not is_tried(_device_of(stack)):
+        if not is_tried(device_of(stack[0].network)):
             return self._functions_for(stack[0], len(stack))
         return self._in_parts(stack[0], self.at_a_time(stack))
 
@@ -629,10 +629,6 @@ def _kind_of(training: Training) -> str:
     return f"{training.network} {tuple(training.images.shape[1:])}"
 
 
-def _device_of(stack: Sequence[Training]) -> torch.device:
-    return next(stack[0].network.parameters()).device
-
-
 def _rows_of(stack: Sequence[Training]) -> int:
     """Number of images of each network in a full batch: the batch size, or all images if they are fewer."""
     return min(stack[0].schedule.batch_size, len(stack[0].images))
@@ -649,7 +645,7 @@ def _first_batch(stack: Sequence[Training]) -> tuple[Tensor, ...]:
 
 def _probabilities(stack: Sequence[Training]) -> list[Tensor]:
     """Probabilities [n k] of each network's targets; networks with the same targets share a tensor."""
-    network, device = stack[0].network, _device_of(stack)
+    network, device = stack[0].network, device_of(stack[0].network)
     classes = network(rows_on(stack[0].images, torch.arange(1), device)).shape[1]
     dtype, found = next(network.parameters()).dtype, dict[int, Tensor]()
     for targets in (each.targets for each in stack):
@@ -699,6 +695,11 @@ def train_together(
         unflatten_into(each.network, parameters)
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Device of a network's parameters; the CPU if it has none."""
+    return next((each.device for each in network.parameters()), torch.device("cpu"))
+
+
 @torch.no_grad()
 def predict_logits(
     network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
@@ -707,7 +708,7 @@ def predict_logits(
 
     Images in main memory are copied to the network's device.
     """
-    was_training, device = network.training, next((each.device for each in network.parameters()), None)
+    was_training, device = network.training, device_of(network)
     network.eval()
     logits = []
     for first in range(0, len(images), batch_size):

@@ -366,7 +366,7 @@ def _require_images(path: str | None) -> None:
 
 def _relative_error(name: str, place: str, what: str) -> ConfigError:
     return ConfigError(
-        f"{name} {place!r} is relative to a folder that the job's machines do not have", remedy=f"give {what}"
+        f"{name} {place!r} is no absolute path, and a job works in a folder of its own", remedy=f"give {what}"
     )
 
 

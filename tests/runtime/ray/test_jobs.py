@@ -118,7 +118,7 @@ def test_bad_input_submits_nothing(datm_ray: CommandLine, dashboard: str, tmp_pa
     before = len(Jobs(dashboard).list())
     out = str(tmp_path / "out")
     bad = {
-        "relative to a folder": ["submit", "digits-ipc1", "--out", "runs"],
+        "is no absolute path": ["submit", "digits-ipc1", "--out", "runs"],
         "cannot read absent.txt": ["submit", "digits-ipc1", "--out", out, "--requirements", "absent.txt"],
         "Did you mean 'digits-ipc1'": ["submit", "digits-ipc2", "--out", out],
         "there is no job 'j'": ["status", "j"],
@@ -508,14 +508,14 @@ def test_relative_places_of_a_job_are_refused() -> None:
 
     _require_reachable("--out", "s3://bucket/runs")
     _require_reachable("--out", "/shared/runs")
-    with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
+    with pytest.raises(ConfigError, match=r"--out 'runs' is no absolute path.*s3://bucket/"):
         _require_reachable("--out", "runs")
     for fact, changes in {
         r"distill\.continue_from 'runs/short'": ["distill.continue_from=runs/short"],
         r"given\.path 'downloads/datm'": ["method=given", "given={path: downloads/datm}"],
         r"dataset\.path 'data/birds'": ["dataset.path=data/birds"],
     }.items():
-        with pytest.raises(ConfigError, match=f"{fact} is relative"):
+        with pytest.raises(ConfigError, match=f"{fact} is no absolute path"):
             Jobs.__new__(Jobs).submit([tiny_config(*changes)], "s3://bucket/runs")
 
 
