@@ -282,6 +282,22 @@ def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
     assert held == tried[-1:] * (size >= 100), "what does not fit is forgotten before the next trial"
 
 
+@pytest.mark.parametrize(
+    ("memory", "size", "error"),
+    [("4GiB", 10**9, ConfigError), ("4GiB", 99, GpuMemoryError), ("null", 10**9, GpuMemoryError)],
+    ids=["limit of the recipe", "GPU smaller than the recipe's limit", "limit by the GPU"],
+)
+def test_a_trial_step_that_exceeds_the_recipes_limit_is_no_fault_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, memory: str, size: int, error: type[ConfigError]
+) -> None:
+    """A step of one image above the recipe's own limit is a plain error, because other GPUs have the same limit."""
+    gpu = FakeGpu(monkeypatch, size)
+    plan = plan_of(tiny_config(f"cluster.memory={memory}", "cluster.gpus_per_worker=1"))
+    with pytest.raises(ConfigError, match="for a step of one image") as caught:
+        chunk_by_trial(gpu.step, replace(plan, budget=99, chunk=10), torch.device("cpu"))
+    assert type(caught.value) is error
+
+
 @pytest.mark.parametrize(("is_timed", "tried"), [(True, [10, 10, 5, 5]), (False, [10, 5, 2])])
 def test_memory_of_cudnns_timings_does_not_count(
     monkeypatch: pytest.MonkeyPatch, is_timed: bool, tried: list[int]

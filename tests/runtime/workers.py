@@ -248,7 +248,8 @@ class BrokenGpu:
         yield Progress(1, 2)
         gpu = os.environ["CUDA_VISIBLE_DEVICES"]
         if gpu == "0":
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+            advice = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+            raise RuntimeError(f"CUDA error: uncorrectable ECC error encountered\n{advice}\n")
         time.sleep(1)
         yield Finished(gpu)
 

@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -362,7 +362,7 @@ class _Stage:
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.group and job.group.is_placed for job in waiting):
             return True  # its resources are reserved, and it waits for cluster.workers only
-        room = min(self._limit, self._nodes.capacity()) - self._ranks()
+        room = min(self._limit, self._capacity(self._nodes)) - self._ranks()
         due = [job for job in waiting if size_for(job.sizes, room)]
         self._due_since = min(self._due_since, now) if due else math.inf
         if due and now > min(self._due_since + LONGEST_DRAIN, *(job.waits_since + SHORT_WAIT for job in due)):
@@ -372,7 +372,7 @@ class _Stage:
     def _request_groups(self) -> Iterator[tuple[Task, Event]]:
         """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests."""
         now, ranks, alone = time.monotonic(), self._ranks(), self._alone()
-        free, left = self._nodes.capacity() - ranks, self._limit - ranks
+        free, left = self._capacity(self._nodes) - ranks, self._limit - ranks
         for job in [job for job in self._jobs if job.task.size > 1 and job.is_waiting]:
             size = self._size(job, free, left)
             if size is None or not (job.group or self._fits_limit(size)):
@@ -406,7 +406,7 @@ class _Stage:
         sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
         bad = self._avoided(job, job.sizes[-1]) if job.history.without_progress > 1 else set[str]()
         now = min(free, left)
-        good = int(min(now, self._nodes.elsewhere(bad))) if bad else now
+        good = min(now, self._capacity(self._nodes, bad)) if bad else now
         return size_for(sizes, good) or size_for(sizes, now) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
@@ -464,6 +464,11 @@ class _Stage:
     def _nodes_of(self, task: Task) -> Nodes:
         return self._executor.light_nodes if task.is_light else self._nodes
 
+    def _capacity(self, nodes: Nodes, bad: Collection[str] = ()) -> int:
+        """Number of workers that the running nodes outside of `bad` can hold without the GPUs that are set aside."""
+        good = {node for node, held in nodes.fits().items() if held and node not in bad}
+        return nodes.elsewhere(bad) - sum(each.node in good for each in self._executor.set_aside)
+
     def _options(self, task: Task) -> dict[str, Any]:
         # A request for more memory than any node of workers has would wait for ever.
         memory = min(task.memory, self._nodes_of(task).memory())
@@ -478,7 +483,7 @@ class _Stage:
         The set is empty if the other running nodes cannot hold the task's `size` workers.
         """
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
-        return bad if bad and knows_labels() and self._nodes_of(job.task).elsewhere(bad) >= size else set()
+        return bad if bad and knows_labels() and self._capacity(self._nodes_of(job.task), bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
         if worker not in self._executor.set_aside:
@@ -600,8 +605,9 @@ class _Stage:
     ) -> Iterator[tuple[Task, Event]]:
         """Handle an error of a task. An error in the user's input ends the stage, unless other nodes may not have it.
 
-        After any other error the task is retried. A task that has lost its workers too often is given up. An error of
-        a GPU that is set aside blames no node, because the node's other GPUs may be good.
+        After any other error the task is retried. A task that has lost its workers too often is given up. A node's
+        first GPU that is set aside does not blame the node, because its other GPUs may be good. The second one does,
+        and so does a GPU that torch cannot use.
 
         Args:
             silence: seconds without an event before the error.
@@ -612,7 +618,8 @@ class _Stage:
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
             return
         gpu = self._set_aside(job, cause)
-        nodes = self._blame(job, cause, stream) if is_final(cause) or not gpu else ()
+        has_more = any(each.node == job.workers[0].node for each in self._executor.set_aside[:-1])
+        nodes = self._blame(job, cause, stream) if is_final(cause) or not gpu or has_more else ()
         history = job.history.after_loss(job.saved, nodes)
         if is_final(cause) and not (may_be_the_nodes(cause) and (gpu or self._has_elsewhere(job, history))):
             yield from self._refuse(job, cause)
@@ -648,21 +655,24 @@ class _Stage:
         The error is final once it has occurred on `cluster.retries` + 1 nodes, or if other nodes cannot hold the task.
         """
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
-        return is_known and self._nodes_of(job.task).elsewhere(history.nodes) >= job.sizes[-1]
+        return is_known and self._capacity(self._nodes_of(job.task), history.nodes) >= job.sizes[-1]
 
     def _set_aside(self, job: _Job, cause: BaseException) -> str:
         """Keep the actor of a task whose error may be its GPU's, because Ray would give that GPU to the next actor.
 
-        The last GPU is not set aside. Nor is one of a group, whose ranks end together with the group's reservation.
+        The last GPU is not set aside. Nor is one of a group, whose ranks end together with the group's reservation. Nor
+        is a shared one, because Ray would still give its other shares to actors.
 
         Returns:
             The GPU in words; "" if none was set aside.
         """
-        gpu = "" if job.group or not may_be_the_gpu(cause) else job.workers[0].gpu
-        if not gpu or len(self._executor.set_aside) + 1 >= self._nodes_of(job.task).capacity():
+        worker = job.workers[0]
+        if job.group or not worker.gpu or worker.options["num_gpus"] < 1 or not may_be_the_gpu(cause):
             return ""
-        self._executor.set_aside.append(job.workers[0])
-        return gpu
+        if self._capacity(self._nodes_of(job.task)) <= 1:
+            return ""
+        self._executor.set_aside.append(worker)
+        return worker.gpu
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
         """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.
@@ -716,6 +726,8 @@ class _Stage:
             for job in [job for job in self._jobs if job.workers]:
                 yield from self._check_workers(job, passed)
             self._leave_nodes(draining_nodes())
+            held, there = self._executor.set_aside, self._nodes.fits()
+            self._executor.set_aside = [each for each in held if each.node in there]  # the others ended with their node
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:

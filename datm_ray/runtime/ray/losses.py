@@ -28,10 +28,12 @@ from datm_ray.errors import (
 from datm_ray.monitor.logs import masked
 from datm_ray.runtime.ray.cluster import first_line
 
-_BROKEN_GPU = re.compile(r"cuda error|_execution_failed|uncorrectable", re.I)
-"""Words in torch's messages about a GPU that does not compute, also those of cuDNN and cuBLAS."""
-_OF_THE_WORK = re.compile(r"out of memory|assert", re.I)
-"""Words in such messages about faults that another GPU would have too."""
+_BROKEN_GPU = re.compile(
+    r"cuda.*(uncorrectable|hardware (stack )?error|unknown error|unspecified launch failure)|_status_execution_failed",
+    re.I,
+)
+"""First lines of torch's errors on a GPU that does not compute, also those of cuDNN and cuBLAS. Most errors of CUDA are
+faults of the work, which it would have on another GPU too."""
 
 
 def unwrapped(failure: BaseException) -> BaseException:
@@ -55,9 +57,9 @@ def may_be_the_nodes(failure: DatmError) -> bool:
 
 
 def may_be_the_gpu(failure: BaseException) -> bool:
-    """True for an error that may concern one GPU only. Exhausted memory and failed assertions are the work's own."""
-    text = str(failure.cause) if isinstance(failure, RayTaskError) else ""
-    return isinstance(failure, UnusableGpuError) or bool(_BROKEN_GPU.search(text) and not _OF_THE_WORK.search(text))
+    """True for an error that may be the fault of one GPU. Faults of memory, software or the work itself are not."""
+    text = first_line(failure.cause) if isinstance(failure, RayTaskError) else ""  # advice follows in all of them
+    return isinstance(failure, UnusableGpuError) or bool(_BROKEN_GPU.search(text))
 
 
 def reason(failure: BaseException) -> str:

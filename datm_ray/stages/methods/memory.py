@@ -85,6 +85,8 @@ class DistillationPlan:
     meta_chunk: int = 0
     """Number of images in MetaDD's networks at a time: as many as memory allows, on CPUs also no more than make MetaDD
     faster; 0 without MetaDD networks."""
+    error: type[ConfigError] = ConfigError
+    """Error of a worker that needs more than the budget: a `GpuMemoryError` if the budget is what a GPU has."""
 
     @property
     def total(self) -> int:
@@ -108,15 +110,15 @@ class DistillationPlan:
         limit = None if math.isinf(self.budget) else self.budget
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
-    def refuse(self, *remedies: str, error: type[ConfigError] = ConfigError) -> NoReturn:
-        """Raise an `error`: the worker needs more memory than it may take. The error names `remedies` first."""
+    def refuse(self, *remedies: str) -> NoReturn:
+        """Raise the plan's `error`: the worker needs more memory than it may take. `remedies` are named first."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = MEMORY_PARTS[name]
         if name == "call" and not self.demand.is_divisible:  # a block of a recovery: its images cannot be divided
             knob = "recover.block"
         found = [*remedies, f"raise --memory (cluster.memory) to {data_size(1.01 * self.total)}"]
-        raise error(
+        raise self.error(
             f"a worker that {self.name} needs {data_size(self.total)} and may take {data_size(self.budget)}",
             f"{data_size(size)} of it is {words}",
             ", or ".join([*found, f"lower {knob}"] if knob else found),
@@ -153,8 +155,7 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
                 if _plan(laid_out(config, {"shards": shards}), shape, *pair, budget).total <= budget:
                     remedies.append(f"use --set cluster.shards={shards}, which divides the set")
                     break
-            is_gpus = uses_gpu(config.cluster) and config.cluster.memory is None
-            plan.refuse(*remedies, error=GpuMemoryError if is_gpus else ConfigError)
+            plan.refuse(*remedies)
     return plans
 
 
@@ -216,16 +217,17 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         parts["synthetic"] += SET_COPIES * held * 4 * latents
         parts["network"] += 4 * (2 * decoder.parameters + whitening)  # twice, because the encoder is about as large
         parts["prior"] = min(held, micro_batch(decoder)) * (KEPT_MAPS * decoder.maps + IMAGE_COPIES * shape.row)
+    error = GpuMemoryError if uses_gpu(config.cluster) and config.cluster.memory is None else ConfigError
     if backbone is None:
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
-        return DistillationPlan(name, budget, parts, 0, own, meta_chunk)
+        return DistillationPlan(name, budget, parts, 0, own, meta_chunk, error)
     of_an_image = own.maps * size.maps + IMAGE_COPIES * shape.row
     block = block_bytes(own.at_once, own.steps, 4 * math.prod(shape.image)) if uses_gpu(config.cluster) else 0
     free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace - block
     chunk = _micro_batch(config, own, free / of_an_image, size.largest)
     parts |= {"trace": own.trace, "block": block, "call": chunk * of_an_image}
     name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")
-    return DistillationPlan(name, budget, parts, chunk, own, meta_chunk)
+    return DistillationPlan(name, budget, parts, chunk, own, meta_chunk, error)
 
 
 def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
@@ -326,18 +328,21 @@ def chunk_by_trial(
         forget: function that frees what a failed trial has left, such as recorded CUDA graphs with their memory.
 
     Raises:
-        GpuMemoryError: a step of one image does not fit.
+        ConfigError: a step of one image takes more than the budget, which the recipe gives.
+        GpuMemoryError: the budget is what the GPU has, or the GPU has less.
     """
     limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
-    held = plan.parts["trace"] + plan.parts["block"]
+    held, peak = plan.parts["trace"] + plan.parts["block"], None
     while chunk:
         torch.cuda.empty_cache()
         for _ in range(1 + torch.backends.cudnn.benchmark):  # timing cuDNN's algorithms may take more memory, once
-            if _fits(partial(step, chunk), held, limit, device):
+            peak = _peak(partial(step, chunk), held, device)
+            if peak is not None and peak <= limit:
                 return chunk
             forget()  # a graph that is only replayed would show less memory than its recording took
         chunk //= 2
-    raise GpuMemoryError(
+    error = GpuMemoryError if peak is None else plan.error
+    raise error(
         f"a worker that {plan.name} has too little GPU memory for a step of one image",
         f"it may take {'all of it' if math.isinf(plan.budget) else data_size(plan.budget)}",
         "raise --memory, or cluster.gpus_per_worker if it is below 1, use more cluster.shards, or lower "
@@ -345,13 +350,13 @@ def chunk_by_trial(
     )
 
 
-def _fits(step: Callable[[], None], held: int, limit: float, device: torch.device) -> bool:
-    """True if the GPU's peak memory in a step stays within `limit` bytes, beside `held` bytes."""
+def _peak(step: Callable[[], None], held: int, device: torch.device) -> int | None:
+    """The GPU's peak memory in bytes in a step beside `held` bytes; `None` if the GPU has too little."""
     torch.cuda.reset_peak_memory_stats(device)
     try:
         room = torch.empty(held, dtype=torch.uint8, device=device)
         step()
         del room
     except torch.OutOfMemoryError:
-        return False
-    return torch.cuda.max_memory_allocated(device) <= limit
+        return None
+    return torch.cuda.max_memory_allocated(device)

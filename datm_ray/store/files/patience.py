@@ -5,8 +5,10 @@ A worker counts as lost after a deadline: `cluster.peer_timeout` if peers wait f
 instead. So `end_within` limits both parts of the time until this error, here for the default deadline of 300 seconds:
 
 - The last attempt starts within `SHARE` of the deadline: 100 seconds.
-- An attempt to write has at most `REQUESTS` requests: two for who may write, the upload, and whose upload is stored.
-  Each takes at most the time limits to connect and for the answer: 4 x (5 + 30) = 140 seconds.
+- An attempt to write has at most `REQUESTS` requests: two for who may write, one for whose upload is stored, the
+  upload, and again whose upload is stored. Each takes at most the time limits to connect and for the answer:
+  5 x (5 + 22.5) = 137.5 seconds. Two uploads are not counted: one of more than 5 GiB, in parts, and the first one to a
+  server that then refuses conditions, because it is made twice.
 
 Together this is at most four fifths of the deadline, for deadlines of 60 seconds and more. The rest is for peers that
 started to wait earlier. A process without a deadline, such as a command, repeats a request for `LONGEST` seconds.
@@ -20,12 +22,12 @@ LONGEST = 300.0
 """Longest time for which a failed request is repeated, in seconds."""
 SHARE = 1 / 3
 """Share of the deadline within which the last attempt starts."""
-REQUESTS = 4
+REQUESTS = 5
 """Largest number of requests in one attempt."""
 LONGEST_CONNECT, LONGEST_ANSWER = 5.0, 60.0
 """Longest times in seconds to connect, and to wait for an answer. A gateway may be silent while it passes a large file
 on."""
-CONNECT_SHARE, ANSWER_SHARE = 1 / 60, 1 / 10
+CONNECT_SHARE, ANSWER_SHARE = 1 / 60, 3 / 40
 """Shares of the deadline to connect, and to wait for an answer."""
 SHORTEST_DEADLINE = 60.0
 """Shortest deadline in seconds for which these shares are used. Shorter times would end requests to healthy servers."""

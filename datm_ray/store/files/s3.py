@@ -229,7 +229,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         def upload() -> None:
             guard()
             try:
-                self._upload(path, content, writer, replace=replace)
+                is_certain = self._upload(path, content, writer, replace=replace)
             except Exception as error:
                 # If the answer to an upload is lost, the next attempt finds this upload's own file. So the writer id
                 # of the stored file decides, whatever the error says.
@@ -250,10 +250,18 @@ class S3(S3FileSystem):  # type: ignore[misc]
                     )
                     return
                 raise
+            if not is_certain and self._writer_of(path) != writer:
+                raise FileExistsError(path)
 
         self.patiently(path, upload)
 
-    def _upload(self, path: str, content: BinaryIO, writer: str, *, replace: bool) -> None:
+    def _upload(self, path: str, content: BinaryIO, writer: str, *, replace: bool) -> bool:
+        """Upload a whole file once.
+
+        Returns:
+            True if the file has been written as asked; False if another writer may have replaced it at the same
+            moment, so that the caller must look whose file is stored.
+        """
         size = content.seek(0, os.SEEK_END)
         content.seek(0)
         only_if_missing = not replace and self._takes_conditions
@@ -269,8 +277,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             mode = "create" if only_if_missing else "overwrite"
             parts = {"max_concurrency": PARTS_AT_A_TIME, "mode": mode}
             self.put_file(f"/dev/fd/{content.fileno()}", path, **parts, **options)
-        if not is_certain and self._writer_of(path) != writer:
-            raise FileExistsError(path)
+        return is_certain
 
     def _writer_of(self, path: str) -> str | None:
         """Writer id in the metadata of a file: "" if it has none, `None` if the file is missing."""

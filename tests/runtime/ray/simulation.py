@@ -106,9 +106,9 @@ class Simulation:
         """Start nothing yet.
 
         Args:
-            nodes: name of each node -> number of workers that it can hold.
+            nodes: name of each node -> number of workers that it can hold, and of its GPUs.
             tasks: tasks of the stage.
-            settings: settings of the section `cluster`.
+            settings: settings of the section `cluster`. A worker has a GPU unless they say otherwise.
         """
         self.clock, self.nodes, self.taken = Clock(), nodes, dict[str, int]()
         """`taken`: workers of other commands on each node."""
@@ -122,7 +122,7 @@ class Simulation:
         monkeypatch.setattr(PoolWorker, "start", self._request(Worker))
         monkeypatch.setattr(ray_executor, "RankGroup", self._request(Group))
         monkeypatch.setattr(ray, "get", lambda answer: answer)
-        cluster = ClusterConfig(**settings)
+        cluster = ClusterConfig(**{"gpus_per_worker": 1.0, **settings})
         executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[])
         executor.light_nodes = ray_cluster.Nodes(cluster, light=True)
         executor.faults, executor.set_aside = ray_executor.Counter(), []
@@ -131,7 +131,7 @@ class Simulation:
 
     def _ray_nodes(self) -> list[dict[str, Any]]:
         return [
-            {"NodeID": name, "Alive": True, "Labels": {}, "Resources": {"CPU": float(held)}}
+            {"NodeID": name, "Alive": True, "Labels": {}, "Resources": {"CPU": held, "GPU": held}}
             for name, held in self.nodes.items()
         ]
 

@@ -168,9 +168,17 @@ def test_a_rank_that_still_runs_when_its_peers_lost_it_is_the_cause(monkeypatch:
     assert run.places("set") == ["a", "c", "d"]
 
 
+ADVICE_OF_TORCH = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
+    "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
+    "device-side assertions.\n"
+)
+"""End of the messages of CUDA's errors, of torch 2.9 for example."""
+
+
 def gpu_error(text: str = "CUDA error: uncorrectable ECC error encountered") -> RayTaskError:
-    """Error of torch in a worker, as Ray passes it on."""
-    return RayTaskError("work", "Traceback of the worker", RuntimeError(text))
+    """Error of torch in a worker, with torch's advice, as Ray passes it on."""
+    return RayTaskError("work", "Traceback of the worker", RuntimeError(text + ADVICE_OF_TORCH))
 
 
 def test_a_broken_gpu_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,23 +200,77 @@ def test_a_broken_gpu_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "error"),
+    ("first_line", "is_broken"),
     [
-        (1, gpu_error()),
-        (2, gpu_error("CUDA error: device-side assert triggered")),
-        (2, gpu_error("CUDA error: out of memory")),
-        (2, gpu_error("the sizes do not match")),
+        ("CUDA error: uncorrectable NVLink error detected during the execution", True),
+        ("CUDA error: unspecified launch failure", True),
+        ("CUDA error: unknown error", True),
+        ("CUDA error: hardware stack error", True),
+        ("CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle, opa, opb)`", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
+        ("CUDA error: operation not permitted when stream is capturing", False),
+        ("CUDA error: no kernel image is available for execution on the device", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA error: out of memory", False),
+        ("[Errno 523] Unknown error 523: '/shared/store'", False),
+        ("the sizes do not match", False),
     ],
-    ids=["last GPU", "assertion", "memory", "no GPU"],
 )
-def test_no_gpu_is_set_aside_without_need(monkeypatch: pytest.MonkeyPatch, gpus: int, error: RayTaskError) -> None:
-    """The last GPU is tried again, and so is one whose error is the work's own."""
-    run = Simulation(monkeypatch, {"a": gpus}, alone("x"))
+def test_only_a_fault_of_the_hardware_sets_a_gpu_aside(
+    monkeypatch: pytest.MonkeyPatch, first_line: str, is_broken: bool
+) -> None:
+    """A GPU whose error may be memory's, the software's or the work's own stays in use."""
+    run = Simulation(monkeypatch, {"a": 2}, alone("x"))
+    run.turn(turns=2)
+    run.lose("x", gpu_error(first_line))
+    assert run.free("a") == 2 - is_broken
+
+
+@pytest.mark.parametrize(("held", "settings"), [(1, {}), (4, {"gpus_per_worker": 0.25})], ids=["last", "shares"])
+def test_no_gpu_is_set_aside_without_need(monkeypatch: pytest.MonkeyPatch, held: int, settings: dict[str, Any]) -> None:
+    """The last GPU is tried again, and so is a share of one, because an actor cannot keep the other shares."""
+    run = Simulation(monkeypatch, {"a": held}, alone("x"), **settings)
     run.turn(turns=2)
     (worker,) = run.job("x").workers
-    run.lose("x", error)
+    (lost,) = run.lose("x", gpu_error())
+    assert isinstance(lost, Lost)
+    assert "is not used again" not in lost.reason
     assert worker.is_stopped
-    assert run.free("a") == gpus
+    assert run.free("a") == held
+
+
+def test_a_node_with_two_broken_gpus_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first broken GPU of a node does not blame the node, and the second one does, also for other tasks."""
+    run, places = Simulation(monkeypatch, {"a": 8, "b": 8}, alone("x")), list[str]()
+    for _ in range(4):
+        run.turn(60.0, turns=3)
+        places += run.places("x")
+        run.lose("x", gpu_error())
+    assert places == ["a", "a", "b", "b"]
+    assert run.stage._executor.faults == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize(("is_lost", "places"), [(False, 4), (True, 8)])
+def test_gpus_that_are_set_aside_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, is_lost: bool, places: int
+) -> None:
+    """A set takes fewer workers at once and holds no task back, unless the GPU went away with its node."""
+    run = Simulation(monkeypatch, {"a": 8}, alone("x"))
+    run.turn(turns=2)
+    run.lose("x", gpu_error())
+    run.turn(turns=2)
+    if is_lost:
+        run.nodes = {"b": 9}
+    run.stage._tasks += [Task("set", (), 8, fewer=(4,)), *alone("y", "z")]
+    run.stage._take_tasks()
+    run.turn(turns=6)
+    assert [len(run.places(name)) for name in ("set", "x")] == [places, 1]
+    assert len(run.stage._executor.set_aside) == (not is_lost)
+    if not is_lost:
+        assert run.places("y") == run.places("z") == ["a"]
 
 
 def test_a_broken_gpu_is_tried_again_if_no_other_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +443,7 @@ def test_requests_for_the_memory_of_a_head_are_replaced(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray_executor.ray, "nodes", lambda: found)
     run.turn(turns=2)
     assert [(each.options["memory"], each.is_stopped) for each in run.requests] == [(40, False)]
-    found.append({"NodeID": "worker", "Alive": True, "Labels": {}, "Resources": {"CPU": 8.0, "memory": 16.0}})
+    found.append({"NodeID": "worker", "Alive": True, "Labels": {}, "Resources": {"CPU": 8, "GPU": 8, "memory": 16.0}})
     run.turn(turns=2)
     assert [(each.options["memory"], each.is_stopped) for each in run.requests] == [(40, True), (16, False)]
 
