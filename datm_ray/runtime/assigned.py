@@ -8,6 +8,10 @@ gpus: Sequence[str] = ()
 """Ray's identifiers of the GPUs of this process's worker. Empty without GPUs, in a driver, and without Ray. A worker
 without such a GPU may compute on the CPU, others must not."""
 
+share: float = 1.0
+"""Share of its GPU's memory that this process's worker may take: 0.25 if four workers share the GPU. 1 in a driver,
+without Ray and without GPUs."""
+
 cpus: int | None = None
 """Share of the node's CPUs that goes with these GPUs: 12 for one of 8 GPUs on a node with 96 CPUs. 0 for a worker
 without GPUs. `None` in a driver, and without Ray."""

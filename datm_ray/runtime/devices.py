@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.config import ClusterConfig
-from datm_ray.core.compute.gpu import free_gpu_memory
+from datm_ray.core.compute.gpu import free_gpu_memory, limit_tensors, tensor_share
 from datm_ray.core.compute.precision import Precision, has_tf32, restoring_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError, UnusableGpuError
@@ -25,7 +25,8 @@ from datm_ray.runtime import assigned
 def prepare_device(cluster: ClusterConfig) -> torch.device:
     """Set this process's thread count and determinism, and choose its device. Every worker calls this function first.
 
-    A GPU is returned with its index, as `Tensor.device` has it. To torch, `cuda` and `cuda:0` are different devices.
+    On a GPU that Ray's workers share, this process can then take its worker's share of the memory only. A GPU is
+    returned with its index, as `Tensor.device` has it. To torch, `cuda` and `cuda:0` are different devices.
 
     Raises:
         ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU; or
@@ -63,6 +64,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     # Nearly all steps have the same shapes, so cuDNN may time its algorithms at the first. They round differently.
     torch.backends.cudnn.benchmark = not cluster.deterministic
+    if assigned.share < 1:
+        limit_tensors(assigned.share)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -94,11 +97,11 @@ def _unusable() -> UnusableGpuError:
 def restoring_settings() -> Iterator[None]:
     """Restore torch's settings that `prepare_device` may change for the whole process, when the block ends.
 
-    These are the number of threads, deterministic algorithms, cuDNN's timing of algorithms, and TF32. The environment
-    variable of `fix_workspace` stays, because torch reads it only once.
+    These are the number of threads, deterministic algorithms, cuDNN's timing of algorithms, TF32, and the share of the
+    GPU that tensors may fill. The environment variable of `fix_workspace` stays, because torch reads it only once.
     """
     before, is_timed, fills = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, _fills_memory()
-    threads = torch.get_num_threads()
+    threads, share = torch.get_num_threads(), tensor_share()
     try:
         with restoring_tf32() if torch.cuda.is_available() else nullcontext():
             yield
@@ -107,6 +110,8 @@ def restoring_settings() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
         torch.backends.cudnn.benchmark = is_timed
         _set_filling(fills)
+        if tensor_share() != share:
+            torch.cuda.set_per_process_memory_fraction(share)
 
 
 def _fills_memory() -> bool:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig, DistillConfig, NetworkSpec, RunConfig, override
+from datm_ray.core.compute.gpu import CONTEXT_BYTES
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import would_gain_together
@@ -26,7 +27,6 @@ from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP
 from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
-from datm_ray.stages.methods.memory import CONTEXT_BYTES
 from datm_ray.stages.methods.recovery import GPU_SPEED
 from datm_ray.stages.validation import evaluation_schedule
 from tests.tapes import Tape

@@ -320,6 +320,7 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
     """Memory that the process caches on a GPU counts as free, and a tenth is kept in reserve."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     segment = {"device": 0, "total_size": 9 * GIB, "allocated_size": 3 * GIB, "segment_pool_id": (0, 0)}
     monkeypatch.setattr("torch.cuda.memory_snapshot", lambda: [segment])
@@ -346,6 +347,7 @@ def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
     """A worker's limit is its part of the whole GPU without its context, whoever else has started, or what is left."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.memory_snapshot", list)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: held * GIB)
@@ -363,6 +365,7 @@ def test_a_gpu_that_others_fill_costs_an_attempt_and_a_small_one_the_node(
     """
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * MIB, 80 * MIB))
+    monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.memory_snapshot", list)
     for name in ("memory_reserved", "memory_allocated"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 from datm_ray.config import ClusterConfig
+from datm_ray.core.compute.gpu import CONTEXT_BYTES
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.stack_trial import fitting
 from datm_ray.errors import ClusterError
 from datm_ray.runtime import assigned
-from datm_ray.runtime.devices import prepare_device, reading_threads, restoring_settings
+from datm_ray.runtime.devices import images_on, prepare_device, reading_threads, restoring_settings, set_on
 from datm_ray.runtime.executor import SerialExecutor
 
 
@@ -110,3 +116,55 @@ def test_a_worker_with_a_gpu_reads_images_in_its_share_of_the_cpus(
     monkeypatch.setattr("os.cpu_count", lambda: 96)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert reading_threads(ClusterConfig(**settings)) == threads
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Shares that torch was given of a GPU of 64 free contexts (`CONTEXT_BYTES` each): 0.9, and those of the test."""
+    shares, contexts = [0.9], 64
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, value in {
+        "is_available": True,
+        "is_initialized": True,
+        "current_device": 0,
+        "mem_get_info": (contexts * CONTEXT_BYTES, contexts * CONTEXT_BYTES),
+        "memory_reserved": 0,
+        "memory_snapshot": (),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[-1])
+    return shares
+
+
+@pytest.mark.parametrize("share", [0.25, 0.125])
+def test_a_worker_takes_its_share_of_a_gpu_and_no_more(
+    card: list[float], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images, sets and stacks get what fits into the worker's share, and torch refuses the worker more than that.
+
+    A caller's own limit holds again afterwards.
+    """
+    monkeypatch.setattr(assigned, "share", share)
+    mine = int(64 * share) - 1  # contexts, without the process's own
+    with restoring_settings():
+        device = prepare_device(ClusterConfig(gpus_per_worker=share))
+        assert card[-1] == share - 1 / 64
+        moved = list[str]()
+        monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: moved.append(device.type))
+        for size in (mine * CONTEXT_BYTES // 2, mine * CONTEXT_BYTES // 2 + 4):
+            images_on(np.broadcast_to(np.float32(0), size // 4), device)
+            stays = Mock(nbytes=size)
+            moved.append("cpu" if set_on(stays, device) is stays else "cuda")
+        assert moved == ["cuda", "cuda", "cpu", "cpu"]
+        cost = ImageCost(maps=CONTEXT_BYTES // 2, largest=1, flop=1, functions=1, parameters=0)
+        assert fitting(64, 1, cost) == 2 ** int(math.log2(0.9 * mine))
+    assert card[-1] == 0.9
+
+
+@pytest.mark.parametrize("place", [{}, {"gpus_per_worker": 1.0}, {"device": "cpu"}])
+def test_a_process_with_a_gpu_of_its_own_has_no_limit(card: list[float], place: dict[str, Any]) -> None:
+    """torch gets no share where no other worker has the GPU, and a caller's own limit stays."""
+    with restoring_settings():
+        prepare_device(ClusterConfig(**place))
+    assert card == [0.9]

@@ -989,6 +989,7 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
     images = np.zeros((4, 1, 8, 8), np.float32)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
     copied: list[torch.device] = []
     monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: copied.append(device))
     for free in (1, 3):

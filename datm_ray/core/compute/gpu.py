@@ -1,4 +1,4 @@
-"""A GPU's free memory, and copies to it for which the host does not wait.
+"""A GPU's free memory, a process's share of it, and copies to it for which the host does not wait.
 
 Tests: tests/core/compute/test_gpu.py.
 """
@@ -16,17 +16,38 @@ from torch import Tensor
 GPU_SHARE = 0.9
 """Share of a GPU's free memory, or of a worker's part of the GPU, that tensors may fill. The rest is a margin for
 workspaces of libraries, and for memory that lies in pieces too small to be used."""
+CONTEXT_BYTES = 2**29
+"""Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
 
 
 def free_gpu_memory() -> int:
     """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use.
 
-    Reserved memory of CUDA graphs does not count, see `reusable`.
+    Reserved memory of CUDA graphs does not count, see `reusable`. A process whose tensors may fill only a share of the
+    GPU, see `limit_tensors`, has what is left of the share, if no more than that is free.
     """
-    free, _ = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
+    reserved, share = torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction()
+    if share < 1:
+        free = min(free, max(0, int(share * total) - reserved))
     if torch.cuda.get_allocator_backend() != "native":  # CUDA's own allocator has no segments
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return free + reserved - torch.cuda.memory_allocated()
     return free + reusable(torch.cuda.memory_snapshot(), torch.cuda.current_device())
+
+
+def tensor_share() -> float:
+    """Largest share of its GPU that tensors of this process may fill; 1 before CUDA starts in the process."""
+    return torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_initialized() else 1.0
+
+
+def limit_tensors(share: float) -> None:
+    """Limit this process to a share of its GPU, so that a process that exceeds its share runs out of memory itself.
+
+    Otherwise a process with the same GPU might run out of memory, whose tensors fit into its own share. Tensors get the
+    share less `CONTEXT_BYTES`, and so do memory that torch keeps unused and CUDA graphs.
+    """
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_BYTES / total))
 
 
 def reusable(segments: Iterable[Mapping[str, Any]], device: int) -> int:

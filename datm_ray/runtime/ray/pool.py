@@ -53,7 +53,7 @@ class Worker:
     def __init__(self, log_level: int, gpus: float = 0.0) -> None:
         """Take the actor's GPUs. `gpus`: how many Ray has assigned to the actor, such as 0.5."""
         _take_gpus(ray.get_gpu_ids())
-        assigned.cpus = _cpus_beside(gpus)
+        assigned.cpus, assigned.share = _cpus_beside(gpus), gpus or 1.0
         self._log = Collector(f"Worker/{os.getpid()}", log_level)
         self._worker: Any = None
         self._stage = -1

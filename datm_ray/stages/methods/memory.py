@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from datm_ray.config import ClusterConfig, Role, RunConfig
-from datm_ray.core.compute.gpu import GPU_SHARE, free_gpu_memory
+from datm_ray.core.compute.gpu import CONTEXT_BYTES, GPU_SHARE, free_gpu_memory
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
@@ -37,8 +37,6 @@ from datm_ray.words import data_size
 PROCESS_BYTES = 1200 * 2**20
 """Bytes of a CPU worker that distils, without its tensors. Measured: 935 to 1,200 MiB, the most in a worker that had
 trained networks before."""
-CONTEXT_BYTES = 2**29
-"""Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
 MARGIN = 1.25
 """Factor on the bytes of all counted tensors, for allocators and workspaces."""
 SET_COPIES, IMAGE_COPIES = 5, 6

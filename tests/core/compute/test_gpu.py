@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.core.compute.gpu import free_gpu_memory, reusable, uploaded
+from datm_ray.core.compute.gpu import CONTEXT_BYTES, free_gpu_memory, limit_tensors, reusable, uploaded
 
 
 def test_arrays_arrive_as_one_tensor() -> None:
@@ -53,9 +53,41 @@ def test_memory_of_cuda_graphs_is_not_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert (reusable(SEGMENTS, 0), reusable(SEGMENTS, 1), reusable([], 0)) == (70, 7, 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 2000))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: SEGMENTS)
     assert free_gpu_memory() == 5 + 70
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10)
     assert free_gpu_memory() == 5 + 20
+
+
+@pytest.mark.parametrize(
+    ("share", "free", "segments", "expected"),
+    [
+        (1.0, 60, [], 60),
+        (0.25, 60, [], 15),  # the CUDA context is part of the share
+        (0.25, 7, [], 7),  # other processes have taken more than their shares
+        (0.25, 60, [(8, 3)], 12),  # memory that torch keeps unused may be taken again
+        (0.25, 7, [(8, 3)], 12),
+        (0.25, 5, [(8, 3)], 10),
+        (0.25, 60, [(8, 3), (4, 1, (0, 7))], 8),  # memory of CUDA graphs may not
+        (0.25, 60, [(16, 16)], 0),
+        (0.01, 60, [], 0),  # less than a context
+    ],
+)
+def test_a_process_with_a_share_of_a_gpu_has_no_more_than_that(
+    share: float, free: int, segments: list[Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a share counts as free, with the process's own unused memory, if so much of the GPU is free."""
+    found = [segment(each[0] * CONTEXT_BYTES, each[1] * CONTEXT_BYTES, *each[2:]) for each in segments]
+    shares = [1.0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * CONTEXT_BYTES, 64 * CONTEXT_BYTES))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: found)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: sum(each["total_size"] for each in found))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[-1])
+    if share < 1:
+        limit_tensors(share)
+    assert free_gpu_memory() == expected * CONTEXT_BYTES

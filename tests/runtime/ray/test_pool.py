@@ -44,6 +44,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setattr(pool, "Collector", lambda *_: Records())
     monkeypatch.setattr(assigned, "gpus", ())
     monkeypatch.setattr(assigned, "cpus", None)
+    monkeypatch.setattr(assigned, "share", 1.0)
     return worker
 
 
@@ -61,11 +62,14 @@ def test_a_worker_sees_its_own_gpus(
     assert assigned.gpus == [str(gpu) for gpu in given]
 
 
-@pytest.mark.parametrize(("gpus", "cpus"), [(1.0, 12), (0.5, 6), (2.0, 24), (0.0, 0)])
-def test_a_worker_has_its_share_of_the_cpus_of_its_node(
-    gpus: float, cpus: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gpus", "cpus", "share"), [(1.0, 12, 1.0), (0.5, 6, 0.5), (0.25, 3, 0.25), (0.0, 0, 1.0)])
+def test_a_worker_has_its_share_of_its_node(
+    gpus: float, cpus: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CPUs of the node are divided by GPUs, so that workers of one node do not read images in too many threads."""
+    """CPUs of the node are divided by GPUs, so that workers of one node do not read images in too many threads.
+
+    Workers that share a GPU know their shares of its memory.
+    """
     nodes = [{"NodeID": "a", "Resources": {"CPU": 4.0}}, {"NodeID": "b", "Resources": {"CPU": 96.0, "GPU": 8.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
@@ -73,8 +77,9 @@ def test_a_worker_has_its_share_of_the_cpus_of_its_node(
     monkeypatch.setattr(pool, "Collector", lambda *_: Records())
     monkeypatch.setattr(assigned, "gpus", ())
     monkeypatch.setattr(assigned, "cpus", None)
+    monkeypatch.setattr(assigned, "share", 1.0)
     pool.Worker(0, gpus)
-    assert assigned.cpus == cpus
+    assert (assigned.cpus, assigned.share) == (cpus, share)
 
 
 class DeviceWorker:
