@@ -819,21 +819,27 @@ def test_another_version_on_the_cluster_is_one_line(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("resources", "wish", "count"),
+    ("resources", "wish", "memory", "count"),
     [
-        ({"CPU": 7.0}, {"threads_per_worker": 2}, 3),
-        ({"CPU": 8.0, "GPU": 2.0}, {"gpus_per_worker": 0.4}, 4),
-        ({"CPU": 8.0, "GPU": 4.0}, {"gpus_per_worker": 0.75}, 4),
-        ({"CPU": 2.0, "GPU": 4.0}, {"gpus_per_worker": 1.0}, 2),
-        ({"memory": 1.0}, {}, 0),
+        ({"CPU": 7.0}, {"threads_per_worker": 2}, 0, 3),
+        ({"CPU": 8.0, "GPU": 2.0}, {"gpus_per_worker": 0.4}, 0, 4),
+        ({"CPU": 8.0, "GPU": 4.0}, {"gpus_per_worker": 0.75}, 0, 4),
+        ({"CPU": 2.0, "GPU": 4.0}, {"gpus_per_worker": 1.0}, 0, 2),
+        ({"memory": 1.0}, {}, 0, 0),
+        ({"CPU": 32.0, "GPU": 2.0, "memory": 13.0}, {"gpus_per_worker": 0.125}, 4, 3),
+        ({"CPU": 32.0, "GPU": 2.0, "memory": 13.0}, {"gpus_per_worker": 0.125}, 0, 16),
+        ({"CPU": 2.0, "GPU": 2.0, "memory": 8.0}, {"gpus_per_worker": 1.0}, 4, 2),
+        ({"CPU": 2.0}, {}, 4, 0),
     ],
 )
-def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[str, Any], count: int) -> None:
-    """Counts of workers split neither a node's CPUs nor a GPU beyond what Ray can place."""
+def test_workers_that_fit_into_a_node(
+    resources: dict[str, float], wish: dict[str, Any], memory: int, count: int
+) -> None:
+    """Counts of workers split neither a node's CPUs nor a GPU nor its memory beyond what Ray can place."""
     pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import fitting
 
-    assert fitting(resources, ClusterConfig(**wish)) == count
+    assert fitting(resources, ClusterConfig(**wish), memory) == count
 
 
 @pytest.mark.parametrize(

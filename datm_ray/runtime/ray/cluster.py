@@ -28,7 +28,7 @@ from datm_ray.runtime.ray.compat import (
     limit_node_search,
     runs_a_node,
 )
-from datm_ray.words import counted
+from datm_ray.words import counted, data_size
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. Our actors hide the GPUs themselves.
@@ -47,6 +47,7 @@ SHORT_WAIT = 60.0
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
+_MEMORY_REMEDY = "lower cluster.shards, or add nodes or memory"
 _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
 
 
@@ -192,7 +193,11 @@ class _Node(NamedTuple):
 
 
 class Nodes:
-    """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more."""
+    """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more.
+
+    Methods with an argument `memory` count workers for which Ray reserves so many bytes of main memory each, see
+    `reserved`; 0 reserves none.
+    """
 
     def __init__(self, cluster: ClusterConfig, *, light: bool = False) -> None:
         """Choose the workers to count. Nodes are read from Ray at the first call of another method.
@@ -204,25 +209,37 @@ class Nodes:
         self._cluster, self._is_light = cluster.shaped(light=light), light
         self._nodes: dict[str, _Node] = {}
         """Live nodes by identifier."""
-        self._fits: dict[str, int] = {}
-        """Result of `fits` for these nodes."""
+        self._fits: dict[int, dict[str, int]] = {}
+        """Bytes that Ray reserves for a worker -> result of `fits` for these nodes."""
         self._checked = float("-inf")
 
-    def fits(self) -> dict[str, int]:
-        """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free.
+    def fits(self, memory: int = 0) -> dict[str, int]:
+        """Live node -> number of workers that it could hold if all its CPUs, GPUs and other resources were free.
 
         A node without the labels that the workers ask for holds none.
         """
-        self._alive()
-        return self._fits
+        nodes, memory = self._alive(), self.reserved(memory)
+        if memory not in self._fits:
+            chosen = self._chosen()
+            self._fits[memory] = {
+                name: fitting(each.resources, self._cluster, memory) if name in chosen else 0
+                for name, each in nodes.items()
+            }
+        return self._fits[memory]
+
+    def reserved(self, memory: int) -> int:
+        """Bytes that Ray reserves for a worker that needs `memory` bytes: no more than any node of workers has.
+
+        A request for more would wait for ever.
+        """
+        return min(memory, self.memory()) if memory else 0
 
     def _alive(self) -> dict[str, _Node]:
         """Live nodes by identifier, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             found = [node for node in ray.nodes() if node["Alive"]]
             self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
-            held = {name: fitting(each.resources, self._cluster) for name, each in self._chosen().items()}
-            self._fits = {name: held.get(name, 0) for name in self._nodes}
+            self._fits.clear()
             self._checked = time.monotonic()
         return self._nodes
 
@@ -239,13 +256,25 @@ class Nodes:
         wanted = ", ".join(f"{name}: {condition}" for name, condition in selector.items())
         return f"no node has the labels of {key} ({wanted})"
 
-    def _held(self) -> str:
+    def _held(self, memory: int) -> str:
         """Text about what the running nodes can hold."""
-        return f"{counted(sum(map(bool, self.fits().values())), 'node')} can hold {self.capacity()}"
+        held, more = self.capacity(memory), self.capacity()
+        short = f" with {self._size(memory)} of memory each ({more} by CPUs and GPUs alone)" if held < more else ""
+        return f"{counted(sum(map(bool, self.fits(memory).values())), 'node')} can hold {held}{short}"
 
-    def capacity(self) -> int:
+    def _size(self, memory: int) -> str:
+        return data_size(self.reserved(memory))
+
+    def capacity(self, memory: int = 0) -> int:
         """Number of workers that all nodes together can hold if all their resources are free."""
-        return sum(self.fits().values())
+        return sum(self.fits(memory).values())
+
+    def short_of_memory(self, workers: int, memory: int) -> str:
+        """Text that memory keeps CPUs or GPUs idle which `workers` workers could use; "" if it keeps none."""
+        held, wanted = self.capacity(memory), min(workers, self.capacity())
+        if held >= wanted:
+            return ""
+        return f"the nodes have memory for {held} of {counted(wanted, 'worker')} at a time, {self._size(memory)} each"
 
     def memory(self) -> int:
         """Bytes of memory of the largest node that can hold a worker, else of any node.
@@ -257,9 +286,9 @@ class Nodes:
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
-    def elsewhere(self, nodes: Collection[str]) -> int:
+    def elsewhere(self, nodes: Collection[str], memory: int = 0) -> int:
         """Number of workers that the running nodes outside of `nodes` can hold."""
-        return self.capacity() - sum(self.fits().get(node, 0) for node in nodes)
+        return self.capacity(memory) - sum(self.fits(memory).get(node, 0) for node in nodes)
 
     def patience(self) -> float:
         """Seconds to wait for free resources: `cluster.wait_for_nodes`, else 60."""
@@ -273,46 +302,52 @@ class Nodes:
         workers = self._cluster.workers or max(1, self.capacity())
         return workers, min(workers, max([1, *self.fits().values()]))
 
-    def require(self, workers: int, what: str = "") -> None:
+    def require(self, workers: int, what: str = "", memory: int = 0) -> None:
         """Raise a `ClusterError` if the running nodes cannot hold `workers` workers, unless the recipe waits for more.
 
         Ray's autoscalers do not say which nodes they can start, so only `cluster.wait_for_nodes` waits for nodes.
         """
-        if not self._cluster.wait_for_nodes and self.capacity() < workers:
-            raise self._too_few(workers, what)
+        if not self._cluster.wait_for_nodes and self.capacity(memory) < workers:
+            raise self._too_few(workers, what, memory)
 
-    def _too_few(self, workers: int, what: str) -> ClusterError:
+    def _too_few(self, workers: int, what: str, memory: int) -> ClusterError:
         wait = "set cluster.wait_for_nodes to wait for nodes started on demand"
         if lacking := self._lacking():
             return ClusterError(f"{what}{lacking}", remedy=f"{_LABEL_REMEDY}; {wait}")
-        needed, chosen = bundle_of(worker_options(self._cluster)), self._chosen().values()
+        chosen, is_short = self._chosen().values(), bool(memory) and self.capacity() >= workers
+        needed = bundle_of(worker_options(self._cluster, memory=self.reserved(memory) if is_short else 0))
         there = {name: sum(each.resources.get(name, 0.0) for each in chosen) for name in {"CPU", "GPU", *needed}}
 
         def words(amounts: Mapping[str, float]) -> str:
-            others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
+            others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU", "memory"})
+            others += f", {data_size(amounts['memory'])} of memory" if is_short else ""
             return f"{counted(amounts.get('CPU', 0), 'CPU')} and {counted(amounts.get('GPU', 0), 'GPU')}{others}"
 
         has = "the cluster has" if len(chosen) == len(self._nodes) else "nodes with the chosen labels have"
         kind = "worker of cluster.light" if self._is_light else "worker"
+        fewer = "lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes"
         return ClusterError(
             f"{what}{counted(workers, kind)} with {words(needed)} each do not fit: {has} {words(there)}",
-            remedy=f"lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; {wait}",
+            remedy=f"{_MEMORY_REMEDY if is_short else fewer}; {wait}",
         )
 
-    def waiting(self, size: int, seconds: float) -> str:
+    def waiting(self, size: int, seconds: float, memory: int = 0) -> str:
         """Message for the user that a task has waited `seconds` for `size` free workers."""
-        found = self._lacking() or f"{self._held()}, if nobody else uses them"
+        found = self._lacking() or f"{self._held(memory)}, if nobody else uses them"
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {found}"
 
-    def not_enough(self, size: int) -> NoFreeWorkersError:
+    def not_enough(self, size: int, memory: int = 0) -> NoFreeWorkersError:
         """Error for a task whose `size` workers did not become free in time."""
         waited = f"{counted(size, 'worker')} did not become free within {self.patience():g} s"
         if lacking := self._lacking():
             return NoFreeWorkersError(waited, lacking, _LABEL_REMEDY)
+        waited = f"{waited}; {self._held(memory)}"
+        if self.capacity(memory) < size <= self.capacity():
+            return NoFreeWorkersError(waited, "the nodes have too little memory for more", _MEMORY_REMEDY)
         is_lost = self.capacity() < size
         return NoFreeWorkersError(
-            f"{waited}; {self._held()}",
-            "nodes were lost or have not started" if is_lost else "other jobs use their CPUs or GPUs",
+            waited,
+            "nodes were lost or have not started" if is_lost else "other jobs use their CPUs, GPUs or memory",
             "stop other jobs, or raise cluster.wait_for_nodes; the same command again resumes",
         )
 
@@ -438,9 +473,13 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
-def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    """Number of workers that a node with these resources can hold. A fraction of a GPU must lie on one GPU."""
-    wanted = bundle_of(worker_options(cluster))
+def fitting(resources: dict[str, float], cluster: ClusterConfig, memory: int = 0) -> int:
+    """Number of workers that a node with these resources can hold. A fraction of a GPU must lie on one GPU.
+
+    Args:
+        memory: bytes of main memory that Ray reserves for each worker; 0 reserves none.
+    """
+    wanted = bundle_of(worker_options(cluster, memory=memory))
     per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
     fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]
     if per_worker:

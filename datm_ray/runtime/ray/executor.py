@@ -135,11 +135,12 @@ class RayExecutor:
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task on Ray actors and yield its events, see `Executor.run`."""
-        first = dict[tuple[int, bool], str]()
+        first = dict[tuple[int, bool, int], str]()
         for task in tasks:
-            first.setdefault((min((task.size, *task.fewer)), task.is_light), task.name)
-        for (size, is_light), name in first.items():
-            self.require_workers(name, size, light=is_light)
+            first.setdefault((min((task.size, *task.fewer)), task.is_light, task.memory), task.name)
+        for (size, is_light, memory), name in first.items():
+            self.require_workers(name, size, light=is_light, memory=memory)
+        self._report_memory(tasks)
         self.metrics.begin(tasks, self.workers)
         if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
             self._number += 1  # actors keep their worker while the number stays the same
@@ -170,8 +171,23 @@ class RayExecutor:
         if self._owns_cluster:
             ray.shutdown()
 
-    def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
-        """Raise a `ClusterError` if `size` workers can never run at the same time, see `Executor.require_workers`."""
+    def _report_memory(self, tasks: list[Task]) -> None:
+        """Warn if workers of the tasks need so much memory that CPUs or GPUs stay idle; once, for the largest need."""
+        workers = Counter[tuple[int, bool]]()
+        for task in tasks:
+            workers[task.memory, task.is_light] += task.size
+        for (memory, is_light), count in sorted(workers.items(), reverse=True):
+            nodes = self.light_nodes if is_light else self.nodes
+            if short := nodes.short_of_memory(min(count, self.cluster.workers or count), memory):
+                _log.warning("%s", short)
+                return
+
+    def require_workers(self, name: str, size: int, *, light: bool = False, memory: int = 0) -> None:
+        """Raise a `ClusterError` if `size` workers can never run at the same time, see `Executor.require_workers`.
+
+        Args:
+            memory: bytes of main memory that each worker needs.
+        """
         if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
                 f"{name} needs {size} workers at the same time, but cluster.workers is {self.cluster.workers}",
@@ -179,7 +195,7 @@ class RayExecutor:
                 "put on workers of their own",
                 "lower them, or raise cluster.workers",
             )
-        (self.light_nodes if light else self.nodes).require(size, f"{name}: ")
+        (self.light_nodes if light else self.nodes).require(size, f"{name}: ", memory)
 
 
 @dataclass(eq=False)
@@ -362,8 +378,8 @@ class _Stage:
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.group and job.group.is_placed for job in waiting):
             return True  # its resources are reserved, and it waits for cluster.workers only
-        room = min(self._limit, self._capacity(self._nodes)) - self._ranks()
-        due = [job for job in waiting if size_for(job.sizes, room)]
+        ranks = self._ranks()
+        due = [job for job in waiting if size_for(job.sizes, min(self._limit, self._capacity(job)) - ranks)]
         self._due_since = min(self._due_since, now) if due else math.inf
         if due and now > min(self._due_since + LONGEST_DRAIN, *(job.waits_since + SHORT_WAIT for job in due)):
             self._due_since = -math.inf
@@ -372,12 +388,13 @@ class _Stage:
     def _request_groups(self) -> Iterator[tuple[Task, Event]]:
         """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests."""
         now, ranks, alone = time.monotonic(), self._ranks(), self._alone()
-        free, left = self._capacity(self._nodes) - ranks, self._limit - ranks
+        taken = ranks
         for job in [job for job in self._jobs if job.task.size > 1 and job.is_waiting]:
+            free, left = self._capacity(job) - taken, self._limit - taken
             size = self._size(job, free, left)
             if size is None or not (job.group or self._fits_limit(size)):
                 continue  # running tasks end first
-            free, left = free - size, left - size
+            free, taken = free - size, taken + size
             if free < alone and (ranks or alone):  # nodes or running tasks of this command are waited for
                 job.waits_since = now
             elif free >= 0 and size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT:
@@ -406,7 +423,7 @@ class _Stage:
         sizes = [size for size in job.sizes if size <= job.limit] or job.sizes[-1:]
         bad = self._avoided(job, job.sizes[-1]) if job.history.without_progress > 1 else set[str]()
         now = min(free, left)
-        good = min(now, self._capacity(self._nodes, bad)) if bad else now
+        good = min(now, self._capacity(job, bad)) if bad else now
         return size_for(sizes, good) or size_for(sizes, now) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
@@ -464,15 +481,14 @@ class _Stage:
     def _nodes_of(self, task: Task) -> Nodes:
         return self._executor.light_nodes if task.is_light else self._nodes
 
-    def _capacity(self, nodes: Nodes, bad: Collection[str] = ()) -> int:
-        """Number of workers that the running nodes outside of `bad` can hold without the GPUs that are set aside."""
-        good = {node for node, held in nodes.fits().items() if held and node not in bad}
-        return nodes.elsewhere(bad) - sum(each.node in good for each in self._executor.set_aside)
+    def _capacity(self, job: _Job, bad: Collection[str] = ()) -> int:
+        """Number of a task's workers that the running nodes outside of `bad` hold without the GPUs set aside."""
+        nodes, memory = self._nodes_of(job.task), job.task.memory
+        good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
+        return nodes.elsewhere(bad, memory) - sum(each.node in good for each in self._executor.set_aside)
 
     def _options(self, task: Task) -> dict[str, Any]:
-        # A request for more memory than any node of workers has would wait for ever.
-        memory = min(task.memory, self._nodes_of(task).memory())
-        return worker_options(self._cluster, task.is_light, memory)
+        return worker_options(self._cluster, task.is_light, self._nodes_of(task).reserved(task.memory))
 
     def _requested_options(self, job: _Job, size: int = 1) -> dict[str, Any]:
         return avoiding(self._options(job.task), self._avoided(job, size))
@@ -483,7 +499,7 @@ class _Stage:
         The set is empty if the other running nodes cannot hold the task's `size` workers.
         """
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
-        return bad if bad and knows_labels() and self._capacity(self._nodes_of(job.task), bad) >= size else set()
+        return bad if bad and knows_labels() and self._capacity(job, bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
         if worker not in self._executor.set_aside:
@@ -655,7 +671,7 @@ class _Stage:
         The error is final once it has occurred on `cluster.retries` + 1 nodes, or if other nodes cannot hold the task.
         """
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
-        return is_known and self._capacity(self._nodes_of(job.task), history.nodes) >= job.sizes[-1]
+        return is_known and self._capacity(job, history.nodes) >= job.sizes[-1]
 
     def _set_aside(self, job: _Job, cause: BaseException) -> str:
         """Keep the actor of a task whose error may be its GPU's, because Ray would give that GPU to the next actor.
@@ -669,7 +685,7 @@ class _Stage:
         worker = job.workers[0]
         if job.group or not worker.gpu or worker.options["num_gpus"] < 1 or not may_be_the_gpu(cause):
             return ""
-        if self._capacity(self._nodes_of(job.task)) <= 1:
+        if self._capacity(job) <= 1:
             return ""
         self._executor.set_aside.append(worker)
         return worker.gpu
@@ -782,11 +798,11 @@ class _Stage:
             for each in waiting:
                 each.history, each.waits_since = each.history.forgiving(), now
             yield job.task, Note("no other node became free: trying again on nodes and GPUs that lost workers")
-        elif waited > nodes.patience() and (size == job.sizes[-1] or nodes.capacity() < job.sizes[-1]):
-            raise nodes.not_enough(size)  # fewer workers are tried first
+        elif waited > nodes.patience() and (size == job.sizes[-1] or self._capacity(job) < job.sizes[-1]):
+            raise nodes.not_enough(size, job.task.memory)  # fewer workers are tried first
         elif now - self._reported_at > WAIT_INTERVAL:
             self._reported_at = now
-            yield job.task, Note(nodes.waiting(size, waited))
+            yield job.task, Note(nodes.waiting(size, waited, job.task.memory))
 
 
 def _answer(reference: Any) -> bool:

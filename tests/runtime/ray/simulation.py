@@ -5,7 +5,6 @@ The stage of the executor is the real one. Workers do nothing; a test ends them 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -112,6 +111,8 @@ class Simulation:
         """
         self.clock, self.nodes, self.taken = Clock(), nodes, dict[str, int]()
         """`taken`: workers of other commands on each node."""
+        self.memory: dict[str, float] = {}
+        """Memory in bytes of each node that has a limit."""
         self.requests = list[Worker | Group]()
         self.log = list[tuple[str, Event]]()
         monkeypatch.setattr(ray_executor, "time", self.clock)
@@ -131,7 +132,12 @@ class Simulation:
 
     def _ray_nodes(self) -> list[dict[str, Any]]:
         return [
-            {"NodeID": name, "Alive": True, "Labels": {}, "Resources": {"CPU": held, "GPU": held}}
+            {
+                "NodeID": name,
+                "Alive": True,
+                "Labels": {},
+                "Resources": {"CPU": float(held), "GPU": float(held), "memory": self.memory.get(name, 0.0)},
+            }
             for name, held in self.nodes.items()
         ]
 
@@ -148,15 +154,18 @@ class Simulation:
         live = [each for each in self.requests if not each.is_stopped]
         return [each for each in live if (each.starting if isinstance(each, Worker) else not each.nodes)]
 
-    def free(self, node: str) -> int:
-        """Number of workers that a node has free resources for."""
+    def free(self, node: str, memory: int = 0) -> int:
+        """Number of workers that a node has free resources for. `memory`: bytes that each of them reserves."""
         live = [each for each in self.requests if not each.is_stopped]
-        held = [each.nodes if isinstance(each, Group) else [each.node] for each in live]
-        return self.nodes[node] - self.taken.get(node, 0) - list(itertools.chain(*held)).count(node)
+        held = [(each, each.nodes if isinstance(each, Group) else [each.node]) for each in live]
+        there = [each.options.get("memory", 0) for each, nodes in held for name in nodes if name == node]
+        slots = self.nodes[node] - self.taken.get(node, 0) - len(there)
+        return min(slots, int((self.memory.get(node, 0.0) - sum(there)) / memory)) if memory else slots
 
     def _place(self) -> None:
         for each in self.waiting:
-            slots = [node for node in self.nodes if node not in refused(each.options) for _ in range(self.free(node))]
+            memory, bad = each.options.get("memory", 0), refused(each.options)
+            slots = [node for node in self.nodes if node not in bad for _ in range(self.free(node, memory))]
             if isinstance(each, Group):
                 each.nodes = slots[: each.size] if len(slots) >= each.size else []
             elif slots:

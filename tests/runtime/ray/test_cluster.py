@@ -303,6 +303,78 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
         assert [nodes.memory() for nodes in both(cluster)] == expected
 
 
+@pytest.mark.parametrize(
+    ("memory", "fits", "elsewhere"), [(0, (8, 2), 2), (3, (2, 2), 2), (4, (2, 1), 1), (8, (1, 0), 0), (99, (1, 0), 0)]
+)
+def test_workers_are_counted_by_the_memory_that_they_reserve(
+    memory: int, fits: tuple[int, int], elsewhere: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node holds no more workers than its memory does. More than any node has is not asked for."""
+    found = [node("a", {}, CPU=8.0, memory=8.0), node("b", {}, CPU=2.0, memory=7.0), node("head", {}, memory=50.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    nodes = ray_cluster.Nodes(ClusterConfig())
+    assert nodes.fits(memory) == {"a": fits[0], "b": fits[1], "head": 0}
+    assert (nodes.capacity(memory), nodes.elsewhere({"a"}, memory)) == (sum(fits), elsewhere)
+    assert nodes.reserved(memory) == min(memory, 8)
+    assert nodes.fits() == {"a": 8, "b": 2, "head": 0}
+
+
+def test_memory_is_named_where_it_keeps_workers_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors name memory only if CPUs and GPUs would be enough, and other jobs only if memory is enough too."""
+    gib = 2**30
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=16.0, GPU=2.0, memory=9.0 * gib)])
+    nodes = ray_cluster.Nodes(ClusterConfig(gpus_per_worker=0.25))
+    nodes.require(2, memory=4 * gib)
+    with pytest.raises(ClusterError) as caught:
+        nodes.require(3, "birds: ", 4 * gib)
+    assert str(caught.value) == (
+        "birds: 3 workers with 1 CPU and 0.25 GPUs, 4 GiB of memory each do not fit: the cluster has 16 CPUs and "
+        "2 GPUs, 9 GiB of memory. Lower cluster.shards, or add nodes or memory; set cluster.wait_for_nodes to wait for "
+        "nodes started on demand."
+    )
+    with pytest.raises(ClusterError, match=r"^9 workers with 1 CPU and 0\.25 GPUs each do not fit: .* 2 GPUs\. "):
+        nodes.require(9, memory=4 * gib)
+    assert "can hold 8. Other jobs use their CPUs, GPUs or memory. Stop" in str(nodes.not_enough(8))
+    assert "can hold 2 with 4 GiB of memory each (8 by CPUs and GPUs alone). Other" in str(nodes.not_enough(2, 4 * gib))
+    assert "GPUs alone). The nodes have too little memory for more. Lower" in str(nodes.not_enough(3, 4 * gib))
+    assert "GPUs alone). Nodes were lost or have not started. Stop" in str(nodes.not_enough(9, 4 * gib))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "limit", "warning"),
+    [
+        ({4: 8}, None, "the nodes have memory for 2 of 8 workers at a time, 4 GiB each"),
+        ({4: 3}, None, "the nodes have memory for 2 of 3 workers at a time, 4 GiB each"),
+        ({4: 8}, 3, "the nodes have memory for 2 of 3 workers at a time, 4 GiB each"),
+        ({2: 5, 3: 4}, None, "the nodes have memory for 3 of 4 workers at a time, 3 GiB each"),
+        ({50: 2}, None, "the nodes have memory for 1 of 2 workers at a time, 9 GiB each"),
+        ({4: 2}, None, ""),
+        ({4: 8}, 2, ""),
+        ({0: 99, 9: 1}, None, ""),
+    ],
+)
+def test_idle_gpus_are_reported_where_memory_is_short(
+    tasks: dict[int, int],
+    limit: int | None,
+    warning: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line says how many of a stage's workers run at a time, if the nodes' memory allows fewer than their GPUs.
+
+    `tasks`: GiB of memory of a worker -> number of tasks.
+    """
+    monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=16.0, GPU=2.0, memory=9.0 * 2**30)])
+    monkeypatch.setattr(ray_executor, "_Stage", mock.Mock(**{"return_value.events.return_value": ()}))
+    executor = object.__new__(ray_executor.RayExecutor)
+    executor.cluster = ClusterConfig(gpus_per_worker=0.25, workers=limit)
+    (executor.nodes, executor.light_nodes), executor.pool = both(executor.cluster), []
+    executor.metrics, executor._number, executor._stage = mock.Mock(), 0, Stage(0, object, (), "")
+    own = [Task(f"{gib} {i}", (), memory=gib * 2**30) for gib, count in tasks.items() for i in range(count)]
+    list(executor.run(object, (), "work", own))
+    assert caplog.messages == [warning] * bool(warning)
+
+
 def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray is asked once for its nodes, for any number of tasks; light workers count for light tasks.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import re
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from datm_ray.runtime.retries import MARGIN
 from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker
 
 HOUR = 3600.0
+GIB = 2**30
 
 
 def alone(*names: str) -> list[Task]:
@@ -408,6 +410,32 @@ def test_a_set_shrinks_only_where_others_hold_its_workers(monkeypatch: pytest.Mo
     assert run.places("second") == ["b"]
     assert "second: 2 workers did not become free; trying with fewer" in run.notes()
     assert ("second", Resized(1, 2)) in run.log
+
+
+@pytest.mark.parametrize(("memory", "size"), [(0, 4), (3, 4), (4, 2), (7, 2), (8, 1), (99, 1)])
+def test_a_set_asks_for_no_more_workers_than_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, memory: int, size: int
+) -> None:
+    """A set starts at once with as many workers as the nodes' memory allows, however many CPUs and GPUs they have."""
+    run = Simulation(monkeypatch, {"a": 4, "b": 1}, [Task("set", (), 4, fewer=(2, 1), memory=memory), *alone("one")])
+    run.memory = {"a": 14, "b": 0}
+    run.turn(turns=2)
+    assert run.places("set") == ["a"] * size
+    run.turn(turns=2)
+    assert len(run.places("one")) == 1
+    assert run.notes() == []
+
+
+def test_a_set_for_which_memory_is_short_is_given_up_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nodes on demand do not bring the memory for a set, messages name memory, and not other jobs."""
+    run = Simulation(monkeypatch, {"a": 4}, [Task("set", (), 2, memory=3 * GIB)], wait_for_nodes=120.0)
+    run.memory = {"a": 5 * GIB}
+    run.turn(10.0, turns=6)
+    held = "1 node can hold 1 with 3 GiB of memory each (4 by CPUs and GPUs alone)"
+    assert run.notes() == [f"set: waiting for 2 workers for 20 s: {held}, if nobody else uses them"]
+    end = re.escape(f"within 120 s; {held}. The nodes have too little memory for more.")
+    with pytest.raises(NoFreeWorkersError, match=end):
+        run.turn(10.0, turns=20)
 
 
 def test_waits_count_only_while_nothing_of_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
