@@ -319,6 +319,7 @@ def test_memory_of_cudnns_timings_does_not_count(
 def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that the process caches on a GPU counts as free, and a tenth is kept in reserve."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
@@ -346,12 +347,29 @@ def test_workers_that_share_a_gpu_may_take_their_part_of_all_of_it(
 ) -> None:
     """A worker's limit is its part of the whole GPU without its context, whoever else has started, or what is left."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * GIB, 80 * GIB))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.memory_snapshot", list)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: held * GIB)
     assert worker_budget(tiny_config(f"cluster.gpus_per_worker={share}")) == int(0.9 * expected * GIB)
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "expected"),
+    [(None, 80 * GIB, 72 * GIB), (1, 80 * GIB, 72 * GIB), (0.25, 80 * GIB, 0.9 * 19.5 * GIB), (1, None, math.inf)],
+)
+def test_a_driver_counts_a_gpu_without_starting_cuda(
+    share: float | None, size: int | None, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that does not compute on a GPU counts the memory of all of it, and asks torch for nothing."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda._lazy_init", lambda: pytest.fail("CUDA starts"))
+    monkeypatch.setattr("datm_ray.stages.methods.memory.gpu_size", lambda: size)
+    config = tiny_config(*([] if share is None else [f"cluster.gpus_per_worker={share}"]))
+    assert worker_budget(config) == pytest.approx(expected, rel=0, abs=1)
+    assert plan_of(config).budget == worker_budget(config)
 
 
 @pytest.mark.parametrize(("share", "free"), [(1.0, 60), (1.0, 79), (0.5, 30), (0.5, 40)])
@@ -364,6 +382,7 @@ def test_a_gpu_that_others_fill_costs_an_attempt_and_a_small_one_the_node(
     A limit in the recipe would be the same on every node, so it is a plain error of the recipe.
     """
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free * MIB, 80 * MIB))
     monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)

@@ -5,6 +5,7 @@ Tests: tests/core/compute/test_gpu.py.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ GPU_SHARE = 0.9
 workspaces of libraries, and for memory that lies in pieces too small to be used."""
 CONTEXT_BYTES = 2**29
 """Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
+
+DRIVER = "libcuda.so.1"
+"""Library of CUDA's driver."""
 
 
 def free_gpu_memory() -> int:
@@ -33,6 +37,25 @@ def free_gpu_memory() -> int:
     if torch.cuda.get_allocator_backend() != "native":  # CUDA's own allocator has no segments
         return free + reserved - torch.cuda.memory_allocated()
     return free + reusable(torch.cuda.memory_snapshot(), torch.cuda.current_device())
+
+
+def gpu_size() -> int | None:
+    """Bytes of all memory of the first GPU that this process sees; `None` if CUDA's driver does not say.
+
+    The process gets no CUDA context, as it would if torch were asked. A context takes memory, stays until the process
+    ends, and keeps all other processes from a GPU in exclusive mode.
+    """
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return None
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    )
+    return None if failed else size.value
 
 
 def tensor_share() -> float:

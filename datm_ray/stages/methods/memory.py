@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from datm_ray.config import ClusterConfig, Role, RunConfig
-from datm_ray.core.compute.gpu import CONTEXT_BYTES, GPU_SHARE, free_gpu_memory
+from datm_ray.core.compute.gpu import CONTEXT_BYTES, GPU_SHARE, free_gpu_memory, gpu_size
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training.loop import PROTOCOLS, SCORING_BATCH
@@ -277,6 +277,9 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     On a GPU that workers share, the result is at most the worker's part of the GPU's memory, less what the worker's
     CUDA context and its present tensors take. The result is infinite if this process cannot see the GPU.
 
+    A process that does not compute on its GPU, such as the driver of Ray's workers, does not start CUDA for this. It
+    counts the GPU's whole memory as free, and the workers count again.
+
     Args:
         data_bytes: size of the data set; the workers of a machine share one copy.
         sharing: number of workers that share the machine's main memory.
@@ -291,6 +294,9 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
     # Other workers may have taken their parts of the GPU already, so a part of the free memory would be too little.
     part = cluster.gpus_per_worker or 1.0
     context = CONTEXT_BYTES if part < 1 else 0
+    if not torch.cuda.is_initialized():
+        size = gpu_size()
+        return math.inf if size is None else int(GPU_SHARE * max(0, part * size - context))
     share = part * torch.cuda.mem_get_info()[1] - context - torch.cuda.memory_allocated()
     return int(GPU_SHARE * max(0, min(free_gpu_memory(), share)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.core.compute.gpu import CONTEXT_BYTES, free_gpu_memory, limit_tensors, reusable, uploaded
+from datm_ray.core.compute.gpu import CONTEXT_BYTES, free_gpu_memory, gpu_size, limit_tensors, reusable, uploaded
 
 
 def test_arrays_arrive_as_one_tensor() -> None:
@@ -91,3 +92,43 @@ def test_a_process_with_a_share_of_a_gpu_has_no_more_than_that(
     if share < 1:
         limit_tensors(share)
     assert free_gpu_memory() == expected * CONTEXT_BYTES
+
+
+@pytest.mark.parametrize("failing", ["", "cuInit", "cuDeviceGet", "cuDeviceTotalMem_v2", "no driver"])
+def test_the_size_of_a_gpu_is_read_from_the_driver(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's driver says how much memory the first visible GPU has. Without it or after an error this is unknown."""
+    called = list[str]()
+
+    class Driver:
+        """Library of CUDA's driver with one GPU, number 5."""
+
+        def __init__(self, name: str) -> None:
+            if failing == "no driver":
+                raise OSError(name)
+
+        def cuInit(self, flags: int) -> int:
+            return self._called("cuInit")
+
+        def cuDeviceGet(self, device: Any, number: int) -> int:
+            device._obj.value = 5 + number
+            return self._called("cuDeviceGet")
+
+        def cuDeviceTotalMem_v2(self, size: Any, device: ctypes.c_int) -> int:
+            assert device.value == 5
+            size._obj.value = 80 * 2**30
+            return self._called("cuDeviceTotalMem_v2")
+
+        def _called(self, name: str) -> int:
+            called.append(name)
+            return 999 if name == failing else 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    assert gpu_size() == (None if failing else 80 * 2**30)
+    steps = ["cuInit", "cuDeviceGet", "cuDeviceTotalMem_v2"]
+    assert called == ([] if failing == "no driver" else steps[: steps.index(failing or steps[-1]) + 1])
+
+
+def test_a_machine_without_cuda_has_no_gpu_of_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that cannot be loaded is no error."""
+    monkeypatch.setattr("datm_ray.core.compute.gpu.DRIVER", "libnone.so.7")
+    assert gpu_size() is None
