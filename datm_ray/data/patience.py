@@ -6,6 +6,7 @@ Tests: tests/data/test_patience.py.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import select
 import subprocess
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 
 from datm_ray.errors import DatasetError
 
+_log = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
 """Function that shows a line to the user."""
 Matrix = NDArray[np.float64]
@@ -27,9 +30,10 @@ LINE_INTERVAL = 30.0
 """Seconds between two progress lines of a computation."""
 _AT_ONCE = 1e10  # multiplications in a slab: at most a second on one CPU core
 _HERE = 1000  # largest side of a matrix that this process decomposes itself, in less than a second
+_FAILURE_BYTES = 200  # length of the program's first output: what the device has failed with, or spaces
 _PROGRAM = """
 import os, sys, threading, time
-parent, size, sys.path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+parent, size, device, sys.path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
 def watch():
     while os.getppid() == parent:
         time.sleep(1)
@@ -38,7 +42,15 @@ threading.Thread(target=watch, daemon=True).start()
 import numpy
 matrix = numpy.empty((size, size))
 sys.stdin.buffer.readinto(matrix)
-for each in numpy.linalg.eigh(matrix):
+found, failure = None, ""
+if device != "cpu":  # numpy takes half as long as torch there
+    try:
+        import torch
+        found = [each.cpu().numpy() for each in torch.linalg.eigh(torch.from_numpy(matrix).to(device))]
+    except Exception as error:
+        failure = " ".join(str(error).split()) or type(error).__name__
+sys.stdout.buffer.write(failure.encode()[:200].ljust(200))
+for each in found or numpy.linalg.eigh(matrix):
     sys.stdout.buffer.write(numpy.ascontiguousarray(each))
 """
 
@@ -71,24 +83,27 @@ def slabs(rows: int, multiplications: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def eigenpairs(matrix: Matrix, note: Say = silent) -> tuple[Matrix, Matrix]:
+def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple[Matrix, Matrix]:
     """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix [n n].
 
     A large matrix is decomposed in a process of its own, because LAPACK delays Ctrl-C for minutes. The given matrix is
-    then emptied to free its memory.
+    then emptied to free its memory. A GPU is used by such a process too: a CUDA context here would stay on the GPU, and
+    this process may live for days beside workers that need the GPU. If the device fails, for example because other
+    processes use its memory, the CPU computes the result.
 
     Args:
+        device: torch device that computes.
         note: called about every second with a progress note.
 
     Raises:
         DatasetError: the process has died.
     """
     size = len(matrix)
-    if size <= _HERE:
+    if size <= _HERE and device == "cpu":
         found = np.linalg.eigh(matrix)
         return found.eigenvalues, found.eigenvectors
     values, vectors, began = np.empty(size), np.empty((size, size)), time.monotonic()
-    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), str(size), *sys.path]
+    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), str(size), device, *sys.path]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True) as process:
         assert process.stdin is not None
@@ -99,6 +114,8 @@ def eigenpairs(matrix: Matrix, note: Say = silent) -> tuple[Matrix, Matrix]:
             matrix.resize(0, refcheck=False)
             while not select.select([process.stdout], [], [], 1.0)[0]:
                 note(f"zca: eigenvectors of {size:,} x {size:,}: {time.monotonic() - began:.0f} s so far")
+            if failure := process.stdout.read(_FAILURE_BYTES).decode(errors="replace").strip():
+                _log.warning("zca is fitted on the CPU instead of the GPU: %s", failure)
             read = sum(process.stdout.readinto(each.data) for each in (values, vectors))
             if read < values.nbytes + vectors.nbytes:
                 raise DatasetError(

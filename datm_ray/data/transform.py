@@ -26,7 +26,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from datm_ray.data.decode import pixels_of
 from datm_ray.data.patience import Lines, Matrix, Say, eigenpairs, silent, slabs
 from datm_ray.errors import CorruptFileError, DatasetError
 from datm_ray.memory import available_memory
-from datm_ray.words import counted, data_size, dimensions, duration, one_line
+from datm_ray.words import counted, data_size, dimensions, duration
 
 Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
@@ -548,7 +548,7 @@ def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str, sa
         covariance = _covariance(images, total, levels, note)
         fingerprint = _digest(*fitted, total, covariance)
         say(f"zca: eigenvectors of the covariance, {values:,} x {values:,}")
-        pairs = _eigh(covariance, device, note)
+        pairs = eigenpairs(covariance, note, device)
     return Transform(
         kind="zca",
         shape=_image_shape(images),
@@ -611,35 +611,13 @@ def _eigenpairs_of_few(
     for rows in slabs(count, centred.size):
         note(f"zca: products of {rows.start:,} of {count:,} images")
         products[rows] = centred[rows] @ centred.T
-    values, vectors = _eigh(products, device, note)
+    values, vectors = eigenpairs(products, note, device)
     kept = values > count * np.finfo(np.float64).eps * values[-1]  # the rest is rounding
     values, vectors = values[kept], vectors[:, kept]
     for rows in slabs(len(found), vectors.size):
         note(f"zca: {rows.start:,} of {len(found):,} values of the eigenvectors")
         found[rows, : len(values)] = centred.T[rows] @ vectors / np.sqrt(values)
     return values, found[:, : len(values)]
-
-
-def _eigh(matrix: Matrix, device: str, note: Say = silent) -> tuple[Doubles, Matrix]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix. The matrix may be freed: do not use it afterwards.
-
-    If the device fails, for example because other processes use its memory, the CPU computes the result.
-    """
-    if device == "cpu":  # numpy took half as long as torch
-        return eigenpairs(matrix, note)
-    try:
-        return _eigh_by_torch(matrix, device)
-    except RuntimeError as failure:
-        _log.warning("zca is fitted on the CPU instead of the GPU: %s", one_line(str(failure))[:200])
-    finally:
-        with suppress(RuntimeError):  # after some errors of a GPU, every later call fails too
-            torch.cuda.empty_cache()  # this process may live for days beside workers that need the memory
-    return eigenpairs(matrix, note)
-
-
-def _eigh_by_torch(matrix: Matrix, device: str) -> tuple[Doubles, Matrix]:
-    found = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
-    return found.eigenvalues.cpu().numpy(), found.eigenvectors.cpu().numpy()
 
 
 def _fit_standard(images: NDArray[np.uint8], levels: int) -> Transform:

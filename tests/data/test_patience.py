@@ -57,7 +57,7 @@ def test_ctrl_c_ends_a_decomposition_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_decomposition_ends_when_its_parent_is_gone() -> None:
     """The process of a decomposition ends within seconds if the one that asked for it was killed."""
-    orphan = [sys.executable, "-c", patience._PROGRAM, str(os.getpid() + 1), "5000", *sys.path]  # not its parent
+    orphan = [sys.executable, "-c", patience._PROGRAM, str(os.getpid() + 1), "5000", "cpu", *sys.path]  # not its parent
     with subprocess.Popen(orphan, stdin=subprocess.PIPE) as process:
         assert process.wait(20) == 1
 
