@@ -74,6 +74,7 @@ def test_a_worker_has_its_share_of_its_node(
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
     monkeypatch.setattr(ray, "get_gpu_ids", list)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")  # the worker hides all, and later tests may start nodes with GPUs
     monkeypatch.setattr(pool, "Collector", lambda *_: Records())
     monkeypatch.setattr(assigned, "gpus", ())
     monkeypatch.setattr(assigned, "cpus", None)
