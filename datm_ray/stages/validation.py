@@ -44,7 +44,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import State
 from datm_ray.monitor.spent import Spent
-from datm_ray.runtime.devices import channels_last_on, images_on, to_device
+from datm_ray.runtime.devices import channels_last_on, images_on, network_on, to_device
 from datm_ray.runtime.executor import Progress
 from datm_ray.stages.checkpoint import read_iteration
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
@@ -207,9 +207,10 @@ def validating(
     images, labels = images_on(dataset.validation_images, device), to_device(dataset.validation_labels, device)
     epochs = seeds * schedule.epochs
     numbers = [derive_seed(config.seed, Purpose.VALIDATION, number) for number in range(seeds)]
+    networks = [network_on(build_network(spec, seed), device, config.cluster) for seed in numbers]
     trainings = [
-        Training(build_network(spec, seed).to(device), whole.images, whole.soft_labels, schedule, seed)
-        for seed in numbers
+        Training(network, whole.images, whole.soft_labels, schedule, seed)
+        for network, seed in zip(networks, numbers, strict=True)
     ]
     yield Progress(0, epochs)
     last = time.monotonic()

@@ -6,16 +6,19 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from datm_ray.artifact import load
-from datm_ray.config import RunConfig
+from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
@@ -23,7 +26,7 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.runs import Runs
 from datm_ray.runtime.executor import Event, Finished, More, Progress, Task
 from datm_ray.runtime.stopping import Interrupted, ask
-from datm_ray.stages import distill
+from datm_ray.stages import distill, validation
 from datm_ray.stages.checkpoint import PARTS, read_curves
 from datm_ray.stages.distill import COST, LAST_GOOD, SYNTHETIC, DistillWorker, read_cost
 from datm_ray.stages.methods.base import Method
@@ -369,3 +372,24 @@ def test_a_candidate_is_a_set_like_any_other(tmp_path: Path) -> None:
     assert torch.equal(rows.images, whole.images[3:5])
     assert torch.equal(rows.labels, whole.labels[3:5])
     assert whole.provenance["dataset"] == "digits"
+
+
+def test_networks_of_a_validation_get_the_layout_of_scored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that validate are moved to their device as other networks are, and keep the layout that they get."""
+    placed, config = list[nn.Module](), tiny_config("distill.validation_seeds=2")
+
+    def place(network: nn.Module, device: torch.device, cluster: ClusterConfig) -> nn.Module:
+        assert (device.type, cluster) == ("cpu", config.cluster)
+        placed.append(network.to(memory_format=torch.channels_last))
+        return placed[-1]
+
+    monkeypatch.setattr(validation, "network_on", place)
+    monkeypatch.setattr(validation, "PROTOCOLS", {name: replace(each, epochs=1) for name, each in PROTOCOLS.items()})
+    images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
+    whole = SyntheticSet(images, torch.eye(10), torch.tensor([0.01]), labels)
+    *_, last = validation.validating(config, dataset(), whole, torch.device("cpu"))
+    assert 0 <= last.values["validation"] <= 1
+    assert len(placed) == 2
+    weights = [each for network in placed for each in network.parameters() if each.dim() == 4 and each.shape[1] > 1]
+    assert weights
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)

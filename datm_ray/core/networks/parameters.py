@@ -91,12 +91,20 @@ def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
 
 
 def unflatten_into(module: nn.Module, parameters: Tensor) -> None:
-    """Write the vector [p] into the module's parameters.
+    """Write the vector [p] into the module's parameters, which keep their layout, such as channels-last.
+
+    Contiguous parameters become views of the vector.
 
     Raises:
         ValueError: the vector has more or fewer numbers than the parameters.
     """
-    count = sum(parameter.numel() for parameter in module.parameters())
-    if parameters.numel() != count:  # torch would ignore the surplus
+    own = list(module.parameters())
+    sizes = [each.numel() for each in own]
+    if parameters.numel() != (count := sum(sizes)):  # torch would ignore the surplus
         raise ValueError(f"{parameters.numel():,} numbers for a network of {count:,} parameters")
-    torch.nn.utils.vector_to_parameters(parameters, module.parameters())
+    for each, piece in zip(own, parameters.split(sizes), strict=True):
+        view = piece.view_as(each).data
+        if view.stride() == each.stride():
+            each.data = view
+        else:
+            each.data.copy_(view)

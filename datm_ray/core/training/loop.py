@@ -442,8 +442,8 @@ def would_gain_together(
     """True if training several networks like this one together would be faster than one after another.
 
     Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
-    checks these conditions. Networks with micro-batches are trained one after another. Compiling must take less time
-    than it saves in all trainings with the same step.
+    checks these conditions. Networks whose steps micro-batches divide are trained one after another. Compiling must
+    take less time than it saves in all trainings with the same step.
 
     Args:
         networks: number of networks.
@@ -453,8 +453,8 @@ def would_gain_together(
         alike: number of networks in all tasks of the run that the same compiled step can train, including these
             `networks`; 0 if not known.
     """
-    every = max(networks, alike)
-    if networks == 1 or schedule.optimiser != "sgd" or schedule.micro_batch:
+    every, is_divided = max(networks, alike), 0 < (schedule.micro_batch or 0) < min(schedule.batch_size, count)
+    if networks == 1 or schedule.optimiser != "sgd" or is_divided:
         return False
     if on_gpu:
         return every * schedule.epochs * -(-count // schedule.batch_size) >= COMPILED_STEPS

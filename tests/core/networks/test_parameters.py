@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork, flatten, unflatten_into
@@ -32,6 +35,20 @@ def test_unflatten_undoes_flatten() -> None:
     assert torch.equal(flatten(other), vector)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, source.get_parameter(name))
+
+
+def test_unflatten_keeps_the_layout_of_the_weights() -> None:
+    """A channels-last network, 1x1 convolutions too, stays channels-last and gets the numbers of the vector."""
+    source = build_network(SPEC, 0)
+    source.add_module("narrow", nn.Conv2d(4, 6, 1))
+    other = copy.deepcopy(source).to(memory_format=torch.channels_last)
+    layouts = [each.stride() for each in other.parameters()]
+    assert layouts != [each.stride() for each in source.parameters()]
+    vector = torch.randn(len(flatten(source)))
+    for each in (source, other):
+        unflatten_into(each, vector)
+        assert torch.equal(flatten(each), vector)
+    assert [each.stride() for each in other.parameters()] == layouts
 
 
 def test_layers_are_the_named_parameters() -> None:

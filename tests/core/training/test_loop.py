@@ -147,6 +147,20 @@ def test_networks_trained_together_equal_those_trained_one_after_another(schedul
         torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
 
 
+def test_networks_trained_together_keep_their_layout() -> None:
+    """Channels-last networks are still so when they were trained together, with the bits of others."""
+    ours, usual = trainings(RICH, soft=False), trainings(RICH, soft=False)
+    for each in ours:
+        each.network.to(memory_format=torch.channels_last)
+    layouts = [[weight.stride() for weight in each.network.parameters()] for each in ours]
+    for stack in (ours, usual):
+        list(train_together(functions_of(stack), stack))
+    assert [[weight.stride() for weight in each.network.parameters()] for each in ours] == layouts
+    assert layouts != [[weight.stride() for weight in each.network.parameters()] for each in usual]
+    for one, other in zip(ours, usual, strict=True):
+        assert torch.equal(flatten(one.network), flatten(other.network))
+
+
 @pytest.mark.slow
 def test_networks_trained_together_are_compiled_exactly() -> None:
     """The compiled step is exact to 1e-12 in float64, with the last batch filled up."""
@@ -173,6 +187,12 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
     ], "a GPU compiles for 15,000 steps, three in an epoch"
     assert not would_gain_together(network, 1, (1, 8, 8), 20, long)
     assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_adamw())
+    divided = [
+        replace(long, epochs=6000, batch_size=size, micro_batch=micro)
+        for size, micro in ((8, 7), (8, 8), (64, 19), (64, 20))
+    ]
+    together = [would_gain_together(network, 2, (1, 8, 8), 20, each) for each in divided]
+    assert together == [False, True, False, True], "micro-batches that hold a whole batch divide no step"
     images, labels = torch.zeros(20, 1, 8, 8), torch.zeros(20, 3)
     trainer, lessons = Trainer(compile_=True, channels_last=False), mock.Mock()
     for each, teaching, sizes in ((network, None, [2]), (network, lessons, [1, 1]), (resnet, None, [1, 1])):
