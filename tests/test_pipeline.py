@@ -412,17 +412,17 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
 
 
 @pytest.mark.parametrize(("is_stacked", "expected"), [
-    (False, {"random-hard": (1, 2), "random-soft": (1, 2), "distilled": (1, 0), "full": (1, 2)}),
-    (True, {"random-hard": (6, 0), "random-soft": (6, 0), "distilled": (2, 0), "full": (6, 0)}),
+    (False, {"random-hard": (1, 2, 1), "random-soft": (1, 2, 1), "distilled": (1, 0, 1), "full": (1, 2, 0)}),
+    (True, {"random-hard": (6, 0, 2), "random-soft": (6, 0, 2), "distilled": (2, 0, 1), "full": (6, 0, 0)}),
 ])  # fmt: skip
-def test_scoring_counts_all_networks_of_a_task(
-    is_stacked: bool, expected: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scoring_counts_all_networks_and_sets_of_a_task(
+    is_stacked: bool, expected: dict[str, tuple[int, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory of a task counts the networks trained together, and those of other step sizes that it holds."""
-    counted = list[tuple[int, int]]()
+    """Memory of a task counts the networks trained together, those of other step sizes, and the sets that it holds."""
+    counted = list[tuple[int, int, int]]()
 
-    def memory(*arguments: Any, held: int, **_: Any) -> int:
-        counted.append((arguments[4], held))
+    def memory(*arguments: Any, held: int, sets: int, **_: Any) -> int:
+        counted.append((arguments[4], held, sets))
         return 0
 
     monkeypatch.setattr(tasks, "scoring_memory", memory)
@@ -433,6 +433,22 @@ def test_scoring_counts_all_networks_of_a_task(
     rows = [task.name.split()[1] for task in found]
     assert len(rows) == len(counted)
     assert dict(zip(rows, counted, strict=True)) == expected
+
+
+def test_memory_of_a_task_follows_what_the_task_reads(tmp_path: Path) -> None:
+    """Micro-batches of `evaluate` lower the memory of the rows that read the key, not of others or of a validation."""
+    found = list[dict[str, int]]()
+    for number, micro in enumerate((128, 4)):
+        changes = ("network.width=64", "dataset.resize=32", "distill.ipc=20", "cluster.compile=false")
+        config = tiny_config(*changes, "evaluate.batch_size=128", f"evaluate.micro_batch={micro}")
+        pipeline = Pipeline([config], str(tmp_path / str(number)))
+        of_rows = {
+            each.name.split()[1]: each.memory for each in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)
+        }
+        found.append({**of_rows, "validation": tasks.validation_task(pipeline.runs, config).memory})
+    whole, divided = found
+    assert {name for name in whole if divided[name] < whole[name]} == {"random-hard", "random-soft", "distilled"}
+    assert [divided[name] for name in ("full", "validation")] == [whole[name] for name in ("full", "validation")]
 
 
 def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(

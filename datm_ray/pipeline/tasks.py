@@ -25,7 +25,7 @@ from datm_ray.planning.work import Row, weight
 from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.shape import DataShape
-from datm_ray.stages.evaluate.rows import ALL_ROWS, is_unstackable, largest_stack, result_location
+from datm_ray.stages.evaluate.rows import ALL_ROWS, DISTILLED, is_unstackable, largest_stack, result_location
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels, missing_epochs
@@ -33,7 +33,7 @@ from datm_ray.stages.methods.memory import ALONE, laid_out, plans_of
 from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.stages.pieces import unfinished_pieces
-from datm_ray.stages.validation import is_apart, only_validations_are_left
+from datm_ray.stages.validation import is_apart, only_validations_are_left, validation_schedule
 
 SETS_JOINED = 4
 """Number of copies of a set that a worker holds while it joins pieces: first and final set, and the data to write."""
@@ -257,6 +257,7 @@ def join_task(runs: Runs, config: RunConfig) -> Task:
 def validation_task(runs: Runs, config: RunConfig) -> Task:
     """Task that validates a set of the run. The caller adds the set's iteration to the task's name and arguments."""
     shape, seeds = runs.shape(config), config.distill.validation_seeds
+    schedule = validation_schedule(config, 1.0)
     return Task(
         f"{config.name} validation",
         (config, runs.store_uri, runs.folder(config).uri),
@@ -264,7 +265,7 @@ def validation_task(runs: Runs, config: RunConfig) -> Task:
         stage="distillation",
         weight=weight(work.validation(config, shape)),
         method="validate",
-        memory=scoring_memory(config, shape, shape.synthetic(config), together=seeds),
+        memory=scoring_memory(config, shape, shape.synthetic(config), together=seeds, schedule=schedule),
         is_light=True,
     )
 
@@ -414,7 +415,10 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
     if all(place.exists() for place in places):
         return None
     together = largest_stack(*row.facts, len(numbers))
-    others, is_shared = row.training(len(numbers))[0] - together, row.name == "full"
+    networks, schedule = row.training(len(numbers))
+    held = networks - together
+    sets = 0 if row.name == "full" else 1 if row.name in DISTILLED else len(numbers)
+    facts = config, row.shape, row.images, network, together
     uris = tuple(place.uri for place in places)
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
     return Task(
@@ -424,7 +428,7 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
         stage="evaluation",
         weight=weight(work.evaluation(row, len(numbers))),
         method="evaluate",
-        memory=scoring_memory(config, row.shape, row.images, network, together, held=others, is_shared=is_shared),
+        memory=scoring_memory(*facts, held=held, sets=sets, schedule=schedule),
         is_light=True,
     )
 

@@ -12,8 +12,8 @@ import math
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.images.batches import BLOCK_BYTES
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
-from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.core.training.loop import SCORING_BATCH, Schedule, scoring_schedule
+from datm_ray.runtime.devices import MOST_READERS, uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.experts.progress import LARGEST_WRITE
 from datm_ray.stages.labels import labelling_bytes
@@ -51,7 +51,7 @@ def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> 
         ConfigError: a CPU worker would need more memory than it may take, or there are more shards than classes.
     """
     if uses_gpu(config.cluster):
-        return GPU_PROCESS_BYTES
+        return _gpu_worker_bytes(shape)
     saved = 0 if config.cluster.compile else PROCESS_BYTES - TRAINING_PROCESS_BYTES
     return max(plan.total for plan in plans_of(config, shape, sharing)) - saved
 
@@ -69,7 +69,7 @@ def prior_memory(config: RunConfig, shape: DataShape) -> int:
     """Bytes of main memory of a worker that trains the run's prior, which the run must have."""
     assert config.prior is not None
     if uses_gpu(config.cluster.shaped(light=True)):
-        return GPU_PROCESS_BYTES
+        return _gpu_worker_bytes(shape)
     cost, _ = prior_cost(config.prior, shape.image)
     maps = 2 * STACKED_MAPS * config.prior.batch_size * cost.maps  # an encoder is about as large as its decoder
     values = math.prod(shape.image)
@@ -86,7 +86,8 @@ def scoring_memory(
     together: int = 1,
     *,
     held: int = 0,
-    is_shared: bool = False,
+    sets: int = 1,
+    schedule: Schedule | None = None,
 ) -> int:
     """Bytes of main memory to reserve for a worker that trains a network on `images` images and scores it.
 
@@ -94,20 +95,23 @@ def scoring_memory(
         network: scored network; `None` for the backbone.
         together: number of networks that are trained together.
         held: number of other networks that the worker holds at the same time, trained or to be trained.
-        is_shared: True if the images are the data set's, which the workers of a node share.
+        sets: number of different sets of `images` images that the worker holds; 0 if the images are the data set's,
+            which the workers of a node share.
+        schedule: schedule of the training; `None` for that of the distilled set's row.
     """
-    rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
-    own = config.model_copy(update={"network": network or config.network})
-    tensors = 4 * held * network_cost(own, shape).parameters
-    images_held = 0 if is_shared else together * images * shape.row
     if uses_gpu(config.cluster.shaped(light=True)):
-        return GPU_PROCESS_BYTES + SET_COPIES_READ * images_held
-    tensors += images_held
+        copies = sets + SET_COPIES_READ - 1 if sets else 0  # sets are read one after another
+        return _gpu_worker_bytes(shape) + copies * images * shape.row
+    schedule = schedule or scoring_schedule(config.evaluate, 1.0)
+    rows = min(schedule.batch_size, images)
+    at_once = min(schedule.micro_batch or rows, rows)
+    own = config.model_copy(update={"network": network or config.network})
+    tensors = 4 * held * network_cost(own, shape).parameters + sets * images * shape.row
     if config.evaluate.has_teacher:
         teacher = network_cost(teacher_of(config), shape)
-        tensors += 2 * rows * together * teacher.largest + 4 * teacher.parameters
+        tensors += 2 * at_once * together * teacher.largest + 4 * teacher.parameters
     is_stack = together > 1 and own.network.norm != "batch"
-    return _training_memory(own, shape, rows, together, tensors, SCORING_BATCH, is_stack=is_stack)
+    return _training_memory(own, shape, rows, together, tensors, SCORING_BATCH, is_stack=is_stack, at_once=at_once)
 
 
 def labelling_memory(config: RunConfig, shape: DataShape) -> int:
@@ -119,17 +123,31 @@ def labelling_memory(config: RunConfig, shape: DataShape) -> int:
     return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * held) + labelling_bytes(config, shape, images)
 
 
+def _gpu_worker_bytes(shape: DataShape) -> int:
+    """Bytes of main memory of a worker that computes on a GPU: its process, and threads that read streamed images."""
+    return GPU_PROCESS_BYTES + shape.is_streamed * (STREAM_BYTES + MOST_READERS * PHOTO_BYTES)
+
+
 def _training_memory(
-    config: RunConfig, shape: DataShape, rows: int, networks: int, held: int, scored: int, *, is_stack: bool
+    config: RunConfig,
+    shape: DataShape,
+    rows: int,
+    networks: int,
+    held: int,
+    scored: int,
+    *,
+    is_stack: bool,
+    at_once: int | None = None,
 ) -> int:
     """Bytes of main memory to reserve for a worker that trains networks, each on `rows` images in a step.
 
     The worker holds further tensors of `held` bytes. Between steps, a network scores `scored` images at the same time.
-    If the networks are a stack (`is_stack`), steps are computed in parts that fit the cache of a CPU.
+    A step computes `at_once` images at a time; `None` for all. If the networks are a stack (`is_stack`), steps are
+    computed in parts that fit the cache of a CPU.
     """
     if uses_gpu(config.cluster.shaped(light=True)):
-        return GPU_PROCESS_BYTES
-    cost, at_once = network_cost(config, shape), rows
+        return _gpu_worker_bytes(shape)
+    cost, at_once = network_cost(config, shape), at_once or rows
     if is_stack and config.network.norm != "batch":  # other networks compute whole batches, one by one
         at_once = min(rows * networks, max(networks, CACHED_MAP_BYTES // cost.largest))
     maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import ClusterConfig, DatasetConfig, Role, RunConfig, override
+from datm_ray.config import ClusterConfig, DatasetConfig, PriorConfig, Role, RunConfig, override
 from datm_ray.core.metadd import Evidence, MetaDD
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import Schedule
@@ -23,13 +23,18 @@ from datm_ray.errors import ConfigError, DatasetError, GpuMemoryError, WorkerLos
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory import matching
 from datm_ray.planning.memory import (
+    ALONE_MAPS,
     GPU_PROCESS_BYTES,
+    PHOTO_BYTES,
+    STREAM_BYTES,
     distilling_memory,
     experts_memory,
     labelling_memory,
+    prior_memory,
     scoring_memory,
 )
 from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.runtime.devices import MOST_READERS
 from datm_ray.runtime.mesh import Alone
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
 from datm_ray.stages.metadd import MetaNetworks
@@ -45,6 +50,7 @@ from datm_ray.stages.methods.memory import (
     plans_of,
     worker_budget,
 )
+from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.stages.methods.trajectory import rows_at_a_time
 from tests.conftest import tiny_config
 
@@ -616,7 +622,7 @@ def test_the_reserved_memory_follows_the_work() -> None:
     assert distilling_memory(config, shape) == GPU_PROCESS_BYTES
     assert experts_memory(config, shape, 1) < GPU_PROCESS_BYTES > scoring_memory(config, shape, 10)
     config = override(config, ["cluster.light=null"])
-    assert experts_memory(config, shape, 1) == scoring_memory(config, shape, 10, is_shared=True) == GPU_PROCESS_BYTES
+    assert experts_memory(config, shape, 1) == scoring_memory(config, shape, 10, sets=0) == GPU_PROCESS_BYTES
 
 
 def test_a_set_that_is_read_for_a_gpu_is_reserved_in_main_memory() -> None:
@@ -630,6 +636,52 @@ def test_a_set_that_is_read_for_a_gpu_is_reserved_in_main_memory() -> None:
     assert scoring_memory(config, shape, 50_000) == labelling_memory(config, shape) == GPU_PROCESS_BYTES + images
     on_cpus = override(config, ["cluster.gpus_per_worker=0"])
     assert labelling_memory(on_cpus, shape) > images
+
+
+def test_sets_count_as_often_as_a_worker_holds_them() -> None:
+    """A set that all seeds share counts once however many networks it trains, and sets of single seeds add up."""
+    config, shape = digits(32, 128, "cluster.gpus_per_worker=1")
+    size = 1000 * shape.row
+    shared, several, none = (scoring_memory(config, shape, 1000, None, 5, sets=sets) for sets in (1, 5, 0))
+    assert (shared - none, several - none) == (2 * size, 6 * size), "one more while it is read"
+    on_cpus = override(config, ["cluster.gpus_per_worker=0"])
+    one, five = (scoring_memory(on_cpus, shape, 1000, None, 5, sets=sets) for sets in (1, 5))
+    assert five - one == pytest.approx(MARGIN * 4 * size, abs=1)
+
+
+def test_threads_that_read_for_a_gpu_are_reserved() -> None:
+    """Every worker with a GPU that reads streamed images reserves memory for as many threads as it may have."""
+    config = override(get_recipe("imagenet-sre2l-ipc10"), ["cluster.gpus_per_worker=1"]).resolved((224, 224))
+    config = config.model_copy(update={"prior": PriorConfig()})
+    held = replace(IMAGENET, is_streamed=False)
+    found = [
+        tuple(each(config, shape, *more) for shape in (IMAGENET, held))
+        for each, more in (
+            (distilling_memory, ()),
+            (experts_memory, (1,)),
+            (prior_memory, ()),
+            (scoring_memory, (10_000,)),
+        )
+    ]
+    assert {streamed - kept for streamed, kept in found} == {STREAM_BYTES + MOST_READERS * PHOTO_BYTES}
+    assert labelling_memory(config, IMAGENET) == labelling_memory(config, held), "it reads the set alone"
+
+
+@pytest.mark.parametrize("labels", ["own", "teacher"])
+def test_micro_batches_need_less_main_memory(labels: str) -> None:
+    """A CPU holds the maps of a micro-batch, of the teacher's too; one that divides nothing changes nothing."""
+    shape = replace(IMAGENET, is_streamed=False)
+    whole = override(
+        get_recipe("imagenet-sre2l-ipc10"), [f"evaluate.labels={labels}", "evaluate.cutmix=0", "cluster.device=cpu"]
+    )
+    whole = whole.resolved((224, 224))
+    large, same, small = (
+        scoring_memory(override(whole, [f"evaluate.micro_batch={each}"]), shape, 10_000) for each in ("null", 1024, 128)
+    )
+    maps = (1024 - 128) * ALONE_MAPS * network_cost(whole, shape).maps
+    maps += (1024 - 128) * 2 * network_cost(teacher_of(whole), shape).largest * (labels == "teacher")
+    assert large == same
+    assert large - small == pytest.approx(MARGIN * maps, abs=2)
 
 
 class _Gpu(str):
