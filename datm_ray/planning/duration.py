@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +25,13 @@ from datm_ray.planning.machines import READING_OPERATIONS, Machine
 from datm_ray.planning.work import Row, Work
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.shape import DataShape, fitting_cost, network_cost
-from datm_ray.stages.evaluate.memory import memory_remedy, scoring_bytes
+from datm_ray.stages.evaluate.memory import largest_scored, memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.methods.base import Outlook
 from datm_ray.stages.methods.distribution import SLOW_READING
-from datm_ray.stages.methods.memory import DistillationPlan
+from datm_ray.stages.methods.memory import DistillationPlan, laid_out, worker_budget
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained
 from datm_ray.stages.validation import validations
@@ -277,17 +278,30 @@ class Proposal:
 
         The set is left out: it stays in main memory where a GPU has too little.
         """
-        is_on_gpu = uses_gpu(self.config.cluster.shaped(light=True))
-        return scoring_bytes(self.config, self.shape) if is_on_gpu else None
+        config, shape = self.config, self.shape
+        if not uses_gpu(config.cluster.shaped(light=True)):
+            return None
+        return scoring_step_bytes(config, shape, shape.synthetic(config), largest_scored(config, shape))
+
+    @property
+    def _evaluation_budget(self) -> float:
+        """Bytes of its GPU that a worker of the evaluation may take; infinite if unknown.
+
+        `cluster.memory` limits distilling workers alone.
+        """
+        light = self.config.cluster.shaped(light=True)
+        if self.replaced is not None:  # a described cluster
+            return (self.machine.memory or math.inf) * (light.gpus_per_worker or 1.0)
+        return worker_budget(laid_out(self.config.model_copy(update={"cluster": light}), {"memory": None}))
 
     @property
     def _of_a_gpu(self) -> str:
         """Memory of a GPU that evaluation takes, and what to do if it is too much; "" on CPUs."""
-        needed, limit = self.evaluation_bytes, self.plans[0].budget
-        if needed is None or needed <= limit:
+        needed = self.evaluation_bytes
+        if needed is None or needed <= (limit := self._evaluation_budget):
             return f", {data_size(needed)} of a GPU" if needed else ""
-        remedy = memory_remedy(self.config, "distilled")
-        return f", {data_size(needed)} of a GPU where {data_size(limit)} are free: {remedy}"
+        remedy = memory_remedy(self.config, self.shape, "distilled", largest_scored(self.config, self.shape))
+        return f", {data_size(needed)} of a GPU where {data_size(limit)} may be taken: {remedy}"
 
     @property
     def _layout(self) -> str:

@@ -207,14 +207,16 @@ def to_device_ahead(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return to_device(array, torch.device("cpu")).pin_memory().to(device, non_blocking=True)
 
 
-def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -> Images:
-    """Images on the device, or in main memory if they would take more than half of a GPU's free memory.
+def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device, beside: int = 0) -> Images:
+    """Images on the device, or in main memory if a GPU has too little memory for them.
 
-    Streamed images, an `ImageReader`, are returned unchanged.
+    Args:
+        images: images in main memory. Streamed images, an `ImageReader`, are returned unchanged.
+        beside: bytes that stay free on the GPU, for other work.
     """
     if not isinstance(images, np.ndarray):
         return images
-    return to_device(images, device if _fits(images.nbytes, device) else torch.device("cpu"))
+    return to_device(images, device if _fits(images.nbytes, device, beside) else torch.device("cpu"))
 
 
 def set_on(images: Tensor, device: torch.device, beside: int = 0) -> Tensor:

@@ -991,7 +991,7 @@ def test_maps_are_stored_as_the_device_and_the_precision_need(
 
 
 def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of more than half of a GPU's free memory stay in main memory; on CPUs there is no other place."""
+    """Images of more than half of a GPU's free memory, or without room for other work, stay in main memory."""
     images = np.zeros((4, 1, 8, 8), np.float32)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -1002,7 +1002,9 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * images.nbytes, 0))
         images_on(images, torch.device("cuda"))
     images_on(images, torch.device("cpu"))
-    assert [device.type for device in copied] == ["cpu", "cuda", "cpu"]
+    for beside in (2, 3):
+        images_on(images, torch.device("cuda"), beside * images.nbytes)
+    assert [device.type for device in copied] == ["cpu", "cuda", "cpu", "cuda", "cpu"], "a GPU with three times as much"
 
 
 def test_a_set_that_would_fill_a_gpu_stays_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:

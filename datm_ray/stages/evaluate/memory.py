@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.core.images.batches import GPU_BLOCK_BYTES
 from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
 from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.methods.memory import IMAGE_COPIES, MARGIN
@@ -20,6 +21,10 @@ torch's hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83
 NETWORK_VECTORS = 5
 """Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, two moments, and
 the updated values."""
+BLOCK_COPIES = 3
+"""Copies of the images of a block, the steps that are prepared together: before, during and after augmentation."""
+HELPS = 0.9
+"""Largest share of its memory that a step may still take in parts if micro-batches are advised."""
 
 
 def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
@@ -32,7 +37,8 @@ def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network
     rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
     at_once = min(config.evaluate.micro_batch or rows, rows)
     cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
-    step = at_once * (KEPT_MAPS * cost.maps + 2 * cost.largest) + IMAGE_COPIES * rows * shape.row
+    prepared = max(IMAGE_COPIES * rows * shape.row, BLOCK_COPIES * GPU_BLOCK_BYTES)
+    step = at_once * (KEPT_MAPS * cost.maps + 2 * cost.largest) + prepared
     tensors = max(step, 2 * SCORING_BATCH * cost.largest) + 4 * NETWORK_VECTORS * cost.parameters
     if config.evaluate.has_teacher:
         teacher = network_cost(teacher_of(config), shape)
@@ -40,16 +46,28 @@ def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network
     return math.ceil(MARGIN * tensors)
 
 
-def scoring_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Bytes of GPU memory that the largest step on a run's set takes, over all networks that the run scores."""
+def largest_scored(config: RunConfig, shape: DataShape) -> NetworkConfig | None:
+    """Network of the run whose step on the run's set takes most GPU memory; `None` for the backbone."""
     images = shape.synthetic(config)
-    return max(scoring_step_bytes(config, shape, images, each) for each in (None, *config.scored_networks))
+    return max((None, *config.scored_networks), key=lambda each: scoring_step_bytes(config, shape, images, each))
 
 
-def memory_remedy(config: RunConfig, row: str) -> str:
-    """What a user can do if a row's networks exhaust the memory of a GPU, as words for `explaining_memory`."""
+def memory_remedy(config: RunConfig, shape: DataShape, row: str, network: NetworkConfig | None = None) -> str:
+    """What a user can do if a row's networks exhaust the memory of a GPU, as words for `explaining_memory`.
+
+    Args:
+        row: key of `ALL_ROWS`.
+        network: scored network; `None` for the backbone.
+    """
     if row == "full":
         return "leave this row out with --skip-full"
-    schedule = scoring_schedule(config.evaluate, 1.0)
-    less = max(1, (schedule.micro_batch or schedule.batch_size) // 4)
-    return f"compute a step in parts: --set evaluate.micro_batch={less}"
+    settings, images = config.evaluate, shape.synthetic(config)
+    rows = min(scoring_schedule(settings, 1.0).batch_size, images)
+    less = max(1, min(settings.micro_batch or rows, rows) // 4)
+    parts = config.model_copy(update={"evaluate": settings.model_copy(update={"micro_batch": less})})
+    whole, divided = (scoring_step_bytes(each, shape, images, network) for each in (config, parts))
+    if divided <= HELPS * whole:
+        return f"compute a step in parts: --set evaluate.micro_batch={less}"
+    smaller = f"choose a smaller network{' or teacher' * settings.has_teacher}"
+    is_part = (config.cluster.shaped(light=True).gpus_per_worker or 1.0) < 1
+    return f"{smaller}, or use --set cluster.light.gpus_per_worker=1" if is_part else smaller

@@ -170,6 +170,8 @@ class EvaluateWorker:
         self._dataset = dataset
         self._experts: dict[str, ExpertNetworks] = {}
         self._teachers: dict[str, nn.Module] = {}
+        self._beside = 0
+        """Bytes of a GPU that images leave free: the largest step of the networks that were scored so far."""
         self._has_noted = False
         """True once the worker has yielded its note on compilation, which it yields only once."""
 
@@ -197,7 +199,8 @@ class EvaluateWorker:
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
                 the backbone. With AdamW there is no learned step size.
         """
-        with explaining_memory(memory_remedy(config, row)):
+        with explaining_memory(memory_remedy(config, self._shape, row, network)):
+            self._keep_free(config, row, network)
             yield from self._evaluate(config, store_uri, folder_uri, result_uris, row, numbers, network)
 
     def _evaluate(
@@ -247,6 +250,26 @@ class EvaluateWorker:
         training.remove()
         yield Finished(results, account.metrics())
 
+    @property
+    def _shape(self) -> DataShape:
+        return DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
+
+    def _keep_free(self, config: RunConfig, row: str, network: NetworkConfig | None) -> None:
+        """Keep as much memory of a GPU free of images as a step of a row's networks takes.
+
+        Validation and test images are placed anew if earlier rows needed less.
+        """
+        if self._device.type == "cpu":
+            return
+        is_full = row == "full"
+        images = len(self._dataset.train_labels) if is_full else self._shape.synthetic(config)
+        trained = _of_all_images(config) if is_full else config
+        needed = scoring_step_bytes(trained, self._shape, images, network)
+        if needed > self._beside:
+            self._beside = needed
+            for name in ("_test_set", "_validation_set"):
+                self.__dict__.pop(name, None)
+
     def _result(self, chosen: _Trial, of_test: float, with_learned: float | None, spent: Spent) -> dict[str, Any]:
         """Part of a result file that describes one network: accuracies, step size, cost and provenance.
 
@@ -294,7 +317,8 @@ class EvaluateWorker:
     @functools.cached_property
     def _test_set(self) -> tuple[Images, Tensor]:
         """Test images and labels, copied to the device once for all networks."""
-        return images_on(self._dataset.test_images, self._device), to_device(self._dataset.test_labels, self._device)
+        images = images_on(self._dataset.test_images, self._device, self._beside)
+        return images, to_device(self._dataset.test_labels, self._device)
 
     def _training_sets(
         self,
@@ -322,23 +346,17 @@ class EvaluateWorker:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
             targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
-            return self._placed(config, artifact.images, network), targets.to(self._device), learned
+            return set_on(artifact.images, self._device, self._beside), targets.to(self._device), learned
         all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         if row == "full":
-            return images_on(all_images, self._device), to_device(all_labels, self._device), None
+            images = images_on(all_images, self._device, self._beside)
+            return images, to_device(all_labels, self._device), None
         rows = random_rows(all_labels, config.distill.ipc, seed)
         drawn = to_device(all_images[rows], torch.device("cpu"))
-        images, labels = self._placed(config, drawn, network), to_device(all_labels[rows], self._device)
+        images, labels = set_on(drawn, self._device, self._beside), to_device(all_labels[rows], self._device)
         if row == "random-hard" or is_taught(config, row):
             return images, labels, None
         return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
-
-    def _placed(self, config: RunConfig, images: Tensor, network: NetworkConfig | None) -> Tensor:
-        """Images of a set on the device, or in main memory if they would leave a GPU too little for training."""
-        if self._device.type == "cpu":
-            return images
-        shape = DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
-        return set_on(images, self._device, scoring_step_bytes(config, shape, len(images), network))
 
     def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
         if config.name not in self._experts:
@@ -379,7 +397,7 @@ class EvaluateWorker:
     @functools.cached_property
     def _validation_set(self) -> tuple[Images, Tensor]:
         """Validation images and labels, copied to the device once for all networks."""
-        images = images_on(self._dataset.validation_images, self._device)
+        images = images_on(self._dataset.validation_images, self._device, self._beside)
         return images, to_device(self._dataset.validation_labels, self._device)
 
 
@@ -447,7 +465,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
 def row_schedule(config: RunConfig, row: str) -> Schedule:
     """Training schedule for networks of a row of the accuracy table; its learning rate is a placeholder."""
     if row == "full":
-        config = config.model_copy(update={"evaluate": _by_protocol(config.evaluate)})
+        config = _of_all_images(config)
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
         schedule = schedule.with_adamw(config.evaluate.weight_decay)
@@ -459,13 +477,14 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 
 
-def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy of the settings in which the keys in `SCORING_KEYS` have their defaults.
+def _of_all_images(config: RunConfig) -> RunConfig:
+    """Copy of a run in which the keys in `SCORING_KEYS` have their defaults, as in the row on all real data.
 
     With these defaults, networks are trained as `evaluate.protocol` says.
     """
     fields = EvaluateConfig.model_fields
-    return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
+    settings = config.evaluate.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
+    return config.model_copy(update={"evaluate": settings})
 
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:

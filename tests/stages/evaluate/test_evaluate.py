@@ -376,9 +376,9 @@ def test_scored_images_are_copied_to_the_device_once(tmp_path: Path, monkeypatch
     config, copied = tiny_config(), list[int]()
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
 
-    def copy(images: Any, device: torch.device) -> Any:
+    def copy(images: Any, device: torch.device, beside: int) -> Any:
         copied.append(len(images))
-        return images_on(images, device)
+        return images_on(images, device, beside)
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.images_on", copy)
     worker = EvaluateWorker(dataset, config.cluster)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.config import NetworkSpec, override
+from datm_ray.config import NetworkSpec, RunConfig, override
+from datm_ray.core.images.batches import GPU_BLOCK_BYTES
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import WorkerLostError
+from datm_ray.monitor.spent import Account
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.shape import DataShape
-from datm_ray.stages.evaluate.memory import KEPT_MAPS, scoring_step_bytes
+from datm_ray.stages.evaluate.memory import KEPT_MAPS, memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.rows import EvaluateWorker
 from datm_ray.stages.methods.memory import MARGIN
 from tests.conftest import tiny_config
@@ -69,6 +72,91 @@ def test_a_plan_for_gpus_counts_the_evaluation() -> None:
     assert plan_run(tiny_config(), "cpus=1,gflops=50").evaluation_bytes is None
 
 
+def test_a_plan_compares_the_evaluation_with_what_its_workers_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of `cluster.light` may take their share of a GPU, and `cluster.memory` limits distilling ones alone."""
+    config, shape = get_recipe("imagenet-sre2l-ipc10"), "3x224x224,1000,1281167"
+    shared = override(config, ["cluster.light.gpus_per_worker=0.25"])
+    whole, quarter = (str(plan_run(each, "gpus=8,memory=80GiB,tflops=60", shape)) for each in (config, shared))
+    assert "may be taken" not in whole
+    assert "of a GPU where 20 GiB may be taken: compute a step in parts" in quarter
+
+    def budget(config: RunConfig) -> float:
+        assert config.cluster.memory is None
+        return 100 * 2**30 * (config.cluster.gpus_per_worker or 1.0)
+
+    monkeypatch.setattr("datm_ray.planning.duration.worker_budget", budget)
+    monkeypatch.setattr("datm_ray.planning.plan.require_precision", lambda *_, **__: None)
+    small = ["cluster.device=cuda", "cluster.memory=24GiB"]
+    here, shared_here = (plan_run(override(each, small), shape=shape) for each in (config, shared))
+    assert here.plans[0].budget == 24 * 2**30
+    assert "may be taken" not in str(here)
+    assert "where 25 GiB may be taken" in str(shared_here)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ((), "compute a step in parts: --set evaluate.micro_batch=256"),
+        (("distill.ipc=1", "evaluate.batch_size=4096"), "compute a step in parts: --set evaluate.micro_batch=250"),
+        (("evaluate.micro_batch=128",), "compute a step in parts: --set evaluate.micro_batch=32"),
+        (("evaluate.micro_batch=1",), "choose a smaller network or teacher"),
+        (("evaluate.batch_size=1",), "choose a smaller network or teacher"),
+        (("evaluate.labels=own", "evaluate.cutmix=0", "evaluate.batch_size=1"), "choose a smaller network"),
+        (
+            ("evaluate.micro_batch=1", "cluster.light.gpus_per_worker=0.5"),
+            "choose a smaller network or teacher, or use --set cluster.light.gpus_per_worker=1",
+        ),
+    ],
+)
+def test_the_remedy_for_exhausted_memory_helps(changes: tuple[str, ...], remedy: str) -> None:
+    """Micro-batches are advised only where they lower the memory, as parts of the images that a step has."""
+    config = override(get_recipe("imagenet-sre2l-ipc10"), list(changes)).resolved((224, 224))
+    assert memory_remedy(config, IMAGENET, "distilled") == remedy
+
+
+def test_images_of_many_steps_that_are_prepared_together_are_counted() -> None:
+    """Small batches are gathered and augmented in blocks, whose copies a step's memory covers."""
+    config = tiny_config()
+    assert scoring_step_bytes(config, DataShape((1, 8, 8), 10, 0), 10) >= 3 * GPU_BLOCK_BYTES
+
+
+class _Gpu(str):
+    """The CPU, under the name of a GPU."""
+
+    type = "cuda"
+
+
+def test_scored_images_leave_a_gpu_what_the_next_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation and test images leave free what a step takes, and are placed anew for a network that takes more."""
+    config, placed = tiny_config("cluster.channels_last=false", "evaluate.epochs=1"), list[tuple[int, int]]()
+    large = config.network.model_copy(update={"width": 32})
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
+    worker = EvaluateWorker(dataset, config.cluster)
+
+    def place(images: Any, device: torch.device, beside: int) -> Any:
+        placed.append((len(images), beside))
+        return torch.from_numpy(np.array(images))
+
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.images_on", place)
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.set_on", lambda images, *_: images)
+    monkeypatch.setattr("datm_ray.stages.evaluate.rows.network_on", lambda network, *_: network)
+    monkeypatch.setattr(
+        "datm_ray.stages.evaluate.rows.Account", lambda _, cluster: Account(torch.device("cpu"), cluster)
+    )
+    monkeypatch.setattr("datm_ray.stages.evaluate.memory.BLOCK_COPIES", 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "a GPU")
+    worker._device = _Gpu("cpu")  # type: ignore[assignment]
+    for number, network in enumerate((None, large, None)):
+        list(
+            worker.evaluate(config, "", str(tmp_path), [str(tmp_path / f"{number}.json")], "random-hard", [0], network)
+        )
+    shape = DataShape((1, 8, 8), 10, 0)
+    needed = [scoring_step_bytes(config, shape, 10, each) for each in (None, large)]
+    assert needed[0] < needed[1]
+    every = (len(dataset.validation_images), len(dataset.test_images))
+    assert placed == [(count, beside) for beside in needed for count in every]
+
+
 @pytest.mark.parametrize(("row", "remedy"), [("random-hard", "evaluate.micro_batch=32"), ("full", "--skip-full")])
 def test_a_gpu_without_memory_for_evaluation_names_what_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, remedy: str
@@ -79,7 +167,7 @@ def test_a_gpu_without_memory_for_evaluation_names_what_helps(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.network_on", fail)
-    config = tiny_config()
+    config = tiny_config("network.width=1024", "dataset.resize=32", "distill.ipc=13", "evaluate.batch_size=500")
     worker = EvaluateWorker(Pipeline([config], str(tmp_path)).runs.dataset(config.dataset), config.cluster)
     with pytest.raises(WorkerLostError, match=remedy) as caught:
         list(worker.evaluate(config, "", str(tmp_path), [str(tmp_path / "0.json")], row, [0]))
