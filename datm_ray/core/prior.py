@@ -30,8 +30,8 @@ from datm_ray.config import PriorConfig
 from datm_ray.config.plugins import imported
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.randomness import Purpose, derive_seed, generator
+from datm_ray.core.steps import Steps
 from datm_ray.core.training.adam import adam_step
-from datm_ray.core.training.loop import Heartbeat, no_heartbeat
 from datm_ray.core.training.rates import share_of_rate
 from datm_ray.errors import ConfigError
 
@@ -220,26 +220,29 @@ class Prior:
             found.append(torch.autograd.grad(back, weights, along)[0])
         return torch.cat(found)
 
-    def invert(self, images: Tensor, latents: Tensor, steps: int, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+    def invert(self, images: Tensor, latents: Tensor, steps: int) -> Steps[Tensor]:
         """Find latents [n l a b] whose images are near the given images, by Adam on the squared error of the images.
+
+        Yields after each step of each micro-batch, and returns the latents.
 
         Args:
             images: [n c h w] normalised images.
             latents: [n l a b] latents at the start.
             steps: number of steps.
-            heartbeat: called after each step.
         """
-        parts = zip(images.split(self.chunk), latents.split(self.chunk), strict=True)
-        return torch.cat([self._inverted(part, start, steps, heartbeat) for part, start in parts])
+        found = []
+        for part, start in zip(images.split(self.chunk), latents.split(self.chunk), strict=True):
+            found.append((yield from self._inverted(part, start, steps)))
+        return torch.cat(found)
 
-    def _inverted(self, images: Tensor, start: Tensor, steps: int, heartbeat: Heartbeat) -> Tensor:
+    def _inverted(self, images: Tensor, start: Tensor, steps: int) -> Steps[Tensor]:
         latents = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([latents], INVERSION_RATE)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = INVERSION_RATE * share_of_rate(step, steps, cosine=True)
             (latents.grad,) = torch.autograd.grad((self.network(latents) - images).square().sum(), latents)
             optimizer.step()
-            heartbeat()
+            yield
         return latents.detach()
 
 
@@ -274,10 +277,11 @@ def train_autoencoder(
     settings: PriorConfig,
     seed: int,
     state: AutoencoderState,
-) -> Iterator[float]:
-    """Train the remaining epochs and update `state` in place. Yields each epoch's mean squared error of pixels.
+) -> Iterator[float | None]:
+    """Train the remaining epochs and update `state` in place.
 
-    The learning rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
+    Yields the epoch's mean squared error of pixels after its last step, and `None` after every other step. The learning
+    rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
 
     Args:
         network: architecture; its own parameters are not read.
@@ -299,5 +303,7 @@ def train_autoencoder(
             rate = settings.learning_rate * share_of_rate(done, settings.epochs * steps, cosine=True)
             state.parameters, state.first, state.second = adam_step(state.parameters, gradient, moments, rate, done)
             errors.append(error.detach() * len(images))
+            if step < steps - 1:
+                yield None
         state.epoch += 1
         yield float(torch.stack(errors).sum()) / count

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.steps import Steps, finished, result_of
 from datm_ray.errors import DatasetError
 
 AllSum = Callable[[Tensor], Tensor]
@@ -140,6 +141,25 @@ def correct_rows(
     Raises:
         DatasetError: a class has fewer than `ipc` images.
     """
+
+    def predict_at_once(expert: int, rows: NDArray[np.int64]) -> Steps[NDArray[np.int64]]:
+        return finished(predict(expert, rows))
+
+    return result_of(
+        correct_rows_in_steps(labels, ipc, seed, experts=experts, predict=predict_at_once, classes=classes)
+    )
+
+
+def correct_rows_in_steps(
+    labels: NDArray[np.int64],
+    ipc: int,
+    seed: int,
+    *,
+    experts: int,
+    predict: Callable[[int, NDArray[np.int64]], Steps[NDArray[np.int64]]],
+    classes: range | None = None,
+) -> Steps[NDArray[np.int64]]:
+    """Choose images as `correct_rows` does, with predictions that are made in steps."""
     order = _shuffled_by_class(labels, seed)
     _require_ipc(order, ipc)
     if classes is not None:
@@ -155,7 +175,8 @@ def correct_rows(
                 for rows, taken in zip(order, chosen, strict=True)
             ]
             candidates = np.array([row for asked_for in block for row in asked_for], np.int64)
-            right = set(candidates[predict(expert, candidates) == labels[candidates]].tolist())
+            predicted = yield from predict(expert, candidates)
+            right = set(candidates[predicted == labels[candidates]].tolist())
             for asked_for, taken in zip(block, chosen, strict=True):
                 taken += [row for row in asked_for if row in right][: ipc - len(taken)]
             asked += 2 * ipc
@@ -180,9 +201,15 @@ def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
         logits: yields the logits [n k] of one expert after the other.
         labels: [n] true classes.
     """
+    return result_of(mean_correct_in_steps((finished(of_expert) for of_expert in logits), labels))
+
+
+def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> Steps[Tensor]:
+    """Compute soft labels as `mean_correct_logits` does, from logits that are computed in steps."""
     zero = torch.zeros((), device=labels.device)
     right_sum = right_count = total = count = zero
-    for of_expert in logits:
+    for steps in logits:
+        of_expert = yield from steps
         right = (of_expert.argmax(dim=1) == labels).to(of_expert.dtype).unsqueeze(1)
         right_sum, right_count = right_sum + of_expert * right, right_count + right
         total, count = total + of_expert, count + 1

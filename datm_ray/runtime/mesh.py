@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from datm_ray.core.steps import Steps, finished
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
@@ -137,9 +138,16 @@ class Mesh:
         """
         work(self.sum_over_classes)
 
-    def from_first(self, work: Callable[[Heartbeat], float]) -> float:
-        """Call `work` on rank 0 alone while the other ranks wait, and return its number on all ranks."""
-        number = self.until_all_are_done(work if self.is_first else lambda heartbeat: 0.0)
+    def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
+        """Do this worker's own work in steps, then wait until every worker has finished. Returns the work's result.
+
+        Workers exchange heartbeats meanwhile, as in `until_all_are_done`. Yields after each step or exchange.
+        """
+        return steps
+
+    def from_first(self, work: Callable[[], Steps[float]]) -> Steps[float]:
+        """Do the steps of `work()` on rank 0 alone while the other ranks wait. Returns its number on all ranks."""
+        number = yield from self.in_steps(work() if self.is_first else finished(0.0))
         return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
 
 
@@ -198,6 +206,23 @@ class ProcessMesh(Mesh):
         result = work(heartbeat)
         while self._count_working(False):
             pass
+        return result
+
+    def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
+        """Do this worker's own work in steps and wait for the others, see `Mesh.in_steps`."""
+        last = time.monotonic()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: Result = end.value
+                break
+            if time.monotonic() - last >= HEARTBEAT_INTERVAL:
+                self._count_working(True)
+                last = time.monotonic()
+            yield
+        while self._count_working(False):
+            yield
         return result
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:

@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import SYNTHETIC as SYNTHETIC, TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import Rows, SyntheticSet
-from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
@@ -51,6 +51,7 @@ from datm_ray.runtime.executor import (
     WorkerRank,
     require_precision,
 )
+from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
@@ -356,16 +357,12 @@ class Distillation:
 
     def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
         """Choose the set before the first iteration and return it. Yields a phase from time to time as a heartbeat."""
-        steps, due = self._method.choose(), -math.inf
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                first = cast(SyntheticSet, end.value)
-                return first if self._prior is None else self._prior.start(first)
-            if time.monotonic() >= due:
-                yield Phase(CHOOSING)
-                due = time.monotonic() + REPORT_INTERVAL
+
+        def choose() -> Steps[SyntheticSet]:
+            first = yield from self._method.choose()
+            return first if self._prior is None else (yield from self._prior.start(first))
+
+        return (yield from reporting(choose(), CHOOSING, REPORT_INTERVAL))
 
     def _is_counted(self, iteration: int) -> bool:
         """True if a checkpoint is due because `checkpoint_every` iterations have passed.
@@ -548,26 +545,22 @@ class Distillation:
     def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
         """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1].
 
-        A worker without peers yields phases as its heartbeat. Workers with peers exchange heartbeats in the mesh.
+        Yields phases as a heartbeat. Workers with peers also exchange heartbeats in the mesh.
 
         Args:
             held: this worker's rows of the set.
         """
         whole = self._whole(held)
-        if isinstance(self._mesh, Alone):
+
+        def work() -> Steps[float]:
             assert whole is not None
             mean = math.nan
             for progress in validating(self._config, self._dataset, whole, self._device):
                 mean = progress.values.get("validation", mean)
-                yield Phase(VALIDATING)
+                yield
             return mean
 
-        def work(heartbeat: Heartbeat) -> float:
-            assert whole is not None
-            *_, last = validating(self._config, self._dataset, whole, self._device, heartbeat)
-            return last.values["validation"]
-
-        return self._mesh.from_first(work)
+        return (yield from reporting(self._mesh.from_first(work), VALIDATING, REPORT_INTERVAL))
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """Set joined from the rows of all workers, on the first worker; `None` on other workers.

@@ -31,7 +31,8 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import network_on, prepare_device, set_on
-from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.runtime.executor import Event, Finished, Phase, Progress
+from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
 from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -129,26 +130,36 @@ def label_epochs(
         StoreError: an epoch cannot be written, or a logit does not fit into float16.
     """
     require_labelled(images, store.info.set_fingerprint, store.location.uri)
-    yield from _stored(store, network, images, epochs, batch, heartbeat)
+    for epoch in _stored(store, network, images, epochs, batch):
+        if epoch is None:
+            heartbeat()
+        else:
+            yield epoch
 
 
 def _stored(
-    store: LabelStore, network: nn.Module, images: Tensor, epochs: Iterable[int], batch: int, heartbeat: Heartbeat
-) -> Iterator[int]:
-    """Label as `label_epochs` does, for images that the caller knows to be those of the store."""
+    store: LabelStore, network: nn.Module, images: Tensor, epochs: Iterable[int], batch: int
+) -> Iterator[int | None]:
+    """Label as `label_epochs` does, for images that the caller knows to be those of the store.
+
+    Yields `None` after each batch. Records of one epoch are held in memory, where they take less than the images.
+    """
     for epoch in epochs:
-        store.write_epoch(epoch, _labelled(store.info, network, images, epoch, batch, heartbeat))
+        records = list[LabelRecords]()
+        if not store.holds(epoch):
+            for each in _labelled(store.info, network, images, epoch, batch):
+                records.append(each)
+                yield None
+        store.write_epoch(epoch, records)
         yield epoch
 
 
-def _labelled(
-    info: LabelInfo, network: nn.Module, images: Tensor, epoch: int, batch: int, heartbeat: Heartbeat
-) -> Iterator[LabelRecords]:
+def _labelled(info: LabelInfo, network: nn.Module, images: Tensor, epoch: int, batch: int) -> Iterator[LabelRecords]:
     """Views and logits of all images in one epoch, as records for the store, one batch at a time."""
     drawn = draw_views(info.seed, epoch, info.images, info.size, **info.augmentation)
     for first in range(0, info.images, batch):
         views = drawn.take(slice(first, first + batch))
-        logits = teacher_logits(network, images, views, batch, heartbeat)
+        logits = teacher_logits(network, images, views, batch)
         values, indices = pack_logits(logits, info.top, info.temperature)
         boxes, flips, partners = views.boxes, views.flips, views.partners
         yield LabelRecords(boxes, flips, partners, views.lambdas, views.mix_boxes, values, indices)
@@ -276,8 +287,12 @@ class LabelWorker:
         own = self._kept[1]
         yield Progress(0, len(epochs))
         note = own.store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
-        labelled = _stored(own.store, own.network, own.images, epochs, LABELLED, no_heartbeat)
-        for done, _ in enumerate(labelled, start=1):
+        labelled, done = _stored(own.store, own.network, own.images, epochs, LABELLED), 0
+        for epoch in with_heartbeats(labelled, interval_in_epochs(self._cluster)):
+            if epoch is None:
+                yield Phase("labelling an epoch")
+                continue
+            done += 1
             note.write_json({**account.spent().to_json(), "epochs": list(epochs[:done])})
             yield Progress(done, len(epochs), saved=True)
         yield Finished()

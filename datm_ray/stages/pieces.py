@@ -22,17 +22,18 @@ from torch import Tensor
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import Rows, SyntheticSet
-from datm_ray.core.training.loop import SCORING_BATCH, accuracy, predict_logits
+from datm_ray.core.training.loop import SCORING_BATCH, accuracy_in_steps, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
 from datm_ray.monitor.spent import Account, total
 from datm_ray.runtime.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
+from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.experts.progress import remove_folder
+from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.methods.part import Part, Piece
@@ -171,7 +172,8 @@ class PieceWorker:
                 yield Phase("labelling the set")
             held.soft_labels = torch.cat(parts)
         images, labels = self._dataset.validation_images, to_device(self._dataset.validation_labels, self._device)
-        right = accuracy(network, images_on(images, self._device), labels)
+        work = accuracy_in_steps(network, images_on(images, self._device), labels)
+        right = yield from reporting(work, "testing the teacher", REPORT_INTERVAL)
         yield Note(f"the teacher classifies {right:.1%} of the validation images correctly")
 
     @staticmethod

@@ -38,17 +38,18 @@ from datm_ray.core.prior import (
     micro_batch,
     train_autoencoder,
 )
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import prepare_device, to_device
-from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.runtime.executor import Event, Finished, Phase, Progress
+from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
-from datm_ray.stages.experts.train import group_in_store
+from datm_ray.stages.experts.train import TRAINING, group_in_store
 from datm_ray.stages.methods.part import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -127,9 +128,13 @@ class PriorWorker:
         state, spent = self._resumed(folder / PRIOR_PROGRESS, network)
         due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
         count, pixels = len(self._dataset.train_labels), self._pixels(settings.batch_size)
-        epochs = train_autoencoder(network, pixels, count, settings, config.seed, state)
+        steps = train_autoencoder(network, pixels, count, settings, config.seed, state)
         with saving() as is_asked:
-            for error in epochs:
+            for found in with_heartbeats(steps, interval_in_epochs(self._cluster)):
+                if found is None:
+                    yield Phase(TRAINING)
+                    continue
+                error = found
                 if not math.isfinite(error):
                     raise DivergenceError(
                         f"the prior diverged in epoch {state.epoch}: its squared error is {error}",
@@ -257,38 +262,37 @@ class PriorOfSet:
             )
         read_autoencoder(folder / PRIOR_FILE, network)
 
-    def start(self, first: SyntheticSet) -> SyntheticSet:
+    def start(self, first: SyntheticSet) -> Steps[SyntheticSet]:
         """Make the set before the first iteration: latents, and the images that the prior renders from these latents.
 
-        The images are near those of `first`. All workers of the set call this together.
+        The images are near those of `first`. All workers of the set call this together. Yields between steps.
         """
         mesh, latents = self._part.mesh, first.images.new_zeros(len(first.images), *self._shape)
 
-        def find(heartbeat: Heartbeat) -> None:
+        def find() -> Steps[None]:
             if mesh.row == 0:
-                latents.copy_(self._latents(first.images, heartbeat))
+                latents.copy_((yield from self._latents(first.images)))
 
-        mesh.until_all_are_done(find)
+        yield from mesh.in_steps(find())
         # Machines may round differently, so only the first row of workers computes. Workers of other rows add zeros,
         # and all get equal bits.
         latents = mesh.sum_over_backbones(latents)
         return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
 
-    def _latents(self, images: Tensor, heartbeat: Heartbeat) -> Tensor:
-        """Latents [n l a b] from which the prior renders images near the given ones.
+    def _latents(self, images: Tensor) -> Steps[Tensor]:
+        """Find latents [n l a b] from which the prior renders images near the given ones. Yields between steps.
 
         The prior's encoder gives them. Without an encoder, an inversion (Adam on the images' squared error) finds them.
 
         Args:
             images: [n c h w] normalised images.
-            heartbeat: called after each step of an inversion.
         """
         if self._encoder is not None:
             pixels = self._transform.denormalise(images)
             with torch.no_grad():
                 return torch.cat([self._encoder(part) for part in pixels.split(self.prior.chunk)])
         drawn = self._drawn().to(images.device)
-        return self.prior.invert(images, drawn, self._settings.inversion_steps, heartbeat)
+        return (yield from self.prior.invert(images, drawn, self._settings.inversion_steps))
 
     def _drawn(self) -> Tensor:
         """Random latents of this worker's rows, cut from latents that are drawn for the whole set."""

@@ -27,15 +27,14 @@ from datm_ray.artifact import read_artifact
 from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.loop import (
     PROTOCOLS,
-    Heartbeat,
     Schedule,
     Trainer,
     Training,
-    accuracy,
-    no_heartbeat,
+    accuracy_in_steps,
     scoring_schedule,
     trainer,
     validation_protocol,
@@ -190,14 +189,8 @@ def standard_error(mean: float, dataset: Dataset) -> float:
     return math.sqrt(mean * (1 - mean) / len(dataset.validation_labels))
 
 
-def validating(
-    config: RunConfig,
-    dataset: Dataset,
-    whole: SyntheticSet,
-    device: torch.device,
-    heartbeat: Heartbeat = no_heartbeat,
-) -> Iterator[Progress]:
-    """Train fresh networks on the whole set. Yields progress.
+def validating(config: RunConfig, dataset: Dataset, whole: SyntheticSet, device: torch.device) -> Iterator[Progress]:
+    """Train fresh networks on the whole set. Yields progress, also within epochs and while networks are scored.
 
     The last progress has the mean validation accuracy of the networks, in [0, 1], as its value "validation".
     """
@@ -213,14 +206,21 @@ def validating(
         for network, seed in zip(networks, numbers, strict=True)
     ]
     yield Progress(0, epochs)
-    last = time.monotonic()
-    for epoch in trainer_of(config.cluster, device).train_all(trainings, seeds * validations(config.distill)):
-        heartbeat()
+    last, done, shares = time.monotonic(), 0, list[float]()
+
+    def work() -> Steps[None]:
+        nonlocal done
+        for epoch in trainer_of(config.cluster, device).train_all(trainings, seeds * validations(config.distill)):
+            done = epoch
+            yield
+        for each in trainings:
+            shares.append((yield from accuracy_in_steps(each.network, images, labels)))
+
+    for _ in work():
         if time.monotonic() - last > REPORT_INTERVAL:
-            yield Progress(epoch, epochs)
+            yield Progress(done, epochs)
             last = time.monotonic()
-    total = sum(accuracy(each.network, images, labels, heartbeat) for each in trainings)
-    yield Progress(epochs, epochs, {"validation": total / seeds})
+    yield Progress(epochs, epochs, {"validation": sum(shares) / seeds})
 
 
 def trainer_of(cluster: ClusterConfig, device: torch.device) -> Trainer:

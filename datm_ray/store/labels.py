@@ -329,6 +329,10 @@ class LabelStore:
         matches = (_EPOCH_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
 
+    def holds(self, epoch: int) -> bool:
+        """True if an epoch is stored. Epochs are numbered from 0 to `info.keep` - 1, inclusive."""
+        return self._file(epoch).exists()
+
     def missing(self) -> list[int]:
         """Numbers of the epochs below `info.keep` that are not stored yet, sorted."""
         return sorted(set(range(self.info.keep)) - set(self.epochs()))

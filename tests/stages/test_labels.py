@@ -16,6 +16,7 @@ from datm_ray import ReplayedLabels
 from datm_ray.artifact import load
 from datm_ray.config import NetworkConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.steps import result_of
 from datm_ray.core.training import labelling
 from datm_ray.core.training.labelling import images_fingerprint
 from datm_ray.core.training.loop import Schedule, train
@@ -215,7 +216,8 @@ def test_random_images_have_labels_by_the_rule_of_the_stored_ones(
     evaluate(pipeline)
     of_set, dataset = store_of(pipeline, config), pipeline.runs.dataset(config.dataset)
     worker, folder = EvaluateWorker(dataset, config.cluster), pipeline.runs.folder(config)
-    ((images, *_),) = worker._training_sets(config, pipeline.store_uri, folder, "random-soft", [5], network)
+    works = worker._training_sets(config, pipeline.store_uri, folder, "random-soft", [5], network)
+    ((images, *_),) = result_of(works)
     lessons = worker._lessons(config, pipeline.store_uri, "random-soft", folder, images)
     assert isinstance(lessons, StoredLessons)
     assert lessons.temperature == 4

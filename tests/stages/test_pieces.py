@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, run_identity, unread_keys
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.steps import result_of
 from datm_ray.core.synthetic import Rows
 from datm_ray.errors import DatmError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss
@@ -353,7 +354,9 @@ def test_real_first_images_are_chosen_once_for_all_workers(
     dataset, first = workers[0]._dataset, load(str(tmp_path / "tiny/initial.arrow"))
     part = Part(arguments[0], dataset, arguments[1], Alone(), torch.device("cpu"), 1)
     experts = ExpertNetworks(arguments[0], dataset, arguments[1], torch.device("cpu"))
-    assert torch.equal(first.images, torch.from_numpy(dataset.train_images[first_rows(part, experts, Rows(0, 20))]))
+    assert torch.equal(
+        first.images, torch.from_numpy(dataset.train_images[result_of(first_rows(part, experts, Rows(0, 20)))])
+    )
 
 
 def test_checkpoints_of_a_piece_take_a_small_share_of_its_time(

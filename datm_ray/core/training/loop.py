@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -33,7 +33,8 @@ from datm_ray.core.networks.stacked import (
     StackStep,
     can_be_stacked,
 )
-from datm_ray.core.training.experts import ExpertState, train_stack
+from datm_ray.core.steps import Steps, result_of
+from datm_ray.core.training.experts import ExpertState, stack_steps
 from datm_ray.core.training.rates import share_of_rate
 from datm_ray.core.training.teacher import Lessons, divergence
 from datm_ray.errors import ConfigError
@@ -333,7 +334,21 @@ def train(
     lessons: Lessons | None = None,
     state: NetworkState | None = None,
 ) -> Iterator[Epoch]:
-    """Train the network in place, epoch by epoch.
+    """Train the network in place, epoch by epoch. Arguments: see `train_steps`."""
+    steps = train_steps(network, images, targets, schedule, seed, lessons, state)
+    return (epoch for epoch in steps if epoch is not None)
+
+
+def train_steps(
+    network: nn.Module,
+    images: Images,
+    targets: Tensor,
+    schedule: Schedule,
+    seed: int,
+    lessons: Lessons | None = None,
+    state: NetworkState | None = None,
+) -> Iterator[Epoch | None]:
+    """Train the network in place, step by step. Yields the record of an epoch after its last step, otherwise `None`.
 
     Args:
         images: [n c h w], normalised; a tensor if there are lessons.
@@ -367,6 +382,8 @@ def train(
                 state.start_anew()
             yield Epoch(state.epoch, state.step, float(total) / len(images))
             total.zero_()
+        else:
+            yield None
 
 
 def _differentiate(
@@ -583,7 +600,14 @@ class Trainer:
     def train(
         self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
     ) -> Iterator[TrainingState]:
-        """Train networks in place. Yields the state after every epoch.
+        """Train networks in place. Yields the state after every epoch. Arguments: see `train_steps`."""
+        steps = self.train_steps(stack, lessons, saved)
+        return (state for state in steps if state is not None)
+
+    def train_steps(
+        self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
+    ) -> Iterator[TrainingState | None]:
+        """Train networks in place. Yields the state after every epoch, and `None` after every other step.
 
         The networks hold their trained parameters only after the last epoch.
 
@@ -594,27 +618,31 @@ class Trainer:
                 trainer keeps no reference to it.
         """
         if len(stack) > 1:
-            together = train_together(self._step_of(stack), stack, saved)
+            together = together_steps(self._step_of(stack), stack, saved)
             del saved
             yield from together
             return
         each = stack[0]
         state = NetworkState(each.network, each.schedule, saved)
         del saved  # frees up to three vectors as long as the parameters
-        for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
-            yield state
+        for epoch in train_steps(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
+            yield None if epoch is None else state
 
     def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
-        """Train networks of one architecture in place. Yields the epochs done so far, summed over all networks.
+        """Train networks of one architecture in place.
+
+        Yields the epochs done so far, summed over all networks, after every step.
 
         Args:
             alike: see `would_gain_together`.
         """
         done = 0
         for stack in self.stacks(trainings, alike=alike):
-            for state in self.train(stack):
-                yield done + len(stack) * state.epoch
-            done += len(stack) * stack[0].schedule.epochs
+            last = done + len(stack) * stack[0].schedule.epochs
+            for state in self.train_steps(stack):
+                done += 0 if state is None else len(stack)
+                yield done
+            done = last
 
     def _functions_for(self, training: Training, size: int) -> StackFunctions:
         key = (_kind_of(training), size)
@@ -667,8 +695,17 @@ def train_together(
     """Train several networks of one architecture in place by SGD, each as `train` would.
 
     Yields the state after every epoch. The networks get their new parameters after the last epoch. Arguments: see
-    `Trainer.train`.
+    `Trainer.train_steps`.
     """
+    steps = together_steps(functions, stack, saved)
+    del saved
+    return (state for state in steps if state is not None)
+
+
+def together_steps(
+    functions: StackStep, stack: Sequence[Training], saved: TrainingState | None = None
+) -> Iterator[ExpertState | None]:
+    """Train several networks as `train_together` does. Yields `None` after every step that is not an epoch's last."""
     state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
     if saved is not None:
         state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
@@ -689,8 +726,8 @@ def train_together(
             weight_decay=schedule.weight_decay,
             augmentation=schedule.augmentation,
         )
-        for _ in train_stack(functions, images, probabilities, settings, seeds, state, rates):
-            yield state
+        for losses in stack_steps(functions, images, probabilities, settings, seeds, state, rates):
+            yield None if losses is None else state
     for each, parameters in zip(stack, state.parameters, strict=True):
         unflatten_into(each.network, parameters)
 
@@ -700,29 +737,34 @@ def device_of(network: nn.Module) -> torch.device:
     return next((each.device for each in network.parameters()), torch.device("cpu"))
 
 
-@torch.no_grad()
 def predict_logits(
     network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
 ) -> Tensor:
     """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time.
 
-    Images in main memory are copied to the network's device.
+    Images in main memory are copied to the network's device. `heartbeat` is called after each batch.
+    """
+    return result_of(logits_in_steps(network, images, batch_size=batch_size), heartbeat)
+
+
+def logits_in_steps(network: nn.Module, images: Images, *, batch_size: int = SCORING_BATCH) -> Steps[Tensor]:
+    """Compute logits as `predict_logits` does. Yields after each batch.
+
+    Between two steps the network is in the mode that it had before.
     """
     was_training, device = network.training, device_of(network)
-    network.eval()
     logits = []
     for first in range(0, len(images), batch_size):
         chunk = images[first : first + batch_size]
         chunk = chunk if isinstance(chunk, Tensor) else torch.from_numpy(chunk)
-        logits.append(network(chunk.to(device)))
-        heartbeat()
-    network.train(was_training)
+        with torch.no_grad():
+            logits.append(network.eval()(chunk.to(device)))
+        network.train(was_training)
+        yield
     return torch.cat(logits)
 
 
-def in_batches(
-    function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
-) -> Generator[None, None, Tensor]:
+def in_batches(function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]) -> Steps[Tensor]:
     """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
 
     Returns the values of all items in main memory. Yields before each batch.
@@ -737,7 +779,13 @@ def in_batches(
 
 def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
     """Fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n]."""
-    return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
+    return result_of(accuracy_in_steps(network, images, labels), heartbeat)
+
+
+def accuracy_in_steps(network: nn.Module, images: Images, labels: Tensor) -> Steps[float]:
+    """Compute an accuracy as `accuracy` does. Yields after each batch."""
+    logits = yield from logits_in_steps(network, images)
+    return float((logits.argmax(dim=1) == labels).float().mean())
 
 
 def train_to_end(network: nn.Module, images: Images, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:

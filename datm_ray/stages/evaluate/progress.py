@@ -17,20 +17,25 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 
-from datm_ray.config import stable_hash
+from datm_ray.config import ClusterConfig, stable_hash
+from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.training.loop import Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.executor import Note, Progress
+from datm_ray.runtime.executor import Note, Phase, Progress
+from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, remove_folder
+from datm_ray.stages.experts.train import TRAINING
 from datm_ray.store.files.filesystem import Location
 
 SAVE_INTERVAL = 30.0
 """Smallest number of seconds between two saved states of a stack (networks trained together)."""
 PROGRESS = "progress-"
 """First part of the names of the progress folders."""
+SCORING = "scoring the networks"
+"""Text of the phase in which trained networks are scored."""
 _FOLDER = re.compile(rf"{PROGRESS}(.+-\d+)-[0-9a-f]+-\d+")
 _log = logging.getLogger(__name__)
 
@@ -77,13 +82,16 @@ class SavedTraining:
         return total(progress.spent for _, progress in self._stacks)
 
     def run(
-        self, device: torch.device, scored: Callable[[torch.nn.Module], float]
-    ) -> Generator[Progress | Note, None, list[float]]:
+        self, device: torch.device, cluster: ClusterConfig, scored: Callable[[torch.nn.Module], Steps[float]]
+    ) -> Generator[Progress | Phase | Note, None, list[float]]:
         """Train the networks from where they were saved. Returns each network's validation accuracy, in [0, 1].
+
+        Yields a phase as a heartbeat within a slow epoch, and while many images are scored.
 
         Args:
             device: device of the networks.
-            scored: measures the validation accuracy of a network, in [0, 1].
+            cluster: section `cluster` of the recipe, whose time limits decide when a heartbeat is due.
+            scored: measures the validation accuracy of a network, in [0, 1], in steps.
 
         Raises:
             Interrupted: the work was asked to stop, and is saved.
@@ -96,8 +104,9 @@ class SavedTraining:
         yield self._progress()
         with saving() as is_asked:
             for number, (stack, _) in enumerate(self._stacks):
-                yield from self._train(number, device, is_asked)
-                shares = [scored(each.network) for each in stack]
+                yield from self._train(number, device, interval_in_epochs(cluster), is_asked)
+                work = all_of(scored(each.network) for each in stack)
+                shares = yield from reporting(work, SCORING, interval_between_epochs(cluster), at_once=False)
                 measured += shares
                 mean = statistics.fmean(shares)
                 metrics = self._account.metrics() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
@@ -106,17 +115,24 @@ class SavedTraining:
                 raise Interrupted(f"{self._count} networks, to be tested")
         return measured
 
-    def _train(self, number: int, device: torch.device, is_asked: Callable[[], bool]) -> Iterator[Progress | Note]:
+    def _train(
+        self, number: int, device: torch.device, interval: float, is_asked: Callable[[], bool]
+    ) -> Iterator[Progress | Phase | Note]:
         """Train one stack (networks trained together) from where it was saved.
 
         Afterwards only the parameters and buffers of these networks stay in memory.
 
         Args:
             number: index of the stack among those of the task, from 0.
+            interval: seconds without an event after which a phase is yielded within an epoch.
             is_asked: returns True if the work was asked to stop.
         """
         stack, progress = self._stacks[number]
-        for state in self._trainer.train(stack, self._lessons, self._resumed(number, device)):
+        steps = self._trainer.train_steps(stack, self._lessons, self._resumed(number, device))
+        for state in with_heartbeats(steps, interval):
+            if state is None:
+                yield Phase(TRAINING)
+                continue
             yield from self._after_epoch(stack, progress, state)
             if is_asked():
                 yield from map(Note, progress.write(state))

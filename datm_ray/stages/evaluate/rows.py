@@ -70,11 +70,12 @@ from datm_ray.core.images.batches import Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK, can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.loop import (
     Schedule,
     Training,
-    accuracy,
+    accuracy_in_steps,
     stack_sizes,
     would_gain_together,
 )
@@ -85,11 +86,12 @@ from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
 from datm_ray.runtime.devices import images_on, network_on, prepare_device, set_on, to_device, uses_gpu
-from datm_ray.runtime.executor import Finished, Note, Progress, explaining_memory
+from datm_ray.runtime.executor import Finished, Note, Phase, Progress, explaining_memory
+from datm_ray.runtime.heartbeats import interval_between_epochs, reporting
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate.memory import memory_remedy, scoring_step_bytes
-from datm_ray.stages.evaluate.progress import SavedTraining
+from datm_ray.stages.evaluate.progress import SCORING, SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
 from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of, trained_backbones
@@ -161,6 +163,11 @@ ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
 _log = logging.getLogger(__name__)
 
 
+TrainingSet = tuple[Images, Tensor, float | None]
+"""Images, labels, and the step size learned with them; `None` if none was learned, so that it must be chosen on
+validation data."""
+
+
 class EvaluateWorker:
     """Worker that trains and scores fresh networks on one data set."""
 
@@ -184,7 +191,7 @@ class EvaluateWorker:
         row: str,
         numbers: Sequence[int],
         network: NetworkConfig | None = None,
-    ) -> Iterator[Progress | Note | Finished]:
+    ) -> Iterator[Progress | Phase | Note | Finished]:
         """Train and test the networks of one row of the accuracy table, for some seeds.
 
         A result's file is written last, so an existing file is complete.
@@ -212,12 +219,14 @@ class EvaluateWorker:
         row: str,
         numbers: Sequence[int],
         network: NetworkConfig | None,
-    ) -> Iterator[Progress | Note | Finished]:
+    ) -> Iterator[Progress | Phase | Note | Finished]:
         """Train and test networks, see `evaluate`."""
         account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
-        sets = self._training_sets(config, store_uri, folder, row, seeds, network)
+        interval = interval_between_epochs(self._cluster)
+        works = self._training_sets(config, store_uri, folder, row, seeds, network)
+        sets = yield from reporting(works, "preparing the images", interval, at_once=False)
         step_size = sets[0][2] if has_learned_step_size(config, row) else None
         schedules = _schedules(config, row, step_size, network)
         lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
@@ -233,12 +242,15 @@ class EvaluateWorker:
         if trainer.note and not self._has_noted:
             self._has_noted = True
             yield Note(trainer.note)
-        measured = yield from training.run(self._device, self._validation_accuracy)
+        measured = yield from training.run(self._device, self._cluster, self._validation_accuracy)
         every = [
             _Trial(each.network, each.schedule.learning_rate, share)
             for each, share in zip(trainings, measured, strict=True)
         ]
-        tested = [self._tested(every[place :: len(seeds)], learns=bool(step_size)) for place in range(len(seeds))]
+        tested = []
+        for first in range(len(seeds)):
+            work = self._tested(every[first :: len(seeds)], learns=bool(step_size))
+            tested.append((yield from reporting(work, SCORING, interval, at_once=False)))
         spent = (account.spent() + training.spent).share(1 / len(seeds))
         shared = {"row": row, "learned_step_size": step_size, "images": len(sets[0][0])}
         results = [
@@ -296,23 +308,24 @@ class EvaluateWorker:
             scored = fields(run=run, accuracy=result["test_accuracy"], candidates=candidates)
             _log.info("network scored %s %s", scored, fields(**values))
 
-    def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
+    def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> Steps[tuple[_Trial, float, float | None]]:
         """Choose the trial with the best validation accuracy, and test it on the test images.
 
-        Returns the trial, its test accuracy, and the test accuracy of the first trial. Accuracies are in [0, 1].
+        Returns the trial, its test accuracy, and the test accuracy of the first trial. Accuracies are in [0, 1]. Yields
+        between steps.
 
         Args:
             trials: networks trained with one candidate step size each.
             learns: True if the first trial has the learned step size; False makes the last result `None`.
         """
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
-        tested = self._test_accuracy(chosen)
+        tested = yield from self._test_accuracy(chosen)
         if not learns:
             return chosen, tested, None
-        return chosen, tested, tested if chosen is trials[0] else self._test_accuracy(trials[0])
+        return chosen, tested, tested if chosen is trials[0] else (yield from self._test_accuracy(trials[0]))
 
-    def _test_accuracy(self, trial: _Trial) -> float:
-        return accuracy(trial.network, *self._test_set)
+    def _test_accuracy(self, trial: _Trial) -> Steps[float]:
+        return accuracy_in_steps(trial.network, *self._test_set)
 
     @functools.cached_property
     def _test_set(self) -> tuple[Images, Tensor]:
@@ -328,20 +341,21 @@ class EvaluateWorker:
         row: str,
         seeds: Sequence[int],
         network: NetworkConfig | None,
-    ) -> list[tuple[Images, Tensor, float | None]]:
-        """Training set of each seed, see `_training_set`. A set that all seeds share is read and copied only once."""
+    ) -> Steps[list[TrainingSet]]:
+        """Make the training set of each seed, see `_training_set`. Yields between steps.
+
+        A set that all seeds share is read and copied only once.
+        """
         alike = row in DISTILLED or row == "full"
         some = seeds[:1] if alike else seeds
-        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
+        works = (self._training_set(config, store_uri, folder, row, seed, network) for seed in some)
+        sets = yield from all_of(works)
         return sets * len(seeds) if alike else sets
 
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
-    ) -> tuple[Images, Tensor, float | None]:
-        """Make the training set of a row of the accuracy table: images, labels, and the step size learned with them.
-
-        The step size is `None` if none was learned, so that it must be chosen on validation data.
-        """
+    ) -> Steps[TrainingSet]:
+        """Make the training set of a row of the accuracy table. Yields between steps."""
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
@@ -356,7 +370,7 @@ class EvaluateWorker:
         images, labels = set_on(drawn, self._device, self._beside), to_device(all_labels[rows], self._device)
         if row == "random-hard" or is_taught(config, row):
             return images, labels, None
-        return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
+        return images, (yield from self._expert_networks(config, store_uri).soft_labels(images, labels)), None
 
     def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
         if config.name not in self._experts:
@@ -391,8 +405,8 @@ class EvaluateWorker:
             self._teachers[config.name] = network_on(experts.restored(0), self._device, self._cluster)
         return self._teachers[config.name]
 
-    def _validation_accuracy(self, network: nn.Module) -> float:
-        return accuracy(network, *self._validation_set)
+    def _validation_accuracy(self, network: nn.Module) -> Steps[float]:
+        return accuracy_in_steps(network, *self._validation_set)
 
     @functools.cached_property
     def _validation_set(self) -> tuple[Images, Tensor]:

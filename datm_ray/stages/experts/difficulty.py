@@ -7,7 +7,6 @@ scores, whatever their curriculum.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
@@ -21,7 +20,8 @@ from datm_ray.core.training.loop import in_batches
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.selection import Work, el2n_scores
 from datm_ray.monitor.spent import Account
-from datm_ray.runtime.executor import Event, Finished, Phase
+from datm_ray.runtime.executor import Event, Finished
+from datm_ray.runtime.heartbeats import reporting
 from datm_ray.stages.experts.curriculum import KIND
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import REPORT_INTERVAL
@@ -60,18 +60,11 @@ def _scores(
     rows = {k: np.flatnonzero(labels == k) for k in range(dataset.classes)}
     networks = (experts.restored(expert).eval() for expert in range(experts.count))
     steps = mean_el2n(networks, experts.count, rows, lambda own: torch.from_numpy(dataset.train_images[own]).to(device))
-    due = 0.0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            scores = np.empty(len(labels))
-            for k, of_class in end.value.items():
-                scores[rows[k]] = of_class
-            return scores
-        if time.monotonic() >= due:
-            yield Phase("scoring the images")
-            due = time.monotonic() + REPORT_INTERVAL
+    found = yield from reporting(steps, "scoring the images", REPORT_INTERVAL)
+    scores = np.empty(len(labels))
+    for k, of_class in found.items():
+        scores[rows[k]] = of_class
+    return scores
 
 
 def mean_el2n(

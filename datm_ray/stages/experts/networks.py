@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.synthetic import mean_correct_logits
-from datm_ray.core.training.loop import Heartbeat, no_heartbeat, predict_logits
+from datm_ray.core.steps import Steps, result_of
+from datm_ray.core.synthetic import mean_correct_in_steps
+from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import MissingExpertsError
 from datm_ray.runtime.devices import to_device
@@ -59,13 +60,18 @@ class ExpertNetworks:
             self._restored = wanted
         return self.network
 
-    def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Logits [n k] of images [n c h w] by an expert after its last epoch. Calls `heartbeat` after each batch."""
-        return predict_logits(self.restored(expert), images, heartbeat)
+    def logits(self, expert: int, images: Tensor) -> Tensor:
+        """Logits [n k] of images [n c h w] by an expert after its last epoch."""
+        return result_of(self.logits_in_steps(expert, images))
 
-    def soft_labels(self, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
-        """Soft labels [n k] of images [n c h w]: for each, the mean logits of the experts that classify it correctly.
+    def logits_in_steps(self, expert: int, images: Tensor) -> Steps[Tensor]:
+        """Compute the logits [n k] of images [n c h w] by an expert after its last epoch. Yields after each batch."""
+        return (yield from logits_in_steps(self.restored(expert), images))
 
-        An image that no expert classifies correctly gets the mean over all experts.
+    def soft_labels(self, images: Tensor, labels: Tensor) -> Steps[Tensor]:
+        """Compute soft labels [n k] of images [n c h w]: mean logits of the experts that classify an image correctly.
+
+        An image that no expert classifies correctly gets the mean over all experts. Yields after each batch.
         """
-        return mean_correct_logits((self.logits(expert, images, heartbeat) for expert in range(self.count)), labels)
+        every = (self.logits_in_steps(expert, images) for expert in range(self.count))
+        return (yield from mean_correct_in_steps(every, labels))

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,14 +36,14 @@ from datm_ray.core.networks.stacked import (
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.experts import ExpertState, stack_steps
-from datm_ray.core.training.loop import accuracy
+from datm_ray.core.training.loop import accuracy_in_steps
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
-from datm_ray.runtime.retries import STEPS_OF_PATIENCE
+from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
@@ -69,20 +69,8 @@ def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint:
     return TrajectoryStore(store_uri).group(*names, fingerprint)
 
 
-TRAINING = "training an epoch"
-
-
-def _with_heartbeats(steps: Iterable[torch.Tensor | None], interval: float) -> Iterator[torch.Tensor | None]:
-    """Pass on the losses of every epoch, and a `None` whenever `interval` seconds have passed without anything.
-
-    Args:
-        steps: losses [s] after an epoch's last step, `None` after every other step.
-    """
-    due = time.monotonic() + interval
-    for losses in steps:
-        if losses is not None or time.monotonic() >= due:
-            yield losses
-            due = time.monotonic() + interval
+TRAINING, TESTING = "training an epoch", "testing the experts"
+"""Texts of the phases within a slow epoch, and of a slow test after an epoch."""
 
 
 def _as_folder(name: str, usual: str) -> str:
@@ -247,16 +235,14 @@ class ExpertWorker:
         first, began = state.epoch, time.monotonic()
         images, labels = [self._images] * len(seeds), [self._labels] * len(seeds)
         steps = stack_steps(functions, images, labels, settings, seeds, state, curriculum=curriculum)
-        # In shorter epochs, epochs are heartbeats enough. A phase would also lift the limit that follows from them.
-        interval = self._cluster.progress_timeout / STEPS_OF_PATIENCE
         with saving() as is_asked:
-            for losses in _with_heartbeats(steps, interval):
+            for losses in with_heartbeats(steps, interval_in_epochs(self._cluster)):
                 if losses is None:
                     yield Phase(TRAINING)
                     continue
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)
-                measured = self._accuracies(networks[0], state, settings)
+                measured = yield from self._accuracies(networks[0], state, settings)
                 for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
                     yield Note(waiting)
                 shown = {"loss": float(losses.mean())}
@@ -349,15 +335,21 @@ class ExpertWorker:
             )
         return self._functions[spec, stacked, precision]
 
-    def _accuracies(self, network: nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
-        """Test accuracies [s] of experts after an epoch, in [0, 1]; `None` without a test, see `experts.test_every`."""
+    def _accuracies(
+        self, network: nn.Module, state: ExpertState, settings: ExpertConfig
+    ) -> Generator[Phase, None, torch.Tensor | None]:
+        """Measure and return test accuracies [s] of experts after an epoch, in [0, 1]. Yields phases if this is slow.
+
+        The result is `None` without a test, see `experts.test_every`.
+        """
         if not settings.test_every or state.epoch % settings.test_every:
             return None
-        measured = []
+        measured, interval = [], interval_between_epochs(self._cluster)
         for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
             unflatten_into(network, parameters)
             unflatten_buffers_into(network, buffers)
-            measured.append(accuracy(network, *self._test_set))
+            work = accuracy_in_steps(network, *self._test_set)
+            measured.append((yield from reporting(work, TESTING, interval, at_once=False)))
         return torch.tensor(measured)
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from datm_ray.core.images.augment import Augmentation, augment
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows, hard_logits
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
@@ -339,10 +340,11 @@ class Method:
     def choose(self) -> Generator[None, None, SyntheticSet]:
         """Choose and return the set before the first iteration. Yields between steps, to allow heartbeats."""
         yield
-        return self.first_set()
+        found = self.first_set()
+        return found if isinstance(found, SyntheticSet) else (yield from found)
 
-    def first_set(self) -> SyntheticSet:
-        """Choose the set before the first iteration, in one step."""
+    def first_set(self) -> SyntheticSet | Steps[SyntheticSet]:
+        """Choose the set before the first iteration, at once or in steps."""
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def hard_labelled(self, images: Tensor, labels: Tensor) -> SyntheticSet:

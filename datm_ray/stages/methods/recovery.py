@@ -206,7 +206,7 @@ class RecoveryFromTeacher(Method):
 
         def choose() -> Generator[None, None, Arrays]:
             yield
-            return {"rows": first_rows(self.part, self.experts[0], of_classes)}
+            return {"rows": (yield from first_rows(self.part, self.experts[0], of_classes))}
 
         settings = (config.distill.initial, config.seed, ipc)
         name = f"{config.distill.initial}-{classes.start:05d}-{classes.stop:05d}"

@@ -15,6 +15,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ConfigError, StoreError, ThresholdError
@@ -145,7 +146,7 @@ class TrajectoryMatching(Method):
         first = next(iter(steps.values()), None)
         self.facts = {} if first is None else first.facts
 
-    def first_set(self) -> SyntheticSet:
+    def first_set(self) -> Steps[SyntheticSet]:
         """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
         return first_set(self.part, self.experts[0], self.first_step_size)
 
@@ -544,7 +545,7 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
         """No work: no network sees the first images before they are matched."""
         return {"scoring": 0}
 
-    def first_set(self) -> SyntheticSet:
+    def first_set(self) -> Steps[SyntheticSet]:
         """Choose random real images, or noise, with hard labels, before the first iteration."""
         return first_set(self.part, None, self.first_step_size)
 

@@ -17,8 +17,10 @@ from torch import nn
 
 from datm_ray.artifact import SCORING, save_artifact
 from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, override, run_identity, scored_on
+from datm_ray.core import steps
 from datm_ray.core.networks import stack_trial
 from datm_ray.core.networks.parameters import flatten
+from datm_ray.core.steps import Steps, finished
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
@@ -87,17 +89,17 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     validated: list[float] = []
 
     class Untrained(Trainer):
-        def train(self, stack: Sequence[Training], *_: Any) -> Iterator[TrainingState]:
+        def train_steps(self, stack: Sequence[Training], *_: Any) -> Iterator[TrainingState | None]:
             (schedule,) = (each.schedule for each in stack)
             accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
             validated.append(accuracies[schedule.learning_rate])
             return iter(())
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
-    monkeypatch.setattr(worker, "_validation_accuracy", lambda _: validated[-1])
-    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
+    monkeypatch.setattr(worker, "_validation_accuracy", lambda _: finished(validated[-1]))
+    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: finished({**TEST, **WITH_ADAMW}[trial.step_size]))
     images = torch.zeros(1, 1, 8, 8)
-    monkeypatch.setattr(worker, "_training_set", lambda *_: (images, images, LEARNED))
+    monkeypatch.setattr(worker, "_training_set", lambda *_: finished((images, images, LEARNED)))
     return worker
 
 
@@ -200,7 +202,7 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
     worker = EvaluateWorker(dataset, config.cluster)
 
     def learned(network: NetworkConfig | None) -> float | None:
-        return worker._training_set(config, "", folder, "distilled", 0, network)[2]
+        return steps.result_of(worker._training_set(config, "", folder, "distilled", 0, network))[2]
 
     assert learned(config.backbones[0].network) == second
     assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.125] * 3
@@ -358,14 +360,16 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     worker, seen = EvaluateWorker(dataset, config.cluster), dict[str, tuple[Any, ...]]()
 
     class Untrained(Trainer):
-        def train(self, stack: Sequence[Training], lessons: Lessons | None = None, *_: Any) -> Iterator[TrainingState]:
+        def train_steps(
+            self, stack: Sequence[Training], lessons: Lessons | None = None, *_: Any
+        ) -> Iterator[TrainingState | None]:
             (own,) = stack
             earlier = seen[row][2] if row in seen else []
             seen[row] = (len(own.images), own.targets.is_floating_point(), [*earlier, own.schedule], lessons)
             return iter(())
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
-    monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
+    monkeypatch.setattr(worker, "_test_accuracy", lambda _: finished(0.5))
     for row in ALL_ROWS:
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
     return seen
@@ -540,7 +544,7 @@ def scored(folder: str, is_stacked: bool, at: int | None = None, end: Callable[[
         if is_stacked:
             stacks_of_any_work(patch)
 
-        def noting(worker: EvaluateWorker, network: nn.Module) -> float:
+        def noting(worker: EvaluateWorker, network: nn.Module) -> Steps[float]:
             networks.append(flatten(network).numpy().tobytes())
             return accuracy(worker, network)
 
@@ -659,7 +663,7 @@ def test_saved_states_are_read_when_they_are_needed(
     monkeypatch.setattr(progress, "REPORT_INTERVAL", 0.0)
     with pytest.raises(Interrupted):
         scored(str(tmp_path), is_stacked, 110, stopping.ask)
-    resume, train, after = TrainingProgress.resume, Trainer.train, list[tuple[int, int]]()
+    resume, train, after = TrainingProgress.resume, Trainer.train_steps, list[tuple[int, int]]()
     vectors, networks = list[weakref.ref[torch.Tensor]](), list[nn.Module]()
 
     def noting(progress: TrainingProgress, device: torch.device) -> ExpertState | None:
@@ -668,7 +672,7 @@ def test_saved_states_are_read_when_they_are_needed(
             vectors.extend([weakref.ref(state.parameters), weakref.ref(state.velocity)])
         return state
 
-    def counting(trainer: Trainer, stack: Sequence[Training], *arguments: Any) -> Iterator[TrainingState]:
+    def counting(trainer: Trainer, stack: Sequence[Training], *arguments: Any) -> Iterator[TrainingState | None]:
         held = sum(each.grad is not None for network in networks for each in network.parameters())
         networks.extend(each.network for each in stack)
         states = train(trainer, stack, *arguments)
@@ -678,7 +682,7 @@ def test_saved_states_are_read_when_they_are_needed(
             yield state
 
     monkeypatch.setattr(TrainingProgress, "resume", noting)
-    monkeypatch.setattr(Trainer, "train", counting)
+    monkeypatch.setattr(Trainer, "train_steps", counting)
     scored(str(tmp_path), is_stacked)
     assert len(vectors) == (2 if is_stacked else 12)
     networks.clear()

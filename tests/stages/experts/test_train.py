@@ -95,7 +95,7 @@ def test_an_epoch_that_takes_long_is_no_stuck_worker(
 ) -> None:
     """Slow steps are heartbeats within their epoch. In a short epoch they are not, so that epochs set the limit."""
     clock = SimpleNamespace(monotonic=itertools.count(step=seconds).__next__)
-    monkeypatch.setattr("datm_ray.stages.experts.train.time", clock)
+    monkeypatch.setattr("datm_ray.runtime.heartbeats.time", clock)
     config = tiny_config()
     worker, _, uri = worker_of(config, tmp_path)
     assert -(-len(worker.dataset.train_labels) // config.experts.batch_size) == 10

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import Rows, correct_rows, random_rows
-from datm_ray.core.training.loop import Heartbeat, predict_logits
+from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -49,9 +50,9 @@ class Guessing(nn.Module):
         classes = [self.labels[row] + (row in self.wrong[self.expert]) for row in rows]
         return torch.eye(int(self.labels.max()) + 2)[classes]
 
-    def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat) -> Tensor:
+    def logits_in_steps(self, expert: int, images: Tensor) -> Steps[Tensor]:
         self.expert = expert
-        return predict_logits(self, images, heartbeat)
+        return logits_in_steps(self, images)
 
 
 def part_of(out: Path, labels: NDArray[np.int64], *settings: str) -> tuple[Part, Watched]:
@@ -72,7 +73,7 @@ def test_candidates_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     labels = np.repeat(np.arange(3), 20)
     part, watched = part_of(tmp_path, labels, "distill.ipc=5", "distill.initial=correct")
     experts = Guessing(labels, (set(range(0, 60, 2)), set()))
-    found = initial.first_rows(part, cast(ExpertNetworks, experts), Rows(0, 15))
+    found = result_of(initial.first_rows(part, cast(ExpertNetworks, experts), Rows(0, 15)))
 
     def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return labels[rows] + np.isin(rows, list(experts.wrong[expert]))
@@ -88,7 +89,7 @@ def test_a_class_whose_last_images_are_taken_already_is_filled(tmp_path: Path) -
     last = int(random_rows(labels, 7, part.config.seed)[6])  # the image of class 0 that is asked for last
     wrong = set(range(7)) - {last}
     experts = Guessing(labels, (wrong, wrong))
-    found = initial.first_rows(part, cast(ExpertNetworks, experts), Rows(0, 6))
+    found = result_of(initial.first_rows(part, cast(ExpertNetworks, experts), Rows(0, 6)))
     assert found[0] == last
     assert labels[found].tolist() == [0, 0, 0, 1, 1, 1]
     assert len(set(found.tolist())) == 6

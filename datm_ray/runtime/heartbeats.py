@@ -1,0 +1,73 @@
+"""Heartbeats of long work: events by which executors know that a worker is not stuck (see `retries.Patience`).
+
+Work that reports a `Progress` often needs no other event. A `Phase` lifts the time limit that follows from the
+`Progress` events, so it is reported only where nothing else was reported for long.
+Tests: tests/runtime/test_heartbeats.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator
+from typing import TypeVar
+
+from datm_ray.config import ClusterConfig
+from datm_ray.core.steps import Steps
+from datm_ray.runtime.executor import Phase
+from datm_ray.runtime.retries import STEPS_OF_PATIENCE
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def interval_in_epochs(cluster: ClusterConfig) -> float:
+    """Seconds without an event after which a training reports a heartbeat within an epoch.
+
+    Shorter epochs are heartbeats themselves, and 20 times their duration limits the time to the next one.
+    """
+    return cluster.progress_timeout / STEPS_OF_PATIENCE
+
+
+def interval_between_epochs(cluster: ClusterConfig) -> float:
+    """Seconds without an event after which work between epochs, such as scoring, reports a heartbeat.
+
+    The interval is at most half of the shortest time limit that can follow from short epochs.
+    """
+    return min(interval_in_epochs(cluster), cluster.peer_timeout / 2)
+
+
+def with_heartbeats(steps: Iterable[Item | None], interval: float) -> Iterator[Item | None]:
+    """Pass on the items, and a `None` whenever `interval` seconds have passed without anything.
+
+    Args:
+        steps: an item after an epoch's last step, `None` after every other step.
+        interval: time in seconds.
+    """
+    due = time.monotonic() + interval
+    for item in steps:
+        if item is not None or time.monotonic() >= due:
+            yield item
+            due = time.monotonic() + interval
+
+
+def reporting(
+    steps: Steps[Result], text: str, interval: float, *, at_once: bool = True
+) -> Generator[Phase, None, Result]:
+    """Do all steps and return the result. Yields a phase wherever the work pauses, at most every `interval` seconds.
+
+    Args:
+        steps: the work.
+        text: text of the phases.
+        interval: time in seconds between two phases.
+        at_once: True to yield the first phase at the first pause; False to yield it after `interval` seconds.
+    """
+    due = time.monotonic() + (0.0 if at_once else interval)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        if time.monotonic() >= due:
+            yield Phase(text)
+            due = time.monotonic() + interval
