@@ -15,6 +15,7 @@ from datm_ray.config import ClusterConfig
 from datm_ray.core.steps import Steps
 from datm_ray.runtime.executor import Phase
 from datm_ray.runtime.retries import STEPS_OF_PATIENCE
+from datm_ray.runtime.stopping import is_overdue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,13 +40,15 @@ def interval_between_epochs(cluster: ClusterConfig) -> float:
 def with_heartbeats(steps: Iterable[Item | None], interval: float) -> Iterator[Item | None]:
     """Pass on the items, and a `None` whenever `interval` seconds have passed without anything.
 
+    Also passes on a `None` as soon as the work need not wait for the epoch's end any more, see `stopping.is_overdue`.
+
     Args:
         steps: an item after an epoch's last step, `None` after every other step.
         interval: time in seconds.
     """
     due = time.monotonic() + interval
     for item in steps:
-        if item is not None or time.monotonic() >= due:
+        if item is not None or time.monotonic() >= due or is_overdue():
             yield item
             due = time.monotonic() + interval
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,6 +17,12 @@ from typing import Any
 
 SAVE_TIMEOUT = 60.0
 """Seconds that a driver waits for its workers to save their work."""
+
+
+LONGEST_EPOCH = 45.0
+"""Seconds after a request to stop within which an epoch may end and be saved. A longer epoch is given up.
+
+Less than `SAVE_TIMEOUT`, so that a worker can say from where its task resumes before its driver ends it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,11 +36,13 @@ class Interrupted(KeyboardInterrupt):
     """True if the process should end without its exit handlers and threads, which may take seconds."""
 
 
-SAVES = "Stopping after the present iteration or epoch, which is saved"
+SAVES = "Stopping after the present iteration or epoch, which is saved unless it is a long epoch"
 
 _savers: list[str] = []
 """Messages of the work in progress that can save itself, outermost first; empty if there is none."""
 _is_asked = False
+_asked_at = 0.0
+"""Time of the last request to stop, in seconds of the monotonic clock."""
 _closing = threading.Lock()
 """Lock that the thread of `close_unless_interrupted` holds while something is closed."""
 
@@ -67,10 +76,24 @@ def ask() -> bool:
 
     Returns True if it was asked now; False if no work can save itself, or if it was asked before.
     """
-    global _is_asked
+    global _is_asked, _asked_at
     is_new = bool(_savers) and not _is_asked
-    _is_asked = _is_asked or is_new
+    _is_asked, _asked_at = _is_asked or is_new, time.monotonic() if is_new else _asked_at
     return is_new
+
+
+def is_overdue() -> bool:
+    """True if the work was asked to stop more than `LONGEST_EPOCH` seconds ago, so that it must not wait to save."""
+    return _is_asked and time.monotonic() - _asked_at > LONGEST_EPOCH
+
+
+def given_up(saved: str) -> Interrupted:
+    """End of work within an epoch that takes too long to be ended and saved, see `is_overdue`.
+
+    Args:
+        saved: describes the last saved state, such as "epoch 3 of 90".
+    """
+    return Interrupted(f"{saved}, without the part of the next epoch")
 
 
 @contextmanager

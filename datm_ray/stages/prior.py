@@ -47,7 +47,7 @@ from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Phase, Progress
 from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
-from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
 from datm_ray.stages.experts.train import TRAINING, group_in_store
 from datm_ray.stages.methods.part import Part
@@ -129,9 +129,12 @@ class PriorWorker:
         due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
         count, pixels = len(self._dataset.train_labels), self._pixels(settings.batch_size)
         steps = train_autoencoder(network, pixels, count, settings, config.seed, state)
+        saved_epoch = state.epoch
         with saving() as is_asked:
             for found in with_heartbeats(steps, interval_in_epochs(self._cluster)):
                 if found is None:
+                    if is_overdue():
+                        raise given_up(f"epoch {saved_epoch} of {settings.epochs}")
                     yield Phase(TRAINING)
                     continue
                 error = found
@@ -146,6 +149,7 @@ class PriorWorker:
                     began = time.monotonic()
                     spent += account.lap()
                     _write(folder / PRIOR_PROGRESS, state, spent)
+                    saved_epoch = state.epoch
                     ended = time.monotonic()
                     due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
                 yield Progress(state.epoch, settings.epochs, {"error": error}, account.metrics(), saved=is_saved)

@@ -110,7 +110,13 @@ class Counting(SerialExecutor):
                 passes[0] = 0
 
 
-DATM = ("evaluate.full=true", "evaluate.real_epochs=2", "experts.test_every=1", "distill.validate_every=5")
+DATM = (
+    "evaluate.full=true",
+    "evaluate.real_epochs=1",
+    "evaluate.epochs=2",
+    "experts.test_every=1",
+    "distill.validate_every=6",
+)
 SRE2L = (
     "method=sre2l",
     "network={architecture: convnet, width: 4, depth: 2, norm: batch}",

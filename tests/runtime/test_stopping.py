@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,7 @@ from datm_ray.config import ClusterConfig, RunConfig, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
-from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
+from datm_ray.runtime.executor import Event, Note, Phase, Progress, SerialExecutor, Task
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
 from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving, wait_for_close
@@ -75,7 +77,7 @@ def test_signals_ask_once_and_then_end(number: signal.Signals, code: int) -> Non
 
     with pytest.raises(Interrupted) as end:
         work()
-    saved = "Stopping after the present iteration or epoch, which is saved. Ctrl-C again stops at once."
+    saved = f"{stopping.SAVES}. Ctrl-C again stops at once."
     assert (end.value.exit_code, steps, messages) == (code, [True], [saved])
     assert signal.getsignal(number) is before
 
@@ -155,7 +157,7 @@ def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatc
     notes = driver._save_and_stop()
     assert next(notes) == (
         Task("at work", ()),
-        Note("Stopping after the present iteration or epoch, which is saved, within 0 s"),
+        Note("Stopping after the present iteration or epoch, which is saved unless it is a long epoch, within 0 s"),
     )
     with pytest.raises(Interrupted):
         next(notes)
@@ -267,6 +269,59 @@ def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(
     assert epochs == [4, 5]
     stored = [sorted(out.rglob("expert-*.arrow")) for out in (tmp_path, finished_run / "experts")]
     assert [path.read_bytes() for path in stored[0]] == [path.read_bytes() for path in stored[1]]
+
+
+PRIOR = ("prior={kind: trained, width: 4, epochs: 4, batch_size: 50}", "cluster.checkpoint_seconds=0.001")
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "place"),
+    [
+        ((), "experts", r"epoch 2 of 5"),
+        (("evaluate.full=true",), "full", r"network 1 of 3, epoch 2 of 4"),
+        (
+            ("prior={kind: trained, width: 4, epochs: 4, batch_size: 50}", "cluster.checkpoint_seconds=0.001"),
+            "prior",
+            "epoch 2 of 4",
+        ),
+    ],
+)
+def test_a_long_epoch_is_given_up_between_two_steps(
+    settings: tuple[str, ...], stage: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work that is asked to stop within a long epoch ends between two steps, says what is saved, and resumes there."""
+    monkeypatch.setattr(progress, "WRITE_SHARE", 1e9)
+    monkeypatch.setattr("datm_ray.stages.prior.WRITE_SHARE", 1e9)
+    monkeypatch.setattr("datm_ray.stages.evaluate.progress.SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr("datm_ray.stages.evaluate.progress.REPORT_INTERVAL", -1.0)
+    clock = SimpleNamespace(monotonic=itertools.count(step=1e6).__next__)  # every step is a heartbeat
+    monkeypatch.setattr("datm_ray.runtime.heartbeats.time", clock)
+    config = tiny_config("evaluate.seeds=1", "evaluate.real_epochs=4", *settings)
+    pipeline, done = Pipeline([config], str(tmp_path)), [0]
+
+    def within_the_third(task: Task, event: Event) -> bool:
+        """True at a heartbeat within the third epoch of the stage's first task."""
+        if stage in task.name and isinstance(event, Progress):
+            done[0] = event.done
+        is_due = stage in task.name and done[0] == 2 and isinstance(event, Phase)
+        if is_due:
+            monkeypatch.setattr(stopping, "LONGEST_EPOCH", -1.0)  # has passed at the next step
+        return is_due
+
+    with pytest.raises(Interrupted, match=rf"{place}, without the part of the next epoch$"):
+        pipeline.run_all(lambda: AskedAfter(config, within_the_third), QUIET)
+    monkeypatch.undo()
+    resumed = list[int]()
+
+    def first(task: Task, event: Event) -> bool:
+        if stage in task.name and isinstance(event, Progress):
+            resumed.append(event.done)
+            raise Interrupted
+        return False
+
+    with pytest.raises(Interrupted):
+        pipeline.run_all(lambda: AskedAfter(config, first), QUIET)
+    assert resumed[0] in (2, 3)  # an evaluation reports where it starts
 
 
 SAVED = r"datm-ray: stopped\. Saved {} (\d+) of {}\. Run the same command again to resume from there\."

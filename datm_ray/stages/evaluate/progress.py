@@ -25,7 +25,7 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.executor import Note, Phase, Progress
 from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
-from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, remove_folder
 from datm_ray.stages.experts.train import TRAINING
 from datm_ray.store.files.filesystem import Location
@@ -131,13 +131,14 @@ class SavedTraining:
         steps = self._trainer.train_steps(stack, self._lessons, self._resumed(number, device))
         for state in with_heartbeats(steps, interval):
             if state is None:
+                if is_overdue():
+                    raise given_up(self._place(number, progress.last_epoch))
                 yield Phase(TRAINING)
                 continue
             yield from self._after_epoch(stack, progress, state)
             if is_asked():
                 yield from map(Note, progress.write(state))
-                before = sum(len(earlier) for earlier, _ in self._stacks[:number])
-                raise Interrupted(self._place(before, len(stack), state.epoch))
+                raise Interrupted(self._place(number, state.epoch))
         for each in stack:
             each.network.zero_grad()
 
@@ -170,14 +171,14 @@ class SavedTraining:
     def _progress(self, *, saved: bool = False) -> Progress:
         return Progress(self._done, self._count * self._epochs, saved=saved)
 
-    def _place(self, before: int, size: int, epoch: int) -> str:
+    def _place(self, number: int, epoch: int) -> str:
         """Progress in words, such as "networks 6-10 of 15, epoch 3 of 20".
 
         Args:
-            before: number of networks before the first one that is trained.
-            size: number of networks that are trained together.
+            number: index of the stack among those of the task, from 0.
             epoch: number of epochs done.
         """
+        before, size = sum(len(earlier) for earlier, _ in self._stacks[:number]), len(self._stacks[number][0])
         which = f"network {before + 1}" if size == 1 else f"networks {before + 1}-{before + size}"
         return f"{which} of {self._count}, epoch {epoch} of {self._epochs}"
 

@@ -44,7 +44,7 @@ from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
-from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
@@ -238,6 +238,8 @@ class ExpertWorker:
         with saving() as is_asked:
             for losses in with_heartbeats(steps, interval_in_epochs(self._cluster)):
                 if losses is None:
+                    if is_overdue():
+                        raise given_up(f"epoch {progress.last_epoch} of {settings.epochs}")
                     yield Phase(TRAINING)
                     continue
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
