@@ -361,6 +361,7 @@ def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path:
     (summary.folder / SCORING).write_json(chosen.to_json())
     files = published_files(summary)
     assert "# epochs 20, batch_size 128, optimiser sgd, learning_rate 0.03\n" in files["README.md"].decode()
+    assert "nearly equal parts" not in files["README.md"].decode()
     (tmp_path / "synthetic.safetensors").write_bytes(files["synthetic.safetensors"])
     assert load(tmp_path / "synthetic.safetensors").training() == chosen
 

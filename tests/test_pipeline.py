@@ -451,6 +451,21 @@ def test_memory_of_a_task_follows_what_the_task_reads(tmp_path: Path) -> None:
     assert [divided[name] for name in ("full", "validation")] == [whole[name] for name in ("full", "validation")]
 
 
+def test_only_rows_that_a_teacher_labels_reserve_memory_for_it(tmp_path: Path) -> None:
+    """A teacher that labels every batch is in the memory of its rows, and not of the others or of a validation."""
+    found = list[dict[str, int]]()
+    for number, labels in enumerate(("own", "teacher")):
+        changes = ("evaluate.cutmix=0", f"evaluate.labels={labels}", "evaluate.teacher.network.architecture=resnet18")
+        config = tiny_config(*changes, "cluster.compile=false")
+        pipeline = Pipeline([config], str(tmp_path / str(number)))
+        of_rows = {
+            each.name.split()[1]: each.memory for each in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)
+        }
+        found.append({**of_rows, "validation": tasks.validation_task(pipeline.runs, config).memory})
+    own, taught = found
+    assert {name for name in own if taught[name] > own[name]} == {"random-soft", "distilled"}
+
+
 def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ if device != "cpu":  # numpy takes half as long as torch there
     except Exception as error:
         failure = " ".join(str(error).split()) or type(error).__name__
 sys.stdout.buffer.write(failure.encode()[:200].ljust(200))
+sys.stdout.flush()
 for each in found or numpy.linalg.eigh(matrix):
     sys.stdout.buffer.write(numpy.ascontiguousarray(each))
 """
@@ -99,12 +100,17 @@ def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple
         DatasetError: the process has died.
     """
     size = len(matrix)
-    if size <= _HERE and device == "cpu":
+    if size <= _HERE:  # also for a GPU, where starting a process would take longer
         found = np.linalg.eigh(matrix)
         return found.eigenvalues, found.eigenvectors
     values, vectors, began = np.empty(size), np.empty((size, size)), time.monotonic()
     command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), str(size), device, *sys.path]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+
+    def wait(output: io.BufferedReader) -> None:
+        while not select.select([output], [], [], 1.0)[0]:
+            note(f"zca: eigenvectors of {size:,} x {size:,}: {time.monotonic() - began:.0f} s so far")
+
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True) as process:
         assert process.stdin is not None
         assert isinstance(process.stdout, io.BufferedReader)
@@ -112,10 +118,10 @@ def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple
             with suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(matrix.data)
             matrix.resize(0, refcheck=False)
-            while not select.select([process.stdout], [], [], 1.0)[0]:
-                note(f"zca: eigenvectors of {size:,} x {size:,}: {time.monotonic() - began:.0f} s so far")
+            wait(process.stdout)
             if failure := process.stdout.read(_FAILURE_BYTES).decode(errors="replace").strip():
                 _log.warning("zca is fitted on the CPU instead of the GPU: %s", failure)
+            wait(process.stdout)
             read = sum(process.stdout.readinto(each.data) for each in (values, vectors))
             if read < values.nbytes + vectors.nbytes:
                 raise DatasetError(

@@ -25,7 +25,14 @@ from datm_ray.planning.work import Row, weight
 from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.shape import DataShape
-from datm_ray.stages.evaluate.rows import ALL_ROWS, DISTILLED, is_unstackable, largest_stack, result_location
+from datm_ray.stages.evaluate.rows import (
+    ALL_ROWS,
+    DISTILLED,
+    asks_teacher,
+    is_unstackable,
+    largest_stack,
+    result_location,
+)
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels, missing_epochs
@@ -249,7 +256,7 @@ def join_task(runs: Runs, config: RunConfig) -> Task:
         stage="distillation",
         weight=weight([work.passes("scoring", config, shape, images)]),
         method="join_pieces",
-        memory=scoring_memory(config, shape, images) + SETS_JOINED * images * shape.row,
+        memory=scoring_memory(config, shape, images, has_teacher=True) + SETS_JOINED * images * shape.row,
         is_light=True,
     )
 
@@ -418,7 +425,8 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
     networks, schedule = row.training(len(numbers))
     held = networks - together
     sets = 0 if row.name == "full" else 1 if row.name in DISTILLED else len(numbers)
-    facts = config, row.shape, row.images, network, together
+    scored = config, row.shape, row.images, network, together
+    is_taught = asks_teacher(config, row.name)
     uris = tuple(place.uri for place in places)
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
     return Task(
@@ -428,7 +436,7 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
         stage="evaluation",
         weight=weight(work.evaluation(row, len(numbers))),
         method="evaluate",
-        memory=scoring_memory(*facts, held=held, sets=sets, schedule=schedule),
+        memory=scoring_memory(*scored, held=held, sets=sets, schedule=schedule, has_teacher=is_taught),
         is_light=True,
     )
 

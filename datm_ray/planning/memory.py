@@ -75,7 +75,8 @@ def prior_memory(config: RunConfig, shape: DataShape) -> int:
     values = math.prod(shape.image)
     is_whitened = config.dataset.resolved(shape.image[1:]).kind == "zca"
     pixels = 4 * values * (shape.training_images + values) if is_whitened else 0  # and the matrix that undoes it
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters)) + pixels
+    tensors = math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters))
+    return TRAINING_PROCESS_BYTES + tensors + pixels + _reading_bytes(shape, _light_threads(config))
 
 
 def scoring_memory(
@@ -88,6 +89,7 @@ def scoring_memory(
     held: int = 0,
     sets: int = 1,
     schedule: Schedule | None = None,
+    has_teacher: bool = False,
 ) -> int:
     """Bytes of main memory to reserve for a worker that trains a network on `images` images and scores it.
 
@@ -98,6 +100,7 @@ def scoring_memory(
         sets: number of different sets of `images` images that the worker holds; 0 if the images are the data set's,
             which the workers of a node share.
         schedule: schedule of the training; `None` for that of the distilled set's row.
+        has_teacher: True if the worker holds the run's teacher, which labels every batch.
     """
     if uses_gpu(config.cluster.shaped(light=True)):
         copies = sets + SET_COPIES_READ - 1 if sets else 0  # sets are read one after another
@@ -107,9 +110,9 @@ def scoring_memory(
     at_once = min(schedule.micro_batch or rows, rows)
     own = config.model_copy(update={"network": network or config.network})
     tensors = 4 * held * network_cost(own, shape).parameters + sets * images * shape.row
-    if config.evaluate.has_teacher:
+    if has_teacher:
         teacher = network_cost(teacher_of(config), shape)
-        tensors += 2 * at_once * together * teacher.largest + 4 * teacher.parameters
+        tensors += 2 * at_once * teacher.largest + 4 * teacher.parameters
     is_stack = together > 1 and own.network.norm != "batch"
     return _training_memory(own, shape, rows, together, tensors, SCORING_BATCH, is_stack=is_stack, at_once=at_once)
 
@@ -125,7 +128,16 @@ def labelling_memory(config: RunConfig, shape: DataShape) -> int:
 
 def _gpu_worker_bytes(shape: DataShape) -> int:
     """Bytes of main memory of a worker that computes on a GPU: its process, and threads that read streamed images."""
-    return GPU_PROCESS_BYTES + shape.is_streamed * (STREAM_BYTES + MOST_READERS * PHOTO_BYTES)
+    return GPU_PROCESS_BYTES + _reading_bytes(shape, MOST_READERS)
+
+
+def _reading_bytes(shape: DataShape, threads: int) -> int:
+    """Bytes of main memory of threads that read streamed images; 0 if no images are streamed."""
+    return shape.is_streamed * (STREAM_BYTES + threads * PHOTO_BYTES)
+
+
+def _light_threads(config: RunConfig) -> int:
+    return config.cluster.shaped(light=True).threads_per_worker
 
 
 def _training_memory(
@@ -153,5 +165,4 @@ def _training_memory(
     maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)
     next_images = 3 * max(BLOCK_BYTES, rows * networks * shape.row)  # before and after their augmentation
     tensors = maps + next_images + 4 * VECTORS * networks * cost.parameters + held
-    streaming = shape.is_streamed * (STREAM_BYTES + config.cluster.threads_per_worker * PHOTO_BYTES)
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * tensors) + streaming
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * tensors) + _reading_bytes(shape, _light_threads(config))

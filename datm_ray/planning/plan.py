@@ -80,6 +80,7 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
         most = min(most, 1)
     for shards in sorted({min(most, 2**power) for power in range(most.bit_length() + 1)} - {0}):
         own = laid_out(config, {**layout, "shards": shards})
+        own = own.model_copy(update={"cluster": own.cluster.given_gpus(int(gpu))})
         try:
             found.append(Proposal(own, shape, plans_of(own, shape), machine, _replaced(config, own)))
         except ConfigError as failure:

@@ -120,7 +120,7 @@ def _whole_training_in_words(artifact: Artifact) -> str:
 
 
 def _in_words(artifact: Artifact, names: list[str]) -> str:
-    """Settings of these names, and if the learning rate is one that nobody chose."""
+    """These settings in words. Says so if the learning rate was neither learned nor chosen."""
     training, is_chosen = artifact.scored_training()
     words = ", ".join(_setting(training, name) for name in names)
     return words if is_chosen else f"{words}; the learning rate was neither learned nor chosen"

@@ -8,14 +8,14 @@ Tests: tests/runtime/test_heartbeats.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from datm_ray.config import ClusterConfig
 from datm_ray.core.steps import Steps
 from datm_ray.runtime.executor import Phase
 from datm_ray.runtime.retries import STEPS_OF_PATIENCE
-from datm_ray.runtime.stopping import is_overdue
+from datm_ray.runtime.stopping import given_up, is_overdue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 def interval_in_epochs(cluster: ClusterConfig) -> float:
     """Seconds without an event after which a training reports a heartbeat within an epoch.
 
-    Shorter epochs are heartbeats themselves, and 20 times their duration limits the time to the next one.
+    Shorter epochs are events often enough: the time limit that follows from them is at least 20 epochs.
     """
     return cluster.progress_timeout / STEPS_OF_PATIENCE
 
@@ -51,6 +51,24 @@ def with_heartbeats(steps: Iterable[Item | None], interval: float) -> Iterator[I
         if item is not None or time.monotonic() >= due or is_overdue():
             yield item
             due = time.monotonic() + interval
+
+
+def given_up_if_overdue(steps: Steps[Result], saved: Callable[[], str]) -> Steps[Result]:
+    """Do all steps and return the result, but raise `Interrupted` once the work need not be ended any more.
+
+    Args:
+        steps: the work.
+        saved: describes the last saved state, such as "epoch 3 of 90".
+    """
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        if is_overdue():
+            raise given_up(saved())
+        yield
 
 
 def reporting(

@@ -17,8 +17,6 @@ from typing import Any
 
 SAVE_TIMEOUT = 60.0
 """Seconds that a driver waits for its workers to save their work."""
-
-
 LONGEST_EPOCH = 45.0
 """Seconds after a request to stop within which an epoch may end and be saved. A longer epoch is given up.
 
@@ -36,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
     """True if the process should end without its exit handlers and threads, which may take seconds."""
 
 
-SAVES = "Stopping after the present iteration or epoch, which is saved unless it is a long epoch"
+SAVES = "Stopping after the present iteration or epoch, which is saved if it ends soon"
 
 _savers: list[str] = []
 """Messages of the work in progress that can save itself, outermost first; empty if there is none."""

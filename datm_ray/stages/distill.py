@@ -560,7 +560,7 @@ class Distillation:
                 yield
             return mean
 
-        return (yield from reporting(self._mesh.from_first(work), VALIDATING, REPORT_INTERVAL))
+        return (yield from reporting(self._mesh.from_first(work), VALIDATING, REPORT_INTERVAL, at_once=False))
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """Set joined from the rows of all workers, on the first worker; `None` on other workers.

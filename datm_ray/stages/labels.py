@@ -142,7 +142,7 @@ def _stored(
 ) -> Iterator[int | None]:
     """Label as `label_epochs` does, for images that the caller knows to be those of the store.
 
-    Yields `None` after each batch. Records of one epoch are held in memory, where they take less than the images.
+    Yields `None` after each batch. Holds the records of one epoch in memory.
     """
     for epoch in epochs:
         records = list[LabelRecords]()

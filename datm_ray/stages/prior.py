@@ -292,9 +292,12 @@ class PriorOfSet:
             images: [n c h w] normalised images.
         """
         if self._encoder is not None:
-            pixels = self._transform.denormalise(images)
-            with torch.no_grad():
-                return torch.cat([self._encoder(part) for part in pixels.split(self.prior.chunk)])
+            found = []
+            for part in self._transform.denormalise(images).split(self.prior.chunk):
+                with torch.no_grad():
+                    found.append(self._encoder(part))
+                yield
+            return torch.cat(found)
         drawn = self._drawn().to(images.device)
         return (yield from self.prior.invert(images, drawn, self._settings.inversion_steps))
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import Compose
 
-from datm_ray.data import Transform, fit_transform, transform
+from datm_ray.data import Transform, fit_transform, patience, transform
 from datm_ray.data.patience import eigenpairs
 from datm_ray.data.transform import Kind, Normaliser
 from datm_ray.errors import CorruptFileError, DatasetError
@@ -395,12 +395,16 @@ def test_fitting_on_a_gpu_gives_the_same_transform() -> None:
 def test_another_device_takes_torchs_decomposition_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's path, run on the CPU, agrees with numpy's decomposition. This process starts no CUDA for it."""
     monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("this process computes"))
+    monkeypatch.setattr(patience, "_HERE", 0)
     host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cpu:0"))
     np.testing.assert_allclose(host.matrix, other.matrix, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gpu_that_fails_leaves_the_fit_to_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_fails_leaves_the_fit_to_the_cpu(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fit whose device fails gives the CPU's transform, and one line says why."""
+    monkeypatch.setattr(patience, "_HERE", 0)
     host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "absent"))
     assert (other.values.tobytes(), other.vectors.tobytes()) == (host.values.tobytes(), host.vectors.tobytes())
     (message,) = caplog.messages

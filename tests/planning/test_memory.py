@@ -665,6 +665,12 @@ def test_threads_that_read_for_a_gpu_are_reserved() -> None:
     ]
     assert {streamed - kept for streamed, kept in found} == {STREAM_BYTES + MOST_READERS * PHOTO_BYTES}
     assert labelling_memory(config, IMAGENET) == labelling_memory(config, held), "it reads the set alone"
+    on_cpus = override(config, ["cluster.light={gpus_per_worker: 0, threads_per_worker: 3}"])
+    for streamed, kept in (
+        (prior_memory(on_cpus, IMAGENET), prior_memory(on_cpus, held)),
+        (experts_memory(on_cpus, IMAGENET, 1), experts_memory(on_cpus, held, 1)),
+    ):
+        assert streamed - kept == STREAM_BYTES + 3 * PHOTO_BYTES
 
 
 @pytest.mark.parametrize("labels", ["own", "teacher"])
@@ -676,7 +682,10 @@ def test_micro_batches_need_less_main_memory(labels: str) -> None:
     )
     whole = whole.resolved((224, 224))
     large, same, small = (
-        scoring_memory(override(whole, [f"evaluate.micro_batch={each}"]), shape, 10_000) for each in ("null", 1024, 128)
+        scoring_memory(
+            override(whole, [f"evaluate.micro_batch={each}"]), shape, 10_000, has_teacher=labels == "teacher"
+        )
+        for each in ("null", 1024, 128)
     )
     maps = (1024 - 128) * ALONE_MAPS * network_cost(whole, shape).maps
     maps += (1024 - 128) * 2 * network_cost(teacher_of(whole), shape).largest * (labels == "teacher")

@@ -19,6 +19,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Event, Phase, Progress, SerialExecutor, Task
 from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
 from datm_ray.runtime.retries import patience_of
+from datm_ray.stages.experts.train import TESTING
 from tests.conftest import tiny_config
 
 SLOW = 100_000.0
@@ -152,3 +153,19 @@ def test_no_stage_computes_for_long_without_an_event(
     Pipeline([config], str(tmp_path)).run_all(start, Reporter(quiet=True))
     limits = dict.fromkeys(most, 5) | {"distillation": 12}  # one iteration has several student steps
     assert {kind: count for kind, count in most.items() if count > limits[kind]} == {}
+
+
+def test_the_time_of_several_short_tests_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that are tested one after another, each in less than a heartbeat's interval, are reported together."""
+    config = tiny_config("experts.count=4", "cluster.experts_at_a_time=4", "experts.test_every=1")
+    clock_of(monkeypatch, 0.3 * interval_between_epochs(config.cluster))  # a test has two batches
+    reported = list[str]()
+
+    class Noting(SerialExecutor):
+        def run(self, *arguments: Any, **options: Any) -> Iterator[tuple[Task, Event]]:
+            for task, event in super().run(*arguments, **options):
+                reported.extend([event.text] if isinstance(event, Phase) else [])
+                yield task, event
+
+    Pipeline([config], str(tmp_path)).train_experts(lambda: Noting(config.cluster), Reporter(quiet=True))
+    assert TESTING in reported

@@ -157,7 +157,7 @@ def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatc
     notes = driver._save_and_stop()
     assert next(notes) == (
         Task("at work", ()),
-        Note("Stopping after the present iteration or epoch, which is saved unless it is a long epoch, within 0 s"),
+        Note("Stopping after the present iteration or epoch, which is saved if it ends soon; workers have 0 s"),
     )
     with pytest.raises(Interrupted):
         next(notes)
@@ -279,11 +279,7 @@ PRIOR = ("prior={kind: trained, width: 4, epochs: 4, batch_size: 50}", "cluster.
     [
         ((), "experts", r"epoch 2 of 5"),
         (("evaluate.full=true",), "full", r"network 1 of 3, epoch 2 of 4"),
-        (
-            ("prior={kind: trained, width: 4, epochs: 4, batch_size: 50}", "cluster.checkpoint_seconds=0.001"),
-            "prior",
-            "epoch 2 of 4",
-        ),
+        (PRIOR, "prior", "epoch 2 of 4"),
     ],
 )
 def test_a_long_epoch_is_given_up_between_two_steps(

@@ -638,11 +638,9 @@ class Trainer:
         """
         done = 0
         for stack in self.stacks(trainings, alike=alike):
-            last = done + len(stack) * stack[0].schedule.epochs
             for state in self.train_steps(stack):
                 done += 0 if state is None else len(stack)
                 yield done
-            done = last
 
     def _functions_for(self, training: Training, size: int) -> StackFunctions:
         key = (_kind_of(training), size)

@@ -172,7 +172,7 @@ class RayExecutor:
             ray.shutdown()
 
     def _report_memory(self, tasks: list[Task]) -> None:
-        """Warn if workers of the tasks need so much memory that CPUs or GPUs stay idle; once, for the largest need."""
+        """Warn once, for the largest need of memory that leaves CPUs or GPUs idle."""
         workers = Counter[tuple[int, bool]]()
         for task in tasks:
             workers[task.memory, task.is_light] += task.size
@@ -313,7 +313,7 @@ class _Stage:
         self._jobs = at_work
         for job in at_work:
             job.leaves = False  # its end is the command's end
-            yield job.task, Note(f"{SAVES}, within {SAVE_TIMEOUT:.0f} s")
+            yield job.task, Note(f"{SAVES}; workers have {SAVE_TIMEOUT:.0f} s")
         saved, end = [], time.monotonic() + SAVE_TIMEOUT
         while self._jobs and time.monotonic() < end:
             for task, event in self._next_events():
@@ -485,7 +485,9 @@ class _Stage:
         """Number of a task's workers that the running nodes outside of `bad` hold without the GPUs set aside."""
         nodes, memory = self._nodes_of(job.task), job.task.memory
         good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
-        return nodes.elsewhere(bad, memory) - sum(each.node in good for each in self._executor.set_aside)
+        share = self._options(job.task).get("num_gpus", 1.0)
+        lost = sum(each.node in good for each in self._executor.set_aside)
+        return nodes.elsewhere(bad, memory) - lost * int(1 / share + 1e-9)
 
     def _options(self, task: Task) -> dict[str, Any]:
         return worker_options(self._cluster, task.is_light, self._nodes_of(task).reserved(task.memory))

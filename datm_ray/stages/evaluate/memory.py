@@ -70,4 +70,5 @@ def memory_remedy(config: RunConfig, shape: DataShape, row: str, network: Networ
         return f"compute a step in parts: --set evaluate.micro_batch={less}"
     smaller = f"choose a smaller network{' or teacher' * settings.has_teacher}"
     is_part = (config.cluster.shaped(light=True).gpus_per_worker or 1.0) < 1
-    return f"{smaller}, or use --set cluster.light.gpus_per_worker=1" if is_part else smaller
+    section = "cluster.light" if config.cluster.light else "cluster"
+    return f"{smaller}, or use --set {section}.gpus_per_worker=1" if is_part else smaller

@@ -247,10 +247,8 @@ class EvaluateWorker:
             _Trial(each.network, each.schedule.learning_rate, share)
             for each, share in zip(trainings, measured, strict=True)
         ]
-        tested = []
-        for first in range(len(seeds)):
-            work = self._tested(every[first :: len(seeds)], learns=bool(step_size))
-            tested.append((yield from reporting(work, SCORING, interval, at_once=False)))
+        tests = (self._tested(every[first :: len(seeds)], learns=bool(step_size)) for first in range(len(seeds)))
+        tested = yield from reporting(all_of(tests), SCORING, interval, at_once=False)
         spent = (account.spent() + training.spent).share(1 / len(seeds))
         shared = {"row": row, "learned_step_size": step_size, "images": len(sets[0][0])}
         results = [

@@ -8,6 +8,7 @@ A stack also trains those of its experts that the store already has, but does no
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import re
@@ -34,6 +35,7 @@ from datm_ray.core.networks.stacked import (
     can_be_stacked,
 )
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.experts import ExpertState, stack_steps
 from datm_ray.core.training.loop import accuracy_in_steps
@@ -43,7 +45,13 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
-from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
+from datm_ray.runtime.heartbeats import (
+    given_up_if_overdue,
+    interval_between_epochs,
+    interval_in_epochs,
+    reporting,
+    with_heartbeats,
+)
 from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
@@ -244,7 +252,7 @@ class ExpertWorker:
                     continue
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)
-                measured = yield from self._accuracies(networks[0], state, settings)
+                measured = yield from self._accuracies(networks[0], state, settings, progress)
                 for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
                     yield Note(waiting)
                 shown = {"loss": float(losses.mean())}
@@ -338,21 +346,27 @@ class ExpertWorker:
         return self._functions[spec, stacked, precision]
 
     def _accuracies(
-        self, network: nn.Module, state: ExpertState, settings: ExpertConfig
+        self, network: nn.Module, state: ExpertState, settings: ExpertConfig, progress: ExpertProgress
     ) -> Generator[Phase, None, torch.Tensor | None]:
         """Measure and return test accuracies [s] of experts after an epoch, in [0, 1]. Yields phases if this is slow.
 
         The result is `None` without a test, see `experts.test_every`.
+
+        Raises:
+            Interrupted: the work was asked to stop, and the test takes too long to wait for its end.
         """
         if not settings.test_every or state.epoch % settings.test_every:
             return None
-        measured, interval = [], interval_between_epochs(self._cluster)
-        for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
+
+        def measure(parameters: torch.Tensor, buffers: torch.Tensor) -> Steps[float]:
             unflatten_into(network, parameters)
             unflatten_buffers_into(network, buffers)
-            work = accuracy_in_steps(network, *self._test_set)
-            measured.append((yield from reporting(work, TESTING, interval, at_once=False)))
-        return torch.tensor(measured)
+            return (yield from accuracy_in_steps(network, *self._test_set))
+
+        works = all_of(itertools.starmap(measure, zip(state.parameters, state.buffers, strict=True)))
+        work = given_up_if_overdue(works, lambda: f"epoch {progress.last_epoch} of {settings.epochs}")
+        interval = interval_between_epochs(self._cluster)
+        return torch.tensor((yield from reporting(work, TESTING, interval, at_once=False)))
 
     @functools.cached_property
     def _test_set(self) -> tuple[Images, torch.Tensor]:

@@ -79,6 +79,8 @@ def test_a_plan_compares_the_evaluation_with_what_its_workers_may_take(monkeypat
     whole, quarter = (str(plan_run(each, "gpus=8,memory=80GiB,tflops=60", shape)) for each in (config, shared))
     assert "may be taken" not in whole
     assert "of a GPU where 20 GiB may be taken: compute a step in parts" in quarter
+    light = plan_run(override(config, ["cluster.light.threads_per_worker=4"]), "gpus=8,memory=80GiB,tflops=60", shape)
+    assert light.to_json()["evaluation_gpu_bytes"] is not None
 
     def budget(config: RunConfig) -> float:
         assert config.cluster.memory is None
@@ -105,6 +107,10 @@ def test_a_plan_compares_the_evaluation_with_what_its_workers_may_take(monkeypat
         (
             ("evaluate.micro_batch=1", "cluster.light.gpus_per_worker=0.5"),
             "choose a smaller network or teacher, or use --set cluster.light.gpus_per_worker=1",
+        ),
+        (
+            ("evaluate.micro_batch=1", "cluster.gpus_per_worker=0.5"),
+            "choose a smaller network or teacher, or use --set cluster.gpus_per_worker=1",
         ),
     ],
 )
