@@ -289,7 +289,7 @@ def test_a_teacher_takes_time_and_memory() -> None:
     )
     assert taught.stages["evaluation"][0] > alone.stages["evaluation"][0]
     assert taught.stages["experts"] == alone.stages["experts"]
-    own, more = (scoring_memory(each.config, each.shape, 10) for each in (alone, taught))
+    own, more = (scoring_memory(each.config, each.shape, 10, has_teacher=each is taught) for each in (alone, taught))
     assert more > own
     longer = proposal("evaluate.learning_rate=0.1", "evaluate.epochs=5000")
     assert longer.stages["evaluation"][0] > alone.stages["evaluation"][0]
