@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +36,6 @@ from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
 from tests.tapes import Tape, recorded_tapes
-
-T = TypeVar("T")
 
 TINY = (
     "network.width=4",
@@ -153,18 +151,6 @@ def tiny_config(*changes: str) -> RunConfig:
     """The tiny run with some values changed, resolved for its images as in the pipeline."""
     config = override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
     return config.resolved((config.dataset.resize or 8,) * 2)
-
-
-def result_of(steps: Generator[object, None, T]) -> T:
-    """Run a generator to its end, and return the value that it returns."""
-    found: list[T] = []
-
-    def keep() -> Iterator[object]:
-        found.append((yield from steps))
-
-    for _ in keep():
-        pass
-    return found[0]
 
 
 @pytest.fixture(scope="session")

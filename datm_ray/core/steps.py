@@ -5,28 +5,33 @@ Tests: tests/core/test_steps.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from typing import TypeAlias, TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from typing import Generic, TypeAlias, TypeVar
 
 Result = TypeVar("Result")
 Steps: TypeAlias = Generator[None, None, Result]
 """Generator that yields `None` between steps of its work, and returns the work's result."""
 
 
-def result_of(steps: Steps[Result], between: Callable[[], object] = lambda: None) -> Result:
-    """Do all steps at once and return the result.
+class Work(Generic[Result]):
+    """Work in steps to iterate over, once: an item for each pause. Afterwards `result` is the work's result."""
 
-    Args:
-        steps: the work.
-        between: called wherever the work pauses, such as a heartbeat.
-    """
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        between()
+    result: Result
+
+    def __init__(self, steps: Steps[Result]) -> None:
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[None]:
+        """Do the work, step by step."""
+        self.result = yield from self._steps
+
+
+def result_of(steps: Steps[Result]) -> Result:
+    """Do all steps at once and return the result."""
+    work = Work(steps)
+    for _ in work:
+        pass
+    return work.result
 
 
 def all_of(works: Iterable[Steps[Result]]) -> Steps[list[Result]]:

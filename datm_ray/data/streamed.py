@@ -19,7 +19,7 @@ Rows = NDArray[np.int64] | slice
 """Row numbers, in any order, or a slice of them."""
 NORMALISED = 4
 """Number of images that are normalised in one call. So few fit into a CPU's cache: on one core, four of 224x224 pixels
-took half the time per image of 256. The number changes no bit."""
+took a third of the time per image of 184 (`benchmarks/bench_reading.py`). The number changes no bit."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,8 +42,8 @@ An older, busy core took up to three times as long. "embedding" and "recovery" a
 `FORWARD_PASSES`."""
 READING_OPERATIONS = 3.5e8
 """Operations of student steps that take as long as reading one streamed image: 2.3 ms on a core with the speed in
-`SPEED`. Measured there: 2.1 ms to decode and resize a JPEG file of 500x375 pixels and 65 KB, 0.2 ms to normalise it.
-Files of other sizes take other times."""
+`SPEED`. There, `benchmarks/bench_reading.py` took 1.6 to 2.0 ms to decode and resize a JPEG file of 500x375 pixels and
+79 KB, and 0.2 ms to normalise it. Files of other sizes take other times."""
 READERS = 8
 """Threads in which a GPU's worker reads images, if its machine is only described. Assumed: nodes in clouds have 6 to 24
 CPUs for each GPU."""

@@ -12,13 +12,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from datm_ray.config import ClusterConfig
-from datm_ray.core.steps import Steps
+from datm_ray.core.steps import Steps, Work
 from datm_ray.runtime.executor import Phase
 from datm_ray.runtime.retries import STEPS_OF_PATIENCE
 from datm_ray.runtime.stopping import given_up, is_overdue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+TRAINING = "training an epoch"
+"""Text of the phase within a slow epoch."""
 
 
 def interval_in_epochs(cluster: ClusterConfig) -> float:
@@ -53,6 +56,20 @@ def with_heartbeats(steps: Iterable[Item | None], interval: float) -> Iterator[I
             due = time.monotonic() + interval
 
 
+def within_epoch(saved: Callable[[], str]) -> Phase:
+    """Heartbeat of a training between two steps of an epoch.
+
+    Args:
+        saved: describes the last saved state, such as "epoch 3 of 90".
+
+    Raises:
+        Interrupted: the training was asked to stop, and the epoch takes too long to wait for its end.
+    """
+    if is_overdue():
+        raise given_up(saved())
+    return Phase(TRAINING)
+
+
 def given_up_if_overdue(steps: Steps[Result], saved: Callable[[], str]) -> Steps[Result]:
     """Do all steps and return the result, but raise `Interrupted` once the work need not be ended any more.
 
@@ -60,15 +77,12 @@ def given_up_if_overdue(steps: Steps[Result], saved: Callable[[], str]) -> Steps
         steps: the work.
         saved: describes the last saved state, such as "epoch 3 of 90".
     """
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+    work = Work(steps)
+    for _ in work:
         if is_overdue():
             raise given_up(saved())
         yield
+    return work.result
 
 
 def reporting(
@@ -82,13 +96,9 @@ def reporting(
         interval: time in seconds between two phases.
         at_once: True to yield the first phase at the first pause; False to yield it after `interval` seconds.
     """
-    due = time.monotonic() + (0.0 if at_once else interval)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+    due, work = time.monotonic() + (0.0 if at_once else interval), Work(steps)
+    for _ in work:
         if time.monotonic() >= due:
             yield Phase(text)
             due = time.monotonic() + interval
+    return work.result

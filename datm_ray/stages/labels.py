@@ -26,7 +26,6 @@ from datm_ray.core.training.labelling import (
     require_labelled,
     teacher_logits,
 )
-from datm_ray.core.training.loop import Heartbeat, no_heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
@@ -114,7 +113,6 @@ def label_epochs(
     epochs: Iterable[int],
     *,
     batch: int = LABELLED,
-    heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[int]:
     """Label the images in some epochs. Yields each epoch once it is stored, by this call or by another worker.
 
@@ -123,18 +121,14 @@ def label_epochs(
         images: [n c h w] images of the set, the images that `create_labels` got; on the same device or in main memory.
         epochs: numbers of the epochs to label, from 0, such as `store.missing()` or a part of these.
         batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
-        heartbeat: called after each batch.
 
     Raises:
         ConfigError: the store is for labels of other images.
         StoreError: an epoch cannot be written, or a logit does not fit into float16.
     """
     require_labelled(images, store.info.set_fingerprint, store.location.uri)
-    for epoch in _stored(store, network, images, epochs, batch):
-        if epoch is None:
-            heartbeat()
-        else:
-            yield epoch
+    stored = _stored(store, network, images, epochs, batch)
+    yield from (epoch for epoch in stored if epoch is not None)
 
 
 def _stored(
@@ -145,12 +139,12 @@ def _stored(
     Yields `None` after each batch. Holds the records of one epoch in memory.
     """
     for epoch in epochs:
-        records = list[LabelRecords]()
         if not store.holds(epoch):
+            records = list[LabelRecords]()
             for each in _labelled(store.info, network, images, epoch, batch):
                 records.append(each)
                 yield None
-        store.write_epoch(epoch, records)
+            store.write_epoch(epoch, records)
         yield epoch
 
 

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
 
@@ -45,11 +45,11 @@ from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsErr
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import prepare_device, to_device
-from datm_ray.runtime.executor import Event, Finished, Phase, Progress
-from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
-from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
+from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats, within_epoch
+from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
-from datm_ray.stages.experts.train import TRAINING, group_in_store
+from datm_ray.stages.experts.train import group_in_store
 from datm_ray.stages.methods.part import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -133,9 +133,7 @@ class PriorWorker:
         with saving() as is_asked:
             for found in with_heartbeats(steps, interval_in_epochs(self._cluster)):
                 if found is None:
-                    if is_overdue():
-                        raise given_up(f"epoch {saved_epoch} of {settings.epochs}")
-                    yield Phase(TRAINING)
+                    yield within_epoch(partial("epoch {} of {}".format, saved_epoch, settings.epochs))
                     continue
                 error = found
                 if not math.isfinite(error):

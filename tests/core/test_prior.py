@@ -27,7 +27,7 @@ from datm_ray.core.prior import (
     micro_batch,
     train_autoencoder,
 )
-from datm_ray.core.steps import result_of
+from datm_ray.core.steps import Work, result_of
 from datm_ray.errors import ConfigError
 
 SMALL = PriorConfig(channels=3, width=5, halvings=2, epochs=4, batch_size=8)
@@ -92,12 +92,12 @@ def test_images_depend_on_their_own_latents_alone() -> None:
 
 def test_an_inversion_comes_near_the_images() -> None:
     """An inversion of 200 steps leaves a small part of the squared error, and pauses after each step."""
-    prior, beats = prior_of(3), list[int]()
+    prior = prior_of(3)
     images, start = prior.render(latents_of(4, seed=2)), latents_of(4)
-    found = result_of(prior.invert(images, start, 200), lambda: beats.append(1))
-    before, after = ((prior.render(each) - images).square().sum() for each in (start, found))
+    inversion = Work(prior.invert(images, start, 200))
+    assert len(list(inversion)) == 2 * 200
+    before, after = ((prior.render(each) - images).square().sum() for each in (start, inversion.result))
     assert float(after / before) < 0.05
-    assert len(beats) == 2 * 200
 
 
 def train(epochs: int, state: AutoencoderState, network: Any) -> list[float]:

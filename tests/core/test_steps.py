@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.core.steps import Steps, all_of, finished, result_of
+from datm_ray.core.steps import Steps, Work, all_of, finished, result_of
 
 
 def counting(to: int) -> Steps[int]:
@@ -12,12 +12,11 @@ def counting(to: int) -> Steps[int]:
 
 
 def test_the_result_is_returned_after_all_pauses() -> None:
-    """The result is that of the last step, and `between` is called once at each pause."""
-    pauses = list[int]()
-    assert result_of(counting(3), lambda: pauses.append(1)) == 3
-    assert len(pauses) == 3
-    assert result_of(counting(0), lambda: pauses.append(1)) == 0
-    assert len(pauses) == 3
+    """The result is that of the last step, and there is one item for each pause."""
+    for pauses in (3, 0):
+        work = Work(counting(pauses))
+        assert list(work) == [None] * pauses
+        assert work.result == result_of(counting(pauses)) == pauses
     assert result_of(finished("done")) == "done"
 
 
@@ -32,6 +31,6 @@ def test_works_are_done_one_after_another() -> None:
     works = all_of(work(number) for number in (2, 0, 1))
     next(works)
     assert made == [2]
-    pauses = list[int]()
-    assert result_of(works, lambda: pauses.append(1)) == [2, 0, 1]
-    assert len(pauses) == 2  # of three in all
+    rest = Work(works)
+    assert len(list(rest)) == 2  # of three pauses in all
+    assert rest.result == [2, 0, 1]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistBackendError, DistStoreError
 
-from datm_ray.core.steps import Steps, result_of
+from datm_ray.core.steps import Steps, Work
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, ConfigError, PeerLostError
 from datm_ray.runtime import mesh as mesh_module
@@ -138,10 +138,10 @@ def slow_work(mesh: Mesh, steps: int) -> tuple[float, bool]:
             yield
         return 1 / 3
 
-    pauses = list[int]()
-    number = result_of(mesh.from_first(work), lambda: pauses.append(1))
-    assert len(pauses) >= min(steps, 2)  # a worker that waits pauses too, and can report that it is not stuck
-    return number, bool(worked)
+    shared = Work(mesh.from_first(work))
+    pauses = len(list(shared))
+    assert pauses >= min(steps, 2)  # a worker that waits pauses too, and can report that it is not stuck
+    return shared.result, bool(worked)
 
 
 def test_work_of_the_first_outlasts_the_timeout() -> None:

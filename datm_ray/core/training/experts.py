@@ -71,31 +71,9 @@ def train_experts(
         curriculum: which images an epoch has; `None` for all images in every epoch.
     """
     labels = labels.to(state.parameters.device)
-    yield from train_stack(
-        functions, [images] * len(seeds), [labels] * len(seeds), settings, seeds, state, curriculum=curriculum
-    )
-
-
-def train_stack(
-    functions: StackStep,
-    images: Sequence[Images],
-    labels: Sequence[Tensor],
-    settings: ExpertConfig,
-    seeds: Sequence[int],
-    state: ExpertState,
-    rates: Sequence[float] | None = None,
-    curriculum: Curriculum | None = None,
-) -> Iterator[Tensor]:
-    """Train s networks together, each on its own images. Yields the mean losses [s] of every epoch.
-
-    Args:
-        images: images [n c h w] of each network.
-        labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
-        settings, seeds, state, curriculum: see `train_experts`.
-        rates: learning rate of each network; `None` for `settings.learning_rate`.
-    """
-    steps = stack_steps(functions, images, labels, settings, seeds, state, rates, curriculum)
-    return (losses for losses in steps if losses is not None)
+    own = [images] * len(seeds), [labels] * len(seeds)
+    steps = stack_steps(functions, *own, settings, seeds, state, curriculum=curriculum)
+    yield from (losses for losses in steps if losses is not None)
 
 
 def stack_steps(
@@ -108,10 +86,16 @@ def stack_steps(
     rates: Sequence[float] | None = None,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor | None]:
-    """Train s networks together, step by step. The arguments are those of `train_stack`.
+    """Train s networks together, each on its own images, step by step.
 
     Yields the mean losses [s] of the epoch after its last step, and `None` after every other step. Only after an
     epoch's last step is the state one that a training can resume from.
+
+    Args:
+        images: images [n c h w] of each network.
+        labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
+        settings, seeds, state, curriculum: see `train_experts`.
+        rates: learning rate of each network; `None` for `settings.learning_rate`.
     """
     count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
     seen = None if curriculum is None else curriculum.rows

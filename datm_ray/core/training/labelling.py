@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from datm_ray.core.images.augment import LEAST_SHARE, crop_boxes, resized_crop
 from datm_ray.core.images.batches import rows_on
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.loop import Heartbeat, device_of, no_heartbeat, predict_logits
+from datm_ray.core.training.loop import device_of, predict_logits
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
@@ -145,20 +145,17 @@ def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
     return (vertical[:, :, None] & horizontal[:, None, :])[:, None]
 
 
-def teacher_logits(
-    network: nn.Module, images: Tensor, views: Views, batch: int, heartbeat: Heartbeat = no_heartbeat
-) -> Tensor:
+def teacher_logits(network: nn.Module, images: Tensor, views: Views, batch: int) -> Tensor:
     """Compute a network's logits [n k], in evaluation mode, for views of a set's images [m c h w].
 
     The views are made on the network's device.
 
     Args:
         batch: number of views to make and label at a time.
-        heartbeat: called after each batch.
     """
     parts = (views.take(slice(first, first + batch)) for first in range(0, len(views), batch))
     made = (apply_views(images, part, device_of(network)) for part in parts)
-    return torch.cat([predict_logits(network, each, heartbeat, batch_size=batch) for each in made])
+    return torch.cat([predict_logits(network, each, batch_size=batch) for each in made])
 
 
 def pack_logits(

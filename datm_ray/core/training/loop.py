@@ -597,13 +597,6 @@ class Trainer:
     def _in_parts(self, training: Training, networks: int) -> InParts:
         return InParts(self._functions_for(training, networks), networks)
 
-    def train(
-        self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
-    ) -> Iterator[TrainingState]:
-        """Train networks in place. Yields the state after every epoch. Arguments: see `train_steps`."""
-        steps = self.train_steps(stack, lessons, saved)
-        return (state for state in steps if state is not None)
-
     def train_steps(
         self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
     ) -> Iterator[TrainingState | None]:
@@ -735,14 +728,12 @@ def device_of(network: nn.Module) -> torch.device:
     return next((each.device for each in network.parameters()), torch.device("cpu"))
 
 
-def predict_logits(
-    network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
-) -> Tensor:
+def predict_logits(network: nn.Module, images: Images, *, batch_size: int = SCORING_BATCH) -> Tensor:
     """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time.
 
-    Images in main memory are copied to the network's device. `heartbeat` is called after each batch.
+    Images in main memory are copied to the network's device.
     """
-    return result_of(logits_in_steps(network, images, batch_size=batch_size), heartbeat)
+    return result_of(logits_in_steps(network, images, batch_size=batch_size))
 
 
 def logits_in_steps(network: nn.Module, images: Images, *, batch_size: int = SCORING_BATCH) -> Steps[Tensor]:
@@ -775,9 +766,9 @@ def in_batches(function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[n
     return torch.cat(found)
 
 
-def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
+def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
     """Fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n]."""
-    return result_of(accuracy_in_steps(network, images, labels), heartbeat)
+    return result_of(accuracy_in_steps(network, images, labels))
 
 
 def accuracy_in_steps(network: nn.Module, images: Images, labels: Tensor) -> Steps[float]:

@@ -24,10 +24,15 @@ from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.executor import Note, Phase, Progress
-from datm_ray.runtime.heartbeats import interval_between_epochs, interval_in_epochs, reporting, with_heartbeats
-from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
+from datm_ray.runtime.heartbeats import (
+    interval_between_epochs,
+    interval_in_epochs,
+    reporting,
+    with_heartbeats,
+    within_epoch,
+)
+from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, TrainingProgress, remove_folder
-from datm_ray.stages.experts.train import TRAINING
 from datm_ray.store.files.filesystem import Location
 
 SAVE_INTERVAL = 30.0
@@ -131,9 +136,7 @@ class SavedTraining:
         steps = self._trainer.train_steps(stack, self._lessons, self._resumed(number, device))
         for state in with_heartbeats(steps, interval):
             if state is None:
-                if is_overdue():
-                    raise given_up(self._place(number, progress.last_epoch))
-                yield Phase(TRAINING)
+                yield within_epoch(lambda: self._place(number, progress.last_epoch))
                 continue
             yield from self._after_epoch(stack, progress, state)
             if is_asked():

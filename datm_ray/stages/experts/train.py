@@ -51,8 +51,9 @@ from datm_ray.runtime.heartbeats import (
     interval_in_epochs,
     reporting,
     with_heartbeats,
+    within_epoch,
 )
-from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
+from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
@@ -77,8 +78,8 @@ def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint:
     return TrajectoryStore(store_uri).group(*names, fingerprint)
 
 
-TRAINING, TESTING = "training an epoch", "testing the experts"
-"""Texts of the phases within a slow epoch, and of a slow test after an epoch."""
+TESTING = "testing the experts"
+"""Text of the phase of a slow test after an epoch."""
 
 
 def _as_folder(name: str, usual: str) -> str:
@@ -246,9 +247,7 @@ class ExpertWorker:
         with saving() as is_asked:
             for losses in with_heartbeats(steps, interval_in_epochs(self._cluster)):
                 if losses is None:
-                    if is_overdue():
-                        raise given_up(f"epoch {progress.last_epoch} of {settings.epochs}")
-                    yield Phase(TRAINING)
+                    yield within_epoch(lambda: f"epoch {progress.last_epoch} of {settings.epochs}")
                     continue
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)

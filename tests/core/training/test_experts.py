@@ -20,7 +20,7 @@ from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.experts import ExpertState, descent, perturbation, train_experts, train_stack
+from datm_ray.core.training.experts import ExpertState, descent, perturbation, stack_steps, train_experts
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
@@ -156,7 +156,7 @@ def test_a_step_rounds_as_torchs_sgd_does(momentum: float, decay: float, foreach
     settings = SGD.model_copy(update={"momentum": momentum, "weight_decay": decay, "batch_size": 2, "epochs": 15})
     state = ExpertState(flat[0].detach(), torch.empty(2, 0))
     images, labels = [torch.zeros(4, 1, 1, 1)] * 2, [torch.zeros(4, dtype=torch.int64)] * 2
-    list(train_stack(Given(flat[1:]), images, labels, settings, [0, 1], state, rates))
+    list(stack_steps(Given(flat[1:]), images, labels, settings, [0, 1], state, rates))
     for gradients in given:
         for own, gradient, optimiser in zip(layers, gradients, optimisers, strict=True):
             for part, value in zip(own, gradient, strict=True):

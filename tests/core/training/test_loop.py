@@ -342,8 +342,9 @@ def test_a_training_resumes_after_any_epoch_with_the_same_bits(schedule: Schedul
 
     def training(saved: ExpertState | None) -> tuple[list[Training], list[ExpertState]]:
         own = stack()
-        states = train_together(functions_of(own), own, saved) if is_stack else Trainer().train(own, None, saved)
-        return own, [copied(state) for state in states]
+        if is_stack:
+            return own, [copied(state) for state in train_together(functions_of(own), own, saved)]
+        return own, [copied(state) for state in Trainer().train_steps(own, None, saved) if state is not None]
 
     whole, states = training(None)
     for state in states:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.core.steps import Steps
+from datm_ray.core.steps import Steps, result_of
 from datm_ray.core.synthetic import Rows, correct_rows, random_rows
 from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.pipeline import Pipeline
@@ -21,7 +21,7 @@ from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods import initial
 from datm_ray.stages.methods.crops import chosen_crops
 from datm_ray.stages.methods.part import Part
-from tests.conftest import result_of, tiny_config
+from tests.conftest import tiny_config
 
 
 class Watched:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from datm_ray.core.steps import result_of
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.methods.part import Part
 from datm_ray.stages.methods.shared import Arrays, shared_arrays
 from datm_ray.store.files.filesystem import Location, open_location
-from tests.conftest import result_of, tiny_config
+from tests.conftest import tiny_config
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
