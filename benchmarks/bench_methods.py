@@ -31,7 +31,7 @@ from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline, summaries
 from datm_ray.recipes import get_recipe
 from datm_ray.report.results import RunSummary, cost_lines
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate.rows import fixed_rows
 from datm_ray.stages.evaluate.scores import read_score
 

@@ -30,7 +30,7 @@ from program import options, settled, start
 from tables import table
 
 from datm_ray.errors import DatasetError
-from datm_ray.stages.checkpoint import read_curves
+from datm_ray.stages.distill.checkpoint import read_curves
 from datm_ray.store.files.filesystem import open_location
 
 TINY = ("tinyimagenet-100-per-class-train.parquet", "tinyimagenet-25-per-class-val.parquet")

@@ -27,7 +27,7 @@ from tables import table
 from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.stages.distill import read_cost
+from datm_ray.stages.distill.task import read_cost
 from datm_ray.stages.evaluate.scores import read_score
 
 CURRICULUM = {

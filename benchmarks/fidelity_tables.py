@@ -14,8 +14,8 @@ from tables import COST_HEAD, cost_cells, table
 from datm_ray.artifact import read_artifact
 from datm_ray.config import RunConfig, run_identity
 from datm_ray.monitor.spent import total
-from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import SYNTHETIC, read_cost
+from datm_ray.stages.distill.checkpoint import read_curves
+from datm_ray.stages.distill.task import SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.scores import Score, read_scores
 from datm_ray.stages.experts.train import read_experts_cost
 from datm_ray.store.files.filesystem import Location

@@ -12,7 +12,7 @@ from datm_ray.config import RunConfig, override
 from datm_ray.methods.trajectory.step_functions import Reversed, StudentStepFunctions
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 
 

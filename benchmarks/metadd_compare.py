@@ -18,7 +18,7 @@ from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.metadd import MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.monitor.spent import Spent, total
 from datm_ray.pipeline import Pipeline
-from datm_ray.stages.distill import SYNTHETIC, read_cost
+from datm_ray.stages.distill.task import SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.scores import read_network_scores
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.train import ExpertsCost, read_experts_cost

@@ -29,8 +29,8 @@ from datm_ray.recipes import get_recipe
 from datm_ray.report.results import names_of, scores_by_name
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
-from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, read_curves
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.files.local import free_space
 

@@ -14,7 +14,7 @@ from datm_ray.config import DatasetConfig, NetworkConfig, PriorConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import build_decoder, latent_shape
-from datm_ray.data.decode import require_memory
+from datm_ray.data.reading.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
 from datm_ray.data.splits import held_out
 from datm_ray.data.transform import FitCost, require_per_channel

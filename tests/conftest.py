@@ -31,7 +31,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
-from datm_ray.stages import validation
+from datm_ray.stages.distill import validation
 from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
@@ -115,7 +115,7 @@ def _hides_no_values_of_other_tests() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _restores_settings_of_torch() -> Iterator[None]:
     """What a test's worker sets for its whole process, such as cuDNN's timing, does not last beyond the test."""
-    from datm_ray.runtime.devices import restoring_settings
+    from datm_ray.runtime.machine.devices import restoring_settings
 
     with restoring_settings():
         yield

@@ -15,7 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.conftest", "torch._dynamo", "torch.distributed", "datm_ray.stages.distill"])
+PROCESSES.set_forkserver_preload(
+    ["tests.conftest", "torch._dynamo", "torch.distributed", "datm_ray.stages.distill.task"]
+)
 
 _KEPT: list[ProcessPoolExecutor] = []
 """One executor for each rank, because an executor that loses its process cannot be used again."""

@@ -37,7 +37,7 @@ from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, published_files
 from datm_ray.report.card import as_markdown, card, is_card
 from datm_ray.report.results import Cell, Line, Table
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, recorded_steps, scoring_steps

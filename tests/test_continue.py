@@ -14,8 +14,8 @@ import datm_ray
 from datm_ray.config import RunConfig, override, run_identity, to_yaml
 from datm_ray.errors import ConfigError, DatmError, RunDirectoryError
 from datm_ray.pipeline.folder import continue_set
-from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
-from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, read_curves
+from datm_ray.stages.distill.task import COST, INITIAL, SYNTHETIC
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import CommandLine, tiny_config
 

@@ -38,7 +38,8 @@ from datm_ray.config import DistillConfig, to_yaml
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import PROTOCOLS
-from datm_ray.data import Transform, fit_transform, load_raw, parquet
+from datm_ray.data import Transform, fit_transform, load_raw
+from datm_ray.data.reading import parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
 from datm_ray.interop.teachers import read_weights
@@ -46,7 +47,7 @@ from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe
-from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, load_checkpoint, read_curves
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, PARTS, load_checkpoint, read_curves
 from datm_ray.stages.evaluate.scores import _Result
 from datm_ray.stages.experts.progress import ExpertProgress, TrainingProgress
 from datm_ray.stages.experts.train import read_experts_cost

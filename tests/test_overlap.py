@@ -16,9 +16,9 @@ from datm_ray.config import RunConfig
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, tasks
 from datm_ray.runtime.executor import Event, Finished, More, SerialExecutor, Started, Task
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.task import DistillWorker
+from datm_ray.stages.distill.validation import CANDIDATES, is_apart
 from datm_ray.stages.experts.progress import read_stacks
-from datm_ray.stages.validation import CANDIDATES, is_apart
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from tests.conftest import tiny_config

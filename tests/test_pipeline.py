@@ -46,7 +46,7 @@ from datm_ray.planning.work import Row, evaluation
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.shape import network_cost
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker
 from datm_ray.stages.evaluate.scores import FAIR_PARTS
 from datm_ray.stages.experts.train import expert_group

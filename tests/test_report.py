@@ -50,9 +50,9 @@ from datm_ray.report import (
 from datm_ray.report.differences import differences, differing
 from datm_ray.report.results import Maps, shown_rows
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import CHECKPOINT
-from datm_ray.stages.distill import INITIAL, SYNTHETIC
+from datm_ray.stages.distill import checkpoint
+from datm_ray.stages.distill.checkpoint import CHECKPOINT
+from datm_ray.stages.distill.task import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location

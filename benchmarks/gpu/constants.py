@@ -174,7 +174,7 @@ def works(machine: Machine, _: Clock) -> list[Work]:
     return [
         constant('SPEED["GPU"], FLOP/s', machines, SPEED["GPU"], lambda: found.of_steps),
         constant("REPLAYED_FLOP", steps, REPLAYED_FLOP, partial(graphs_gain, machine)),
-        constant("memory order", "runtime/devices.py", order, partial(order_gain, machine)),
+        constant("memory order", "runtime/machine/devices.py", order, partial(order_gain, machine)),
         process("CONTEXT_BYTES", "core/compute/gpu.py", "context"),
         process("GPU_PROCESS_BYTES", "planning/memory.py", "main memory"),
         constant('LATENCY["GPU"], s', machines, LATENCY["GPU"], partial(of_sums, machine, "latency")),

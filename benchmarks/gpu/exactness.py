@@ -27,7 +27,7 @@ from datm_ray.core.training.loop import Schedule, Training, predict_logits, trai
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.runtime.devices import restoring_settings
+from datm_ray.runtime.machine.devices import restoring_settings
 from gpu.machine import Machine, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 

@@ -15,7 +15,7 @@ from turns import timed
 from datm_ray.config import ClusterConfig
 from datm_ray.core.compute.precision import Precision, has_tf32, tf32_products
 from datm_ray.methods.trajectory.step_functions import StepOptions
-from datm_ray.runtime.devices import channels_last_on, precision_on
+from datm_ray.runtime.machine.devices import channels_last_on, precision_on
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.devices import to_device_ahead
+from datm_ray.runtime.machine.devices import to_device_ahead
 from gpu.exactness import SETTINGS, Recorded, reproducible
 from gpu.machine import Machine, ceiling, free_memory, measured
 from gpu.sections import Clock, Row, Section, Work, in_a_line

@@ -20,7 +20,7 @@ from turns import timed
 from datm_ray.config import RunConfig, override
 from datm_ray.core.compute.precision import tf32_products
 from datm_ray.core.training import loop
-from datm_ray.runtime.devices import restoring_settings
+from datm_ray.runtime.machine.devices import restoring_settings
 from gpu.machine import Machine, freeing
 from gpu.sections import Clock, Row, Section, Work, needed_packages
 
@@ -88,8 +88,8 @@ class _Run:
 
     def distilled(self) -> str:
         """Distil, validate and write maps. On a GPU trials find how many images fit, in a step and in MetaDD."""
-        from datm_ray.stages import metadd
-        from datm_ray.stages.distill import DistillWorker
+        from datm_ray.stages.distill import metadd
+        from datm_ray.stages.distill.task import DistillWorker
         from datm_ray.stages.methods import trajectory
 
         worker = DistillWorker(self.dataset, self.config.cluster.shaped(light=False))
@@ -99,8 +99,8 @@ class _Run:
 
     def scored(self) -> str:
         """Train networks on the set together, and score them. On a GPU a trial finds how many one call computes."""
+        from datm_ray.stages.distill.validation import trainer_of
         from datm_ray.stages.evaluate.rows import EvaluateWorker
-        from datm_ray.stages.validation import trainer_of
 
         numbers = range(self.config.evaluate.seeds)
         files = [f"{self._out}/{number}.json" for number in numbers]

@@ -98,7 +98,7 @@ def run(
     With --dry-run, --json prints the remaining work. Without it, --json prints the scores, as in summary.json.
     """
     from datm_ray.pipeline import report as write_report
-    from datm_ray.stages.distill import SYNTHETIC
+    from datm_ray.stages.distill.task import SYNTHETIC
 
     set_ = [*_with_memory(set_, memory), *_without_full(skip_full)]
     pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address))
@@ -200,7 +200,7 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Distil synthetic sets from trained experts."""
-    from datm_ray.stages.distill import SYNTHETIC
+    from datm_ray.stages.distill.task import SYNTHETIC
 
     invocation = Invocation(recipes, _with_memory(set_, memory), out, store, executor, address)
     pipeline, start = _prepare(invocation)

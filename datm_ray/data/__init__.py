@@ -5,7 +5,7 @@ stored with the `Transform` of its images, because whitened images mean nothing 
 distributes or keeps state.
 """
 
-import datm_ray.data.readers  # noqa: F401 -- registers the built-in sources
+import datm_ray.data.reading.readers  # noqa: F401 -- registers the built-in sources
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source
 from datm_ray.data.transform import Transform, fit_transform

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import marks
+from datm_ray.data.reading.decode import marks
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.data.streamed import StreamedPixels
 from datm_ray.errors import DatasetError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import Encoded, decode_rows, in_parallel
+from datm_ray.data.reading.decode import Encoded, decode_rows, in_parallel
 from datm_ray.data.transform import Transform
 
 Rows = NDArray[np.int64] | slice

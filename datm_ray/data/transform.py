@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from datm_ray.data.decode import pixels_of
 from datm_ray.data.patience import Lines, Matrix, Say, eigenpairs, silent, slabs
+from datm_ray.data.reading.decode import pixels_of
 from datm_ray.errors import CorruptFileError, DatasetError
 from datm_ray.memory import available_memory
 from datm_ray.words import counted, data_size, dimensions, duration

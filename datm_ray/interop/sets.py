@@ -33,8 +33,8 @@ from datm_ray.artifact import (
     class_folders,
     read_artifact,
 )
-from datm_ray.data.decode import decode, image_suffixes
-from datm_ray.data.files import file_tree
+from datm_ray.data.reading.decode import decode, image_suffixes
+from datm_ray.data.reading.files import file_tree
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
 from datm_ray.interop.torch_files import read_torch_file

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from datm_ray.config import ClusterConfig
-from datm_ray.runtime.devices import peak_memory
+from datm_ray.runtime.machine.devices import peak_memory
 from datm_ray.store.files.traffic import traffic
 
 

@@ -7,7 +7,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/log.txt           log of its commands, see `monitor/logs.py`
     <out>/<run>/dataset.json      fingerprint and size of its data set
     <out>/<run>/experts-cost.json cost of its experts, copied from the store
-    <out>/<run>/*.arrow           the set and its checkpoint, see `stages/distill.py`
+    <out>/<run>/*.arrow           the set and its checkpoint, see `stages/distill/task.py`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/<run>/scoring.json      how networks of the row "distilled" were trained, see `artifact.py`
     <out>/transforms/             large transforms, such as whitening, once for all runs; see `artifact.py`

@@ -32,8 +32,8 @@ from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
 from datm_ray.report.differences import differing
 from datm_ray.runtime.executor import Executor, require_precision
-from datm_ray.stages.checkpoint import CHECKPOINT
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.checkpoint import CHECKPOINT
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate.rows import CONTROLS, row_schedule
 from datm_ray.stages.methods.memory import plans_of, require_whole_classes
 from datm_ray.stages.methods.registry import method_of, teacher_of, trained_backbones

@@ -10,11 +10,11 @@ from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report import CARD, RunSummary, is_card, published_files, write_report, write_summary
-from datm_ray.stages.checkpoint import CHECKPOINT, copy_checkpoint
-from datm_ray.stages.distill import COST, INITIAL, SYNTHETIC
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, copy_checkpoint
+from datm_ray.stages.distill.pieces import PIECES
+from datm_ray.stages.distill.task import COST, INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.scores import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.labels import labels_location
-from datm_ray.stages.pieces import PIECES
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE
 from datm_ray.store.sealed import rejecting_nonsense

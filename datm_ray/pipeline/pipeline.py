@@ -33,11 +33,13 @@ from datm_ray.pipeline.folder import (
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import RowArguments
 from datm_ray.report import accuracy_table, fair_table, networks_table
-from datm_ray.runtime.devices import fix_workspace
 from datm_ray.runtime.executor import Executor, Finished, More, Task
+from datm_ray.runtime.machine.devices import fix_workspace
 from datm_ray.runtime.stopping import ask, by_signals
-from datm_ray.stages.checkpoint import CHECKPOINT
-from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.stages.distill.checkpoint import CHECKPOINT
+from datm_ray.stages.distill.pieces import remove_pieces
+from datm_ray.stages.distill.task import SYNTHETIC, DistillWorker
+from datm_ray.stages.distill.validation import Candidates
 from datm_ray.stages.evaluate.progress import remove_progress
 from datm_ray.stages.evaluate.rows import result_location, scored_rows
 from datm_ray.stages.evaluate.scores import note_scoring, read_score
@@ -45,9 +47,7 @@ from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.methods.base import Outlook
 from datm_ray.stages.methods.registry import method_of, role_of, scoring_networks, trained_networks
-from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.prior import is_trained, note_prior_cost
-from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import LAG, Location, require_shared

@@ -15,7 +15,7 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
 from datm_ray.pipeline.folder import read_recipe
 from datm_ray.shape import DataShape
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.experts.train import expert_group, origins
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained, prior_folder

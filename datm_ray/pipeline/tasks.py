@@ -22,9 +22,11 @@ from datm_ray.planning.memory import (
     scoring_memory,
 )
 from datm_ray.planning.work import Row, weight
-from datm_ray.runtime.devices import workers_here
 from datm_ray.runtime.executor import Executor, Task
+from datm_ray.runtime.machine.devices import workers_here
 from datm_ray.shape import DataShape
+from datm_ray.stages.distill.pieces import unfinished_pieces
+from datm_ray.stages.distill.validation import is_apart, only_validations_are_left, validation_schedule
 from datm_ray.stages.evaluate.rows import (
     ALL_ROWS,
     DISTILLED,
@@ -39,8 +41,6 @@ from datm_ray.stages.labels import kept_labels, missing_epochs
 from datm_ray.stages.methods.memory import ALONE, laid_out, plans_of
 from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
-from datm_ray.stages.pieces import unfinished_pieces
-from datm_ray.stages.validation import is_apart, only_validations_are_left, validation_schedule
 
 SETS_JOINED = 4
 """Number of copies of a set that a worker holds while it joins pieces: first and final set, and the data to write."""

@@ -23,8 +23,9 @@ from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.planning import work
 from datm_ray.planning.machines import READING_OPERATIONS, Machine
 from datm_ray.planning.work import Row, Work
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.runtime.machine.devices import uses_gpu
 from datm_ray.shape import DataShape, fitting_cost, network_cost
+from datm_ray.stages.distill.validation import validations
 from datm_ray.stages.evaluate.memory import largest_scored, memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
@@ -34,7 +35,6 @@ from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.memory import DistillationPlan, laid_out, worker_budget
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.stages.prior import is_trained
-from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
 from datm_ray.words import counted, data_size, duration
 

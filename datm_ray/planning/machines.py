@@ -15,7 +15,7 @@ import torch
 
 from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
-from datm_ray.runtime.devices import reading_threads, uses_gpu, workers_here
+from datm_ray.runtime.machine.devices import reading_threads, uses_gpu, workers_here
 
 FORWARD_PASSES = {
     "matching": 11.0,

@@ -29,10 +29,10 @@ from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gr
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
-from datm_ray.runtime.devices import channels_last_on, precision_on, prepare_device, restoring_settings
+from datm_ray.runtime.machine.devices import channels_last_on, precision_on, prepare_device, restoring_settings
 from datm_ray.shape import network_cost
+from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.train import experts_at_a_time
-from datm_ray.stages.validation import evaluation_schedule
 
 REPEATED, SECONDS, ENOUGH, MANY = 3, 0.2, 1.0, 10**6
 """REPEATED: number of repetitions of each kind of work after a first one to warm up, and SECONDS: the least time that

@@ -13,7 +13,7 @@ from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.images.batches import BLOCK_BYTES
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.training.loop import SCORING_BATCH, Schedule, scoring_schedule
-from datm_ray.runtime.devices import MOST_READERS, uses_gpu
+from datm_ray.runtime.machine.devices import MOST_READERS, uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.experts.progress import LARGEST_WRITE
 from datm_ray.stages.labels import labelling_bytes

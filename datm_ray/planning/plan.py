@@ -15,8 +15,8 @@ from datm_ray.errors import ConfigError
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine, machine_here, parse_cluster
 from datm_ray.planning.measure import measured
-from datm_ray.runtime.devices import fix_workspace, workers_here
 from datm_ray.runtime.executor import require_precision
+from datm_ray.runtime.machine.devices import fix_workspace, workers_here
 from datm_ray.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.stages.methods.memory import laid_out, plans_of
 from datm_ray.stages.methods.registry import method_of

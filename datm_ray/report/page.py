@@ -27,7 +27,7 @@ from datm_ray.report.results import (
     share_of_full,
     shown_rows,
 )
-from datm_ray.stages.distill import FOUND
+from datm_ray.stages.distill.task import FOUND
 from datm_ray.stages.evaluate.rows import FAIR_ROWS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.words import counted, data_size, duration, listed, percent

@@ -19,13 +19,13 @@ from datm_ray.core.synthetic import hard_logits
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.report.differences import differences
-from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
-from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, read_curves
+from datm_ray.stages.distill.metadd import MAPS_KIND
+from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate.rows import ALL_ROWS, FIXED_ROWS, ROWS, TABLE_ROWS, fixed_rows
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, FairScores, NetworkScores, Score
 from datm_ray.stages.experts.train import may_have_experts, read_experts_cost
 from datm_ray.stages.labels import kept_labels, labels_cost
-from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.methods.registry import iterations_of, trained_backbones
 from datm_ray.stages.prior import read_prior_cost
 from datm_ray.store.files.filesystem import Location

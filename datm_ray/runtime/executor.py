@@ -217,7 +217,7 @@ class SerialExecutor:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         # Imported here because `devices` needs torch, which the driver of remote workers does not import.
-        from datm_ray.runtime.devices import prepare_device, restoring_settings
+        from datm_ray.runtime.machine.devices import prepare_device, restoring_settings
 
         with ExitStack() as settings:
             settings.enter_context(restoring_settings())

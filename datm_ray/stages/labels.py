@@ -29,15 +29,15 @@ from datm_ray.core.training.labelling import (
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import network_on, prepare_device, set_on
 from datm_ray.runtime.executor import Event, Finished, Phase, Progress
 from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
+from datm_ray.runtime.machine.devices import network_on, prepare_device, set_on
 from datm_ray.shape import DataShape, network_cost
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
+from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.memory import MARGIN
 from datm_ray.stages.methods.registry import teacher_of
-from datm_ray.stages.validation import evaluation_schedule
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import INFO_FILE, LabelInfo, LabelRecords, LabelStore
 from datm_ray.store.sealed import rejecting_nonsense

@@ -44,9 +44,9 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent
-from datm_ray.runtime.devices import prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Progress
 from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats, within_epoch
+from datm_ray.runtime.machine.devices import prepare_device, to_device
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.progress import WRITE_SHARE
 from datm_ray.stages.experts.train import group_in_store

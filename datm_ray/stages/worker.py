@@ -8,15 +8,15 @@ from typing import Any
 
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
-from datm_ray.runtime.devices import reading_threads
 from datm_ray.runtime.executor import Event
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.runtime.machine.devices import reading_threads
+from datm_ray.stages.distill.pieces import PieceWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.evaluate.rows import EvaluateWorker
 from datm_ray.stages.experts.difficulty import score_images
 from datm_ray.stages.experts.train import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.methods.memory import crowded_gpus_lose
-from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker
 from datm_ray.store.files.filesystem import open_location, require_shared, seconds_to_look
 from datm_ray.store.files.patience import expect_rights

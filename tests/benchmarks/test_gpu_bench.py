@@ -27,8 +27,8 @@ from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP
 from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
+from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.methods.recovery import GPU_SPEED
-from datm_ray.stages.validation import evaluation_schedule
 from tests.tapes import Tape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

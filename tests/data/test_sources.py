@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datm_ray.data import ImageSet, Loaded, RawDataset, Request, decode, known_sources, load_raw, source, sources
+from datm_ray.data import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source, sources
+from datm_ray.data.reading import decode
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError
 from tests.data.conftest import Encode, WriteParquet, require_parquet, write_files
@@ -296,7 +297,7 @@ def test_incomplete_tiny_imagenet_names_the_missing_file(tmp_path: Path, encode:
 
 def test_tiny_imagenet_without_a_path_looks_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny ImageNet without a path is looked for in the cache, and the error names that place."""
-    monkeypatch.setattr("datm_ray.data.readers.DEFAULT_FOLDER", tmp_path)
+    monkeypatch.setattr("datm_ray.data.reading.readers.DEFAULT_FOLDER", tmp_path)
     with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip does not exist"):
         load_raw("tiny-imagenet")
 
@@ -569,7 +570,7 @@ def test_every_arrow_type_of_bytes_is_read_alike(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from datm_ray.data import parquet
+    from datm_ray.data.reading import parquet
 
     monkeypatch.setattr(parquet, "DECODED_FREE", 0)
     monkeypatch.setattr(parquet, "DECODED_RATIO", 3)  # the dictionary must not be counted for each 16 rows

@@ -16,12 +16,13 @@ from datm_ray.config import ClusterConfig, DatasetConfig, RunConfig, WorkerShape
 from datm_ray.core.images.batches import batches
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training.loop import predict_logits
-from datm_ray.data import RawDataset, decode, load_raw, parquet, streamed
+from datm_ray.data import RawDataset, load_raw, streamed
 from datm_ray.data.dataset import Dataset, prepare, transform_of
+from datm_ray.data.reading import decode, parquet
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
 from datm_ray.data.transform import Transform
 from datm_ray.errors import DatasetError, TransientStoreError
-from datm_ray.runtime import assigned
+from datm_ray.runtime.machine import assigned
 from datm_ray.stages.worker import StageWorker
 from tests.data.conftest import Encode, WriteParquet, write_files
 

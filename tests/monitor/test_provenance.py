@@ -18,7 +18,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.provenance import workers_in_words
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
-from datm_ray.stages.distill import Distillation, DistillWorker
+from datm_ray.stages.distill.task import Distillation, DistillWorker
 from tests.conftest import tiny_config
 
 PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}

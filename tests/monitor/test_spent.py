@@ -19,10 +19,10 @@ from datm_ray.monitor import spent as spent_module
 from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.devices import peak_memory
 from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.runtime.machine.devices import peak_memory
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.distill import COST, least_of_workers, over_workers, read_cost
+from datm_ray.stages.distill.task import COST, least_of_workers, over_workers, read_cost
 from datm_ray.stages.experts import progress
 from datm_ray.stages.experts.train import ExpertWorker, expert_group, experts_cost
 from datm_ray.store.files.filesystem import open_location

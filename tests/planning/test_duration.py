@@ -27,7 +27,7 @@ from datm_ray.planning.work import WorkPart
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.shape import KNOWN_SHAPES, DataShape, network_cost
-from datm_ray.stages.distill import read_cost
+from datm_ray.stages.distill.task import read_cost
 from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.memory import plans_of
 from datm_ray.store.files.filesystem import open_location

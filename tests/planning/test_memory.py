@@ -34,10 +34,10 @@ from datm_ray.planning.memory import (
     scoring_memory,
 )
 from datm_ray.recipes import get_recipe, recipe_names
-from datm_ray.runtime.devices import MOST_READERS
+from datm_ray.runtime.machine.devices import MOST_READERS
 from datm_ray.runtime.mesh import Alone
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
-from datm_ray.stages.metadd import MetaNetworks
+from datm_ray.stages.distill.metadd import MetaNetworks
 from datm_ray.stages.methods.memory import (
     MARGIN,
     META_IMAGES,
@@ -506,7 +506,7 @@ def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limi
 
 def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resized images that exceed this machine's memory are refused unread; other machines set no limit."""
-    monkeypatch.setattr("datm_ray.data.decode.available_memory", lambda: 20 * GIB)
+    monkeypatch.setattr("datm_ray.data.reading.decode.available_memory", lambda: 20 * GIB)
     dataset = get_recipe("tiny-imagenet-ipc1").dataset.model_copy(update={"resize": 512})
     with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659 GiB.*resize=64"):
         data_shape(dataset, here=True)
@@ -709,7 +709,7 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
         step(3)
         return 3
 
-    monkeypatch.setattr("datm_ray.stages.metadd.chunk_by_trial", of_trial)
+    monkeypatch.setattr("datm_ray.stages.distill.metadd.chunk_by_trial", of_trial)
     networks = MetaNetworks.__new__(MetaNetworks)
     spec = config.network.for_images(1, (8, 8), 10)
     networks._config, networks._classes = config, 10

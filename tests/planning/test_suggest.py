@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from datm_ray.config import DatasetConfig, RunConfig, override, unread_keys
-from datm_ray.data import decode
+from datm_ray.data.reading import decode
 from datm_ray.data.sources import ImageSet, RawDataset, load_raw
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.planning.duration import Proposal

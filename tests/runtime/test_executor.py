@@ -31,15 +31,6 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ClusterError, ConfigError, TransientStoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import (
-    channels_last_on,
-    images_on,
-    network_on,
-    precision_on,
-    prepare_device,
-    set_on,
-    uses_gpu,
-)
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -54,6 +45,15 @@ from datm_ray.runtime.executor import (
     Task,
     WorkerRank,
     multiplies_bfloat16,
+)
+from datm_ray.runtime.machine.devices import (
+    channels_last_on,
+    images_on,
+    network_on,
+    precision_on,
+    prepare_device,
+    set_on,
+    uses_gpu,
 )
 from datm_ray.runtime.ray.executor import _Stage
 from datm_ray.runtime.stopping import by_signals
@@ -997,7 +997,7 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
     copied: list[torch.device] = []
-    monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: copied.append(device))
+    monkeypatch.setattr("datm_ray.runtime.machine.devices.to_device", lambda images, device: copied.append(device))
     for free in (1, 3):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * images.nbytes, 0))
         images_on(images, torch.device("cuda"))
@@ -1010,7 +1010,7 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
 def test_a_set_that_would_fill_a_gpu_stays_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set takes at most half of a GPU's free memory, and leaves what a step needs."""
     images, free = mock.Mock(nbytes=1000), {"GPU": 0}
-    monkeypatch.setattr("datm_ray.runtime.devices.free_gpu_memory", lambda: free["GPU"])
+    monkeypatch.setattr("datm_ray.runtime.machine.devices.free_gpu_memory", lambda: free["GPU"])
     gpu = torch.device("cuda")
     for size, beside, is_moved in ((1999, 0, False), (2000, 0, True), (2000, 1001, False), (3000, 2000, True)):
         free["GPU"] = size

@@ -19,7 +19,7 @@ from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import SerialExecutor
-from datm_ray.stages.checkpoint import read_iteration
+from datm_ray.stages.distill.checkpoint import read_iteration
 from datm_ray.stages.evaluate.scores import read_scores
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import tiny_config

@@ -30,9 +30,9 @@ from datm_ray.runtime.executor import Event, Note, Phase, Progress, SerialExecut
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
 from datm_ray.runtime.stopping import Interrupted, by_signals, close_unless_interrupted, saving, wait_for_close
-from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
-from datm_ray.stages.distill import Distillation
+from datm_ray.stages.distill import checkpoint
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, read_curves
+from datm_ray.stages.distill.task import Distillation
 from datm_ray.stages.experts import progress
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location

@@ -19,8 +19,8 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning import plan as planning
-from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.executor import Event, Finished, SerialExecutor, Task
+from datm_ray.runtime.machine.devices import prepare_device
 from tests.conftest import tiny_config
 
 EVERY = "color_crop_cutout_flip_scale_rotate_resized+flip"

@@ -28,17 +28,17 @@ from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor
 from datm_ray.shape import KNOWN_SHAPES
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.pieces import PieceWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.methods.memory import plans_of
-from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
 from datm_ray.words import data_size
 from tests.conftest import CommandLine, tiny_config
-from tests.stages.test_distill import TWO_NETWORKS, assert_equal_but_for_rounding, distil
-from tests.stages.test_pieces import SRE2L
+from tests.stages.distill.test_pieces import SRE2L
+from tests.stages.distill.test_task import TWO_NETWORKS, assert_equal_but_for_rounding, distil
 
 SMALL = "prior={channels: 4, width: 8, epochs: 3, inversion_steps: 20"
 TRAINED, UNTRAINED = SMALL + "}", SMALL + ", kind: untrained}"

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from datm_ray.config import DatasetConfig, RunConfig
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
-from datm_ray.data.decode import image_suffixes
-from datm_ray.data.parquet import parts_of
+from datm_ray.data.reading.decode import image_suffixes
+from datm_ray.data.reading.parquet import parts_of
 from datm_ray.data.sources import RawDataset, load_raw, require_disk
 from datm_ray.data.splits import role_of
 from datm_ray.errors import ConfigError, DatasetError

@@ -36,6 +36,7 @@ from datm_ray.runtime.executor import (
     Stopped,
     Task,
 )
+from datm_ray.runtime.machine.versions import versions_here
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpus, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
 from datm_ray.runtime.ray.losses import is_final, may_be_the_gpu, may_be_the_nodes, reason, unwrapped
@@ -44,7 +45,6 @@ from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, patience_of, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
-from datm_ray.runtime.versions import versions_here
 from datm_ray.words import counted
 
 PENDING = 64

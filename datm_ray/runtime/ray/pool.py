@@ -23,10 +23,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from datm_ray.monitor.logs import Collector, accept
-from datm_ray.runtime import assigned, stopping
+from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
+from datm_ray.runtime.machine import assigned
+from datm_ray.runtime.machine.versions import Versions, require_same
 from datm_ray.runtime.retries import Patience, watched
-from datm_ray.runtime.versions import Versions, require_same
 
 CONTROL = "control"
 """Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""

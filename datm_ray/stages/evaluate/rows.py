@@ -85,17 +85,17 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
-from datm_ray.runtime.devices import images_on, network_on, prepare_device, set_on, to_device, uses_gpu
 from datm_ray.runtime.executor import Finished, Note, Phase, Progress, explaining_memory
 from datm_ray.runtime.heartbeats import interval_between_epochs, reporting
+from datm_ray.runtime.machine.devices import images_on, network_on, prepare_device, set_on, to_device, uses_gpu
 from datm_ray.shape import DataShape
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
+from datm_ray.stages.distill.validation import evaluation_schedule, trainer_of
 from datm_ray.stages.evaluate.memory import memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.progress import SCORING, SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
 from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of, trained_backbones
-from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
 

@@ -13,7 +13,7 @@ from datm_ray.core.synthetic import mean_correct_in_steps
 from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import MissingExpertsError
-from datm_ray.runtime.devices import to_device
+from datm_ray.runtime.machine.devices import to_device
 from datm_ray.stages.experts.train import expert_group
 
 

@@ -43,7 +43,6 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import (
     given_up_if_overdue,
@@ -53,6 +52,7 @@ from datm_ray.runtime.heartbeats import (
     with_heartbeats,
     within_epoch,
 )
+from datm_ray.runtime.machine.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space

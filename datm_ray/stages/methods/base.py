@@ -1,7 +1,7 @@
 """Interface between distillation and methods: what a method states and computes. `part.py` has what it receives.
 
 A method is a subclass of `Method`. It states which networks must be trained before, what an iteration costs, and what
-it computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
+it computes. The rest is the same for all methods: `stages/distill/` resumes, iterates, validates and saves. Plans,
 pipelines, MetaDD, evaluation and the report work with any method. The numerics of methods are in `datm_ray/methods`.
 """
 
@@ -31,7 +31,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.methods.distribution import draw_shared, repeated
 from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods.initial import first_set
+from datm_ray.stages.methods.first_images.initial import first_set
 from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.words import counted
 

@@ -13,7 +13,7 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.methods.distribution import EmbeddingFunctions, distance_and_gradient, draw_shared, even_size
-from datm_ray.runtime.devices import channels_last_on, precision_on
+from datm_ray.runtime.machine.devices import channels_last_on, precision_on
 from datm_ray.stages.methods.base import Demand, Method
 from datm_ray.stages.methods.memory import chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part

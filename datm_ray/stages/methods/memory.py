@@ -27,7 +27,7 @@ from datm_ray.errors import ConfigError, GpuMemoryError, WorkerLostError
 from datm_ray.memory import available_memory
 from datm_ray.methods.distribution import even_size
 from datm_ray.methods.trajectory.matching import block_bytes
-from datm_ray.runtime.devices import uses_gpu, workers_here
+from datm_ray.runtime.machine.devices import uses_gpu, workers_here
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.methods.base import Demand
 from datm_ray.stages.methods.part import Part

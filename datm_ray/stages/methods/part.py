@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,11 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.store.files.filesystem import Location
+from datm_ray.store.tensors import dump_tensors, read_tensors
+
+SHARED_KIND = "shared by pieces"
+
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,29 @@ class Part:
     def image(self) -> tuple[int, int, int]:
         """Number of channels, height and width of an image, in pixels."""
         return (self.dataset.channels, *self.dataset.size)
+
+
+def shared_arrays(
+    part: Part, name: str, settings: Hashable, compute: Callable[[], Generator[None, None, Arrays]]
+) -> Generator[None, None, Arrays]:
+    """Return arrays that all pieces of a set need. Calls `compute` only if no worker has stored them. Yields meanwhile.
+
+    Workers do not wait for each other, so two may compute the same arrays at the same time. The file of the first one
+    counts for both.
+
+    Args:
+        part: a worker's part, which is a piece of a set.
+        name: name of the file, without its suffix.
+        settings: all that decides the arrays of this name, besides the trained networks and the data set. The worker
+            also keeps the arrays for other runs with equal settings.
+        compute: makes the arrays, by name, and yields between steps.
+    """
+    assert part.shared is not None
+    place, kept, key = part.shared / f"{name}.arrow", part.kept, (name, settings)
+    if place.uri not in kept:
+        if not place.exists():
+            arrays: Arrays = kept[key] if key in kept else (yield from compute())
+            place.write_once(lambda file: dump_tensors(file, arrays, kind=SHARED_KIND, metadata={}))
+        kept[place.uri] = kept[key] = read_tensors(place, kind=SHARED_KIND).arrays
+    stored: Arrays = kept[place.uri]
+    return stored

@@ -20,13 +20,12 @@ from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view, pulled_back
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
-from datm_ray.runtime.devices import channels_last_on, uses_gpu
+from datm_ray.runtime.machine.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import Demand, Method
-from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, crops_scored, shared_crops
-from datm_ray.stages.methods.initial import first_rows
-from datm_ray.stages.methods.part import Part, Piece
-from datm_ray.stages.methods.shared import Arrays, shared_arrays
+from datm_ray.stages.methods.first_images.crops import check_crops, check_images_for_crops, crops_scored, shared_crops
+from datm_ray.stages.methods.first_images.initial import first_rows
+from datm_ray.stages.methods.part import Arrays, Part, Piece, shared_arrays
 
 FEW_IMAGES = 32
 """Number of images in a block below which a run warns that batch statistics are unreliable."""
@@ -171,7 +170,7 @@ class RecoveryFromTeacher(Method):
     def choose(self) -> Generator[None, None, SyntheticSet]:
         """Make the images with which the block starts: noise, real images or crops. Labels are hard.
 
-        Yields between steps. The task that joins the blocks may replace the labels, see `stages/pieces.py`.
+        Yields between steps. The task that joins the blocks may replace the labels, see `stages/distill/pieces.py`.
         """
         config, piece = self.part.config, self.piece
         labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))

@@ -19,7 +19,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.methods.selection import Scores, Work, drawn_order, forgetting_scores, keep, moderate_scores
 from datm_ray.stages.experts.difficulty import mean_el2n
 from datm_ray.stages.methods.base import Demand, Method
-from datm_ray.stages.methods.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
+from datm_ray.stages.methods.first_images.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
 
@@ -109,7 +109,7 @@ class Selection(Method):
     def choose(self) -> Generator[None, None, SyntheticSet]:
         """Choose the images of this worker's piece (some classes) and return them with hard labels.
 
-        Yields between steps. The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        Yields between steps. The task that joins the pieces may replace the labels, see `stages/distill/pieces.py`.
         """
         config, device = self.part.config, self.part.device
         images = yield from self._condensed() if config.select.by == "rded" else self._real()

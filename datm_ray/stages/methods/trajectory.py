@@ -27,9 +27,9 @@ from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Hard
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, first_shown, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.devices import channels_last_on, precision_on, to_device_ahead
+from datm_ray.runtime.machine.devices import channels_last_on, precision_on, to_device_ahead
 from datm_ray.stages.methods.base import Demand, Method, often, rate_found
-from datm_ray.stages.methods.initial import first_set
+from datm_ray.stages.methods.first_images.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
 from datm_ray.store.trajectories import ExpertGroup

@@ -67,7 +67,11 @@ def test_the_gradient_in_a_fixed_order_equals_finite_differences(operation: str)
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (32, 32), (1, 5), (64, 64), (224, 224)], ids=str)
 def test_places_round_no_more_than_torchs(size: tuple[int, int], align_corners: bool) -> None:
-    """Places in float32 are off by no more than those of torch's `affine_grid`; in float64 the two agree."""
+    """Places in float32 are off by no more than those of torch's `affine_grid`; in float64 the two agree.
+
+    The largest difference may also be the distance of float32 numbers above 1: where the library's products round once,
+    as on CPUs with AMX, `affine_grid` comes closer than that.
+    """
     angle = torch.linspace(-0.3, 0.3, 41, dtype=torch.float64)
     factors, cos, sin = 1 + angle, angle.cos(), angle.sin()
     for rows in (
@@ -80,5 +84,5 @@ def test_places_round_no_more_than_torchs(size: tuple[int, int], align_corners: 
         torch.testing.assert_close(exact, theirs, rtol=0, atol=1e-14)
         ours = (_grid(matrix, *size, align_corners=align_corners) - exact).abs()
         torchs = (affine_grid(matrix, [41, 1, *size], align_corners=align_corners) - exact).abs()
-        assert ours.max() <= 1.2 * torchs.max()
+        assert ours.max() <= max(1.2 * torchs.max().item(), torch.finfo(torch.float32).eps)
         assert ours.mean() <= 1.2 * torchs.mean()

@@ -35,7 +35,7 @@ from datm_ray.methods.trajectory.matching import (
     place_steps,
 )
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
-from datm_ray.runtime.devices import restoring_settings
+from datm_ray.runtime.machine.devices import restoring_settings
 
 OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
 SETTINGS = DistillConfig(

@@ -21,11 +21,11 @@ from ray._raylet import node_labels_match_selector
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import Task
+from datm_ray.runtime.machine.versions import versions_here
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 from datm_ray.runtime.ray.pool import Stage
-from datm_ray.runtime.versions import versions_here
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import torch
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
-from datm_ray.runtime import assigned
-from datm_ray.runtime.devices import prepare_device
+from datm_ray.runtime.machine import assigned
+from datm_ray.runtime.machine.devices import prepare_device
+from datm_ray.runtime.machine.versions import Versions, versions_here
 from datm_ray.runtime.ray import pool
 from datm_ray.runtime.ray.losses import may_be_the_nodes
 from datm_ray.runtime.retries import Patience
-from datm_ray.runtime.versions import Versions, versions_here
 
 
 class Records:

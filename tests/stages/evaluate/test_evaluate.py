@@ -32,10 +32,10 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime import stopping
-from datm_ray.runtime.devices import images_on
 from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
+from datm_ray.runtime.machine.devices import images_on
 from datm_ray.runtime.stopping import Interrupted
-from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate import progress
 from datm_ray.stages.evaluate.progress import remove_progress
 from datm_ray.stages.evaluate.rows import (

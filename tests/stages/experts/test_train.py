@@ -24,9 +24,9 @@ from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.devices import images_on
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor
 from datm_ray.runtime.heartbeats import TRAINING
+from datm_ray.runtime.machine.devices import images_on
 from datm_ray.stages.experts import progress as expert_progress
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import ExpertProgress

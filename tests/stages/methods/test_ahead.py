@@ -20,13 +20,13 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.ahead import Ahead
 from datm_ray.runtime.executor import Progress, SerialExecutor, WorkerRank
-from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.stages.distill.checkpoint import read_curves
+from datm_ray.stages.distill.task import SYNTHETIC, DistillWorker
 from datm_ray.stages.methods import trajectory
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 from tests.processes import side_by_side
-from tests.stages.test_distill import as_rank
+from tests.stages.distill.test_task import as_rank
 
 SET = ("distill.ipc=2", "distill.batch_size=7", "distill.augmentation=crop_flip", "distill.checkpoint_every=1")
 

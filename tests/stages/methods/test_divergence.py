@@ -23,8 +23,8 @@ from datm_ray.methods.trajectory.calibration import MOST_TRIED, Measured
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, SerialExecutor
-from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import Distillation, DistillWorker
+from datm_ray.stages.distill.checkpoint import read_curves
+from datm_ray.stages.distill.task import Distillation, DistillWorker
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.methods import trajectory
 from datm_ray.stages.methods.trajectory import TrajectoryMatching

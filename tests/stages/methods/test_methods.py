@@ -30,8 +30,8 @@ from datm_ray.pipeline.tasks import expert_recipes
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
-from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.checkpoint import read_curves
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.distribution import SLOW_READING
@@ -39,7 +39,7 @@ from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, tiny_config
-from tests.stages.test_distill import METADD, assert_equal_but_for_rounding, distil
+from tests.stages.distill.test_task import METADD, assert_equal_but_for_rounding, distil
 from tests.test_pipeline import photos
 
 DM = ("method=dm", "distill.ipc=2", "distill.learning_rate_images=5", "distill.initial_step_size=0.03")

@@ -23,13 +23,13 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Phase, SerialExecutor
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill.pieces import PIECES, PieceWorker, unfinished_pieces
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods import selection
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.registry import METHODS, iterations_of
 from datm_ray.stages.methods.selection import MOST_PIECES, Selection
-from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 

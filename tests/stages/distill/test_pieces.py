@@ -28,15 +28,16 @@ from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages import distill
-from datm_ray.stages.checkpoint import read_curves
+from datm_ray.stages.distill import task as distill
+from datm_ray.stages.distill.checkpoint import read_curves
+from datm_ray.stages.distill.pieces import PIECES, PieceWorker, remove_pieces, unfinished_pieces
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods import crops, recovery
-from datm_ray.stages.methods.crops import Crops, chosen_crops
-from datm_ray.stages.methods.initial import first_rows
+from datm_ray.stages.methods import recovery
+from datm_ray.stages.methods.first_images import crops
+from datm_ray.stages.methods.first_images.crops import Crops, chosen_crops
+from datm_ray.stages.methods.first_images.initial import first_rows
 from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.stages.methods.recovery import RecoveryFromTeacher
-from datm_ray.stages.pieces import PIECES, PieceWorker, remove_pieces, unfinished_pieces
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup

@@ -18,8 +18,8 @@ from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.methods import initial
-from datm_ray.stages.methods.crops import chosen_crops
+from datm_ray.stages.methods.first_images import initial
+from datm_ray.stages.methods.first_images.crops import chosen_crops
 from datm_ray.stages.methods.part import Part
 from tests.conftest import tiny_config
 

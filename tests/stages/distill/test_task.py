@@ -29,10 +29,17 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, SerialExecutor, Task, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
-from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import CHECKPOINT, Attempt, load_checkpoint, read_computed, read_curves, save_checkpoint
-from datm_ray.stages.distill import SYNTHETIC, DistillWorker
-from datm_ray.stages.metadd import MAPS_KIND
+from datm_ray.stages.distill import checkpoint
+from datm_ray.stages.distill.checkpoint import (
+    CHECKPOINT,
+    Attempt,
+    load_checkpoint,
+    read_computed,
+    read_curves,
+    save_checkpoint,
+)
+from datm_ray.stages.distill.metadd import MAPS_KIND
+from datm_ray.stages.distill.task import SYNTHETIC, DistillWorker
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files import filesystem
 from datm_ray.store.files.filesystem import Location, open_location
@@ -227,7 +234,7 @@ def test_checkpoints_go_by_seconds_too_and_change_no_bit(
     """Seconds make checkpoints that iterations would not, unless writing takes too much time; the set is the same."""
     seen: dict[float, list[int]] = {}
     for share in (1e9, 1e-9):
-        monkeypatch.setattr("datm_ray.stages.distill.WRITE_SHARE", share)
+        monkeypatch.setattr("datm_ray.stages.distill.task.WRITE_SHARE", share)
         out = with_experts_of(reference, tmp_path / str(share))
         config = tiny_config(*SET, "distill.checkpoint_every=1000", "cluster.checkpoint_seconds=0.000001")
         pipeline = Pipeline([config], str(out))
@@ -580,7 +587,7 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
         return SimpleNamespace(synthetic=None)
 
     monkeypatch.setattr(Distillation, "from_arrays", rows_of)
-    monkeypatch.setattr("datm_ray.stages.checkpoint._require_shapes", lambda *_: None)
+    monkeypatch.setattr("datm_ray.stages.distill.checkpoint._require_shapes", lambda *_: None)
     original = checkpoint._read_rows
 
     def moving(folder: Location, names: list[str], rows: Rows) -> Any:

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
-from datm_ray.data.contents import HEAD_BYTES, Content, recognise, unreadable
+from datm_ray.data.reading.contents import HEAD_BYTES, Content, recognise, unreadable
 from datm_ray.errors import DatasetError, TransientStoreError
 from datm_ray.memory import available_memory
 from datm_ray.words import data_size, dimensions, listed

@@ -43,9 +43,9 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import State
 from datm_ray.monitor.spent import Spent
-from datm_ray.runtime.devices import channels_last_on, images_on, network_on, to_device
 from datm_ray.runtime.executor import Progress
-from datm_ray.stages.checkpoint import read_iteration
+from datm_ray.runtime.machine.devices import channels_last_on, images_on, network_on, to_device
+from datm_ray.stages.distill.checkpoint import read_iteration
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense

@@ -12,8 +12,7 @@ import torch
 
 from datm_ray.core.steps import result_of
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.methods.part import Part
-from datm_ray.stages.methods.shared import Arrays, shared_arrays
+from datm_ray.stages.methods.part import Arrays, Part, shared_arrays
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import tiny_config
 

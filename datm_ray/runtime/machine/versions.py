@@ -3,7 +3,7 @@
 Ray compares its own version and Python's. Those of datm_ray and torch may differ where a node has an older image or
 environment, or where a folder of the package was changed while a command runs.
 
-Tests: tests/runtime/test_versions.py.
+Tests: tests/runtime/machine/test_versions.py.
 """
 
 from __future__ import annotations

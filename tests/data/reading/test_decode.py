@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin, features
 
 from datm_ray.data import load_raw
-from datm_ray.data.decode import Encoded, decode
+from datm_ray.data.reading.decode import Encoded, decode
 from datm_ray.errors import DatasetError
 
-PHOTOS = Path(__file__).parents[1] / "samples" / "photos"
+PHOTOS = Path(__file__).parents[2] / "samples" / "photos"
 FORMATS = ["JPEG", "PNG", "TIFF", "WEBP"] + ["AVIF"] * ("avif" in features.get_supported_modules())
 
 

@@ -19,7 +19,7 @@ from datm_ray.core.compute.gpu import free_gpu_memory, limit_tensors, tensor_sha
 from datm_ray.core.compute.precision import Precision, has_tf32, restoring_tf32
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.errors import ClusterError, UnusableGpuError
-from datm_ray.runtime import assigned
+from datm_ray.runtime.machine import assigned
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:

@@ -15,9 +15,9 @@ from datm_ray.core.compute.gpu import CONTEXT_BYTES
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.stack_trial import fitting
 from datm_ray.errors import ClusterError
-from datm_ray.runtime import assigned
-from datm_ray.runtime.devices import images_on, prepare_device, reading_threads, restoring_settings, set_on
 from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.runtime.machine import assigned
+from datm_ray.runtime.machine.devices import images_on, prepare_device, reading_threads, restoring_settings, set_on
 
 
 @pytest.mark.parametrize(("deterministic", "expected"), [(False, True), (True, False)])
@@ -151,7 +151,9 @@ def test_a_worker_takes_its_share_of_a_gpu_and_no_more(
         device = prepare_device(ClusterConfig(gpus_per_worker=share))
         assert card[-1] == share - 1 / 64
         moved = list[str]()
-        monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: moved.append(device.type))
+        monkeypatch.setattr(
+            "datm_ray.runtime.machine.devices.to_device", lambda images, device: moved.append(device.type)
+        )
         for size in (mine * CONTEXT_BYTES // 2, mine * CONTEXT_BYTES // 2 + 4):
             images_on(np.broadcast_to(np.float32(0), size // 4), device)
             stays = Mock(nbytes=size)

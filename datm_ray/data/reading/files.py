@@ -25,8 +25,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.contents import recognise_file, unreadable
-from datm_ray.data.decode import Encoded
+from datm_ray.data.reading.contents import recognise_file, unreadable
+from datm_ray.data.reading.decode import Encoded
 from datm_ray.errors import DatasetError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200

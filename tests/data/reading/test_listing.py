@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datm_ray.data import decode, load_raw
-from datm_ray.data.contents import recognise
-from datm_ray.data.files import file_tree, list_folder
+from datm_ray.data import load_raw
+from datm_ray.data.reading import decode
+from datm_ray.data.reading.contents import recognise
+from datm_ray.data.reading.files import file_tree, list_folder
 from datm_ray.errors import DatasetError
 from tests.data.conftest import Encode, WriteParquet, write_files
 

@@ -19,9 +19,9 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import Encoded, decode, image_suffixes, require_memory, resize_images, survey
-from datm_ray.data.files import FileTree, file_tree
-from datm_ray.data.parquet import find_files, read_parquet
+from datm_ray.data.reading.decode import Encoded, decode, image_suffixes, require_memory, resize_images, survey
+from datm_ray.data.reading.files import FileTree, file_tree
+from datm_ray.data.reading.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
 from datm_ray.data.streamed import StreamedPixels

@@ -26,11 +26,11 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.runs import Runs
 from datm_ray.runtime.executor import Event, Finished, More, Progress, Task
 from datm_ray.runtime.stopping import Interrupted, ask
-from datm_ray.stages import distill, validation
-from datm_ray.stages.checkpoint import PARTS, read_curves
-from datm_ray.stages.distill import COST, LAST_GOOD, SYNTHETIC, DistillWorker, read_cost
+from datm_ray.stages.distill import task as distill, validation
+from datm_ray.stages.distill.checkpoint import PARTS, read_curves
+from datm_ray.stages.distill.task import COST, LAST_GOOD, SYNTHETIC, DistillWorker, read_cost
+from datm_ray.stages.distill.validation import CANDIDATES, Candidates
 from datm_ray.stages.methods.base import Method
-from datm_ray.stages.validation import CANDIDATES, Candidates
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.files.local import LocalDraft
 from datm_ray.store.tensors import read_tensors

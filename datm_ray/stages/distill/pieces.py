@@ -6,7 +6,7 @@
 
 The pieces are removed after the set is written. Pieces do not depend on each other, so any number of workers makes the
 same set.
-Tests: tests/stages/test_pieces.py.
+Tests: tests/stages/distill/test_pieces.py.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from datm_ray.core.training.loop import SCORING_BATCH, accuracy_in_steps, predic
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
 from datm_ray.monitor.spent import Account, total
-from datm_ray.runtime.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import reporting
+from datm_ray.runtime.machine.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
-from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
+from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
+from datm_ray.stages.distill.metadd import MetaNetworks
+from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
 from datm_ray.stages.experts.train import expert_group
-from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.store.files.filesystem import Location, open_location

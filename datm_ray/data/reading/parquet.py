@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.contents import recognise_file, unreadable
-from datm_ray.data.decode import Encoded
-from datm_ray.data.files import list_folder
+from datm_ray.data.reading.contents import recognise_file, unreadable
+from datm_ray.data.reading.decode import Encoded
+from datm_ray.data.reading.files import list_folder
 from datm_ray.data.splits import role_of, went_where
 from datm_ray.errors import DatasetError
 from datm_ray.words import counted

@@ -39,7 +39,6 @@ from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import prepare_device
 from datm_ray.runtime.executor import (
     Event,
     Finished,
@@ -52,17 +51,12 @@ from datm_ray.runtime.executor import (
     require_precision,
 )
 from datm_ray.runtime.heartbeats import reporting
+from datm_ray.runtime.machine.devices import prepare_device
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.experts.networks import ExpertNetworks
-from datm_ray.stages.experts.progress import REPORT_INTERVAL, WRITE_SHARE
-from datm_ray.stages.metadd import MetaNetworks
-from datm_ray.stages.methods.base import Method
-from datm_ray.stages.methods.part import Part
-from datm_ray.stages.methods.registry import method_of
-from datm_ray.stages.prior import PriorOfSet
-from datm_ray.stages.validation import (
+from datm_ray.stages.distill.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.distill.metadd import MetaNetworks
+from datm_ray.stages.distill.validation import (
     Candidates,
     is_due,
     only_validations_are_left,
@@ -70,6 +64,12 @@ from datm_ray.stages.validation import (
     unvalidated,
     validating,
 )
+from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.progress import REPORT_INTERVAL, WRITE_SHARE
+from datm_ray.stages.methods.base import Method
+from datm_ray.stages.methods.part import Part
+from datm_ray.stages.methods.registry import method_of
+from datm_ray.stages.prior import PriorOfSet
 from datm_ray.store.files.filesystem import (
     Location,
     MissingFileError,

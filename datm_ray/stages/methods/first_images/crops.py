@@ -20,8 +20,7 @@ from datm_ray.core.training.loop import in_batches
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError, DatasetError
 from datm_ray.methods.selection import best_crops, crop_for_tile, draw_boxes, drawn_order, keep, padded, tiled
-from datm_ray.stages.methods.part import Part
-from datm_ray.stages.methods.shared import Arrays, shared_arrays
+from datm_ray.stages.methods.part import Arrays, Part, shared_arrays
 from datm_ray.words import dimensions
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datm_ray.errors import ClusterError
+from datm_ray.runtime.machine.versions import Versions, require_same, source_digest, versions_here
 from datm_ray.runtime.ray.losses import may_be_the_nodes
-from datm_ray.runtime.versions import Versions, require_same, source_digest, versions_here
 
 
 def test_the_versions_of_the_same_process_are_accepted() -> None:

@@ -1,0 +1,1 @@
+"""First images of a set, and the crops of real images that may be among them."""
