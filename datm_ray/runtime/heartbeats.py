@@ -15,7 +15,7 @@ from datm_ray.config import ClusterConfig
 from datm_ray.core.steps import Steps, Work
 from datm_ray.runtime.executor import Phase
 from datm_ray.runtime.retries import STEPS_OF_PATIENCE
-from datm_ray.runtime.stopping import given_up, is_overdue
+from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,17 +70,18 @@ def within_epoch(saved: Callable[[], str]) -> Phase:
     return Phase(TRAINING)
 
 
-def given_up_if_overdue(steps: Steps[Result], saved: Callable[[], str]) -> Steps[Result]:
-    """Do all steps and return the result, but raise `Interrupted` once the work need not be ended any more.
+def stopped_if(is_asked: Callable[[], bool], steps: Steps[Result], end: Callable[[], Interrupted]) -> Steps[Result]:
+    """Do all steps and return the result, but raise `end()` between two steps once `is_asked()` is True.
 
     Args:
+        is_asked: returns True once the work need not be ended any more, such as `stopping.is_overdue`.
         steps: the work.
-        saved: describes the last saved state, such as "epoch 3 of 90".
+        end: makes the error, which describes the last saved state.
     """
     work = Work(steps)
     for _ in work:
-        if is_overdue():
-            raise given_up(saved())
+        if is_asked():
+            raise end()
         yield
     return work.result
 

@@ -23,6 +23,7 @@ import torch
 
 from datm_ray.artifact import load
 from datm_ray.config import ClusterConfig, RunConfig, to_yaml
+from datm_ray.core.steps import Steps
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
@@ -191,26 +192,48 @@ def after(stage: str, done: int) -> Callable[[Task, Event], bool]:
     return lambda task, event: task.stage == stage and isinstance(event, Progress) and event.done == done
 
 
-@pytest.mark.parametrize("moment", ["between two iterations", "before a validation", "before the last validation"])
+def asked_within(scored: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ask the work to stop before the first images that `scored` has a network classify. Returns steps as they come."""
+    steps = list[str]()
+
+    def slowly(*arguments: Any) -> Steps[float]:
+        assert steps or stopping.ask()
+        for _ in range(1000):
+            steps.append(scored)
+            yield
+        return 0.5
+
+    monkeypatch.setattr(f"datm_ray.stages.{scored}.accuracy_in_steps", slowly)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["between two iterations", "before a validation", "before the last validation", "while it validates"],
+)
 def test_a_distillation_that_is_stopped_saves_its_iteration_and_resumes_to_the_same_bits(
     moment: str, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No iteration is lost between checkpoints; a validation that was due is made when it resumes."""
-    config, stop_at = tiny_config(), {"between two iterations": 5, "before a validation": 3}.get(moment, 6)
+    """No iteration is lost between checkpoints; a validation that was due or under way is made when it resumes."""
+    config, stop_at = tiny_config(), {"between two iterations": 5, "before the last validation": 6}.get(moment, 3)
     shutil.copytree(finished_run / "experts", tmp_path / "experts")
-    pipeline, step = Pipeline([config], str(tmp_path)), TrajectoryMatching.step
+    pipeline, step, steps = Pipeline([config], str(tmp_path)), TrajectoryMatching.step, list[str]()
 
     def asked_meanwhile(self: TrajectoryMatching, state: Any, meta: Any) -> None:
         step(self, state, meta)
         if state.iteration == stop_at:
             stopping.ask()
 
-    if stop_at != 5:
+    if moment == "while it validates":
+        monkeypatch.setattr("datm_ray.stages.distill.validation.REPORT_INTERVAL", -1.0)
+        steps = asked_within("distill.validation", monkeypatch)
+    elif stop_at != 5:
         monkeypatch.setattr(TrajectoryMatching, "step", asked_meanwhile)
     with pytest.raises(Interrupted, match=f"^tiny: iteration {stop_at} of 6$"):
         pipeline.distill(lambda: AskedAfter(config, after("distillation", 5 if stop_at == 5 else -1)), QUIET)
     folder = open_location(str(tmp_path / "tiny"))
     assert read_tensors(folder / CHECKPOINT, kind=KIND).metadata["iteration"] == stop_at
+    assert len(steps) == (moment == "while it validates")
     monkeypatch.undo()
     pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
     resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
@@ -248,6 +271,28 @@ def test_a_distillation_that_is_killed_at_a_validation_loses_no_iteration(
     resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
     assert torch.equal(resumed.images, whole.images)
     assert resumed.step_sizes == whole.step_sizes
+
+
+def test_networks_that_are_asked_to_stop_while_they_are_scored_stop_and_are_scored_later(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request while trained networks are scored ends the work at the next images; training resumes at its end."""
+    shutil.copytree(finished_run / "experts", tmp_path / "experts")
+    shutil.copytree(finished_run / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("evaluation"))
+    pipeline = Pipeline([tiny_config("evaluate.seeds=1")], str(tmp_path))
+    steps = asked_within("evaluate.rows", monkeypatch)
+    with pytest.raises(Interrupted, match=r"network 1 of 3, epoch (\d+) of \1$"):
+        pipeline.run_all(lambda: SerialExecutor(ClusterConfig()), QUIET)
+    assert len(steps) == 1
+    monkeypatch.undo()
+    done = list[int]()
+
+    def note(task: Task, event: Event) -> bool:
+        done.extend([event.done] if isinstance(event, Progress) and task.stage == "evaluation" else [])
+        return False
+
+    pipeline.run_all(lambda: AskedAfter(pipeline.runs.configs[0], note), QUIET)
+    assert done[0] == 20
 
 
 def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(

@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -295,7 +295,7 @@ class Distillation:
         with saving() as is_asked:
             self._join(state)
             if open_before := unvalidated(settings, state):
-                yield from self._validated(state, open_before)
+                yield from self._validated(state, open_before, is_asked)
                 if self._validation is None:
                     self._save_checkpoint(state)
             while state.iteration < self._iterations:
@@ -309,7 +309,7 @@ class Distillation:
                 seconds = time.monotonic() - began
                 if is_due(settings, state.iteration):
                     self._late_or_stopped(is_asked(), state)
-                    yield from self._validated(state, [state.iteration])
+                    yield from self._validated(state, [state.iteration], is_asked)
                 is_last = state.iteration == self._iterations
                 saves = is_late or is_last or self._is_counted(state.iteration)
                 if saves and (self._validation is None or self._saved_at != state.iteration):
@@ -391,10 +391,17 @@ class Distillation:
             self._save_checkpoint(state)
         raise Interrupted(f"iteration {state.iteration} of {self._iterations}")
 
-    def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
+    def _validated(self, state: State[Any], iterations: Sequence[int], is_asked: Callable[[], bool]) -> Iterator[Event]:
         """Save a checkpoint. Then validate the sets after these iterations.
 
         If validations are tasks of their own, a task is yielded for each set; otherwise the worker validates here.
+
+        Args:
+            is_asked: returns True once this worker was asked to stop.
+
+        Raises:
+            Interrupted: the worker that validates was asked to stop meanwhile. The state before the validation is
+                saved.
         """
         if self._validation is not None and state.iteration in iterations:
             self._save_set(state.result, self._candidates.name(state.iteration))
@@ -407,7 +414,8 @@ class Distillation:
             yield Phase(VALIDATING)
             is_present = iteration == state.iteration
             held = state.result if is_present else self._candidates.read(iteration, self._rows, self._device)
-            accuracy = yield from self._validate(held)
+            accuracy = yield from self._validate(held, is_asked)
+            self._late_or_stopped(math.isnan(accuracy), state)
             _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
 
     def _join(self, state: State[Any]) -> None:
@@ -542,13 +550,15 @@ class Distillation:
         total, squares, workers = self._mesh.sum_over_all(mine).tolist()
         return bool(squares * workers == total**2)
 
-    def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
+    def _validate(self, held: SyntheticSet, is_asked: Callable[[], bool]) -> Generator[Phase, None, float]:
         """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1].
 
-        Yields phases as a heartbeat. Workers with peers also exchange heartbeats in the mesh.
+        The result is NaN on all workers if the first one, which validates, was asked to stop meanwhile. Yields phases
+        as a heartbeat. Workers with peers also exchange heartbeats in the mesh.
 
         Args:
             held: this worker's rows of the set.
+            is_asked: returns True once this worker was asked to stop.
         """
         whole = self._whole(held)
 
@@ -557,6 +567,8 @@ class Distillation:
             mean = math.nan
             for progress in validating(self._config, self._dataset, whole, self._device):
                 mean = progress.values.get("validation", mean)
+                if is_asked():
+                    break
                 yield
             return mean
 

@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ from datm_ray.runtime.heartbeats import (
     interval_between_epochs,
     interval_in_epochs,
     reporting,
+    stopped_if,
     with_heartbeats,
     within_epoch,
 )
@@ -110,7 +112,8 @@ class SavedTraining:
         with saving() as is_asked:
             for number, (stack, _) in enumerate(self._stacks):
                 yield from self._train(number, device, interval_in_epochs(cluster), is_asked)
-                work = all_of(scored(each.network) for each in stack)
+                works = all_of(scored(each.network) for each in stack)
+                work = stopped_if(is_asked, works, partial(Interrupted, self._place(number, self._epochs)))
                 shares = yield from reporting(work, SCORING, interval_between_epochs(cluster), at_once=False)
                 measured += shares
                 mean = statistics.fmean(shares)

@@ -45,15 +45,15 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import (
-    given_up_if_overdue,
     interval_between_epochs,
     interval_in_epochs,
     reporting,
+    stopped_if,
     with_heartbeats,
     within_epoch,
 )
 from datm_ray.runtime.machine.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
-from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
@@ -363,7 +363,7 @@ class ExpertWorker:
             return (yield from accuracy_in_steps(network, *self._test_set))
 
         works = all_of(itertools.starmap(measure, zip(state.parameters, state.buffers, strict=True)))
-        work = given_up_if_overdue(works, lambda: f"epoch {progress.last_epoch} of {settings.epochs}")
+        work = stopped_if(is_overdue, works, lambda: given_up(f"epoch {progress.last_epoch} of {settings.epochs}"))
         interval = interval_between_epochs(self._cluster)
         return torch.tensor((yield from reporting(work, TESTING, interval, at_once=False)))
 

@@ -91,19 +91,30 @@ def as_validated_rank(config_file: str, out: str, worker_rank: WorkerRank, at_on
     return left
 
 
-def as_asked_rank(config_file: str, out: str, worker_rank: WorkerRank) -> str:
-    """One process of a mesh whose rank 1 alone is asked to stop, after iteration 3. Returns what was saved."""
+def as_asked_rank(config_file: str, out: str, worker_rank: WorkerRank, asked: int) -> tuple[str, int]:
+    """One process of a mesh with one rank that is asked to stop: rank 0 while it validates, rank 1 after iteration 3.
+
+    Returns what was saved, and the number of steps of the validation after the request.
+    """
     torch.set_num_threads(1)
     config = get_recipe(config_file)
     pipeline = Pipeline([config], out)
-    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    worker, steps = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster), [0]
+
+    def validating(*_: Any) -> Iterator[Progress]:
+        assert asked or ask()
+        for steps[0] in range(1, 1 if asked else 100):
+            yield Progress(0, 1)
+        yield Progress(1, 1, {"validation": 0.5})
+
     try:
-        for event in worker.distill(config, pipeline.store_uri, str(Path(out, "tiny")), worker_rank=worker_rank):
-            if isinstance(event, Progress) and event.done == 3 and worker_rank.rank == 1:
-                assert ask()
+        with patch("datm_ray.stages.distill.task.validating", validating):
+            for event in worker.distill(config, pipeline.store_uri, str(Path(out, "tiny")), worker_rank=worker_rank):
+                if isinstance(event, Progress) and event.done == 3 and worker_rank.rank == asked == 1:
+                    assert ask()
     except Interrupted as end:
-        return str(end)
-    return ""
+        return str(end), steps[0]
+    return "", steps[0]
 
 
 def as_late_rank(config_file: str, out: str, worker_rank: WorkerRank, looks: int, lag: int) -> None:
@@ -213,16 +224,20 @@ def test_shards_leave_out_and_average_what_one_process_does(reference: Path, tmp
     assert not torch.equal(state.synthetic.images, learned(reference).images)
 
 
-def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(reference: Path, tmp_path: Path) -> None:
-    """A request to rank 1 has both ranks save iteration 3, although no checkpoint was due; one process resumes it."""
+@pytest.mark.parametrize("asked", [0, 1])
+def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(
+    asked: int, reference: Path, tmp_path: Path
+) -> None:
+    """Both ranks save iteration 3 if rank 1 is asked after it, or rank 0 while it validates; one process resumes it."""
     out = with_experts_of(reference, tmp_path)
     file = out / "config.yaml"
     file.write_text(to_yaml(tiny_config(*SET, "cluster.shards=2")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
-    ranks = [(str(file), str(out), WorkerRank(rank, 2, rendezvous)) for rank in range(2)]
-    assert [call.result() for call in side_by_side(as_asked_rank, ranks)] == ["iteration 3 of 6"] * 2
+    ranks = [(str(file), str(out), WorkerRank(rank, 2, rendezvous), asked) for rank in range(2)]
+    found = [call.result() for call in side_by_side(as_asked_rank, ranks)]
+    assert found == [("iteration 3 of 6", 1 - asked), ("iteration 3 of 6", 0)]
     assert parts(out / "tiny") == ["00000003-0-10.arrow", "00000003-10-20.arrow"]
     distil(tiny_config(*SET), out, 1)
     assert_equal_but_for_rounding(learned(out), learned(reference))
