@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.steps import Steps, result_of
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import mean_correct_in_steps
 from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.data.dataset import Dataset
@@ -59,10 +59,6 @@ class ExpertNetworks:
             unflatten_buffers_into(self.network, to_device(held.buffers, self._device))
             self._restored = wanted
         return self.network
-
-    def logits(self, expert: int, images: Tensor) -> Tensor:
-        """Logits [n k] of images [n c h w] by an expert after its last epoch."""
-        return result_of(self.logits_in_steps(expert, images))
 
     def logits_in_steps(self, expert: int, images: Tensor) -> Steps[Tensor]:
         """Compute the logits [n k] of images [n c h w] by an expert after its last epoch. Yields after each batch."""

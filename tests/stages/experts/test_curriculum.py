@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datm_ray.config import expert_fingerprint
+from datm_ray.core.training.loop import predict_logits
 from datm_ray.errors import CorruptFileError, MissingExpertsError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
@@ -67,7 +68,7 @@ def test_scores_are_the_mean_error_of_the_scoring_networks(finished: Path) -> No
     networks = ExpertNetworks(scoring, dataset, pipeline.store_uri, torch.device("cpu"))
     images, labels = torch.from_numpy(dataset.train_images), torch.from_numpy(dataset.train_labels)
     hot = torch.nn.functional.one_hot(labels, dataset.classes)
-    errors = [(networks.logits(expert, images).softmax(1) - hot).norm(dim=1) for expert in range(3)]
+    errors = [(predict_logits(networks.restored(expert), images).softmax(1) - hot).norm(dim=1) for expert in range(3)]
     expected = torch.stack(errors).mean(dim=0).numpy()
     np.testing.assert_allclose(scored(group), expected, atol=1e-5)
     order = curriculum_of(config, dataset, group)

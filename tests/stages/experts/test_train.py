@@ -20,6 +20,7 @@ from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatte
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.experts import ExpertState
+from datm_ray.core.training.loop import predict_logits
 from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
@@ -366,10 +367,10 @@ def test_a_resnet_with_batch_norm_is_a_teacher_in_evaluation_mode(tmp_path: Path
     assert content(groups[0], 0) == content(groups[1], 0)
     experts = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
     images, labels = torch.from_numpy(dataset.test_images), torch.from_numpy(dataset.test_labels)
-    right = experts.logits(0, images).argmax(dim=1) == labels
+    right = predict_logits(experts.restored(0), images).argmax(dim=1) == labels
     assert float(right.float().mean()) == pytest.approx(groups[0].read_snapshot(0, 3).test_accuracy)
     teacher = Teacher(experts.restored(0))
-    torch.testing.assert_close(teacher.network(images[:7]), experts.logits(0, images)[:7])
+    torch.testing.assert_close(teacher.network(images[:7]), predict_logits(experts.restored(0), images)[:7])
 
 
 def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.registry import embedding
+from datm_ray.core.training.loop import predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DatmError
 from datm_ray.methods.selection import crop_for_tile, draw_boxes, drawn_order, padded
@@ -174,7 +175,7 @@ def test_a_run_leaves_a_labelled_set_and_a_report_without_iterations(finished: P
     """The set has the teacher's labels and the recipe's step size; page and table need no course."""
     pipeline, artifact = Pipeline([config_of()], str(finished)), chosen(finished)
     assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
-    logits = Plain(pipeline).experts.logits(0, artifact.images)
+    logits = predict_logits(Plain(pipeline).experts.restored(0), artifact.images)
     torch.testing.assert_close(artifact.soft_labels, logits, rtol=1e-5, atol=1e-5)
     assert artifact.step_sizes == pytest.approx([0.05])
     assert not (finished / "tiny" / PIECES).exists()
