@@ -29,7 +29,7 @@ from datm_ray.stages.distill.validation import validations
 from datm_ray.stages.evaluate.memory import largest_scored, memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.experts.train import divided, experts_at_a_time
-from datm_ray.stages.labels import kept_labels
+from datm_ray.stages.labels import planned_labels
 from datm_ray.stages.methods.base import Outlook
 from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.memory import DistillationPlan, laid_out, worker_budget
@@ -168,12 +168,7 @@ class Proposal:
     @functools.cached_property
     def _labels(self) -> LabelInfo | None:
         """Facts about the set's label store; `None` if the recipe stores no labels."""
-        config, images, classes = self.config.evaluate, self.shape.synthetic(self.config), self.shape.classes
-        if not config.stores_labels:
-            return None
-        epochs, top = scoring_schedule(config, 1.0).epochs, config.top_logits
-        keep, top = min(kept_labels(self.config), epochs), None if top is None or top >= classes else top
-        return LabelInfo("", "", images, classes, self.shape.image[1:], epochs, keep, self.config.seed, top)
+        return planned_labels(self.config, self.shape) if self.config.evaluate.stores_labels else None
 
     @property
     def _reading(self) -> str:

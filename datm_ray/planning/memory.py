@@ -16,7 +16,7 @@ from datm_ray.core.training.loop import SCORING_BATCH, Schedule, scoring_schedul
 from datm_ray.runtime.machine.devices import MOST_READERS, uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.experts.progress import LARGEST_WRITE
-from datm_ray.stages.labels import labelling_bytes
+from datm_ray.stages.labels import labelling_bytes, records_bytes
 from datm_ray.stages.methods.memory import MARGIN, PROCESS_BYTES, plans_of
 from datm_ray.stages.methods.registry import teacher_of
 
@@ -120,10 +120,10 @@ def scoring_memory(
 def labelling_memory(config: RunConfig, shape: DataShape) -> int:
     """Bytes of main memory to reserve for a worker that labels a set by a teacher."""
     images = shape.synthetic(config)
-    held = SET_COPIES_READ * images * shape.row
+    held, records = SET_COPIES_READ * images * shape.row, records_bytes(config, shape)
     if uses_gpu(config.cluster.shaped(light=True)):
-        return GPU_PROCESS_BYTES + held
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * held) + labelling_bytes(config, shape, images)
+        return GPU_PROCESS_BYTES + held + records
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * held) + records + labelling_bytes(config, shape, images)
 
 
 def _gpu_worker_bytes(shape: DataShape) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,9 @@ from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.machine.devices import MOST_READERS
 from datm_ray.runtime.mesh import Alone
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
+from datm_ray.stages import labels
 from datm_ray.stages.distill.metadd import MetaNetworks
+from datm_ray.stages.labels import planned_labels, records_bytes
 from datm_ray.stages.methods.memory import (
     MARGIN,
     META_IMAGES,
@@ -633,9 +636,38 @@ def test_a_set_that_is_read_for_a_gpu_is_reserved_in_main_memory() -> None:
     )
     config = config.resolved((224, 224))
     images = 2 * 50_000 * 4 * (3 * 224 * 224 + 1000)
-    assert scoring_memory(config, shape, 50_000) == labelling_memory(config, shape) == GPU_PROCESS_BYTES + images
+    assert scoring_memory(config, shape, 50_000) == GPU_PROCESS_BYTES + images
+    assert labelling_memory(config, shape) == GPU_PROCESS_BYTES + images + records_bytes(config, shape)
     on_cpus = override(config, ["cluster.gpus_per_worker=0"])
     assert labelling_memory(on_cpus, shape) > images
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_records_of_an_epoch_are_reserved_for_its_labelling(gpus: int) -> None:
+    """Views and logits of all images stay in main memory until an epoch is stored: 2 kB for each with 1000 classes."""
+    config = override(get_recipe("imagenet-sre2l-ipc10"), ["evaluate.labels=stored", f"cluster.gpus_per_worker={gpus}"])
+    config, shape = config.resolved((224, 224)), DataShape((3, 224, 224), 1000, 1_281_167)
+    few = override(config, ["evaluate.top_logits=5"])
+    every, some = (labelling_memory(each, shape) for each in (config, few))
+    assert every - some == pytest.approx(MARGIN * 10_000 * (2 * 1000 - (6 * 2 + 5 * 2)), abs=9)
+    epochs = [override(config, [f"evaluate.keep_labels={keep}"]) for keep in (1, 100)]
+    assert len({labelling_memory(each, shape) for each in epochs}) == 1, "one epoch is held at a time"
+
+
+def test_memory_of_an_epochs_records_is_counted_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of the views while they are drawn, and of all records afterwards, are no larger than what is counted."""
+    config = tiny_config("distill.ipc=500", "evaluate.labels=stored")
+    shape = DataShape((1, 8, 8), 10, 1222)
+    monkeypatch.setattr(labels, "teacher_logits", lambda network, images, views, batch: torch.zeros(len(views), 10))
+    info = replace(planned_labels(config, shape), augmentation=labels.VIEWS)
+    tracemalloc.start()
+    records = list(labels._labelled(info, torch.nn.Identity(), torch.empty(0), 0, 256))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    counted = records_bytes(config, shape)
+    assert sum(map(len, records)) == 5000
+    assert sum(each.nbytes for each in records) < counted
+    assert 0.5 * counted < peak < counted
 
 
 def test_sets_count_as_often_as_a_worker_holds_them() -> None:
