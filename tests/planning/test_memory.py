@@ -748,13 +748,14 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     networks._ensembles = [MetaDD({1: build_network(spec, 0)})]
     place = {"config": config, "image": (1, 8, 8), "dataset": SimpleNamespace(classes=10), "mesh": Alone()}
     part: Any = SimpleNamespace(**place, sharing=1, role=config.whole_role, device=torch.device("cpu"))
-    assert networks.images_that_fit(part) == meta_plan_of_part(part).chunk == 10
+    networks._part = part
+    assert networks.images_that_fit() == meta_plan_of_part(part).chunk == 10
     assert not tried
     part.device = _Gpu("cpu")
-    assert networks.images_that_fit(part) == 3
+    assert networks.images_that_fit() == 3
     assert tried == [10]
     part.role = Role((0,), ())
-    assert networks.images_that_fit(part) == 0
+    assert networks.images_that_fit() == 0
 
 
 def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None:
@@ -773,13 +774,14 @@ def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None
 
     networks = MetaNetworks.__new__(MetaNetworks)
     networks._config, networks._settings, networks._classes, networks.chunk = config, config.metadd, 10, 17
+    networks._part = SimpleNamespace(mesh=Alone())  # type: ignore[assignment]
     specs = [each.for_images(1, (8, 8), 10) for each in (config.network, *config.metadd.auxiliaries)]
     networks._ensembles = [Recorded([build_network(spec, 0) for spec in specs])]
     images, labels = torch.randn(25, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(25) % 10
     ratios = []
     for held in (images, images.as_subclass(OnGpu)):
         sizes.append([])
-        ratios.append(float(networks._ratio(held, labels, Alone())))
+        ratios.append(float(networks._ratio(held, labels)))
     assert sizes == [[10, 10, 5], [17, 8]]
     assert ratios[1] == pytest.approx(ratios[0])
 

@@ -7,16 +7,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import MetaConfig, Role, RunConfig, short_names
+from datm_ray.config import MetaConfig, short_names
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import Rows, SyntheticSet
-from datm_ray.data.dataset import Dataset
+from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.state import MetaTerm
-from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.memory import chunk_by_trial, meta_plan_of_part
-from datm_ray.stages.methods.part import Part, Piece
+from datm_ray.stages.methods.part import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 
@@ -36,42 +34,27 @@ class MetaNetworks:
             the end of a distillation. All workers of a set must have the same number.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        settings: MetaConfig,
-        dataset: Dataset,
-        store_uri: str,
-        role: Role,
-        backbone: ExpertNetworks,
-        rows: Rows,
-        device: torch.device,
-        piece: Piece | None = None,
-    ) -> None:
+    def __init__(self, part: Part, settings: MetaConfig, backbone: ExpertNetworks) -> None:
         """Restore the networks.
 
         Args:
-            config: recipe of the run.
+            part: the worker's part in the distillation. If it is a piece (some images of some classes), images are
+                drawn from this piece.
             settings: section `metadd` of the recipe.
-            dataset: data set of the run.
-            store_uri: store of the experts.
-            role: which MetaDD networks this worker computes.
             backbone: experts of the first backbone.
-            rows: rows of the synthetic set that this worker holds.
-            device: device that computes.
-            piece: piece (some images of some classes) that this worker makes alone; images are then drawn from it.
-                `None` for the whole set.
 
         Raises:
             MissingExpertsError: an auxiliary has no experts.
         """
-        self._config, self._settings, self._rows, self._classes = config, settings, rows, dataset.classes
-        self._piece = piece
+        self._part, self._config, self._settings, self._rows = part, part.config, settings, part.rows
+        self._classes, self._piece = part.dataset.classes, part.piece
         self.chunk = IMAGES_AT_A_TIME
-        auxiliaries = config.each_auxiliary()
+        auxiliaries = part.config.each_auxiliary()
         experts = {
-            place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
-            for place in role.meta_networks
+            place: ExpertNetworks(auxiliaries[place - 1], part.dataset, part.store_uri, part.device)
+            if place
+            else backbone
+            for place in part.role.meta_networks
         }
         self._ensembles = [
             MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, settings)
@@ -98,12 +81,12 @@ class MetaNetworks:
         metadd = self._ensembles[iteration % len(self._ensembles)]
         return MetaTerm(metadd, self._config.meta_network_count, held, count, chunk=self.chunk)
 
-    def images_that_fit(self, part: Part) -> int:
+    def images_that_fit(self) -> int:
         """Number of images that may pass this worker's networks at a time; 0 if the worker has no MetaDD network.
 
         Memory limits the number, and on CPUs speed does too. On a GPU, trials find how many images fit.
         """
-        plan = meta_plan_of_part(part)
+        part, plan = self._part, meta_plan_of_part(self._part)
         if part.device.type != "cuda" or not plan.chunk:
             return plan.chunk
 
@@ -121,7 +104,7 @@ class MetaNetworks:
             return generator(self._config.seed, Purpose.META_IMAGES, iteration)
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
 
-    def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+    def _maps(self, images: Tensor, labels: Tensor) -> Tensor:
         """Class activation maps [m b h w], scaled to [0, 1], of images [b c h w] in all m networks."""
         seen = self._ensembles[0].evidence(
             images,
@@ -129,7 +112,7 @@ class MetaNetworks:
             networks=self._config.meta_network_count,
             classes=self._classes,
             chunk=self._viewed_at_a_time(images),
-            all_sum=mesh.sum_over_backbones,
+            all_sum=self._part.mesh.sum_over_backbones,
         )
         return scaled_maps(seen.maps)
 
@@ -141,31 +124,30 @@ class MetaNetworks:
         """
         return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
 
-    def _ratio(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+    def _ratio(self, images: Tensor, labels: Tensor) -> Tensor:
         """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches."""
         size = self._viewed_at_a_time(images)
         parts = zip(images.split(size), labels.split(size), strict=True)
-        ratios = [meta_feature_ratio(self._maps(*part, mesh), self._settings.threshold).sum() for part in parts]
+        ratios = [meta_feature_ratio(self._maps(*part), self._settings.threshold).sum() for part in parts]
         return torch.stack(ratios).sum()
 
-    def keep_maps(self, place: Location, mesh: Mesh, initial: Tensor, final: SyntheticSet) -> None:
+    def keep_maps(self, place: Location, initial: Tensor, final: SyntheticSet) -> None:
         """Write class activation maps of some images, and the mean meta-feature ratio of all images.
 
         Both are written for the images before and after the distillation.
 
         Args:
             place: file to write.
-            mesh: the workers of the distillation.
             initial: [n c h w] the images of this worker before the first iteration.
             final: the synthetic set of this worker after the last iteration.
         """
-        labels, ratios = final.labels, []
+        mesh, labels, ratios = self._part.mesh, final.labels, []
         arrays: dict[str, NDArray[np.generic]] = {}
         shown = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MAPS_KEPT]])
         for name, images in (("initial", initial), ("final", final.images)):
-            ratio = self._ratio(images, labels, mesh)
+            ratio = self._ratio(images, labels)
             ratios.append(float(mesh.sum_over_classes(ratio)) / self._images)
-            maps = mesh.gather(self._maps(images[shown], labels[shown], mesh).transpose(0, 1))
+            maps = mesh.gather(self._maps(images[shown], labels[shown]).transpose(0, 1))
             if maps is not None:
                 arrays[name] = maps[:MAPS_KEPT].transpose(0, 1).cpu().numpy()
         rows = mesh.gather(shown + self._rows.first)
@@ -174,3 +156,12 @@ class MetaNetworks:
             names = short_names([each.network for each in (self._config, *self._config.each_auxiliary())])
             metadata = {"networks": names, "ratios": ratios, "threshold": self._settings.threshold}
             write_tensors(place, arrays, kind=MAPS_KIND, metadata=metadata)
+
+
+def keep_maps(
+    part: Part, settings: MetaConfig, backbone: ExpertNetworks, place: Location, initial: Tensor, final: SyntheticSet
+) -> None:
+    """Write class activation maps of a whole set on one worker. Arguments: see `MetaNetworks` and its `keep_maps`."""
+    networks = MetaNetworks(part, settings, backbone)
+    networks.chunk = networks.images_that_fit()
+    networks.keep_maps(place, initial, final)

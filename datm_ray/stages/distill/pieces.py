@@ -31,7 +31,7 @@ from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.machine.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
-from datm_ray.stages.distill.metadd import MetaNetworks
+from datm_ray.stages.distill.metadd import keep_maps
 from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
@@ -148,11 +148,9 @@ class PieceWorker:
         state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []
         save_checkpoint(attempt, state, whole, Alone(), run_identity(config))
         if config.metadd is not None:
-            arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, teacher, whole)
             initial, final = (_on(each, self._device) for each in sets.values())
-            networks = MetaNetworks(*arguments, self._device)
-            networks.chunk = networks.images_that_fit(Part(config, self._dataset, store_uri, Alone(), self._device, 1))
-            networks.keep_maps(folder / MAPS, Alone(), initial.images, final)
+            part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
+            keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
         for name, held in sets.items():

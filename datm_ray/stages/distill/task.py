@@ -55,7 +55,7 @@ from datm_ray.runtime.machine.devices import prepare_device
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.distill.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.distill.metadd import MetaNetworks
+from datm_ray.stages.distill.metadd import MetaNetworks, keep_maps
 from datm_ray.stages.distill.validation import (
     Candidates,
     is_due,
@@ -214,11 +214,9 @@ class DistillWorker:
         final, transforms = state.chosen or state.result, folder.parent / TRANSFORMS
         if config.metadd is not None and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
-            arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, rows)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
-            networks = MetaNetworks(*arguments, self._device)
-            networks.chunk = networks.images_that_fit(Part(config, self._dataset, store_uri, Alone(), self._device, 1))
-            networks.keep_maps(folder / MAPS, Alone(), initial, final)
+            part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
+            keep_maps(part, config.metadd, backbone, folder / MAPS, initial, final)
         place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
         save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
         candidates.remove()
@@ -270,21 +268,7 @@ class Distillation:
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._next_counted_save = -math.inf
         """Time before which a piece skips checkpoints after `checkpoint_every` iterations, in seconds of this clock."""
-        self._meta_networks = (
-            None
-            if config.metadd is None
-            else MetaNetworks(
-                config,
-                config.metadd,
-                dataset,
-                part.store_uri,
-                part.role,
-                method.experts[0],
-                self._rows,
-                device,
-                part.piece,
-            )
-        )
+        self._meta_networks = None if config.metadd is None else MetaNetworks(part, config.metadd, method.experts[0])
 
     def events(self) -> Iterator[Event]:
         """Run the remaining iterations and yield progress. All workers of the set yield the same events."""
@@ -331,7 +315,7 @@ class Distillation:
         yield from map(Phase, filter(None, [self._method.preparation]))
         self._mesh.until_all_are_done(self._method.prepare)
         if self._meta_networks is not None:
-            self._meta_networks.chunk = least_of_workers(self._mesh, self._meta_networks.images_that_fit(self._part))
+            self._meta_networks.chunk = least_of_workers(self._mesh, self._meta_networks.images_that_fit())
         if saved is None and self._iterations:
             yield from map(Phase, filter(None, [self._method.calibration]))
             yield from map(Note, self._method.calibrate(state))
@@ -349,7 +333,7 @@ class Distillation:
         final = state.chosen or state.result
         if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
-            self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
+            self._meta_networks.keep_maps(self._folder / MAPS, initial.to(self._device), final)
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         if self._mesh.is_first:
