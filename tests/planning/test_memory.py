@@ -18,6 +18,7 @@ from torch import Tensor
 from datm_ray.config import ClusterConfig, DatasetConfig, PriorConfig, Role, RunConfig, override
 from datm_ray.core.metadd import Evidence, MetaDD
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.steps import result_of
 from datm_ray.core.training.loop import Schedule
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import ConfigError, DatasetError, GpuMemoryError, WorkerLostError
@@ -781,7 +782,7 @@ def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None
     ratios = []
     for held in (images, images.as_subclass(OnGpu)):
         sizes.append([])
-        ratios.append(float(networks._ratio(held, labels)))
+        ratios.append(float(result_of(networks._ratio(held, labels))))
     assert sizes == [[10, 10, 5], [17, 8]]
     assert ratios[1] == pytest.approx(ratios[0])
 

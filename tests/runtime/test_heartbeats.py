@@ -129,9 +129,13 @@ SRE2L = (
 )
 PRIOR = ("prior={kind: trained, width: 4, epochs: 2, batch_size: 50}",)
 INVERTED = ("prior={kind: untrained, width: 4, inversion_steps: 20}",)
+METADD = (
+    "metadd={auxiliaries: [{architecture: convnet, width: 3}], share: 0.05, experts: {epochs: 1}}",
+    *("distill.ipc=3", "distill.iterations=1", "distill.validate_every=0", "evaluate.epochs=2", "evaluate.full=false"),
+)
 
 
-@pytest.mark.parametrize("settings", [DATM, SRE2L, PRIOR, INVERTED])
+@pytest.mark.parametrize("settings", [DATM, SRE2L, PRIOR, INVERTED, METADD])
 def test_no_stage_computes_for_long_without_an_event(
     settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

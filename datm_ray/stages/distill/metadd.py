@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,14 +12,19 @@ from torch import Tensor
 from datm_ray.config import MetaConfig, short_names
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.steps import Steps
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.state import MetaTerm
+from datm_ray.runtime.executor import Phase
+from datm_ray.runtime.heartbeats import reporting
 from datm_ray.stages.experts.networks import ExpertNetworks
+from datm_ray.stages.experts.progress import REPORT_INTERVAL
 from datm_ray.stages.methods.memory import chunk_by_trial, meta_plan_of_part
 from datm_ray.stages.methods.part import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 
+MAPPING = "computing class activation maps"
 MAPS_KIND = "class activation maps"
 MAPS_KEPT = 10
 """Number of images whose class activation maps are written: the first image of each of the first classes."""
@@ -124,17 +131,19 @@ class MetaNetworks:
         """
         return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
 
-    def _ratio(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches."""
+    def _ratio(self, images: Tensor, labels: Tensor) -> Steps[Tensor]:
+        """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches. Yields after each batch."""
         size = self._viewed_at_a_time(images)
-        parts = zip(images.split(size), labels.split(size), strict=True)
-        ratios = [meta_feature_ratio(self._maps(*part), self._settings.threshold).sum() for part in parts]
+        ratios = list[Tensor]()
+        for part in zip(images.split(size), labels.split(size), strict=True):
+            ratios.append(meta_feature_ratio(self._maps(*part), self._settings.threshold).sum())
+            yield
         return torch.stack(ratios).sum()
 
-    def keep_maps(self, place: Location, initial: Tensor, final: SyntheticSet) -> None:
+    def keep_maps(self, place: Location, initial: Tensor, final: SyntheticSet) -> Iterator[Phase]:
         """Write class activation maps of some images, and the mean meta-feature ratio of all images.
 
-        Both are written for the images before and after the distillation.
+        Both are written for the images before and after the distillation. Yields phases as a heartbeat.
 
         Args:
             place: file to write.
@@ -145,7 +154,7 @@ class MetaNetworks:
         arrays: dict[str, NDArray[np.generic]] = {}
         shown = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MAPS_KEPT]])
         for name, images in (("initial", initial), ("final", final.images)):
-            ratio = self._ratio(images, labels)
+            ratio = yield from reporting(self._ratio(images, labels), MAPPING, REPORT_INTERVAL)
             ratios.append(float(mesh.sum_over_classes(ratio)) / self._images)
             maps = mesh.gather(self._maps(images[shown], labels[shown]).transpose(0, 1))
             if maps is not None:
@@ -160,8 +169,11 @@ class MetaNetworks:
 
 def keep_maps(
     part: Part, settings: MetaConfig, backbone: ExpertNetworks, place: Location, initial: Tensor, final: SyntheticSet
-) -> None:
-    """Write class activation maps of a whole set on one worker. Arguments: see `MetaNetworks` and its `keep_maps`."""
+) -> Iterator[Phase]:
+    """Write class activation maps of a whole set on one worker. Yields phases as a heartbeat.
+
+    Arguments: see `MetaNetworks` and its `keep_maps`.
+    """
     networks = MetaNetworks(part, settings, backbone)
     networks.chunk = networks.images_that_fit()
-    networks.keep_maps(place, initial, final)
+    yield from networks.keep_maps(place, initial, final)

@@ -150,7 +150,7 @@ class PieceWorker:
         if config.metadd is not None:
             initial, final = (_on(each, self._device) for each in sets.values())
             part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
-            keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
+            yield from keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
         for name, held in sets.items():

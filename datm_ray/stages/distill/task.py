@@ -172,7 +172,7 @@ class DistillWorker:
                 candidates.write_result(iteration, found, standard_error(found, self._dataset), account.spent())
                 _log.info("set validated %s", fields(run=config.name, iteration=iteration, accuracy=found))
             if not (folder / SYNTHETIC).exists() and only_validations_are_left(folder, config.distill):
-                self._conclude(config, store_uri, folder, whole)
+                yield from self._conclude(config, store_uri, folder, whole)
         except OvertakenError:
             _log.info("another worker writes the set %s", fields(run=config.name))
         except MissingFileError:
@@ -180,10 +180,10 @@ class DistillWorker:
                 raise
         yield Finished(metrics=account.metrics())
 
-    def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> None:
+    def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> Iterator[Phase]:
         """Write the final set if all candidates (sets of single iterations) have a validation result.
 
-        Otherwise write nothing.
+        Otherwise write nothing. Yields phases as a heartbeat.
 
         Args:
             rows: all rows of the set.
@@ -216,7 +216,7 @@ class DistillWorker:
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
-            keep_maps(part, config.metadd, backbone, folder / MAPS, initial, final)
+            yield from keep_maps(part, config.metadd, backbone, folder / MAPS, initial, final)
         place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
         save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
         candidates.remove()
@@ -303,7 +303,7 @@ class Distillation:
                 yield Progress(state.iteration, self._iterations, self._shown(state), metrics, saved=saves)
         yield from map(Note, self._method.warnings(state))
         if not unvalidated(settings, state):  # otherwise the worker that writes the last result writes the set too
-            self._write_result(state)
+            yield from self._write_result(state)
         yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, self._account.metrics())
 
     def _start(self) -> Generator[Event, None, State[Any]]:
@@ -325,15 +325,15 @@ class Distillation:
         yield from self._note_computing(state.iteration)
         return state
 
-    def _write_result(self, state: State[Any]) -> None:
-        """Write the final set, its cost, and with MetaDD its class activation maps.
+    def _write_result(self, state: State[Any]) -> Iterator[Phase]:
+        """Write the final set, its cost, and with MetaDD its class activation maps. Yields phases as a heartbeat.
 
         The final set is the one chosen on validation data or, without validation, that of the last iteration.
         """
         final = state.chosen or state.result
         if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
-            self._meta_networks.keep_maps(self._folder / MAPS, initial.to(self._device), final)
+            yield from self._meta_networks.keep_maps(self._folder / MAPS, initial.to(self._device), final)
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         if self._mesh.is_first:

@@ -276,7 +276,7 @@ def test_a_result_that_nobody_used_is_used_by_the_next_command(reference: dict[s
     """With all results there and no set, one more task for the last candidate writes the set."""
     run = Run(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillWorker, "_conclude", lambda *_: None)
+        patch.setattr(DistillWorker, "_conclude", lambda *_: iter(()))
         run.finish(lambda iteration: True)
     assert not (run.folder / SYNTHETIC).exists()
     (only, _) = run.events()
