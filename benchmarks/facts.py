@@ -103,10 +103,20 @@ def result_path(out: Path, name: str, device: str = "cpu") -> Path:
     return out / f"{name}_{hardware(device)[0]}_{date.today():%Y%m}"
 
 
-def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
-    """Write a Markdown page for readers, and a JSON file with the numbers for programs."""
+def in_folder(path: Path) -> Path:
+    """Return the path of a file to write, after making its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_page(path: Path, lines: Sequence[str]) -> None:
+    """Write a Markdown page for readers. The path has no suffix."""
+    in_folder(path.with_suffix(".md")).write_text("\n".join(lines) + "\n")
+
+
+def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
+    """Write a Markdown page for readers, and a JSON file with the numbers for programs. The path has no suffix."""
+    write_page(path, lines)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

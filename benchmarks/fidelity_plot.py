@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from facts import in_folder
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
@@ -40,7 +41,7 @@ def draw(found: Mapping[str, Any], place: Path) -> None:
         near.set_title(f"{(every[1:] or every)[0]} images per class and more", fontsize=9)
         handles, labels = whole.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-        figure.savefig(place, dpi=220, metadata={"Software": None})
+        figure.savefig(in_folder(place), dpi=220, metadata={"Software": None})
 
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], sizes: Sequence[int]) -> None:

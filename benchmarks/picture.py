@@ -6,8 +6,10 @@ python benchmarks/picture.py runs/demo/digits-ipc10 benchmarks/results/digits-ip
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
+from facts import in_folder
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,4 +30,4 @@ def side_by_side(run: str) -> NDArray[np.uint8]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    Image.fromarray(side_by_side(sys.argv[1])).save(sys.argv[2], optimize=True)
+    Image.fromarray(side_by_side(sys.argv[1])).save(in_folder(Path(sys.argv[2])), optimize=True)

@@ -31,6 +31,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the cluster listens on thi
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+from facts import in_folder
 from ray.util.state import list_actors
 
 from datm_ray.config import override
@@ -158,7 +159,7 @@ def screenshot(dashboard: str, place: Path) -> None:
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
         command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         command += [f"--user-data-dir={profile}", "--window-size=1600,1000", "--virtual-time-budget=15000"]
-        command += [f"--screenshot={place}", f"http://{dashboard}/#/actors"]
+        command += [f"--screenshot={in_folder(place)}", f"http://{dashboard}/#/actors"]
         subprocess.run(command, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     Image.open(place).convert("RGB").quantize(64).save(place, optimize=True)
 
@@ -238,7 +239,7 @@ def main() -> int:
     complete, text = found[0]
     report = "\n".join([*header(sys.argv[1:]), text])
     if given.out:
-        given.out.write_text(report)
+        in_folder(given.out).write_text(report)
     print(report if not given.out else f"Wrote {given.out}")
     return 0 if complete else 1
 

@@ -9,7 +9,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from facts import result_path
+from facts import result_path, write_page
 from tables import spread
 from torch import Tensor
 
@@ -58,4 +58,4 @@ def compared(calls: Mapping[str, Callable[[], Tensor]], exact: Tensor, turns: in
 def publish(lines: list[str], folder: Path, name: str) -> None:
     """Print a page, and write it into the folder of results."""
     print("\n".join(lines))
-    result_path(folder, name).with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_page(result_path(folder, name), lines)

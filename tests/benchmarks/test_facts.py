@@ -49,3 +49,14 @@ def test_a_system_that_does_not_name_vector_units_has_none(facts: ModuleType, tm
     """Without /proc/cpuinfo, or flags in it, the name has no vector units."""
     (tmp_path / "empty").write_text("model name\t: a CPU\n")
     assert [facts.vector_units(str(tmp_path / name)) for name in ("empty", "absent")] == ["", ""]
+
+
+def test_results_make_their_folder(facts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is written where no folder is yet, by both ways in which benchmarks write pages, and so is a figure."""
+    publish = importlib.import_module("turns").publish
+    publish(["a line"], tmp_path / "one/two", "alone")
+    facts.save(tmp_path / "three/four/both", ["a line"], {"a": 1})
+    figure = facts.in_folder(tmp_path / "five/figure.png")
+    written = sorted(place.parent for place in tmp_path.rglob("*") if place.is_file())
+    assert written == [tmp_path / "one/two", tmp_path / "three/four", tmp_path / "three/four"]
+    assert figure.parent.is_dir()

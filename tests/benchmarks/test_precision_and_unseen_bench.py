@@ -97,8 +97,8 @@ def test_ways_to_compute_an_iteration_differ_by_rounding(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A table of an iteration has a line for each way, and the first ones differ from float64 by rounding alone."""
-    benches[name].main([*size, "--side", "8", "--turns", "1", "--out", str(tmp_path)])
+    benches[name].main([*size, "--side", "8", "--turns", "1", "--out", str(tmp_path / "new")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ways
     assert all(float(line.split("|")[4]) < 1e-4 for line in lines[2:4])
-    assert [file.name.split("_")[0] for file in tmp_path.iterdir()] == [name]
+    assert [file.name.split("_")[0] for file in (tmp_path / "new").iterdir()] == [name]
