@@ -75,7 +75,7 @@ def methods_of(shape: Shape, device: str, together: list[int]) -> dict[str, tupl
     images, logits = data_of(shape, device)
     network = build_network(shape.spec, 0).to(device)
     loop = evaluation_epochs(network, images.cpu(), logits.softmax(1).cpu(), schedule.batch_size, shape.augmentation)
-    alone = train(build_network(shape.spec, 0).to(device), images, logits, schedule, 0)
+    alone = train(Training(build_network(shape.spec, 0).to(device), images, logits, schedule, 0))
     found: dict[str, tuple[int, Iterator[Any]]] = {"published loop": (1, loop), "ours, 1": (1, alone)}
     for size in together:
         found[f"ours, {size} together"] = (size, stack(shape, device, schedule, size))

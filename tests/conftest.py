@@ -253,7 +253,7 @@ def scoring_steps(artifact: Artifact, schedule: loop.Schedule) -> list[tuple[flo
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(len(artifact.class_names)))
     network(artifact.images[:1])
     with recorded_steps() as steps:
-        loop.train_to_end(network, artifact.images, artifact.soft_labels, schedule, seed=0)
+        loop.train_to_end(loop.Training(network, artifact.images, artifact.soft_labels, schedule, seed=0))
     return steps
 
 

@@ -375,7 +375,7 @@ def evaluated(machine: Machine, device: str) -> Tensors:
     labels = torch.randn(20, spec.classes, generator=draw, dtype=torch.float64).to(device)
     network = build_network(spec, 0).to(device, torch.float64)
     schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=PUBLISHED_AUGMENTATION, decay_epoch=2)
-    train_to_end(network, images, labels, schedule, 0)
+    train_to_end(Training(network, images, labels, schedule, 0))
     return [predict_logits(network, images, batch_size=7)]
 
 
@@ -392,7 +392,7 @@ def scored_together(machine: Machine, device: str, *, together: bool, compiled: 
             pass
     else:
         for each in stack:
-            train_to_end(each.network, each.images, each.targets, each.schedule, each.seed)
+            train_to_end(each)
     return [predict_logits(network, images, batch_size=7) for network in networks]
 
 

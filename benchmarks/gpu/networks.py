@@ -49,7 +49,7 @@ def epochs_of(
     ]
     first = stack[0]
     if networks == 1:
-        return first, train(first.network, images, targets, schedule, 0)
+        return first, train(first)
     options = {"compile_": machine.compiled, "channels_last": machine.channels_last}
     functions = StackFunctions(first.network, stacked=at_a_time, **options)
     return first, train_together(InParts(functions, at_a_time) if machine.device == "cuda" else functions, stack)

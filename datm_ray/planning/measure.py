@@ -22,7 +22,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import SCORING_BATCH, predict_logits, train
+from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, train
 from datm_ray.methods.distribution import EmbeddingFunctions
 from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
@@ -123,8 +123,8 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
         "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
         "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),
         "experts": train_experts(functions, *data["experts"], experts, range(stack), ExpertState.initial(networks)),
-        "training": train(first, *data["training"], endless, 0),
-        "real": train(first, *data["real"], endless, 0),
+        "training": train(Training(first, *data["training"], endless, 0)),
+        "real": train(Training(first, *data["real"], endless, 0)),
         "scoring": (predict_logits(first, data["scoring"][0]) for _ in itertools.count()),
     }
     for kind in {"matching", "embedding", "recovery"} - proposal.plans[0].demand.passes.keys():

@@ -28,7 +28,7 @@ from datm_ray.core.training.labelling import (
     pack_logits,
     teacher_logits,
 )
-from datm_ray.core.training.loop import Schedule, accuracy, train, train_to_end
+from datm_ray.core.training.loop import Schedule, Training, accuracy, train, train_to_end
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
@@ -186,7 +186,7 @@ def test_a_set_in_main_memory_is_labelled_and_trained_on_elsewhere() -> None:
 
     def case(lessons: Lessons | None) -> None:
         schedule = Schedule(1, 4, 0.1, augmentation="resized+flip", micro_batch=3)
-        list(train(there(seed=1), images, classes(7), schedule, 0, lessons))
+        list(train(Training(there(seed=1), images, classes(7), schedule, 0), lessons))
 
     assert not failures({name: lambda each=each: case(each) for name, each in lessons.items()})  # type: ignore[misc]
 
@@ -227,7 +227,7 @@ def test_evaluation_stays_on_its_device() -> None:
     images, network = tensor(5, 3, 8, 8), there()
 
     def case(schedule: Schedule, targets: Tensor) -> None:
-        train_to_end(network, images, targets, schedule, 0)
+        train_to_end(Training(network, images, targets, schedule, 0))
 
     schedule = Schedule(2, 3, 0.1, momentum=0.9, augmentation=STRATEGY, decay_epoch=1)
     cases: dict[str, Callable[[], Any]] = {

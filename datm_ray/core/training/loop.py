@@ -325,38 +325,37 @@ class NetworkState:
                 self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
 
 
-def train(
-    network: nn.Module,
-    images: Images,
-    targets: Tensor,
-    schedule: Schedule,
-    seed: int,
-    lessons: Lessons | None = None,
-    state: NetworkState | None = None,
-) -> Iterator[Epoch]:
-    """Train the network in place, epoch by epoch. Arguments: see `train_steps`."""
-    steps = train_steps(network, images, targets, schedule, seed, lessons, state)
-    return (epoch for epoch in steps if epoch is not None)
+@dataclass(frozen=True)
+class Training:
+    """One network to train, on images of its own."""
+
+    network: nn.Module
+    """Network, which is trained in place."""
+    images: Images
+    """[n c h w] images, normalised; a tensor if a teacher gives lessons."""
+    targets: Tensor
+    """[n] int64 classes, or [n k] logits of soft labels; not read if there are lessons."""
+    schedule: Schedule
+    seed: int
+    """Seed of order, augmentation and CutMix."""
+
+
+def train(training: Training, lessons: Lessons | None = None, state: NetworkState | None = None) -> Iterator[Epoch]:
+    """Train a network in place, epoch by epoch. Arguments: see `train_steps`."""
+    return (epoch for epoch in train_steps(training, lessons, state) if epoch is not None)
 
 
 def train_steps(
-    network: nn.Module,
-    images: Images,
-    targets: Tensor,
-    schedule: Schedule,
-    seed: int,
-    lessons: Lessons | None = None,
-    state: NetworkState | None = None,
+    training: Training, lessons: Lessons | None = None, state: NetworkState | None = None
 ) -> Iterator[Epoch | None]:
-    """Train the network in place, step by step. Yields the record of an epoch after its last step, otherwise `None`.
+    """Train a network in place, step by step. Yields the record of an epoch after its last step, otherwise `None`.
 
     Args:
-        images: [n c h w], normalised; a tensor if there are lessons.
-        targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
-        seed: seed of order, augmentation and CutMix.
+        training: the network, its images and targets, and how it is trained.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
         state: state to continue from, up to date after every epoch; `None` starts a training.
     """
+    network, images, targets, schedule = training.network, training.images, training.targets, training.schedule
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
     steps_per_epoch = -(-len(images) // schedule.batch_size)
@@ -365,10 +364,10 @@ def train_steps(
     total = torch.zeros((), device=targets.device)
     epochs, size, augmentation = range(state.epoch, schedule.epochs), schedule.batch_size, schedule.augmentation
     if lessons is None:
-        steps = batches([images], [targets], [seed], epochs, size, augmentation)
+        steps = batches([images], [targets], [training.seed], epochs, size, augmentation)
     else:
         assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
-        steps = lessons.batches(images, seed, epochs, size, augmentation)
+        steps = lessons.batches(images, training.seed, epochs, size, augmentation)
     for epoch, is_last, x, y in steps:
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.rate(state.step, steps_per_epoch)
@@ -493,21 +492,6 @@ def stack_sizes(networks: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(networks), -(-networks // LARGEST_STACK))]
 
 
-@dataclass(frozen=True)
-class Training:
-    """One network to train, on images of its own."""
-
-    network: nn.Module
-    """Network, which is trained in place."""
-    images: Images
-    """[n c h w] images, normalised."""
-    targets: Tensor
-    """[n] int64 classes, or [n k] logits of soft labels."""
-    schedule: Schedule
-    seed: int
-    """Seed of order and augmentation."""
-
-
 class Trainer:
     """Trains several networks of one architecture, together if this is faster, otherwise one after another.
 
@@ -618,7 +602,7 @@ class Trainer:
         each = stack[0]
         state = NetworkState(each.network, each.schedule, saved)
         del saved  # frees up to three vectors as long as the parameters
-        for epoch in train_steps(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
+        for epoch in train_steps(each, lessons, state):
             yield None if epoch is None else state
 
     def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
@@ -777,9 +761,9 @@ def accuracy_in_steps(network: nn.Module, images: Images, labels: Tensor) -> Ste
     return float((logits.argmax(dim=1) == labels).float().mean())
 
 
-def train_to_end(network: nn.Module, images: Images, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
-    """Train the network in place for the whole schedule. Returns the record of the last epoch."""
+def train_to_end(training: Training) -> Epoch:
+    """Train a network in place for the whole schedule. Returns the record of the last epoch."""
     epoch = Epoch(0, 0, float("nan"))
-    for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
+    for epoch in train(training):  # noqa: B007
         pass
     return epoch

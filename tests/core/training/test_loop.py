@@ -94,7 +94,7 @@ def test_training_equals_the_published_loop(schedule: Schedule) -> None:
     """Training equals a loop by hand that keeps the short last batch and drops the momentum at the decay."""
     images, labels = make_data()
     ours, by_hand = make_network(), make_network()
-    epochs = list(train(ours, images, labels, schedule, seed=4))
+    epochs = list(train(Training(ours, images, labels, schedule, seed=4)))
     losses = train_by_hand(by_hand, images, labels, schedule, seed=4)
     torch.testing.assert_close(flatten(ours), flatten(by_hand), rtol=1e-5, atol=1e-6)
     assert [epoch.loss for epoch in epochs] == pytest.approx(losses, rel=1e-4)
@@ -133,7 +133,7 @@ def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[li
     epochs = [state.epoch for state in train_together(functions_of(stack, compile_), stack)]
     assert epochs == list(range(1, schedule.epochs + 1))
     for each in alone:
-        train_to_end(each.network, each.images, each.targets, each.schedule, each.seed)
+        train_to_end(each)
     return [each.network for each in stack], [each.network for each in alone]
 
 
@@ -230,7 +230,7 @@ def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:
     assert len(counts) == 2 * PLAIN.epochs * -(-len(images) // PLAIN.batch_size)
     assert list(dict.fromkeys(counts)) == list(range(7))  # 0 within the first epoch
     for each, other in zip(own, alone, strict=True):
-        train_to_end(other, images, labels, PLAIN, each.seed)
+        train_to_end(Training(other, images, labels, PLAIN, each.seed))
         assert torch.equal(flatten(each.network), flatten(other))
 
 
@@ -263,7 +263,7 @@ def test_a_trial_on_a_gpu_decides_how_a_stack_is_computed(
             assert list(trainer.train_all(own))[-1] == 3 * RICH.epochs
             assert on_a_gpu[-1].replays == replays * 3 * RICH.epochs
             for each, other in zip(own, alone, strict=True):
-                train_to_end(other.network, other.images, other.targets, other.schedule, other.seed)
+                train_to_end(other)
                 torch.testing.assert_close(flatten(each.network), flatten(other.network), rtol=1e-12, atol=1e-13)
         assert len(on_a_gpu) == before + 3, "a graph of the trial, which is not kept, and one of each training"
     assert asked == [[3, 1]] * 2
@@ -369,7 +369,7 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
             return torch.stack([torch.zeros_like(self.p), self.p]).expand(len(images), 2)
 
     network, schedule = Constant(), Schedule(4, 1, 1.0, momentum=0.5, decay_epoch=2)
-    epochs = train(network, torch.zeros(1, 1, 1, 1), torch.tensor([1]), schedule, seed=0)
+    epochs = train(Training(network, torch.zeros(1, 1, 1, 1), torch.tensor([1]), schedule, seed=0))
     places = [float(network.p.detach()) for _ in epochs]
     assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
 
@@ -385,7 +385,7 @@ def test_the_batches_of_a_users_loop_train_as_scoring_does(schedule: Schedule) -
     image, probabilities = make_data(1)[0], torch.tensor([[0.7, 0.2, 0.1]])
     images, targets = image.repeat(20, 1, 1, 1), probabilities.repeat(20, 1)  # equal, since the orders differ
     scored, own = make_network(), make_network()
-    train_to_end(scored, images, targets.log(), schedule, seed=0)
+    train_to_end(Training(scored, images, targets.log(), schedule, seed=0))
     optimizer = schedule.optimizer(own)
     loader = DataLoader(TensorDataset(images, targets.log().softmax(dim=1)), schedule.batch_size, shuffle=True)
     for epoch in range(schedule.epochs):
@@ -401,7 +401,7 @@ def test_adamw_equals_torchs() -> None:
     images, labels = make_data(1)  # AdamW's first step is the gradient's sign, so zeros must agree
     schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
     network, slow = make_network(), make_network()
-    train_to_end(network, images, labels, schedule, 0)
+    train_to_end(Training(network, images, labels, schedule, 0))
     for learning_rate in (0.01, 0.001):
         optimizer = torch.optim.AdamW(slow.parameters(), lr=learning_rate, weight_decay=0.5)
         torch.nn.functional.cross_entropy(slow(images), labels).backward()
@@ -446,7 +446,7 @@ def test_micro_batches_train_as_whole_batches_do(targets: str) -> None:
         for each in (network, *([teacher.network] if teacher else [])):
             each.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
         schedule = Schedule(3, 8, 0.05, momentum=0.9, augmentation="flip", micro_batch=micro_batch)
-        losses = [each.loss for each in train(network, images, wanted, schedule, 5, teacher)]
+        losses = [each.loss for each in train(Training(network, images, wanted, schedule, 5), teacher)]
         found.append(torch.cat([flatten(network), torch.tensor(losses, dtype=torch.float64)]))
         assert max(sizes) == (micro_batch or 8)
         sizes.clear()
@@ -476,16 +476,16 @@ def test_a_channels_last_network_resumes_with_the_same_bits(optimiser: Literal["
 
     network = make_network().to(memory_format=torch.channels_last)
     state, saved = NetworkState(network, schedule), list[ExpertState]()
-    for _ in train(network, images, labels, schedule, 5, state=state):
+    for _ in train(Training(network, images, labels, schedule, 5), state=state):
         saved.append(copied(state))
     again = make_network().to(memory_format=torch.channels_last)
     resumed = NetworkState(again, schedule, saved[1])
     assert layouts(resumed) == {True}
-    list(train(again, images, labels, schedule, 5, state=resumed))
+    list(train(Training(again, images, labels, schedule, 5), state=resumed))
     assert torch.equal(flatten(again), flatten(network))
     if optimiser == "sgd":  # AdamW divides gradients that are rounding alone by themselves
         usual = make_network()
-        list(train(usual, images, labels, schedule, 5))
+        list(train(Training(usual, images, labels, schedule, 5)))
         torch.testing.assert_close(flatten(usual), flatten(network), rtol=1e-3, atol=1e-4)
 
 
@@ -493,8 +493,8 @@ def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
     """Logits whose softmax is one-hot train exactly like class numbers."""
     images, labels = make_data()
     hard, soft = make_network(), make_network()
-    train_to_end(hard, images, labels, RICH, 0)
-    train_to_end(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, 0)
+    train_to_end(Training(hard, images, labels, RICH, 0))
+    train_to_end(Training(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, 0))
     torch.testing.assert_close(flatten(soft), flatten(hard), rtol=1e-4, atol=1e-5)
 
 
@@ -504,7 +504,7 @@ def test_soft_labels_are_logits() -> None:
     targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     network = make_network()
     expected = -(targets.softmax(1) * network(images).log_softmax(1)).sum(1).mean()
-    (epoch,) = train(network, images, targets, replace(PLAIN, epochs=1), seed=0)
+    (epoch,) = train(Training(network, images, targets, replace(PLAIN, epochs=1), seed=0))
     assert epoch.loss == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
@@ -515,7 +515,7 @@ def test_seed_alone_decides_the_result() -> None:
     for seed, noise in ((1, 10), (1, 20), (2, 10)):
         torch.manual_seed(noise)
         network = make_network()
-        train_to_end(network, images, labels, RICH, seed)
+        train_to_end(Training(network, images, labels, RICH, seed))
         results.append(flatten(network))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -525,10 +525,10 @@ def test_measuring_between_epochs_changes_nothing() -> None:
     """Measuring accuracy between epochs changes neither training mode nor results."""
     images, labels = make_data()
     watched, alone = make_network(), make_network()
-    for _ in train(watched, images, labels, RICH, seed=0):
+    for _ in train(Training(watched, images, labels, RICH, seed=0)):
         accuracy(watched, images, labels)
         assert watched.training
-    train_to_end(alone, images, labels, RICH, 0)
+    train_to_end(Training(alone, images, labels, RICH, 0))
     assert torch.equal(flatten(watched), flatten(alone))
 
 
@@ -537,7 +537,7 @@ def test_a_separable_problem_is_learned() -> None:
     images, labels = make_data(90)
     network = make_network()
     before = accuracy(network, images[60:], labels[60:])
-    last = train_to_end(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), 0)
+    last = train_to_end(Training(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), 0))
     assert before < 0.7
     assert accuracy(network, images[60:], labels[60:]) == 1
     assert last.number == 30

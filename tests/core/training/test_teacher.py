@@ -117,7 +117,7 @@ def test_training_under_a_teacher_equals_a_loop_by_hand() -> None:
     schedule = Schedule(3, 8, 0.05, momentum=0.9, augmentation="crop+flip", cosine=True, warmup_epochs=1)
     teacher = Teacher(make_network(5), temperature=4.0, cutmix=1.0)
     ours, by_hand = make_network(1), make_network(1)
-    losses = [epoch.loss for epoch in train(ours, images, labels, schedule, 4, teacher)]
+    losses = [epoch.loss for epoch in train(Training(ours, images, labels, schedule, 4), teacher)]
     optimiser, expected, step = torch.optim.SGD(by_hand.parameters(), 0.05, 0.9), list[float](), 0
     for epoch in range(3):
         order, total = generator(4, Purpose.TRAINING_ORDER, epoch).permutation(20), 0.0
@@ -151,12 +151,12 @@ def test_a_network_learns_its_teacher_whatever_the_targets() -> None:
     for network, other, seed in zip(networks, alone, [4, 5], strict=True):
         before = float(divergence(copy.deepcopy(other)(images), teacher.network(images), teacher.temperature).detach())
         last = 0.0
-        for epoch in train(other, images, torch.randn(60, 3), schedule, seed, teacher):
+        for epoch in train(Training(other, images, torch.randn(60, 3), schedule, seed), teacher):
             last = epoch.loss
         assert last < before / 4
         assert torch.equal(flatten(network), flatten(other))
     untaught = make_network(1)
-    train_to_end(untaught, images, targets[0], schedule, 4)
+    train_to_end(Training(untaught, images, targets[0], schedule, 4))
     assert not torch.equal(flatten(untaught), flatten(networks[0]))
 
 
