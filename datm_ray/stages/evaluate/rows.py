@@ -206,49 +206,35 @@ class EvaluateWorker:
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
                 the backbone. With AdamW there is no learned step size.
         """
-        with explaining_memory(memory_remedy(config, self._shape, row, network)):
-            self._keep_free(config, row, network)
-            yield from self._evaluate(config, store_uri, folder_uri, result_uris, row, numbers, network)
-
-    def _evaluate(
-        self,
-        config: RunConfig,
-        store_uri: str,
-        folder_uri: str,
-        result_uris: Sequence[str],
-        row: str,
-        numbers: Sequence[int],
-        network: NetworkConfig | None,
-    ) -> Iterator[Progress | Phase | Note | Finished]:
-        """Train and test networks, see `evaluate`."""
         account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
-        interval = interval_between_epochs(self._cluster)
-        works = self._training_sets(config, store_uri, folder, row, seeds, network)
-        sets = yield from reporting(works, "preparing the images", interval, at_once=False)
-        step_size = sets[0][2] if has_learned_step_size(config, row) else None
-        schedules = _schedules(config, row, step_size, network)
-        lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
-        spec = (network or config.network).for_images(self._dataset.channels, self._dataset.size, self._dataset.classes)
-        place = self._device, self._cluster
-        trainings = [
-            Training(network_on(build_network(spec, seed), *place), images, targets, schedule, seed)
-            for schedule in schedules
-            for seed, (images, targets, _) in zip(seeds, sets, strict=True)
-        ]
-        trainer = trainer_of(self._cluster, self._device)
-        training = SavedTraining(trainer, trainings, lessons, places[0], account, networks_alike(config, row, network))
-        if trainer.note and not self._has_noted:
-            self._has_noted = True
-            yield Note(trainer.note)
-        measured = yield from training.run(self._device, self._cluster, self._validation_accuracy)
-        every = [
-            _Trial(each.network, each.schedule.learning_rate, share)
-            for each, share in zip(trainings, measured, strict=True)
-        ]
-        tests = (self._tested(every[first :: len(seeds)], learns=bool(step_size)) for first in range(len(seeds)))
-        tested = yield from reporting(all_of(tests), SCORING, interval, at_once=False)
+        interval, dataset, place = interval_between_epochs(self._cluster), self._dataset, (self._device, self._cluster)
+        with explaining_memory(memory_remedy(config, self._shape, row, network)):
+            self._keep_free(config, row, network)
+            works = self._training_sets(config, store_uri, folder, row, seeds, network)
+            sets = yield from reporting(works, "preparing the images", interval, at_once=False)
+            step_size = sets[0][2] if has_learned_step_size(config, row) else None
+            schedules = _schedules(config, row, step_size, network)
+            lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
+            spec = (network or config.network).for_images(dataset.channels, dataset.size, dataset.classes)
+            trainings = [
+                Training(network_on(build_network(spec, seed), *place), images, targets, schedule, seed)
+                for schedule in schedules
+                for seed, (images, targets, _) in zip(seeds, sets, strict=True)
+            ]
+            trainer, alike = trainer_of(self._cluster, self._device), networks_alike(config, row, network)
+            training = SavedTraining(trainer, trainings, lessons, places[0], account, alike)
+            if trainer.note and not self._has_noted:
+                self._has_noted = True
+                yield Note(trainer.note)
+            measured = yield from training.run(*place, self._validation_accuracy)
+            every = [
+                _Trial(each.network, each.schedule.learning_rate, share)
+                for each, share in zip(trainings, measured, strict=True)
+            ]
+            tests = (self._tested(every[first :: len(seeds)], learns=bool(step_size)) for first in range(len(seeds)))
+            tested = yield from reporting(all_of(tests), SCORING, interval, at_once=False)
         spent = (account.spent() + training.spent).share(1 / len(seeds))
         shared = {"row": row, "learned_step_size": step_size, "images": len(sets[0][0])}
         results = [
