@@ -122,9 +122,10 @@ class WithAnother(Alone):
     """A mesh of two whose other worker has costs too."""
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        other = torch.tensor([10.0, 20, 30, 40, 50, 99, 0], dtype=torch.float64)
-        assert tensor.tolist()[5:] == [0.0, 4.0], "each worker's peak has a place of its own"
-        return tensor + other
+        if len(tensor) == 2:
+            assert tensor.tolist() == [0.0, 4.0], "each worker's peak has a place of its own"
+            return tensor + torch.tensor([99.0, 0], dtype=torch.float64)
+        return tensor + torch.tensor([10.0, 20, 30, 40, 50], dtype=torch.float64)
 
 
 def test_workers_of_a_mesh_are_added_up() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
-from datm_ray.core.synthetic import Rows, SyntheticSet
+from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import SCORING_BATCH, accuracy_in_steps, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
@@ -142,14 +142,13 @@ class PieceWorker:
             yield Progress(len(sets), 2)
         if config.distill.has_soft_labels:
             yield from self._labelled(teacher, sets)
-        whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
+        part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
         state = method_of(config).state(sets[SYNTHETIC], config.distill)
         state.history = _mean_records(places, "history", state.record)
         state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []
-        save_checkpoint(attempt, state, whole, Alone(), run_identity(config))
+        save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config))
         if config.metadd is not None:
             initial, final = (_on(each, self._device) for each in sets.values())
-            part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
             yield from keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())

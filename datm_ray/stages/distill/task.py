@@ -146,8 +146,11 @@ class DistillWorker:
         columns = worker_rank.world_size // rows if worker_rank else 1
         with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
-            with closing((self.method or method_of(config))(part)) as method:
+            with closing(self._method_of(config)(part)) as method:
                 yield from Distillation(part, folder, method, account, validation).events()
+
+    def _method_of(self, config: RunConfig) -> type[Method]:
+        return self.method or method_of(config)
 
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
         """Validate a candidate: a set that an unfinished distillation wrote after some iterations.
@@ -172,7 +175,7 @@ class DistillWorker:
                 candidates.write_result(iteration, found, standard_error(found, self._dataset), account.spent())
                 _log.info("set validated %s", fields(run=config.name, iteration=iteration, accuracy=found))
             if not (folder / SYNTHETIC).exists() and only_validations_are_left(folder, config.distill):
-                yield from self._conclude(config, store_uri, folder, whole)
+                yield from self._conclude(config, store_uri, folder)
         except OvertakenError:
             _log.info("another worker writes the set %s", fields(run=config.name))
         except MissingFileError:
@@ -180,13 +183,10 @@ class DistillWorker:
                 raise
         yield Finished(metrics=account.metrics())
 
-    def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> Iterator[Phase]:
+    def _conclude(self, config: RunConfig, store_uri: str, folder: Location) -> Iterator[Phase]:
         """Write the final set if all candidates (sets of single iterations) have a validation result.
 
         Otherwise write nothing. Yields phases as a heartbeat.
-
-        Args:
-            rows: all rows of the set.
 
         Raises:
             OvertakenError: another worker writes the final set.
@@ -196,8 +196,8 @@ class DistillWorker:
         attempt = Attempt.start(folder, Alone())
         folder, attempt.resumed_at = attempt.folder, config.distill.iterations
         spent = read_cost(folder)  # before the state, so that no result's cost is counted twice
-        kind = (self.method or method_of(config)).state
-        state = load_checkpoint(kind, folder, rows, config.distill, self._device)
+        part, kind = Part(config, self._dataset, store_uri, Alone(), self._device, 1), self._method_of(config).state
+        state = load_checkpoint(kind, folder, part.rows, config.distill, self._device)
         if state is None:
             return
         candidates, iterations = Candidates(folder), unvalidated(config.distill, state)
@@ -205,17 +205,16 @@ class DistillWorker:
         if len(results) < len(iterations):
             return
         for iteration, result in zip(iterations, results, strict=True):
-            _record(state, iteration, result.accuracy, self._dataset, candidates, rows)
+            _record(state, iteration, result.accuracy, self._dataset, candidates, part.rows)
             spent += result.cost
         last = read_artifact(candidates.file(config.distill.iterations))
         if iterations:
-            save_checkpoint(attempt, state, rows, Alone(), run_identity(config), read_computed(folder))
+            save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config), read_computed(folder))
             (folder / COST).write_json(spent.to_json())
         final, transforms = state.chosen or state.result, folder.parent / TRANSFORMS
         if config.metadd is not None and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
-            part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
             yield from keep_maps(part, config.metadd, backbone, folder / MAPS, initial, final)
         place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
         save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
@@ -509,7 +508,7 @@ class Distillation:
         def read_together() -> bool:
             nonlocal saved
             saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
-            return self._is_everyones(-1 if saved is None else saved.iteration)
+            return len(set(of_workers(self._mesh, -1 if saved is None else saved.iteration))) == 1
 
         fact = f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}"
         seconds = seconds_to_look(self._folder, self._config.cluster.progress_timeout)
@@ -520,19 +519,6 @@ class Distillation:
         if saved is not None:
             _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
         return saved
-
-    def _is_everyones(self, iteration: int) -> bool:
-        """True if every worker resumes at the same iteration.
-
-        All workers call this together and get the same answer. They exchange sums alone, and find the variance of their
-        iterations from these sums. The variance is 0 only if all iterations are equal.
-
-        Args:
-            iteration: iteration at which this worker resumes; -1 for a new distillation.
-        """
-        mine = torch.tensor([iteration, iteration**2, 1.0], dtype=torch.float64)
-        total, squares, workers = self._mesh.sum_over_all(mine).tolist()
-        return bool(squares * workers == total**2)
 
     def _validate(self, held: SyntheticSet, is_asked: Callable[[], bool]) -> Generator[Phase, None, float]:
         """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1].
@@ -620,6 +606,17 @@ class Distillation:
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin, transforms)
 
 
+def of_workers(mesh: Mesh, own: float) -> list[float]:
+    """Number of every worker, in the order of their ranks. All workers call this together and get the same list.
+
+    Args:
+        own: number of this worker.
+    """
+    mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
+    found: list[float] = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
+    return found
+
+
 def least_of_workers(mesh: Mesh, own: int) -> int:
     """Smallest positive number among those of all workers; 1 if all numbers are 0.
 
@@ -628,18 +625,14 @@ def least_of_workers(mesh: Mesh, own: int) -> int:
     Args:
         own: number of this worker; 0 does not count.
     """
-    mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
-    found = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
-    return int(min(filter(None, found), default=1))
+    return int(min(filter(None, of_workers(mesh, own)), default=1))
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:
     """Cost summed over all workers, with the largest peak of memory. All workers call this and get the same value."""
     sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
-    peaks = [mine.peak_memory_bytes * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
-    summed = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()
-    seconds, cpu_seconds, gpu_seconds, read, written = summed[: len(sums)]
-    return Spent(seconds, cpu_seconds, gpu_seconds, max(summed[len(sums) :]), read, written)
+    seconds, cpu_seconds, gpu_seconds, *bytes_ = mesh.sum_over_all(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return Spent(seconds, cpu_seconds, gpu_seconds, max(of_workers(mesh, mine.peak_memory_bytes)), *bytes_)
 
 
 def read_cost(folder: Location) -> Spent:
