@@ -17,9 +17,10 @@ from datm_ray.config import NetworkSpec, RunConfig
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
+from datm_ray.core.steps import Steps, result_of
+from datm_ray.core.synthetic import SyntheticSet, correct_rows_in_steps, mean_correct_in_steps, random_rows
 from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, predict_logits, trainer
+from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, logits_in_steps, trainer
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
@@ -125,18 +126,19 @@ class _Experts:
         self._images, self._last = images, trajectories[:, -1]
         self._network = build_network(images.spec, 0).to(images.train.device)
 
-    def logits(self, expert: int, pixels: Tensor) -> Tensor:
+    def logits(self, expert: int, pixels: Tensor) -> Steps[Tensor]:
         unflatten_into(self._network, self._last[expert])
-        return predict_logits(self._network, pixels)
+        return (yield from logits_in_steps(self._network, pixels))
 
     def soft_labels(self, rows: Tensor) -> Tensor:
         """The experts' mean correct logits for real images, as published."""
         each = (self.logits(expert, self._images.train[rows]) for expert in range(len(self._last)))
-        return mean_correct_logits(each, self._images.train_labels[rows])
+        return result_of(mean_correct_in_steps(each, self._images.train_labels[rows]))
 
-    def predict(self, expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def predict(self, expert: int, rows: NDArray[np.int64]) -> Steps[NDArray[np.int64]]:
         pixels = self._images.train[torch.from_numpy(rows).to(self._last.device)]
-        predicted: NDArray[np.int64] = self.logits(expert, pixels).argmax(dim=1).cpu().numpy()
+        logits = yield from self.logits(expert, pixels)
+        predicted: NDArray[np.int64] = logits.argmax(dim=1).cpu().numpy()
         return predicted
 
     def real_set(self, recipe: Recipe, rows: NDArray[np.int64]) -> SyntheticSet:
@@ -181,10 +183,9 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
     accuracies = scored(machine, images, recipe, random, networks)
     yield {"set": "random real images, the same soft labels", "accuracy, %": accuracies}
     scoring = (time.monotonic() - began) / networks
-    state = Distillation(
-        experts.real_set(recipe, correct_rows(labels, 1, 0, experts=count, predict=experts.predict)),
-        recipe.run.distill,
-    )
+    classes = range(images.spec.classes)
+    chosen = correct_rows_in_steps(labels, 1, 0, experts=count, predict=experts.predict, classes=classes)
+    state = Distillation(experts.real_set(recipe, result_of(chosen)), recipe.run.distill)
     module = build_network(images.spec, 0).to(machine.device)
     functions = StudentStepFunctions(FlatNetwork(module), machine.options())
     functions.prepare(len(random.images), tuple(random.images.shape[1:]), images.spec.classes)  # type: ignore[arg-type]

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.steps import Steps, finished, result_of
-from datm_ray.errors import DatasetError
+from datm_ray.core.steps import Steps
 
 AllSum = Callable[[Tensor], Tensor]
 """Function that adds a tensor over all class shards (workers with some of the classes). Every shard gets the sum."""
@@ -99,12 +98,9 @@ class SyntheticSet:
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
     """Indices of `ipc` random images of each class, without repetition, in the order of the classes.
 
-    Raises:
-        DatasetError: a class has fewer than `ipc` images.
+    Each class must have at least `ipc` images.
     """
-    order = _shuffled_by_class(labels, seed)
-    _require_ipc(order, ipc)
-    return np.concatenate([rows[:ipc] for rows in order])
+    return np.concatenate([rows[:ipc] for rows in _shuffled_by_class(labels, seed)])
 
 
 def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, label: int) -> NDArray[np.int64]:
@@ -117,39 +113,6 @@ def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, la
     return generator(seed, Purpose.REAL_BATCH, iteration, label).permutation(rows)[:count]
 
 
-def correct_rows(
-    labels: NDArray[np.int64],
-    ipc: int,
-    seed: int,
-    *,
-    experts: int,
-    predict: Callable[[int, NDArray[np.int64]], NDArray[np.int64]],
-    classes: range | None = None,
-) -> NDArray[np.int64]:
-    """Indices of `ipc` images of each class that an expert classifies correctly, in the order of the classes.
-
-    Images are taken in shuffled order, as published. The first ones are images that expert 0 classifies correctly. A
-    class with too few of them gets images that expert 1 classifies correctly, and so on. A class with too few after all
-    experts is filled with its other images.
-
-    Args:
-        labels: [n] classes of the real training images.
-        experts: number of experts to use at most.
-        predict: function (expert, indices) -> predicted classes of those images; called for no more images than needed.
-        classes: classes to choose images for; `None` for all.
-
-    Raises:
-        DatasetError: a class has fewer than `ipc` images.
-    """
-
-    def predict_at_once(expert: int, rows: NDArray[np.int64]) -> Steps[NDArray[np.int64]]:
-        return finished(predict(expert, rows))
-
-    return result_of(
-        correct_rows_in_steps(labels, ipc, seed, experts=experts, predict=predict_at_once, classes=classes)
-    )
-
-
 def correct_rows_in_steps(
     labels: NDArray[np.int64],
     ipc: int,
@@ -157,13 +120,23 @@ def correct_rows_in_steps(
     *,
     experts: int,
     predict: Callable[[int, NDArray[np.int64]], Steps[NDArray[np.int64]]],
-    classes: range | None = None,
+    classes: range,
 ) -> Steps[NDArray[np.int64]]:
-    """Choose images as `correct_rows` does, with predictions that are made in steps."""
-    order = _shuffled_by_class(labels, seed)
-    _require_ipc(order, ipc)
-    if classes is not None:
-        order = [order[k] for k in classes]
+    """Choose `ipc` images of each class that an expert classifies correctly. Returns indices in the order of classes.
+
+    Images are taken in shuffled order, as published. The first ones are images that expert 0 classifies correctly. A
+    class with too few of them gets images that expert 1 classifies correctly, and so on. A class with too few after all
+    experts is filled with its other images.
+
+    Args:
+        labels: [n] classes of the real training images, at least `ipc` of each class.
+        experts: number of experts to use at most.
+        predict: function (expert, indices) -> work that finds the predicted classes of those images; called for no more
+            images than needed.
+        classes: classes to choose images for.
+    """
+    shuffled = _shuffled_by_class(labels, seed)
+    order = [shuffled[k] for k in classes]
     chosen: list[list[int]] = [[] for _ in order]
     for expert in range(experts):
         asked = 0
@@ -192,20 +165,15 @@ def hard_logits(labels: Tensor, classes: int) -> Tensor:
     return 20.0 * torch.nn.functional.one_hot(labels, classes).to(torch.float32)
 
 
-def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
+def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> Steps[Tensor]:
     """Compute soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
 
     An image that no expert classifies correctly gets the mean over all experts. Randomly chosen images may need this.
 
     Args:
-        logits: yields the logits [n k] of one expert after the other.
+        logits: for each expert, the work that computes its logits [n k].
         labels: [n] true classes.
     """
-    return result_of(mean_correct_in_steps((finished(of_expert) for of_expert in logits), labels))
-
-
-def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> Steps[Tensor]:
-    """Compute soft labels as `mean_correct_logits` does, from logits that are computed in steps."""
     zero = torch.zeros((), device=labels.device)
     right_sum = right_count = total = count = zero
     for steps in logits:
@@ -219,13 +187,3 @@ def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> St
 def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
     draw = generator(seed, Purpose.REAL_SAMPLES)
     return [draw.permutation(np.flatnonzero(labels == k)) for k in range(int(labels.max()) + 1)]
-
-
-def _require_ipc(order: list[NDArray[np.int64]], ipc: int) -> None:
-    # pipeline/checks.py makes the same check before a run starts, with the names of classes in its message.
-    smallest = min(range(len(order)), key=lambda k: len(order[k]))
-    if ipc > len(order[smallest]):
-        raise DatasetError(
-            f"distill.ipc is {ipc}, but class {smallest} has only {len(order[smallest])} training images",
-            remedy="lower distill.ipc",
-        )

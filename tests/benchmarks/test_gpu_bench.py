@@ -21,6 +21,7 @@ import torch
 from datm_ray.config import ClusterConfig, DistillConfig, NetworkSpec, RunConfig, override
 from datm_ray.core.compute.gpu import CONTEXT_BYTES
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.steps import finished
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import would_gain_together
 from datm_ray.methods.trajectory.iteration import IterationRecord
@@ -192,7 +193,11 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
     experts = SimpleNamespace(real_set=lambda *_: held, predict=None)
     functions = SimpleNamespace(prepare=lambda *_: None)
     fakes = {"_Experts": lambda *_: experts, "StudentStepFunctions": lambda *_: functions, "scored": scored}
-    fakes |= {"_iterate": iterate, "correct_rows": lambda *_, **__: None, "random_rows": lambda *_, **__: None}
+    fakes |= {
+        "_iterate": iterate,
+        "correct_rows_in_steps": lambda *_, **__: finished(None),
+        "random_rows": lambda *_, **__: None,
+    }
     fakes |= {"time": SimpleNamespace(monotonic=lambda: now)}
     for name, fake in fakes.items():
         monkeypatch.setattr(bench.curve, name, fake)

@@ -18,7 +18,8 @@ from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
+from datm_ray.core.steps import finished, result_of
+from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_in_steps
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.labelling import (
     DrawnLabels,
@@ -237,7 +238,9 @@ def test_evaluation_stays_on_its_device() -> None:
         "accuracy on images in main memory": lambda: accuracy(network, torch.rand(5, 3, 8, 8), classes(5)),
         "attention": lambda: accuracy(there(SPEC.model_copy(update={"architecture": "vit-small"})), images, classes(5)),
         "hard labels": lambda: hard_logits(classes(5), 4),
-        "soft labels": lambda: mean_correct_logits([tensor(5, 4), tensor(5, 4)], classes(5)),
+        "soft labels": lambda: result_of(
+            mean_correct_in_steps([finished(tensor(5, 4)), finished(tensor(5, 4))], classes(5))
+        ),
     }
     assert not failures(cases)
 

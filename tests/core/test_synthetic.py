@@ -9,21 +9,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
-from datm_ray.errors import DatasetError
+from datm_ray.core.steps import Steps, finished, result_of
+from datm_ray.core.synthetic import SyntheticSet, correct_rows_in_steps, mean_correct_in_steps, random_rows
 
 LABELS = np.array([0, 1, 2] * 8, np.int64)
 Rows = NDArray[np.int64]
+Predict = Callable[[int, Rows], Steps[Rows]]
 
 
-def right_on(*correct: set[int]) -> tuple[Callable[[int, Rows], Rows], list[int]]:
+def correct_rows(ipc: int, seed: int, experts: int, predict: Predict, classes: range = range(3)) -> Rows:
+    return result_of(correct_rows_in_steps(LABELS, ipc, seed, experts=experts, predict=predict, classes=classes))
+
+
+def right_on(*correct: set[int]) -> tuple[Predict, list[int]]:
     """Predictions that are right on these rows only, and a list of the distinct experts asked so far."""
     asked: list[int] = []
 
-    def predict(expert: int, rows: Rows) -> Rows:
+    def predict(expert: int, rows: Rows) -> Steps[Rows]:
         if expert not in asked:
             asked.append(expert)
-        return np.where(np.isin(rows, list(correct[expert])), LABELS[rows], LABELS[rows] + 1)
+        return finished(np.where(np.isin(rows, list(correct[expert])), LABELS[rows], LABELS[rows] + 1))
 
     return predict, asked
 
@@ -44,7 +49,7 @@ def test_random_rows_are_stratified() -> None:
 def test_perfect_expert_gives_the_random_rows() -> None:
     """An expert that is right everywhere selects the random rows, and no second expert is asked."""
     predict, asked = right_on(set(range(24)), set())
-    rows = correct_rows(LABELS, 4, 5, experts=2, predict=predict)
+    rows = correct_rows(4, 5, experts=2, predict=predict)
     assert np.array_equal(rows, random_rows(LABELS, 4, 5))
     assert asked == [0]
 
@@ -53,7 +58,7 @@ def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
     """Expert 0's correct images come first; expert 1's fill the class that lacks one."""
     short = {0, 3}
     predict, asked = right_on(short | rows_of(1) | rows_of(2), {6} | {1, 2}, set(range(24)))
-    rows = correct_rows(LABELS, 3, 0, experts=3, predict=predict)
+    rows = correct_rows(3, 0, experts=3, predict=predict)
     assert LABELS[rows].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert set(rows[:2].tolist()) == short
     assert rows[2] == 6
@@ -63,7 +68,7 @@ def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
 def test_images_nobody_gets_right_fill_the_rest() -> None:
     """Other distinct images of a class complete it when no expert has enough right."""
     predict, asked = right_on({0} | rows_of(1) | rows_of(2), {0, 3})
-    rows = correct_rows(LABELS, 5, 0, experts=2, predict=predict)
+    rows = correct_rows(5, 0, experts=2, predict=predict)
     assert rows[:2].tolist() == [0, 3]
     assert set(rows[:5].tolist()) <= rows_of(0)
     assert len(set(rows.tolist())) == 15
@@ -72,9 +77,9 @@ def test_images_nobody_gets_right_fill_the_rest() -> None:
 
 def test_a_shard_chooses_for_its_classes_what_one_process_chooses() -> None:
     """Rows chosen apart for ranges of classes join to the rows chosen at once."""
-    whole = correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0])
+    whole = correct_rows(3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0])
     parts = [
-        correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0], classes=classes)
+        correct_rows(3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0], classes=classes)
         for classes in (range(1), range(1, 3))
     ]
     assert np.array_equal(np.concatenate(parts), whole)
@@ -84,23 +89,12 @@ def test_no_more_images_are_predicted_than_needed() -> None:
     """A perfect expert predicts twice the wanted images of each class, not the whole data set."""
     looked_at: list[int] = []
 
-    def predict(expert: int, rows: Rows) -> Rows:
+    def predict(expert: int, rows: Rows) -> Steps[Rows]:
         looked_at.extend(rows.tolist())
-        return LABELS[rows]
+        return finished(LABELS[rows])
 
-    correct_rows(LABELS, 2, 0, experts=1, predict=predict)
+    correct_rows(2, 0, experts=1, predict=predict)
     assert len(looked_at) == 3 * 4
-
-
-def correct(labels: Rows, ipc: int, seed: int) -> Rows:
-    return correct_rows(labels, ipc, seed, experts=1, predict=lambda expert, rows: labels[rows])
-
-
-@pytest.mark.parametrize("choose", [random_rows, correct])
-def test_too_few_images_are_refused_with_the_class(choose: Callable[..., Rows]) -> None:
-    """Too few images of a class are an error that names the smallest class and its size."""
-    with pytest.raises(DatasetError, match=r"ipc is 3, but class 1 has only 2"):
-        choose(np.array([0, 0, 0, 1, 1], np.int64), 3, 0)
 
 
 def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
@@ -114,7 +108,8 @@ def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
         right = [expert for expert in logits[:, image] if int(expert.argmax()) == label]
         expected.append(torch.stack(right or list(logits[:, image])).mean(dim=0))
     assert not any(int(expert.argmax()) == 0 for expert in logits[:, 0])
-    torch.testing.assert_close(mean_correct_logits(logits, labels), torch.stack(expected))
+    found = result_of(mean_correct_in_steps(map(finished, logits), labels))
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 def make_set() -> SyntheticSet:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.core.steps import Steps, result_of
-from datm_ray.core.synthetic import Rows, correct_rows, random_rows
+from datm_ray.core.steps import Steps, finished, result_of
+from datm_ray.core.synthetic import Rows, correct_rows_in_steps, random_rows
 from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.mesh import Alone
@@ -75,10 +75,11 @@ def test_candidates_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     experts = Guessing(labels, (set(range(0, 60, 2)), set()))
     found = result_of(initial.first_rows(part, cast(ExpertNetworks, experts), Rows(0, 15)))
 
-    def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return labels[rows] + np.isin(rows, list(experts.wrong[expert]))
+    def predict(expert: int, rows: NDArray[np.int64]) -> Steps[NDArray[np.int64]]:
+        return finished(labels[rows] + np.isin(rows, list(experts.wrong[expert])))
 
-    assert found.tolist() == correct_rows(labels, 5, part.config.seed, experts=2, predict=predict).tolist()
+    works = correct_rows_in_steps(labels, 5, part.config.seed, experts=2, predict=predict, classes=range(3))
+    assert found.tolist() == result_of(works).tolist()
     assert max(map(len, watched.reads)) == 7
 
 
