@@ -24,7 +24,7 @@ from datm_ray import cli
 from datm_ray.cli import ending
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
-from datm_ray.core.networks.registry import ConvNet
+from datm_ray.core.networks.architectures import ConvNet
 from datm_ray.errors import WorkerLostError
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.runtime.stopping import Interrupted

@@ -25,7 +25,8 @@ from datm_ray.core.metadd import (
     meta_loss,
     scaled_maps,
 )
-from datm_ray.core.networks.registry import SpatialNetwork, build_network, network_names
+from datm_ray.core.networks.architectures import SpatialNetwork
+from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
 

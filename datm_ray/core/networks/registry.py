@@ -16,50 +16,24 @@ from torch.nn.parameter import is_lazy
 from datm_ray.config import NetworkSpec
 from datm_ray.config.plugins import imported
 from datm_ray.core.compute.torch_compat import BatchNorm
-from datm_ray.core.networks.architectures import (
-    ConvNet,
-    SpatialNetwork,
-    alexnet,
-    lenet,
-    mlp,
-    mobilenet_v2,
-    resnet18,
-    resnet50,
-    resnet101,
-    vgg11,
-    vit_small,
-)
+from datm_ray.core.networks import architectures
+from datm_ray.core.networks.architectures import SpatialNetwork
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.errors import ConfigError
 from datm_ray.words import dimensions
 
-__all__ = [
-    "Builder",
-    "ConvNet",
-    "SpatialNetwork",
-    "build_network",
-    "couples_samples",
-    "embedding",
-    "network_names",
-    "register_network",
-    "require_logits",
-    "require_maps",
-    "require_stated_norm",
-    "spatial_features",
-]
-
 Builder = Callable[[NetworkSpec], nn.Module]
 _BUILDERS: dict[str, Builder] = {
-    "alexnet": alexnet,
-    "convnet": ConvNet,
-    "lenet": lenet,
-    "mlp": mlp,
-    "mobilenet-v2": mobilenet_v2,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "vgg11": vgg11,
-    "vit-small": vit_small,
+    "alexnet": architectures.alexnet,
+    "convnet": architectures.ConvNet,
+    "lenet": architectures.lenet,
+    "mlp": architectures.mlp,
+    "mobilenet-v2": architectures.mobilenet_v2,
+    "resnet18": architectures.resnet18,
+    "resnet50": architectures.resnet50,
+    "resnet101": architectures.resnet101,
+    "vgg11": architectures.vgg11,
+    "vit-small": architectures.vit_small,
 }
 
 
