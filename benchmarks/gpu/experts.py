@@ -14,8 +14,8 @@ from turns import timed
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stack_trial import InParts
-from datm_ray.core.networks.stacked import StackFunctions, StackStep
+from datm_ray.core.networks.stack_trial import InParts, StackStep
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.experts import ExpertState, train_experts
 from gpu.machine import Machine, freeing, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work

@@ -40,7 +40,7 @@ def interval_between_epochs(cluster: ClusterConfig) -> float:
     return min(interval_in_epochs(cluster), cluster.peer_timeout / 2)
 
 
-def with_heartbeats(steps: Iterable[Item | None], interval: float) -> Iterator[Item | None]:
+def with_heartbeats(steps: Iterable[Item], interval: float) -> Iterator[Item]:
     """Pass on the items, and a `None` whenever `interval` seconds have passed without anything.
 
     Also passes on a `None` as soon as the work need not wait for the epoch's end any more, see `stopping.is_overdue`.

@@ -82,6 +82,10 @@ class InParts:
         return self._graphs[networks]
 
 
+StackStep = StackFunctions | InParts
+"""Function that computes losses and gradients of the networks of a stack (networks that are trained together)."""
+
+
 def is_tried(device: torch.device) -> bool:
     """True if a trial finds how many networks one call computes: on GPUs. For CPUs, limits were measured beforehand."""
     return device.type == "cuda"

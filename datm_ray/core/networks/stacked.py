@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,24 +121,6 @@ def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Te
 
 StackResults = tuple[Tensor, Tensor, Tensor]
 """Losses [s], gradients [s p] and buffers [s q] of s networks, see `StackFunctions`."""
-
-
-class StackStep(Protocol):
-    """Function that computes losses and gradients of the networks of a stack, such as `StackFunctions`."""
-
-    note: str
-    """One line on why the function is not compiled although this was asked for; "" otherwise."""
-
-    @property
-    def fills_up(self) -> bool:
-        """True if smaller batches should be filled up with images of weight 0, so that all batches have one size."""
-        ...
-
-    def __call__(
-        self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
-    ) -> StackResults:
-        """Compute losses, gradients and buffers. Arguments and results: see `StackFunctions`."""
-        ...
 
 
 class StackFunctions:

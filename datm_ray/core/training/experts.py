@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from datm_ray.config import ExpertConfig
 from datm_ray.core.images.batches import Images, batches
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
-from datm_ray.core.networks.stacked import StackStep, filled_up
+from datm_ray.core.networks.stack_trial import StackStep
+from datm_ray.core.networks.stacked import filled_up
 from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.rates import share_of_rate
 

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -25,14 +25,8 @@ from datm_ray.core.images.augment import augment, draw_augmentation, parse_strat
 from datm_ray.core.images.batches import Images, batches, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.stack_trial import InParts, beside_state, fitting, found_at_a_time, is_tried
-from datm_ray.core.networks.stacked import (
-    CACHED_MAP_BYTES,
-    LARGEST_STACK,
-    StackFunctions,
-    StackStep,
-    can_be_stacked,
-)
+from datm_ray.core.networks.stack_trial import InParts, StackStep, beside_state, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
 from datm_ray.core.steps import Steps, result_of
 from datm_ray.core.training.experts import ExpertState, stack_steps
 from datm_ray.core.training.rates import share_of_rate
@@ -242,28 +236,6 @@ class Epoch:
     """Mean loss over the epoch's images."""
 
 
-class TrainingState(Protocol):
-    """State of networks that are trained: everything that the next step depends on. See `ExpertState`."""
-
-    epoch: int
-    step: int
-
-    @property
-    def parameters(self) -> Tensor:
-        """Flat parameters of every network [s p]."""
-        ...
-
-    @property
-    def buffers(self) -> Tensor:
-        """Flat buffers of every network [s q]."""
-        ...
-
-    @property
-    def velocity(self) -> Tensor | None:
-        """Momentum [s p], or AdamW's two moments [s 2p]; `None` without momentum or before the first step."""
-        ...
-
-
 class NetworkState:
     """State of one network in training, with parameters [1 p] and buffers [1 q]. Reading a vector copies it."""
 
@@ -276,7 +248,8 @@ class NetworkState:
             saved: state after an epoch of the same training; `None` to start.
         """
         self.network, self._schedule = network, schedule
-        self.epoch, self.step = (saved.epoch, saved.step) if saved else (0, 0)
+        self.epoch: int = saved.epoch if saved else 0
+        self.step: int = saved.step if saved else 0
         self.start_anew()
         if saved:
             parameters = list(network.parameters())
@@ -323,6 +296,10 @@ class NetworkState:
         if self._schedule.optimiser == "adamw":
             for each in parameters:
                 self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
+
+
+TrainingState = ExpertState | NetworkState
+"""State of networks that are trained: everything that the next step depends on."""
 
 
 @dataclass(frozen=True)

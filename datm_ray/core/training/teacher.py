@@ -26,26 +26,6 @@ from datm_ray.core.images.batches import Batch, batches
 from datm_ray.core.randomness import Purpose, generator
 
 
-class Lessons(Protocol):
-    """Images and a teacher's logits for every step of a training."""
-
-    @property
-    def temperature(self) -> float:
-        """Temperature T, above 0, by which logits are divided in the loss, see `divergence`."""
-        ...
-
-    def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of some epochs, with images [1 b c h w] and the teacher's logits [1 b k] as their targets.
-
-        Args:
-            images: [n c h w] images of the set.
-            seed: seed of order, augmentation and CutMix.
-            epochs: numbers of the epochs, from 0.
-            augmentation: operations, see `core.images.augment`.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Teacher:
     """A trained network that labels every batch when it is needed."""
@@ -63,7 +43,14 @@ class Teacher:
         self.network.eval().requires_grad_(False)
 
     def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of augmented and mixed images, with the teacher's logits for them, see `Lessons.batches`."""
+        """Batches of some epochs: augmented and mixed images [1 b c h w], and the teacher's logits for them [1 b k].
+
+        Args:
+            images: [n c h w] images of the set.
+            seed: seed of order, augmentation and CutMix.
+            epochs: numbers of the epochs, from 0.
+            augmentation: operations, see `core.images.augment`.
+        """
         none = torch.zeros(len(images), device=next(self.network.parameters()).device)
         number = 0
         for epoch, is_last, x, _ in batches([images], [none], [seed], epochs, batch_size, augmentation):
@@ -102,7 +89,7 @@ class StoredLessons:
     """Temperature T, above 0, by which logits are divided in the loss."""
 
     def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of stored views, already augmented and mixed, with their logits, see `Lessons.batches`."""
+        """Batches of stored views, already augmented and mixed, with their logits, see `Teacher.batches`."""
         count = len(images)
         for epoch in epochs:
             self.labels.set_epoch(epoch)
@@ -110,6 +97,10 @@ class StoredLessons:
             for first in range(0, count, batch_size):
                 x, logits = self.labels.batch(order[first : first + batch_size])
                 yield Batch(epoch, first + batch_size >= count, x[None], logits[None])
+
+
+Lessons = Teacher | StoredLessons
+"""Images and a teacher's logits for every step of a training."""
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -26,14 +26,8 @@ from datm_ray.core.images.batches import Images, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples
-from datm_ray.core.networks.stack_trial import InParts, beside_state, fitting, found_at_a_time, is_tried
-from datm_ray.core.networks.stacked import (
-    LARGEST_STACK,
-    STACKED_MAP_BYTES,
-    StackFunctions,
-    StackStep,
-    can_be_stacked,
-)
+from datm_ray.core.networks.stack_trial import InParts, StackStep, beside_state, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stacked import LARGEST_STACK, STACKED_MAP_BYTES, StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.training.curriculum import Curriculum

@@ -18,12 +18,13 @@ from datm_ray.core.networks.stack_trial import (
     STATE_VECTORS,
     TURNS,
     InParts,
+    StackStep,
     beside_state,
     fastest,
     fitting,
     found_at_a_time,
 )
-from datm_ray.core.networks.stacked import StackFunctions, StackStep
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.experts import ExpertState, train_experts
 from tests.tapes import Tape
 
