@@ -46,9 +46,7 @@ class AugmentationRobust:
     """ARS in [0, 1]; higher is better."""
 
 
-def label_robust(
-    *, real_hard: float, distilled_hard: float, distilled: float, random_soft: float, weight: float = WEIGHT
-) -> LabelRobust:
+def label_robust(*, real_hard: float, distilled_hard: float, distilled: float, random_soft: float) -> LabelRobust:
     """Compute the label-robust score.
 
     Args:
@@ -56,32 +54,29 @@ def label_robust(
         distilled_hard: accuracy with the distilled images and hard labels.
         distilled: accuracy with the distilled images and the soft labels of the set.
         random_soft: accuracy with random real images and soft labels.
-        weight: weight w in [0, 1]. The score grows with w a - (1 - w) b, where a is the improvement over random and b
-            the hard-label recovery, see `LabelRobust`.
 
     Raises:
-        ValueError: an accuracy or the weight is not in [0, 1], such as an accuracy in percent.
+        ValueError: an accuracy is not in [0, 1], such as an accuracy in percent.
     """
-    _require_fractions(real_hard, distilled_hard, distilled, random_soft, weight)
+    _require_fractions(real_hard, distilled_hard, distilled, random_soft)
     hlr, ior = real_hard - distilled_hard, distilled - random_soft
-    return LabelRobust(hlr, ior, _normalised(weight * ior - (1 - weight) * hlr))
+    return LabelRobust(hlr, ior, _normalised(WEIGHT * ior - (1 - WEIGHT) * hlr))
 
 
 def augmentation_robust(
-    *, distilled: float, random: float, distilled_plain: float, random_plain: float, weight: float = WEIGHT
+    *, distilled: float, random: float, distilled_plain: float, random_plain: float
 ) -> AugmentationRobust:
     """Compute the augmentation-robust score from accuracies with soft labels.
 
     Args:
         distilled, random: accuracies of distilled and of random real images with augmentation, in [0, 1].
         distilled_plain, random_plain: the two accuracies without augmentation, in [0, 1].
-        weight: weight of the difference with augmentation, in [0, 1]; the difference without has 1 - weight.
 
     Raises:
-        ValueError: an accuracy or the weight is not in [0, 1], such as an accuracy in percent.
+        ValueError: an accuracy is not in [0, 1], such as an accuracy in percent.
     """
-    _require_fractions(distilled, random, distilled_plain, random_plain, weight)
-    beta = weight * (distilled - random) + (1 - weight) * (distilled_plain - random_plain)
+    _require_fractions(distilled, random, distilled_plain, random_plain)
+    beta = WEIGHT * (distilled - random) + (1 - WEIGHT) * (distilled_plain - random_plain)
     return AugmentationRobust(beta, _normalised(beta))
 
 

@@ -46,11 +46,11 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
@@ -66,7 +66,7 @@ from datm_ray.config import (
     stable_hash,
 )
 from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
-from datm_ray.core.images.batches import Images
+from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK, can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -99,37 +99,30 @@ from datm_ray.stages.methods.registry import method_of, scoring_networks, teache
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
 
-ROWS = {
+TABLE_ROWS = {
     "random-hard": "random real images, hard labels",
+    "random-fixed": "random real images, one soft label each",
     "random-soft": "random real images, soft labels",
+    "distilled-hard": "distilled, hard labels",
+    "distilled-fixed": "distilled, one soft label each",
     "distilled": "distilled",
     "full": "all real data",
 }
-"""Rows of the accuracy table -> titles, in the order shown."""
+"""Rows that the accuracy table may have -> titles, in the order shown."""
+
+ROWS = {row: TABLE_ROWS[row] for row in ("random-hard", "random-soft", "distilled", "full")}
+"""Rows that the accuracy table always has, unless a run leaves them out -> titles."""
+
+FIXED_ROWS = {row: TABLE_ROWS[row] for row in ("distilled-hard", "random-fixed", "distilled-fixed")}
+"""Further rows for `evaluate.fixed_labels`, whose labels are the same in all epochs -> titles. The first one is also a
+row of `FAIR_ROWS`."""
 
 FAIR_ROWS = {
-    "distilled-hard": "distilled, hard labels",
+    "distilled-hard": TABLE_ROWS["distilled-hard"],
     "distilled-plain": "distilled, not augmented",
     "random-plain": "random real images, soft labels, not augmented",
 }
 """Further rows for DD-Ranking's scores -> titles."""
-
-FIXED_ROWS = {
-    "distilled-hard": "distilled, hard labels",
-    "random-fixed": "random real images, one soft label each",
-    "distilled-fixed": "distilled, one soft label each",
-}
-"""Further rows for `evaluate.fixed_labels`, whose labels are the same in all epochs -> titles. The first one is also a
-row of `FAIR_ROWS`."""
-
-TABLE_ROWS = {
-    row: (ROWS | FIXED_ROWS)[row]
-    for row in (
-        *("random-hard", "random-fixed", "random-soft"),
-        *("distilled-hard", "distilled-fixed", "distilled", "full"),
-    )
-}
-"""Rows of `ROWS` and `FIXED_ROWS` in the order in which the accuracy table shows them -> titles."""
 
 ALL_ROWS = TABLE_ROWS | FAIR_ROWS
 """Keys of all rows, of the accuracy table and of DD-Ranking's scores -> titles."""
@@ -229,10 +222,7 @@ class EvaluateWorker:
                 self._has_noted = True
                 yield Note(trainer.note)
             measured = yield from training.run(*place, self._validation_accuracy)
-            every = [
-                _Trial(each.network, each.schedule.learning_rate, share)
-                for each, share in zip(trainings, measured, strict=True)
-            ]
+            every = [*map(_Trial, trainings, measured)]
             tests = (self._tested(every[first :: len(seeds)], learns=bool(step_size)) for first in range(len(seeds)))
             tested = yield from reporting(all_of(tests), SCORING, interval, at_once=False)
         spent = (account.spent() + training.spent).share(1 / len(seeds))
@@ -248,7 +238,7 @@ class EvaluateWorker:
 
     @property
     def _shape(self) -> DataShape:
-        return DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
+        return DataShape(self._dataset.image_shape, self._dataset.classes, 0)
 
     def _keep_free(self, config: RunConfig, row: str, network: NetworkConfig | None) -> None:
         """Keep as much memory of a GPU free of images as a step of a row's networks takes.
@@ -279,7 +269,7 @@ class EvaluateWorker:
             "test_accuracy": of_test,
             "test_accuracy_with_learned_step_size": with_learned,
             "validation_accuracy": chosen.validation_accuracy,
-            "step_size": chosen.step_size,
+            "step_size": chosen.training.schedule.learning_rate,
             "seconds": spent.seconds,
             "cost": spent.to_json(),
             "provenance": provenance(self._device),
@@ -309,13 +299,16 @@ class EvaluateWorker:
         return chosen, tested, tested if chosen is trials[0] else (yield from self._test_accuracy(trials[0]))
 
     def _test_accuracy(self, trial: _Trial) -> Steps[float]:
-        return accuracy_in_steps(trial.network, *self._test_set)
+        return accuracy_in_steps(trial.training.network, *self._test_set)
+
+    def _placed(self, images: NDArray[np.float32] | ImageReader, labels: NDArray[np.int64]) -> tuple[Images, Tensor]:
+        """Images on the device if they fit beside a step, and labels on the device."""
+        return images_on(images, self._device, self._beside), to_device(labels, self._device)
 
     @functools.cached_property
     def _test_set(self) -> tuple[Images, Tensor]:
         """Test images and labels, copied to the device once for all networks."""
-        images = images_on(self._dataset.test_images, self._device, self._beside)
-        return images, to_device(self._dataset.test_labels, self._device)
+        return self._placed(self._dataset.test_images, self._dataset.test_labels)
 
     def _training_sets(
         self,
@@ -347,8 +340,7 @@ class EvaluateWorker:
             return set_on(artifact.images, self._device, self._beside), targets.to(self._device), learned
         all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         if row == "full":
-            images = images_on(all_images, self._device, self._beside)
-            return images, to_device(all_labels, self._device), None
+            return *self._placed(all_images, all_labels), None
         rows = random_rows(all_labels, config.distill.ipc, seed)
         drawn = to_device(all_images[rows], torch.device("cpu"))
         images, labels = set_on(drawn, self._device, self._beside), to_device(all_labels[rows], self._device)
@@ -395,8 +387,7 @@ class EvaluateWorker:
     @functools.cached_property
     def _validation_set(self) -> tuple[Images, Tensor]:
         """Validation images and labels, copied to the device once for all networks."""
-        images = images_on(self._dataset.validation_images, self._device, self._beside)
-        return images, to_device(self._dataset.validation_labels, self._device)
+        return self._placed(self._dataset.validation_images, self._dataset.validation_labels)
 
 
 def is_taught(config: RunConfig, row: str) -> bool:
@@ -619,12 +610,10 @@ def _gains_and_stacks(
     return gains, can_be_stacked(built)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Network after its training with one of the candidate learning rates."""
+class _Trial(NamedTuple):
+    """Training of one network with one of the candidate learning rates, after its end."""
 
-    network: nn.Module
-    step_size: float
+    training: Training
     validation_accuracy: float
 
 

@@ -97,7 +97,8 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
 
     monkeypatch.setattr("datm_ray.stages.evaluate.rows.trainer_of", lambda *_: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_validation_accuracy", lambda _: finished(validated[-1]))
-    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: finished({**TEST, **WITH_ADAMW}[trial.step_size]))
+    tested = {**TEST, **WITH_ADAMW}
+    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: finished(tested[trial.training.schedule.learning_rate]))
     images = torch.zeros(1, 1, 8, 8)
     monkeypatch.setattr(worker, "_training_set", lambda *_: finished((images, images, LEARNED)))
     return worker
