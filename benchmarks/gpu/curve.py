@@ -21,8 +21,8 @@ from datm_ray.core.steps import Steps, result_of
 from datm_ray.core.synthetic import SyntheticSet, correct_rows_in_steps, mean_correct_in_steps, random_rows
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, logits_in_steps, trainer
-from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.difficulty import draw_origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.recipes import get_recipe
@@ -218,10 +218,11 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
 
 def _iterate(state: Distillation, functions: StudentStepFunctions, trajectories: Tensor, bound: int) -> None:
     images, settings = len(state.synthetic.images), state.settings
-    plan = draw_plan(range(bound), len(trajectories), 0, state.iteration)
+    origin = draw_origin(range(bound), len(trajectories), 0, state.iteration)
     steps = draw_student_steps(images, settings.student_steps, images, settings.augmentation, 0, state.iteration)
-    start, target = (trajectories[plan.expert, epoch] for epoch in (plan.start, plan.start + settings.expert_epochs))
-    state.step([Match(functions, start, target, steps)], [Origin(plan.expert, plan.start)])
+    epochs = (origin.epoch, origin.epoch + settings.expert_epochs)
+    start, target = (trajectories[origin.expert, epoch] for epoch in epochs)
+    state.step([Match(functions, start, target, steps)], [origin])
 
 
 def measure(machine: Machine, clock: Clock) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ConfigError, StoreError, ThresholdError
 from datm_ray.methods.state import FIRST_MOVE, MetaTerm
 from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
-from datm_ray.methods.trajectory.difficulty import draw_plan
+from datm_ray.methods.trajectory.difficulty import draw_origin
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, first_shown, place_steps
@@ -405,11 +405,10 @@ class TrajectoryMatching(Method):
     def _origins(self, iteration: int) -> list[Origin]:
         config, allowed = self.part.config, self.part.config.distill.start_epochs
         starts = range(allowed.first, allowed.upper_bound(iteration))
-        plans = [
-            draw_plan(starts, config.experts.count, config.seed, iteration, backbone)
+        return [
+            draw_origin(starts, config.experts.count, config.seed, iteration, backbone)
             for backbone in range(len(config.weights))
         ]
-        return [Origin(plan.expert, plan.start) for plan in plans]
 
     def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
         """Number of the expert, and two of its epochs: where the student starts, and its target."""

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from datm_ray.config import StartEpochs
-from datm_ray.methods.trajectory.difficulty import MatchPlan, draw_plan
+from datm_ray.methods.trajectory.difficulty import draw_origin
+from datm_ray.methods.trajectory.iteration import Origin
 
 GROWING = StartEpochs(first=2, bound=6, final_bound=12, expand_iterations=30)
 
 
-def drawn(experts: int, seed: int, iteration: int) -> MatchPlan:
+def drawn(experts: int, seed: int, iteration: int) -> Origin:
     """Draws of one iteration of the growing range."""
-    return draw_plan(range(GROWING.first, GROWING.upper_bound(iteration)), experts, seed, iteration)
+    return draw_origin(range(GROWING.first, GROWING.upper_bound(iteration)), experts, seed, iteration)
 
 
 @pytest.mark.parametrize(("initial", "final", "end"), [(10, 20, 1000), (20, 40, 2000), (30, 50, 2000), (15, 20, 7)])
@@ -36,7 +37,7 @@ def test_fixed_range_does_not_grow() -> None:
 def test_draws_fill_the_current_range_and_never_leave_it() -> None:
     """Every start below the bound comes up, the lowest included and the bound excluded, about equally often."""
     for iterations, bound in ((range(0, 5), 6), (range(15, 20), 9), (range(30, 35), 12)):
-        starts = [drawn(4, seed, k).start for seed in range(200) for k in iterations]
+        starts = [drawn(4, seed, k).epoch for seed in range(200) for k in iterations]
         values, counts = np.unique(starts, return_counts=True)
         assert values.tolist() == list(range(2, bound))
         assert counts.min() > 0.6 * counts.mean()
@@ -51,6 +52,6 @@ def test_every_expert_is_visited_once_in_a_sweep() -> None:
 
 def test_plan_has_its_pinned_values() -> None:
     """Experts and starts have pinned values, so that later versions resume a run with equal draws."""
-    plans = [drawn(3, 11, k) for k in range(9)]
-    assert [plan.expert for plan in plans] == [2, 0, 1, 2, 0, 1, 0, 2, 1]
-    assert [plan.start for plan in plans] == [4, 2, 2, 4, 3, 2, 4, 2, 5]
+    origins = [drawn(3, 11, k) for k in range(9)]
+    assert [origin.expert for origin in origins] == [2, 0, 1, 2, 0, 1, 0, 2, 1]
+    assert [origin.epoch for origin in origins] == [4, 2, 2, 4, 3, 2, 4, 2, 5]
