@@ -98,7 +98,8 @@ class TrainingProgress:
         self._attempt, self._before, self._latest = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self.at_a_time = networks
         """Number of networks that one call computes. This number affects rounding, so it is saved with the state."""
-        self._pending: list[_Epoch] = []
+        self._pending: list[dict[str, NDArray[Any]]] = []
+        """For each kept epoch that is not in a file yet, its arrays by name, see `_epoch`."""
         self._first: int | None = None
         """First epoch that was added but is not in a file yet; `None` if all added epochs are in files."""
         self._measured = (torch.empty(0), torch.empty(0))
@@ -175,14 +176,21 @@ class TrainingProgress:
         self._first = state.epoch if self._first is None else self._first
         if state.epoch in self._kept:
             self._pending.append(self._epoch(state))
-        size = sum(epoch.parameters.nbytes for epoch in self._pending)
+        size = sum(epoch["parameters"].nbytes for epoch in self._pending)
         is_due = last or time.monotonic() > self._next_write or size > LARGEST_WRITE
         return self.write(state) if is_due else iter(())
 
-    def _epoch(self, state: TrainingState) -> _Epoch:
-        losses, accuracies = (each.numpy() for each in self._measured)
-        vectors = (_to_numpy(state.parameters), _to_numpy(state.buffers))
-        return _Epoch(state.epoch, state.step, losses, accuracies, *vectors)
+    def _epoch(self, state: TrainingState) -> dict[str, NDArray[Any]]:
+        """Arrays of a file for the epoch that `state` has finished, without the file's axis of epochs."""
+        losses, accuracies = self._measured
+        return {
+            "epoch": np.array(state.epoch, np.int64),
+            "step": np.array(state.step, np.int64),
+            "loss": losses.numpy(),
+            "accuracy": accuracies.numpy(),
+            "parameters": _to_numpy(state.parameters),
+            "buffers": _to_numpy(state.buffers),
+        }
 
     @property
     def is_written(self) -> bool:
@@ -195,17 +203,10 @@ class TrainingProgress:
             return
         started = time.monotonic()
         rows = self._pending
-        if not rows or rows[-1].number != state.epoch:  # needed to resume, even if no trajectory keeps this epoch
+        if not rows or rows[-1]["epoch"] != state.epoch:  # needed to resume, even if no trajectory keeps this epoch
             rows = [*rows, self._epoch(state)]
-        yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in rows))
-        arrays: dict[str, NDArray[Any]] = {
-            "epoch": np.array([row.number for row in rows], np.int64),
-            "step": np.array([row.step for row in rows], np.int64),
-            "loss": np.stack([row.losses for row in rows]),
-            "accuracy": np.stack([row.accuracies for row in rows]),
-            "parameters": _stacked([row.parameters for row in rows]),
-            "buffers": _stacked([row.buffers for row in rows]),
-        }
+        yield from wait_for_disk_space(self._folder, 2 * sum(row["parameters"].nbytes for row in rows))
+        arrays = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
         velocity = state.velocity
         if velocity is not None:
             arrays["velocity"] = _to_numpy(velocity)
@@ -283,7 +284,12 @@ class _Part:
 
 
 class ExpertProgress(TrainingProgress):
-    """Progress folder of one stack: experts that one worker trains together."""
+    """Progress folder of one stack: experts that one worker trains together.
+
+    Attributes:
+        experts: numbers of the experts that are trained together.
+        wanted: those of `experts` that will be stored.
+    """
 
     kind = "expert progress"
 
@@ -292,7 +298,7 @@ class ExpertProgress(TrainingProgress):
         group: ExpertGroup,
         experts: Sequence[int],
         kept: Sequence[int],
-        wanted: Sequence[int],
+        wanted: Collection[int],
         account: Account | None = None,
     ) -> None:
         """Open the progress folder of a stack (experts that one worker trains together).
@@ -306,12 +312,12 @@ class ExpertProgress(TrainingProgress):
         """
         what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
         self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
-        self._group, self._experts, self._wanted = group, list(experts), list(wanted)
+        self._group, self.experts, self.wanted = group, list(experts), set(wanted)
         super().__init__(group.progress / self._name, len(experts), account, kept=kept)
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order."""
-        place = self._experts.index(expert)
+        place = self.experts.index(expert)
         for part in self._chain():
             arrays = self._read(part.name).arrays
             for row, epoch in enumerate(arrays["epoch"].tolist()):
@@ -337,7 +343,7 @@ class ExpertProgress(TrainingProgress):
     def note_cost(self) -> None:
         """Write the cost of training all epochs, over all attempts, into the folder of the experts in the store."""
         spent = self.spent + (self._account.spent() if self._account else Spent())
-        self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
+        self._group.write_cost(self._name, {"experts": sorted(self.wanted), "spent": spent.to_json()})
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
@@ -411,18 +417,6 @@ def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertSt
     )
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """State of all networks of a stack (networks trained together) after one epoch."""
-
-    number: int
-    step: int
-    losses: NDArray[np.float32]
-    accuracies: NDArray[np.float32]
-    parameters: NDArray[np.float32]
-    buffers: NDArray[np.float32]
-
-
 def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
     """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message every minute while it waits.
 
@@ -445,8 +439,8 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
     )
 
 
-def _stacked(epochs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Stack the arrays [s p] of e epochs into one array [e s p]. The array of a single epoch is not copied."""
+def _stacked(epochs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Stack the arrays of e epochs into one array, with e as its first axis. The array of one epoch is not copied."""
     return epochs[0][None] if len(epochs) == 1 else np.stack(epochs)
 
 

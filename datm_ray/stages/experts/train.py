@@ -177,32 +177,23 @@ class ExpertWorker:
             StoreError: the store cannot be written, or its disk stays full.
         """
         group = expert_group(store_uri, config, self.dataset.name, self.dataset.fingerprint)
-        wanted = [expert for expert in experts if expert < config.experts.count]
         account = Account(self.device, self._cluster)
         progress = progress_of(config, group, experts, account)
         try:
-            if not set(wanted) <= set(group.experts()):
-                curriculum = self._curriculum(config, store_uri)
-                yield from self._train_and_store(config, group, experts, progress, account, curriculum)
+            if not progress.wanted <= set(group.experts()):
+                yield from self._train(config, store_uri, progress, account)
+                yield from self._store(config, group, progress)
         except (StoreError, CorruptFileError):
             # Another command may have stored these experts and removed the progress that both commands used.
-            if not set(wanted) <= set(group.experts()):
+            if not progress.wanted <= set(group.experts()):
                 raise
         progress.remove()
         yield Finished(metrics=account.metrics())
 
-    def _train_and_store(
-        self,
-        config: RunConfig,
-        group: ExpertGroup,
-        experts: Sequence[int],
-        progress: ExpertProgress,
-        account: Account,
-        curriculum: Curriculum | None,
-    ) -> Iterator[Event]:
-        yield from self._train(config, experts, progress, account, curriculum)
+    def _store(self, config: RunConfig, group: ExpertGroup, progress: ExpertProgress) -> Iterator[Note]:
+        """Store the trajectories of trained experts that the store lacks. Yields a message if the disk is full."""
         progress.note_cost()  # before storing, because a command that finds all experts stored skips this
-        for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
+        for expert in progress.wanted - set(group.experts()):
             progress.require_whole(config.experts.epochs)
             info = self._info(config, group, expert)
             for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
@@ -211,14 +202,13 @@ class ExpertWorker:
             _log.info("expert stored %s", fields(expert=expert, group=group.key, epochs=len(info.epochs)))
         progress.note_cost()
 
-    def _train(
-        self,
-        config: RunConfig,
-        experts: Sequence[int],
-        progress: ExpertProgress,
-        account: Account,
-        curriculum: Curriculum | None,
-    ) -> Iterator[Event]:
+    def _train(self, config: RunConfig, store_uri: str, progress: ExpertProgress, account: Account) -> Iterator[Event]:
+        """Train the experts of a stack to their last epoch, from their saved progress if there is one.
+
+        Raises:
+            MissingExpertsError: the scores that order the images of a curriculum are not stored.
+        """
+        curriculum, experts = self._curriculum(config, store_uri), progress.experts
         yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
         dataset, settings = self.dataset, config.experts
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
@@ -265,11 +255,7 @@ class ExpertWorker:
                 began = time.monotonic()
 
     def _curriculum(self, config: RunConfig, store_uri: str) -> Curriculum | None:
-        """Which images experts see in each epoch; `None` if they see all images in every epoch.
-
-        Raises:
-            MissingExpertsError: the scores that order the images are not stored.
-        """
+        """Which images experts see in each epoch; `None` if they see all images in every epoch."""
         if config.scoring_run is None:
             return None
         scoring = expert_group(store_uri, config.scoring_run, self.dataset.name, self.dataset.fingerprint)
@@ -283,9 +269,7 @@ class ExpertWorker:
         key = (spec, at_a_time, settings.precision, self._rows_of(settings))
         if at_a_time == stacked:
             return functions
-        if key not in self._in_parts:
-            self._in_parts[key] = InParts(functions, at_a_time)
-        return self._in_parts[key]
+        return self._in_parts.setdefault(key, InParts(functions, at_a_time))
 
     def _rows_of(self, settings: ExpertConfig) -> int:
         """Number of images of each network in a step."""
@@ -440,7 +424,7 @@ def progress_of(
         experts: numbers of these experts.
         account: meter of the worker that trains them; `None` for a reader.
     """
-    wanted = [expert for expert in experts if expert < config.experts.count]
+    wanted = {expert for expert in experts if expert < config.experts.count}
     return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
 
 
