@@ -51,28 +51,21 @@ def can_be_stacked(network: nn.Module) -> bool:
     )
 
 
-class StackedNetwork:
-    """Function of s networks' parameters [s p] and their own images [s b c h w] that returns logits [s b k]."""
+def _logits(network: FlatNetwork, parameters: Tensor, images: Tensor) -> Tensor:
+    """Logits [s b k] of s networks with parameters [s p] for their own images [s b c h w].
 
-    def __init__(self, network: FlatNetwork) -> None:
-        self._network = network
-
-    def __call__(self, parameters: Tensor, images: Tensor) -> Tensor:
-        network = self._network.module
-        assert isinstance(network, SpatialNetwork)
-        size = len(parameters)
-        layers = {
-            name: piece.reshape(size, *shape)
-            for name, piece, shape in zip(
-                self._network.names, parameters.split(self._network.sizes, dim=1), self._network.shapes, strict=True
-            )
-        }
-        maps = images.transpose(0, 1).flatten(1, 2)  # [b, s c, h, w]
-        for name in ("features", "pooling"):
-            maps = _maps(getattr(network, name), name, layers, maps, size)
-        return _vectors(
-            network.classifier, "classifier", layers, maps.unflatten(1, (size, -1)).flatten(2).transpose(0, 1)
-        )
+    Args:
+        network: network for which `can_be_stacked` returns True.
+    """
+    module, size = network.module, len(parameters)
+    assert isinstance(module, SpatialNetwork)
+    pieces = zip(network.names, parameters.split(network.sizes, dim=1), network.shapes, strict=True)
+    layers = {name: piece.reshape(size, *shape) for name, piece, shape in pieces}
+    maps = images.transpose(0, 1).flatten(1, 2)  # [b, s c, h, w]
+    for name in ("features", "pooling"):
+        maps = _maps(getattr(module, name), name, layers, maps, size)
+    vectors = maps.unflatten(1, (size, -1)).flatten(2).transpose(0, 1)
+    return _vectors(module.classifier, "classifier", layers, vectors)
 
 
 def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, size: int) -> Tensor:
@@ -161,8 +154,8 @@ class StackFunctions:
         network = _without_counters(network)
         self._chunk, self._size = chunk, stacked
         self._network = FlatNetwork(network)
-        self._stacked = StackedNetwork(self._network) if can_be_stacked(network) else None
-        set_explicit(network, self._is_compiled and (stacked == 1 or self._stacked is not None))
+        self._is_stackable = can_be_stacked(network)
+        set_explicit(network, self._is_compiled and (stacked == 1 or self._is_stackable))
         self._largest: dict[tuple[int, int, int], int] = {}
         """Shape of an image -> bytes of its largest map in the network."""
         self._function: Callable[..., tuple[Tensor, Tensor]] = self._all
@@ -212,7 +205,7 @@ class StackFunctions:
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         # A group norm must keep the channels of its input innermost, which torch 2.11 cannot do under vmap.
-        is_mapped = len(parameters) > 1 and self._stacked is None
+        is_mapped = len(parameters) > 1 and not self._is_stackable
         innermost = self._channels_last and not is_mapped
         images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()
         return self._function(parameters, images, labels, weights)
@@ -221,18 +214,18 @@ class StackFunctions:
         if len(parameters) == 1:
             loss, gradient = self._one(parameters[0], images[0], labels[0], weights)
             return loss[None], gradient[None]
-        if self._stacked is not None:
-            return self._side_by_side(self._stacked, parameters, images, labels, weights)
+        if self._is_stackable:
+            return self._side_by_side(parameters, images, labels, weights)
         losses, gradients = vmap(self._one, in_dims=(0, 0, 0, None))(parameters, images, labels, weights)
         return losses, gradients
 
     def _side_by_side(
-        self, network: StackedNetwork, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor
+        self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         def total(parameters: Tensor) -> tuple[Tensor, Tensor]:
             # No loss depends on another network's parameters, so the gradient of the sum is each loss's own gradient.
             with self._lowered(images):
-                logits = network(parameters, images)
+                logits = _logits(self._network, parameters, images)
             losses = _losses(logits.to(parameters.dtype), labels, weights)
             return losses.sum(), losses
 
