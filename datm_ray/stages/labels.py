@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -260,15 +259,8 @@ def records_bytes(config: RunConfig, shape: DataShape) -> int:
     return math.ceil(MARGIN * info.images * (DRAWN_BYTES + info.record_bits / 8))
 
 
-@dataclass(frozen=True)
-class _Labelling:
-    """A set that is being labelled, with its teacher."""
-
-    store: LabelStore
-    images: Tensor
-    """[n c h w] images of the set, for which the store was created or opened."""
-    network: nn.Module
-    """The teacher."""
+_Labelling = tuple[LabelStore, Tensor, nn.Module]
+"""Store of a set's labels, the set's images [n c h w], and the teacher."""
 
 
 class LabelWorker:
@@ -297,10 +289,10 @@ class LabelWorker:
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # frees the last set before the next one is read
             self._kept = key, self._opened(config, store_uri, folder)
-        own = self._kept[1]
+        store, images, network = self._kept[1]
         yield Progress(0, len(epochs))
-        note = own.store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
-        labelled, done = _stored(own.store, own.network, own.images, epochs, LABELLED), 0
+        note = store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
+        labelled, done = _stored(store, network, images, epochs, LABELLED), 0
         for epoch in with_heartbeats(labelled, interval_in_epochs(self._cluster)):
             if epoch is None:
                 yield Phase("labelling an epoch")
@@ -326,6 +318,6 @@ class LabelWorker:
             views=_views(config.evaluate),
         )
         network = network_on(teacher.restored(0), self._device, self._cluster)
-        shape = DataShape((self._dataset.channels, *self._dataset.size), self._dataset.classes, 0)
+        shape = DataShape(self._dataset.image_shape, self._dataset.classes, 0)
         beside = labelling_bytes(config, shape, len(images))
-        return _Labelling(store, set_on(images, self._device, beside), network)
+        return store, set_on(images, self._device, beside), network
