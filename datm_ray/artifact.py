@@ -700,8 +700,8 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
 
 def _png_files(artifact: Artifact) -> dict[str, bytes]:
     files, folders, seen = {}, class_folders(artifact.class_names), Counter[int]()
-    for label, png in zip(artifact.labels.tolist(), _encode_all(artifact), strict=True):
-        files[f"{folders[label]}/{seen[label]:05d}.png"] = png
+    for label, image in zip(artifact.labels.tolist(), artifact.pixels(), strict=True):
+        files[f"{folders[label]}/{seen[label]:05d}.png"] = encode_png(image)
         seen[label] += 1
     return files
 
@@ -711,7 +711,7 @@ def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
     import pyarrow.parquet as pq
 
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = [{"bytes": png, "path": None} for png in _encode_all(artifact)]
+    images = [{"bytes": encode_png(image), "path": None} for image in artifact.pixels()]
     features = {
         "image": {"_type": "Image"},
         "label": {"names": list(artifact.class_names), "_type": "ClassLabel"},
@@ -767,10 +767,6 @@ EXPORTS: dict[str, Callable[[Artifact], dict[str, bytes]]] = {
     "arrow": _arrow_file,
     "safetensors": _safetensors_file,
 }
-
-
-def _encode_all(artifact: Artifact) -> list[bytes]:
-    return [encode_png(image) for image in artifact.pixels()]
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

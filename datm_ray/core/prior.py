@@ -232,18 +232,15 @@ class Prior:
         """
         found = []
         for part, start in zip(images.split(self.chunk), latents.split(self.chunk), strict=True):
-            found.append((yield from self._inverted(part, start, steps)))
+            own = start.clone().requires_grad_()
+            optimizer = torch.optim.Adam([own], INVERSION_RATE)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = INVERSION_RATE * share_of_rate(step, steps, cosine=True)
+                (own.grad,) = torch.autograd.grad((self.network(own) - part).square().sum(), own)
+                optimizer.step()
+                yield
+            found.append(own.detach())
         return torch.cat(found)
-
-    def _inverted(self, images: Tensor, start: Tensor, steps: int) -> Steps[Tensor]:
-        latents = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([latents], INVERSION_RATE)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = INVERSION_RATE * share_of_rate(step, steps, cosine=True)
-            (latents.grad,) = torch.autograd.grad((self.network(latents) - images).square().sum(), latents)
-            optimizer.step()
-            yield
-        return latents.detach()
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:

@@ -24,9 +24,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.functional import cross_entropy
@@ -160,9 +158,10 @@ class RecoveryLoss:
         self._weight = options.statistics
         self._named = dict(self._networks.named_parameters())
         self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
-        self._function: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._differentiate
-        if compiled and not self.note:
-            self._function = CompiledForShapes(self._differentiate, channels_last=channels_last)
+        function, is_compiled = self._differentiate, compiled and not self.note
+        self._function: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+            CompiledForShapes(function, channels_last=channels_last) if is_compiled else function
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of images [n c h w] of classes [n].
@@ -341,11 +340,8 @@ class Recovery(Descent):
     def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
         """Restore the state that `to_arrays` saved."""
         state = super().from_arrays(held, shared, settings, device)
-        own = {name: torch.tensor(array, device=device) for name, array in _own(held).items()}
-        state.first_images = own.pop("first_images", None)
+        own = {name: torch.tensor(array, device=device) for name, array in held.items() if name.startswith("adam.")}
         state.moments = {name.removeprefix("adam."): moment for name, moment in own.items()}
+        if "first_images" in held:
+            state.first_images = torch.tensor(held["first_images"], device=device)
         return state
-
-
-def _own(held: Arrays) -> Mapping[str, NDArray[np.generic]]:
-    return {name: array for name, array in held.items() if name.startswith("adam.") or name == "first_images"}

@@ -56,7 +56,7 @@ class Augmentation:
 
 def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
     """Draw one operation of a strategy, such as "crop_flip", with parameters for `batch` samples."""
-    operations = _operations(strategy)
+    operations = parse_strategy(strategy)
     if not operations:
         return Augmentation(NO_AUGMENTATION, np.zeros((batch, width(NO_AUGMENTATION)), np.float32))
     operation = operations[int(generator.integers(len(operations)))]
@@ -70,18 +70,13 @@ def width(operation: str) -> int:
 
 
 @functools.cache
-def _operations(strategy: str) -> tuple[str, ...]:
-    """Operations of a strategy, split once for all draws."""
-    return tuple(parse_strategy(strategy))
-
-
-def parse_strategy(strategy: str) -> list[str]:
-    """Split a strategy such as "crop+flip_color" into its operations ["crop+flip", "color"]; "" gives an empty list.
+def parse_strategy(strategy: str) -> tuple[str, ...]:
+    """Split a strategy such as "crop+flip_color" into its operations ("crop+flip", "color"); "" gives an empty tuple.
 
     Raises:
         ConfigError: the strategy names an operation that does not exist.
     """
-    operations = [name for name in strategy.split("_") if name]
+    operations = tuple(filter(None, strategy.split("_")))
     for name in (part for operation in operations for part in operation.split("+")):
         if name not in _OPERATIONS:
             raise ConfigError(

@@ -66,7 +66,9 @@ class InParts:
         """
         splits = (each.split(self._at_a_time) for each in (parameters, buffers, images, labels))
         try:
-            found = [self._graph(len(each[0]))(*each, weights) for each in zip(*splits, strict=True)]
+            parts = list(zip(*splits, strict=True))
+            graphs = [self._graphs.setdefault(len(each[0]), Replayed(self._functions)) for each in parts]
+            found = [graph(*each, weights) for graph, each in zip(graphs, parts, strict=True)]
         except torch.OutOfMemoryError:
             self._graphs.clear()  # else the graph of another number of networks would keep its memory
             raise
@@ -75,11 +77,6 @@ class InParts:
             return whole
         losses, gradients, after = (torch.cat(each) for each in zip(*found, strict=True))
         return losses, gradients, after
-
-    def _graph(self, networks: int) -> Replayed:
-        if networks not in self._graphs:
-            self._graphs[networks] = Replayed(self._functions)
-        return self._graphs[networks]
 
 
 StackStep = StackFunctions | InParts

@@ -93,7 +93,9 @@ class StudentStepFunctions:
         self._options = options
         if self._order == "reverse-over-forward":
             _load_tangent_rules()
-        self.network = FlatNetwork(self._arranged(network.module))
+        module = copy.deepcopy(network.module)
+        set_explicit(module, self._compiled)
+        self.network = FlatNetwork(module)
         self._built: dict[tuple[Any, ...], tuple[Callable[..., Tensor], Callable[..., Reversed]]] = {}
 
     @property
@@ -228,11 +230,6 @@ class StudentStepFunctions:
 
         (d_theta, d_x, d_y), s = grad_and_value(along_v, argnums=(0, 1, 2))(theta, x, y)
         return s, d_theta, d_x, d_y
-
-    def _arranged(self, module: nn.Module) -> nn.Module:
-        module = copy.deepcopy(module)
-        set_explicit(module, self._compiled)
-        return module
 
 
 def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def test_one_operation_is_drawn_per_batch_and_parameters_per_sample() -> None:
 
 def test_published_strategy_has_the_six_operations() -> None:
     """The published strategy lists its six operations in the published order, on which draws depend."""
-    assert parse_strategy(PUBLISHED_AUGMENTATION) == list(OPERATIONS)
+    assert parse_strategy(PUBLISHED_AUGMENTATION) == tuple(OPERATIONS)
 
 
 def test_empty_strategy_leaves_images_alone() -> None:
@@ -207,7 +207,7 @@ def test_a_composed_operation_is_its_parts_in_turn(operation: str) -> None:
 def test_composed_operations_are_drawn_beside_single_ones() -> None:
     """Between underscores a composed operation counts as one, and single ones keep the numbers that they had."""
     strategy = "crop+flip_color_flip"
-    assert parse_strategy(strategy) == ["crop+flip", "color", "flip"]
+    assert parse_strategy(strategy) == ("crop+flip", "color", "flip")
     drawn = [draw_augmentation(strategy, 4, generator(0, Purpose.STUDENT_AUGMENTATION, k)) for k in range(60)]
     assert {one.operation: one.parameters.shape for one in drawn} == {
         "crop+flip": (4, 6),
