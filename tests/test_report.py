@@ -30,7 +30,6 @@ from datm_ray.config import (
     to_yaml,
 )
 from datm_ray.config.identity import SCORING_KEYS
-from datm_ray.core.scores import augmentation_robust, label_robust
 from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.core.training.labelling import draw_views
 from datm_ray.data.transform import fit_transform
@@ -54,7 +53,7 @@ from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import CHECKPOINT
 from datm_ray.stages.distill.task import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
-from datm_ray.stages.evaluate.scores import FairScores, NetworkScores, Score
+from datm_ray.stages.evaluate.scores import FAIR_PARTS, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
 from datm_ray.words import data_size
@@ -243,13 +242,11 @@ def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
         NetworkScores(NetworkConfig(architecture=name), kind, SCORES[2] if learned else None, SCORES[2], control)
         for name, kind, learned, control in (("lenet", "seen", True, SCORES[1]), ("alexnet", "unseen", False, None))
     ]
-    label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
-    augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
     runs = [
         dataclasses.replace(
             finished_run(out, configure(name), scores=scores),
             networks=networks,
-            fair=FairScores((label, label), (augmentation, augmentation)),
+            fair=dict.fromkeys(FAIR_PARTS, (0.3, 0.4)),
         )
         for name, scores in (("one", SCORES), ("two", SCORES[1:3]))
     ]
@@ -263,12 +260,10 @@ def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
 
 def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/json.md names the keys that summary.json has for a run with every table, and no others."""
-    label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
-    augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
     run = dataclasses.replace(
         finished_run(out, configure(), scores=SCORES),
         networks=[NetworkScores(NetworkConfig(architecture="lenet"), "seen", *SCORES[:3])],
-        fair=FairScores((label,), (augmentation,)),
+        fair=dict.fromkeys(FAIR_PARTS, (0.3,)),
         fair_rows=[Score(row, (0.5, 0.6), Spent(1.0)) for row in FAIR_ROWS],
     )
     one = np.zeros((1, 1, 6, 6), np.float32)

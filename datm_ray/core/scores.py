@@ -16,38 +16,17 @@ percentage points into the exponential, so that its numbers have no fixed range.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 WEIGHT = 0.5
 """DD-Ranking's weight of its scores' first parts: of IOR in LRS (w), and of augmented accuracies in ARS (g)."""
 
 
-@dataclass(frozen=True)
-class LabelRobust:
-    """Label-robust score (LRS) and its parts."""
+def label_robust(*, real_hard: float, distilled_hard: float, distilled: float, random_soft: float) -> dict[str, float]:
+    """Compute the label-robust score and its parts.
 
-    hlr: float
-    """Hard-label recovery in [-1, 1]: accuracy of all real data minus that of the set, both with hard labels.
-
-    Lower is better."""
-    ior: float
-    """Improvement over random, in [-1, 1]: accuracy of the set minus that of random images, both with soft labels."""
-    score: float
-    """LRS in [0, 1]; higher is better."""
-
-
-@dataclass(frozen=True)
-class AugmentationRobust:
-    """Augmentation-robust score (ARS), and the number `beta` from which it follows."""
-
-    beta: float
-    """Accuracy of the set minus that of random images, in [-1, 1], as a weighted mean with and without augmentation."""
-    score: float
-    """ARS in [0, 1]; higher is better."""
-
-
-def label_robust(*, real_hard: float, distilled_hard: float, distilled: float, random_soft: float) -> LabelRobust:
-    """Compute the label-robust score.
+    Returns three numbers by name. "LRS" is the score in [0, 1]; higher is better. "HLR" is the hard-label recovery in
+    [-1, 1]: the accuracy of all real data minus that of the set, both with hard labels; lower is better. "IOR" is the
+    improvement over random in [-1, 1]: the accuracy of the set minus that of random images, both with soft labels.
 
     Args:
         real_hard: accuracy with all real data and hard labels. All accuracies are in [0, 1].
@@ -60,13 +39,17 @@ def label_robust(*, real_hard: float, distilled_hard: float, distilled: float, r
     """
     _require_fractions(real_hard, distilled_hard, distilled, random_soft)
     hlr, ior = real_hard - distilled_hard, distilled - random_soft
-    return LabelRobust(hlr, ior, _normalised(WEIGHT * ior - (1 - WEIGHT) * hlr))
+    return {"LRS": _normalised(WEIGHT * ior - (1 - WEIGHT) * hlr), "HLR": hlr, "IOR": ior}
 
 
 def augmentation_robust(
     *, distilled: float, random: float, distilled_plain: float, random_plain: float
-) -> AugmentationRobust:
+) -> dict[str, float]:
     """Compute the augmentation-robust score from accuracies with soft labels.
+
+    Returns two numbers by name. "ARS" is the score in [0, 1]; higher is better. "beta" is the number in [-1, 1] from
+    which the score follows: the accuracy of the set minus that of random images, as a weighted mean with and without
+    augmentation.
 
     Args:
         distilled, random: accuracies of distilled and of random real images with augmentation, in [0, 1].
@@ -77,7 +60,7 @@ def augmentation_robust(
     """
     _require_fractions(distilled, random, distilled_plain, random_plain)
     beta = WEIGHT * (distilled - random) + (1 - WEIGHT) * (distilled_plain - random_plain)
-    return AugmentationRobust(beta, _normalised(beta))
+    return {"ARS": _normalised(beta), "beta": beta}
 
 
 def _normalised(value: float) -> float:

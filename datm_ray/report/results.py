@@ -416,7 +416,7 @@ def _absent(summary: RunSummary, row: str) -> str:
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
     """Names of DD-Ranking's scores and of their parts, each with one value per seed; empty if they are not known."""
-    return [] if summary.fair is None else list(summary.fair.parts().items())
+    return [] if summary.fair is None else list(summary.fair.items())
 
 
 def _fair_cell(values: Sequence[float]) -> Cell:
@@ -438,7 +438,7 @@ def fair_scores(summaries: Sequence[RunSummary]) -> Table:
 
 def fair_table(summaries: Sequence[RunSummary]) -> str:
     """DD-Ranking's scores and their parts as text, for the runs that have them."""
-    n = ", ".join(sorted({str(len(each.fair.label)) for each in summaries if each.fair is not None}))
+    n = ", ".join(sorted({str(len(each.fair["LRS"])) for each in summaries if each.fair is not None}))
     return f"{as_text(fair_scores(summaries))}\n\nmean ± standard deviation over seeds; n = {n}"
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from datm_ray.artifact import SCORING
 from datm_ray.config import NetworkConfig, RunConfig
-from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
+from datm_ray.core.scores import augmentation_robust, label_robust
 from datm_ray.monitor.spent import Spent, total
 from datm_ray.stages.evaluate.rows import (
     FAIR_ROWS,
@@ -88,17 +88,11 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
         results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in rows}
         if distilled := results["distilled"]:
             learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
+            with_learned = _score("distilled", learned) if has_learned_step_size(config, "distilled") else None
             row = "random-soft" if results["random-soft"] else "random-hard"
-            control = results[row]
-            scores.append(
-                NetworkScores(
-                    network,
-                    _kind(network, config),
-                    _score("distilled", learned) if has_learned_step_size(config, "distilled") else None,
-                    _score("distilled", distilled),
-                    _score(row, control) if control else None,
-                )
-            )
+            control = _score(row, results[row]) if results[row] else None
+            tuned = _score("distilled", distilled)
+            scores.append(NetworkScores(network, _kind(network, config), with_learned, tuned, control))
     return scores
 
 
@@ -168,24 +162,6 @@ def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> l
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
 
 
-@dataclass(frozen=True)
-class FairScores:
-    """DD-Ranking's scores of a set, one per seed."""
-
-    label: tuple[LabelRobust, ...]
-    augmentation: tuple[AugmentationRobust, ...]
-
-    def parts(self) -> dict[str, tuple[float, ...]]:
-        """Both scores and their parts: key of `FAIR_PARTS` -> one value per seed."""
-        return {
-            "LRS": tuple(each.score for each in self.label),
-            "HLR": tuple(each.hlr for each in self.label),
-            "IOR": tuple(each.ior for each in self.label),
-            "ARS": tuple(each.score for each in self.augmentation),
-            "beta": tuple(each.beta for each in self.augmentation),
-        }
-
-
 FAIR_PARTS = {
     "LRS": "label-robust score",
     "HLR": "hard-label recovery: all real data − distilled, both with hard labels; lower is better",
@@ -193,31 +169,28 @@ FAIR_PARTS = {
     "ARS": "augmentation-robust score",
     "beta": "distilled − random real images, mean of augmented and not",
 }
-"""Keys of `FairScores.parts` -> meaning."""
+"""DD-Ranking's two scores and their parts -> meaning."""
+
+FairScores = Mapping[str, tuple[float, ...]]
+"""DD-Ranking's scores of a set and their parts: key of `FAIR_PARTS` -> one value per seed."""
 
 
 def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
     """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
-    rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
-    found = (
-        {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
-    )
-    if not found or not all(found.values()):
+    if not config.evaluate.fair:
         return None
-    of = {row: [result.accuracy for result in results] for row, results in found.items()}
-    label = tuple(
-        label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
-        for real, hard, own, random in zip(
-            of["full"], of["distilled-hard"], of["distilled"], of["random-soft"], strict=True
+    rows = ("full", "random-soft", "distilled", "distilled-hard", "distilled-plain", "random-plain")
+    found = [_read_all_seeds(out, config, dataset_fingerprint, row) for row in rows]
+    if not all(found):
+        return None
+    seeds = []
+    for of_seed in zip(*found, strict=True):
+        real, random, own, hard, plain, random_plain = (result.accuracy for result in of_seed)
+        label = label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
+        seeds.append(
+            label | augmentation_robust(distilled=own, random=random, distilled_plain=plain, random_plain=random_plain)
         )
-    )
-    augmentation = tuple(
-        augmentation_robust(distilled=own, random=random, distilled_plain=own_plain, random_plain=random_plain)
-        for own, random, own_plain, random_plain in zip(
-            of["distilled"], of["random-soft"], of["distilled-plain"], of["random-plain"], strict=True
-        )
-    )
-    return FairScores(label, augmentation)
+    return {name: tuple(each[name] for each in seeds) for name in FAIR_PARTS}
 
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:

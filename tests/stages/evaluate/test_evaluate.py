@@ -460,9 +460,8 @@ def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
     assert read_fair_scores(out, config, "d") is None, "a row is missing"
     write_accuracies(out, config, list(ACCURACIES))
     assert read_fair_scores(out, tiny_config(), "d") is None, "not asked for"
-    scores = read_fair_scores(out, config, "d")
-    assert scores is not None
-    parts = scores.parts()
+    parts = read_fair_scores(out, config, "d")
+    assert parts is not None
     assert list(parts) == list(FAIR_PARTS)
     assert parts["HLR"] == pytest.approx((0.3, 0.0))
     assert parts["IOR"] == pytest.approx((0.1, 0.2))
