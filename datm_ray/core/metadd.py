@@ -64,9 +64,13 @@ class MetaLoss:
     """Meta-feature ratio in [0, 1]: number of pixels where the maps of all networks reach `metadd.threshold`, divided
     by the number where any map does."""
 
+    def values(self) -> Tensor:
+        """Loss, its terms and the ratio as one vector [5] without derivatives, in the order of the fields."""
+        return torch.stack([getattr(self, each.name).detach() for each in fields(self)])
+
     def detach(self) -> MetaLoss:
         """Copy the loss and its terms without derivatives."""
-        return MetaLoss(*(getattr(self, each.name).detach() for each in fields(self)))
+        return MetaLoss(*self.values())
 
 
 class MetaDD:
@@ -97,7 +101,9 @@ class MetaDD:
                 remedy="give the backbone and at least one trained network of another architecture",
             )
         self.options = options or MetaLossConfig()
-        self._networks = {index: _frozen(network) for index, network in numbered.items()}
+        self._networks = {
+            index: copy.deepcopy(network).eval().requires_grad_(False) for index, network in numbered.items()
+        }
 
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
         """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
@@ -152,7 +158,7 @@ class MetaDD:
             here = {index: evidence(network, seen, own, largest) for index, network in self._networks.items()}
             together = _gathered(here, part, networks or len(self._networks), classes, all_sum)
             loss = meta_loss(together, own, self.options)
-            losses.append(_values(loss) * len(part))
+            losses.append(loss.values() * len(part))
             if here:
                 total[rows] = torch.autograd.grad(loss.total, part)[0] * (len(part) / over)
         return MetaLoss(*(torch.stack(losses).sum(dim=0) / over).unbind()), total
@@ -250,17 +256,13 @@ def scaled_maps(maps: Tensor) -> Tensor:
     return torch.where(varies, (maps - lowest) / torch.where(varies, highest - lowest, 1), 0)
 
 
-def meta_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Mask [b h w] of pixels where the maps [m b h w] of all m networks, scaled to [0, 1], reach `threshold`."""
-    return (scaled >= threshold).all(dim=0)
-
-
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
     """Meta-feature ratio [b] of m networks' maps [m b h w], scaled to [0, 1]; 0 if no map reaches `threshold`.
 
     The ratio is the number of pixels where all maps reach `threshold`, divided by the number where any map does.
     """
-    shared, any_ = meta_features(scaled, threshold), (scaled >= threshold).any(dim=0)
+    reached = scaled >= threshold
+    shared, any_ = reached.all(dim=0), reached.any(dim=0)
     return shared.sum(dim=(1, 2)) / any_.sum(dim=(1, 2)).clamp_min(1).to(scaled.dtype)
 
 
@@ -292,17 +294,9 @@ def _values_of(one: Evidence) -> Evidence:
     return Evidence(one.maps.detach(), one.logits.detach())
 
 
-def _values(loss: MetaLoss) -> Tensor:
-    return torch.stack([getattr(loss, each.name).detach() for each in fields(MetaLoss)])
-
-
 def _with(values: Tensor, index: int, own: Tensor) -> Tensor:
     """Copy `values` [m ..], with the entry of one network replaced by `own`, which keeps its derivatives."""
     return torch.cat([values[:index], own[None], values[index + 1 :]])
-
-
-def _frozen(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 def _largest(labels: Tensor) -> int:

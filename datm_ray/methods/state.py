@@ -253,8 +253,7 @@ class State(Generic[Record]):
             augmentations=meta.augmentations,
             all_sum=sum_over_backbones,
         )
-        means = (loss.total, loss.variance, loss.invariance, loss.position, loss.ratio)
-        *total, bad = all_sum(torch.stack([*means, not_finite(gradient)])).tolist()
+        *total, bad = all_sum(torch.stack([*loss.values(), not_finite(gradient)])).tolist()
         record = MetaRecord(self.iteration, *total)
         if bad or not math.isfinite(record.total):
             return {}, [], True

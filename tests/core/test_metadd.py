@@ -21,7 +21,6 @@ from datm_ray.core.metadd import (
     MetaLoss,
     evidence,
     meta_feature_ratio,
-    meta_features,
     meta_loss,
     scaled_maps,
 )
@@ -263,7 +262,6 @@ def test_the_ratio_counts_pixels_one_by_one() -> None:
     for threshold in (0.3, 0.5, 0.7):
         reached = [[[float(value) >= threshold for value in pixel] for pixel in each.flatten(1).T]
                    for each in scaled.unbind(1)]  # fmt: skip
-        assert meta_features(scaled, threshold).flatten(1).tolist() == [[all(p) for p in each] for each in reached]
         expected = torch.tensor([sum(map(all, each)) / sum(map(any, each)) for each in reached])
         assert torch.allclose(meta_feature_ratio(scaled, threshold), expected)
     assert float(meta_feature_ratio(torch.zeros(2, 1, 4, 4)).sum()) == 0.0

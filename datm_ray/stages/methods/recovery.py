@@ -251,8 +251,7 @@ class RecoveryFromTeacher(Method):
             classes=self.part.dataset.classes,
             chunk=meta.chunk,
         )
-        terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
-        records.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
+        records.append(MetaRecord(state.iteration, *found.values().tolist()))
         return gradient.index_add(0, rows, along)
 
     def shown(self, state: Any) -> Mapping[str, float]:
