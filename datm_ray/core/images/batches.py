@@ -81,8 +81,8 @@ def batches(
         seen: function from an epoch's number to the indices of its images; `None` for all images in every epoch.
     """
     count, device = len(images[0]), targets[0].device
-    rows_of: Callable[[int], int | NDArray[np.int64]] = seen or (lambda epoch: count)
-    every = ((epoch, batch, last) for epoch in epochs for batch, last in _numbered(rows_of(epoch), batch_size))
+    rows_of = seen or (lambda epoch: np.arange(count))
+    every = ((epoch, batch, last) for epoch in epochs for batch, last in _numbered(len(rows_of(epoch)), batch_size))
     of_a_step = len(seeds) * min(batch_size, count) * 4 * math.prod(images[0].shape[1:])
     orders, steps = list[NDArray[np.int64]](), max(1, _block_bytes(device) // of_a_step)
     while block := list(islice(every, steps)):
@@ -100,8 +100,8 @@ def batches(
             yield Batch(epoch, is_last, inputs, wanted)
 
 
-def _order(rows: int | NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
-    """Indices of an epoch's images in a network's random order. `rows`: the images' indices, or their count."""
+def _order(rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Indices of an epoch's images in a network's random order. `rows`: the images' indices."""
     return drawn(lambda random: random.permutation(rows), seed, Purpose.TRAINING_ORDER, epoch)
 
 
@@ -182,13 +182,8 @@ def _gathered(sources: Sequence[Images], pieces: Sequence[_Piece], rows: Tensor)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[int, bool]]:
-    """Yield for each batch of an epoch its number, from 0, and whether it is the last.
-
-    Args:
-        rows: indices of the epoch's images, or their count.
-    """
-    count = rows if isinstance(rows, int) else len(rows)
+def _numbered(count: int, batch_size: int) -> Iterator[tuple[int, bool]]:
+    """Yield for each batch of an epoch of `count` images its number, from 0, and whether it is the last."""
     batches = -(-count // batch_size)
     return ((number, number == batches - 1) for number in range(batches))
 
