@@ -192,13 +192,14 @@ def test_a_set_in_main_memory_is_labelled_and_trained_on_elsewhere() -> None:
     assert not failures({name: lambda each=each: case(each) for name, each in lessons.items()})  # type: ignore[misc]
 
 
-def test_experts_stay_on_their_device() -> None:
+def test_experts_stay_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts stay on their device, alone or stacked, by SGD or GSAM, in parts of a batch."""
+    monkeypatch.setattr(StackFunctions, "_in_cache", lambda *_: 2)
 
     def case(spec: NetworkSpec, stacked: int, gsam: bool, images: Tensor | None = None) -> None:
         images = tensor(5, 3, 8, 8) if images is None else images
         networks = [there(spec, seed) for seed in range(stacked)]
-        functions = StackFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
+        functions = StackFunctions(networks[0], stacked=stacked, compile_=False)
         settings = ExpertConfig(
             epochs=1,
             batch_size=3,

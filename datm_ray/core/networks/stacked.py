@@ -129,7 +129,6 @@ class StackFunctions:
         *,
         stacked: int = 1,
         compile_: bool = True,
-        chunk: int | None = None,
         channels_last: bool = True,
         in_bfloat16: bool = False,
     ) -> None:
@@ -139,8 +138,6 @@ class StackFunctions:
             network: network whose structure and device are used, but not its parameters.
             stacked: number of networks that each call computes.
             compile_: True to compile if the machine can.
-            chunk: number of images that are computed at a time; the results of a batch are added up. `None`: on a CPU,
-                as many images as keep the largest map within the cache; on a GPU, all images.
             channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
             in_bfloat16: True to compute layers in bfloat16 where torch's autocast does. Parameters, gradients and
                 losses stay in the parameters' type.
@@ -152,15 +149,14 @@ class StackFunctions:
         self._has_statistics = couples_samples(network)
         self._is_compiled = compile_ and not self.note and not self._has_statistics
         network = _without_counters(network)
-        self._chunk, self._size = chunk, stacked
-        self._network = FlatNetwork(network)
+        self._network, self._size = FlatNetwork(network), stacked
         self._is_stackable = can_be_stacked(network)
         set_explicit(network, self._is_compiled and (stacked == 1 or self._is_stackable))
         self._largest: dict[tuple[int, int, int], int] = {}
         """Shape of an image -> bytes of its largest map in the network."""
-        self._function: Callable[..., tuple[Tensor, Tensor]] = self._all
-        if self._is_compiled:
-            self._function = CompiledForShapes(self._all, channels_last=channels_last)
+        self._function: Callable[..., tuple[Tensor, Tensor]] = (
+            CompiledForShapes(self._all, channels_last=channels_last) if self._is_compiled else self._all
+        )
 
     @property
     def fills_up(self) -> bool:
@@ -181,7 +177,7 @@ class StackFunctions:
         """
         if self._has_statistics:
             return self._with_statistics(parameters, buffers, images, labels, weights)
-        calls = math.ceil(len(weights) / (self._chunk or self._in_cache(images)))
+        calls = math.ceil(len(weights) / self._in_cache(images))
         size = math.ceil(len(weights) / calls)
         missing = calls * size - len(weights)
         images, labels, weights = filled_up(images, labels, weights, missing)

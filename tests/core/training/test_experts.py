@@ -202,13 +202,14 @@ def test_a_stack_trains_each_expert_as_if_alone(settings: ExpertConfig, norm: st
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 8])
-def test_batches_in_parts_equal_whole_batches(chunk: int) -> None:
+def test_batches_in_parts_equal_whole_batches(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splitting a batch into calls of any size changes nothing; padding images have weight zero."""
     networks, seeds = make_networks(2), [5, 6]
     images, labels = data()
     whole, _ = trained(networks, GSAM, seeds)
     state = ExpertState.initial(networks)
-    functions = StackFunctions(networks[0], stacked=2, compile_=False, chunk=chunk)
+    functions = StackFunctions(networks[0], stacked=2, compile_=False)
+    monkeypatch.setattr(StackFunctions, "_in_cache", lambda *_: chunk)
     list(train_experts(functions, images, labels, GSAM, seeds, state))
     assert_close(state.parameters, whole.parameters)
 
