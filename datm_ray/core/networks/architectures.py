@@ -270,23 +270,16 @@ def alexnet(spec: NetworkSpec) -> SpatialNetwork:
     """
     _require_least_side(spec)
     _refuse_norm(spec)
+    layers: list[nn.Module] = []
+    inputs = spec.channels
+    for published, side in ((128, 5), (192, 5), (256, 3), (192, 3), (192, 3)):
+        outputs = _scaled(published, spec)
+        layers += [nn.Conv2d(inputs, outputs, side, padding=side // 2), nn.ReLU()]
+        if side == 5:
+            layers.append(nn.MaxPool2d(2))
+        inputs = outputs
     height, width = (side // 8 for side in spec.size)
-    few, some, many = (_scaled(published, spec) for published in (128, 192, 256))
-    features = nn.Sequential(
-        nn.Conv2d(spec.channels, few, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(few, some, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(some, many, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(many, some, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(some, some, kernel_size=3, padding=1),
-        nn.ReLU(),
-    )
-    return SpatialNetwork(features, nn.MaxPool2d(2), nn.Linear(some * height * width, spec.classes))
+    return SpatialNetwork(nn.Sequential(*layers), nn.MaxPool2d(2), nn.Linear(inputs * height * width, spec.classes))
 
 
 def lenet(spec: NetworkSpec) -> SpatialNetwork:
