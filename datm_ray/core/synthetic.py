@@ -7,7 +7,7 @@ images, k classes, a backbones, c h w image.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -79,15 +79,14 @@ class SyntheticSet:
         learned: Tensor = self.latents if name == "images" and self.latents is not None else getattr(self, name)
         return learned
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> SyntheticSet:
+        """Set of the results of `function`, which is called with every tensor of this set."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
+
     def clone(self) -> SyntheticSet:
         """Copy the set, with its own memory and detached from any graph."""
-        return SyntheticSet(
-            self.images.detach().clone(),
-            self.soft_labels.detach().clone(),
-            self.step_sizes.detach().clone(),
-            self.labels.clone(),
-            None if self.latents is None else self.latents.detach().clone(),
-        )
+        return self.each(lambda part: part.detach().clone())
 
     def is_invalid(self) -> Tensor:
         """Bool tensor []: True if a learned value is not finite or a step size is not positive."""

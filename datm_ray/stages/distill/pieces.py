@@ -148,7 +148,7 @@ class PieceWorker:
         state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []
         save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config))
         if config.metadd is not None:
-            initial, final = (_on(each, self._device) for each in sets.values())
+            initial, final = (held.each(lambda tensor: tensor.to(self._device)) for held in sets.values())
             yield from keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
@@ -201,10 +201,6 @@ def remove_pieces(folder: Location) -> None:
         remove_folder(folder / PIECES / name / PARTS)
         remove_folder(folder / PIECES / name)
     remove_folder(folder / PIECES)
-
-
-def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
-    return SyntheticSet(*(each.to(device) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)))
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
