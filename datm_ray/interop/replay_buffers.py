@@ -260,15 +260,14 @@ class _Network:
         self._store_transform()
         nan = math.nan
         snapshots = [Snapshot(epoch, -1, nan, nan, vector) for epoch, vector in zip(epochs, vectors, strict=True)]
-        info_of = partial(expert_info, self._config, self._group, self._raw.fingerprint, self._flat.module)
         facts, taken = {**origin, "digest": digest}, set(self._group.experts())
-        for expert in count():
-            if expert not in taken:
-                info = info_of(expert, seed=-1, epochs=epochs, imported=facts)
-                if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
-                    known[digest] = expert
-                    return Imported(str(self._group.key), expert, new=True, accuracy=accuracy)
-        raise AssertionError("count() ends")
+        place = (self._config, self._group, self._raw.fingerprint, self._flat.module)
+        info_of = partial(expert_info, *place, seed=-1, epochs=epochs, imported=facts)
+        free = (expert for expert in count() if expert not in taken)
+        # The store refuses a number that another import has taken meanwhile.
+        expert = next(each for each in free if self._group.write_expert(each, snapshots, info_of(each)))
+        known[digest] = expert
+        return Imported(str(self._group.key), expert, new=True, accuracy=accuracy)
 
     def _require_same_epochs(self, epochs: Sequence[int]) -> None:
         for expert in self._group.experts()[:1]:
