@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,21 +133,28 @@ def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], An
     return step
 
 
-def found_at_a_time(call_of: Callable[[int], Callable[[], Any]], most: int, device: torch.device | None) -> int:
+def found_at_a_time(
+    step_of: Callable[[int], Callable[..., Any]], arguments: Sequence[Tensor], most: int, device: torch.device | None
+) -> int:
     """Find how many networks of a stack (networks that are trained together) one call should compute.
 
     The number `most` is halved until a step fits into memory. Then a trial times this number against one network at a
     time, and the faster wins. Under deterministic algorithms nothing is timed, so that every run computes alike.
 
     Args:
-        call_of: function from a number n of networks to a function that computes a step of the whole stack, n networks
+        step_of: function from a number n of networks to a function that computes a step of the whole stack, n networks
             at a time.
+        arguments: arguments of a step, first the parameters [s p] of the whole stack.
         most: number to begin with.
         device: device that is timed; `None` to time nothing.
 
     Raises:
         torch.OutOfMemoryError: one network at a time does not fit.
     """
+
+    def call_of(networks: int) -> Callable[[], Any]:
+        return beside_state(partial(step_of(networks), *arguments), arguments[0])
+
     while most > 1 and not _fits(call_of(most)):
         most = _half(most)
     if device is None or torch.are_deterministic_algorithms_enabled():

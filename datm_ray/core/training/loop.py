@@ -25,7 +25,7 @@ from datm_ray.core.images.augment import augment, draw_augmentation, parse_strat
 from datm_ray.core.images.batches import Images, batches, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.stack_trial import InParts, StackStep, beside_state, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stack_trial import InParts, StackStep, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
 from datm_ray.core.steps import Steps, result_of
 from datm_ray.core.training.experts import ExpertState, stack_steps
@@ -534,17 +534,12 @@ class Trainer:
         return self._at_a_time[key]
 
     def _tried(self, stack: Sequence[Training], saved: int | None) -> int:
-        batch = _first_batch(stack)
-        ways: dict[int, InParts] = {}
-
-        def way(networks: int) -> Callable[[], object]:
-            ways[networks] = ways.get(networks) or self._in_parts(stack[0], networks)
-            return beside_state(functools.partial(ways[networks], *batch), batch[0])
-
+        batch, step_of = _first_batch(stack), functools.cache(functools.partial(self._in_parts, stack[0]))
         if saved is not None:
-            return found_at_a_time(way, saved, None)
+            return found_at_a_time(step_of, batch, saved, None)
         cost = image_cost(stack[0].network, tuple(stack[0].images.shape[1:]))
-        return found_at_a_time(way, fitting(len(stack), _rows_of(stack), cost), device_of(stack[0].network))
+        most = fitting(len(stack), _rows_of(stack), cost)
+        return found_at_a_time(step_of, batch, most, device_of(stack[0].network))
 
     def _step_of(self, stack: Sequence[Training]) -> StackStep:
         """Training step of all networks of a stack.

@@ -16,8 +16,8 @@ from datm_ray.store.trajectories import ExpertGroup
 KIND = "difficulty"
 
 
-def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum | None:
-    """Curriculum of a run's experts: which images they see in an epoch; `None` if they see all images in every epoch.
+def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> Curriculum:
+    """Curriculum of a run's experts, for a recipe with `experts.curriculum`: which images they see in an epoch.
 
     Images of a class with equal scores are in a random order, which depends on the experts' seed.
 
@@ -29,8 +29,7 @@ def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> 
         CorruptFileError: the file of scores is damaged, or has scores of other images.
     """
     settings, labels = config.experts.curriculum, dataset.train_labels
-    if settings is None:
-        return None
+    assert settings is not None
     place = scoring.difficulty_file(settings.scoring_networks)
     if not place.exists():
         raise MissingExpertsError(

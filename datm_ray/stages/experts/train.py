@@ -13,9 +13,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from datm_ray.core.images.batches import Images, rows_on
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples
-from datm_ray.core.networks.stack_trial import InParts, StackStep, beside_state, fitting, found_at_a_time, is_tried
+from datm_ray.core.networks.stack_trial import InParts, StackStep, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import LARGEST_STACK, STACKED_MAP_BYTES, StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
@@ -296,13 +296,9 @@ class ExpertWorker:
             images = rows_on(self._images, torch.from_numpy(rows), self.device).expand(stacked, *[-1] * 4)
             labels = self._labels[: len(rows)].to(self.device).expand(stacked, -1)
             arguments = (state.parameters, state.buffers, images, labels, state.parameters.new_ones(len(rows)))
-
-            def way(size: int) -> Callable[[], object]:
-                step = self._step_of(spec, networks[0], stacked, settings, size)
-                return beside_state(functools.partial(step, *arguments), state.parameters)
-
+            step_of = functools.partial(self._step_of, spec, networks[0], stacked, settings)
             most = saved or fitting(stacked, len(rows), image_cost(networks[0], tuple(images.shape[2:])))
-            found = found_at_a_time(way, most, None if saved else self.device)
+            found = found_at_a_time(step_of, arguments, most, None if saved else self.device)
             self._at_a_time[key] = found
             for other in self._in_parts.keys() - {(spec, found, *key[2:])}:  # unused graphs would keep their memory
                 del self._in_parts[other]
@@ -446,12 +442,7 @@ EXPERTS_COST = "experts-cost.json"
 
 def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
     """Write the costs of a run's experts into the run's folder."""
-    (folder / EXPERTS_COST).write_json(
-        [
-            {"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json(), "role": each.role}
-            for each in costs
-        ]
-    )
+    (folder / EXPERTS_COST).write_json([asdict(each) | {"spent": each.spent.to_json()} for each in costs])
 
 
 def read_experts_cost(folder: Location) -> list[ExpertsCost]:

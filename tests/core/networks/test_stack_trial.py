@@ -154,20 +154,20 @@ def test_a_stack_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         free = needed / GPU_SHARE * (1 + 1e-9)
         monkeypatch.setattr("datm_ray.core.networks.stack_trial.free_gpu_memory", lambda free=free: free)
         assert fitting(8, 10, cost) == expected, "momenta and new parameters are those of all networks, in any part"
-    tried = list[int]()
+    tried, given = list[int](), [torch.zeros(1, 1)]
 
-    def way(size: int, most: int = 3) -> Callable[[], None]:
-        def call() -> None:
+    def step_of(size: int, most: int = 3) -> Callable[[Tensor], None]:
+        def step(parameters: Tensor) -> None:
             tried.append(size)
             if size > most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return call
+        return step
 
     monkeypatch.setattr("datm_ray.core.networks.stack_trial.fastest", lambda ways, now: -len(ways))
-    assert found_at_a_time(way, 5, CPU) == -2
+    assert found_at_a_time(step_of, given, 5, CPU) == -2
     assert tried == [5, 3]
-    assert found_at_a_time(lambda size: way(size, 1), 5, CPU) == -1, "one at a time has no rival"
-    assert found_at_a_time(way, 8, None) == 2, "nothing is timed"
+    assert found_at_a_time(lambda size: step_of(size, 1), given, 5, CPU) == -1, "one at a time has no rival"
+    assert found_at_a_time(step_of, given, 8, None) == 2, "nothing is timed"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert found_at_a_time(way, 8, CPU) == 2, "a timing would differ from run to run"
+    assert found_at_a_time(step_of, given, 8, CPU) == 2, "a timing would differ from run to run"
