@@ -22,7 +22,7 @@ from torch import Tensor
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.loop import SCORING_BATCH, accuracy_in_steps, predict_logits
+from datm_ray.core.training.loop import accuracy_in_steps, logits_in_steps
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
 from datm_ray.monitor.spent import Account, total
@@ -163,11 +163,8 @@ class PieceWorker:
         """
         network = teacher.restored(0)
         for held in sets.values():
-            parts = []
-            for images in held.images.split(SCORING_BATCH):
-                parts.append(predict_logits(network, images.to(self._device)).cpu())
-                yield Phase("labelling the set")
-            held.soft_labels = torch.cat(parts)
+            logits = yield from reporting(logits_in_steps(network, held.images), "labelling the set", REPORT_INTERVAL)
+            held.soft_labels = logits.cpu()
         images, labels = self._dataset.validation_images, to_device(self._dataset.validation_labels, self._device)
         work = accuracy_in_steps(network, images_on(images, self._device), labels)
         right = yield from reporting(work, "testing the teacher", REPORT_INTERVAL)
