@@ -59,6 +59,8 @@ from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
 PRIOR_COST = "prior-cost.json"
 """Name of the file with the prior's cost in the folder of a run."""
 KIND = "prior"
+SAVED = ("parameters", "first", "second")
+"""Vectors of an `AutoencoderState` that are saved, in the order of its fields."""
 
 
 _log = logging.getLogger(__name__)
@@ -184,28 +186,25 @@ class PriorWorker:
 
     def _resumed(self, place: Location, network: nn.Module) -> tuple[AutoencoderState, Spent]:
         """State of the last saved epoch, and the cost so far; a new state if the saved one is missing or damaged."""
-        if place.exists():
-            try:
-                return self._read(place, AutoencoderState.initial(network))
-            except CorruptFileError:
-                place.remove()
-        return AutoencoderState.initial(network), Spent()
-
-    def _read(self, place: Location, state: AutoencoderState) -> tuple[AutoencoderState, Spent]:
-        file = read_tensors(place, kind=KIND)
-        with rejecting_nonsense(place):
-            for name in ("parameters", "first", "second"):
-                found = torch.tensor(file.arrays[name], device=self._device)
-                if found.shape != state.parameters.shape:
-                    raise ValueError(f"it holds {found.numel()} numbers for {state.parameters.numel()} parameters")
-                setattr(state, name, found)
-            state.epoch = int(file.metadata["epoch"])
-            return state, Spent.from_json(file.metadata["spent"])
+        new = AutoencoderState.initial(network)
+        if not place.exists():
+            return new, Spent()
+        try:
+            file = read_tensors(place, kind=KIND)
+            with rejecting_nonsense(place):
+                parameters, first, second = (torch.tensor(file.arrays[name], device=self._device) for name in SAVED)
+                if not parameters.shape == first.shape == second.shape == new.parameters.shape:
+                    raise ValueError("it does not hold as many numbers as the autoencoder has parameters")
+                saved = AutoencoderState(parameters, first, second, int(file.metadata["epoch"]))
+                return saved, Spent.from_json(file.metadata["spent"])
+        except CorruptFileError:
+            place.remove()
+        return new, Spent()
 
 
 def _write(place: Location, state: AutoencoderState, spent: Spent) -> None:
     """Replace the saved state of a prior's training, with its cost so far."""
-    vectors = {name: getattr(state, name).cpu().numpy() for name in ("parameters", "first", "second")}
+    vectors = {name: getattr(state, name).cpu().numpy() for name in SAVED}
     write_tensors(place, vectors, kind=KIND, metadata={"epoch": state.epoch, "spent": spent.to_json()})
 
 
