@@ -260,20 +260,6 @@ class State(Generic[Record]):
         images = torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)
         return {"images": self.pulled_back(images)}, [record], False
 
-    def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
-        """Update the set along the gradients, unless the update makes a value invalid in any shard.
-
-        A value is invalid if it is not finite, or if it is a step size and not positive. Arguments: see `moved`.
-
-        Returns:
-            True if the set was updated. All shards return the same.
-        """
-        move = self.moved(gradient, moved, all_sum)
-        if bool(move.is_invalid):
-            return False
-        self.take(move)
-        return True
-
     def moved(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> Move:
         """Compute an update of the set along the gradients, without taking it. Reads no number from the device.
 
@@ -417,7 +403,10 @@ class Descent(State[LossRecord]):
             summed = {"images": sum_over_backbones(total["images"])}
             summed |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in LEARNED if name != "images"}
             moved = torch.zeros_like(self.synthetic.step_sizes, dtype=torch.bool)
-            is_followed = self.update(summed, moved, all_sum)
+            move = self.moved(summed, moved, all_sum)
+            is_followed = not bool(move.is_invalid)
+            if is_followed:
+                self.take(move)
         self.meta_history += meta_records if is_followed else []
         self.history.append(LossRecord(self.iteration, loss, not is_followed))
         self._require_progress()
