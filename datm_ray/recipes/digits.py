@@ -17,6 +17,7 @@ from datm_ray.config import (
     RecoverConfig,
     RunConfig,
     StartEpochs,
+    with_settings,
 )
 
 DIGITS_AUGMENTATION = "crop_scale_rotate"
@@ -25,6 +26,8 @@ Experts and students use no augmentation: at 8x8 pixels that gave better sets on
 DIGITS_REAL_EPOCHS = 150
 """Epochs of networks on all real digits. With 40, this reference set would have had a quarter of the updates of
 networks on 300 synthetic images."""
+FIXED_STEP_SIZE = {"distill.learning_rate_step_size": 0.0, "distill.initial_step_size": 0.1}
+"""Settings of methods that learn no step size."""
 
 
 def _digits(
@@ -59,16 +62,11 @@ def digits_smoke() -> RunConfig:
 
     Measured 79.4±7.1 % (n=2 networks) against random real images 57.5±0.2; digits-ipc1 takes minutes and reaches 92.
     """
-    base = digits_ipc1()
-    changes = {
-        "experts": {"count": 4, "epochs": 10, "keep_epochs": 10},
-        "distill": {"iterations": 60, "student_steps": 10, "expert_epochs": 1, "validate_every": 60},
-        "evaluate": {"protocol": "quick", "seeds": 2, "real_epochs": 10},
-        "cluster": {"compile": False},
-    }
-    sections = {name: getattr(base, name).model_copy(update=values) for name, values in changes.items()}
-    sections["distill"] = sections["distill"].model_copy(update={"start_epochs": StartEpochs(bound=4)})
-    return base.model_copy(update=sections)
+    experts = {"experts.count": 4, "experts.epochs": 10, "experts.keep_epochs": 10}
+    student = {"distill.student_steps": 10, "distill.expert_epochs": 1, "distill.start_epochs": [0, 4]}
+    length = {"distill.iterations": 60, "distill.validate_every": 60, "cluster.compile": False}
+    scoring = {"evaluate.protocol": "quick", "evaluate.seeds": 2, "evaluate.real_epochs": 10}
+    return with_settings(digits_ipc1(), {**experts, **student, **length, **scoring})
 
 
 def digits_ipc1() -> RunConfig:
@@ -96,9 +94,8 @@ def digits_mtt_ipc10() -> RunConfig:
     With start epochs 0-35, measured 96.5±1.3 %, DATM 97.3±0.9: three distillations of five networks each, before
     gradients had a limit (benchmarks/results/fidelity-digits-3-distillations_2-core-cpu_202611.md).
     """
-    base = digits_ipc10()
-    distill = base.distill.model_copy(update={"start_epochs": StartEpochs(bound=35), "initial": "random"})
-    return base.model_copy(update={"method": "mtt", "distill": distill})
+    mtt = {"method": "mtt", "distill.start_epochs": [0, 35], "distill.initial": "random"}
+    return with_settings(digits_ipc10(), mtt)
 
 
 def digits_dm_ipc10() -> RunConfig:
@@ -108,20 +105,19 @@ def digits_dm_ipc10() -> RunConfig:
     one distillation each and five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). It took 43 seconds of a busy
     CPU core, digits-ipc10 184 and its experts 89. Learning rates and iterations were chosen on validation images.
     """
-    base = digits_ipc10()
-    distill = base.distill.model_copy(
-        update={
-            "iterations": 600,
-            "learning_rate_images": 5.0,
-            "learning_rate_step_size": 0.0,
-            "initial_step_size": 0.1,
-            "initial": "random",
-            "labels": "hard",
-            "real_batch": 128,
-            "validate_every": 200,
-        }
+    return with_settings(
+        digits_ipc10(),
+        {
+            "method": "dm",
+            "distill.iterations": 600,
+            "distill.learning_rate_images": 5.0,
+            **FIXED_STEP_SIZE,
+            "distill.initial": "random",
+            "distill.labels": "hard",
+            "distill.real_batch": 128,
+            "distill.validate_every": 200,
+        },
     )
-    return base.model_copy(update={"method": "dm", "distill": distill})
 
 
 def digits_sre2l_ipc10() -> RunConfig:
@@ -132,16 +128,7 @@ def digits_sre2l_ipc10() -> RunConfig:
     validation images. At 8x8 pixels views are whole images, neither mirrored nor shifted.
     """
     base = digits_ipc10()
-    distill = base.distill.model_copy(
-        update={
-            "iterations": 300,
-            "initial": "noise",
-            "learning_rate_step_size": 0.0,
-            "initial_step_size": 0.1,
-            "validate_every": 0,
-        }
-    )
-    experts = ExpertConfig(
+    teacher = ExpertConfig(
         count=1,
         epochs=30,
         batch_size=64,
@@ -153,25 +140,15 @@ def digits_sre2l_ipc10() -> RunConfig:
         augmentation=DIGITS_AUGMENTATION,
         keep_epochs=1,
     )
-    evaluate = base.evaluate.model_copy(
-        update={
-            "protocol": "brief",
-            "labels": "teacher",
-            "temperature": 4.0,
-            "networks": (base.network,),
-        }
-    )
-    return base.model_copy(
-        update={
-            "method": "sre2l",
-            "dataset": base.dataset.model_copy(update={"normalisation": "standard"}),
-            "network": NetworkConfig(architecture="resnet18", width=32, depth=3, norm="batch"),
-            "experts": experts,
-            "distill": distill,
-            "recover": RecoverConfig(least_share=1.0, flip=False, shift=0),
-            "evaluate": evaluate,
-        }
-    )
+    sections = {
+        "network": NetworkConfig(architecture="resnet18", width=32, depth=3, norm="batch"),
+        "experts": teacher,
+        "recover": RecoverConfig(least_share=1.0, flip=False, shift=0),
+    }
+    distill = {"distill.iterations": 300, "distill.initial": "noise", "distill.validate_every": 0}
+    scoring = {"evaluate.protocol": "brief", "evaluate.labels": "teacher", "evaluate.temperature": 4.0}
+    networks = {"evaluate.networks": [base.network]}
+    return with_settings(base, {"method": "sre2l", **sections, **FIXED_STEP_SIZE, **distill, **scoring, **networks})
 
 
 def digits_select_ipc10() -> RunConfig:
@@ -181,11 +158,7 @@ def digits_select_ipc10() -> RunConfig:
     networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels, a crop often shows another digit.
     Choosing took half a second of a CPU core. Values of `select` are the published ones.
     """
-    base = digits_ipc10()
-    distill = base.distill.model_copy(
-        update={"learning_rate_step_size": 0.0, "initial_step_size": 0.1, "validate_every": 0}
-    )
-    return base.model_copy(update={"method": "select", "distill": distill})
+    return with_settings(digits_ipc10(), {"method": "select", **FIXED_STEP_SIZE, "distill.validate_every": 0})
 
 
 def digits16_metadd_ipc1() -> RunConfig:
@@ -197,10 +170,8 @@ def digits16_metadd_ipc1() -> RunConfig:
     Score the set with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
-    base = digits_ipc1()
     metadd = MetaConfig(
         auxiliaries=(NetworkConfig(architecture="resnet18", width=16), NetworkConfig(architecture="vgg11", width=16)),
         experts=AuxiliaryExpertConfig(epochs=20, batch_size=64, augmentation=""),
     )
-    dataset = base.dataset.model_copy(update={"resize": 16})
-    return base.model_copy(update={"dataset": dataset, "metadd": metadd})
+    return with_settings(digits_ipc1(), {"dataset.resize": 16, "metadd": metadd})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import DatasetConfig, EvaluateConfig, ExpertConfig, RecoverConfig, RunConfig
+from datm_ray.config import DatasetConfig, EvaluateConfig, ExpertConfig, RecoverConfig, RunConfig, with_settings
 from datm_ray.recipes.published import recovered
 
 
@@ -40,5 +40,4 @@ def imagenet_sre2l_ipc10() -> RunConfig:
         std=(0.229, 0.224, 0.225),
         validation=0.004,
     )
-    evaluate = base.evaluate.model_copy(update={"labels": "stored"})
-    return base.model_copy(update={"dataset": dataset, "evaluate": evaluate})
+    return with_settings(base, {"dataset": dataset, "evaluate.labels": "stored"})

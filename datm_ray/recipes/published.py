@@ -6,7 +6,7 @@ Then those of MTT and SRe2L, with their own sources.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from datm_ray.config import (
     DatasetConfig,
@@ -26,85 +26,38 @@ LATEST_MATCHED_BY_MTT = 41
 """Last epoch that any recipe of MTT matches, inclusive. Experts keep as many, so that recipes share them."""
 
 
-def published(
-    source: str,
-    *,
-    depth: int,
-    ipc: int,
-    student_steps: int,
-    batch_size: int,
-    learning_rate_images: float,
-    learning_rate_step_size: float,
-    learning_rate_labels: float,
-    start_epochs: StartEpochs,
-    expert_epochs: int = 2,
-    threshold: float = 1.0,
-) -> RunConfig:
+def published(source: str, *, depth: int, **distill: Any) -> RunConfig:
     """Make a recipe of DATM from a row of the paper's table. Values that all its recipes share are added.
 
     Args:
         source: data set, a key of `LATEST_MATCHED`.
         depth: blocks of the ConvNet.
-        ipc: synthetic images per class.
-        student_steps: SGD steps of the student in an iteration.
-        batch_size: synthetic images in a student step.
-        learning_rate_images, learning_rate_step_size, learning_rate_labels: learning rates of the learned variables.
-        start_epochs: epochs at which students start.
-        expert_epochs: number of epochs from start to target.
-        threshold: matching loss above which an iteration is skipped.
+        distill: values of the section `distill`, see `DistillConfig`.
     """
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
         # GSAM as in DATM. Experts keep all epochs that any recipe of the data set matches, so that recipes share them.
         experts=ExpertConfig(optimiser="gsam", keep_epochs=LATEST_MATCHED[source]),
-        distill=DistillConfig(
-            ipc=ipc,
-            student_steps=student_steps,
-            expert_epochs=expert_epochs,
-            batch_size=batch_size,
-            learning_rate_images=learning_rate_images,
-            learning_rate_step_size=learning_rate_step_size,
-            learning_rate_labels=learning_rate_labels,
-            initial_step_size=0.01,
-            start_epochs=start_epochs,
-            threshold=threshold,
-        ),
-        evaluate=EvaluateConfig(),
+        distill=DistillConfig(initial_step_size=0.01, **distill),
     )
 
 
-def of_mtt(
-    source: str,
-    *,
-    ipc: int,
-    student_steps: int,
-    batch_size: int,
-    learning_rate_images: float,
-    learning_rate_step_size: float,
-    initial_step_size: float,
-    bound: int,
-    expert_epochs: int = 2,
-    normalisation: Literal["zca", "standard"] = "zca",
-) -> RunConfig:
-    """Recipe of MTT (arXiv 2203.11932): start epochs from 0 to `bound`, exclusive; plain SGD experts of 50 epochs."""
+def of_mtt(source: str, *, bound: int, normalisation: Literal["zca", "standard"] = "zca", **distill: Any) -> RunConfig:
+    """Make a recipe of MTT (arXiv 2203.11932), with plain SGD experts of 50 epochs.
+
+    Args:
+        source: data set, such as "cifar10".
+        bound: upper bound of start epochs, exclusive; the first is 0.
+        normalisation: normalisation of the images.
+        distill: further values of the section `distill`, see `DistillConfig`.
+    """
     return RunConfig(
         method="mtt",
         dataset=DatasetConfig(source=source, normalisation=normalisation, validation=0.02),
         network=NetworkConfig(depth=3),
         experts=ExpertConfig(epochs=50, keep_epochs=LATEST_MATCHED_BY_MTT),
-        distill=DistillConfig(
-            ipc=ipc,
-            iterations=5000,
-            student_steps=student_steps,
-            expert_epochs=expert_epochs,
-            batch_size=batch_size,
-            learning_rate_images=learning_rate_images,
-            learning_rate_step_size=learning_rate_step_size,
-            initial="random",
-            initial_step_size=initial_step_size,
-            start_epochs=StartEpochs(bound=bound),
-        ),
+        distill=DistillConfig(iterations=5000, initial="random", start_epochs=StartEpochs(bound=bound), **distill),
     )
 
 

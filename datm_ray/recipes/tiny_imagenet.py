@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import EvaluateConfig, ExpertConfig, RecoverConfig, RunConfig, StartEpochs
+from datm_ray.config import EvaluateConfig, ExpertConfig, RecoverConfig, RunConfig, StartEpochs, with_settings
 from datm_ray.recipes.published import published, recovered, with_auxiliaries
 
 
@@ -53,8 +53,7 @@ def tiny_imagenet_ipc50() -> RunConfig:
 
 def tiny_imagenet_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class. Not in the paper; the values are those for 50 images per class."""
-    smaller = tiny_imagenet_ipc50()
-    return smaller.model_copy(update={"distill": smaller.distill.model_copy(update={"ipc": 100})})
+    return with_settings(tiny_imagenet_ipc50(), {"distill.ipc": 100})
 
 
 def tiny_imagenet_metadd_ipc10() -> RunConfig:
@@ -107,8 +106,7 @@ def tiny_imagenet_sre2l_ipc50() -> RunConfig:
 
 def tiny_imagenet_sre2l_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class, by SRe2L. The paper reports 49.7±0.3 % with ResNet-18. Not run yet."""
-    smaller = tiny_imagenet_sre2l_ipc50()
-    return smaller.model_copy(update={"distill": smaller.distill.model_copy(update={"ipc": 100})})
+    return with_settings(tiny_imagenet_sre2l_ipc50(), {"distill.ipc": 100})
 
 
 def tiny_imagenet_sre2l_metadd_ipc50() -> RunConfig:
@@ -126,5 +124,4 @@ def tiny_imagenet_sre2l_metadd_ipc100() -> RunConfig:
 
     No figure is published. Not run yet.
     """
-    smaller = tiny_imagenet_sre2l_metadd_ipc50()
-    return smaller.model_copy(update={"distill": smaller.distill.model_copy(update={"ipc": 100})})
+    return with_settings(tiny_imagenet_sre2l_metadd_ipc50(), {"distill.ipc": 100})
