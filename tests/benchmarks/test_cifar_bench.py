@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -19,15 +17,7 @@ from datm_ray.config import run_identity
 from datm_ray.errors import DatasetError
 from datm_ray.pipeline.checks import unequal_keys
 
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """bench_cifar.py, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_cifar")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_cifar"
 
 
 def test_methods_differ_in_the_documented_settings(bench: ModuleType) -> None:

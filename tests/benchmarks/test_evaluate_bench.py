@@ -10,14 +10,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmark's module, imported as when it runs."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("bench_evaluate")
+BENCH = "bench_evaluate"
 
 
 def test_the_cold_ratio_counts_compilation(bench: ModuleType) -> None:

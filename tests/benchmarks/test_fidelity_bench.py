@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,17 +20,13 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[SimpleNamespace]:
-    """The benchmark's modules, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        names = {"main": "bench_fidelity", "variants": "fidelity_variants", "tables": "fidelity_tables"}
-        names |= {"plot": "fidelity_plot", "matching": "published_matching"}
-        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
-    finally:
-        sys.path.pop(0)
+BENCH = {
+    "main": "bench_fidelity",
+    "variants": "fidelity_variants",
+    "tables": "fidelity_tables",
+    "plot": "fidelity_plot",
+    "matching": "published_matching",
+}
 
 
 def differences(one: RunConfig, other: RunConfig) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import subprocess
@@ -36,20 +35,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
 """Packages that a machine with a GPU need not have."""
 
+BENCH = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
+BENCH |= {
+    name: f"gpu.{name}"
+    for name in ("exactness", "curve", "steps", "networks", "constants", "experts", "workers", "sums")
+}
 Rows = Iterator[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[SimpleNamespace]:
-    """The benchmark's modules, imported as when it runs."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        modules = ("exactness", "curve", "steps", "networks", "constants", "experts", "workers", "sums")
-        names |= {each: f"gpu.{each}" for each in modules}
-        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def section(bench: SimpleNamespace, name: str, works: Mapping[str, Callable[[], Any]], share: float = 1.0) -> Any:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The benchmark, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        yield importlib.import_module("bench_labels")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_labels"
 
 
 def test_every_way_plays_back_the_labels(bench: ModuleType, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,14 +19,7 @@ from datm_ray.store.files.filesystem import open_location
 pa = pytest.importorskip("pyarrow")
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """bench_metadd.py, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_metadd")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_metadd"
 
 
 @pytest.fixture

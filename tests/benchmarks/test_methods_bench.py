@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,15 +13,7 @@ from datm_ray.stages.evaluate.rows import training_of
 from datm_ray.stages.methods.registry import METHODS, teacher_of, trained_networks
 from tests.benchmarks.test_cifar_bench import write_cifar
 
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """bench_methods.py, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_methods")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_methods"
 
 
 def test_every_packaged_method_has_a_row_of_ten_images_a_class(bench: ModuleType) -> None:

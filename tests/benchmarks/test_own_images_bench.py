@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,15 +17,7 @@ from PIL import Image
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import DatasetError
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The benchmark, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        yield importlib.import_module("bench_own_images")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_own_images"
 
 
 def write_parquet(path: Path, labels: list[int]) -> None:

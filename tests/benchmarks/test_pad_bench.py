@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """bench_pad.py, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("bench_pad")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_pad"
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,28 +12,17 @@ import torch
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import tiny_config
 
-
-@pytest.fixture(scope="module")
-def benches() -> Iterator[dict[str, Any]]:
-    """The benchmarks, imported as when they run."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        yield {
-            name: importlib.import_module(f"bench_{name}")
-            for name in ("bfloat16", "distribution", "recovery", "unseen")
-        }
-    finally:
-        sys.path.pop(0)
+BENCH = {name: f"bench_{name}" for name in ("bfloat16", "distribution", "recovery", "unseen")}
 
 
 def test_losses_of_unseen_experts_stand_beside_those_of_the_sets_own(
-    benches: dict[str, Any], finished_run: Path, capsys: pytest.CaptureFixture[str]
+    bench: SimpleNamespace, finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A set's losses are shown for each start epoch and their mean; equal experts give equal losses."""
     store = str(finished_run / "experts")
     group = str(TrajectoryStore(store).groups()[0])
     words = ["--store", store, "--group", group, "--experts", "0", "1", "--others", "0", "1", "--starts", "0", "1"]
-    benches["unseen"].main([str(finished_run / "tiny"), *words])
+    bench.unseen.main([str(finished_run / "tiny"), *words])
     heading, rule, own, others = capsys.readouterr().out.splitlines()
     assert heading == "| start epoch | 0 | 1 | mean |"
     assert rule == "| --- | --- | --- | --- |"
@@ -46,14 +33,14 @@ def test_losses_of_unseen_experts_stand_beside_those_of_the_sets_own(
     assert 0 < first < 10
 
 
-def test_an_expert_that_is_missing_is_one_line(benches: dict[str, Any], finished_run: Path) -> None:
+def test_an_expert_that_is_missing_is_one_line(bench: SimpleNamespace, finished_run: Path) -> None:
     """A group or expert that the store lacks ends the program with one line."""
     words = ["--store", str(finished_run / "experts"), "--group", "a/b/c", "--experts", "0", "--others", "1"]
     with pytest.raises(SystemExit, match="bench_unseen: "):
-        benches["unseen"].main([str(finished_run / "tiny"), *words, "--starts", "0"])
+        bench.unseen.main([str(finished_run / "tiny"), *words, "--starts", "0"])
 
 
-def test_precisions_are_compared_in_turns(benches: dict[str, Any]) -> None:
+def test_precisions_are_compared_in_turns(bench: SimpleNamespace) -> None:
     """A line has both times, their ratio, and how far the rounded gradient is off."""
     turns: list[str] = []
 
@@ -64,17 +51,17 @@ def test_precisions_are_compared_in_turns(benches: dict[str, Any]) -> None:
 
         return compute
 
-    line = benches["bfloat16"].measured("title", [call("exact", [3.0, 4.0]), call("rounded", [3.0, 4.5])], 2)
+    line = bench.bfloat16.measured("title", [call("exact", [3.0, 4.0]), call("rounded", [3.0, 4.5])], 2)
     assert turns == ["exact", "rounded"] * 3
     assert line.startswith("| title | ")
     assert line.endswith(" | 0.9985 | 10.0% |")
 
 
 @pytest.mark.slow
-def test_both_precisions_compute_one_gradient(benches: dict[str, Any]) -> None:
+def test_both_precisions_compute_one_gradient(bench: SimpleNamespace) -> None:
     """Calls in float32 and bfloat16 compute the same gradient but for rounding."""
     spec = tiny_config().network.for_images(1, (8, 8), 10)
-    for calls in (benches["bfloat16"].matching(spec, 4, 2), benches["bfloat16"].expert(spec)):
+    for calls in (bench.bfloat16.matching(spec, 4, 2), bench.bfloat16.expert(spec)):
         exact, rounded = (call().flatten() for call in calls)
         assert not torch.equal(exact, rounded)
         assert float(torch.cosine_similarity(exact, rounded, 0)) > 0.97
@@ -92,12 +79,12 @@ def test_ways_to_compute_an_iteration_differ_by_rounding(
     name: str,
     size: list[str],
     ways: list[str],
-    benches: dict[str, Any],
+    bench: SimpleNamespace,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A table of an iteration has a line for each way, and the first ones differ from float64 by rounding alone."""
-    benches[name].main([*size, "--side", "8", "--turns", "1", "--out", str(tmp_path / "new")])
+    vars(bench)[name].main([*size, "--side", "8", "--turns", "1", "--out", str(tmp_path / "new")])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split("|")[1].strip() for line in lines[2:4]] == ways
     assert all(float(line.split("|")[4]) < 1e-4 for line in lines[2:4])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,15 +12,7 @@ import pytest
 
 from tests.processes import PROCESSES
 
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    """The benchmark, imported as when it runs."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        yield importlib.import_module("bench_scaling")
-    finally:
-        sys.path.pop(0)
+BENCH = "bench_scaling"
 
 
 def test_all_numbers_of_processes_learn_one_set(bench: ModuleType) -> None:
