@@ -20,7 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datm_ray import cli
-from datm_ray.artifact import Artifact
+from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, override, parse_config, to_yaml
 from datm_ray.config.files import _read_sections
 from datm_ray.core.compute import compilation
@@ -32,6 +32,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.stages.distill import validation
+from datm_ray.stages.distill.task import Distillation
 from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
@@ -153,6 +154,37 @@ def tiny_config(*changes: str) -> RunConfig:
     return config.resolved((config.dataset.resize or 8,) * 2)
 
 
+def run_here(out: Path, *configs: RunConfig, stage: str = "run_all", store: Path | str | None = None) -> Pipeline:
+    """Run a stage of some runs, or all stages, in this process and in silence. Returns the runs' pipeline."""
+    pipeline = Pipeline(configs, str(out), None if store is None else str(store))
+    getattr(pipeline, stage)(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
+    return pipeline
+
+
+def set_of(out: Path) -> Artifact:
+    """Set of the tiny run in an output folder."""
+    return load(str(out / "tiny/synthetic.arrow"))
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Store with the experts of the tiny configuration; a test must not change it."""
+    out = tmp_path_factory.mktemp("tiny-experts")
+    run_here(out, tiny_config(), stage="train_experts")
+    return out / "experts"
+
+
+@pytest.fixture
+def no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every validated set an accuracy of one half. Its networks would take most of the time."""
+
+    def half(*_: object) -> Iterator[Any]:
+        return 0.5
+        yield
+
+    monkeypatch.setattr(Distillation, "_validate", half)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of one finished serial run of the tiny configuration; a test that changes it must copy it.
@@ -161,8 +193,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder, config = tmp_path_factory.mktemp("finished"), tiny_config()
     (folder / "tiny.yaml").write_text(to_yaml(config))
-    pipeline = Pipeline([config], str(folder / "runs"))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(folder / "runs", config)
     report(str(folder / "runs"))
     return folder / "runs"
 

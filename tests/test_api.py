@@ -21,7 +21,7 @@ from datm_ray.api import recipe_of
 from datm_ray.config import to_yaml
 from datm_ray.errors import ConfigError, DatasetError, MissingExpertsError
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import tiny_config
+from tests.conftest import set_of, tiny_config
 
 Capture = pytest.CaptureFixture[str]
 SERIAL: Any = {"executor": "serial", "progress": False}
@@ -73,7 +73,7 @@ def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> 
     settings = {"evaluate.seeds": 1, "evaluate.networks": ["lenet"]}
     result = datm_ray.evaluate(config, out, settings=settings, **SERIAL)
     assert torch.equal(result.synthetic.images, synthetic.images)
-    assert torch.equal(synthetic.images, datm_ray.load(str(finished_run / "tiny/synthetic.arrow")).images)
+    assert torch.equal(synthetic.images, set_of(finished_run).images)
     assert len(result.accuracies["distilled"]) == 1
     assert list(result.networks) == ["convnet (width 4)", "lenet"]
     assert all(list(columns) == ["learned", "tuned", "control"] for columns in result.networks.values())

@@ -28,7 +28,7 @@ from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.shape import network_cost
 from datm_ray.stages.methods.registry import method_of, trained_networks
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import tiny_config
+from tests.conftest import run_here, set_of, tiny_config
 
 DM = ("method=dm", "distill.ipc=2", "distill.iterations=2", "distill.learning_rate_images=5", "distill.real_batch=16")
 SCORED = ("evaluate.seeds=1", "evaluate.full=false")
@@ -38,13 +38,6 @@ PAGE = Path(__file__).parents[1] / "docs/methods/given.md"
 
 def given(path: Path, *settings: str) -> RunConfig:
     return tiny_config("method=given", "distill.ipc=2", f"given.path={path}", *SCORED, *settings)
-
-
-def run(config: RunConfig, out: Path) -> Pipeline:
-    """Run everything in this process."""
-    pipeline = Pipeline([config], str(out))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return pipeline
 
 
 def scores(out: Path) -> dict[str, tuple[float, float]]:
@@ -58,7 +51,7 @@ def scores(out: Path) -> dict[str, tuple[float, float]]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a run of DM and its set in every export: runs, pt, png, arrow, safetensors."""
     out = tmp_path_factory.mktemp("made")
-    run(tiny_config(*DM, *SCORED, "distill.initial_step_size=0.02"), out / "runs")
+    run_here(out / "runs", tiny_config(*DM, *SCORED, "distill.initial_step_size=0.02"))
     for kind in ("pt", "png", "arrow", "safetensors"):
         export(load(str(out / "runs/tiny/synthetic.arrow")), kind, open_location(str(out / kind)))
     return out
@@ -73,8 +66,8 @@ def source(made: Path) -> Artifact:
 )
 def test_a_given_set_is_scored_like_the_run_that_made_it(made: Path, tmp_path: Path, place: str) -> None:
     """Images, labels, step size and accuracies are those of the run that made the set, with the same controls."""
-    run(given(made / place), tmp_path)
-    ours, theirs = load(str(tmp_path / "tiny/synthetic.arrow")), source(made)
+    run_here(tmp_path, given(made / place))
+    ours, theirs = set_of(tmp_path), source(made)
     assert torch.equal(ours.images, theirs.images)
     assert torch.equal(ours.soft_labels, theirs.soft_labels)
     assert ours.step_size == theirs.step_size == pytest.approx(0.02)
@@ -84,8 +77,8 @@ def test_a_given_set_is_scored_like_the_run_that_made_it(made: Path, tmp_path: P
 
 def test_a_folder_of_images_has_hard_labels_and_a_chosen_step_size(made: Path, tmp_path: Path) -> None:
     """Image files are normalised by the run's transform; one of the candidate step sizes trains on them."""
-    run(given(made / "png"), tmp_path)
-    theirs, ours = source(made), load(str(tmp_path / "tiny/synthetic.arrow"))
+    run_here(tmp_path, given(made / "png"))
+    theirs, ours = source(made), set_of(tmp_path)
     expected = theirs.transform.apply(theirs.pixels().transpose(0, 3, 1, 2).astype(np.float32) / 255)
     assert np.array_equal(ours.images.numpy(), expected)
     assert torch.equal(ours.soft_labels, hard_logits(theirs.labels, 10))
@@ -96,19 +89,19 @@ def test_a_folder_of_images_has_hard_labels_and_a_chosen_step_size(made: Path, t
 def test_a_teacher_labels_a_given_set_where_the_recipe_asks_for_one(made: Path, tmp_path: Path) -> None:
     """With `evaluate.labels: teacher`, as SRe2L's and RDED's sets are scored, the run trains one network before."""
     teacher = ("evaluate.labels=teacher", "experts.count=1", "experts.epochs=2")
-    pipeline = run(given(made / "png", *teacher), tmp_path)
+    pipeline = run_here(tmp_path, given(made / "png", *teacher))
     assert pipeline.plan()[0] == "0 experts to train"
     assert scores(tmp_path).keys() == {"random-hard", "random-soft", "distilled"}
     assert scores(tmp_path)["distilled"][1] in (0.01, 0.03, 0.1)
-    assert torch.equal(load(str(tmp_path / "tiny/synthetic.arrow")).labels, source(made).labels)
+    assert torch.equal(set_of(tmp_path).labels, source(made).labels)
     own = given(made / "png", "evaluate.labels=teacher", "evaluate.teacher={network: lenet}")
     assert [each.network.architecture for each in trained_networks(own)] == ["lenet"]
 
 
 def test_a_set_of_a_run_with_another_transform_is_brought_into_this_ones(made: Path, tmp_path: Path) -> None:
     """Pixels stay the same if the run normalises otherwise than the run of the set."""
-    run(given(made / "arrow", "dataset.normalisation=zca", "dataset.validation=0.3"), tmp_path)
-    ours = load(str(tmp_path / "tiny/synthetic.arrow"))
+    run_here(tmp_path, given(made / "arrow", "dataset.normalisation=zca", "dataset.validation=0.3"))
+    ours = set_of(tmp_path)
     assert ours.transform.kind == "zca" != source(made).transform.kind
     assert np.abs(ours.pixels().astype(int) - source(made).pixels()).max() <= 1
 
@@ -116,7 +109,7 @@ def test_a_set_of_a_run_with_another_transform_is_brought_into_this_ones(made: P
 def test_a_set_without_its_transform_is_scored_in_the_runs(made: Path, tmp_path: Path) -> None:
     """Images keep their bits; a line says so if the run's transform was fitted on other images than the set's."""
     settings = ("dataset.normalisation=zca", "evaluate.seeds=1")
-    run(given(made / "arrow", *settings), tmp_path / "whole")
+    run_here(tmp_path / "whole", given(made / "arrow", *settings))
     small = tmp_path / "small.safetensors"
     with mock.patch("datm_ray.artifact.INLINE_BYTES", 64):
         set_ = without_transform(load(str(tmp_path / "whole/tiny/synthetic.arrow")))
@@ -134,7 +127,7 @@ def test_a_set_without_its_transform_is_scored_in_the_runs(made: Path, tmp_path:
 def test_other_architectures_report_and_plan_take_a_given_set(made: Path, tmp_path: Path) -> None:
     """The set is scored on a second network, has a page, a plan without experts, and a card that names no path."""
     config = given(made / "pt", "evaluate.networks=[lenet]", "name=theirs")
-    pipeline = run(config, tmp_path / "runs")
+    pipeline = run_here(tmp_path / "runs", config)
     assert pipeline.plan()[0] == "0 experts to train"
     page = report(str(tmp_path / "runs")).read_bytes().decode()
     assert "20 synthetic images" in page
@@ -313,7 +306,7 @@ def test_identity_has_the_content_and_not_the_path(made: Path, tmp_path: Path) -
 def test_a_finished_run_does_not_need_the_files(made: Path, tmp_path: Path) -> None:
     """The recipe of a finished run states the digest, so that it is scored again after the files are gone."""
     files = shutil.copytree(made / "pt", tmp_path / "files")
-    run(given(files), tmp_path / "runs")
+    run_here(tmp_path / "runs", given(files))
     shutil.rmtree(files)
     saved = get_recipe(str(tmp_path / "runs/tiny/recipe.yaml"))
     assert Pipeline([saved], str(tmp_path / "runs")).plan()[1] == "0 sets to distil"
@@ -328,7 +321,7 @@ def test_a_recipe_that_states_the_digest_is_the_same_run_every_time(
     digest = Pipeline([given(files)], "runs").configs[0].given
     assert digest is not None
     user = given(Path("files"), f"given.digest={digest.digest}")
-    first = run(user, Path("runs")).configs[0]
+    first = run_here(Path("runs"), user).configs[0]
     for name in ("files", "elsewhere"):
         again = Pipeline([user], "runs")
         assert run_identity(again.configs[0]) == run_identity(first)
@@ -367,6 +360,6 @@ def test_the_recipe_of_the_page_runs(made: Path, tmp_path: Path, monkeypatch: py
     shutil.copytree(made / "pt", tmp_path / "downloads/theirs")
     quick = "evaluate: {protocol: quick, seeds: 1, full: false}\n"
     (tmp_path / "theirs.yaml").write_text(text.replace("ipc: 10", "ipc: 2") + quick)
-    run(get_recipe("theirs.yaml"), tmp_path / "runs")
+    run_here(tmp_path / "runs", get_recipe("theirs.yaml"))
     assert torch.equal(load("runs/theirs/synthetic.arrow").images, source(made).images)
     assert (tmp_path / "runs/theirs/evaluation/distilled-00.json").exists()

@@ -21,7 +21,7 @@ from datm_ray.stages.distill.validation import CANDIDATES, is_apart
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
-from tests.conftest import tiny_config
+from tests.conftest import run_here, tiny_config
 
 QUIET = Reporter(quiet=True)
 
@@ -151,7 +151,7 @@ def test_one_process_finishes_what_several_workers_have_started(
         run_all(Interleaved(waits=True), tmp_path, tiny_config())
     monkeypatch.undo()
     assert len(list((tmp_path / "tiny" / CANDIDATES).iterdir())) == 2
-    Pipeline([tiny_config()], str(tmp_path)).run_all(lambda: SerialExecutor(tiny_config().cluster), QUIET)
+    run_here(tmp_path, tiny_config())
     assert_same(tmp_path, finished_run)
 
 
@@ -225,6 +225,6 @@ def test_another_number_of_workers_resumes_the_same_stacks(tmp_path: Path) -> No
     missing = set(runs.missing_experts(config))
     resumed = [task.arguments[2] for task in tasks.expert_tasks(runs, 64)]
     assert resumed == [stack for stack in read_stacks(group) if missing & set(stack)]
-    Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
+    run_here(tmp_path, config, stage="train_experts")
     assert read_stacks(group) == []
     assert not group.progress.list()

@@ -14,12 +14,10 @@ from datm_ray.config import NetworkConfig, RunConfig, networks_named, override, 
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.plan import plan_run
-from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, run_here, tiny_config
 
 PAGE = Path(__file__).parents[1] / "docs/methods/own.md"
 MORE = """
@@ -79,8 +77,7 @@ def test_the_documented_network_is_trained_matched_and_scored(tmp_path: Path) ->
     config = override(
         config, [*OWN, "metadd.auxiliaries.0.width=8", "distill.iterations=2", "distill.validate_every=0"]
     )
-    pipeline = Pipeline([config], str(tmp_path / "runs"))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    pipeline = run_here(tmp_path / "runs", config)
     assert "my_networks:small" in pipeline.table()
     keys = TrajectoryStore(pipeline.store_uri).groups()
     assert {key.architecture for key in keys} == {"my_networks-small"}
@@ -98,8 +95,7 @@ def test_metadd_takes_networks_whose_maps_can_be_found(tmp_path: Path) -> None:
     config = override(
         config, [*OWN, "evaluate.seeds=1", "evaluate.full=false", "distill.iterations=1", "distill.validate_every=0"]
     )
-    pipeline = Pipeline([config], str(tmp_path / "runs"))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path / "runs", config)
     assert (tmp_path / "runs/tiny/maps.arrow").exists()
 
 

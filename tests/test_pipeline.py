@@ -55,7 +55,7 @@ from datm_ray.store import claims
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine, killing_executor, stacks_of_any_work, tiny_config
+from tests.conftest import CommandLine, killing_executor, run_here, set_of, stacks_of_any_work, tiny_config
 from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
@@ -190,7 +190,7 @@ def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, finis
             break
         stops += 1
     assert 3 <= stops < 30
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert_same_set(set_of(tmp_path), set_of(finished_run))
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
 
@@ -220,7 +220,7 @@ def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_pat
         process.join()
     assert process.exitcode == 0
     assert kills > 0
-    assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert_same_set(set_of(out), set_of(finished_run))
 
 
 @pytest.mark.ray
@@ -231,7 +231,7 @@ def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_p
     config = tiny_config()
     pipeline = run_all(config, tmp_path, lambda: killing_executor(config, losses))
     assert len(losses) >= 2  # the third killed actor may have been idle
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert_same_set(set_of(tmp_path), set_of(finished_run))
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
 
@@ -511,7 +511,7 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
     assert scored["distilled"] != accuracies(Pipeline([own], str(out)))["distilled"]
     assert scored["full"] == accuracies(Pipeline([own], str(out)))["full"]
     assert "tiny (a teacher's labels)" in pipeline.table()
-    training = load(str(out / "tiny/synthetic.arrow")).training()
+    training = set_of(out).training()
     assert (training.learning_rate, training.temperature, training.cosine) == (0.05, taught.evaluate.temperature, True)
     worker = EvaluateWorker(pipeline.runs.dataset(taught.dataset), taught.cluster)
     uris = [str(tmp_path / f"{number}.json") for number in range(2)]
@@ -808,8 +808,7 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     """All written files name normalisation and depth, and either recipe finds the run."""
     config = override(tiny_config("experts.count=1"), ["dataset.normalisation=auto", "network.depth=null"])
     named = tiny_config("dataset.normalisation=zca", "network.depth=2", "experts.count=1")
-    pipeline = Pipeline([config], str(tmp_path))
-    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path, config, stage="train_experts")
     recipe = (tmp_path / "tiny/recipe.yaml").read_text()
     assert "normalisation: zca\n" in recipe
     assert "depth: 2\n" in recipe

@@ -13,11 +13,10 @@ from datm_ray.config import RunConfig, run_identity
 from datm_ray.errors import ConfigError
 from datm_ray.monitor import loggers
 from datm_ray.monitor.loggers import Logger, open_logger
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.executor import Finished, Lost, Progress, SerialExecutor, Task
+from datm_ray.runtime.executor import Finished, Lost, Progress, Task
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, run_here, tiny_config
 
 TASK = Task("experts 0-1 of digits/convnet/5f", (), run="tiny", stage="experts")
 METRICS = {"datm_ray_expert_loss": 0.5, "datm_ray_expert_epochs_total": 2.0, "datm_ray_metadd_loss": float("nan")}
@@ -120,7 +119,7 @@ def test_wandb_gets_steps_of_every_tasks_own(wandb: Any, tiny: RunConfig, tmp_pa
 def test_a_run_is_logged_from_any_executor(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
     """All three stages are logged from either executor, and every writer is closed."""
     config = tiny_config("cluster.log_to=tensorboard")
-    Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path, config)
     assert {Path(folder).parent.name for folder in writers} == {"experts", "distillation", "evaluation"}
     losses = writers[f"{tmp_path}/tensorboard/distillation/tiny"].scalars
     assert [step for name, _, step in losses if name == "distill_matching_loss"] == [1, 2, 3, 4, 5, 6]
@@ -161,7 +160,7 @@ def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any,
     wandb.init = refuse
     config = tiny_config("cluster.log_to=wandb")
     with pytest.raises(ConfigError, match="wandb does not start: RuntimeError") as caught:
-        Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+        run_here(tmp_path, config)
     assert "secret" not in str(caught.value)
     assert not (tmp_path / config.name).exists()
 

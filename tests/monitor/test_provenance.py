@@ -14,34 +14,14 @@ from torch import Tensor
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.methods.trajectory import step_functions
-from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.provenance import workers_in_words
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.executor import Note, Progress, SerialExecutor
-from datm_ray.stages.distill.task import Distillation, DistillWorker
-from tests.conftest import tiny_config
+from datm_ray.runtime.executor import Note, Progress
+from datm_ray.stages.distill.task import DistillWorker
+from tests.conftest import set_of, tiny_config
 
+pytestmark = pytest.mark.usefixtures("no_validation")
 PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}
-
-
-def half(*_: object) -> Iterator[Any]:
-    """A validation accuracy of one half, without networks."""
-    return 0.5
-    yield
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the experts of the tiny configuration."""
-    out, config = tmp_path_factory.mktemp("experts"), tiny_config()
-    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return out / "experts"
-
-
-@pytest.fixture(autouse=True)
-def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(Distillation, "_validate", half)
 
 
 def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:
@@ -50,53 +30,55 @@ def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:
     return worker.distill(config, pipeline.store_uri, str(out / config.name))
 
 
-def test_a_set_says_how_it_was_computed(experts: Path, tmp_path: Path) -> None:
+def test_a_set_says_how_it_was_computed(tiny_experts: Path, tmp_path: Path) -> None:
     """A set records precision, compilation, order of differentiation, memory order, shards and workers."""
-    list(events(tiny_config(), tmp_path, experts))
-    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    list(events(tiny_config(), tmp_path, tiny_experts))
+    recorded = set_of(tmp_path).provenance
     assert recorded["student_steps"] == {"from_iteration": 0, **PLAIN, "channels_last": True}
     assert "student_steps_before" not in recorded
     assert (recorded["shards"], recorded["workers"]) == (1, f"1 x torch {importlib.metadata.version('torch')} on cpu")
 
 
-def test_a_set_records_the_values_that_were_found_for_it(experts: Path, tmp_path: Path) -> None:
+def test_a_set_records_the_values_that_were_found_for_it(tiny_experts: Path, tmp_path: Path) -> None:
     """A set records what the recipe left open and was found, also after a resume; a recipe's own values are no such."""
     left_open = ("distill.threshold=100", "distill.initial_step_size=null", "distill.learning_rate_images=null")
-    for event in events(tiny_config(*left_open), tmp_path, experts):
+    for event in events(tiny_config(*left_open), tmp_path, tiny_experts):
         if isinstance(event, Progress) and event.done == 3:
             break
-    list(events(tiny_config(*left_open), tmp_path, experts))
+    list(events(tiny_config(*left_open), tmp_path, tiny_experts))
     initial, final = (load(str(tmp_path / f"tiny/{name}.arrow")) for name in ("initial", "synthetic"))
     assert initial.provenance["found"] == final.provenance["found"]
     assert final.provenance["found"]["initial_step_size"] == list(initial.step_sizes)
     assert final.provenance["found"]["learning_rate_images"] > 0
-    list(events(tiny_config("name=given"), tmp_path, experts))
+    list(events(tiny_config("name=given"), tmp_path, tiny_experts))
     assert "found" not in load(str(tmp_path / "given/synthetic.arrow")).provenance
 
 
-def test_a_set_says_why_it_was_not_compiled(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_says_why_it_was_not_compiled(
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A set that was not compiled for lack of a compiler records that reason."""
     monkeypatch.setattr(step_functions, "compiler_problem", lambda device_type: "no compiler here")
-    list(events(tiny_config("cluster.compile=true"), tmp_path, experts))
-    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance["student_steps"]
+    list(events(tiny_config("cluster.compile=true"), tmp_path, tiny_experts))
+    recorded = set_of(tmp_path).provenance["student_steps"]
     assert (recorded["compiled"], recorded["not_compiled_because"]) == (False, "no compiler here")
 
 
-def test_a_run_that_is_resumed_otherwise_says_so(experts: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_resumed_otherwise_says_so(tiny_experts: Path, tmp_path: Path) -> None:
     """A run resumed under other conditions notes it in one line and records both; else it notes nothing."""
-    for event in events(tiny_config(), tmp_path, experts):
+    for event in events(tiny_config(), tmp_path, tiny_experts):
         if isinstance(event, Progress) and event.done == 3:
             break
-    alike = [event for event in events(tiny_config(), tmp_path, experts) if not isinstance(event, Progress)]
+    alike = [event for event in events(tiny_config(), tmp_path, tiny_experts) if not isinstance(event, Progress)]
     assert not any(isinstance(event, Note) for event in alike)
     (tmp_path / "tiny/synthetic.arrow").unlink()
     other = tiny_config("cluster.channels_last=false")
-    notes = [event.text for event in events(other, tmp_path, experts) if isinstance(event, Note)]
+    notes = [event.text for event in events(other, tmp_path, tiny_experts) if isinstance(event, Note)]
     assert notes == [
         "iterations are computed otherwise from iteration 6 on (channels_last True before, False now): the result "
         "differs in rounding from one without the change"
     ]
-    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    recorded = set_of(tmp_path).provenance
     assert recorded["student_steps"] == {"from_iteration": 6, **PLAIN, "channels_last": False}
     assert recorded["student_steps_before"] == [{"from_iteration": 0, **PLAIN, "channels_last": True}]
 

@@ -22,7 +22,7 @@ from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.stages.distill.checkpoint import read_iteration
 from datm_ray.stages.evaluate.scores import read_scores
 from datm_ray.store.files.filesystem import Location, open_location
-from tests.conftest import tiny_config
+from tests.conftest import set_of, tiny_config
 from tests.processes import side_by_side, until
 from tests.runtime.nodes import Nodes
 from tests.runtime.soak import Journal, Soak, counted_steps, drawn, lines, memory_limit
@@ -88,7 +88,7 @@ def test_nodes_are_lost_in_training_and_in_distillation_and_one_is_added(tmp_pat
     experts = [path.read_bytes() for path in sorted((out / "experts").rglob("expert-*.arrow"))]
     assert experts == [path.read_bytes() for path in sorted((tmp_path / "undisturbed/experts").rglob("expert-*.arrow"))]
     initial = load(str(out / "tiny/initial.arrow"))
-    found, expected = (load(str(folder / "tiny/synthetic.arrow")) for folder in (out, tmp_path / "undisturbed"))
+    found, expected = (set_of(folder) for folder in (out, tmp_path / "undisturbed"))
     for part in ("images", "soft_labels"):
         before, ours, theirs = getattr(initial, part), getattr(found, part), getattr(expected, part)
         iterations_apart = ITERATIONS * float((ours - theirs).norm() / (theirs - before).norm())

@@ -21,7 +21,6 @@ from unittest import mock
 import pytest
 import torch
 
-from datm_ray.artifact import load
 from datm_ray.config import ClusterConfig, RunConfig, to_yaml
 from datm_ray.core.steps import Steps
 from datm_ray.monitor.progress import Reporter
@@ -38,7 +37,7 @@ from datm_ray.stages.experts import progress
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
-from tests.conftest import actor_processes, tiny_config
+from tests.conftest import actor_processes, set_of, tiny_config
 from tests.processes import until
 
 QUIET = Reporter(quiet=True)
@@ -236,7 +235,7 @@ def test_a_distillation_that_is_stopped_saves_its_iteration_and_resumes_to_the_s
     assert len(steps) == (moment == "while it validates")
     monkeypatch.undo()
     pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
-    resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
+    resumed, whole = (set_of(out) for out in (tmp_path, finished_run))
     assert torch.equal(resumed.images, whole.images)
     assert torch.equal(resumed.soft_labels, whole.soft_labels)
     assert resumed.step_sizes == whole.step_sizes
@@ -268,7 +267,7 @@ def test_a_distillation_that_is_killed_at_a_validation_loses_no_iteration(
     monkeypatch.undo()
     assert read_tensors(open_location(str(tmp_path / "tiny")) / CHECKPOINT, kind=KIND).metadata["iteration"] == 3
     pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
-    resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
+    resumed, whole = (set_of(out) for out in (tmp_path, finished_run))
     assert torch.equal(resumed.images, whole.images)
     assert resumed.step_sizes == whole.step_sizes
 

@@ -15,13 +15,12 @@ from datm_ray.artifact import load
 from datm_ray.config import ClusterConfig, NetworkSpec, run_identity
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.errors import ClusterError
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning import plan as planning
 from datm_ray.runtime.executor import Event, Finished, SerialExecutor, Task
 from datm_ray.runtime.machine.devices import prepare_device
-from tests.conftest import tiny_config
+from tests.conftest import run_here, tiny_config
 
 EVERY = "color_crop_cutout_flip_scale_rotate_resized+flip"
 AUGMENTED = (
@@ -71,7 +70,7 @@ class Recorder(TorchDispatchMode):
 
 def run(config: Any, out: Path) -> Recorder:
     with Recorder() as recorder:
-        Pipeline([config], str(out)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+        run_here(out, config)
     return recorder
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from datm_ray import ReplayedLabels
-from datm_ray.artifact import load
 from datm_ray.config import NetworkConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.steps import result_of
@@ -42,7 +41,7 @@ from datm_ray.stages.labels import (
 )
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.labels import LabelStore
-from tests.conftest import tiny_config
+from tests.conftest import set_of, tiny_config
 
 SCORED = ("evaluate.epochs=4", "evaluate.learning_rate=0.05", "evaluate.seeds=1")
 STORED = (*SCORED, "evaluate.labels=stored", "evaluate.cutmix=1", "evaluate.full=false")
@@ -73,7 +72,7 @@ def test_an_evaluation_stores_labels_and_trains_on_them(
     """The labels of all or some epochs lie beside the set, and the row's networks have learned them, and no others."""
     pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, *settings)
     evaluate(pipeline)
-    store, artifact = store_of(pipeline, config), load(str(tmp_path / "tiny/synthetic.arrow"))
+    store, artifact = store_of(pipeline, config), set_of(tmp_path)
     keep = config.evaluate.keep_labels or 4
     assert store.epochs() == list(range(keep))
     assert (store.info.keep, store.info.epochs, store.info.top) == (keep, 4, config.evaluate.top_logits)
@@ -98,7 +97,7 @@ def test_stored_labels_train_as_a_live_teacher_does_on_the_same_views(finished_r
     """With the stored logits replaced by the teacher's for the same views, the network's parameters agree."""
     pipeline, config = pipeline_of(finished_run, tmp_path, *STORED)
     evaluate(pipeline)
-    dataset, images = pipeline.runs.dataset(config.dataset), load(str(tmp_path / "tiny/synthetic.arrow")).images
+    dataset, images = pipeline.runs.dataset(config.dataset), set_of(tmp_path).images
     experts = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
     teacher, stored = Teacher(experts.restored(0)), ReplayedLabels(images, store_of(pipeline, config))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.artifact import Artifact, load
+from datm_ray.artifact import load
 from datm_ray.config import DistillConfig, RunConfig, override, run_identity
 from datm_ray.core.prior import Prior, build_autoencoder
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
@@ -26,7 +26,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.planning.memory import prior_memory
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.executor import Event, Progress, SerialExecutor
+from datm_ray.runtime.executor import Event, Progress
 from datm_ray.shape import KNOWN_SHAPES
 from datm_ray.stages.distill.pieces import PieceWorker
 from datm_ray.stages.distill.task import DistillWorker
@@ -36,7 +36,7 @@ from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
 from datm_ray.words import data_size
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, run_here, set_of, tiny_config
 from tests.stages.distill.test_pieces import SRE2L
 from tests.stages.distill.test_task import TWO_NETWORKS, assert_equal_but_for_rounding, distil
 
@@ -48,17 +48,6 @@ DATM = ("distill.ipc=2", FOUND, "evaluate.full=false")
 PAGE = Path(__file__).parents[2] / "docs/methods/prior.md"
 
 
-def run(config: RunConfig, out: Path) -> Pipeline:
-    """Run everything in this process."""
-    pipeline = Pipeline([config], str(out))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return pipeline
-
-
-def learned(out: Path) -> Artifact:
-    return load(str(out / "tiny/synthetic.arrow"))
-
-
 def with_store_of(other: Path, out: Path) -> Path:
     (out / "experts").symlink_to(other / "experts")
     return out
@@ -68,7 +57,7 @@ def with_store_of(other: Path, out: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of DM with a trained prior."""
     out = tmp_path_factory.mktemp("prior")
-    run(tiny_config(*DM, TRAINED), out)
+    run_here(out, tiny_config(*DM, TRAINED))
     return out
 
 
@@ -76,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def matched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of DATM with a trained prior, two networks and a validation."""
     out = tmp_path_factory.mktemp("datm")
-    run(tiny_config(*DATM, TRAINED, TWO_NETWORKS), out)
+    run_here(out, tiny_config(*DATM, TRAINED, TWO_NETWORKS))
     return out
 
 
@@ -99,7 +88,7 @@ def test_images_are_those_of_the_decoder_in_the_store(finished: Path) -> None:
     assert arrays["momentum.images"].shape == latents.shape
     with torch.no_grad():
         pixels = network.decoder(latents)
-    last = load(str(finished / "tiny/synthetic.arrow"))
+    last = set_of(finished)
     torch.testing.assert_close(last.denormalise(torch.tensor(arrays["synthetic.images"])), pixels)
     first = load(str(finished / "tiny/initial.arrow"))
     assert float((first.images - last.images).norm() / first.images.norm()) > 0.01
@@ -116,7 +105,7 @@ def test_first_move_is_that_of_the_images(finished: Path, tmp_path: Path) -> Non
     worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     list(worker.distill(config, pipeline.store_uri, str(tmp_path / "tiny")))
     first = load(str(tmp_path / "tiny/initial.arrow")).images
-    assert float((learned(tmp_path).images - first).norm() / first.norm()) == pytest.approx(0.05, rel=0.1)
+    assert float((set_of(tmp_path).images - first).norm() / first.norm()) == pytest.approx(0.05, rel=0.1)
 
 
 def test_a_run_with_a_prior_is_finished_and_reported(finished: Path) -> None:
@@ -148,14 +137,14 @@ def stop_at(config: RunConfig, out: Path, iteration: int) -> None:
 def test_a_resumed_run_has_the_same_bits(iteration: int, finished: Path, tmp_path: Path) -> None:
     """A run of DM with a prior that ends after any iteration and is started again learns the same bits."""
     stop_at(tiny_config(*DM, TRAINED), with_store_of(finished, tmp_path), iteration)
-    assert torch.equal(learned(tmp_path).images, learned(finished).images)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
 
 
 @pytest.mark.parametrize("iteration", [3, 5])
 def test_a_resumed_run_of_datm_has_the_same_bits(iteration: int, matched: Path, tmp_path: Path) -> None:
     """The images, labels and step sizes of DATM with a prior and two networks do not depend on a stop."""
     stop_at(tiny_config(*DATM, TRAINED, TWO_NETWORKS), with_store_of(matched, tmp_path), iteration)
-    one, other = learned(tmp_path), learned(matched)
+    one, other = set_of(tmp_path), set_of(matched)
     assert torch.equal(one.images, other.images)
     assert torch.equal(one.soft_labels, other.soft_labels)
     assert one.step_sizes == other.step_sizes
@@ -171,7 +160,7 @@ def test_several_workers_learn_what_one_process_learns(
 ) -> None:
     """Shards of the classes and workers of other networks learn what one process learns, but for rounding."""
     distil(tiny_config(*DATM, TRAINED, TWO_NETWORKS, *changes), with_store_of(matched, tmp_path), size)
-    assert_equal_but_for_rounding(learned(tmp_path), learned(matched))
+    assert_equal_but_for_rounding(set_of(tmp_path), set_of(matched))
 
 
 @pytest.mark.slow
@@ -180,7 +169,7 @@ def test_shards_invert_what_one_process_inverts(tmp_path: Path) -> None:
     for size, name in ((1, "one"), (2, "two")):
         (tmp_path / name).mkdir()
         distil(tiny_config(*DM, UNTRAINED, f"cluster.shards={size}"), tmp_path / name, size)
-    assert_equal_but_for_rounding(learned(tmp_path / "two"), learned(tmp_path / "one"))
+    assert_equal_but_for_rounding(set_of(tmp_path / "two"), set_of(tmp_path / "one"))
 
 
 @pytest.mark.exhaustive
@@ -192,7 +181,7 @@ def test_ray_has_the_bits_of_one_process(ray_cluster: Any, finished: Path, tmp_p
 
     config = tiny_config(*DM, TRAINED)
     Pipeline([config], str(tmp_path)).run_all(lambda: RayExecutor(config.cluster), Reporter(quiet=True))
-    assert torch.equal(learned(tmp_path).images, learned(finished).images)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
     one, other = (read_bits(stored(out)) for out in (tmp_path, finished))
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -269,13 +258,13 @@ def test_an_average_is_made_by_the_decoder(finished: Path, tmp_path: Path) -> No
     worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     list(worker.distill(config, pipeline.store_uri, str(tmp_path / "whole/tiny")))
     stop_at(config, tmp_path / "parts", 3)
-    assert torch.equal(learned(tmp_path / "parts").images, learned(tmp_path / "whole").images)
+    assert torch.equal(set_of(tmp_path / "parts").images, set_of(tmp_path / "whole").images)
     (part,) = (tmp_path / "whole/tiny/checkpoint").glob("*.arrow")
     arrays = read_bits_of_checkpoint(part)
     assert config.prior is not None
     network = build_autoencoder(config.prior, (1, 8, 8), config.seed)
     read_autoencoder(pipeline.runs.prior(pipeline.configs[0]) / PRIOR_FILE, network)
-    kept = learned(tmp_path / "whole")
+    kept = set_of(tmp_path / "whole")
     with torch.no_grad():
         made = network.decoder(torch.tensor(arrays["averaged.latents"]))
     torch.testing.assert_close(kept.denormalise(kept.images), made)
@@ -291,11 +280,11 @@ def test_a_set_needs_its_trained_prior(finished: Path, tmp_path: Path) -> None:
     config = tiny_config(*DM, TRAINED)
     command = "`datm-ray experts tiny` with the same --set, --out and --store"
     with pytest.raises(MissingExpertsError, match=f"no trained prior, which tiny needs.*{command}"):
-        Pipeline([config], str(tmp_path)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+        run_here(tmp_path, config, stage="distill")
     changed = override(config, ["prior.width=9"])
     with_store_of(finished, tmp_path)
     with pytest.raises(MissingExpertsError):
-        Pipeline([changed], str(tmp_path)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+        run_here(tmp_path, changed, stage="distill")
 
 
 def test_an_untrained_prior_starts_near_the_real_images(tmp_path: Path) -> None:
@@ -304,8 +293,8 @@ def test_an_untrained_prior_starts_near_the_real_images(tmp_path: Path) -> None:
         *DM, UNTRAINED, "prior.inversion_steps=150", "prior.channels=16", "prior.width=32", "distill.iterations=1"
     )
     out = tmp_path / "untrained"
-    run(config, out)
-    run(tiny_config(*DM, "distill.iterations=1"), tmp_path / "pixels")
+    run_here(out, config)
+    run_here(tmp_path / "pixels", tiny_config(*DM, "distill.iterations=1"))
     assert not (out / "experts").exists()
     mine, real = (load(str(each / "tiny/initial.arrow")).images for each in (out, tmp_path / "pixels"))
     assert float((mine - real).square().mean() / real.square().mean()) < 0.5
@@ -315,17 +304,17 @@ def test_an_untrained_prior_starts_near_the_real_images(tmp_path: Path) -> None:
 def test_sre2l_recovers_latents(tmp_path: Path) -> None:
     """SRe2L's blocks learn latents by Adam, with several rounds, and a block that is stopped has the same bits."""
     config = tiny_config(*SRE2L, TRAINED, "recover.rounds=2", "distill.initial=random")
-    run(config, tmp_path / "whole")
+    run_here(tmp_path / "whole", config)
     parts = with_store_of(tmp_path / "whole", tmp_path)
     pipeline = Pipeline([config], str(parts))
     worker = PieceWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     for event in worker.make_piece(config, pipeline.store_uri, str(parts / "tiny"), 0):
         if isinstance(event, Progress) and event.done == 3:
             break
-    run(config, parts)
-    assert torch.equal(learned(parts).images, learned(tmp_path / "whole").images)
+    run_here(parts, config)
+    assert torch.equal(set_of(parts).images, set_of(tmp_path / "whole").images)
     first = load(str(parts / "tiny/initial.arrow")).images
-    assert float((first - learned(parts).images).norm() / first.norm()) > 0.001
+    assert float((first - set_of(parts).images).norm() / first.norm()) > 0.001
 
 
 def test_a_prior_counts_in_the_plan() -> None:
@@ -435,7 +424,7 @@ def test_the_documented_decoder_of_a_users_runs(tmp_path: Path) -> None:
     config = override(get_recipe(str(tmp_path / "tiny.yaml")), changes)
     assert config.prior is not None
     assert config.prior.kind == "my_decoders:smooth"
-    pipeline = run(config, tmp_path / "out")
+    pipeline = run_here(tmp_path / "out", config)
     assert "distilled" in pipeline.table()
     first, last = (load(str(tmp_path / "out/tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
     assert float((first.images - last.images).norm() / first.images.norm()) > 0.001

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.artifact import Artifact, load
+from datm_ray.artifact import load
 from datm_ray.config import RunConfig, run_identity, unread_keys
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.steps import result_of
@@ -42,7 +42,7 @@ from datm_ray.stages.methods.recovery import RecoveryFromTeacher
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup
-from tests.conftest import killing_executor, tiny_config
+from tests.conftest import killing_executor, run_here, set_of, tiny_config
 
 SRE2L = (
     "method=sre2l",
@@ -69,22 +69,11 @@ def config_of(*settings: str) -> RunConfig:
     return tiny_config(*SRE2L, *settings)
 
 
-def run(config: RunConfig, out: Path) -> Pipeline:
-    """Run everything in this process."""
-    pipeline = Pipeline([config], str(out))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return pipeline
-
-
-def recovered(out: Path) -> Artifact:
-    return load(str(out / "tiny/synthetic.arrow"))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run."""
     out = tmp_path_factory.mktemp("sre2l")
-    run(config_of(), out)
+    run_here(out, config_of())
     return out
 
 
@@ -105,7 +94,7 @@ def test_blocks_hold_each_image_once(classes: int, ipc: int, block: int, sizes: 
 
 def test_a_run_leaves_a_set_with_the_teachers_labels_and_no_pieces(finished: Path) -> None:
     """The images are those of all pieces, class by class, between black and white, labelled by the teacher."""
-    artifact, config = recovered(finished), config_of()
+    artifact, config = set_of(finished), config_of()
     assert artifact.labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert artifact.clipped_share() == 0
     pipeline = Pipeline([config], str(finished))
@@ -142,8 +131,8 @@ def test_pieces_in_any_order_and_resumed_anywhere_have_the_same_bits(finished: P
         list(worker.make_piece(*arguments))
     assert not (folder / "synthetic.arrow").exists()
     list(worker.join_pieces(config, pipeline.store_uri, str(folder)))
-    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
-    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
+    assert torch.equal(set_of(tmp_path).soft_labels, set_of(finished).soft_labels)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -159,8 +148,8 @@ def test_several_workers_recover_the_bits_of_one(count: int, finished: Path, tmp
         list(workers[piece.number % count].make_piece(*arguments, piece.number))
     list(workers[-1].join_pieces(*arguments))
     assert len(pieces) == 4
-    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
-    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
+    assert torch.equal(set_of(tmp_path).soft_labels, set_of(finished).soft_labels)
 
 
 def test_a_worker_reads_its_teacher_once_for_all_pieces(
@@ -175,8 +164,7 @@ def test_a_worker_reads_its_teacher_once_for_all_pieces(
         return read(group, expert, epoch)
 
     configs = [config_of(), config_of("name=longer", "distill.iterations=5"), config_of("name=other", "seed=1")]
-    pipeline = Pipeline(configs, str(tmp_path), str(finished / "experts"))
-    pipeline.train_experts(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
+    pipeline = run_here(tmp_path, *configs, stage="train_experts", store=finished / "experts")
     monkeypatch.setattr(ExpertGroup, "read_snapshot", counting)
     worker = StageWorker(pipeline.runs.dataset(configs[0].dataset), configs[0].cluster)
 
@@ -188,7 +176,7 @@ def test_a_worker_reads_its_teacher_once_for_all_pieces(
         return str(tmp_path / config.name / "synthetic.arrow")
 
     one, longer, other = pipeline.configs
-    assert torch.equal(load(make(one)).images, recovered(finished).images)
+    assert torch.equal(load(make(one)).images, set_of(finished).images)
     make(longer)
     assert len(reads) == 1
     held = weakref.ref(worker._worker(PieceWorker, light=False)._experts(longer, pipeline.store_uri)[0])
@@ -220,22 +208,21 @@ def test_a_set_whose_pieces_are_all_made_is_joined_by_the_next_command(
     assert pipeline.plan()[1] == "1 set to distil: tiny"
     monkeypatch.setattr(PieceWorker, "make_piece", die)
     pipeline.distill(start, Reporter(quiet=True))
-    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
 
 
 def test_real_images_and_several_rounds(finished: Path, tmp_path: Path) -> None:
     """A recovery may start from real images of the right classes, and mix them in between rounds."""
     settings = ("distill.initial=random", "recover.rounds=2", "recover.mixed_in=0.9", "distill.labels=hard")
-    pipeline = Pipeline([config_of(*settings)], str(tmp_path), str(finished / "experts"))
-    pipeline.distill(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
+    pipeline = run_here(tmp_path, config_of(*settings), stage="distill", store=finished / "experts")
     (config,) = pipeline.configs
     dataset, first = pipeline.runs.dataset(config.dataset), load(str(tmp_path / "tiny/initial.arrow"))
     for image, label in zip(first.images.numpy(), first.labels.tolist(), strict=True):
         same = (dataset.train_images == image).all(axis=(1, 2, 3))
         assert label in dataset.train_labels[same]
     assert len(np.unique(first.images.numpy(), axis=0)) == 20
-    assert recovered(tmp_path).soft_labels.argmax(dim=1).tolist() == first.labels.tolist()
-    assert sorted(set(recovered(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
+    assert set_of(tmp_path).soft_labels.argmax(dim=1).tolist() == first.labels.tolist()
+    assert sorted(set(set_of(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
@@ -244,11 +231,10 @@ def test_images_may_start_from_the_crops_that_select_chooses(tiles: int, finishe
     select = f"select={{by: rded, crops: 3, pool: 20, tiles: {tiles}}}"
     rounds = ("distill.initial=crops", "distill.iterations=2", "recover.rounds=2", "recover.mixed_in=1")
     configs = [config_of(select, *rounds), config_of(select, "name=chosen", "method=select")]
-    pipeline = Pipeline(configs, str(tmp_path), str(finished / "experts"))
-    pipeline.distill(lambda: SerialExecutor(configs[0].cluster), Reporter(quiet=True))
+    run_here(tmp_path, *configs, stage="distill", store=finished / "experts")
     first, chosen = (load(str(tmp_path / name)).images for name in ("tiny/initial.arrow", "chosen/synthetic.arrow"))
     assert torch.equal(first, chosen)
-    moved = (recovered(tmp_path).images - first).abs().max()
+    moved = (set_of(tmp_path).images - first).abs().max()
     assert 0.02 < float(moved) < 0.051  # one step of Adam, at half of the learning rate
 
 
@@ -292,7 +278,7 @@ def test_the_crops_of_a_class_are_chosen_once_for_all_workers(
         list(workers[0].join_pieces(*arguments))
         remove_pieces(open_location(arguments[2]))
         assert not (tmp_path / name / "tiny" / PIECES).exists()
-        sets.append(recovered(tmp_path / name).images)
+        sets.append(set_of(tmp_path / name).images)
     assert torch.equal(*sets)
 
 
@@ -374,7 +360,7 @@ def test_checkpoints_of_a_piece_take_a_small_share_of_its_time(
         events = [event for event in worker.make_piece(*arguments, 0) if isinstance(event, Progress)]
         saved[share] = [event.done for event in events if event.saved]
         piece = load(str(out / "tiny" / PIECES / "00000/synthetic.arrow"))
-        assert torch.equal(piece.images, recovered(finished).images[:10:2])
+        assert torch.equal(piece.images, set_of(finished).images[:10:2])
     assert saved == {1e9: [1, 2, 3, 4], 1e-9: [1, 4]}
 
 
@@ -390,8 +376,8 @@ def test_the_section_select_counts_for_crops_alone() -> None:
 
 def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Path) -> None:
     """MetaDD's losses of the same views join the recovery, and maps of the whole set are kept."""
-    pipeline = run(config_of(METADD), tmp_path)
-    assert not torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    pipeline = run_here(tmp_path, config_of(METADD))
+    assert not torch.equal(set_of(tmp_path).images, set_of(finished).images)
     assert (tmp_path / "tiny/maps.arrow").exists()
     curves = read_curves(open_location(str(tmp_path / "tiny")))
     assert curves["meta.iteration"].tolist() == [0, 1, 2, 3]
@@ -412,7 +398,7 @@ def test_metadd_has_no_record_of_an_iteration_that_is_skipped(
         return follow(state, gradient, loss * float("nan") if fails else loss, *more)
 
     monkeypatch.setattr(Recovery, "follow", failing)
-    run(config_of(METADD), tmp_path)
+    run_here(tmp_path, config_of(METADD))
     curves = read_curves(open_location(str(tmp_path / "tiny")))
     assert curves["meta.iteration"].tolist() == [0, 1, 3]
     assert np.isfinite(curves["meta.total"]).all()
@@ -427,8 +413,8 @@ def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path
         images = []
         for augmented in ("true", "false"):
             place = tmp_path / f"{name}-{augmented}"
-            run(config_of(weights, f"metadd.augmented={augmented}", *settings, "evaluate.seeds=1"), place)
-            images.append(recovered(place).images)
+            run_here(place, config_of(weights, f"metadd.augmented={augmented}", *settings, "evaluate.seeds=1"))
+            images.append(set_of(place).images)
         assert torch.allclose(*images, atol=1e-3) == (name == "whole")
 
 
@@ -438,9 +424,9 @@ def test_images_may_have_the_statistics_of_auxiliaries(finished: Path, tmp_path:
     weightless += "variance: 0, invariance: 0, position: 0}"
     images = []
     for of in ("teacher", "auxiliaries"):
-        run(config_of(weightless, f"recover.statistics_of={of}", "evaluate.seeds=1"), tmp_path / of)
-        images.append(recovered(tmp_path / of).images)
-    assert torch.equal(images[0], recovered(finished).images)
+        run_here(tmp_path / of, config_of(weightless, f"recover.statistics_of={of}", "evaluate.seeds=1"))
+        images.append(set_of(tmp_path / of).images)
+    assert torch.equal(images[0], set_of(finished).images)
     assert not torch.equal(*images)
 
 
@@ -449,8 +435,8 @@ def test_metadd_sees_the_share_of_a_block_that_the_recipe_says(finished: Path, t
     images = []
     for share in (1.0, 0.4):
         out = tmp_path / str(share)
-        run(config_of(METADD.replace("{aux", f"{{share: {share}, aux"), "evaluate.seeds=1"), out)
-        images.append(recovered(out).images)
+        run_here(out, config_of(METADD.replace("{aux", f"{{share: {share}, aux"), "evaluate.seeds=1"))
+        images.append(set_of(out).images)
     assert not torch.equal(*images)
 
 
@@ -460,8 +446,7 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
     left = tmp_path / "out/tiny" / PIECES / "00001"
     left.mkdir(parents=True)
     (left / "synthetic.arrow").write_bytes(b"")
-    pipeline = Pipeline([config_of()], str(tmp_path / "out"))
-    pipeline.distill(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
+    run_here(tmp_path / "out", config_of(), stage="distill")
     assert not left.parent.exists()
 
 
@@ -481,7 +466,7 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
 def test_recipes_that_cannot_be_recovered_are_refused(setting: str, message: str, tmp_path: Path) -> None:
     """Each impossible setting is refused before anything starts, with what to do."""
     with pytest.raises(DatmError, match=message):
-        run(config_of(*setting.split()), tmp_path)
+        run_here(tmp_path, config_of(*setting.split()))
 
 
 def test_a_plan_divides_the_pieces_among_workers() -> None:
@@ -510,8 +495,8 @@ def test_two_workers_on_ray_one_of_them_killed_recover_the_same_bits(
     pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
     pipeline.distill(lambda: killing_executor(config, losses), Reporter(quiet=True))
     assert losses
-    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
-    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
+    assert torch.equal(set_of(tmp_path).soft_labels, set_of(finished).soft_labels)
 
 
 def test_a_gradient_is_compiled_where_the_run_is_long_enough() -> None:
@@ -538,11 +523,10 @@ def test_blocks_in_one_worker_share_the_compiled_gradient(
     monkeypatch.setattr(recovery, "RecoveryLoss", counted)
     monkeypatch.setattr(recovery, "COMPILED_FROM", 0)
     config = config_of("cluster.compile=true")
-    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
-    pipeline.distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path, config, stage="distill", store=finished / "experts")
     assert len(made) == 1
     assert not made[0].note
-    torch.testing.assert_close(recovered(tmp_path).images, recovered(finished).images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(set_of(tmp_path).images, set_of(finished).images, rtol=1e-3, atol=1e-3)
 
 
 def test_a_plan_here_times_only_steps_that_the_method_has() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from datm_ray.artifact import Artifact, load
+from datm_ray.artifact import Artifact
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
 from datm_ray.core.synthetic import Rows
 from datm_ray.errors import ConfigError, CorruptFileError, OvertakenError
@@ -26,7 +26,7 @@ from datm_ray.methods.trajectory.iteration import Distillation
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, SerialExecutor, Task, WorkerRank
+from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, Task, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages.distill import checkpoint
@@ -44,7 +44,7 @@ from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files import filesystem
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
-from tests.conftest import actor_processes, tiny_config
+from tests.conftest import actor_processes, run_here, set_of, tiny_config
 from tests.processes import side_by_side
 
 METADD = (
@@ -168,7 +168,7 @@ def distil(
 def trained(out: Path, *changes: str) -> RunConfig:
     """A tiny run whose experts are in the store."""
     config = tiny_config(*SET, *changes)
-    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(out, config, stage="train_experts")
     return config
 
 
@@ -186,10 +186,6 @@ def with_experts_of(reference: Path, out: Path) -> Path:
     return out
 
 
-def learned(out: Path) -> Artifact:
-    return load(str(out / "tiny" / SYNTHETIC))
-
-
 def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
     """Assert equality up to 1e-4 of the change, which 6 iterations of float32 sums in another order cause."""
     assert one.labels.tolist() == other.labels.tolist()
@@ -204,7 +200,7 @@ def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_
     """Two even shards and four uneven ones learn what one process learns, whenever they save, which they agree on."""
     out = with_experts_of(reference, tmp_path)
     distil(tiny_config(*SET, f"cluster.shards={shards}", "cluster.checkpoint_seconds=0.001"), out, shards)
-    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert_equal_but_for_rounding(set_of(out), set_of(reference))
 
 
 def test_shards_leave_out_and_average_what_one_process_does(reference: Path, tmp_path: Path) -> None:
@@ -215,13 +211,13 @@ def test_shards_leave_out_and_average_what_one_process_does(reference: Path, tmp
     distil(tiny_config(*pad), again, 1, stop_at=5)
     distil(tiny_config(*pad), again, 1)
     distil(tiny_config(*pad, "cluster.shards=2"), two, 2)
-    assert torch.equal(learned(again).images, learned(one).images)
-    assert_equal_but_for_rounding(learned(two), learned(one))
+    assert torch.equal(set_of(again).images, set_of(one).images)
+    assert_equal_but_for_rounding(set_of(two), set_of(one))
     state = state_of(one, tiny_config(*pad))
     assert state.averaged is not None
-    assert torch.equal(learned(one).images, state.averaged)
+    assert torch.equal(set_of(one).images, state.averaged)
     assert not torch.equal(state.averaged, state.synthetic.images)
-    assert not torch.equal(state.synthetic.images, learned(reference).images)
+    assert not torch.equal(state.synthetic.images, set_of(reference).images)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -240,7 +236,7 @@ def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(
     assert found == [("iteration 3 of 6", 1 - asked), ("iteration 3 of 6", 0)]
     assert parts(out / "tiny") == ["00000003-0-10.arrow", "00000003-10-20.arrow"]
     distil(tiny_config(*SET), out, 1)
-    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert_equal_but_for_rounding(set_of(out), set_of(reference))
 
 
 def test_checkpoints_go_by_seconds_too_and_change_no_bit(
@@ -256,7 +252,7 @@ def test_checkpoints_go_by_seconds_too_and_change_no_bit(
         worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
         events = list(worker.distill(config, pipeline.store_uri, str(out / "tiny")))
         seen[share] = [event.done for event in events if isinstance(event, Progress) and event.saved]
-        assert torch.equal(learned(out).images, learned(reference).images)
+        assert torch.equal(set_of(out).images, set_of(reference).images)
     assert seen == {1e9: [1, 2, 3, 4, 5, 6], 1e-9: [1, 6]}
 
 
@@ -283,8 +279,8 @@ def test_a_mesh_records_validations_by_other_workers(reference: Path, tmp_path: 
     config = tiny_config(*SET, "cluster.shards=2", "distill.validate_every=1")
     distil(config, waits, 2)
     distil_apart(config, apart, 2, at_once=3)
-    assert torch.equal(learned(apart).images, learned(waits).images)
-    assert learned(apart).provenance == learned(waits).provenance
+    assert torch.equal(set_of(apart).images, set_of(waits).images)
+    assert set_of(apart).provenance == set_of(waits).provenance
     curves = [read_curves(open_location(str(out / "tiny"))) for out in (apart, waits)]
     for name, array in curves[0].items():
         np.testing.assert_array_equal(array, curves[1][name], err_msg=name)
@@ -303,7 +299,7 @@ def test_checkpoint_is_resumed_by_any_number_of_shards(
     assert not (out / "tiny" / SYNTHETIC).exists()
     assert len(list((out / "tiny/checkpoint").glob("00000004-*"))) == before
     distil(tiny_config(*SET, f"cluster.shards={after}"), out, after)
-    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert_equal_but_for_rounding(set_of(out), set_of(reference))
     assert len(list((out / "tiny/checkpoint").iterdir())) == after
 
 
@@ -318,7 +314,7 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     out = with_experts_of(tmp_path / "one", tmp_path / "four")
     mesh = (*SET, TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
     distil(tiny_config(*mesh, shortened), out, size=4)
-    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+    assert_equal_but_for_rounding(set_of(out), set_of(tmp_path / "one"))
     states = [state_of(place, config) for place in (tmp_path / "one", out)]
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
@@ -352,7 +348,7 @@ def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_
     config = tiny_config(*SET, TWO_NETWORKS, METADD, AUGMENTED, *apart)
     assert config.workers_per_set == size
     distil(config, out, size)
-    assert_equal_but_for_rounding(learned(out), learned(with_metadd))
+    assert_equal_but_for_rounding(set_of(out), set_of(with_metadd))
     mine, theirs = (state_of(place, config).meta_history for place in (out, with_metadd))
     assert [record.iteration for record in mine] == list(range(6))
     for one, other in zip(mine, theirs, strict=True):
@@ -368,11 +364,11 @@ def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path
     resumed, without = (with_experts_of(with_metadd, tmp_path / name) for name in ("resumed", "without"))
     distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
     distil(tiny_config(*settings, METADD), resumed, size=1)
-    assert torch.equal(learned(resumed).images, learned(with_metadd).images)
+    assert torch.equal(set_of(resumed).images, set_of(with_metadd).images)
     assert len(state_of(resumed, tiny_config(*settings, METADD)).meta_history) == 6
     distil(tiny_config(*settings), without, size=1)
-    difference = learned(without).images - learned(with_metadd).images
-    assert float(difference.norm() / learned(without).images.norm()) > 1e-3
+    difference = set_of(without).images - set_of(with_metadd).images
+    assert float(difference.norm() / set_of(without).images.norm()) > 1e-3
 
 
 @pytest.mark.slow
@@ -380,7 +376,7 @@ def test_maps_of_metadd_are_those_of_a_run_that_waits(with_metadd: Path, tmp_pat
     """The worker that writes the last result writes MetaDD's maps too, with the same bits."""
     out = with_experts_of(with_metadd, tmp_path)
     distil_apart(tiny_config(*SET, TWO_NETWORKS, METADD, AUGMENTED), out, 1, at_once=3)
-    assert torch.equal(learned(out).images, learned(with_metadd).images)
+    assert torch.equal(set_of(out).images, set_of(with_metadd).images)
     mine, theirs = (
         read_tensors(open_location(str(place / "tiny/maps.arrow")), kind=MAPS_KIND) for place in (out, with_metadd)
     )
@@ -400,7 +396,7 @@ def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
     settings = (*SET, TWO_NETWORKS)
     distil(tiny_config(*settings), out, size=1, stop_at=5)
     distil(tiny_config(*settings, "cluster.backbones_apart=true"), out, size=2)
-    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+    assert_equal_but_for_rounding(set_of(out), set_of(tmp_path / "one"))
 
 
 @pytest.mark.slow
@@ -442,7 +438,7 @@ def test_a_checkpoint_that_a_shared_disk_shows_late_is_waited_for(reference: Pat
     out = with_experts_of(reference, tmp_path)
     distil(tiny_config(*SET), out, 1, stop_at=5)
     distil(tiny_config(*SET, "cluster.shards=2"), out, 2, late=(3, 60))
-    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert_equal_but_for_rounding(set_of(out), set_of(reference))
 
 
 @pytest.mark.ray
@@ -467,7 +463,7 @@ def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, re
     Pipeline([config], str(out)).distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
     assert len(losses) == 1
     assert len(list((out / "tiny/checkpoint").iterdir())) == 1  # of the worker that validated last
-    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert_equal_but_for_rounding(set_of(out), set_of(reference))
 
 
 def state_of(out: Path, config: RunConfig) -> Any:
@@ -641,8 +637,8 @@ def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_pat
     """A sharded recipe on the serial executor runs in one process, with the bits of an unsharded one."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config(*SET, "cluster.shards=2")
-    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    assert torch.equal(learned(out).images, learned(reference).images)
+    run_here(out, config, stage="distill")
+    assert torch.equal(set_of(out).images, set_of(reference).images)
 
 
 def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -> None:
@@ -653,7 +649,7 @@ def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"half")
     config = tiny_config(*SET)
-    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(out, config, stage="distill")
     assert not any(file.exists() for file in left)
 
 

@@ -26,7 +26,6 @@ from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import Schedule, Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
-from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
@@ -69,7 +68,7 @@ from datm_ray.stages.evaluate.scores import (
 from datm_ray.stages.experts import progress as expert_progress
 from datm_ray.stages.experts.progress import TrainingProgress
 from datm_ray.store.files.filesystem import Location, open_location
-from tests.conftest import stacks_of_any_work, tiny_config
+from tests.conftest import run_here, stacks_of_any_work, tiny_config
 from tests.processes import side_by_side
 from tests.tapes import Tape
 
@@ -352,8 +351,7 @@ def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorke
 
 def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     """Rows -> images, true for soft labels, the schedules, and the teacher, of networks that are not really trained."""
-    pipeline = Pipeline([config], str(tmp_path))
-    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    pipeline = run_here(tmp_path, config, stage="train_experts")
     dataset = pipeline.runs.dataset(config.dataset)
     synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))

@@ -14,10 +14,9 @@ import torch
 from datm_ray.config import expert_fingerprint
 from datm_ray.core.training.loop import predict_logits
 from datm_ray.errors import CorruptFileError, MissingExpertsError
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.pipeline.tasks import expert_stacks, expert_tasks, scoring_runs, scoring_tasks
-from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.runtime.executor import Progress
 from datm_ray.stages.experts.curriculum import KIND, curriculum_of
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import note_stacks
@@ -25,7 +24,7 @@ from datm_ray.stages.experts.train import ExpertWorker, experts_cost, read_exper
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, run_here, tiny_config
 from tests.stages.experts.test_train import content
 
 CURRICULUM = (
@@ -36,9 +35,7 @@ CURRICULUM = (
 
 def trained(out: Path, *changes: str) -> Pipeline:
     config = tiny_config(*(changes or (CURRICULUM,)))
-    pipeline = Pipeline([config], str(out))
-    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return pipeline
+    return run_here(out, config, stage="train_experts")
 
 
 def scoring_group(pipeline: Pipeline) -> ExpertGroup:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.config import RunConfig
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
@@ -25,7 +25,7 @@ from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import TRAINING
 from datm_ray.runtime.machine.devices import images_on
 from datm_ray.stages.experts import progress as expert_progress
@@ -39,7 +39,7 @@ from datm_ray.stages.experts.train import (
     stacks,
 )
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
-from tests.conftest import actor_processes, tiny_config
+from tests.conftest import actor_processes, run_here, tiny_config
 from tests.tapes import Tape
 
 RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=crop_scale")
@@ -117,9 +117,9 @@ def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("datm_ray.stages.experts.train.StackFunctions", Recorded)
     metadd = "metadd={auxiliaries: [{architecture: lenet}], experts: {epochs: 1}}"
     first, last = (tiny_config(metadd, f"cluster.channels_last={each}") for each in ("false", "true"))
-    Pipeline([first], str(tmp_path)).train_experts(lambda: SerialExecutor(first.cluster), Reporter(quiet=True))
+    run_here(tmp_path, first, stage="train_experts")
     assert asked == [False, False]  # a stack of each network
-    Pipeline([last], str(tmp_path)).train_experts(lambda: SerialExecutor(last.cluster), Reporter(quiet=True))
+    run_here(tmp_path, last, stage="train_experts")
     assert asked == [False, False]  # nothing is trained again
 
 
@@ -307,8 +307,7 @@ def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -
         "distill.start_epochs=[0, 6]",
         "name=longer",
     )
-    pipeline = Pipeline([short, longer], str(tmp_path))
-    pipeline.train_experts(lambda: SerialExecutor(short.cluster), Reporter(quiet=True))
+    run_here(tmp_path, short, longer, stage="train_experts")
     _, group, _ = worker_of(short, tmp_path)
     assert group.experts() == [0, 1]
     assert group.read_info(0).epochs == (0, 1, 2, 3, 4, 5, 6, 8)
@@ -510,7 +509,7 @@ def test_what_a_worker_left_that_died_after_storing_is_cleared_away(tmp_path: Pa
     left.mkdir(parents=True)
     for name, data in kept:
         (left / name).write_bytes(data)
-    Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path, config, stage="train_experts")
     assert not left.exists()
 
 
@@ -572,9 +571,7 @@ def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Pat
                 yield task, event
 
     Pipeline([config], str(tmp_path / "killed")).train_experts(lambda: Murderous(config.cluster), Reporter(quiet=True))
-    Pipeline([config], str(tmp_path / "whole")).train_experts(
-        lambda: SerialExecutor(ClusterConfig()), Reporter(quiet=True)
-    )
+    run_here(tmp_path / "whole", config, stage="train_experts")
     assert len(kills) == wanted
     assert lost
     groups = [worker_of(config, tmp_path / name)[1] for name in ("killed", "whole")]

@@ -13,30 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import StoreError
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.executor import Progress, SerialExecutor, WorkerRank
+from datm_ray.runtime.executor import Progress, WorkerRank
 from datm_ray.stages.distill.checkpoint import read_curves
-from datm_ray.stages.distill.task import SYNTHETIC, DistillWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.methods import trajectory
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import tiny_config
+from tests.conftest import run_here, set_of, tiny_config
 from tests.processes import side_by_side
 from tests.stages.distill.test_task import as_rank
 
 SET = ("distill.ipc=2", "distill.batch_size=7", "distill.augmentation=crop_flip", "distill.checkpoint_every=1")
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the experts of the tiny configuration."""
-    out, config = tmp_path_factory.mktemp("experts"), tiny_config()
-    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    return out / "experts"
 
 
 @pytest.fixture
@@ -78,12 +68,8 @@ def distil(config: RunConfig, out: Path, store: Path | str, stop_at: int | None 
     return done
 
 
-def learned(out: Path) -> Artifact:
-    return load(str(out / "tiny" / SYNTHETIC))
-
-
 def assert_same(one: Path, other: Path) -> None:
-    first, second = learned(one), learned(other)
+    first, second = set_of(one), set_of(other)
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.soft_labels, second.soft_labels)
     assert first.step_size == second.step_size
@@ -96,16 +82,16 @@ def ahead_threads() -> list[str]:
 
 
 def test_a_thread_changes_no_bit_also_of_skipped_iterations(
-    experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs prepared by the thread give the same set and curves, and half of the iterations are skipped."""
     monkeypatch.setattr(trajectory.TrajectoryMatching, "refuses", False)
-    distil(tiny_config(*SET), tmp_path / "all", experts)
+    distil(tiny_config(*SET), tmp_path / "all", tiny_experts)
     losses = read_curves(open_location(str(tmp_path / "all/tiny")))["history.loss"]
     config = tiny_config(*SET, f"distill.threshold={float(np.median(losses))}")
     for is_on in (False, True):
         names = in_thread(is_on)
-        distil(config, tmp_path / str(is_on), experts)
+        distil(config, tmp_path / str(is_on), tiny_experts)
         assert sum(name.startswith("ahead") for name in names) == 5 * is_on
     assert_same(tmp_path / "False", tmp_path / "True")
     assert 0 < read_curves(open_location(str(tmp_path / "True/tiny")))["history.skipped"].sum() < 6
@@ -114,20 +100,20 @@ def test_a_thread_changes_no_bit_also_of_skipped_iterations(
 
 @pytest.mark.parametrize("stop_at", [1, 2, 5])
 def test_a_run_resumes_at_any_iteration(
-    experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], stop_at: int
+    tiny_experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], stop_at: int
 ) -> None:
     """A run stopped while the next iteration is prepared ends its thread, and resumes with the same bits."""
     in_thread(False)
-    distil(tiny_config(*SET), tmp_path / "whole", experts)
+    distil(tiny_config(*SET), tmp_path / "whole", tiny_experts)
     in_thread(True)
-    assert distil(tiny_config(*SET), tmp_path / "parts", experts, stop_at)[-1] == stop_at
+    assert distil(tiny_config(*SET), tmp_path / "parts", tiny_experts, stop_at)[-1] == stop_at
     assert not ahead_threads()
-    assert distil(tiny_config(*SET), tmp_path / "parts", experts)[-1] == 6
+    assert distil(tiny_config(*SET), tmp_path / "parts", tiny_experts)[-1] == 6
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_an_error_of_the_thread_is_that_of_its_iteration(
-    experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, in_thread: Callable[[bool], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of the store ends the run at the iteration that needs the file, after the checkpoint before it."""
     in_thread(True)
@@ -141,7 +127,7 @@ def test_an_error_of_the_thread_is_that_of_its_iteration(
     monkeypatch.setattr(trajectory.TrajectoryMatching, "_match", failing)
     seen = []
     with pytest.raises(StoreError, match="the store is away"):
-        seen += distil(tiny_config(*SET), tmp_path, experts)
+        seen += distil(tiny_config(*SET), tmp_path, tiny_experts)
     assert not ahead_threads()
     assert len(read_curves(open_location(str(tmp_path / "tiny")))["history.loss"]) == 4
 
@@ -153,13 +139,13 @@ def rank_with_thread(config_file: str, out: str, worker_rank: WorkerRank, is_on:
         as_rank(config_file, out, worker_rank, None)
 
 
-def test_shards_with_threads_of_their_own_change_no_bit(experts: Path, tmp_path: Path) -> None:
+def test_shards_with_threads_of_their_own_change_no_bit(tiny_experts: Path, tmp_path: Path) -> None:
     """Two shards in processes of their own prepare the same iterations ahead, with the bits of shards without."""
     config = tiny_config(*SET, "cluster.shards=2")
     for is_on in (False, True):
         out = tmp_path / str(is_on)
         out.mkdir()
-        (out / "experts").symlink_to(experts)
+        (out / "experts").symlink_to(tiny_experts)
         (out / "config.yaml").write_text(to_yaml(config))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -171,7 +157,7 @@ def test_shards_with_threads_of_their_own_change_no_bit(experts: Path, tmp_path:
 
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_a_thread_runs_where_there_is_something_to_wait_for(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_remote: bool
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_remote: bool
 ) -> None:
     """Remote stores are read in the thread; with a local store on a CPU there is nothing to wait for."""
     made: list[bool] = []
@@ -181,10 +167,9 @@ def test_a_thread_runs_where_there_is_something_to_wait_for(
             made.append(in_thread)
             super().__init__(*arguments, in_thread=in_thread)
 
-    store = f"memory://{uuid.uuid4().hex}" if is_remote else str(experts)
+    store = f"memory://{uuid.uuid4().hex}" if is_remote else str(tiny_experts)
     config = tiny_config(*SET)
-    pipeline = Pipeline([config], str(tmp_path), store)
-    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(tmp_path, config, stage="train_experts", store=store)
     monkeypatch.setattr(trajectory, "Ahead", Recorded)
     distil(config, tmp_path, store, stop_at=1)
     assert made == [is_remote]

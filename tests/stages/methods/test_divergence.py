@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,23 @@ from datm_ray.errors import DivergenceError, StoreError, ThresholdError
 from datm_ray.methods.state import FIRST_MOVE
 from datm_ray.methods.trajectory import iteration
 from datm_ray.methods.trajectory.calibration import MOST_TRIED, Measured
-from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.executor import Note, SerialExecutor
+from datm_ray.runtime.executor import Note
 from datm_ray.stages.distill.checkpoint import read_curves
-from datm_ray.stages.distill.task import Distillation, DistillWorker
+from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.experts.train import expert_group
 from datm_ray.stages.methods import trajectory
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from datm_ray.store.trajectories import ExpertGroup
-from tests.conftest import tiny_config
+from tests.conftest import run_here, set_of, tiny_config
 
-QUIET = Reporter(quiet=True)
-
-
-def half(*_: object) -> Iterator[Any]:
-    """A validation accuracy of one half, without networks."""
-    return 0.5
-    yield
-
-
-@pytest.fixture(autouse=True)
-def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(Distillation, "_validate", half)
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the experts of the tiny configuration."""
-    out, config = tmp_path_factory.mktemp("experts"), tiny_config()
-    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
-    return out / "experts"
+pytestmark = pytest.mark.usefixtures("no_validation")
 
 
 def distil(config: RunConfig, out: Path, store: Path) -> None:
-    Pipeline([config], str(out), str(store)).distill(lambda: SerialExecutor(config.cluster), QUIET)
+    run_here(out, config, stage="distill", store=store)
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> None:
@@ -76,11 +55,11 @@ def curves_of(out: Path) -> Any:
 
 
 def test_an_overflow_costs_an_iteration_and_not_the_run(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An overflow skips its iteration; the set still changes, and checkpoint, report and JSON accept nan."""
     overflow(monkeypatch, {1})
-    distil(tiny_config(), tmp_path, experts)
+    distil(tiny_config(), tmp_path, tiny_experts)
     curves = curves_of(tmp_path)
     assert curves["history.skipped"].tolist() == [False, True, False, False, False, False]
     assert np.isfinite(curves["history.loss"]).tolist() == [True, False, True, True, True, True]
@@ -88,28 +67,28 @@ def test_an_overflow_costs_an_iteration_and_not_the_run(
     assert "1 iteration changed nothing, because a value was not finite" in page
     assert "exceeded the threshold" not in page
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert torch.isfinite(load(str(tmp_path / "tiny/synthetic.arrow")).images).all()
+    assert torch.isfinite(set_of(tmp_path).images).all()
 
 
 def test_nothing_but_overflows_ends_with_one_error_and_can_be_tried_again(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Overflows alone end the run with one error; running it again tries as many iterations, with new draws."""
     monkeypatch.setattr(iteration, "MOST_DIVERGED", 3)
     overflow(monkeypatch, range(1, 5))
     with pytest.raises(DivergenceError, match="diverged 3 times without an update up to iteration 4") as caught:
-        distil(tiny_config(), tmp_path, experts)
+        distil(tiny_config(), tmp_path, tiny_experts)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "tiny/synthetic.arrow").exists()
     assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
-    distil(tiny_config(), tmp_path, experts)
+    distil(tiny_config(), tmp_path, tiny_experts)
     assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, True, True, True, False]
 
 
-def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_path: Path) -> None:
+def test_a_step_size_that_would_turn_negative_is_never_taken(tiny_experts: Path, tmp_path: Path) -> None:
     """An absurd learning rate ends the run with the count of skipped updates and a positive step size."""
     config = tiny_config("distill.learning_rate_step_size=1e9", "distill.threshold=1e30")
-    distil(config, tmp_path, experts)
+    distil(config, tmp_path, tiny_experts)
     curves = curves_of(tmp_path)
     assert curves["history.skipped"].any()
     assert (curves["history.step_size"] > 0).all()
@@ -121,10 +100,10 @@ def groups(config: RunConfig, *stores: Path) -> list[ExpertGroup]:
     return [expert_group(str(store), config, dataset.name, dataset.fingerprint) for store in stores]
 
 
-def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) -> None:
+def test_a_trajectory_that_stands_still_is_named(tiny_experts: Path, tmp_path: Path) -> None:
     """A trajectory without movement is one line of error before the first update, which blames no learning rate."""
     config = tiny_config()
-    moving, still = groups(config, experts, tmp_path / "still")
+    moving, still = groups(config, tiny_experts, tmp_path / "still")
     for expert in range(config.experts.count):
         info = moving.read_info(expert)
         first = moving.read_snapshot(expert, 0)
@@ -136,10 +115,10 @@ def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) 
     assert not (tmp_path / "tiny/checkpoint.arrow").exists()
 
 
-def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
+def test_one_identical_pair_costs_an_iteration_and_not_the_run(tiny_experts: Path, tmp_path: Path) -> None:
     """An expert at rest for one epoch skips iterations that start there and none of the others."""
     config = tiny_config()
-    moving, resting = groups(config, experts, tmp_path / "resting")
+    moving, resting = groups(config, tiny_experts, tmp_path / "resting")
     for expert in range(config.experts.count):
         info = moving.read_info(expert)
         every = {epoch: moving.read_snapshot(expert, epoch) for epoch in info.epochs}
@@ -177,14 +156,14 @@ def notes_of(config: RunConfig, out: Path, store: Path) -> list[str]:
 
 
 def test_a_step_size_is_found_where_a_given_one_is_refused(
-    experts: Path, tmp_path: Path, measured: list[Measured]
+    tiny_experts: Path, tmp_path: Path, measured: list[Measured]
 ) -> None:
     """A step size with which every pair is above the threshold is refused before anything is written; null finds one
     below it, saves it in the first set and says its loss, which is that of the first iteration."""
     with pytest.raises(
         ThresholdError, match=r"would start with a matching loss of \d.*above distill\.threshold 1"
     ) as caught:
-        distil(tiny_config(*ONE_PAIR, "distill.initial_step_size=5.0"), tmp_path / "given", experts)
+        distil(tiny_config(*ONE_PAIR, "distill.initial_step_size=5.0"), tmp_path / "given", tiny_experts)
     assert caught.value.exit_code == 1
     assert "experts make 10 steps of 0.02 from start to target (0.2 in all)" in caught.value.cause
     assert "the student 3 steps of 5 (15 in all)" in caught.value.cause
@@ -192,7 +171,9 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     assert not (tmp_path / "given/tiny/checkpoint.arrow").exists()
     measured.clear()
     started, *_ = notes_of(
-        tiny_config(*ONE_PAIR, "distill.initial_step_size=null", "distill.iterations=1"), tmp_path / "null", experts
+        tiny_config(*ONE_PAIR, "distill.initial_step_size=null", "distill.iterations=1"),
+        tmp_path / "null",
+        tiny_experts,
     )
     best = min(measured, key=lambda each: each.loss)
     initial = load(str(tmp_path / "null/tiny/initial.arrow"))
@@ -209,12 +190,12 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
 
 
 def test_a_given_step_size_that_sometimes_works_is_kept(
-    experts: Path, tmp_path: Path, measured: list[Measured], monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, measured: list[Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A given step size that exceeds the threshold for some pairs only is kept, with a note."""
     config = tiny_config("distill.threshold=1.0", "distill.initial_step_size=0.03")
     backwards(monkeypatch, {0, 2})
-    (note, *_) = notes_of(config, tmp_path, experts)
+    (note, *_) = notes_of(config, tmp_path, tiny_experts)
     assert len(measured) == 1
     assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1, and such iterations")
     assert "the student 3 steps of 0.03 (0.09 in all)" in note
@@ -233,7 +214,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> No
 
 
 def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A set that every step size leads away from its target is refused, and the error says so."""
     backwards(monkeypatch, range(9))
@@ -243,17 +224,17 @@ def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
             ThresholdError,
             match=r"a matching loss of 1\.\d+, above.*No step size from \d\S+ to 0\.\d+ is enough: lower distill",
         ):
-            distil(config, tmp_path / step_size, experts)
+            distil(config, tmp_path / step_size, tiny_experts)
 
 
 def test_a_set_without_a_best_step_size_starts_with_one_that_moves_the_student(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Measured]
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[Measured]
 ) -> None:
     """A loss that rises from 1 on has no least value: a line says so, and the student starts with a step size whose
     loss is as far above 1 as the threshold allows. The images' learning rate is found at this step size."""
     backwards(monkeypatch, range(9))
     config = tiny_config("distill.threshold=1.2", "distill.initial_step_size=null", "distill.learning_rate_images=null")
-    first, second, *_ = notes_of(override(config, ["distill.iterations=1"]), tmp_path / "found", experts)
+    first, second, *_ = notes_of(override(config, ["distill.iterations=1"]), tmp_path / "found", tiny_experts)
     least, step_size = min(each.loss for each in measured), load(str(tmp_path / "found/tiny/initial.arrow")).step_size
     (start,) = (each.loss for each in measured if each.step_size == pytest.approx(step_size))
     assert 1 <= least < 1.01 < start <= 1.1
@@ -261,11 +242,11 @@ def test_a_set_without_a_best_step_size_starts_with_one_that_moves_the_student(
     assert f"the least matching loss is {least:.4g} (1: no movement). The set starts with step size" in first
     assert f"{step_size:.3g}, at which the student moves, and a loss of {start:.3g}" in first
     given = override(config, [f"distill.initial_step_size={step_size}", "distill.iterations=1"])
-    assert second == notes_of(given, tmp_path / "given", experts)[0]
+    assert second == notes_of(given, tmp_path / "given", tiny_experts)[0]
 
 
 def test_pairs_at_rest_are_no_losses_below_the_threshold(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pairs at rest do not let a set start whose other losses are all above the threshold; only such pairs end it."""
     match_of = TrajectoryMatching._match
@@ -281,11 +262,11 @@ def test_pairs_at_rest_are_no_losses_below_the_threshold(
         monkeypatch.setattr(TrajectoryMatching, "_match", at_rest)
         config = tiny_config("distill.threshold=1.0", "distill.initial_step_size=0.03")
         with pytest.raises(ThresholdError, match=says):
-            distil(config, tmp_path / name, experts)
+            distil(config, tmp_path / name, tiny_experts)
 
 
 def test_advice_names_a_found_step_size_where_the_recipe_finds_it_already(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With initial_step_size null, error and warning name the number that the present set needs, not null."""
     monkeypatch.setattr(iteration, "MOST_ABOVE", 2)
@@ -293,14 +274,14 @@ def test_advice_names_a_found_step_size_where_the_recipe_finds_it_already(
     number = r"try distill\.initial_step_size=0\.\d+, found for the present set \(loss 0\.\d+\)"
     config = tiny_config(*ONE_PAIR, "distill.initial_step_size=null")
     with pytest.raises(ThresholdError, match=f"(?i){number}"):
-        distil(config, tmp_path / "stuck", experts)
+        distil(config, tmp_path / "stuck", tiny_experts)
     monkeypatch.setattr(TrajectoryMatching, "refuses", False)
-    *_, warning = notes_of(config, tmp_path / "through", experts)
+    *_, warning = notes_of(config, tmp_path / "through", tiny_experts)
     assert re.search(rf"\d of 6 matching losses exceeded.*(?i:{number}), or lower the start epochs", warning)
 
 
 def test_losses_above_the_threshold_in_a_row_stop_the_run(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Skipped iterations in a row end the run with numbers and exit code 1, and keep the set. The same command tries as
     many again, and measures nothing anew."""
@@ -315,14 +296,14 @@ def test_losses_above_the_threshold_in_a_row_stop_the_run(
     with pytest.raises(
         ThresholdError, match="2 iterations in a row changed nothing, the last with a matching loss of 1"
     ) as caught:
-        distil(config, tmp_path, experts)
+        distil(config, tmp_path, tiny_experts)
     assert "from start to target (0.2 in all), the student 3 steps of 0.03" in caught.value.cause
     assert "another --out or --set name=" in caught.value.remedy
     assert caught.value.exit_code == 1
     assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True]
     assert not (tmp_path / "tiny/synthetic.arrow").exists()
     assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
-    distil(config, tmp_path, experts)
+    distil(config, tmp_path, tiny_experts)
     assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True, True, False]
     assert calibrated == [1]
 
@@ -335,17 +316,17 @@ def test_every_backbone_has_a_step_size_of_its_own(tmp_path: Path, measured: lis
         "experts.count=1",
         "distill.iterations=1",
     )
-    Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
+    run_here(tmp_path, config, stage="train_experts")
     note = notes_of(config, tmp_path, tmp_path / "experts")[0]
     first, second = load(str(tmp_path / "tiny/initial.arrow")).step_sizes
     assert first != second
     assert note.startswith(f"initial step size {first:.3g} and {second:.3g} found: ")
 
 
-def test_an_open_learning_rate_moves_pixels_by_its_share(experts: Path, tmp_path: Path) -> None:
+def test_an_open_learning_rate_moves_pixels_by_its_share(tiny_experts: Path, tmp_path: Path) -> None:
     """With learning_rate_images null the first update moves pixels by about 5 %. The checkpoint keeps the rate."""
     open_rate = ("distill.threshold=100", "distill.learning_rate_images=null", "distill.gradient_limit=null")
-    notes = notes_of(tiny_config(*open_rate, "distill.iterations=1"), tmp_path, experts)
+    notes = notes_of(tiny_config(*open_rate, "distill.iterations=1"), tmp_path, tiny_experts)
     initial, final = (load(str(tmp_path / f"tiny/{name}.arrow")).images for name in ("initial", "synthetic"))
     assert any("the first update moves pixels by 5% of their root mean square" in note for note in notes)
     assert 0.5 * FIRST_MOVE < float((final - initial).norm() / initial.norm()) < 2 * FIRST_MOVE
@@ -354,7 +335,7 @@ def test_an_open_learning_rate_moves_pixels_by_its_share(experts: Path, tmp_path
 
 
 def test_an_open_learning_rate_is_found_without_losses_above_the_threshold(
-    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pair that nearly diverges, whose iterations are skipped, does not shrink the learning rate that is found."""
     rates, match_of = [], TrajectoryMatching._match
@@ -367,7 +348,7 @@ def test_an_open_learning_rate_is_found_without_losses_above_the_threshold(
     monkeypatch.setattr(TrajectoryMatching, "_match", nearer)
     for far in (False, True):
         settings = ("distill.threshold=2", "distill.initial_step_size=0.02", "distill.learning_rate_images=null")
-        notes = notes_of(tiny_config(*settings, "distill.iterations=1"), tmp_path / str(far), experts)
+        notes = notes_of(tiny_config(*settings, "distill.iterations=1"), tmp_path / str(far), tiny_experts)
         assert any("1 of 4 matching losses at the start exceed" in note for note in notes) == far
         place = open_location(str(tmp_path / f"{far}/tiny/checkpoint.arrow"))
         rates.append(float(read_tensors(place, kind="checkpoint").arrays["found.image_rate"]))

@@ -38,7 +38,7 @@ from datm_ray.stages.methods.distribution import SLOW_READING
 from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import CommandLine, load_config_text, tiny_config
+from tests.conftest import CommandLine, load_config_text, set_of, tiny_config
 from tests.stages.distill.test_task import METADD, assert_equal_but_for_rounding, distil
 from tests.test_pipeline import photos
 
@@ -66,10 +66,6 @@ def run(config: RunConfig, out: Path) -> tuple[Pipeline, list[str]]:
     return pipeline, shown.lines
 
 
-def learned(out: Path) -> Artifact:
-    return load(str(out / "tiny/synthetic.arrow"))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished run of DM, and what it has shown."""
@@ -82,7 +78,7 @@ def test_dm_trains_no_experts_and_is_scored_against_hard_labels(finished: tuple[
     out, shown = finished
     assert "Experts: none, method dm needs no trained networks" in shown
     assert not (out / "experts").exists()
-    first, last = load(str(out / "tiny/initial.arrow")), learned(out)
+    first, last = load(str(out / "tiny/initial.arrow")), set_of(out)
     assert float((first.images - last.images).norm() / first.images.norm()) > 0.001
     assert torch.equal(first.soft_labels, last.soft_labels)
     assert torch.equal(last.soft_labels, hard_logits(last.labels, 10))
@@ -130,7 +126,7 @@ def test_dm_that_is_resumed_has_the_same_bits(stop_at: int, finished: tuple[Path
             break
     assert not (tmp_path / "tiny/synthetic.arrow").exists()
     list(worker.distill(*arguments))
-    assert torch.equal(learned(tmp_path).images, learned(finished[0]).images)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished[0]).images)
 
 
 @pytest.mark.slow
@@ -140,7 +136,7 @@ def test_dm_in_shards_learns_what_one_process_learns(
 ) -> None:
     """Shards of the classes in processes of their own learn what one process learns."""
     distil(tiny_config(*DM, f"cluster.shards={shards}"), tmp_path, shards)
-    assert_equal_but_for_rounding(learned(tmp_path), learned(finished[0]))
+    assert_equal_but_for_rounding(set_of(tmp_path), set_of(finished[0]))
 
 
 @pytest.mark.exhaustive
@@ -155,7 +151,7 @@ def test_dm_on_ray_has_the_bits_of_one_process(
     config = tiny_config(*DM, *SCORED)
     pipeline = Pipeline([config], str(tmp_path))
     pipeline.run_all(lambda: RayExecutor(config.cluster), Reporter(quiet=True))
-    assert torch.equal(learned(tmp_path).images, learned(finished[0]).images)
+    assert torch.equal(set_of(tmp_path).images, set_of(finished[0]).images)
     (mine,), (theirs,) = (summaries(Pipeline([config], str(out)).out, [config]) for out in (tmp_path, finished[0]))
     assert [each.accuracies for each in mine.scores] == [each.accuracies for each in theirs.scores]
 
@@ -166,8 +162,8 @@ def test_metadd_works_in_dm(finished: tuple[Path, list[str]], tmp_path: Path) ->
     pipeline, _ = run(tiny_config(*DM, METADD), tmp_path)
     assert len(pipeline.runs.networks()) == 3
     assert (tmp_path / "tiny/maps.arrow").exists()
-    difference = learned(tmp_path).images - learned(finished[0]).images
-    assert float(difference.norm() / learned(tmp_path).images.norm()) > 1e-5
+    difference = set_of(tmp_path).images - set_of(finished[0]).images
+    assert float(difference.norm() / set_of(tmp_path).images.norm()) > 1e-5
     assert "random real images, soft labels" in pipeline.table()  # the first network's experts label them
 
 
@@ -186,7 +182,7 @@ def test_metadd_in_dm_is_the_same_on_any_workers(tmp_path: Path) -> None:
         config = tiny_config(*settings, *changes)
         shutil.copytree(tmp_path / "experts", tmp_path / name)
         distil(config, tmp_path / name, config.workers_per_set)
-        found[name] = learned(tmp_path / name)
+        found[name] = set_of(tmp_path / name)
     assert_equal_but_for_rounding(found["shards"], found["one"])
     assert_equal_but_for_rounding(found["apart"], found["one"])
     assert not torch.allclose(found["raw"].images, found["one"].images, rtol=1e-5)
@@ -199,7 +195,7 @@ def test_dm_of_several_networks_may_be_apart(tmp_path: Path) -> None:
     for name, size, more in (("one", 1, ()), ("apart", 2, ("cluster.backbones_apart=true",))):
         (tmp_path / name).mkdir()
         distil(tiny_config(*changes, *more), tmp_path / name, size)
-    assert_equal_but_for_rounding(learned(tmp_path / "apart"), learned(tmp_path / "one"))
+    assert_equal_but_for_rounding(set_of(tmp_path / "apart"), set_of(tmp_path / "one"))
 
 
 def test_the_learning_rate_of_images_may_be_found(tmp_path: Path) -> None:
@@ -209,7 +205,7 @@ def test_the_learning_rate_of_images_may_be_found(tmp_path: Path) -> None:
         config, str(tmp_path / "experts"), str(tmp_path / "tiny")
     ))  # fmt: skip
     first = load(str(tmp_path / "tiny/initial.arrow")).images
-    assert float((learned(tmp_path).images - first).norm() / first.norm()) == pytest.approx(0.05, rel=1e-3)
+    assert float((set_of(tmp_path).images - first).norm() / first.norm()) == pytest.approx(0.05, rel=1e-3)
 
 
 def module_of_the_page() -> str:
@@ -255,7 +251,7 @@ def distilled_here(out: Path, *changes: str) -> Artifact:
     pipeline = Pipeline([config], str(out))
     worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     list(worker.distill(config, pipeline.store_uri, str(out / "tiny")))
-    return learned(out)
+    return set_of(out)
 
 
 @pytest.fixture

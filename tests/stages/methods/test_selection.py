@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from datm_ray.artifact import Artifact, load
+from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.core.networks.registry import embedding
 from datm_ray.core.training.loop import predict_logits
@@ -32,7 +32,7 @@ from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.registry import METHODS, iterations_of
 from datm_ray.stages.methods.selection import MOST_PIECES, Selection
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import tiny_config
+from tests.conftest import run_here, set_of, tiny_config
 
 SELECT = (
     "method=select",
@@ -56,20 +56,14 @@ def config_of(*settings: str) -> RunConfig:
 
 def distil(config: RunConfig, out: Path, store: Path) -> Pipeline:
     """Choose the set by experts that are in the store."""
-    pipeline = Pipeline([config], str(out), str(store / "experts"))
-    pipeline.distill(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
-    return pipeline
-
-
-def chosen(out: Path) -> Artifact:
-    return load(str(out / "tiny/synthetic.arrow"))
+    return run_here(out, config, stage="distill", store=store / "experts")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a finished run by rded."""
     out, config = tmp_path_factory.mktemp("select"), config_of()
-    Pipeline([config], str(out)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    run_here(out, config)
     return out
 
 
@@ -143,7 +137,7 @@ def test_whole_images_are_those_of_a_plain_choice(name: str, finished: Path, tmp
     """Scores in batches, over several classes, keep the images that scoring them one by one keeps."""
     score, sign, settings = SCORES[name]
     pipeline = distil(config_of(f"select.by={name.split(',')[0]}", *settings), tmp_path, finished)
-    plain, artifact = Plain(pipeline), chosen(tmp_path)
+    plain, artifact = Plain(pipeline), set_of(tmp_path)
     assert artifact.labels.tolist() == [label for label in range(10) for _ in range(IPC)]
     for label in (0, 7):
         rows = plain.rows(label)
@@ -156,7 +150,7 @@ def test_whole_images_are_those_of_a_plain_choice(name: str, finished: Path, tmp
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_crops_are_those_of_a_plain_choice(tiles: int, finished: Path, tmp_path: Path) -> None:
     """Rded keeps the crops that cropping and scoring one after the other keeps, at most one of an image."""
-    plain, artifact = Plain(distil(config_of(f"select.tiles={tiles}"), tmp_path, finished)), chosen(tmp_path)
+    plain, artifact = Plain(distil(config_of(f"select.tiles={tiles}"), tmp_path, finished)), set_of(tmp_path)
     network, wanted = plain.network(0), IPC * tiles**2
     for label in (0, 7):
         boxes, best = draw_boxes(20, 3, 0.08, plain.config.seed, label), []
@@ -173,7 +167,7 @@ def test_crops_are_those_of_a_plain_choice(tiles: int, finished: Path, tmp_path:
 
 def test_a_run_leaves_a_labelled_set_and_a_report_without_iterations(finished: Path) -> None:
     """The set has the teacher's labels and the recipe's step size; page and table need no course."""
-    pipeline, artifact = Pipeline([config_of()], str(finished)), chosen(finished)
+    pipeline, artifact = Pipeline([config_of()], str(finished)), set_of(finished)
     assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
     logits = predict_logits(Plain(pipeline).experts.restored(0), artifact.images)
     torch.testing.assert_close(artifact.soft_labels, logits, rtol=1e-5, atol=1e-5)
@@ -207,8 +201,8 @@ def test_pieces_in_any_order_and_of_any_size_have_the_same_bits(
         del broken
         assert isinstance(list(worker.make_piece(*arguments))[-1], Finished)
     list(worker.join_pieces(config, pipeline.store_uri, str(folder)))
-    assert torch.equal(chosen(tmp_path).images, chosen(finished).images)
-    assert sorted(set(chosen(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
+    assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
+    assert sorted(set(set_of(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
 
 
 def test_any_network_is_a_teacher(tmp_path: Path) -> None:
@@ -220,7 +214,7 @@ def test_any_network_is_a_teacher(tmp_path: Path) -> None:
     pipeline.train_experts(start, Reporter(quiet=True))
     pipeline.distill(start, Reporter(quiet=True))
     images = pipeline.runs.dataset(config.dataset).train_images
-    assert all((images == each).all(axis=(1, 2, 3)).any() for each in chosen(tmp_path).images.numpy())
+    assert all((images == each).all(axis=(1, 2, 3)).any() for each in set_of(tmp_path).images.numpy())
 
 
 @pytest.mark.parametrize(
