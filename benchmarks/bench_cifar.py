@@ -11,7 +11,6 @@ validation images. The folder of runs is kept; running the command again resumes
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 
 from bench_fidelity import ERRORS, MEASURED
 from cifar_part import DESCRIPTION, SOURCE, dataset_override
-from facts import common_facts, counted, going, head, result_path, save
+from facts import going, head, parsed, present
 from fidelity_tables import cost_table, crossover_table, measured, progress_table
-from program import options, resolved, run, settled, start
+from program import facts_of, in_turns, options, resolved, run, settled, start
 
 from datm_ray.config import RunConfig, override
 from datm_ray.pipeline import Pipeline
@@ -135,7 +134,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
     parser = options(__doc__, "runs/cifar", seeds=3)
     parser.add_argument("--ipc", type=int, nargs="+", choices=list(SCALES), default=list(SCALES))
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the Parquet files")
-    return settled(parser, parser.parse_args(words))
+    return settled(parser, parsed(parser, words))
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
@@ -143,22 +142,14 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     arguments = asked(words)
     dataset = dataset_override(arguments.cifar, arguments.runs, arguments.quick)
     runs = runs_of(arguments.ipc, arguments.distillations, arguments.seeds, dataset, arguments.quick)
-    # Rows take turns, one distillation each, so that an interrupted benchmark still compares rows.
-    ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
-        pipeline = run(ordered, Pipeline, arguments.runs, arguments.executor)
+        pipeline = run(in_turns(runs), Pipeline, arguments.runs, arguments.executor)
     runs = resolved(runs, pipeline)
     found = measured(pipeline.out, runs, {}, arguments.ipc[0], {})
-    facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
-        **counted(arguments.distillations, arguments.seeds),
-    }
-    lines = page(facts, found, arguments)
-    print("\n".join(lines))
-    if arguments.out:
-        part = "" if arguments.ipc == list(SCALES) else "-ipc" + "-".join(map(str, arguments.ipc))
-        name = f"cifar10-part{part}{'-quick' if arguments.quick else ''}"
-        save(result_path(arguments.out, name), lines, {**facts, **found})
+    facts = facts_of(__file__, words, arguments)
+    part = "" if arguments.ipc == list(SCALES) else "-ipc" + "-".join(map(str, arguments.ipc))
+    name = f"cifar10-part{part}{'-quick' if arguments.quick else ''}"
+    present(arguments.out, name, page(facts, found, arguments), {**facts, **found})
     return found
 
 

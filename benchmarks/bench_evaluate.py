@@ -9,20 +9,18 @@ machine does hits all of them alike. A method's first epochs, with compilation, 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.compiler.config
-from facts import common_facts, head, result_path, save
-from program import RESULTS, positive, start
+from facts import RESULTS, common_facts, head, present, sizes_and_places
+from program import positive, start
 from published_experts import epoch_seconds, evaluation_epochs
 from tables import spread, table
 from torch import Tensor
@@ -163,11 +161,9 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
 
 def main() -> None:
     """Measure all shapes; print and save the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--turns", type=positive, default=7)
     parser.add_argument("--shape", default="", help="text in the names of the shapes to measure; all without it")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick or --shape")
     arguments = parser.parse_args()
     torch.compiler.config.force_disable_caches = True  # else an earlier run's files would shorten compilation
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,10 +174,8 @@ def main() -> None:
         print("\n".join(" | ".join(cells(row)) for row in rows if row["shape"] == shape.name), flush=True)
     columns = ["shape", "threads", "method", "ms", "ratio", "networks an hour", "first, s", "cold ratio"]
     lines = [*head("Training for evaluation", facts), HEADER, *table(columns, [cells(row) for row in rows])]
-    print("\n".join(lines))
     out = arguments.out or (None if arguments.quick or arguments.shape else RESULTS)
-    if out:
-        save(result_path(out, "evaluate", device), lines, {**facts, "rows": rows})
+    present(out, "evaluate", lines, {**facts, "rows": rows}, device)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ the machine does hits all of them alike. A method's first epoch, with compilatio
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, result_path, save, sizes_and_places
 from published_experts import Epochs, epoch_seconds, loader_epochs
 from tables import spread
 from torch import Tensor
@@ -166,11 +164,9 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
 
 def main() -> None:
     """Measure all shapes; print and save the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = common_facts(__file__, sys.argv[1:], device)
     columns = "shape | threads | method | seconds | ratio | experts an hour | first epoch, s"
@@ -183,9 +179,8 @@ def main() -> None:
             results.append(row)
             lines.append(table_line(row))
             print(lines[-1], flush=True)
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, "experts", device), lines, {**facts, "rows": results})
+    if arguments.out:
+        save(result_path(arguments.out, "experts", device), lines, {**facts, "rows": results})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ showed that all real data needs 150 epochs. The folder of runs is kept; running 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from facts import common_facts, counted, going, head, result_path, save
+from facts import going, head, parsed, result_path, save
 from fidelity_tables import ablation_table, cost_table, crossover_table, measured, range_table, unlimited_table
 from fidelity_variants import (
     FULL,
@@ -38,7 +37,7 @@ from fidelity_variants import (
     estimate,
     unlimited_runs,
 )
-from program import options, run, settled, start
+from program import facts_of, options, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.monitor.provenance import provenance
@@ -73,7 +72,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
     parser = options(__doc__, "runs/fidelity", seeds=5)
     parser.add_argument("--part", choices=["crossover", "ablation", "limit", "all"], default="all")
     parser.add_argument("--estimate", action="store_true", help="say how long it will take, and do nothing")
-    arguments = parser.parse_args(words)
+    arguments = parsed(parser, words)
     return arguments if arguments.estimate else settled(parser, arguments)
 
 
@@ -121,10 +120,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         if tesla:
             run(tesla, TeslaScoring, arguments.runs, arguments.executor)
     found = measured(pipeline.out, runs.crossover, runs.ablation, sizes.ablation_ipc, runs.unlimited)
-    facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
-        **counted(arguments.distillations, arguments.seeds),
-    }
+    facts = facts_of(__file__, words, arguments)
     lines = page(facts, found, arguments)
     print("\n".join(lines))
     if arguments.out:

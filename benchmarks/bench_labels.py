@@ -8,7 +8,6 @@ The teacher is left out: logits are random, and ready before the clock starts.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, present, sizes_and_places
 from numpy.typing import NDArray
-from program import RESULTS, positive
+from program import positive
 from tables import spread, table
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -210,11 +209,9 @@ def cells(way: Way, count: int) -> list[str]:
 
 def main() -> None:
     """Measure all ways in turns; print and save them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--turns", type=positive, help="turns of all ways; 5, with --quick 2")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     sizes = Sizes(200, 20, 16, 2, 50) if arguments.quick else Sizes(2000, 200, 64, 5, 128)
     turns, labels = arguments.turns or (2 if arguments.quick else 5), Labels(sizes)
     facts = {
@@ -233,11 +230,8 @@ def main() -> None:
         shutil.rmtree(folder)
     rows = [cells(way, sizes.labels) for way in measured]
     lines = [*head("Labels", facts), HEADER, "", *table(COLUMNS, rows)]
-    print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else RESULTS)
-    if out:
-        kept = [{"way": way.name, "bytes": way.bytes, "seconds": way.seconds} for way in measured]
-        save(result_path(out, "labels"), lines, {**facts, "rows": kept})
+    kept = [{"way": way.name, "bytes": way.bytes, "seconds": way.seconds} for way in measured]
+    present(arguments.out, "labels", lines, {**facts, "rows": kept})
 
 
 if __name__ == "__main__":

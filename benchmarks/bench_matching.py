@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from facts import common_facts, head, result_path, save, status
+from facts import common_facts, head, parsed, result_path, save, sizes_and_places, status
 from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
 from tables import spread
 from torch import Tensor
@@ -369,21 +369,18 @@ def heading(facts: dict[str, str], device: str) -> list[str]:
 
 def main() -> None:
     """Run all rows; print and save the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     parser.add_argument("--only", type=int, help="measure this row of the table anew, counted from 0; keep the others")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.child:
         child(arguments.child)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {**common_facts(__file__, sys.argv[1:], device), "threads": str(arguments.threads)}
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    path = result_path(out, "matching", device) if out else None
+    path = result_path(arguments.out, "matching", device) if arguments.out else None
     kept: list[list[dict[str, Any]]] = []
     if arguments.only is not None and not (path and path.with_suffix(".json").exists()):
         parser.error("--only measures one row of a result that is there already, of this month and machine")

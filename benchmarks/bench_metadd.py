@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar_part import DESCRIPTION, SOURCE, dataset_override
-from facts import common_facts, counted, going, head, result_path, save
+from facts import common_facts, counted, going, head, parsed, present
 from metadd_compare import by_architecture, compared, experts_costs, spent_table, variant_table
 from metadd_cost import TITLE, cost_rows, cost_table
-from program import options, resolved, run, settled, start
+from program import in_turns, options, resolved, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline
@@ -271,7 +271,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", help="another one for digits, by datm, mtt, dm or sre2l")
     parser.add_argument("--variants", nargs="*", help="only these, and `without`")
     parser.add_argument("--no-cost", action="store_true", help="leave out the table of memory and time")
-    arguments = parser.parse_args(words)
+    arguments = parsed(parser, words)
     if arguments.recipe and arguments.data != "digits":
         parser.error("--recipe is for digits")
     arguments.setting = setting_of(parser, arguments)
@@ -310,10 +310,8 @@ def main(words: list[str] | None = None) -> None:
     runs = {each.name: runs_of(each, setting, arguments.distillations, base) for each in chosen}
     costs = [] if arguments.no_cost or setting.host != DIGITS.host else cost_rows(quick)  # of an iteration of DATM
     print("\n".join(cost_table(costs)) if costs else "No cost measured", flush=True)
-    # All variants of a seed precede the next seed, so that an interrupted benchmark still compares variants.
-    ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
-        pipeline = run(ordered, Scoring, arguments.runs, arguments.executor)
+        pipeline = run(in_turns(runs), Scoring, arguments.runs, arguments.executor)
     runs = resolved(runs, pipeline)
     rows = compared(pipeline, runs, len(setting.seen))
     found = {"rows": rows, "experts": experts_costs(pipeline, runs), "cost": costs}
@@ -324,12 +322,9 @@ def main(words: list[str] | None = None) -> None:
         **counted(arguments.distillations, seeds),
         "weights": "variance {:g}, invariance {:g}, position {:g}".format(*setting.weights),
     }
-    lines = page(facts, found, setting, arguments)
-    print("\n".join(lines))
-    if arguments.out:
-        part = "".join(f"-{each.name}" for each in chosen[1:]) if arguments.variants else ""
-        name = f"metadd-{setting.recipe}{part}{'-quick' if quick else ''}"
-        save(result_path(arguments.out, name), lines, {**facts, **found})
+    part = "".join(f"-{each.name}" for each in chosen[1:]) if arguments.variants else ""
+    name = f"metadd-{setting.recipe}{part}{'-quick' if quick else ''}"
+    present(arguments.out, name, page(facts, found, setting, arguments), {**facts, **found})
 
 
 def page(facts: dict[str, str], found: dict[str, Any], setting: Setting, arguments: argparse.Namespace) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any
 
 from bench_cifar import BASE, SCALES
 from cifar_part import DESCRIPTION, SOURCE, dataset_override
-from facts import common_facts, counted, going, head, result_path, save
-from program import options, run, settled, start
+from facts import going, head, parsed, present
+from program import facts_of, in_turns, options, run, settled, start
 from tables import table
 
 from datm_ray.artifact import load
@@ -198,28 +197,22 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--kept", type=share_of_epochs, nargs="*", default=[], help="shares of epochs whose labels are kept"
     )
-    arguments = settled(parser, parser.parse_args(words))
+    arguments = settled(parser, parsed(parser, words))
     dataset = dataset_override(arguments.cifar, arguments.runs, arguments.quick)
     found: dict[str, Row] = {}
     with going(arguments.runs):
         for share in (1.0, *arguments.kept):
             groups = runs_of(arguments, dataset, share)
-            ordered = [config for seed in zip(*groups.values(), strict=True) for config in seed]
-            pipeline = run(ordered, Scored, arguments.runs, arguments.executor)
+            pipeline = run(in_turns(groups), Scored, arguments.runs, arguments.executor)
             resolved = {config.name: config for config in pipeline.configs}
             for name, configs in groups.items():
                 add(found, name, pipeline, [resolved[config.name] for config in configs])
-    facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
-        **counted(arguments.distillations, arguments.seeds),
-    }
+    facts = facts_of(__file__, words, arguments)
     lines = head("Ways to make a set, on a part of CIFAR-10", facts)
     lines += ["Tiny sizes, of no meaning (--quick).", ""] if arguments.quick else []
     lines += page(found, arguments)
-    print("\n".join(lines))
     measured = {name: asdict(row) for name, row in found.items()}
-    if arguments.out:
-        save(result_path(arguments.out, f"methods{'-quick' if arguments.quick else ''}"), lines, {**facts, **measured})
+    present(arguments.out, f"methods{'-quick' if arguments.quick else ''}", lines, {**facts, **measured})
     return measured
 
 

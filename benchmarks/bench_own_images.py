@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from cifar_part import FILES as CIFAR
-from facts import common_facts, going, head, result_path, save, write_whole
+from facts import common_facts, going, head, parsed, present, write_whole
 from PIL import Image
 from program import options, settled, start
 from tables import table
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="time of each run")
     parser.add_argument("--ipc", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    arguments = settled(parser, parser.parse_args())
+    arguments = settled(parser, parsed(parser))
     results = []
     with going(arguments.runs):
         for seed in range(arguments.seeds):
@@ -195,9 +195,7 @@ def main() -> None:
                 results += [run_case(name, ipc, seed, arguments) for ipc in arguments.ipc]
     facts = common_facts(__file__, sys.argv[1:], runs=arguments.runs)
     lines = [*head("Images of one's own: init and run", facts), *table(HEAD, list(rows_of(results)))]
-    print("\n".join(lines))
-    if arguments.out is not None:
-        save(result_path(arguments.out, "own-images"), lines, {"facts": facts, "results": results})
+    present(arguments.out, "own-images", lines, {"facts": facts, "results": results})
 
 
 if __name__ == "__main__":

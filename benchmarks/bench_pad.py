@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_cifar import BASE, SCALES
 from cifar_part import DESCRIPTION, SOURCE, dataset_override
-from facts import common_facts, counted, going, head, result_path, save
-from program import options, resolved, run, settled, start
+from facts import going, head, parsed, present
+from program import facts_of, in_turns, options, resolved, run, settled, start
 from scipy.stats import ttest_1samp
 from tables import table
 
@@ -140,22 +139,17 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the Parquet files")
     parser.add_argument("--variants", type=int, nargs="*", help="numbers of the rows to measure, from 1")
     parser.add_argument("--set", action="append", default=[], help="changes to all runs, as datm-ray takes them")
-    arguments = parser.parse_args(words)
+    arguments = parsed(parser, words)
     if arguments.data != "digits":
         arguments.default_runs = Path(f"runs/pad-{arguments.data}")
     arguments = settled(parser, arguments)
     is_cifar = arguments.data == "cifar10"
     dataset = dataset_override(arguments.cifar, arguments.runs, arguments.quick) if is_cifar else ""
     runs = runs_of(arguments, dataset)
-    # All variants of a seed precede the next seed, so that an interrupted benchmark still compares variants.
-    ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
-        pipeline = run(ordered, Scored, arguments.runs, arguments.executor)
+        pipeline = run(in_turns(runs), Scored, arguments.runs, arguments.executor)
     found = compared(pipeline, resolved(runs, pipeline))
-    facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
-        **counted(arguments.distillations, arguments.seeds),
-    }
+    facts = facts_of(__file__, words, arguments)
     lines = head(f"PAD's parts, {arguments.data}, 1 image per class", facts)
     lines += ["Tiny sizes, of no meaning (--quick).", ""] if arguments.quick else []
     lines.append(
@@ -168,9 +162,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     )
     titles = ["variant", "accuracy, %", "difference", "p", "CPU s"]
     lines += table(titles, [row(name, each) for name, each in found.items()])
-    print("\n".join(lines))
-    if arguments.out:
-        save(result_path(arguments.out, f"pad-{arguments.data}"), lines, {**facts, **found})
+    present(arguments.out, f"pad-{arguments.data}", lines, {**facts, **found})
     return found
 
 

@@ -8,7 +8,6 @@ Neither time nor memory depends on what the images show. `--quick` takes the sma
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, present, sizes_and_places
 from PIL import Image
 
 CASES: dict[str, tuple[str, int, dict[str, object]]] = {
@@ -113,21 +112,16 @@ def rows(name: str, found: dict[str, dict[str, float]]) -> list[str]:
 
 def main() -> None:
     """Compare all cases; print and save the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest case; written nowhere without --out")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--runs", type=Path, help="folder of the runs; a temporary one")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     runs = arguments.runs or Path(tempfile.mkdtemp(prefix="bench-plan-"))
     names = list(CASES)[: 1 if arguments.quick else None]
     found = {name: compared(name, runs / str(n), measure=not arguments.quick) for n, name in enumerate(names)}
     facts = common_facts(__file__, sys.argv[1:])
     lines = [*head("Plan against short runs", facts), HEADER, "", COLUMNS, "|" + " --- |" * (COLUMNS.count("|") - 1)]
     lines += [line for name, each in found.items() for line in rows(name, each)]
-    print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, f"plan{'-quick' if arguments.quick else ''}"), lines, {**facts, **found})
+    present(arguments.out, f"plan{'-quick' if arguments.quick else ''}", lines, {**facts, **found})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ convolutions, which is measured beside it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
@@ -19,12 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_matching import Method, Ours, Shape
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, present, sizes_and_places
 from published_matching import Gradient, Problem, make_problem, unrolling
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
@@ -214,13 +212,11 @@ def _plainly(networks: Sequence[nn.Module], images: Tensor, labels: Tensor) -> T
 
 def main() -> None:
     """Compute all problems; print and save the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--problems", type=int, default=24)
     parser.add_argument("--experts", action="store_true", help="of an expert's step; written nowhere")
     parser.add_argument("--precisions", action="store_true", help="TF32 and bfloat16; written nowhere")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.experts or arguments.precisions:
         torch.set_num_threads(1)
         for line in (expert_lines if arguments.experts else precision_lines)(arguments.problems):
@@ -239,10 +235,7 @@ def main() -> None:
         HEADER,
     ]
     lines += ["", *table(errors), "", f"Relative rounding of one convolution of 128 channels: {listed}."]
-    print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, "rounding"), lines, {**facts, "convolution": rounding, "errors": errors})
+    present(arguments.out, "rounding", lines, {**facts, "convolution": rounding, "errors": errors})
 
 
 if __name__ == "__main__":

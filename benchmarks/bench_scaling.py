@@ -8,7 +8,6 @@ process holds the images of some classes, and sums with the others through `Proc
 
 from __future__ import annotations
 
-import argparse
 import functools
 import multiprocessing
 import os
@@ -18,14 +17,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, present, sizes_and_places
 from numpy.typing import NDArray
-from program import RESULTS, positive, start
+from program import positive, start
 from published_matching import make_problem
 from tables import quartiles, table
 from torch import Tensor
@@ -186,20 +184,15 @@ def cases(quick: bool) -> list[Case]:
 
 def main() -> None:
     """Measure all cases; print and save the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--turns", type=positive, default=7)
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
-    out = arguments.out or (None if arguments.quick else RESULTS)
+    arguments = parsed(parser)
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(4)]
     turns, facts = 1 if arguments.quick else arguments.turns, common_facts(__file__, sys.argv[1:])
     rows = [row for case in cases(arguments.quick) for row in measure(case, turns, pools)]
     lines = table(COLUMNS.split("|"), [cells(row) for row in rows])
     lines = [*head("Scaling of one distillation", facts), HEADER, *lines]
-    print("\n".join(lines))
-    if out:
-        save(result_path(out, "scaling"), lines, {**facts, "rows": rows})
+    present(arguments.out, "scaling", lines, {**facts, "rows": rows})
     worst = max(row.get("difference", 0.0) for row in rows)
     if worst > TOLERANCE:
         sys.exit(f"Images of several processes differ by {worst:.0e} from those of one, more than {TOLERANCE:.0e}.")

@@ -8,18 +8,16 @@ has. So the time of Ray and of the driver is measured. Start-up is the exception
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
-from facts import common_facts, head, result_path, save
-from program import RESULTS, positive, start
+from facts import common_facts, head, parsed, present, sizes_and_places
+from program import positive, start
 from tables import table
 
 from datm_ray.config import ClusterConfig
@@ -132,20 +130,15 @@ def measure(workers: int, tasks: int, events: int, ranks: int) -> dict[str, floa
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="four workers, once; written nowhere unless --out is given"
-    )
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--workers", type=positive, default=64)
     parser.add_argument("--tasks", type=positive, default=1000)
     parser.add_argument("--events", type=positive, default=200, help="of each worker")
     parser.add_argument("--ranks", type=positive, help="of the group; as many as workers")
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.quick:
         arguments.workers, arguments.tasks, arguments.events, arguments.repeats = 4, 12, 50, 1
-    out = arguments.out or (None if arguments.quick else RESULTS)
     ranks = arguments.ranks or arguments.workers
     goes = [measure(arguments.workers, arguments.tasks, arguments.events, ranks) for _ in range(arguments.repeats)]
     rows = []
@@ -158,9 +151,7 @@ def main() -> None:
         *head(f"Scheduling: {sizes}", common_facts(__file__, sys.argv[1:])),
         *table(["", "mean", "std", "n"], rows),
     ]
-    print("\n".join(lines))
-    if out:
-        save(result_path(out, "scheduling"), lines, {"goes": goes, "sizes": sizes})
+    present(arguments.out, "scheduling", lines, {"goes": goes, "sizes": sizes})
 
 
 if __name__ == "__main__":

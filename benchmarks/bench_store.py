@@ -9,7 +9,6 @@ for each range of it.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from facts import common_facts, head, result_path, save
+from facts import common_facts, head, parsed, result_path, save, sizes_and_places
 
 from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
@@ -276,11 +275,9 @@ class Bench:
 
 def main() -> None:
     """Measure all rows; print and save them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(__doc__)
     parser.add_argument("--pairs", type=int, help="pairs of each row; 300, with --quick 20")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     experts, epochs = (2, 10) if arguments.quick else (10, 50)
     bench = Bench(arguments.quick, experts, epochs, arguments.pairs or (20 if arguments.quick else 300))
     facts = {
@@ -309,9 +306,8 @@ def main() -> None:
         server.close()
         shutil.rmtree(folder)
     lines += [row.line() for row in bench.rows]
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, "store"), lines, {**facts, "rows": [asdict(row) for row in bench.rows]})
+    if arguments.out:
+        save(result_path(arguments.out, "store"), lines, {**facts, "rows": [asdict(row) for row in bench.rows]})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import torch
 from datm_ray.monitor.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
 PLACES = ("--runs", "--cifar", "--out")
 """Options that name folders of one machine; they decide no result."""
 UNITS = {
@@ -32,6 +34,21 @@ UNITS = {
 """Flag of a CPU in /proc/cpuinfo -> its vector units, the widest first. They decide the speed."""
 GOES = "goes.json"
 """File in a folder of runs: which version worked on them, and for how long."""
+
+
+def sizes_and_places(description: str | None) -> argparse.ArgumentParser:
+    """Options that nearly all benchmarks have: tiny sizes, and the folder of the results."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line with `sizes_and_places`. Its `out` is `None` if nothing is to be written."""
+    arguments = parser.parse_args(words)
+    arguments.out = arguments.out or (None if arguments.quick else RESULTS)
+    return arguments
 
 
 def common_facts(program: str, words: Sequence[str], device: str = "cpu", runs: Path | None = None) -> dict[str, str]:
@@ -118,6 +135,13 @@ def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
     """Write a Markdown page for readers, and a JSON file with the numbers for programs. The path has no suffix."""
     write_page(path, lines)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def present(out: Path | None, name: str, lines: Sequence[str], numbers: Mapping[str, Any], device: str = "cpu") -> None:
+    """Print a page, and save it with its numbers in the folder `out`; nowhere if that is `None`."""
+    print("\n".join(lines))
+    if out:
+        save(result_path(out, name, device), lines, numbers)
 
 
 def without_places(words: Sequence[str]) -> list[str]:

@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from facts import common_facts, counted, sizes_and_places
 
 from datm_ray.config import RunConfig
 from datm_ray.errors import DatmError
@@ -14,27 +17,22 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def options(description: str | None, runs: str, seeds: int) -> argparse.ArgumentParser:
     """Options of every benchmark of whole runs; `runs` and `seeds` are defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = sizes_and_places(description)
     parser.add_argument("--distillations", type=positive, default=1, help="of each row, with seeds of their own")
     parser.add_argument("--seeds", type=positive, default=seeds, help="networks for each set")
     parser.add_argument("--executor", choices=["ray", "serial"], default="ray")
     parser.add_argument("--runs", type=Path, help=f"folder of the runs; {runs}, with --quick {runs}-quick")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     parser.set_defaults(default_runs=Path(runs))
     return parser
 
 
 def settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    """Options with the folders of runs and results filled in and created, so that an unwritable one fails early."""
+    """Options with the folder of runs filled in, and all folders created, so that an unwritable one fails early."""
     default: Path = arguments.default_runs
     arguments.runs = arguments.runs or default.with_name(default.name + ("-quick" if arguments.quick else ""))
-    arguments.out = arguments.out or (None if arguments.quick else RESULTS)
     for folder in (arguments.runs, arguments.out):
         if folder is not None:
             try:
@@ -50,6 +48,21 @@ def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: Path, execut
     start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
     pipeline.run_all(start, Reporter())
     return pipeline
+
+
+def in_turns(groups: Mapping[Any, list[RunConfig]]) -> list[RunConfig]:
+    """Runs of all groups, one distillation of each in turn, so that an interrupted benchmark still compares groups."""
+    return [config for seed in zip(*groups.values(), strict=True) for config in seed]
+
+
+def facts_of(program: str, words: Sequence[str] | None, arguments: argparse.Namespace) -> dict[str, str]:
+    """Facts above the results of whole runs, with their sessions and seeds.
+
+    Args:
+        words: arguments of the command line; `None` for those of this process.
+    """
+    facts = common_facts(program, sys.argv[1:] if words is None else words, runs=arguments.runs)
+    return facts | counted(arguments.distillations, arguments.seeds)
 
 
 def resolved(groups: Mapping[str, list[RunConfig]], pipeline: Pipeline) -> dict[str, list[RunConfig]]:
