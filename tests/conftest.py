@@ -264,6 +264,15 @@ def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return call
 
 
+def assert_one_line(ended: tuple[int, str, str], *words: str, code: int = 2) -> None:
+    """Assert that a command has ended with an exit code and one line of error, which has these words."""
+    found, _, err = ended
+    assert (found, len(err.splitlines())) == (code, 1), err
+    assert err.startswith("datm-ray: ")
+    for each in words:
+        assert each in err
+
+
 @contextmanager
 def recorded_steps() -> Iterator[list[tuple[float, bool]]]:
     """Record each optimizer step of the block: its learning rate, and True if the optimizer had a momentum before."""

@@ -28,7 +28,7 @@ from datm_ray.core.networks.architectures import ConvNet
 from datm_ray.errors import WorkerLostError
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.runtime.stopping import Interrupted
-from tests.conftest import CommandLine, documented_keys, tiny_config
+from tests.conftest import CommandLine, assert_one_line, documented_keys, tiny_config
 
 
 def files_below(folder: Path) -> list[str]:
@@ -37,33 +37,16 @@ def files_below(folder: Path) -> list[str]:
 
 BAD_INPUT = {
     "unknown recipe": (["run", "digits-ipc2"], "did you mean 'digits-ipc1'"),
-    "missing recipe file": (["run", "nowhere/mine.yaml"], "cannot read nowhere/mine.yaml"),
-    "unknown key": (["run", "digits-ipc1", "--set", "distill.ipcs=1"], "did you mean 'distill.ipc'"),
-    "unknown section": (["run", "digits-ipc1", "--set", "distil.ipc=1"], "distil"),
-    "wrong type": (["run", "digits-ipc1", "--set", "distill.ipc=many"], "distill.ipc is 'many'"),
-    "no assignment": (["run", "digits-ipc1", "--set", "distill.ipc"], "--set section.field=value"),
-    "start beyond trajectory": (
-        ["run", "digits-ipc1", "--set", "distill.start_epochs=[0, 500]"],
-        "but experts.epochs is",
-    ),
     "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "use --set distill.ipc=118"),
     "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "batch norm further backbone": (
         ["run", "digits-ipc1", "--set", "backbones=[{network: {norm: batch}}]"],
         "backbones.0.network.norm=instance",
     ),
-    "unknown further backbone": (
-        ["run", "digits-ipc1", "--set", "backbones=[{network: {architecture: resnet}}]"],
-        "backbones.0.network.architecture",
-    ),
     "no auxiliaries": (["run", "digits-ipc1", "--set", "metadd={auxiliaries: []}"], "metadd.auxiliaries is []"),
     "auxiliary without maps": (
         ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{architecture: mlp}]}"],
         "metadd.auxiliaries.0.architecture has no feature maps",
-    ),
-    "auxiliary given twice": (
-        ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{width: 4}, {width: 4}]}"],
-        "metadd.auxiliaries.1 repeats an earlier network",
     ),
     "weight without metadd": (["run", "digits-ipc1", "--set", "metadd.variance=2.0"], "metadd.auxiliaries"),
     "scored with batch norm": (["evaluate", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
@@ -109,16 +92,13 @@ BAD_INPUT = {
         for command in (["plan"], ["run"], ["run", "--dry-run"], ["experts"], ["distill"], ["evaluate"])
     },
     "reserved name": (["run", "digits-ipc1", "--set", "name=experts"], "choose another name"),
-    "name of a logger's folder": (["run", "digits-ipc1", "--set", "name=tensorboard"], "choose another name"),
     "folder is a file": (["run", "digits-ipc1", "--out", "/dev/null/runs"], "/dev/null is not a folder"),
-    "unknown source": (["run", "digits-ipc1", "--set", "dataset.source=digit"], "digits"),
     "same run twice": (["run", "digits-ipc1", "digits-ipc1"], "named 'digits-ipc1'"),
     "unknown scheme": (["run", "digits-ipc1", "--out", "gopher://x/y"], "gopher"),
     "no experts": (["distill", "digits-ipc1", "--executor", "serial"], "datm-ray experts digits-ipc1"),
     "no set": (["evaluate", "digits-ipc1", "--executor", "serial"], "datm-ray experts digits-ipc1"),
     "no runs": (["report", "empty"], "holds no runs"),
     "no store": (["store", "ls", "absent"], "holds no experts"),
-    "missing artifact": (["export", "absent.arrow", "--out", "x"], "absent.arrow"),
     "unreachable cluster": (["experts", "digits-ipc1", "--address", "ray://127.0.0.1:1"], "127.0.0.1:1"),
     "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "use a number with a unit"),
     "too little memory": (["plan", "digits-ipc1", "--memory", "100MiB"], "may take 100 MiB"),
@@ -126,7 +106,6 @@ BAD_INPUT = {
         ["plan", "digits-ipc1", "--cluster", "gpus=many"],
         "gpus is 'many', and must be a whole number",
     ),
-    "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it has neither gpus nor cpus"),
     "cluster of fewer cores than a worker": (
         ["plan", "digits-ipc1", "--cluster", "cpus=1", "--set", "cluster.threads_per_worker=2"],
         "a worker takes 2 cores, and the cluster has 1",
@@ -136,19 +115,9 @@ BAD_INPUT = {
         ["plan", "digits-ipc1", "--data-shape", "1x200x200,10,90000", "--set", "dataset.normalisation=zca"],
         "fitting zca to images of 1x200x200 takes",
     ),
-    "unreadable data shape": (["plan", "digits-ipc1", "--data-shape", "64x64,10"], "3x64x64,1000,1281167"),
-    "more classes than given": (
-        ["plan", "digits-ipc1", "--data-shape", "1x8x8,2,90", "--set", "cluster.shards=3"],
-        "has 2 classes",
-    ),
     "recipe for no images": (["init", "absent"], "absent does not exist"),
-    "recipe for a set too small": (["init", "digits", "--method", "sre2l", "--ipc", "1"], "too small for sre2l"),
     "recipe for two times": (["init", "digits", "--minutes", "5", "--hours", "1"], "both given"),
-    "recipe for endless minutes": (["init", "absent", "--minutes", "inf"], "minutes is inf. Give a number of minutes"),
     "recipe for endless hours": (["init", "absent", "--hours", "inf"], "minutes is inf"),
-    "recipe for ages": (["init", "absent", "--minutes", "1e307"], "minutes is 1e+307. Give a number of minutes"),
-    "recipe for no tables": (["init", "absent.parquet"], "a folder of Parquet files, one file, or TRAIN"),
-    "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
     "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),
     "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "it has no GPU"),
     "no gpu": (["experts", "digits-ipc1", "--executor", "serial", "--set", "cluster.device=cuda"], "GPU"),
@@ -228,36 +197,10 @@ def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -
     assert files_below(folder) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("distill: [1, 2", "not valid YAML"),
-        ("- a\n- b", "holds no configuration"),
-        ("distill:\n  speed: 3", "unknown key 'distill.speed'"),
-        ("seed: -1", "seed is -1"),
-        (b"\xff\xfe\x00", "not a text file"),
-    ],
-)
-def test_a_bad_recipe_file_is_one_line(
-    content: str | bytes, expected: str, datm_ray: CommandLine, tmp_path: Path
-) -> None:
-    """A YAML file with a mistake is one line with the file and the mistake."""
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, _, err = datm_ray("run", "./mine.yaml")
-    assert code == 2
-    assert len(err.splitlines()) == 1
-    assert expected in err
-    assert files_below(tmp_path) == ["mine.yaml"]
-
-
 def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLine, tmp_path: Path) -> None:
     """A file in place of the output folder is an error before any work."""
     (tmp_path / "taken").write_text("")
-    code, _, err = datm_ray("run", "digits-ipc1", "--out", "taken", "--executor", "serial")
-    assert code == 2
-    assert err.startswith("datm-ray: Cannot write")
-    assert len(err.splitlines()) == 1
+    assert_one_line(datm_ray("run", "digits-ipc1", "--out", "taken", "--executor", "serial"), "datm-ray: Cannot write")
 
 
 def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
@@ -266,10 +209,7 @@ def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished_run: Pa
     shutil.copytree(finished_run, tmp_path / "runs")
     (expert,) = (tmp_path / "runs").rglob("expert-00001.arrow")
     expert.write_bytes(expert.read_bytes()[:-1000])
-    code, _, err = datm_ray("store", "verify", "runs/experts")
-    assert code == 2
-    assert "expert-00001.arrow" in err
-    assert len(err.splitlines()) == 1
+    assert_one_line(datm_ray("store", "verify", "runs/experts"), "expert-00001.arrow")
     for name in ("synthetic.arrow", "checkpoint.arrow", "initial.arrow"):
         (tmp_path / "runs/tiny" / name).unlink()
     code, _, err = datm_ray("distill", str(finished_run.parent / "tiny.yaml"), "--executor", "serial")
@@ -282,10 +222,7 @@ def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished_run: Pa
 def test_a_file_that_is_no_artifact_is_named(content: bytes, datm_ray: CommandLine, tmp_path: Path) -> None:
     """Exporting a file that is no synthetic set is one line of error."""
     (tmp_path / "set.arrow").write_bytes(content)
-    code, _, err = datm_ray("export", "set.arrow", "--out", "exported")
-    assert code == 2
-    assert "set.arrow" in err
-    assert len(err.splitlines()) == 1
+    assert_one_line(datm_ray("export", "set.arrow", "--out", "exported"), "set.arrow")
     assert files_below(tmp_path) == ["set.arrow"]
 
 
@@ -318,9 +255,7 @@ def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished_run
 
 def test_the_store_inside_a_folder_of_runs_is_pointed_at(datm_ray: CommandLine, finished_run: Path) -> None:
     """A folder of runs given as a store is an error that names the store inside."""
-    code, _, err = datm_ray("store", "ls", str(finished_run))
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert f"ive its store, {finished_run / 'experts'}" in err
+    assert_one_line(datm_ray("store", "ls", str(finished_run)), f"ive its store, {finished_run / 'experts'}")
 
 
 def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,10 +360,11 @@ def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_
     code, shown, _ = datm_ray("run", "digits-ipc1", "--skip-full", "--dry-run", *out)
     assert code == 0
     assert any(line.startswith("15 networks to train for evaluation:") for line in shown.splitlines())
-    code, _, err = datm_ray("evaluate", "digits-ipc1", "--skip-full", "--fair", *out)
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "evaluate.fair needs the control on all real data, but evaluate.full is false" in err
-    assert "or set evaluate.full=true" in err
+    assert_one_line(
+        datm_ray("evaluate", "digits-ipc1", "--skip-full", "--fair", *out),
+        "evaluate.fair needs the control on all real data, but evaluate.full is false",
+        "or set evaluate.full=true",
+    )
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])
@@ -438,10 +374,7 @@ def test_a_result_of_another_shape_is_a_damaged_file(
     """A result of valid JSON in another shape is one line with the file's name."""
     out = shutil.copytree(finished_run, tmp_path / "copy")
     (out / "tiny" / name).write_text('{"a": [1]}')
-    code, _, err = datm_ray("report", str(out))
-    assert code == 2
-    assert len(err.splitlines()) == 1
-    assert name.split("/")[-1] in err
+    assert_one_line(datm_ray("report", str(out)), name.split("/")[-1])
 
 
 def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,9 +386,7 @@ def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch
         (["--set", "cluster.gpus_per_worker=1"], "this machine has none"),
         (["--set", "cluster.device=cuda"], "this machine has none"),
     ):
-        code, _, err = datm_ray("run", "digits-ipc1", "--dry-run", *words)
-        assert (code, len(err.splitlines())) == (2, 1)
-        assert expected in err
+        assert_one_line(datm_ray("run", "digits-ipc1", "--dry-run", *words), expected)
 
 
 def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished_run: Path) -> None:

@@ -26,7 +26,7 @@ from datm_ray.recipes import get_recipe
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 from datm_ray.words import data_size
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, assert_one_line, tiny_config
 
 KEY = GroupKey("digits", "convnet", "a1b2")
 EPOCHS = 5  # epochs of the tiny recipe
@@ -55,15 +55,6 @@ def group(tmp_path: Path) -> ExpertGroup:
         group.write_expert(expert, snapshots, replace(info, expert=expert))
     group.write_transform({"mean": np.zeros(3, np.float32)}, {"kind": "standard"})
     return group
-
-
-def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
-    code, _, err = result
-    assert code == 2
-    assert err.startswith("datm-ray: ")
-    assert len(err.splitlines()) == 1, err
-    for word in words:
-        assert word in err
 
 
 def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup) -> None:

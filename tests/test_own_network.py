@@ -17,7 +17,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.plan import plan_run
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine, run_here, tiny_config
+from tests.conftest import CommandLine, assert_one_line, run_here, tiny_config
 
 PAGE = Path(__file__).parents[1] / "docs/methods/own.md"
 MORE = """
@@ -151,8 +151,7 @@ WRONG = {
 def test_a_network_that_cannot_be_used_is_one_line(datm_ray: CommandLine, tmp_path: Path, settings: str) -> None:
     """What is wrong with a builder or its network is shown before anything starts."""
     given = [word for each in re.split(r" (?=[a-z]+[.=])", settings) for word in ("--set", each)]
-    code, _, err = datm_ray("run", "digits-smoke", "--executor", "serial", "--out", str(tmp_path / "out"), *given)
-    assert code == 2
-    assert WRONG[settings] in err
-    assert len(err.splitlines()) == 1
+    assert_one_line(
+        datm_ray("run", "digits-smoke", "--executor", "serial", "--out", str(tmp_path / "out"), *given), WRONG[settings]
+    )
     assert not (tmp_path / "out").exists()

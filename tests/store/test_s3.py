@@ -15,12 +15,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.errors import StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryStore
-from tests.conftest import tiny_config
+from tests.conftest import assert_one_line, tiny_config
 from tests.store.contract import KEY, TrajectoryStoreContract, assert_same, make_info, make_snapshots
 from tests.store.proxy import BUSY, FAULTS, LOST_ANSWER, LOST_REQUEST, every_fifth
 
@@ -35,21 +34,6 @@ def first(method: str, fault: str) -> Callable[[str, str], str | None]:
     """Fails the first request of a method, in one way."""
     open_: list[str] = [fault]
     return lambda given, path: open_.pop() if given == method and open_ else None
-
-
-@pytest.fixture
-def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs the command line in this process: (exit code, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return int(stop.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return call
 
 
 class TestS3(TrajectoryStoreContract):
@@ -159,7 +143,7 @@ def test_a_run_over_a_failing_server_completes(bucket, s3_proxy, datm_ray, tmp_p
     config = tiny_config("distill.iterations=4", "distill.validate_every=4", "evaluate.seeds=1")
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     out = f"s3://{bucket}/runs"
-    code, err = datm_ray("run", str(tmp_path / "tiny.yaml"), "--executor", "serial", "--out", out)
+    code, _, err = datm_ray("run", str(tmp_path / "tiny.yaml"), "--executor", "serial", "--out", out)
     assert code == 0, err
     assert {"report.html", "tiny"} <= set(open_location(out).list())
     (key,) = TrajectoryStore(f"{out}/experts").groups()
@@ -230,13 +214,6 @@ def test_a_read_that_breaks_off_is_repeated(bucket, s3_proxy):
         s3_proxy.plan = first("GET", fault)
         assert_same(group.read_snapshot(0, 4), snapshots[2])
     assert s3_proxy.faults == {BUSY: 1, LOST_REQUEST: 1}
-
-
-def assert_one_line(result: tuple[int, str], words: str, code: int = 2) -> None:
-    found, err = result
-    assert found == code
-    assert len(err.splitlines()) == 1, err
-    assert words in err
 
 
 def commands(uri: str) -> Iterator[list[str]]:
