@@ -161,10 +161,6 @@ class Proposal:
         """Pieces in which workers make the set, one each; 0 if workers make it together."""
         return len(method_of(self.config).pieces(self.config, self.shape.classes))
 
-    @property
-    def _trained(self) -> int:
-        return self.shape.trained(self.config.dataset)
-
     @functools.cached_property
     def _labels(self) -> LabelInfo | None:
         """Facts about the set's label store; `None` if the recipe stores no labels."""
@@ -201,7 +197,7 @@ class Proposal:
     @property
     def outlook(self) -> Outlook | None:
         """Forecast of the method for the recipe; `None` if the method makes none."""
-        return method_of(self.config).outlook(self.config, self._trained)
+        return method_of(self.config).outlook(self.config, self.shape.trained(self.config.dataset))
 
     def to_json(self) -> dict[str, Any]:
         """Estimates as plain data. Hours are `None` if no speed is known."""

@@ -71,7 +71,7 @@ def card(run: RunSummary, artifact: Artifact, *, is_whole: bool = True) -> str:
         method=run.config.method.rpartition(":")[2],
         done=one_line(what_was_done(run)),
         made=f"The method is {run.config.method}.",
-        training=_training_in_words(artifact),
+        training=_in_words(artifact, ["epochs", "batch_size", "optimiser", "learning_rate"]),
         image=f"{channels}×{height}×{width} in {len(artifact.class_names)} classes",
         clipped=artifact.clipped_in_words(),
         is_whole=is_whole,
@@ -104,10 +104,6 @@ def _source(config: RunConfig) -> str:
     path = '"PATH", ' if data.path else ""
     resize = f"resize={data.resize}, " if data.resize else ""
     return f'"{data.source}", {path}{resize}validation={data.validation}'
-
-
-def _training_in_words(artifact: Artifact) -> str:
-    return _in_words(artifact, ["epochs", "batch_size", "optimiser", "learning_rate"])
 
 
 def _whole_training_in_words(artifact: Artifact) -> str:

@@ -167,20 +167,22 @@ def _loss_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture
     )
 
 
-def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
-    loss = np.where(history["history.skipped"], np.nan, history["history.loss"])
+def _drawn_with_mean(iteration: NDArray[Any], values: Floats, label: str) -> str:
+    """Draw a value of every iteration, and its running mean. Returns the image as a data: URI."""
 
     def draw(figure: Figure) -> None:
-        axes = _iteration_axes(figure, len(loss), "loss")
-        _plot_with_mean(axes, history["history.iteration"] + 1, loss)
+        axes = _iteration_axes(figure, int(iteration[-1]), label)
+        _plot_with_mean(axes, iteration, values)
         axes.legend(loc="best")
 
-    return Picture(
-        "Loss",
-        _svg(draw),
-        f"Loss {_course(loss)}",
-        "The method’s loss before each update, without MetaDD’s terms.",
-    )
+    return _svg(draw)
+
+
+def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
+    loss = np.where(history["history.skipped"], np.nan, history["history.loss"])
+    source = _drawn_with_mean(history["history.iteration"] + 1, loss, "loss")
+    caption = "The method’s loss before each update, without MetaDD’s terms."
+    return Picture("Loss", source, f"Loss {_course(loss)}", caption)
 
 
 def _start_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture:
@@ -285,16 +287,10 @@ def _step_size_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Pi
 
 
 def _ratio_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
-    iteration, ratio = history["meta.iteration"] + 1, 100 * history["meta.ratio"]
-
-    def draw(figure: Figure) -> None:
-        axes = _iteration_axes(figure, int(iteration[-1]), "meta-feature ratio in %")
-        _plot_with_mean(axes, iteration, ratio)
-        axes.legend(loc="best")
-
+    ratio = 100 * history["meta.ratio"]
     return Picture(
         title="Meta-feature ratio",
-        source=_svg(draw),
+        source=_drawn_with_mean(history["meta.iteration"] + 1, ratio, "meta-feature ratio in %"),
         alt=f"Meta-feature ratio over iterations, {ratio[0]:.1f} % at first and {ratio[-1]:.1f} % at last.",
         caption="Pixels that are a feature of all MetaDD networks, as a share of the features of any network.",
     )

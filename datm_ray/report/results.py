@@ -217,15 +217,11 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     if summary.labels is not None:
         lines.append(CostLine("labels", 1, labels_cost(summary.labels, kept_labels(summary.config))))
     titles, scores = ALL_ROWS, {score.row: score for score in (*summary.fair_rows, *summary.scores)}
-    lines += [_cost_line(titles[row], scores[row]) for row in titles if row in scores]
+    lines += [CostLine(title, score.n, score.spent) for row, title in titles.items() if (score := scores.get(row))]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         rows = (each.tuned, each.control)  # tuning also tries the learned step size, so its cost is included
-        lines += [_cost_line(f"{titles[score.row]}, on {name}", score) for score in rows if score]
+        lines += [CostLine(f"{titles[score.row]}, on {name}", score.n, score.spent) for score in rows if score]
     return lines
-
-
-def _cost_line(title: str, score: Score) -> CostLine:
-    return CostLine(title, score.n, score.spent)
 
 
 def _maps(place: Location) -> Maps | None:
@@ -279,7 +275,10 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
         },
         "fair": None
         if summary.fair is None
-        else {name: {"mean": statistics.fmean(v), "n": len(v), "seeds": list(v)} for name, v in fair_parts(summary)},
+        else {
+            name: {"mean": statistics.fmean(values), "n": len(values), "seeds": list(values)}
+            for name, values in summary.fair.items()
+        },
         "meta_feature_ratio": None
         if summary.maps is None
         else dict(zip(("before", "after"), summary.maps.ratios, strict=True)),
@@ -414,11 +413,6 @@ def _absent(summary: RunSummary, row: str) -> str:
     return "skipped" if _is_skipped(summary, row) else "not yet"
 
 
-def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
-    """Names of DD-Ranking's scores and of their parts, each with one value per seed; empty if they are not known."""
-    return [] if summary.fair is None else list(summary.fair.items())
-
-
 def _fair_cell(values: Sequence[float]) -> Cell:
     """Mean ± standard deviation with three decimals. DD-Ranking's scores are no percentages."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -428,7 +422,7 @@ def _fair_cell(values: Sequence[float]) -> Cell:
 def fair_scores(summaries: Sequence[RunSummary]) -> Table:
     """Table of DD-Ranking's scores and their parts, for the runs that have them."""
     known = [summary for summary in summaries if summary.fair is not None]
-    parts = [dict(fair_parts(summary)) for summary in known]
+    parts = [summary.fair for summary in known if summary.fair]
     lines = [
         Line(f"{name}, {title}", [_fair_cell(each[name]) for each in parts], "" if name in ("LRS", "ARS") else "share")
         for name, title in FAIR_PARTS.items()
