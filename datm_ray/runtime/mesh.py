@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from datm_ray.core.steps import Steps, finished
+from datm_ray.core.steps import Steps, Work, finished
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
@@ -195,35 +196,19 @@ class ProcessMesh(Mesh):
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
         """Do this worker's own work and wait for the others, see `Mesh.until_all_are_done`."""
-        last = time.monotonic()
-
-        def heartbeat() -> None:
-            nonlocal last
-            if time.monotonic() - last >= HEARTBEAT_INTERVAL:
-                self._count_working(True)
-                last = time.monotonic()
-
-        result = work(heartbeat)
-        while self._count_working(False):
-            pass
+        result = work(self._heartbeat())
+        self._wait_for_others()
         return result
 
     def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
         """Do this worker's own work in steps and wait for the others, see `Mesh.in_steps`."""
-        last = time.monotonic()
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                result: Result = end.value
-                break
-            if time.monotonic() - last >= HEARTBEAT_INTERVAL:
-                self._count_working(True)
-                last = time.monotonic()
+        work, heartbeat = Work(steps), self._heartbeat()
+        for _ in work:
+            heartbeat()
             yield
         while self._count_working(False):
             yield
-        return result
+        return work.result
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
         """Do the work of this row of workers and wait for the other rows, see `Mesh.in_rows`."""
@@ -244,6 +229,21 @@ class ProcessMesh(Mesh):
             return total
 
         work(sum_with_heartbeat)
+        self._wait_for_others()
+
+    def _heartbeat(self) -> Heartbeat:
+        """Function that tells the other workers at most every `HEARTBEAT_INTERVAL` that this worker is at work."""
+        last = time.monotonic()
+
+        def heartbeat() -> None:
+            nonlocal last
+            if time.monotonic() - last >= HEARTBEAT_INTERVAL:
+                self._count_working(True)
+                last = time.monotonic()
+
+        return heartbeat
+
+    def _wait_for_others(self) -> None:
         while self._count_working(False):
             pass
 
@@ -449,7 +449,8 @@ def _settings(rendezvous_address: str) -> Generator[None, None, None]:
 
     Variables that the user has set stay as they are.
     """
-    interface = _interface_towards(*_split(rendezvous_address))
+    where = urlsplit(f"//{rendezvous_address}")
+    interface = _interface_towards(where.hostname or "", where.port or 0)
     # Without TORCH_NCCL_BLOCKING_WAIT, NCCL kills the process when a peer is lost, instead of raising an error.
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
     if interface:  # NCCL takes a name without "=" as a prefix of names
@@ -461,11 +462,6 @@ def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
-
-
-def _split(rendezvous_address: str) -> tuple[str, int]:
-    host, _, port = rendezvous_address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _interface_towards(host: str, port: int) -> str:
