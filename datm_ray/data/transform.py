@@ -505,25 +505,17 @@ def fit_transform(
         images: [n c h w] training images.
         levels: value of a pixel that means 1.0.
         given: means and standard deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
-        eps: number added to every eigenvalue, for `zca`.
+        eps: number above 0 that is added to every eigenvalue, for `zca`.
         device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 
     Raises:
-        DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
-            suffice; or the `given` numbers are not one per channel.
+        DatasetError: there are fewer than two images, or memory does not suffice; or the `given` numbers are not one
+            per channel.
     """
-    if kind not in ("zca", "standard"):
-        raise DatasetError(f"unknown normalisation {kind!r}", remedy="Use 'zca' or 'standard'")
     if len(images) < 2:
         raise DatasetError(
             f"a set of {counted(len(images), 'image')} is too small to fit a {kind} transform", remedy="Use two or more"
-        )
-    if not eps > 0:
-        raise DatasetError(
-            f"the setting eps={eps} of the zca transform is not positive",
-            "Some directions of the pixel space have no variance at all",
-            f"Set it to {PUBLISHED_EPS}, the published value",
         )
     if given is not None:
         return _given_standard(_image_shape(images), *given)
@@ -587,10 +579,8 @@ def _exact_products(images: NDArray[np.uint8], note: Say = silent) -> Matrix:
 
 def _pixel_sums(images: NDArray[np.uint8]) -> Doubles:
     """Sums [d] over the images of each pixel minus `_CENTRE`, without rounding."""
-    sums = np.zeros(images[0].size)
-    for rows in _chunks(len(images), 8 * sums.size):
-        sums += images[rows].reshape(-1, sums.size).sum(axis=0, dtype=np.float64)
-    return sums - _CENTRE * len(images)
+    sums: Doubles = images.sum(axis=0, dtype=np.float64).ravel() - _CENTRE * len(images)
+    return sums
 
 
 def _eigenpairs_of_few(
@@ -621,7 +611,9 @@ def _eigenpairs_of_few(
 
 
 def _fit_standard(images: NDArray[np.uint8], levels: int) -> Transform:
-    total, squares = _channel_sums(images)
+    # Sums over all pixels of a channel, as integers.
+    total = images.sum(axis=(0, 2, 3), dtype=np.int64)
+    squares = np.einsum("nchw,nchw->c", images, images, dtype=np.int64)
     count = images[:, 0].size
     mean = total / count
     std = np.sqrt(squares / count - mean**2) / levels
@@ -647,16 +639,6 @@ def require_per_channel(mean: Sequence[float], channels: int) -> None:
             f"dataset.mean has {counted(len(mean), 'number')}, and the images have {counted(channels, 'channel')}",
             remedy="Give one mean and one std for each channel",
         )
-
-
-def _channel_sums(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sums [c] and sums of squares [c] over all pixels of a channel, as integers."""
-    total, squares = (np.zeros(images.shape[1], dtype=np.int64) for _ in range(2))
-    for rows in _chunks(len(images), 8 * images[0].size):
-        chunk = images[rows].astype(np.int64)
-        total += chunk.sum(axis=(0, 2, 3))
-        squares += (chunk**2).sum(axis=(0, 2, 3))
-    return total, squares
 
 
 def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
