@@ -21,7 +21,7 @@ from tables import spread, table
 from turns import cpu_seconds
 
 from datm_ray.data import load_raw, streamed
-from datm_ray.data.dataset import prepare
+from datm_ray.data.dataset import prepare, transform_of
 from datm_ray.data.streamed import StreamedImages
 
 SIZE, QUALITY, SIDE = (375, 500), 90, 224
@@ -48,7 +48,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         size = write_files(Path(name), arguments.images)
-        images = prepare(load_raw("folder", name, resize=SIDE, streamed=True), "standard").train_images
+        raw = load_raw("folder", name, resize=SIDE, streamed=True)
+        images = prepare(raw, transform_of(raw, "standard")).train_images
         assert isinstance(images, StreamedImages)
         pixels = images.pixels[:]
 

@@ -156,7 +156,7 @@ def test_an_imported_teacher_is_torchvisions_network(reference: nn.Module, tmp_p
     config = recipe().resolved((8, 8))
     imported = import_teacher(write(tmp_path, reference.state_dict(), "a.safetensors"), config, str(tmp_path / "store"))
     raw = load_raw("digits", None)
-    dataset = prepare(raw, "standard", fit_transform("standard", raw.train.images, raw.levels, given=(MEAN, STD)))
+    dataset = prepare(raw, fit_transform("standard", raw.train.images, raw.levels, given=(MEAN, STD)))
     images = torch.from_numpy((raw.test.images[:20] / 16 - MEAN[0]) / STD[0])
     torch.testing.assert_close(torch.from_numpy(dataset.test_images[:20]), images.float())
     found = ExpertNetworks(config, dataset, str(tmp_path / "store"), torch.device("cpu"))

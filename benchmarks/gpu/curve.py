@@ -80,7 +80,7 @@ def _shorter(recipe: RunConfig, epochs: int, student_steps: int | None = None) -
 
 def read_images(machine: Machine) -> Images:
     """CIFAR-10, whitened, from its folder; else scikit-learn's digits."""
-    from datm_ray.data import load_raw, prepare
+    from datm_ray.data import load_raw, prepare, transform_of
 
     # Both files are named, because in a folder the files' names would have to say which is train and which is test.
     if machine.data is not None:
@@ -88,7 +88,8 @@ def read_images(machine: Machine) -> Images:
         name, raw = "CIFAR-10", load_raw("parquet", ",".join(files), validation=0.02)
     else:
         name, raw = "digits", load_raw("digits", validation=0.15)
-    found = prepare(raw, "zca" if machine.data is not None else "standard", device=machine.device)
+    transform = transform_of(raw, "zca" if machine.data is not None else "standard", device=machine.device)
+    found = prepare(raw, transform)
     channels, height, width = found.train_images.shape[1:]
     network = get_recipe("digits-ipc1" if machine.data is None else "cifar10-ipc1").network
     spec = network.for_images(channels, (height, width), len(found.class_names))

@@ -61,7 +61,7 @@ class _Run:
     @cached_property
     def dataset(self) -> Any:
         """Random images of CIFAR-10's shape, smaller and fewer in small."""
-        from datm_ray.data.dataset import prepare
+        from datm_ray.data.dataset import prepare, transform_of
         from datm_ray.data.sources import ImageSet, RawDataset
 
         draw = np.random.default_rng(0)
@@ -72,7 +72,8 @@ class _Run:
             for count in ((40, 20, 20) if self._small else (1_024, 100, 100))
         ]
         names = tuple(f"class {number}" for number in range(CLASSES))
-        return prepare(RawDataset("random", names, *sets, levels=255, fingerprint="0" * 16), "standard")
+        raw = RawDataset("random", names, *sets, levels=255, fingerprint="0" * 16)
+        return prepare(raw, transform_of(raw, "standard"))
 
     def experts(self, config: RunConfig) -> str:
         """Train experts together. On a GPU a trial finds how many of them one call computes."""

@@ -6,7 +6,7 @@ distributes or keeps state.
 """
 
 import datm_ray.data.reading.readers  # noqa: F401 -- registers the built-in sources
-from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.sources import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source
 from datm_ray.data.transform import Transform, fit_transform
 
@@ -22,4 +22,5 @@ __all__ = [
     "load_raw",
     "prepare",
     "source",
+    "transform_of",
 ]

@@ -15,7 +15,6 @@ from datm_ray.data.patience import Lines, Say, silent
 from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
 from datm_ray.data.transform import Kind, Statistics, Transform, fit_transform
-from datm_ray.errors import DatasetError
 
 _CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
 _CHUNK_BYTES = 1 << 27
@@ -69,9 +68,7 @@ class Dataset:
         return replace(self, train_images=train, validation_images=validation, test_images=test)
 
 
-def prepare(
-    raw: RawDataset, kind: Kind, transform: Transform | None = None, *, device: str = "cpu", say: Say = silent
-) -> Dataset:
+def prepare(raw: RawDataset, transform: Transform, *, say: Say = silent) -> Dataset:
     """Normalise the training, validation and test images.
 
     To use stored experts or a distilled set, pass their transform: images whitened by two transforms cannot be
@@ -80,24 +77,14 @@ def prepare(
 
     Args:
         raw: images before normalisation.
-        kind: kind of normalisation, "zca" or "standard".
-        transform: transform to apply; `None` fits one on the training images.
-        device: torch device that fits a new transform.
+        transform: transform to apply, such as that of `transform_of`.
         say: shows lines about work that takes more than some seconds.
 
     Raises:
-        DatasetError: `transform` is of another kind than `kind`, or fitted on another image shape.
+        DatasetError: `transform` is fitted on another image shape.
     """
-    if transform is None:
-        transform = transform_of(raw, kind, device=device, say=say)
-    if transform.kind != kind:
-        raise DatasetError(
-            f"the given transform is {transform.kind!r}, but {kind!r} is asked for",
-            "It was stored by a run with other settings",
-            f"Ask for {transform.kind!r}, or fit a new transform",
-        )
     if transform.nbytes >= _LARGE:
-        say(f"{kind}: composing the matrix, and normalising {raw.name}'s images")
+        say(f"{transform.kind}: composing the matrix, and normalising {raw.name}'s images")
     lines = Lines(say)
     return Dataset(
         name=raw.name,

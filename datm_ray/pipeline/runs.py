@@ -185,7 +185,7 @@ class Runs:
                     if keep_transform(transform, self.out / TRANSFORMS):
                         self._transform_note(dataset).write_json({"file": f"{transform.digest}.arrow"})
             transform = transform or self._fit(dataset, say)
-            self._prepared[dataset] = prepare(self._raw[dataset], dataset.kind, transform, say=say)
+            self._prepared[dataset] = prepare(self._raw[dataset], transform, say=say)
         return self._prepared[dataset]
 
     def _read_transform(self, dataset: DatasetConfig) -> Transform | None:

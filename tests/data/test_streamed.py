@@ -48,7 +48,7 @@ def both(path: Path) -> tuple[RawDataset, RawDataset]:
 
 def prepared(path: Path) -> tuple[Dataset, Dataset]:
     held, streamed = both(path)
-    return prepare(held, "standard"), prepare(streamed, "standard")
+    return prepare(held, transform_of(held, "standard")), prepare(streamed, transform_of(streamed, "standard"))
 
 
 def test_streamed_images_are_the_images_in_memory(path: Path) -> None:
@@ -162,7 +162,7 @@ def test_nothing_is_decoded_before_it_is_needed(monkeypatch: pytest.MonkeyPatch)
         return real(pixels, rows)
 
     monkeypatch.setattr(StreamedPixels, "__getitem__", count)
-    dataset = prepare(raw, "standard", prepare(raw, "standard").transform)
+    dataset = prepare(raw, transform_of(raw, "standard"))
     opened.clear()
     _ = dataset.test_images[:2]
     assert opened == [2]
