@@ -23,11 +23,11 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, BinaryIO, Generic, TypeVar
+from functools import cached_property, lru_cache, partial
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -77,9 +77,6 @@ _SCHEMA = pa.schema(
         for name, (_, kind) in _COLUMNS.items()
     ]
 )
-
-T = TypeVar("T")
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class LabelInfo:
     @property
     def origin(self) -> dict[str, Any]:
         """Fields that decide what an epoch's labels are, as plain data: all but `epochs` and `keep`."""
-        return _origin(self.to_json())
+        return {name: value for name, value in self.to_json().items() if name not in ("epochs", "keep")}
 
     def pool_epoch(self, epoch: int) -> int:
         """Number of the stored epoch whose labels epoch `epoch` of a training uses: `epoch` modulo `keep`, from 0."""
@@ -156,11 +153,6 @@ class LabelInfo:
     def planned_bytes(self) -> int:
         """Bytes of the records of all epochs to be stored. Files are 2 to 3 % larger, small files more."""
         return math.ceil(self.keep * self.images * self.record_bits / 8)
-
-
-def _origin(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of `LabelInfo.to_json` that decide what an epoch's labels are: all but `epochs` and `keep`."""
-    return {name: value for name, value in info.items() if name not in ("epochs", "keep")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,8 +287,8 @@ class LabelStore:
     def _forget(self) -> None:
         """Drop all opened epochs and blocks. After a fork, they may hold connections of the parent process."""
         self._process = os.getpid()
-        self._opened: _Recent[int, _OpenedEpoch] = _Recent(_OPENED, lambda epoch: 1)
-        self._blocks: _Recent[tuple[int, int], LabelRecords] = _Recent(self._memory, lambda block: block.nbytes)
+        self._open = lru_cache(_OPENED)(lambda epoch: _open_epoch(self._file(epoch), self.info, epoch))
+        self._blocks = _RecentBlocks(self._memory)
 
     @cached_property
     def info(self) -> LabelInfo:
@@ -376,7 +368,14 @@ class LabelStore:
         chosen = np.asarray(images, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.info.images:
             raise IndexError(f"the set has images 0 to {self.info.images - 1}")
-        return self._reading(epoch, lambda: self._gathered(epoch, chosen))
+        try:
+            return reading_again(self._file(epoch), lambda: self._gathered(epoch, chosen), forget=self._forget)
+        except MissingFileError as error:
+            raise StoreError(
+                f"{self.location.uri} has no labels of epoch {epoch}; it has {epochs_in_words(self.epochs())}",
+                f"{self.info.keep} epochs are to be labelled, and the labelling has not finished",
+                "Label the epochs that are missing",
+            ) from error
 
     def verify(self, epoch: int) -> None:
         """Read an epoch again, and check every byte and record. Raises CorruptFileError."""
@@ -388,16 +387,6 @@ class LabelStore:
                 opened.blocks([block], self.info)
 
         reading_again(self._file(epoch), verify)
-
-    def _reading(self, epoch: int, read: Callable[[], T]) -> T:
-        try:
-            return reading_again(self._file(epoch), read, forget=self._forget)
-        except MissingFileError as error:
-            raise StoreError(
-                f"{self.location.uri} has no labels of epoch {epoch}; it has {epochs_in_words(self.epochs())}",
-                f"{self.info.keep} epochs are to be labelled, and the labelling has not finished",
-                "Label the epochs that are missing",
-            ) from error
 
     def _gathered(self, epoch: int, images: NDArray[np.int64]) -> LabelRecords:
         found: LabelRecords | None = None
@@ -424,37 +413,30 @@ class LabelStore:
             self._blocks.put((epoch, number), block)
         return [found[number] for number in numbers]
 
-    def _open(self, epoch: int) -> _OpenedEpoch:
-        opened = self._opened.get(epoch)
-        if opened is None:
-            opened = _open_epoch(self._file(epoch), self.info, epoch)
-            self._opened.put(epoch, opened)
-        return opened
-
     def _file(self, epoch: int) -> Location:
         if not 0 <= epoch < self.info.keep:
             raise ValueError(f"epochs are numbered from 0 to {self.info.keep - 1}, not {epoch}")
         return self.location / f"epoch-{epoch:05d}.arrow"
 
 
-class _Recent(Generic[K, T]):
-    """Cache that drops the least recently used values while the sum of sizes exceeds `limit`. It keeps at least one."""
+class _RecentBlocks:
+    """Cache of blocks, by epoch and number. It drops the least recently used ones beyond `limit` bytes, but not all."""
 
-    def __init__(self, limit: int, size: Callable[[T], int]) -> None:
-        self._values: OrderedDict[K, T] = OrderedDict()
-        self._limit, self._size, self._held = limit, size, 0
+    def __init__(self, limit: int) -> None:
+        self._blocks = OrderedDict[tuple[int, int], LabelRecords]()
+        self._limit, self._held = limit, 0
 
-    def get(self, key: K) -> T | None:
-        if key in self._values:
-            self._values.move_to_end(key)
-        return self._values.get(key)
+    def get(self, key: tuple[int, int]) -> LabelRecords | None:
+        if key in self._blocks:
+            self._blocks.move_to_end(key)
+        return self._blocks.get(key)
 
-    def put(self, key: K, value: T) -> None:
-        """Add a value under a new key, and drop the least recently used values beyond the limit."""
-        self._values[key] = value
-        self._held += self._size(value)
-        while self._held > self._limit and len(self._values) > 1:
-            self._held -= self._size(self._values.popitem(last=False)[1])
+    def put(self, key: tuple[int, int], block: LabelRecords) -> None:
+        """Add a block under a new key, and drop the least recently used blocks beyond the limit."""
+        self._blocks[key] = block
+        self._held += block.nbytes
+        while self._held > self._limit and len(self._blocks) > 1:
+            self._held -= self._blocks.popitem(last=False)[1].nbytes
 
 
 @dataclass(frozen=True)
@@ -476,7 +458,8 @@ class _OpenedEpoch:
 def _open_epoch(location: Location, info: LabelInfo, epoch: int) -> _OpenedEpoch:
     sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
     with rejecting_nonsense(location):
-        if (_origin(json.loads(sealed.header["info"])), int(sealed.header["epoch"])) != (info.origin, epoch):
+        written = _info_from_json(json.loads(sealed.header["info"]))
+        if (written.origin, int(sealed.header["epoch"])) != (info.origin, epoch):
             raise CorruptFileError(
                 f"{location.uri} holds another epoch, or labels of another store",
                 "It was renamed or copied",

@@ -243,7 +243,7 @@ def test_only_blocks_of_the_rows_are_read_and_kept(tmp_path: Path) -> None:
     assert frugal.info.images == 3000
     for first in range(0, 3000, 100):
         frugal.read(0, order[first : first + 100])
-        assert sum(block.nbytes for block in frugal._blocks._values.values()) <= 200_000
+        assert sum(block.nbytes for block in frugal._blocks._blocks.values()) <= 200_000
 
 
 @pytest.mark.s3
