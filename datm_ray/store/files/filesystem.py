@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace as replaced
 from io import BytesIO
 from tempfile import TemporaryFile, gettempdir
@@ -318,24 +318,15 @@ class Location:
         """Return the result of `call`; `None` if the file or folder is missing. A missing bucket is an error."""
         with self._asking(action):
             try:
-                return self._ask_afresh(call)
+                return self._ask(call)
             except _MISSING as error:
                 if lacks_bucket(error):
                     raise
-                return None
-
-    def _ask_afresh(self, call: Callable[[], T]) -> T:
-        """Return the result of `call`. If a local file seems to be missing, read its folder and call once more.
-
-        The client of a network disk may still remember that the file did not exist, see `local.refresh`.
-        """
-        try:
-            return self._ask(call)
-        except _MISSING:
-            if self.local_path is None:
-                raise
-            local.refresh(os.path.dirname(self.local_path))
-            return self._ask(call)
+            if self.local_path is not None:  # the client of a network disk may remember that the file was missing
+                local.refresh(os.path.dirname(self.local_path))
+                with suppress(*_MISSING):
+                    return call()
+            return None
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Return the result of `call`, a request. Requests to S3 are repeated after a temporary failure."""
