@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -184,12 +184,13 @@ def first_line(message: BaseException | str) -> str:
     return "" if isinstance(message, str) else type(message).__name__
 
 
-class _Node(NamedTuple):
-    """Live node of the cluster."""
+def _live_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
-    resources: dict[str, float]
-    """All resources, free or in use."""
-    labels: dict[str, str]
+
+def _is_chosen(node: Mapping[str, Any], cluster: ClusterConfig) -> bool:
+    """True if a node has the labels that workers ask for."""
+    return matches(node.get("Labels", {}), cluster.labels)
 
 
 class Nodes:
@@ -207,8 +208,8 @@ class Nodes:
             light: True for workers with the resources of `cluster.light`, False for workers that distil.
         """
         self._cluster, self._is_light = cluster.shaped(light=light), light
-        self._nodes: dict[str, _Node] = {}
-        """Live nodes by identifier."""
+        self._nodes: dict[str, Any] = {}
+        """Live nodes by identifier, as Ray describes them."""
         self._fits: dict[int, dict[str, int]] = {}
         """Bytes that Ray reserves for a worker -> result of `fits` for these nodes."""
         self._checked = float("-inf")
@@ -222,7 +223,7 @@ class Nodes:
         if memory not in self._fits:
             chosen = self._chosen()
             self._fits[memory] = {
-                name: fitting(each.resources, self._cluster, memory) if name in chosen else 0
+                name: fitting(each["Resources"], self._cluster, memory) if name in chosen else 0
                 for name, each in nodes.items()
             }
         return self._fits[memory]
@@ -234,18 +235,17 @@ class Nodes:
         """
         return min(memory, self.memory()) if memory else 0
 
-    def _alive(self) -> dict[str, _Node]:
+    def _alive(self) -> dict[str, Any]:
         """Live nodes by identifier, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
-            found = [node for node in ray.nodes() if node["Alive"]]
-            self._nodes = {node["NodeID"]: _Node(node["Resources"], node.get("Labels", {})) for node in found}
+            self._nodes = {node["NodeID"]: node for node in _live_nodes()}
             self._fits.clear()
             self._checked = time.monotonic()
         return self._nodes
 
-    def _chosen(self) -> dict[str, _Node]:
+    def _chosen(self) -> dict[str, Any]:
         """Live nodes that have the labels of the workers' selector."""
-        return {node: each for node, each in self._nodes.items() if matches(each.labels, self._cluster.labels)}
+        return {name: node for name, node in self._nodes.items() if _is_chosen(node, self._cluster)}
 
     def _lacking(self) -> str:
         """Text about the workers' label selector if no live node satisfies it, else ""."""
@@ -282,7 +282,7 @@ class Nodes:
         `sys.maxsize` while there is no node.
         """
         fits = self.fits()
-        sizes = {node: int(each.resources.get("memory", 0)) for node, each in self._alive().items()}
+        sizes = {name: int(node["Resources"].get("memory", 0)) for name, node in self._alive().items()}
         held = [size for node, size in sizes.items() if fits.get(node)]
         return max(held or sizes.values(), default=sys.maxsize)
 
@@ -316,7 +316,7 @@ class Nodes:
             return ClusterError(f"{what}{lacking}", remedy=f"{_LABEL_REMEDY}; {wait}")
         chosen, is_short = self._chosen().values(), bool(memory) and self.capacity() >= workers
         needed = bundle_of(worker_options(self._cluster, memory=self.reserved(memory) if is_short else 0))
-        there = {name: sum(each.resources.get(name, 0.0) for each in chosen) for name in {"CPU", "GPU", *needed}}
+        there = {name: sum(each["Resources"].get(name, 0.0) for each in chosen) for name in {"CPU", "GPU", *needed}}
 
         def words(amounts: Mapping[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU", "memory"})
@@ -357,8 +357,7 @@ def default_gpus(cluster: ClusterConfig) -> float:
 
     Nodes without `cluster.labels` do not count. If `cluster.device` is "cpu", the result is 0.
     """
-    chosen = [node for node in ray.nodes() if node["Alive"] and matches(node.get("Labels", {}), cluster.labels)]
-    has_gpus = any(node["Resources"].get("GPU", 0) > 0 for node in chosen)
+    has_gpus = any(node["Resources"].get("GPU", 0) > 0 for node in _live_nodes() if _is_chosen(node, cluster))
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 
@@ -389,7 +388,7 @@ def _wait_for_first_node(cluster: ClusterConfig) -> None:
 
 def _has_only_a_head() -> bool:
     """True if the cluster's only node that runs is its head."""
-    return all("node:__internal_head__" in node["Resources"] for node in ray.nodes() if node["Alive"])
+    return all("node:__internal_head__" in node["Resources"] for node in _live_nodes())
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
