@@ -241,6 +241,11 @@ class _Job:
     def is_waiting(self) -> bool:
         return not self.workers and self.not_before <= time.monotonic()
 
+    @property
+    def unheard(self) -> float:
+        """Seconds since the last event, without time in which this process was suspended since the last check."""
+        return min(time.monotonic() - self.heard, self.silence + ABSENCE)
+
 
 class _Stage:
     """Run of one stage, from its first to its last task. All its tasks have the same worker class.
@@ -559,8 +564,6 @@ class _Stage:
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
         """Handle the next item of a stream: an event, log records, or an error."""
         rank, task = job.streams[stream], job.task
-        # Time in which this process was suspended, as by Ctrl-Z, is no silence.
-        silence = min(time.monotonic() - job.heard, job.silence + ABSENCE)
         try:
             event = ray.get(next(stream))
         except StopIteration:
@@ -569,9 +572,9 @@ class _Stage:
                 yield from self._end(job)
             return
         except RayError as failure:
-            yield from self._lose(job, unwrapped(failure), silence, stream)
+            yield from self._lose(job, unwrapped(failure), stream)
             return
-        job.heard, job.silence = time.monotonic(), 0.0
+        silence, job.heard, job.silence = job.unheard, time.monotonic(), 0.0
         if isinstance(event, list):
             accept(event)
         elif rank:
@@ -618,9 +621,7 @@ class _Stage:
             else:
                 job.group.stop()
 
-    def _lose(
-        self, job: _Job, cause: BaseException, silence: float, stream: Any = None
-    ) -> Iterator[tuple[Task, Event]]:
+    def _lose(self, job: _Job, cause: BaseException, stream: Any = None) -> Iterator[tuple[Task, Event]]:
         """Handle an error of a task. An error in the user's input ends the stage, unless other nodes may not have it.
 
         After any other error the task is retried. A task that has lost its workers too often is given up. A node's
@@ -628,7 +629,6 @@ class _Stage:
         and so does a GPU that torch cannot use.
 
         Args:
-            silence: seconds without an event before the error.
             stream: stream that ended with the error; `None` if no stream did.
         """
         if isinstance(cause, PeerLostError) and stream is not None and job.streams.keys() - {stream}:
@@ -645,8 +645,8 @@ class _Stage:
         why = reason(cause) + (f"; {gpu} is not used again" if gpu else "")
         if isinstance(cause, RayTaskError):
             _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
-        elif isinstance(cause, RayActorError) and silence > job.patience.limit:
-            why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
+        elif isinstance(cause, RayActorError) and job.unheard > job.patience.limit:
+            why = f"no step for {job.unheard:.0f} s; its log in Ray's dashboard says where it was stuck"
         job.history = history
         if history.gives_up(self._cluster.retries):
             failure = self._too_many_losses(job, cause, why)
@@ -749,7 +749,7 @@ class _Stage:
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:
-                yield from self._lose(job, job.peer_lost[0], now - job.heard)
+                yield from self._lose(job, job.peer_lost[0])
 
     def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
         """Fetch logs of a task's workers, and end workers that are silent for too long.
@@ -765,7 +765,7 @@ class _Stage:
             for worker in job.workers:
                 worker.end_process()
             stuck = WorkerLostError(f"no step for {job.silence:.0f} s, and no answer")
-            yield from self._lose(job, stuck, job.silence)
+            yield from self._lose(job, stuck)
 
     def _leave_nodes(self, nodes: set[str]) -> None:
         """Ask workers on nodes that end soon to save their work, so that other workers can resume it.

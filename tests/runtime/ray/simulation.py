@@ -199,7 +199,7 @@ class Simulation:
         """Let a rank of a task end with an error. Returns the stage's events."""
         job = self.job(name)
         stream = next(each for each, number in job.streams.items() if number == rank)
-        return [event for _, event in self._take(self.stage._lose(job, cause or RayError("lost"), 0.0, stream))]
+        return [event for _, event in self._take(self.stage._lose(job, cause or RayError("lost"), stream))]
 
     def grow(self, name: str) -> None:
         """Let a task of several workers report a checkpoint."""
