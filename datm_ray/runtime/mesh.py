@@ -7,7 +7,6 @@ torch.distributed. A worker that waits for a dead, hung or unreachable peer gets
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import struct
@@ -30,6 +29,7 @@ from datm_ray.core.steps import Steps, Work, finished
 from datm_ray.core.training.loop import Heartbeat
 from datm_ray.errors import ClusterError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
+from datm_ray.runtime.variables import variables
 
 Result = TypeVar("Result")
 
@@ -443,9 +443,8 @@ def _last_error(failure: BaseException) -> str:
     return after.splitlines()[0].rstrip(".") if after else _first_line(failure)
 
 
-@contextmanager
-def _settings(rendezvous_address: str) -> Generator[None, None, None]:
-    """Set the network interface and error handling of gloo and NCCL in environment variables, for the context.
+def _settings(rendezvous_address: str) -> AbstractContextManager[None]:
+    """Set the network interface and error handling of gloo and NCCL in environment variables, for a block.
 
     Variables that the user has set stay as they are.
     """
@@ -455,13 +454,7 @@ def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
     if interface:  # NCCL takes a name without "=" as a prefix of names
         wanted |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+    return variables(wanted)
 
 
 def _interface_towards(host: str, port: int) -> str:

@@ -8,8 +8,8 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from datm_ray.runtime.ray.compat import (
     limit_node_search,
     runs_a_node,
 )
+from datm_ray.runtime.variables import variables
 from datm_ray.words import counted, data_size
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -76,7 +77,8 @@ def connect(address: str | None) -> str:
             keep_token_private()
         level = logging.INFO if is_raw() else logging.CRITICAL
         keep_off_standard_output(shown=is_raw())
-        with _quiet_library() if address else nullcontext():
+        # The driver's C++ log prints a line for every attempt to connect to a cluster.
+        with variables({"RAY_BACKEND_LOG_LEVEL": "fatal"} if address else {}):
             context = ray.init(**where, logging_level=level, log_to_driver=is_raw())
     except Exception as failure:
         expected = isinstance(failure, OSError | ValueError | RuntimeError | RayError)
@@ -128,20 +130,6 @@ def _outside(address: str) -> ClusterError:
         "a run must start on a node of its cluster",
         f"submit it with `datm-ray job submit` and the dashboard's address, such as --address http://{host}:8265",
     )
-
-
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """Silence the driver's C++ log, which prints a line for every connection attempt. Workers' logs stay."""
-    name = "RAY_BACKEND_LOG_LEVEL"
-    ours = name not in os.environ
-    if ours:
-        os.environ[name] = "fatal"
-    try:
-        yield
-    finally:
-        if ours:
-            os.environ.pop(name, None)
 
 
 def _require_listener(address: str, given: str) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import BadStatusLine
 from ipaddress import ip_address
 from typing import Any
@@ -27,6 +25,7 @@ from datm_ray.errors import ClusterError
 from datm_ray.monitor import logs
 from datm_ray.runtime.ray.cluster import first_line
 from datm_ray.runtime.ray.compat import hush, use_token
+from datm_ray.runtime.variables import variables
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's first answer."""
@@ -63,7 +62,8 @@ class Dashboard(JobSubmissionClient):
         self._url = address = urldefrag(address).url.rstrip("/")
         use_token()
         try:
-            with _instead_of_variables(address):
+            # Ray's client would use these variables instead of its argument; old versions read RAY_ADDRESS only.
+            with variables({OWN_ADDRESS: address, "RAY_ADDRESS": address}, replaces=True):
                 super().__init__(address, verify=_authorities(address))
         except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # old versions of Ray have no such error
             raise _no_token(address, first_line(failure)) from None
@@ -98,24 +98,6 @@ class Dashboard(JobSubmissionClient):
             target = answer.headers.get("Location", "").partition("?")[0]
             more = f" to {target}" if target else " and a web page" if is_page else ""
             raise _no_answer(self._url, f"{status} {answer.reason}{more}")
-
-
-@contextmanager
-def _instead_of_variables(address: str) -> Iterator[None]:
-    """Set two environment variables to `address` while the block runs.
-
-    Ray's client would use an address in these variables instead of the address in its argument.
-    """
-    names = (OWN_ADDRESS, "RAY_ADDRESS")  # old versions of Ray read RAY_ADDRESS only
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, address))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _require_web_address(address: str) -> None:
