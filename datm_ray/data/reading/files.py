@@ -56,10 +56,8 @@ class Listing:
 
     def subfolders(self, folder: str) -> list[str]:
         """Names of the direct subfolders of a folder; "" is the root."""
-        below = (
-            name.removeprefix(f"{folder}/") for name in self.folders if name.startswith(f"{folder}/" if folder else "")
-        )
-        return [name for name in below if "/" not in name]
+        parts = (name.rpartition("/") for name in self.folders)
+        return [name for parent, _, name in parts if parent == folder]
 
     def notes(self) -> tuple[str, ...]:
         """One line that counts the left-out files and folders; empty if there are none."""

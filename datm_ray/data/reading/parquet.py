@@ -51,15 +51,6 @@ class ParquetFiles:
     """Lines on left-out files and on the use of files."""
 
 
-@dataclass(frozen=True)
-class ParquetSet:
-    """Images and labels of one or several Parquet files."""
-
-    encoded: Encoded
-    class_names: tuple[str, ...] | None
-    """Names of the classes; `None` if the schema has none."""
-
-
 @dataclass(frozen=True, eq=False)
 class ParquetRows:
     """Images of Parquet files by row, read when they are asked for. Can be sent to workers.
@@ -280,8 +271,10 @@ def _is_labelled(file: Path) -> bool:
 
 def read_parquet(
     files: Sequence[Path], class_names: tuple[str, ...] | None = None, *, streamed: bool = False
-) -> ParquetSet:
+) -> tuple[Encoded, tuple[str, ...] | None]:
     """Read Parquet files in order. The encoded images are kept in memory, not their pixels.
+
+    Returns the images with their labels, and the names of the classes, `None` if the schema has none.
 
     Args:
         class_names: class names in the order of labels, for test files with text labels. `None` takes the distinct
@@ -308,10 +301,10 @@ def read_parquet(
     files = [file.absolute() for file in files]
     rows = ParquetRows(tuple(files), tuple(each.groups for each in shards), tuple(f.stat().st_size for f in files))
     if streamed:
-        return ParquetSet(Encoded(labels, rows.open, rows.name, rows.mark), names)
+        return Encoded(labels, rows.open, rows.name, rows.mark), names
     chunks = [chunk for shard in shards for chunk in shard.images.cast(pa.large_binary()).chunks]
     images = pa.chunked_array(chunks, pa.large_binary())
-    return ParquetSet(Encoded(labels, lambda row: BytesIO(images[row].as_py()), rows.name), names)
+    return Encoded(labels, lambda row: BytesIO(images[row].as_py()), rows.name), names
 
 
 def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -289,21 +288,19 @@ def _parquet(request: Request) -> Loaded:
     """
     path = _needed_path("parquet", request)
     files = find_files(path)
-    read = partial(read_parquet, streamed=request.streamed)
-    parts = [read(files.train)]
-    parts += [read(files.test, parts[0].class_names)] if files.test else []
-    named = {part.class_names for part in parts}
-    if len(named) > 1:
+    train, names = read_parquet(files.train, streamed=request.streamed)
+    test, test_names = read_parquet(files.test, names, streamed=request.streamed) if files.test else (None, names)
+    if test_names != names:
         raise DatasetError(
             f"the training and test files of {path} name different classes",
             "They belong to two data sets",
             "Give the path TRAIN.parquet,TEST.parquet of one data set (dataset.path)",
         )
-    if not len(parts[0].encoded):
+    if not len(train):
         raise _no_images(Path(path), "one image a row")
-    names = parts[0].class_names or _numbered(parts[0].encoded.labels)
-    sets, notes = _image_sets([part.encoded for part in parts], request)
-    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=(*files.notes, *notes))
+    sets, notes = _image_sets([train] if test is None else [train, test], request)
+    names = names or _numbered(train.labels)
+    return Loaded(files.name, names, sets[0], None if test is None else sets[1], notes=(*files.notes, *notes))
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
