@@ -193,12 +193,13 @@ class Tracker:
         self._work = kept * self._work + max(0.0, work)
         self._seconds, self._last = kept * self._seconds + now - self._last, now
 
-    def slowest(self, now: float) -> tuple[str, _Running] | None:
-        """Name and state of the task expected to end last; `None` if no task runs.
+    def slowest(self, now: float) -> tuple[str, _Running]:
+        """Name and state of the task expected to end last; "" and an empty state if no task runs.
 
         While no speed is known, returns the task that started first.
         """
-        return max(self.running.items(), key=lambda each: (each[1].seconds_left(now), -each[1].since), default=None)
+        none = "", _Running(now)
+        return max(self.running.items(), key=lambda each: (each[1].seconds_left(now), -each[1].since), default=none)
 
     def seconds_left(self, now: float) -> float:
         """Estimated seconds for the remaining work; nan while no speed is known."""
@@ -206,9 +207,8 @@ class Tracker:
             return math.nan
         left = self._left - sum(each.weight * each.share for each in self.running.values())
         due = sum(each.weight / max(1, each.last.total) for each in self.running.values() if each.last)
-        slowest = self.slowest(now)
         seconds = _seconds_left(left, self._work, self._seconds, due, now - self._last)
-        return max(seconds, slowest[1].seconds_left(now) if slowest else 0.0)
+        return max(seconds, self.slowest(now)[1].seconds_left(now))
 
 
 class Stage:
@@ -257,8 +257,7 @@ class Stage:
         if now - self._last > LINE_INTERVAL and self._tracker.finished < self._tracker.tasks:
             self._last = now
             self._log_progress(now)
-            slowest = self._tracker.slowest(now)
-            last = slowest[1].last if slowest else None
+            last = self._tracker.slowest(now)[1].last
             measured = f"{_values(last.values)}{_measured(last.metrics)}" if last else ""
             self._show_state(f"{self._summary(now)}{measured}")
 
@@ -277,28 +276,29 @@ class Stage:
         self._show(text)
 
     def _log_progress(self, now: float) -> None:
-        tracker, slowest = self._tracker, self._tracker.slowest(now)
-        left, event = tracker.seconds_left(now), slowest[1].last if slowest else None
+        tracker, (name, slowest) = self._tracker, self._tracker.slowest(now)
+        left, event = tracker.seconds_left(now), slowest.last
         values = {
             "done": tracker.finished,
             "tasks": tracker.tasks,
             "running": len(tracker.running),
             "seconds_left": None if math.isnan(left) else round(left),
-            "slowest": slowest[0] if slowest else None,
-            **({"phase": slowest[1].phase} if slowest and slowest[1].phase else {}),
+            "slowest": name or None,
+            "phase": slowest.phase or None,
             **({"step": event.done, "steps": event.total, **event.values} if event else {}),
         }
         _log.info("progress %s", fields(stage=self._title, **values), extra=_SHOWN)
 
     def _summary(self, now: float) -> str:
         """Text with the numbers of finished and running tasks, the estimated time left, and the slowest task."""
-        tracker, slowest, left = self._tracker, self._tracker.slowest(now), self._tracker.seconds_left(now)
+        tracker, left = self._tracker, self._tracker.seconds_left(now)
+        name, slowest = tracker.slowest(now)
         done = f"{self._title}: {tracker.finished}/{tracker.tasks} tasks done"
         parts = [done, f"{len(tracker.running)} running"]
         parts += [] if math.isnan(left) else [f"about {duration(left)} left"]
-        if slowest:
-            step = f" at {slowest[1].last.done}/{slowest[1].last.total}" if slowest[1].last else ""
-            parts.append(f"slowest{step}: {slowest[0]}{slowest[1].doing(now)}")
+        if name:
+            step = f" at {slowest.last.done}/{slowest.last.total}" if slowest.last else ""
+            parts.append(f"slowest{step}: {name}{slowest.doing(now)}")
         return ", ".join(parts)
 
 
