@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -219,9 +218,14 @@ class Nodes:
     def reserved(self, memory: int) -> int:
         """Bytes that Ray reserves for a worker that needs `memory` bytes: no more than any node of workers has.
 
-        A request for more would wait for ever.
+        A request for more would wait for ever. Before there is a node of workers, all nodes count.
         """
-        return min(memory, self.memory()) if memory else 0
+        if not memory:
+            return 0
+        fits = self.fits()
+        sizes = {name: int(node["Resources"].get("memory", 0)) for name, node in self._alive().items()}
+        held = [size for node, size in sizes.items() if fits.get(node)]
+        return min(memory, max(held or sizes.values(), default=memory))
 
     def _alive(self) -> dict[str, Any]:
         """Live nodes by identifier, read from Ray at most once per `CHECK_INTERVAL`."""
@@ -263,16 +267,6 @@ class Nodes:
         if held >= wanted:
             return ""
         return f"the nodes have memory for {held} of {counted(wanted, 'worker')} at a time, {self._size(memory)} each"
-
-    def memory(self) -> int:
-        """Bytes of memory of the largest node that can hold a worker, else of any node.
-
-        `sys.maxsize` while there is no node.
-        """
-        fits = self.fits()
-        sizes = {name: int(node["Resources"].get("memory", 0)) for name, node in self._alive().items()}
-        held = [size for node, size in sizes.items() if fits.get(node)]
-        return max(held or sizes.values(), default=sys.maxsize)
 
     def elsewhere(self, nodes: Collection[str], memory: int = 0) -> int:
         """Number of workers that the running nodes outside of `nodes` can hold."""

@@ -300,7 +300,7 @@ def test_the_largest_node_that_holds_workers_limits_their_memory(monkeypatch: py
     for found, sizes in (([], (None, None)), ([head], (64, 64)), ([head, small], (16, 64)), ([small, large], (16, 32))):
         monkeypatch.setattr(ray, "nodes", lambda found=found: found)
         expected = [sys.maxsize if size is None else size * 2**30 for size in sizes]
-        assert [nodes.memory() for nodes in both(cluster)] == expected
+        assert [nodes.reserved(sys.maxsize) for nodes in both(cluster)] == expected
 
 
 @pytest.mark.parametrize(
