@@ -100,7 +100,8 @@ def restoring_settings() -> Iterator[None]:
     These are the number of threads, deterministic algorithms, cuDNN's timing of algorithms, TF32, and the share of the
     GPU that tensors may fill. The environment variable of `fix_workspace` stays, because torch reads it only once.
     """
-    before, is_timed, fills = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark, _fills_memory()
+    before, is_timed = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     threads, share = torch.get_num_threads(), tensor_share()
     try:
         with restoring_tf32() if torch.cuda.is_available() else nullcontext():
@@ -114,12 +115,8 @@ def restoring_settings() -> Iterator[None]:
             torch.cuda.set_per_process_memory_fraction(share)
 
 
-def _fills_memory() -> bool:
-    """True if torch fills new memory while algorithms are deterministic."""
-    return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
-
-
 def _set_filling(fills: bool) -> None:
+    """Choose whether torch fills new memory while algorithms are deterministic."""
     torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
