@@ -8,8 +8,7 @@ gauges of running tasks again every few seconds. Gauges of finished tasks expire
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from weakref import ref
+from collections.abc import Callable, Iterable, Sequence
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -28,23 +27,20 @@ class RayMetrics:
         self._ours: dict[str, Gauge | Counter | Histogram] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=_repeat, args=(ref(self), self._closed), name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._refresh_regularly, name="metrics", daemon=True)
         self._thread.start()
 
     def begin(self, tasks: Sequence[Task], workers: int) -> None:
         """Start a stage with these tasks, on at most `workers` workers."""
-        with self._lock:
-            self._export(self._readings.begin(tasks, workers))
+        self._export(lambda: self._readings.begin(tasks, workers))
 
     def add(self, tasks: Sequence[Task]) -> None:
         """Add tasks to the current stage."""
-        with self._lock:
-            self._export(self._readings.add(tasks))
+        self._export(lambda: self._readings.add(tasks))
 
     def record(self, task: Task, event: Event, rank: int = 0) -> None:
         """Export the measurements of an event. `rank` is the worker's rank within the task's group."""
-        with self._lock:
-            self._export(self._readings.take(task, event, rank))
+        self._export(lambda: self._readings.take(task, event, rank))
 
     def close(self) -> None:
         """Stop the thread that refreshes the gauges. Must be called before Ray disconnects."""
@@ -53,19 +49,24 @@ class RayMetrics:
 
     def refresh(self) -> None:
         """Set every gauge again to its current value, so that Ray does not drop it."""
-        with self._lock:
-            self._export(self._readings.gauges())
+        self._export(self._readings.gauges)
 
-    def _export(self, samples: Iterable[Sample]) -> None:
-        for sample in samples:
-            metric = self._ours.get(sample.name) or self._make(sample.name)
-            tags = dict(sample.tags)
-            if isinstance(metric, Gauge):
-                metric.set(sample.value, tags)
-            elif isinstance(metric, Counter):
-                metric.inc(sample.value, tags)
-            else:
-                metric.observe(sample.value, tags)
+    def _refresh_regularly(self) -> None:
+        while not self._closed.wait(REFRESH_INTERVAL):
+            self.refresh()
+
+    def _export(self, read: Callable[[], Iterable[Sample]]) -> None:
+        """Export the samples that `read` returns. One thread at a time reads and exports."""
+        with self._lock:
+            for sample in read():
+                metric = self._ours.get(sample.name) or self._make(sample.name)
+                tags = dict(sample.tags)
+                if isinstance(metric, Gauge):
+                    metric.set(sample.value, tags)
+                elif isinstance(metric, Counter):
+                    metric.inc(sample.value, tags)
+                else:
+                    metric.observe(sample.value, tags)
 
     def _make(self, name: str) -> Gauge | Counter | Histogram:
         """Create Ray's metric for the entry `name` of `monitor/metrics.py`."""
@@ -78,13 +79,3 @@ class RayMetrics:
             made = (Gauge if ours.kind == "gauge" else Counter)(name, text, tag_keys=ours.tags)
         self._ours[name] = made
         return made
-
-
-def _repeat(reference: ref[RayMetrics], closed: threading.Event) -> None:
-    """Refresh the gauges until `closed` is set or the metrics are garbage-collected."""
-    while not closed.wait(REFRESH_INTERVAL):
-        metrics = reference()
-        if metrics is None:
-            return
-        metrics.refresh()
-        del metrics
