@@ -38,12 +38,7 @@ class Ahead(Generic[Value]):
         computed now. An error of `compute` is raised by the call for its number; without such a call it is lost.
         """
         following, self._following = self._following, None
-        if following is not None and following[0] == number:
-            value = following[1].result()
-        else:
-            if following is not None:
-                following[1].cancel()
-            value = self._compute(number)
+        value = following[1].result() if following and following[0] == number else self._compute(number)
         if self._thread is not None and number + 1 < self._end:
             self._following = number + 1, self._thread.submit(self._compute, number + 1)
         return value
