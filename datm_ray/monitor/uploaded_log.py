@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 
 from datm_ray.monitor.logs import LARGEST, LOG, Line
 from datm_ray.store.files.filesystem import Location
@@ -65,13 +65,13 @@ class UploadedLog(logging.Handler):
         """Upload the log if it has new lines. This thread holds no lock meanwhile, because uploads log lines too."""
         try:
             self._read_earlier()
-            with self._locked():
+            with self.lock or nullcontext():
                 text, older, logged = bytes(self._text), self._older, self._logged
             if older:
                 self._older_place.write_atomic(older)
             if logged > self._uploaded:
                 self._place.write_atomic(text)
-            with self._locked():
+            with self.lock or nullcontext():
                 self._uploaded, self._older = logged, b"" if self._older is older else self._older
         except Exception as error:  # whatever it is, a log ends no run
             self._report(str(error))
@@ -81,17 +81,13 @@ class UploadedLog(logging.Handler):
         if self._has_read_earlier:
             return
         earlier = self._place.read_bytes() if self._place.exists() else b""
-        with self._locked():
+        with self.lock or nullcontext():
             if not self._older:  # else this command alone has logged more than is kept
                 if len(earlier) + len(self._text) > LARGEST:
                     self._older = earlier
                 else:
                     self._text[:0] = earlier
         self._has_read_earlier = True
-
-    def _locked(self) -> AbstractContextManager[object]:
-        assert self.lock is not None
-        return self.lock
 
     def _report(self, reason: str) -> None:
         if not self._has_failed:
