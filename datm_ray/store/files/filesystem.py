@@ -100,7 +100,7 @@ class Location:
     def exists(self) -> bool:
         """True if a file or folder exists. Raises StoreError if this cannot be found out.
 
-        A file that another machine has just written on a shared disk may be missing for some seconds, see `appears`.
+        A file that another machine has just written on a shared disk may be missing for some seconds, see `LAG`.
         """
         # Not fs.exists(): it also returns False if access is denied or the server does not answer.
         return self._unless_missing("look for", lambda: self.fs.info(self.path)) is not None
@@ -353,20 +353,6 @@ class Location:
             raise kind(f"Cannot {action} {self.uri}", cause, remedy) from error
 
 
-def appears(look: Callable[[], bool], seconds: int) -> bool:
-    """Call `look` once a second until it returns True, for up to `seconds` seconds. Returns False if it never does.
-
-    Callers use this, mostly with `LAG` seconds, before they report a missing file that another machine may have written
-    just now. The number of calls of `look` depends on their results alone, not on the clock. So `look` may be an
-    operation that several workers must call together and equally often.
-    """
-    for _ in range(seconds):
-        if look():
-            return True
-        time.sleep(1.0)
-    return look()
-
-
 def seconds_to_look(place: Location, limit: float) -> int:
     """Seconds for which a worker should look for a file of another machine; 0 on S3, which shows files at once.
 
@@ -378,14 +364,21 @@ def seconds_to_look(place: Location, limit: float) -> int:
 
 
 def require_shared(look: Callable[[], bool], seconds: int, fact: str) -> None:
-    """Raise a `ClusterError` unless `look` returns True within `seconds` seconds, see `appears`.
+    """Raise a `ClusterError` unless `look` returns True within `seconds` seconds. It is called once a second.
+
+    The number of calls depends on their results alone, not on the clock. So `look` may be an operation that several
+    workers must call together and equally often.
 
     Args:
-        look: returns True if this machine sees what another machine has written.
+        look: returns True if this machine sees what another machine has written, perhaps just now.
         seconds: time to wait for True; 0 to look once.
         fact: what is not seen, for the message.
     """
-    if not appears(look, seconds):
+    for _ in range(seconds):
+        if look():
+            return
+        time.sleep(1.0)
+    if not look():
         raise ClusterError(
             fact,
             "the workers run on machines that do not share this disk",

@@ -11,12 +11,13 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError, TransientStoreError
-from datm_ray.store.files.filesystem import AlreadyExistsError, Location, appears, open_location, seconds_to_look
+from datm_ray.errors import ClusterError, CorruptFileError, RunDirectoryError, StoreError, TransientStoreError
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location, require_shared, seconds_to_look
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -104,7 +105,8 @@ def test_what_appears_late_is_waited_for(monkeypatch):
     for after, seconds, found, waited in ((0, 0, True, 0), (1, 0, False, 0), (3, 3, True, 3), (4, 3, False, 3)):
         calls = iter(range(after + 1))
         slept.clear()
-        assert appears(lambda after=after, calls=calls: next(calls) == after, seconds) == found
+        with nullcontext() if found else pytest.raises(ClusterError, match="not there"):
+            require_shared(lambda after=after, calls=calls: next(calls) == after, seconds, "not there")
         assert slept == [1.0] * waited
 
 
