@@ -28,15 +28,12 @@ class Backend(Protocol):
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
         """Record a task's measurements at one of the task's steps."""
-        ...
 
     def finish(self, task: Task) -> None:
         """Close a task's curves, after the last values of the task."""
-        ...
 
     def close(self) -> None:
         """End the log, after the run has finished or stopped."""
-        ...
 
 
 class Logger:

@@ -162,17 +162,14 @@ class Executor(Protocol):
     @property
     def workers(self) -> int:
         """Highest number of workers that run at the same time, with those of nodes that the cluster can start."""
-        ...
 
     @property
     def workers_per_machine(self) -> int:
         """Highest number of workers on one node."""
-        ...
 
     @property
     def light_workers(self) -> int:
         """Highest number of workers that run tasks with `is_light` at the same time."""
-        ...
 
     def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
         """Raise a `ClusterError` if a task of `size` workers can never run.
@@ -181,11 +178,9 @@ class Executor(Protocol):
             name: name of the task or run, for the message.
             light: True for workers with the resources of `cluster.light`.
         """
-        ...
 
     def share(self, value: Any) -> Any:
         """Share a large read-only value with all workers. Pass the returned value as a setup argument."""
-        ...
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
@@ -205,11 +200,9 @@ class Executor(Protocol):
             DatmError: the worker raised this error.
             WorkerLostError: a task lost its workers too often.
         """
-        ...
 
     def close(self) -> None:
         """Release the executor's resources."""
-        ...
 
 
 class SerialExecutor:
@@ -226,13 +219,8 @@ class SerialExecutor:
         self.description = (
             f"this process, {counted(cluster.threads_per_worker, 'thread')}{', a GPU' * (device.type == 'cuda')}"
         )
-        self.workers = self.workers_per_machine = 1
+        self.workers = self.workers_per_machine = self.light_workers = 1
         self.gpus_per_worker: float | None = None
-
-    @property
-    def light_workers(self) -> int:
-        """Highest number of workers that run tasks with `is_light` at the same time."""
-        return self.workers
 
     def require_workers(self, name: str, size: int, *, light: bool = False) -> None:
         """Accept any size: one worker runs the whole task."""

@@ -214,8 +214,7 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         """Fetch the whole log so far of the job `submission_id`."""
         with self._answers(submission_id):
-            text: str = self._client.get_job_logs(submission_id)
-        return text
+            return str(self._client.get_job_logs(submission_id))
 
     def follow(self, submission_id: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
         """Show a job's log as it grows, until the job has ended. Returns the ended job.
@@ -280,8 +279,7 @@ class Jobs:
     def stop(self, submission_id: str) -> bool:
         """Stop the job `submission_id`. Returns False if the job had already ended. Its saved work stays."""
         with self._answers(submission_id):
-            stopped: bool = self._client.stop_job(submission_id)
-        return stopped
+            return bool(self._client.stop_job(submission_id))
 
     @contextmanager
     def _answers(self, submission_id: str | None = None) -> Iterator[None]:
