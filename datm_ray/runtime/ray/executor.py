@@ -102,7 +102,7 @@ class RayExecutor:
         self.metrics = RayMetrics()
         self.pool: list[PoolWorker] = []
         """Actors of one-worker tasks. They outlive a stage, because the next stage may use them too."""
-        self._number, self._stage = 0, Stage(0, object, (), "")
+        self._stage = Stage(0, object, (), "")
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
         self.set_aside: list[PoolWorker] = []
@@ -142,9 +142,9 @@ class RayExecutor:
             self.require_workers(name, size, light=is_light, memory=memory)
         self._report_memory(tasks)
         self.metrics.begin(tasks, self.workers)
-        if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
-            self._number += 1  # actors keep their worker while the number stays the same
-        self._stage = Stage(self._number, worker, setup, method, versions_here())
+        is_other = (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup))
+        number = self._stage.number + is_other  # actors keep their worker while the number stays the same
+        self._stage = Stage(number, worker, setup, method, versions_here())
         stage = _Stage(self, self._stage, tasks)
         try:
             for task, event in stage.events():
