@@ -272,11 +272,9 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
     _check_networks(runs, config)
     if runs.stored_transform(config.dataset) is None:
         runs.fitting_cost(config.dataset).require_memory()
-    strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
-    for strategy in (
-        *strategies,
-        *(each.experts.augmentation for each in [*config.each_auxiliary(), *config.own_teacher()]),
-    ):
+    trained = (config, *config.each_auxiliary(), *config.own_teacher())
+    strategies = [each.experts.augmentation for each in trained]
+    for strategy in (*strategies, config.distill.augmentation, config.evaluate.augmentation):
         parse_strategy(strategy)
 
 
@@ -397,11 +395,10 @@ def _require_device(runs: Runs) -> None:
 def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
     """Raise a `MissingExpertsError` for a network whose experts are not all in the store."""
     for network in networks:
-        group, count = runs.experts(network), network.experts.count
-        available = sum(expert < count for expert in group.experts())
-        if available < count:
+        if missing := len(runs.missing_experts(network)):
+            place, count = runs.experts(network).location, network.experts.count
             raise MissingExpertsError(
-                f"{group.location.uri} holds {available} of {count} experts of {network.name}",
+                f"{place.uri} holds {count - missing} of {count} experts of {network.name}",
                 "expert training has not finished for this recipe, or it used another --store",
                 f"run `datm-ray experts {network.name}` with the same --set, --out and --store first",
             )

@@ -316,11 +316,7 @@ class Pipeline:
                 _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
                 where = ", ".join((folder / LOG).uri for folder in folders)
                 log = f"{where}, uploaded every minute; -v shows it here" if uploaded else where
-                for line in (
-                    f"Running on {executor.description}",
-                    *self.data_lines(),
-                    f"Log: {log}",
-                ):
+                for line in (f"Running on {executor.description}", *self.data_lines(), f"Log: {log}"):
                     reporter.message(line)
                 for config in recipes:
                     # The recipe is written last, because it marks the folder as a run's, also for `report`.
