@@ -99,14 +99,6 @@ class Encoded:
         )
 
 
-class Decoded(NamedTuple):
-    """Decoded pixels, with notes on conversions made while decoding."""
-
-    pixels: list[NDArray[np.uint8]]  # images [n c h w] of each set; c, h and w are common to all sets
-    notes: tuple[str, ...]
-    """Lines on conversions, with numbers of images, and on very dark 16-bit images; empty if there are none."""
-
-
 class _Header(NamedTuple):
     mode: str
     """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
@@ -120,8 +112,13 @@ class _Header(NamedTuple):
     has_frames: bool = False
 
 
-def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, largest: int | None = None) -> Decoded:
+def decode(
+    sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, largest: int | None = None
+) -> tuple[list[NDArray[np.uint8]], tuple[str, ...]]:
     """Decode image files to arrays of one shape.
+
+    Returns the images [n c h w] of each set, in which c, h and w are common to all sets; and lines on conversions, with
+    numbers of images, and on very dark 16-bit images.
 
     Every file is opened twice, for its header and for its pixels, so that the array is allocated only once.
 
@@ -157,7 +154,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
             for files, of_set in zip(sets, pixels, strict=True)
         ]
         _require_readable(sets, done)
-    return Decoded(pixels, (*_notes(pixels[0].shape[1], good, resize), *_too_dark(pixels, good)))
+    return pixels, (*_notes(pixels[0].shape[1], good, resize), *_too_dark(pixels, good))
 
 
 def marks(files: Encoded) -> list[str]:

@@ -72,7 +72,7 @@ def test_exif_data_after_the_pixels_count_too() -> None:
     late = plain[:end] + chunk(b"eXIf", with_orientation(6).tobytes().removeprefix(b"Exif\0\0")) + plain[end:]
     early = saved(ramp(), exif=with_orientation(6))
     (pixels,), _ = decode([encoded(late)], 8)
-    assert np.array_equal(pixels, decode([encoded(early)], 8).pixels[0])
+    assert np.array_equal(pixels, decode([encoded(early)], 8)[0][0])
     with pytest.raises(DatasetError, match=r"differ in size: /data/0\.png is 24x16, /data/1\.png is 16x24"):
         decode([encoded(plain, late)])
 
@@ -124,7 +124,7 @@ def test_sixteen_bits_of_colour_are_counted() -> None:
 
 def test_images_that_use_few_of_their_16_bits_are_reported() -> None:
     """16-bit images with 12 used bits, as from scanners, become nearly black and are reported."""
-    assert decode([encoded(grey16(np.full((4, 4), 4095), "PNG"))]).notes[1:] == (
+    assert decode([encoded(grey16(np.full((4, 4), 4095), "PNG"))])[1][1:] == (
         "the brightest pixel of the 16-bit images is 15 of 255; scale them if they use fewer than 16 bits",
     )
 
