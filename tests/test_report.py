@@ -103,7 +103,7 @@ def save_set(
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
     state = Distillation(synthetic_set(config, 3), config.distill)
     for k, loss in enumerate(losses):
-        skipped = not loss <= config.distill.threshold
+        skipped = not loss <= config.distill.skip_above
         decrease = math.nan if skipped else loss  # a skipped iteration has no decrease
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
@@ -421,9 +421,10 @@ def test_result_without_its_checkpoint_is_described(out: Location) -> None:
     [[], [0.5], [7.0, math.inf], [0.5, math.nan, 0.4], [math.nan, math.inf], [1e-9, 1e-9]],
     ids=["no iteration", "one iteration", "all skipped", "one nan", "none finite", "tiny losses"],
 )
-def test_odd_histories_are_drawn(out: Location, losses: list[float]) -> None:
-    """A history of any length is drawn, also where every iteration was skipped."""
-    config = configure()
+@pytest.mark.parametrize("threshold", [0.9, "null"])
+def test_odd_histories_are_drawn(out: Location, losses: list[float], threshold: float | str) -> None:
+    """A history of any length is drawn, also where every iteration was skipped, or none can be."""
+    config = configure(threshold=threshold)
     save_checkpoint(out / config.name, config, losses, [])
     assert ("Matching loss" in page_of(out, RunSummary(config, out / config.name, []))) == bool(losses)
 

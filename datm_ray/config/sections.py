@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, get_args
 
@@ -411,8 +412,8 @@ class DistillConfig(Section):
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's logits); hard: the classes."""
     initial_step_size: Positive | None = None
     """The student's step size at the start; null: found by a line search (dm: 0.01)."""
-    threshold: Positive = 1.0
-    """Iterations with a larger matching loss are skipped."""
+    threshold: Positive | None = 1.0
+    """Iterations with a larger matching loss are skipped; null: none is, as published for mtt."""
     gradient_limit: Positive | None = 10.0
     """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
     null: no limit, as published."""
@@ -434,6 +435,11 @@ class DistillConfig(Section):
     @property
     def has_soft_labels(self) -> bool:
         return self.labels == "soft"
+
+    @property
+    def skip_above(self) -> float:
+        """Matching loss above which an iteration is skipped: the largest finite number if `threshold` is `None`."""
+        return sys.float_info.max if self.threshold is None else self.threshold
 
 
 class RecoverConfig(Section):

@@ -135,14 +135,15 @@ def _loss_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture
     loss: Floats = history["history.loss"]
     used = np.where(skipped | ~np.isfinite(loss), np.nan, loss)
     threshold = run.config.distill.threshold
-    highest = float(np.nanmax(used)) if np.isfinite(used).any() else threshold
-    near = bool(skipped.any()) or threshold <= 2 * highest  # a distant threshold would flatten the curve
+    highest = float(np.nanmax(used)) if np.isfinite(used).any() else 1.0
+    is_far = threshold is not None and threshold > 2 * highest and not skipped.any()  # it would flatten the curve
+    drawn = None if is_far else threshold
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, len(loss), "matching loss")
         _plot_with_mean(axes, iteration, used)
-        if near:
-            axes.axhline(threshold, color=SIGNAL, linewidth=1, dashes=(4, 3), label="threshold")
+        if drawn is not None:
+            axes.axhline(drawn, color=SIGNAL, linewidth=1, dashes=(4, 3), label="threshold")
         if skipped.any():
             top = np.full(int(skipped.sum()), 0.985)
             axes.plot(
@@ -154,10 +155,10 @@ def _loss_chart(run: RunSummary, history: Mapping[str, NDArray[Any]]) -> Picture
                 transform=axes.get_xaxis_transform(),
                 label="skipped",
             )
-        axes.set_ylim(0, 1.12 * max(highest, threshold if near else 0))
+        axes.set_ylim(0, 1.12 * max(highest, drawn or 0))
         axes.legend(loc="lower left", ncols=2)
 
-    tail = "" if near else f" The threshold, {threshold:g}, lies far above."
+    tail = f" The threshold, {threshold:g}, lies far above." if is_far else ""
     return Picture(
         "Matching loss",
         _svg(draw),

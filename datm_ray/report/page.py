@@ -183,7 +183,7 @@ def _state(run: RunSummary) -> str:
     if above := run.skipped - run.diverged:
         sentences.append(
             f"{counted(above, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
-            f"{run.config.distill.threshold:g}."
+            f"{run.config.distill.skip_above:g}."
         )
     if run.diverged:
         sentences.append(

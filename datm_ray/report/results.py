@@ -162,7 +162,7 @@ class RunSummary:
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]
         if "history.start" not in self.history:  # no loss is above a threshold
             return self.skipped
-        return int(diverged(loss, skipped, self.config.distill.threshold).sum())
+        return int(diverged(loss, skipped, self.config.distill.skip_above).sum())
 
     @property
     def shortened(self) -> int:

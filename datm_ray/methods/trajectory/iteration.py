@@ -276,12 +276,12 @@ class Distillation(State[IterationRecord]):
                 is not finite.
         """
         losses, _, unusable, lost = outcome
-        skipped: Tensor = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
+        skipped: Tensor = (losses > self.settings.skip_above) | (unusable > 0) | (lost > 0)
         return skipped
 
     def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
         losses, skipped = [record.loss for record in records], [record.skipped for record in records]
-        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.settings.threshold)
+        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.settings.skip_above)
 
     def _require_progress(self, is_lost: bool) -> None:
         """Raise a `DivergenceError` if a backbone has diverged too often since its last update.
@@ -304,8 +304,8 @@ class Distillation(State[IterationRecord]):
             The backbone's loss, then its first-order decrease [] (see `_shorten`; nan if nothing was added), then a
             number [] that is not 0 if the backbone diverged.
         """
-        gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
-        if not gradient.loss <= self.settings.threshold:
+        gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.skip_above)
+        if not gradient.loss <= self.settings.skip_above:
             return gradient.loss, math.nan, float(not math.isfinite(gradient.loss))
         gradient = replace(gradient, images=self.pulled_back(gradient.images))
         decrease = self._shorten(match, gradient, all_sum)

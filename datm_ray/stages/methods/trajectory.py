@@ -182,7 +182,7 @@ class TrajectoryMatching(Method):
             ThresholdError: all measured losses exceed `distill.threshold`, start and target are equal in all pairs, or
                 the loss has no gradient in the images.
         """
-        given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.threshold
+        given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.skip_above
         pairs = self._pairs(state.iteration)
         if given is None:
             measured = self._search(state, pairs)
@@ -241,7 +241,7 @@ class TrajectoryMatching(Method):
     def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
         """Find the best step size of every network of the run, with its losses. All workers get the same results."""
         near = self._distance(state).likely_step_size
-        threshold = self.part.config.distill.threshold
+        threshold = self.part.config.distill.threshold or 1.0
         bound = min(threshold, (1 + threshold) / 2)  # below the threshold, as single losses scatter around the mean
 
         def search(own: int, all_sum: AllSum) -> Measured:
@@ -273,7 +273,7 @@ class TrajectoryMatching(Method):
         The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` would update nothing, so they
         count only if all losses are above the threshold.
         """
-        for skip_above in (self.part.config.distill.threshold, math.inf):
+        for skip_above in (self.part.config.distill.skip_above, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
             if found := [share for share in shares if math.isfinite(share) and share]:
                 return FIRST_MOVE / statistics.fmean(found)
@@ -328,18 +328,18 @@ class TrajectoryMatching(Method):
         """
         settings, now = self.part.config.distill, float(state.synthetic.step_size)
         remedy = f"try {self._better(best)}"
-        if not min(each.loss for each in best) <= settings.threshold:
+        if not min(each.loss for each in best) <= settings.skip_above:
             lower = "distill.learning_rate_images or start_epochs" if state.momenta else "distill.start_epochs"
-            remedy = "raise distill.threshold to 1" if settings.threshold < 1 else f"lower {lower}"
+            remedy = "raise distill.threshold to 1" if settings.skip_above < 1 else f"lower {lower}"
             least, most = min(each.least_tried for each in best), max(each.most_tried for each in best)
             remedy = f"no step size from {least:.2g} to {most:.2g} is enough: {remedy}"
         fewer = round(settings.student_steps * best[0].step_size / now)
         if len(best) == 1 and 1 <= fewer < settings.student_steps:
             cut = {n: [dataclasses.replace(each, steps=each.steps[:fewer]) for each in own] for n, own in pairs.items()}
             (short,) = self._measured(lambda own, all_sum: measure(now, cut[own], state.synthetic, all_sum))
-            if short.loss <= settings.threshold:
+            if short.loss <= settings.skip_above:
                 remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
-        fact = f"{what} with a matching loss of {_numbers(losses, 5)}, above distill.threshold {settings.threshold:g}"
+        fact = f"{what} with a matching loss of {_numbers(losses, 5)}, above distill.threshold {settings.skip_above:g}"
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
 
     def _better(self, best: Sequence[Measured]) -> str:
@@ -497,10 +497,10 @@ class TrajectoryMatching(Method):
             lower = "Try distill.initial_step_size=null, lower"
             if settings.initial_step_size is None:
                 best = self._search(state, self._pairs(state.iteration))
-                is_enough = min(each.loss for each in best) <= settings.threshold
+                is_enough = min(each.loss for each in best) <= settings.skip_above
                 lower = f"Try {self._better(best)}, or lower" if is_enough else "Lower"
             yield (
-                f"{above} of {counted(updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, "
+                f"{above} of {counted(updates, 'matching loss')} exceeded distill.threshold {settings.skip_above:g}, "
                 f"and taught nothing: {self._distance(state)}. {lower} the start epochs, or "
                 "see in the report whether it came all at once"
             )

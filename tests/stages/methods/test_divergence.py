@@ -189,6 +189,16 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     assert not curves["history.skipped"][0]
 
 
+def test_without_a_threshold_no_loss_is_refused_or_skipped(tiny_experts: Path, tmp_path: Path) -> None:
+    """With threshold null, as MTT is published, a set that starts above 1 is distilled, and each iteration counts."""
+    settings = (*ONE_PAIR, "distill.threshold=null", "distill.initial_step_size=0.3", "distill.gradient_limit=0.1")
+    distil(tiny_config(*settings, "method=mtt", "distill.start_epochs=[0, 1]"), tmp_path, tiny_experts)
+    curves = curves_of(tmp_path)
+    assert curves["history.loss"][0] > 1
+    assert not curves["history.skipped"].any()
+    assert curves["history.loss"][-1] < curves["history.loss"][0]
+
+
 def test_a_given_step_size_that_sometimes_works_is_kept(
     tiny_experts: Path, tmp_path: Path, measured: list[Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
