@@ -123,6 +123,7 @@ class DivergenceError(DatmError):
 class ThresholdError(DatmError):
     """Every matching loss exceeds distill.threshold, before the first iteration or in many iterations in a row.
 
+    Without a threshold, no loss is finite.
     Experts are kept, and so is the state of a distillation that had started.
     """
 

@@ -92,6 +92,7 @@ BAD_INPUT = {
         for command in (["plan"], ["run"], ["run", "--dry-run"], ["experts"], ["distill"], ["evaluate"])
     },
     "reserved name": (["run", "digits-ipc1", "--set", "name=experts"], "choose another name"),
+    "name of a logger's folder": (["run", "digits-ipc1", "--set", "name=tensorboard"], "choose another name"),
     "folder is a file": (["run", "digits-ipc1", "--out", "/dev/null/runs"], "/dev/null is not a folder"),
     "same run twice": (["run", "digits-ipc1", "digits-ipc1"], "named 'digits-ipc1'"),
     "unknown scheme": (["run", "digits-ipc1", "--out", "gopher://x/y"], "gopher"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from datm_ray.config import (
     PUBLISHED_AUGMENTATION,
@@ -386,6 +387,12 @@ def test_machines_can_be_chosen_without_changing_results() -> None:
         with pytest.raises(ConfigError) as caught:
             override(base, [f"cluster.{assignment}"])
         assert str(caught.value).startswith(f"--set: {expected}"), assignment
+
+
+def test_configuration_is_frozen() -> None:
+    """A configuration cannot be changed."""
+    with pytest.raises(ValidationError, match="frozen"):
+        RunConfig().distill.ipc = 1  # type: ignore[misc]
 
 
 def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:

@@ -1,8 +1,9 @@
 """Named sources of raw images in three sets: training, validation, test.
 
 A source is one function, registered under its name, that reads its files into uint8 arrays. The built-in ones are in
-`readers.py`. Splits, checks and the fingerprint are common to all sources. The validation set is always split off the
-training images, so that no choice depends on test images. A source without a test set gets one that is split off too.
+`data/reading/readers.py`. Splits, checks and the fingerprint are common to all sources. The validation set is always
+split off the training images, so that no choice depends on test images. A source without a test set gets one that is
+split off too.
 Not covered: normalisation (`datm_ray.data.transform`) and augmentation (`datm_ray.core.images.augment`).
 """
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -513,6 +513,8 @@ def fit_transform(
         DatasetError: there are fewer than two images, or memory does not suffice; or the `given` numbers are not one
             per channel.
     """
+    assert kind in get_args(Kind), kind
+    assert eps > 0, eps
     if len(images) < 2:
         raise DatasetError(
             f"a set of {counted(len(images), 'image')} is too small to fit a {kind} transform", remedy="Use two or more"

@@ -223,7 +223,10 @@ class _Networks(nn.Module):
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the teacher's logits [n k] for images [n c h w], and the networks' mean distance [] to statistics."""
+        """Compute the teacher's logits [n k] for images [n c h w], and the statistics term [] of the loss.
+
+        The term is the mean over networks of how far the batch's statistics are from the running ones, over all layers.
+        """
         logits, statistics = images.new_zeros(()), list[Tensor]()
         for number, network in enumerate(self.networks):
             self._gaps.clear()
@@ -299,7 +302,10 @@ class Recovery(Descent):
         return record
 
     def _place(self, moved: Tensor, bounds: tuple[Tensor, Tensor]) -> None:
-        """Set the images to `moved`: pixels clamped to `bounds` (black, white), or a prior's latents without bounds."""
+        """Set the images to `moved`: pixels clamped to `bounds` (black, white).
+
+        With a prior, `moved` holds latents, which are not clamped.
+        """
         if self.prior is None:
             self.synthetic.images = moved.clamp(*bounds)
         else:
@@ -338,7 +344,7 @@ class Recovery(Descent):
 
     @classmethod
     def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
-        """Restore the state that `to_arrays` saved."""
+        """Restore the state from the two results of `to_arrays`."""
         state = super().from_arrays(held, shared, settings, device)
         own = {name: torch.tensor(array, device=device) for name, array in held.items() if name.startswith("adam.")}
         state.moments = {name.removeprefix("adam."): moment for name, moment in own.items()}

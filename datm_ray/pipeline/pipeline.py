@@ -46,7 +46,7 @@ from datm_ray.stages.evaluate.scores import note_scoring, read_score
 from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.methods.base import Outlook
-from datm_ray.stages.methods.registry import method_of, role_of, scoring_networks, trained_networks
+from datm_ray.stages.methods.registry import method_of, networks_before_scoring, role_of, trained_networks
 from datm_ray.stages.prior import is_trained, note_prior_cost
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
@@ -239,7 +239,7 @@ class Pipeline:
         """Train and score the networks that the runs' accuracy tables still lack. Arguments: see `run_all`."""
         checks.require_distillable(self.runs)
         for config in self.configs:
-            checks.require_experts(self.runs, scoring_networks(config))
+            checks.require_experts(self.runs, networks_before_scoring(config))
         checks.require_sets(self.runs)
         with self._started(start, reporter) as executor:
             self._evaluate(executor, reporter)

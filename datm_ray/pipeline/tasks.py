@@ -51,7 +51,8 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
 
     Args:
         workers: number of workers that train at the same time.
-        networks: networks to train, as runs with one network each; `None` for all but scoring networks.
+        networks: networks to train, as runs with one network each; `None` for all but
+            those that score images for a curriculum.
     """
     tasks = []
     for config, open_stacks in expert_stacks(runs, workers, networks):
@@ -137,7 +138,8 @@ def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> l
     The configuration has the largest `count` and `keep_epochs` of these runs.
 
     Args:
-        networks: networks with experts, as runs with one network each; `None` for all but scoring networks.
+        networks: networks with experts, as runs with one network each; `None` for all but
+            those that score images for a curriculum.
     """
     recipes: dict[str, RunConfig] = {}
     for config in runs.networks() if networks is None else networks:

@@ -3,9 +3,9 @@
 The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 2310.05773, the authors' configuration
 files of 2024-04-26), GSAM experts included, or of the method in the recipe's name. There are two differences. The
 evaluation's step size and the kept iteration are never chosen on the test set. A gradient whose first-order decrease
-exceeds ten times the loss is shortened (`distill.gradient_limit`). MTT's recipes have two more: an iteration whose loss
-exceeds `distill.threshold` is skipped, and evaluation has batches of 128 (docs/methods/mtt.md). Figures of our own are
-given only where they were measured.
+exceeds ten times the loss is shortened (`distill.gradient_limit`). MTT's recipes have two more: an update that
+would make the step size negative is skipped, and evaluation has batches of 128 (docs/methods/mtt.md). Figures of our
+own are given only where they were measured.
 
 A public function of a module listed in `_MODULES` is a recipe, under its name with dashes.
 """

@@ -11,7 +11,7 @@ def cifar10_ipc1() -> RunConfig:
 
     Measured 42.4±0.6 % at this size with 12 SGD experts of 6 epochs and 1,000 iterations in bfloat16, 39.6±0.9 with 4
     experts in float32 (one distillation each, five networks; random images with soft labels 19.8). On a fifth of the
-    data with a quarter of the width, 8 experts and 500 iterations 33.4±1.1 (three networks; 18.9). See
+    data with a quarter of the width, 8 experts and 500 iterations 33.4±1.1 (random images 18.9). See
     benchmarks/results.
     """
     return published(

@@ -52,13 +52,14 @@ def of_mtt(source: str, *, bound: int, normalisation: Literal["zca", "standard"]
         normalisation: normalisation of the images.
         distill: further values of the section `distill`, see `DistillConfig`.
     """
-    distill |= {"iterations": 5000, "initial": "random", "start_epochs": StartEpochs(bound=bound), "threshold": None}
     return RunConfig(
         method="mtt",
         dataset=DatasetConfig(source=source, normalisation=normalisation, validation=0.02),
         network=NetworkConfig(depth=3),
         experts=ExpertConfig(epochs=50, keep_epochs=LATEST_MATCHED_BY_MTT),
-        distill=DistillConfig(**distill),
+        distill=DistillConfig(
+            iterations=5000, initial="random", start_epochs=StartEpochs(bound=bound), threshold=None, **distill
+        ),
     )
 
 

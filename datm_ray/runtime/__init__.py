@@ -1,4 +1,4 @@
-"""Execution of work: executors that place workers, devices, sums over workers, and retries after lost workers.
+"""Execution of work: executors that place workers, sums over workers, retries of lost ones, heartbeats, stopping.
 
 The serial executor is the reference. `runtime/ray/` is the only folder that imports Ray.
 """

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -287,7 +288,8 @@ class LabelStore:
     def _forget(self) -> None:
         """Drop all opened epochs and blocks. After a fork, they may hold connections of the parent process."""
         self._process = os.getpid()
-        self._open = lru_cache(_OPENED)(lambda epoch: _open_epoch(self._file(epoch), self.info, epoch))
+        store = weakref.proxy(self)  # a cycle would keep the blocks in memory until a garbage collection
+        self._open = lru_cache(_OPENED)(lambda epoch: _open_epoch(store._file(epoch), store.info, epoch))
         self._blocks = _RecentBlocks(self._memory)
 
     @cached_property

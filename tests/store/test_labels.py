@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import uuid
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +412,19 @@ def reads_the_truth(uri: str) -> bool:
 
 
 TINY = replace(INFO, images=9, classes=4, keep=1, epochs=1)
+
+
+def test_a_store_frees_its_blocks_at_once(tmp_path: Path) -> None:
+    """Blocks that a store keeps in memory do not wait for a garbage collection when the store is dropped."""
+    store = filled(str(tmp_path), TINY, 1)
+    store.read(0, [1])
+    gone = weakref.ref(store)
+    gc.disable()
+    try:
+        del store
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["epoch-00000.arrow", "labels.arrow"])

@@ -180,7 +180,7 @@ def _free_of_strides(graph: fx.GraphModule) -> None:
 
 
 def _with_traced_strides(owner: fx.Node) -> None:
-    """Insert a copy of a node's value with the strides seen in tracing, and let all other nodes read the copy."""
+    """Insert a copy of `owner`'s value with the strides it had in tracing, and let all other nodes read the copy."""
     value = owner.meta["val"]
     with owner.graph.inserting_after(owner):
         memory = owner.graph.call_function(_ATEN.new_empty_strided.default, (owner, value.shape, value.stride()))

@@ -113,7 +113,7 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
     Args:
         loss: [n] matching loss of each update.
         skipped: [n] True for updates that were skipped for any reason.
-        limit: `distill.threshold`, above which a loss is skipped.
+        limit: `DistillConfig.skip_above`, above which a loss is skipped.
     """
     return skipped & ~(np.isfinite(loss) & (loss > limit))
 

@@ -167,7 +167,7 @@ class MetaNetworks:
             write_tensors(place, arrays, kind=MAPS_KIND, metadata=metadata)
 
 
-def keep_maps(
+def keep_maps_alone(
     part: Part, settings: MetaConfig, backbone: ExpertNetworks, place: Location, initial: Tensor, final: SyntheticSet
 ) -> Iterator[Phase]:
     """Write class activation maps of a whole set on one worker. Yields phases as a heartbeat.

@@ -1,8 +1,8 @@
 """Sets made in pieces. One worker makes each piece independently, and a further task joins all pieces into the set.
 
-    pieces/<number>/    folder of a piece, with the files of a distillation, see `distill`
-    pieces/shared/      what one worker computed for all pieces, see `shared_arrays`
-    initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, see `distill`
+    pieces/<number>/    folder of a piece, with the files of a distillation, see `task`
+    pieces/shared/      what one worker computed for all pieces, see `shared_arrays` of `stages/methods/part.py`
+    initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, see `task`
 
 The pieces are removed after the set is written. Pieces do not depend on each other, so any number of workers makes the
 same set.
@@ -31,7 +31,7 @@ from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.machine.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
-from datm_ray.stages.distill.metadd import keep_maps
+from datm_ray.stages.distill.metadd import keep_maps_alone
 from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
@@ -149,7 +149,7 @@ class PieceWorker:
         save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config))
         if config.metadd is not None:
             initial, final = (held.each(lambda tensor: tensor.to(self._device)) for held in sets.values())
-            yield from keep_maps(part, config.metadd, teacher, folder / MAPS, initial.images, final)
+            yield from keep_maps_alone(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
         for name, held in sets.items():

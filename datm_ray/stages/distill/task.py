@@ -55,7 +55,7 @@ from datm_ray.runtime.machine.devices import prepare_device
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.distill.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.distill.metadd import MetaNetworks, keep_maps
+from datm_ray.stages.distill.metadd import MetaNetworks, keep_maps_alone
 from datm_ray.stages.distill.validation import (
     Candidates,
     is_due,
@@ -215,7 +215,7 @@ class DistillWorker:
         if config.metadd is not None and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
-            yield from keep_maps(part, config.metadd, backbone, folder / MAPS, initial, final)
+            yield from keep_maps_alone(part, config.metadd, backbone, folder / MAPS, initial, final)
         place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
         save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
         candidates.remove()
@@ -270,7 +270,7 @@ class Distillation:
         self._meta_networks = None if config.metadd is None else MetaNetworks(part, config.metadd, method.experts[0])
 
     def events(self) -> Iterator[Event]:
-        """Run the remaining iterations and yield progress. All workers of the set yield the same events."""
+        """Run the remaining iterations and yield progress. All workers of the set yield the same but for phases."""
         settings = self._config.distill
         state = yield from self._start()
         first = self._saved_at = state.iteration
@@ -383,8 +383,8 @@ class Distillation:
             is_asked: returns True once this worker was asked to stop.
 
         Raises:
-            Interrupted: the worker that validates was asked to stop meanwhile. The state before the validation is
-                saved.
+            Interrupted: the worker that validates was asked to stop meanwhile. The state is saved, with the results of
+                the validations before.
         """
         if self._validation is not None and state.iteration in iterations:
             self._save_set(state.result, self._candidates.name(state.iteration))
@@ -400,6 +400,7 @@ class Distillation:
             accuracy = yield from self._validate(held, is_asked)
             self._late_or_stopped(math.isnan(accuracy), state)
             _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
+            self._saved_at = -1  # what was recorded is not in the checkpoint yet
 
     def _join(self, state: State[Any]) -> None:
         """Record the results of validations by other tasks, in order of iterations, up to the first missing one.

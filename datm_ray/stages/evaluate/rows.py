@@ -95,7 +95,7 @@ from datm_ray.stages.evaluate.memory import memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.progress import SCORING, SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.labels import drawn_labels, kept_labels, labels_location
-from datm_ray.stages.methods.registry import method_of, scoring_networks, teacher_of, trained_backbones
+from datm_ray.stages.methods.registry import method_of, networks_before_scoring, teacher_of, trained_backbones
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
 
@@ -478,7 +478,7 @@ def _of_all_images(config: RunConfig) -> RunConfig:
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
     """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
-    is_labelled, is_full = bool(scoring_networks(config)), config.evaluate.full
+    is_labelled, is_full = bool(networks_before_scoring(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += fixed_rows(config)
     rows += [row for row in FAIR_ROWS if config.evaluate.fair and row not in rows]

@@ -82,7 +82,7 @@ def role_of(config: RunConfig, network: RunConfig) -> str:
     return "teacher" if is_alone and any(expert_fingerprint(each, "") == wanted for each in teachers) else "experts"
 
 
-def scoring_networks(config: RunConfig) -> list[RunConfig]:
+def networks_before_scoring(config: RunConfig) -> list[RunConfig]:
     """Networks that must be trained before a set is scored: backbones, then the teacher of `evaluate.teacher` if any.
 
     Each network is given as a run with this network alone.

@@ -179,8 +179,8 @@ class TrajectoryMatching(Method):
         Losses are measured for `PAIRS` pairs of start and target. Yields messages about the results.
 
         Raises:
-            ThresholdError: all measured losses exceed `distill.threshold`, start and target are equal in all pairs, or
-                the loss has no gradient in the images.
+            ThresholdError: all measured losses exceed `distill.threshold` (without one: are not finite), start and
+                target are equal in all pairs, or the loss has no gradient in the images.
         """
         given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.skip_above
         pairs = self._pairs(state.iteration)
@@ -207,10 +207,15 @@ class TrajectoryMatching(Method):
             yield rate_found(state)
         if above:
             yield (
-                f"{above} of {counted(len(losses), 'matching loss')} at the start exceed{'s' * (above == 1)} "
-                f"distill.threshold {threshold:g}, and such iterations are skipped. The mean loss is {start}: "
-                f"{self._distance(state)}"
+                f"{above} of {counted(len(losses), 'matching loss')} at the start {'is' if above == 1 else 'are'} "
+                f"{self._unusable}, and such iterations are skipped. The mean loss is {start}: {self._distance(state)}"
             )
+
+    @property
+    def _unusable(self) -> str:
+        """Words for a loss that is skipped: above the threshold, or not finite where the recipe has none."""
+        threshold = self.part.config.distill.threshold
+        return "not finite" if threshold is None else f"above distill.threshold {threshold:g}"
 
     def _started(self, measured: Sequence[Measured]) -> str:
         """Text about the step sizes with which the set starts, and whether each is the best one."""
@@ -239,7 +244,11 @@ class TrajectoryMatching(Method):
         }
 
     def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
-        """Find the best step size of every network of the run, with its losses. All workers get the same results."""
+        """Find the best step size of every network of the run, with its losses. All workers get the same results.
+
+        Args:
+            pairs: index of each backbone that this worker matches -> its pairs of start and target.
+        """
         near = self._distance(state).likely_step_size
         threshold = self.part.config.distill.threshold or 1.0
         bound = min(threshold, (1 + threshold) / 2)  # below the threshold, as single losses scatter around the mean
@@ -339,7 +348,7 @@ class TrajectoryMatching(Method):
             (short,) = self._measured(lambda own, all_sum: measure(now, cut[own], state.synthetic, all_sum))
             if short.loss <= settings.skip_above:
                 remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
-        fact = f"{what} with a matching loss of {_numbers(losses, 5)}, above distill.threshold {settings.skip_above:g}"
+        fact = f"{what} with a matching loss of {_numbers(losses, 5)}, {self._unusable}"
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
 
     def _better(self, best: Sequence[Measured]) -> str:

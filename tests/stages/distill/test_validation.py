@@ -393,3 +393,27 @@ def test_networks_of_a_validation_get_the_layout_of_scored_ones(monkeypatch: pyt
     weights = [each for network in placed for each in network.parameters() if each.dim() == 4 and each.shape[1] > 1]
     assert weights
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weights)
+
+
+def test_a_request_to_stop_keeps_the_results_of_the_validations_before(
+    reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop among several open validations, only those without a result are made again."""
+    run, calls = Run(tmp_path), list[int]()
+    for event in run.events():
+        if isinstance(event, Progress) and event.done == 5:
+            break
+
+    def asked_in_the_second(*arguments: Any) -> Iterator[Progress]:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            assert ask()
+        return scored(*arguments)
+
+    monkeypatch.setattr(distill, "validating", asked_in_the_second)
+    with pytest.raises(Interrupted, match=r"iteration \d of 9"):
+        list(run.events(apart=False))
+    assert len(calls) == 2
+    list(run.events(apart=False))
+    assert len(calls) == 1 + len(DUE)
+    assert run.result() == reference

@@ -197,6 +197,8 @@ def test_without_a_threshold_no_loss_is_refused_or_skipped(tiny_experts: Path, t
     assert curves["history.loss"][0] > 1
     assert not curves["history.skipped"].any()
     assert curves["history.loss"][-1] < curves["history.loss"][0]
+    with pytest.raises(ThresholdError, match=r"would start with a matching loss of inf, not finite\."):
+        distil(tiny_config(*settings, "distill.initial_step_size=1e25"), tmp_path / "infinite", tiny_experts)
 
 
 def test_a_given_step_size_that_sometimes_works_is_kept(
@@ -207,7 +209,7 @@ def test_a_given_step_size_that_sometimes_works_is_kept(
     backwards(monkeypatch, {0, 2})
     (note, *_) = notes_of(config, tmp_path, tiny_experts)
     assert len(measured) == 1
-    assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1, and such iterations")
+    assert note.startswith("2 of 4 matching losses at the start are above distill.threshold 1, and such iterations")
     assert "the student 3 steps of 0.03 (0.09 in all)" in note
     assert load(str(tmp_path / "tiny/initial.arrow")).step_size == pytest.approx(0.03)
 
@@ -359,7 +361,7 @@ def test_an_open_learning_rate_is_found_without_losses_above_the_threshold(
     for far in (False, True):
         settings = ("distill.threshold=2", "distill.initial_step_size=0.02", "distill.learning_rate_images=null")
         notes = notes_of(tiny_config(*settings, "distill.iterations=1"), tmp_path / str(far), tiny_experts)
-        assert any("1 of 4 matching losses at the start exceed" in note for note in notes) == far
+        assert any("1 of 4 matching losses at the start is above" in note for note in notes) == far
         place = open_location(str(tmp_path / f"{far}/tiny/checkpoint.arrow"))
         rates.append(float(read_tensors(place, kind="checkpoint").arrays["found.image_rate"]))
     assert rates[1] == pytest.approx(rates[0], rel=0.5)
