@@ -37,7 +37,8 @@ class Interleaved(SerialExecutor):
             stop_after: number of events after which the command ends as if killed; -1 for never.
         """
         super().__init__(tiny_config().cluster)
-        self.workers, self._waits, self._left = workers, waits, stop_after
+        self.workers = self.light_workers = workers
+        self._waits, self._left = waits, stop_after
         self.seen: list[tuple[Task, Event]] = []
         self.shared = 0
         self.stages: list[str] = []

@@ -143,7 +143,7 @@ def test_no_stage_computes_for_long_without_an_event(
     clock_of(monkeypatch, SLOW)
     for module in ("distill.validation", "evaluate.progress", "distill.task", "distill.pieces", "experts.difficulty"):
         monkeypatch.setattr(f"datm_ray.stages.{module}.REPORT_INTERVAL", -1.0)
-    for module in ("core.training.loop", "stages.methods.first_images.initial", "stages.distill.pieces"):
+    for module in ("core.training.loop", "stages.methods.first_images.initial"):
         monkeypatch.setattr(f"datm_ray.{module}.SCORING_BATCH", 10)
     monkeypatch.setattr("datm_ray.stages.labels.LABELLED", 5)
     config = tiny_config(*settings, "evaluate.seeds=1")
