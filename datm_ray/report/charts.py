@@ -172,7 +172,7 @@ def _drawn_with_mean(iteration: NDArray[Any], values: Floats, label: str) -> str
     """Draw a value of every iteration, and its running mean. Returns the image as a data: URI."""
 
     def draw(figure: Figure) -> None:
-        axes = _iteration_axes(figure, int(iteration[-1]), label)
+        axes = _iteration_axes(figure, int(iteration.max(initial=0)), label)
         _plot_with_mean(axes, iteration, values)
         axes.legend(loc="best")
 

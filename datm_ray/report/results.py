@@ -421,13 +421,16 @@ def _fair_cell(values: Sequence[float]) -> Cell:
 
 def fair_scores(summaries: Sequence[RunSummary]) -> Table:
     """Table of DD-Ranking's scores and their parts, for the runs that have them."""
-    known = [summary for summary in summaries if summary.fair is not None]
-    parts = [summary.fair for summary in known if summary.fair]
+    known = [(column_name(summary), summary.fair) for summary in summaries if summary.fair is not None]
     lines = [
-        Line(f"{name}, {title}", [_fair_cell(each[name]) for each in parts], "" if name in ("LRS", "ARS") else "share")
+        Line(
+            f"{name}, {title}",
+            [_fair_cell(fair[name]) for _, fair in known],
+            "" if name in ("LRS", "ARS") else "share",
+        )
         for name, title in FAIR_PARTS.items()
     ]
-    return Table(["DD-Ranking's scores, of accuracies from 0 to 1", *map(column_name, known)], lines)
+    return Table(["DD-Ranking's scores, of accuracies from 0 to 1", *(heading for heading, _ in known)], lines)
 
 
 def fair_table(summaries: Sequence[RunSummary]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -52,8 +53,8 @@ class InParts:
             functions: function of networks without batch statistics.
             at_a_time: number of networks in a group, at least 1. The last group may have fewer.
         """
-        self.note, self._functions, self._at_a_time = functions.note, functions, at_a_time
-        self._graphs: dict[int, Replayed] = {}
+        self.note, self._at_a_time = functions.note, at_a_time
+        self._graphs = defaultdict[int, Replayed](partial(Replayed, functions))
         """Number of networks -> the graph that computes them."""
 
     def __call__(
@@ -66,9 +67,7 @@ class InParts:
         """
         splits = (each.split(self._at_a_time) for each in (parameters, buffers, images, labels))
         try:
-            parts = list(zip(*splits, strict=True))
-            graphs = [self._graphs.setdefault(len(each[0]), Replayed(self._functions)) for each in parts]
-            found = [graph(*each, weights) for graph, each in zip(graphs, parts, strict=True)]
+            found = [self._graphs[len(each[0])](*each, weights) for each in zip(*splits, strict=True)]
         except torch.OutOfMemoryError:
             self._graphs.clear()  # else the graph of another number of networks would keep its memory
             raise

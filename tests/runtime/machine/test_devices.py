@@ -20,14 +20,18 @@ from datm_ray.runtime.machine import assigned
 from datm_ray.runtime.machine.devices import images_on, prepare_device, reading_threads, restoring_settings, set_on
 
 
-@pytest.mark.parametrize(("deterministic", "expected"), [(False, True), (True, False)])
-def test_cudnn_times_its_algorithms_unless_sums_must_be_reproducible(
-    monkeypatch: pytest.MonkeyPatch, deterministic: bool, expected: bool
-) -> None:
-    """A GPU's worker lets cuDNN time its algorithms, but not with `deterministic`; a user's own setting is restored."""
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch say that it has a GPU, whose settings can then be made."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(("deterministic", "expected"), [(False, True), (True, False)])
+def test_cudnn_times_its_algorithms_unless_sums_must_be_reproducible(deterministic: bool, expected: bool) -> None:
+    """A GPU's worker lets cuDNN time its algorithms, but not with `deterministic`; a user's own setting is restored."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     try:
@@ -59,15 +63,11 @@ def _settings(*, is_newer: bool = False) -> dict[str, object]:
     }
 
 
+@pytest.mark.usefixtures("a_gpu")
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("own", ["inherited", "highest", "high", "medium", "newer switches"])
-def test_a_call_in_a_notebook_leaves_torch_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, own: str, deterministic: bool
-) -> None:
+def test_a_call_in_a_notebook_leaves_torch_as_it_was(own: str, deterministic: bool) -> None:
     """Threads, TF32, timing and determinism are the caller's again once the call's executor is closed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     threads = torch.get_num_threads() + 1
     cluster = ClusterConfig(precision="tf32", deterministic=deterministic, threads_per_worker=threads)
