@@ -10,7 +10,7 @@ import signal
 import sys
 import urllib.request
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,6 @@ TINY = (
 """Overrides for real digits in seconds on one core, uncompiled; other tests cover compilation."""
 
 
-BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
-"""Seconds that one phase of a test without the mark `slow` may take if no other process uses the machine's cores."""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Give all processes of a session one compiler cache, so that each graph is compiled once.
 
@@ -85,25 +81,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = {"ray_cluster", "executor"} & set(getattr(item, "fixturenames", ()))
         group = "ray" if shared and item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-def busy_processes() -> float:
-    """Number of processes that want a core, now or averaged over the last minute, whichever is larger."""
-    average, *_, now, _ = Path("/proc/loadavg").read_text().replace("/", " ").split()[:5]
-    return max(float(average), float(now))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test that exceeds its budget, which grows with the load. No test fails on a busy machine."""
-    report = yield
-    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    load = busy_processes() / len(os.sched_getaffinity(0))
-    budget = BUDGET * max(beside, load) if load < 2 else float("inf")
-    if report.passed and report.duration > budget and not item.get_closest_marker("slow"):
-        report.outcome = "failed"
-        report.longrepr = f"{report.when} took {report.duration:.1f} s, more than {budget:.1f} s: mark the test slow"
-    return report
 
 
 @pytest.fixture(autouse=True)

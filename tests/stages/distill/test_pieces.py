@@ -413,7 +413,9 @@ def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path
         images = []
         for augmented in ("true", "false"):
             place = tmp_path / f"{name}-{augmented}"
-            run_here(place, config_of(weights, f"metadd.augmented={augmented}", *settings, "evaluate.seeds=1"))
+            config = config_of(weights, f"metadd.augmented={augmented}", *settings)
+            for stage in ("train_experts", "distill"):
+                run_here(place, config, stage=stage, store=tmp_path / "experts")
             images.append(set_of(place).images)
         assert torch.allclose(*images, atol=1e-3) == (name == "whole")
 
