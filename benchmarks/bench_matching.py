@@ -55,7 +55,7 @@ pooling; random tensors of fixed seeds; every minibatch is the whole set; step s
 - error: relative norm against float64 unrolling, of images / soft labels / step size, on fewer images and steps.
 - warm-up: the first call, of one step: compilation, where there is any (a warm compile cache makes it shorter).
 - ceiling: share of the floating-point rate of a large matrix product in the same precision, all operations of the
-  call's products and convolutions counted as they are defined; above 100 % where Winograd's filtering does fewer."""
+  call's products and convolutions counted. It is no limit: convolutions may run faster than that product."""
 
 CUDA_ONLY = "CIFAR-100 at IPC 50 (T = 80, batch 1000) in float32, tf32 and bfloat16, and all variants at 32×32"
 

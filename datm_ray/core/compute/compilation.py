@@ -26,7 +26,6 @@ from datm_ray.core.compute.torch_compat import (
     shapes_only,
     trace,
 )
-from datm_ray.core.compute.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
 from datm_ray.errors import ConfigError
 from datm_ray.words import one_line
 
@@ -154,9 +153,6 @@ def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
         ) from failure
     _drop_zero_terms(graph.graph)
     _free_of_strides(graph)
-    if has_slow_weight_gradients(graph.graph):
-        graph = trace(QuickWeightGradients(graph).run, *arguments)
-        _free_of_strides(graph)
     return graph
 
 
