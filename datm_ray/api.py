@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 LONGEST = 10**9
-"""Largest number of minutes that `init` takes, inclusive. No run needs so many, and computing with it does not fail."""
+"""Largest number of minutes that `init` accepts, inclusive: far longer than any run, and small enough for all
+computations with it."""
 
 Settings = Mapping[str, object]
 """Overrides of a recipe: `section.field` -> value, such as {"distill.iterations": 100}."""

@@ -263,7 +263,7 @@ class Artifact:
         return held if isinstance(held, Transform) else held.transform
 
     def fitted(self, images: Tensor | NDArray[np.uint8]) -> Artifact:
-        """Copy of the set whose left-out transform is fitted on real images; itself if the set has its transform.
+        """Copy of the set whose left-out transform is fitted on real images; the unchanged set if it has its transform.
 
         The images that the run trained on give the set's transform, up to rounding. Other images give a `UserWarning`,
         and nearly the same transform if they are all training images of the data set, or another encoding of them. The

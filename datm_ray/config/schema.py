@@ -55,8 +55,8 @@ class RunConfig(Section):
     dataset: DatasetConfig = DatasetConfig()
     network: NamedNetwork = NetworkConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
-    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
-    the first network alone."""
+    """Networks to match in addition to `network`, each `{network: {...}, weight: 1.0}`. Evaluation uses only
+    `network`."""
     method: str = "datm"
     """How the set is made: datm or mtt (trajectories), dm (embeddings), sre2l (from a teacher), select (real images),
     given (a finished set), or package.module:Class."""
@@ -159,7 +159,8 @@ class RunConfig(Section):
     def require_batch_norm(self) -> None:
         """Raise a `ConfigError` if images cannot be recovered, because a network has no batch normalisation.
 
-        The networks are the teacher (`network`) and, unless `recover.statistics_of` is "teacher", the auxiliaries.
+        The networks that need it are the teacher (`network`) and, unless `recover.statistics_of` is "teacher",
+        MetaDD's auxiliary networks (`metadd.auxiliaries`).
         """
         if self.network.norm != "batch":
             raise ConfigError(

@@ -170,7 +170,7 @@ class NetworkConfig(Section):
     """convnet, resnet18, resnet50, resnet101, vgg11, mobilenet-v2, alexnet, lenet, mlp, vit-small, or
     package.module:Builder of your own."""
     width: Count = PUBLISHED_WIDTH
-    """convnet's channels; other networks scale by width / 128."""
+    """Channels of convnet's layers. Other networks get width / 128 times their published numbers of channels."""
     depth: Count | None = None
     """Blocks of convnet (each halves the image) or layers of mlp. null: 2 or more by image size; mlp 3."""
     norm: Norm = "instance"
@@ -212,19 +212,19 @@ NamedNetwork = Annotated[NetworkConfig, BeforeValidator(_architecture)]
 
 
 class BackboneConfig(Section):
-    """A further network that is matched together with the first one. It has experts of its own."""
+    """A network that is matched in addition to the run's `network`. It has experts of its own."""
 
     network: NamedNetwork
     """The network; its experts are trained with the settings of `experts`."""
     weight: Positive = 1.0
-    """Weight of this network's matching loss; the first network has weight 1."""
+    """Weight of this network's matching loss; the run's `network` has weight 1."""
 
 
 class RemovalConfig(Section):
     """Removal of easy images from the training of experts."""
 
     epoch: Epoch
-    """First epoch without the easy images, counted from 0."""
+    """First epoch, counted from 0, in which experts no longer see the easiest `share` of each class."""
     share: Fraction
     """Share of each class that is left out, its easiest images, in (0, 1)."""
 
@@ -247,7 +247,7 @@ class CurriculumConfig(Section):
     scoring_networks: Annotated[int, Field(ge=1, le=100)] = 8
     """Number of networks whose mean EL2N score orders the images, 1 to 100."""
     scoring_epochs: Count = 10
-    """Epochs of training of the scoring networks, on all images."""
+    """Number of epochs for which the networks that score the images are trained, on all images."""
 
     @model_validator(mode="after")
     def _removals_are_in_order(self) -> CurriculumConfig:
@@ -295,7 +295,7 @@ class ExpertConfig(Section):
     rho: Positive = 0.01
     """gsam: length of the ascent step; 0.01 as published."""
     alpha: NonNegative = 0.3
-    """gsam: weight of the subtracted part of the gradient, the part orthogonal to the perturbed gradient."""
+    """gsam: how much of the gradient's component orthogonal to the perturbed gradient is subtracted; 0 for none."""
     adaptive: bool = True
     """gsam: scale the ascent step by each parameter's size."""
     curriculum: CurriculumConfig | None = None
@@ -449,7 +449,7 @@ class RecoverConfig(Section):
     """
 
     block: Count = 100
-    """Most images recovered together, of as many classes as possible; the teacher's batch statistics couple them."""
+    """Largest number of images recovered together, of as many classes as possible; batch statistics couple them."""
     learning_rate: Positive = 0.1
     """Learning rate of Adam on the pixels, falling along a cosine to 0."""
     statistics: NonNegative = 1.0
@@ -468,11 +468,13 @@ class RecoverConfig(Section):
     shift: Annotated[int, Field(ge=0)] = 4
     """Largest shift of the images in pixels; pixels that leave one side enter at the other."""
     rounds: Count = 1
-    """Rounds of iterations; between them, the first images are mixed in, as in FADRM."""
+    """Number of rounds into which the iterations are divided. After each round but the last, the images are mixed with
+    the first images, as in FADRM."""
     restarts: Literal["adam", "all"] = "adam"
-    """What starts anew in each round. adam: Adam's moments, as in FADRM; all: the falling learning rate too."""
+    """What restarts when a round begins. adam: Adam's moments, as in FADRM; all: the moments and the learning rate's
+    cosine."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the first images when they are mixed in between rounds, in [0, 1]; the current ones get the rest."""
+    """Weight, in [0, 1], of the first images when images are mixed between rounds; the current images get the rest."""
 
 
 class SelectConfig(Section):
@@ -495,7 +497,8 @@ class SelectConfig(Section):
     epoch: Count | None = None
     """el2n: stored epoch of the networks, an early one as published; null: the last."""
     hardest: bool = False
-    """el2n, forgetting: keep images of the highest scores; false: of the lowest scores, better for few images."""
+    """el2n, forgetting: true keeps the images with the highest scores; false those with the lowest, better for few
+    images."""
 
 
 class GivenConfig(Section):
@@ -843,7 +846,8 @@ class ClusterConfig(WorkerShape):
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds without an answer before a worker is declared lost; must exceed one student step."""
     progress_timeout: Annotated[float, Field(ge=0.1, le=7 * 86_400)] = 3600.0
-    """Seconds without a step before a worker counts as stuck; later 20 times its slowest step if that is shorter."""
+    """Seconds without a step before a worker counts as stuck. After three steps: 20 times its slowest step if shorter,
+    but at least peer_timeout."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
     """Seconds to wait for free resources and for nodes that start on demand; null: 60."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
@@ -851,7 +855,7 @@ class ClusterConfig(WorkerShape):
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Most seconds between two checkpoints; longer if checkpoints would take over 5 % of the time."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Lost workers in a row, without newly saved work, that a task survives."""
+    """Number of times in a row that a task may lose a worker without saving new work in between."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Logger of curves, besides Ray's metrics. tensorboard writes to <out>/tensorboard. Each logger needs its extra,
     such as datm-ray[wandb]."""

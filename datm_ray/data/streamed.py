@@ -18,8 +18,9 @@ from datm_ray.data.transform import Transform
 Rows = NDArray[np.int64] | slice
 """Row numbers, in any order, or a slice of them."""
 NORMALISED = 4
-"""Number of images that are normalised in one call. So few fit into a CPU's cache: on one core, four of 224x224 pixels
-took a third of the time per image of 184 (`benchmarks/bench_reading.py`). The number changes no bit."""
+"""Number of images that are normalised in one call. So few images fit into a CPU's cache. On one core, with images of
+224x224 pixels, calls with 4 images took a third of the time per image that calls with 184 images took
+(`benchmarks/bench_reading.py`). The number changes no bit of the result."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,8 @@ class State(Generic[Record]):
     history: list[Record] = field(default_factory=list)
     """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records, one for each iteration that updated the set, or any of its pieces; empty without MetaDD."""
+    """MetaDD's records; empty without MetaDD. There is one for each iteration that updated the set or, if the set is
+    made in pieces (parts), any piece."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None

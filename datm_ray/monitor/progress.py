@@ -380,9 +380,9 @@ def _values(values: Mapping[str, float]) -> str:
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
-    """Text at the end of a progress line: what `metrics` has of three measurements.
+    """Text at the end of a progress line: start epochs, images per second, and memory.
 
-    These are the epoch below which matching starts on an expert's trajectory, the speed, and the memory.
+    A value that `metrics` lacks is left out. Of start epochs, the exclusive upper bound is shown.
     """
     shown = ""
     if (bound := metrics.get("datm_ray_distill_upper_bound")) is not None:

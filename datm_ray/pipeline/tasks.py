@@ -185,7 +185,7 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
     """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
 
-    If free workers validate sets, the task of a set creates their validation tasks while it runs.
+    If free workers can validate sets, the task that distils a set creates its validation tasks while it runs.
 
     Args:
         executor: where the workers run; `None` if it is not started yet. Then no task creates validation tasks.

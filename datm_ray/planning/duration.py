@@ -39,7 +39,8 @@ from datm_ray.store.labels import LabelInfo
 from datm_ray.words import counted, data_size, duration
 
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
-"""Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
+"""RUN_SECONDS: seconds to start Ray, read images and write the report. WORKER_SECONDS: seconds to start a worker for a
+stage. Both are measured CPU times."""
 SET_FILES = 8
 """Copies of a set that a run stores: the first and the final set; set, momentum, average and kept set of a checkpoint;
 the rest is for curves and the latents of a prior."""
@@ -287,7 +288,7 @@ class Proposal:
 
     @property
     def _of_a_gpu(self) -> str:
-        """Memory of a GPU that evaluation takes, and what to do if it is too much; "" on CPUs."""
+        """Text for a plan: GPU memory that evaluation takes, and what to do if it is too much; "" on CPUs."""
         needed = self.evaluation_bytes
         if needed is None or needed <= (limit := self._evaluation_budget):
             return f", {data_size(needed)} of a GPU" if needed else ""

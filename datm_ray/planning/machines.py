@@ -30,10 +30,11 @@ FORWARD_PASSES = {
 }
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
-The first three are compiled steps of DATM, DM and SRe2L. "training" is on a synthetic set, "real" on real data. "steps"
-is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; measured speeds of steps include it. "reading"
-counts streamed images, see `READING_OPERATIONS`. The others were measured on one core at 32x32 pixels with ConvNet-3 of
-width 128, and "recovery" with a ResNet-18 of half the width."""
+"matching", "embedding" and "recovery" are compiled steps of DATM, DM and SRe2L. "training" is training on a
+synthetic set, "real" on real data. "steps" is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; speeds
+that `measure` finds include it. "reading" is reading a streamed image, see `READING_OPERATIONS`. All but "steps" and
+"reading" were measured on one core with 32x32 images: "recovery" with a ResNet-18 of half the published width, the
+others with a ConvNet of depth 3 and width 128."""
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 

@@ -35,19 +35,19 @@ from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.train import experts_at_a_time
 
 REPEATED, SECONDS, ENOUGH, MANY = 3, 0.2, 1.0, 10**6
-"""REPEATED: number of repetitions of each kind of work after a first one to warm up, and SECONDS: the least time that
-they take in all, in seconds. After ENOUGH seconds the second repetition or a later one is the last. MANY: a number of
-repetitions that is never reached."""
+"""Limits on timing one kind of work. After one repetition to warm up, there are at least REPEATED repetitions that take
+at least SECONDS seconds in all; but none starts after ENOUGH seconds. MANY: number of epochs of a timed training, which
+is never reached."""
 STEPS = 3
 """Number of student steps in a repetition."""
 QUICK_FLOP = 1e11
 """Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer. Much
 smaller steps would be faster than in proportion, because their maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
-"""Kind of step -> (a, b): a compiled step is a + b / width times as fast as an uncompiled step, for networks of so many
-channels. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels (benchmarks/LOG.md,
-2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their plan is too long. The
-gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
+"""Kind of step -> (a, b): in a network with `width` channels, a compiled step is a + b / width times as fast as an
+uncompiled one. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels
+(benchmarks/LOG.md, 2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their
+plan is too long. The gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
 GRAPHS = {"embedding": 4.0}
 """Kind of step -> time to compile all its graphs, as a multiple of the time for the graph that is timed. DM compiles
 embeddings for two sizes of micro-batches, and their derivative, which takes twice as long."""
@@ -88,9 +88,10 @@ def compiled_gain(kind: str, width: int) -> float:
 
 
 def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, tuple[int, Iterator[Any]]]:
-    """Kind of work -> how often an image passes through a network in one repetition, and iterator over repetitions.
+    """Kind of work -> number of passes of images through networks in one repetition, and iterator over repetitions.
 
-    The number counts all images. The iterator is endless, and each call of `next` runs one repetition of the work.
+    The number is a sum over all images and networks. The iterator is endless: each call of `next` runs one
+    repetition.
 
     Args:
         flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.

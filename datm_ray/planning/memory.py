@@ -35,7 +35,8 @@ VECTORS = 8
 """Number of vectors of parameter size that a network in training takes: parameters, gradients, velocity, GSAM's and
 updated ones."""
 SET_COPIES_READ = 2
-"""Copies of a synthetic set in main memory while it is read: parts of its file, and the images. Counted."""
+"""Number of copies of a synthetic set that main memory holds while the set is read: parts of its file, and the images.
+Counted in the program, not measured."""
 STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
 """Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
 megapixels at full size. Assumed."""

@@ -145,7 +145,7 @@ def validation(run: RunConfig, shape: DataShape) -> Work:
 
 
 def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
-    """Work of labelling a run's set for so many epochs."""
+    """Work of labelling a run's set for `epochs` epochs."""
     return [passes("scoring", teacher_of(run), shape, epochs * shape.synthetic(run))]
 
 
@@ -197,7 +197,7 @@ class Row:
 
 
 def evaluation(row: Row, seeds: int) -> Work:
-    """Work of a task that trains and scores the networks of so many seeds of a row of the accuracy table."""
+    """Work of a task that trains and scores the networks of `seeds` seeds of a row of the accuracy table."""
     (networks, schedule), run, shape = row.training(seeds), row.scored, row.shape
     is_stacked = largest_stack(*row.facts, seeds) > 1
     kind = "experts" if is_stacked else "real" if row.name == "full" else "training"

@@ -9,10 +9,10 @@ from datm_ray.recipes.published import of_mtt, published, small_recovery, with_a
 def cifar10_ipc1() -> RunConfig:
     """CIFAR-10, 1 image per class. The paper reports 46.9±0.5 % with 100 GSAM experts.
 
-    Measured 42.4±0.6 % at this size with 12 SGD experts of 6 epochs and 1,000 iterations in bfloat16, 39.6±0.9 with 4
-    experts in float32 (one distillation each, five networks; random images with soft labels 19.8). On a fifth of the
-    data with a quarter of the width, 8 experts and 500 iterations 33.4±1.1 (random images 18.9). See
-    benchmarks/results.
+    Measured here with one distillation each, shorter than in the recipe. All data and full width, scored by five
+    networks: 42.4±0.6 % with 12 SGD experts of 6 epochs and 1,000 iterations in bfloat16; 39.6±0.9 % with 4 experts in
+    float32; random images with soft labels 19.8 %. A fifth of the data and a quarter of the width: 33.4±1.1 % with 8
+    experts and 500 iterations; random images 18.9 %. See benchmarks/results.
     """
     return published(
         "cifar10",
@@ -101,9 +101,10 @@ def cifar10_mtt_ipc1() -> RunConfig:
 
     Source: arXiv 2203.11932 and the authors' program. All images are in each student step.
 
-    At this size 40 to 42 % on validation images, with 12 experts of 6 epochs and 1,000 iterations in bfloat16; not
-    scored on test images. Measured 31.2±1.3 % on a fifth of the data with a quarter of the width, 8 experts, start
-    epochs 0-29 and 500 iterations (one distillation, three networks; cifar10-ipc1 33.4), see benchmarks/results.
+    With full data and width, the set reached 40 to 42 % on validation images, with 12 experts of 6 epochs and 1,000
+    iterations in bfloat16. It was not scored on test images. A set from a fifth of the data, with a quarter of the
+    width, reached 31.2±1.3 % on test images: 8 experts, start epochs 0-29, 500 iterations, one distillation, three
+    networks. There cifar10-ipc1 reached 33.4 %. See benchmarks/results.
     """
     return of_mtt(
         "cifar10",

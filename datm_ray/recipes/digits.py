@@ -1,7 +1,8 @@
-"""Recipes for scikit-learn's 1,797 real 8x8 digits, the embedded default.
+"""Recipes for scikit-learn's 1,797 real 8x8 digits, a data set that needs no files.
 
-The ranges of start epochs come from a prototype that was scored on its test split. Figures are over four distillations
-of two networks each. Figures of MetaDD, DM, SRe2L and select are of one set.
+The ranges of start epochs come from a prototype that was scored on its test split. Accuracies are means over four
+distilled sets, each scored by two networks, unless the docstring of a recipe states other numbers. Those of MetaDD, DM,
+SRe2L and select are of one set.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ DIGITS_AUGMENTATION = "crop_scale_rotate"
 """Operations for evaluation on digits: no flip (mirrored digits do not exist), no cutout (it blanks digits), no colour.
 Experts and students use no augmentation: at 8x8 pixels that gave better sets on validation data."""
 DIGITS_REAL_EPOCHS = 150
-"""Epochs of networks on all real digits. With 40, this reference set would have had a quarter of the updates of
-networks on 300 synthetic images."""
+"""Epochs of the networks that train on all real digits. With 40 epochs, these networks would have had a quarter of the
+updates of networks that train on 300 synthetic images."""
 FIXED_STEP_SIZE = {"distill.learning_rate_step_size": 0.0, "distill.initial_step_size": 0.1}
 """Settings of methods that learn no step size."""
 

@@ -1,6 +1,7 @@
-"""Values that the published recipes of DATM share. Source: arXiv 2310.05773 and the authors' files of 2024-04-26.
+"""Values that the published recipes of DATM share, and those of MTT and SRe2L.
 
-Then those of MTT and SRe2L, with their own sources.
+Source for DATM: arXiv 2310.05773 and the authors' files of 2024-04-26. The functions for MTT and SRe2L name their
+sources.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from datm_ray.config import (
 LATEST_MATCHED = {"cifar10": 61, "cifar100": 71, "tiny-imagenet": 71}
 """Last epoch that any published recipe of DATM matches, by data set, inclusive."""
 LATEST_MATCHED_BY_MTT = 41
-"""Last epoch that any recipe of MTT matches, inclusive. Experts keep as many, so that recipes share them."""
+"""Last epoch that any recipe of MTT matches, inclusive. Experts of every recipe of MTT store the epochs up to this one,
+so that the recipes can share experts."""
 
 
 def published(source: str, *, depth: int, **distill: Any) -> RunConfig:
@@ -98,9 +100,10 @@ def recovered(
 def small_recovery(source: str, ipc: int) -> RunConfig:
     """Make a recipe of SRe2L for the data set `source`, with the authors' values for CIFAR-100.
 
-    A view is shifted, neither cropped nor mirrored, as in their program. Unlike this package, it also mixes images, and
-    shifts in one direction alone. When it trains networks on a set, its teacher is in training mode, and its loss has
-    no factor of the squared temperature.
+    While images are recovered, they are shifted, neither cropped nor mirrored, as in the authors' program. The
+    authors' program differs from this package in four points. It shifts images down and to the right alone. While
+    networks train on a set, it mixes images, its teacher is in training mode, and its loss lacks the factor T^2 (T:
+    temperature).
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
     recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0, flip=False)
@@ -117,10 +120,11 @@ def small_recovery(source: str, ipc: int) -> RunConfig:
 
 
 AUXILIARIES = ("resnet18", "mobilenet-v2", "vit-small")
-"""Auxiliaries for each kind that MetaDD's paper names: ResNet-34, GoogLeNet and ViT-B/16 there."""
+"""MetaDD's auxiliaries in the packaged recipes: one network of each kind that the paper uses. The paper's networks are
+ResNet-34, GoogLeNet and ViT-B/16."""
 UNSEEN = ("alexnet", "resnet50", "vgg11")
-"""Networks on which MetaDD's paper scores sets, and which never take part: AlexNet, ResNet-50 and VGG (there with 19
-layers). Swin-S, the fourth, is not in this package."""
+"""Networks that score sets in MetaDD's paper and take no part in making them: AlexNet, ResNet-50 and VGG (VGG-19 in the
+paper, VGG-11 here). The paper's fourth, Swin-S, is not in this package."""
 
 
 def with_auxiliaries(base: RunConfig, share: float, names: Sequence[str] = AUXILIARIES) -> RunConfig:

@@ -83,7 +83,8 @@ class Failed:
     running: int
     """Number of other tasks that run, and are finished before the stage raises the error."""
     queued: int = 0
-    """Number of other tasks that still start, and are finished too. After an error in the user's input none does."""
+    """Number of waiting tasks that still start and finish before the error is raised; 0 after an error in the user's
+    input."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ TRAINING = "training an epoch"
 def interval_in_epochs(cluster: ClusterConfig) -> float:
     """Seconds without an event after which a training reports a heartbeat within an epoch.
 
-    Shorter epochs are events often enough: the time limit that follows from them is at least 20 epochs.
+    A training with shorter epochs needs no heartbeat within them. Each epoch ends with an event, and the time limit
+    for the next event is at least 20 epochs (`retries.Patience`).
     """
     return cluster.progress_timeout / STEPS_OF_PATIENCE
 
@@ -35,15 +36,16 @@ def interval_in_epochs(cluster: ClusterConfig) -> float:
 def interval_between_epochs(cluster: ClusterConfig) -> float:
     """Seconds without an event after which work between epochs, such as scoring, reports a heartbeat.
 
-    The interval is at most half of the shortest time limit that can follow from short epochs.
+    The interval is at most half of `cluster.peer_timeout`, which is the time limit of a worker whose epochs are
+    short (`retries.Patience`).
     """
     return min(interval_in_epochs(cluster), cluster.peer_timeout / 2)
 
 
 def with_heartbeats(steps: Iterable[Item], interval: float) -> Iterator[Item]:
-    """Pass on the items, and a `None` whenever `interval` seconds have passed without anything.
+    """Pass on every item that is not `None`. Pass on a `None` only if nothing was passed on for `interval` seconds.
 
-    Also passes on a `None` as soon as the work need not wait for the epoch's end any more, see `stopping.is_overdue`.
+    Once `stopping.is_overdue()` is True, every `None` is passed on, so that the work can end before its epoch does.
 
     Args:
         steps: an item after an epoch's last step, `None` after every other step.

@@ -147,7 +147,10 @@ class Mesh:
         return steps
 
     def from_first(self, work: Callable[[], Steps[float]]) -> Steps[float]:
-        """Do the steps of `work()` on rank 0 alone while the other ranks wait. Returns its number on all ranks."""
+        """Do the steps of `work()` on rank 0 alone while the other ranks wait.
+
+        Returns, on all ranks, the number that the work returned on rank 0.
+        """
         number = yield from self.in_steps(work() if self.is_first else finished(0.0))
         return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
 
@@ -168,11 +171,17 @@ class ProcessMesh(Mesh):
     """Seconds to wait for a peer."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Sum over the workers of the same networks, see `Mesh.sum_over_classes`."""
+        """Sum a tensor over this worker's row of the grid: workers of the same networks, each with other classes.
+
+        See `Mesh.sum_over_classes`.
+        """
         return self._sum(tensor, self.row_group) if self.row_group else tensor
 
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Sum over the workers of the same classes, see `Mesh.sum_over_backbones`."""
+        """Sum a tensor over this worker's column of the grid: workers of the same classes, each with other networks.
+
+        See `Mesh.sum_over_backbones`.
+        """
         return self._sum(tensor, self.column_group) if self.column_group else tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:

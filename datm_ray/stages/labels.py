@@ -43,7 +43,8 @@ from datm_ray.store.sealed import rejecting_nonsense
 
 LABELLED, VIEW_COPIES = 256, 6
 """LABELLED: number of images that a teacher labels at a time. VIEW_COPIES: copies of these images that augmentation and
-CutMix make. With two of the teacher's largest maps, 585 MiB are counted where a CPU took 553."""
+CutMix make. `labelling_bytes` counts them, and two of the teacher's largest feature maps. In one measurement it
+estimated 585 MiB, and a CPU took 553 MiB."""
 DRAWN_BYTES = 184
 """Bytes of main memory for each image of a set while the views of an epoch are drawn. Measured for 2,000,000 images."""
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
@@ -210,7 +211,7 @@ def _cost_of(note: Location, keep: int) -> Spent:
 def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:
     """Labels for images of a control (random real images, to compare with the distilled set), computed when needed.
 
-    The rule is that for the labels of the run's set: the same views, epochs and numbers of logits.
+    The labels are made as those of the run's distilled set are: with the same views, epochs and numbers of logits.
 
     Args:
         network: the teacher, on the device of the training.

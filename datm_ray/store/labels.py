@@ -94,7 +94,7 @@ class LabelInfo:
     """Number of images in the set."""
 
     classes: int
-    """k, the number of the teacher's logits for each image."""
+    """Number k of classes, so that the teacher gives k logits for each image."""
 
     size: tuple[int, int]
     """Height and width in pixels, of the images and of their views."""
@@ -109,7 +109,7 @@ class LabelInfo:
     """Seed of the random views."""
 
     top: int | None = None
-    """t, the number of largest logits that are kept; `None` keeps all."""
+    """Number t of largest logits that are kept of each view; `None` keeps all."""
 
     temperature: float = 1.0
     """Temperature at which the kept logits give exact probabilities. It has no effect if `top` is `None`."""
@@ -422,7 +422,10 @@ class LabelStore:
 
 
 class _RecentBlocks:
-    """Cache of blocks, by epoch and number. It drops the least recently used ones beyond `limit` bytes, but not all."""
+    """Cache of blocks, by epoch and number.
+
+    Beyond `limit` bytes it drops the least recently used blocks, but keeps at least one.
+    """
 
     def __init__(self, limit: int) -> None:
         self._blocks = OrderedDict[tuple[int, int], LabelRecords]()

@@ -259,9 +259,9 @@ _MEND = "Restore a copy; or, if no other command writes it, move it away and run
 
 @contextmanager
 def rejecting_nonsense(location: Location) -> Iterator[None]:
-    """Turn errors in the block that content without sense causes, such as a TypeError, into a `CorruptFileError`.
+    """Turn errors that meaningless content causes in the block, such as a TypeError, into a `CorruptFileError`.
 
-    The digests of such content are right. So the file was not damaged later, but was written wrongly, or by another
+    The digests of such content match. So the file was not damaged later: it was written wrongly, or by another
     program.
     """
     try:

@@ -122,12 +122,12 @@ class TrajectoryInfo:
 
     @property
     def parameter_count(self) -> int:
-        """p, the length of the flat vector."""
+        """Length p of the flat vector of parameters."""
         return sum(math.prod(shape) for shape in self.parameter_shapes)
 
     @property
     def buffer_count(self) -> int:
-        """b, the length of the vector of buffers."""
+        """Length b of the vector of floating-point buffers (running statistics of batch norms); 0 without any."""
         return sum(math.prod(shape) for shape in self.buffer_shapes)
 
     @property

@@ -27,8 +27,8 @@ DRIVER = "libcuda.so.1"
 def free_gpu_memory() -> int:
     """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use.
 
-    Reserved memory of CUDA graphs does not count, see `reusable`. A process whose tensors may fill only a share of the
-    GPU, see `limit_tensors`, has what is left of the share, if no more than that is free.
+    Reserved memory of CUDA graphs does not count, see `reusable`. If tensors of this process may fill only a share
+    of the GPU, see `limit_tensors`, the result is at most what is left of this share.
     """
     free, total = torch.cuda.mem_get_info()
     reserved, share = torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction()
@@ -66,8 +66,8 @@ def tensor_share() -> float:
 def limit_tensors(share: float) -> None:
     """Limit this process to a share of its GPU, so that a process that exceeds its share runs out of memory itself.
 
-    Otherwise a process with the same GPU might run out of memory, whose tensors fit into its own share. Tensors get the
-    share less `CONTEXT_BYTES`, and so do memory that torch keeps unused and CUDA graphs.
+    Without a limit, another process on the GPU might run out of memory although its tensors fit into its own share.
+    The limit is the share less `CONTEXT_BYTES`. It covers tensors, CUDA graphs, and memory that torch keeps unused.
     """
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_BYTES / total))

@@ -27,8 +27,9 @@ def has_tf32(device: torch.device) -> bool:
 def restoring_tf32() -> Iterator[None]:
     """Restore this process's switches for TF32 and for products of less precision when the block ends.
 
-    torch has two sets of switches. Both are restored; where the former ones contradict the newer ones, the newer ones
-    alone. A switch that takes its value from a more general one is restored to "none", as torch names this.
+    torch has older switches (`allow_tf32`) and newer ones (`fp32_precision`). Both are restored, but only the newer
+    ones if the two contradict each other. A newer switch that takes its value from a more general one is restored to
+    that state, which torch calls "none".
     """
     matmul: Any = torch.backends.cuda.matmul  # torch's types lack the newer switches
     cudnn: Any = torch.backends.cudnn
@@ -44,7 +45,10 @@ def restoring_tf32() -> Iterator[None]:
 
 
 def _former_switches() -> tuple[bool, bool, str] | None:
-    """TF32 in products, TF32 in cuDNN, and precision of float32 products; `None` if the newer switches contradict."""
+    """Values of torch's older switches; `None` if they contradict the newer switches.
+
+    The values are: TF32 in matrix products, TF32 in cuDNN, and precision of float32 products.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 asks for the newer switches
         try:

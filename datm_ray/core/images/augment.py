@@ -193,7 +193,7 @@ def _scale(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
-    """Rotate each image around its centre by a random angle."""
+    """Rotate each image around its centre by a random angle of at most `ROTATE_DEGREES` in either direction."""
     angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATE_DEGREES)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return resampled(images, _matrix([[cos, -sin, zero], [sin, cos, zero]]), align_corners=True, is_turned=True)

@@ -25,7 +25,8 @@ BLOCK_BYTES, GPU_BLOCK_BYTES = 2**24, 2**28
 """Largest size in bytes of images that are augmented in one call for several steps, on CPUs and on GPUs; one step may
 be larger. Larger blocks let a GPU work while the host prepares the next one."""
 GPU_BLOCK_SHARE = 1 / 16
-"""Largest share of a GPU's free memory that the images of a block take. Augmentation makes several copies of them."""
+"""Largest share of a GPU's free memory for the images of a block (steps that are prepared together). Augmentation makes
+several copies of these images."""
 
 
 class ImageReader(Protocol):

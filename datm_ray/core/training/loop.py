@@ -309,9 +309,10 @@ class Training:
     network: nn.Module
     """Network, which is trained in place."""
     images: Images
-    """[n c h w] images, normalised; a tensor if a teacher gives lessons."""
+    """[n c h w] images, normalised; must be a tensor if a teacher labels them (`lessons` of `train`)."""
     targets: Tensor
-    """[n] int64 classes, or [n k] logits of soft labels; not read if there are lessons."""
+    """[n] int64 classes, or [n k] logits of soft labels; not read if a teacher labels the images (`lessons` of
+    `train`)."""
     schedule: Schedule
     seed: int
     """Seed of order, augmentation and CutMix."""
@@ -390,14 +391,15 @@ STEP_OVERHEAD = 3e7
 The cost is one millisecond, at 3e10 operations a second. Measured with `make bench-evaluate`: 1.0 ms a step for 10
 digits, and 3.7e10 operations a second and core for 10 images of 32x32."""
 COMPILED_WORK = 3e11
-"""Smallest expected work on a CPU of all trainings with the same step for which networks are trained together, in
-operations of forward passes.
+"""Smallest work, in operations of forward passes, for which a CPU trains networks together. It counts all trainings
+that can use the same compiled step.
 
-One CPU core takes about ten seconds for this work if networks are trained one after another. Five networks together
-take six to seven seconds less, which is what compiling takes. Measured with `make bench-evaluate`: both are equal at
-3.1e11 operations for digits at 1 image per class, and at 2.6e11 at 10."""
+One CPU core takes about ten seconds for this work if networks are trained one after another. Training five networks
+together saves six to seven of these seconds, and compiling takes as long. `make bench-evaluate` found both ways equally
+fast at 3.1e11 operations (digits, 1 image per class) and at 2.6e11 (10 images per class)."""
 COMPILED_STEPS = 15_000
-"""Smallest number of steps on a GPU of all trainings with the same step for which networks are trained together.
+"""Smallest number of steps for which a GPU trains networks together. It counts the steps of all trainings that can use
+the same compiled step.
 
 On a GPU a step of one network takes as long as launching its kernels. Assumed: two milliseconds saved in each step, and
 half a minute to compile. `make gpu` measures both (evaluation: "first, s")."""

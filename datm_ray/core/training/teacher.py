@@ -82,7 +82,10 @@ class Labels(Protocol):
 
 @dataclass(frozen=True)
 class StoredLessons:
-    """Lessons from labels that were stored beforehand. Images come in the same order as with a `Teacher`."""
+    """Stored views of the images and a teacher's logits for them, in place of a `Teacher` that labels each batch.
+
+    The images come in the same order as with a `Teacher`.
+    """
 
     labels: Labels
     temperature: float = 20.0

@@ -104,7 +104,8 @@ class _Header(NamedTuple):
     """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
     width: int
     height: int
-    """Height in pixels of the image as it is displayed, after a turn by its EXIF data. `width` likewise."""
+    """Height in pixels of the image as it is displayed. `width` and `height` are those after the turn that the EXIF
+    data asks for."""
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False

@@ -366,7 +366,11 @@ def _plain(data: Any) -> Any:
 
 
 def _values(column: Any) -> Any:
-    """Arrow column with a plain type. Dictionary codes, views and structs with a field `bytes` become their values."""
+    """Arrow column with a plain type.
+
+    Dictionary codes are replaced by their values, a struct with a field `bytes` by this field, and Arrow's view
+    types (binary_view, string_view) by ordinary ones.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -29,9 +29,8 @@ MOST_ABOVE = 50
 Only iterations count in which all losses are finite and exceed `distill.threshold`."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
-"""Function that calls the given work with a sum over one backbone's class shards, then waits for other backbones.
-
-See `Mesh.in_rows`."""
+"""Function that takes some work, calls it with a sum over the class shards of one backbone, and then waits until other
+workers have computed their backbones. See `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)

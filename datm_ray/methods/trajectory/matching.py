@@ -43,16 +43,19 @@ from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**18
-"""Largest size in bytes of the augmented images that student steps share, on a GPU and on a CPU, see `_Block`.
+"""Largest size in bytes of the augmented images of a `_Block` of several student steps, which are augmented together:
+on a GPU, and on a CPU.
 
-A step with more images is augmented by itself, as its networks then take longer than launches. Assumed for GPUs. On a
-CPU digits need no more, and larger images in larger blocks were sometimes slower (benchmarks/LOG.md)."""
+A larger step shares no block, because its kernels take longer than their launches; sharing would save nothing. The
+GPU's limit is assumed. On a CPU, digits need no larger blocks, and larger images in larger blocks were sometimes slower
+(benchmarks/LOG.md)."""
 BLOCK_COPIES = 8
-"""Memory of a block, as a multiple of its augmented images: with raw images, gradients and what the derivative keeps.
-Assumed."""
+"""Memory of a block (student steps that are augmented together), as a multiple of its augmented images. It holds raw
+images, augmented images, what the derivative keeps, and gradients. Assumed."""
 CPU_DIVIDED_SUM = 2**15
-"""Least number of numbers whose sum torch divides among a CPU's threads, if it is the only sum of a call. So an image
-of as many may get other bits in a batch than alone, and is in no block."""
+"""Smallest number of values in a tensor whose sum torch divides among a CPU's threads, if the call computes no other
+sum. An image with at least this number of values may get other bits in a batch than alone. So on a CPU it is never
+augmented together with other pieces."""
 
 
 @dataclass(frozen=True)
@@ -338,7 +341,10 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _images_of_a_block(images: Tensor) -> int:
-    """Largest number of images in a block of several pieces. 0 makes every piece a block of its own."""
+    """Largest number of images in a block of several pieces; 0 if each piece is augmented alone.
+
+    A block is a group of pieces (parts of minibatches) that are augmented together.
+    """
     numbers = images.shape[1:].numel()
     if images.device.type != "cpu":
         return BLOCK_BYTES // (numbers * images.element_size())

@@ -32,17 +32,18 @@ from datm_ray.words import counted
 BOUND, BOUND_POWER = 8.0, 0.57
 """The range of start epochs ends at distance (learning rate times steps) BOUND * ipc ** BOUND_POWER from epoch 0.
 
-DATM's CIFAR-10 recipes end at 7 (IPC 1), 35 (10) and 70 (50), the digits' recipes at 9 (1) and 28 (10)."""
+The ranges of DATM's CIFAR-10 recipes end at distance 8 (IPC 1), 38 (IPC 10) and 77 (IPC 50), those of the recipes
+for digits at 8 (IPC 1) and 23 (IPC 10)."""
 LATE_SHARE, MOST_LATE = 3.0, 0.5
 """Start of the range of start epochs, as a share of its end: LATE_SHARE times the set's share of the real images, at
 most MOST_LATE.
 
-Examples: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67); 0.2 for
-digits-ipc10."""
+Examples: for CIFAR-10 the rule gives 0.03 at IPC 50 and 0.31 at IPC 500, where DATM's recipes have 0 and 0.67. For
+digits at IPC 10 it gives 0.25, where digits-ipc10 has 0.17."""
 STEP_DISTANCE = 0.06
 """Expert's distance (learning rate times steps) that one student step must cover.
 
-DATM's recipes have 0.044, the digits' recipes 0.07 to 0.1."""
+DATM's CIFAR-10 recipes have 0.048 at IPC 1 to 50, the recipes for digits 0.06 to 0.08."""
 STUDENT_BATCH = 50
 """Smallest number of images in a student step, or two per class if those are more; at most the whole set."""
 THRESHOLD = 1.1
@@ -50,8 +51,8 @@ THRESHOLD = 1.1
 
 If a set hardly moves the student, losses scatter around 1."""
 STEPS = (80, 40, 20, 10)
-"""Numbers of student steps, in the order of trying them. The first is published, as `MOST_ITERATIONS` is, and is chosen
-only if there is time for both."""
+"""Numbers of student steps, in the order of trying them. The first is the published number. It is chosen only if there
+is time for it together with the published number of iterations, `MOST_ITERATIONS`."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
 """A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
 LEAST_EXPERTS, MOST_EXPERTS = 2, 100
@@ -153,8 +154,8 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, Any]:
     """Values with which the experts' files are not too large; empty if the files are small enough already.
 
-    Few images have many short epochs, whose files may take more space than anybody wants. At first fewer epochs are
-    kept. If that is not enough, there are fewer experts.
+    With few images, epochs are short and many, so the files may exceed `MOST_SHARED` bytes or the share `DISK_SHARE`
+    of the free disk. First, fewer epochs are kept. If that is not enough, fewer experts are trained.
 
     Args:
         workers: number of the machine's workers.

@@ -32,24 +32,26 @@ from datm_ray.words import counted
 REAL_IMAGES = (256, 128, 64, 32)
 """Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""
 ENOUGH_UPDATES, MOST_UPDATES = 600, 20_000
-"""ENOUGH_UPDATES: iterations of dm for which a chosen width must leave time; the digits' number. MOST_UPDATES: largest
-number of iterations of dm, as published."""
+"""ENOUGH_UPDATES: number of iterations of dm, that of the recipe digits-dm-ipc10. The network gets the largest width
+for which there is time for this number. MOST_UPDATES: largest number of iterations of dm, as published."""
 PUBLISHED_STEP_SIZE = 0.01
 """Step size published for dm, for the number of epochs of the protocol "published"."""
 TEACHER_BATCH, TEACHER_RATE = 128, 0.1
-"""Largest batch size of a teacher, and the learning rate for it: those of SRe2L's CIFAR-100. The digits' recipe has a
-rate of 0.05 for batches of 64."""
+"""Largest batch size of a teacher, and the learning rate for it: both as in SRe2L's recipe for CIFAR-100. The recipe
+digits-sre2l-ipc10 has rate 0.05 for batches of 64."""
 ENOUGH_EPOCHS, LEAST_EPOCHS, MOST_EPOCHS = 30, 5, 200
-"""ENOUGH_EPOCHS: epochs of a teacher for which a chosen width must leave time; the digits' number. LEAST_EPOCHS:
-smallest number, even if the time is too short for it. MOST_EPOCHS: largest number, SRe2L's for CIFAR-100."""
+"""Numbers of a teacher's epochs. ENOUGH_EPOCHS, that of the recipe digits-sre2l-ipc10: the network gets the largest
+width for which there is time for it. LEAST_EPOCHS: smallest number, even if there is no time for it. MOST_EPOCHS:
+largest number, that of SRe2L for CIFAR-100."""
 LARGE_PICTURE = 48
 """Smallest side in pixels, inclusive, of images that get the values published for Tiny-ImageNet, not for CIFAR."""
 POOL = 300
 """Published number of images of a class that rded crops."""
 ENOUGH_RECOVERY, LEAST_RECOVERY, MOST_RECOVERY, MOST_OF_SMALL = 300, 100, 4000, 1000
-"""ENOUGH_RECOVERY: iterations of sre2l for which a chosen width must leave time; the digits' number. LEAST_RECOVERY:
-smallest number; fewer would leave noise, and iterations cost little beside the teacher. MOST_RECOVERY, MOST_OF_SMALL:
-largest numbers, published for Tiny-ImageNet and for CIFAR-100."""
+"""Numbers of iterations of sre2l. ENOUGH_RECOVERY, that of the recipe digits-sre2l-ipc10: the network gets the largest
+width for which there is time for it. LEAST_RECOVERY: smallest number; with fewer, images stay noisy, and iterations are
+cheap compared with the teacher. MOST_RECOVERY, MOST_OF_SMALL: largest numbers, published for Tiny-ImageNet and for
+CIFAR-100."""
 
 
 def embeddings(draft: Draft) -> Choices:

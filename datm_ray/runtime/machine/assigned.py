@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 gpus: Sequence[str] = ()
-"""Ray's identifiers of the GPUs of this process's worker. Empty without GPUs, in a driver, and without Ray. A worker
-without such a GPU may compute on the CPU, others must not."""
+"""Ray's identifiers of the GPUs of this process's worker; empty without GPUs, in a driver, and without Ray. A worker to
+which Ray gave a GPU must not compute on the CPU unless `cluster.device` is "cpu"."""
 
 share: float = 1.0
 """Share of its GPU's memory that this process's worker may take: 0.25 if four workers share the GPU. 1 in a driver,

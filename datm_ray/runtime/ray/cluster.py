@@ -43,7 +43,9 @@ PROBE_TIMEOUT = 2.0
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
 SHORT_WAIT = 60.0
-"""Seconds to wait for free resources without `cluster.wait_for_nodes`. Stopped workers free theirs sooner."""
+"""Seconds to wait for resources that others hold: until a stage ends with an error if `cluster.wait_for_nodes` is null,
+and until a waiting group tries fewer workers. A free worker is kept for this time. Workers that are being stopped free
+their resources sooner."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
@@ -183,8 +185,8 @@ def _is_chosen(node: Mapping[str, Any], cluster: ClusterConfig) -> bool:
 class Nodes:
     """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more.
 
-    Methods with an argument `memory` count workers for which Ray reserves so many bytes of main memory each, see
-    `reserved`; 0 reserves none.
+    The argument `memory` of its methods is the main memory in bytes that each worker needs, see `reserved`; 0
+    reserves none.
     """
 
     def __init__(self, cluster: ClusterConfig, *, light: bool = False) -> None:
@@ -216,9 +218,10 @@ class Nodes:
         return self._fits[memory]
 
     def reserved(self, memory: int) -> int:
-        """Bytes that Ray reserves for a worker that needs `memory` bytes: no more than any node of workers has.
+        """Bytes that Ray reserves for a worker that needs `memory` bytes.
 
-        A request for more would wait for ever. Before there is a node of workers, all nodes count.
+        These are `memory`, but at most the memory of the largest node for workers, because a larger request would
+        wait for ever. If no node can hold a worker yet, all nodes count.
         """
         if not memory:
             return 0
@@ -262,7 +265,7 @@ class Nodes:
         return sum(self.fits(memory).values())
 
     def short_of_memory(self, workers: int, memory: int) -> str:
-        """Text that memory keeps CPUs or GPUs idle which `workers` workers could use; "" if it keeps none."""
+        """Text for the user if memory alone limits how many of `workers` workers run at a time; otherwise ""."""
         held, wanted = self.capacity(memory), min(workers, self.capacity())
         if held >= wanted:
             return ""

@@ -82,7 +82,7 @@ def runs_a_node() -> bool:
 
 
 def limit_node_search(seconds: float) -> None:
-    """Limit the time in seconds for which a driver searches its cluster's node on this machine. Ray's limit is 60 s."""
+    """Limit the seconds for which a driver searches for its cluster's node on this machine. Ray's limit is 60 s."""
     services = ray._private.services
     search = getattr(services, "get_node_to_connect_for_driver", None)
     if search is not None and "timeout_seconds" in inspect.signature(search).parameters:

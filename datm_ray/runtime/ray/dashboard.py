@@ -134,10 +134,12 @@ def _is_this_machine(address: str) -> bool:
 
 
 def _no_answer(address: str, reason: str) -> ClusterError:
-    """Error for an address at which no cluster answers. The remedy names the variables that matter.
+    """Error for an address at which no cluster answers.
+
+    The remedy names the environment variables for proxies and certificates.
 
     Args:
-        reason: what was answered instead, or why nothing was.
+        reason: text about the answer if another server answered, otherwise why there is no answer.
     """
     proxy = None if _is_this_machine(address) else select_proxy(address, get_environ_proxies(address))
     through = f" through the proxy {masked(proxy)}" if proxy else ""

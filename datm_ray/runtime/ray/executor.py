@@ -65,11 +65,11 @@ free."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 LONGEST_AVOIDANCE = 600.0
-"""Longest time in seconds without a running task until waiting tasks may use nodes again that failed them.
-
-If `Nodes.patience` is shorter, it counts."""
+"""Longest time in seconds without a running task for which waiting tasks avoid nodes that failed them. `Nodes.patience`
+replaces it if that is shorter."""
 GROWTH_INTERVAL = 600.0
-"""Seconds that a group works before it restarts with more workers. To get all its workers, it restarts earlier."""
+"""Seconds that a group works before it is restarted with more workers. A group that can get all the workers it can use
+is restarted without this wait."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -106,7 +106,8 @@ class RayExecutor:
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
         self.set_aside: list[PoolWorker] = []
-        """Actors that hold broken GPUs, so that Ray gives the GPUs to no other actor. They outlive a stage."""
+        """Actors kept only to hold broken GPUs, so that Ray gives these GPUs to no other actor. They are kept for the
+        next stages too."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
@@ -215,8 +216,8 @@ class _Job:
     group: RankGroup | None = None
     """Ranks of the current attempt, requested or at work; `None` for a task of one worker, and before a request."""
     waits_since: float = 0.0
-    """Time since which the task waits for others' resources, in seconds of the monotonic clock. Waiting for running
-    tasks of this command does not count."""
+    """Time, in seconds of the monotonic clock, since which the task waits for resources that other commands hold. Time
+    in which it waits for tasks of this command is left out."""
     workers: list[PoolWorker] = field(default_factory=list)
     """Actors at work, by rank; empty while the task waits for actors."""
     streams: dict[Any, int] = field(default_factory=dict)
@@ -233,7 +234,8 @@ class _Job:
     leaves: bool = False
     """True if the current attempt was asked to save its work, because its node ends soon."""
     peer_lost: tuple[BaseException, float] | None = None
-    """First error of a rank that lost its peers, and the time until which to wait for the cause; `None` without one."""
+    """First error of a rank that lost its peers, and the time, in seconds of the monotonic clock, until which to wait
+    for another rank's original error. `None` if no rank lost its peers."""
     result: Finished | Stopped = field(default_factory=Finished)
     """Last event of rank 0. It is passed on once all ranks have ended."""
 
@@ -270,14 +272,16 @@ class _Stage:
         self._failed_starts = 0
         """Number of failed attempts in a row to start actors; actors that were requested together count once."""
         self._failed_at = self._request_after = 0.0
-        """Times of the last failed start, and before which no actor is requested, in seconds of the monotonic clock."""
+        """Two times in seconds of the monotonic clock: of the last failed start of an actor, and before which no
+        further actor is requested."""
         self._checked, self._checked_groups = time.monotonic(), 0.0
         """Times of the last check of the workers, and of waiting groups, in seconds of the monotonic clock."""
         self._due_since = math.inf
-        """Time since which a group waits that the nodes can hold beside running groups; infinite without one, and
-        -infinite once it has waited too long."""
+        """Time, in seconds of the monotonic clock, since which a group waits that the nodes could hold beside the
+        running groups. Infinite if no group waits so; -infinite once one has waited too long."""
         self._idle_since = self._reported_at = math.inf
-        """Time since which no task runs (infinite if one runs), and time of the last message on waiting."""
+        """Two times in seconds of the monotonic clock: since which no task runs (infinite if one runs), and of the last
+        message about waiting."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task."""
@@ -487,7 +491,8 @@ class _Stage:
         return self._executor.light_nodes if task.is_light else self._nodes
 
     def _capacity(self, job: _Job, bad: Collection[str] = ()) -> int:
-        """Number of a task's workers that the running nodes outside of `bad` hold without the GPUs set aside."""
+        """Number of a task's workers that the running nodes can hold, without nodes in `bad` and without broken
+        GPUs."""
         nodes, memory = self._nodes_of(job.task), job.task.memory
         good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
         share = self._options(job.task).get("num_gpus", 1.0)
@@ -622,11 +627,12 @@ class _Stage:
                 job.group.stop()
 
     def _lose(self, job: _Job, cause: BaseException, stream: Any = None) -> Iterator[tuple[Task, Event]]:
-        """Handle an error of a task. An error in the user's input ends the stage, unless other nodes may not have it.
+        """Handle an error of a task.
 
-        After any other error the task is retried. A task that has lost its workers too often is given up. A node's
-        first GPU that is set aside does not blame the node, because its other GPUs may be good. The second one does,
-        and so does a GPU that torch cannot use.
+        An error in the user's input ends the stage, unless it may not occur on other nodes. After any other error
+        the task is retried, or given up if it has lost its workers too often. A broken GPU is set aside, see
+        `_set_aside`. The first GPU set aside on a node does not count as a failure of the node, because its other GPUs
+        may work. The second one counts, and so does a GPU that torch cannot use.
 
         Args:
             stream: stream that ended with the error; `None` if no stream did.
@@ -658,7 +664,11 @@ class _Stage:
             yield job.task, Lost(why, history.losses)
 
     def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
-        """End the stage after an error in the user's input, unless a larger group may run the task once nodes come."""
+        """End the stage after an error in the user's input.
+
+        Exception: if the task ran with fewer workers than it can use, a larger group may not have the error, such as
+        too little memory. Then the task waits until added nodes allow a larger group.
+        """
         if isinstance(cause, ConfigError) and not isinstance(cause, PluginError) and job.size < job.task.size:
             self._release(job)
             job.sizes = [each for each in job.sizes if each > job.size]
@@ -678,11 +688,12 @@ class _Stage:
     def _set_aside(self, job: _Job, cause: BaseException) -> str:
         """Keep the actor of a task whose error may be its GPU's, because Ray would give that GPU to the next actor.
 
-        The last GPU is not set aside. Nor is one of a group, whose ranks end together with the group's reservation. Nor
-        is a shared one, because Ray would still give its other shares to actors.
+        Three kinds of GPUs are not set aside: the last GPU on which the task can run; GPUs of a group, whose actors
+        end with the group's reservation; and GPUs that actors share, because Ray would still give their other shares to
+        actors.
 
         Returns:
-            The GPU in words; "" if none was set aside.
+            Description of the GPU; "" if none was set aside.
         """
         worker = job.workers[0]
         if job.group or not worker.gpu or worker.options["num_gpus"] < 1 or not may_be_the_gpu(cause):

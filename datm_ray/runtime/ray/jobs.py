@@ -38,7 +38,8 @@ AGENT_TIMEOUT = 60.0
 FOLLOW_INTERVAL = (1.0, 5.0)
 """Seconds between two requests for a growing log, and between two requests for a log that does not grow."""
 FOLLOW_SHARE = 0.1
-"""Largest share of the time spent on fetching a log. Every request fetches the whole log; 100 MiB take seconds."""
+"""Largest share of the time that may go into fetching a log. Every request fetches the whole log, which takes seconds
+for 100 MiB."""
 FOLLOW_TIMEOUT = 600.0
 """Seconds without an answer after which a job is no longer followed."""
 PENDING_REPORTED = 15.0
@@ -374,9 +375,11 @@ def job_environment(
     """Make Ray's runtime environment of a job, without `working_dir`. The log never shows a value of its variables.
 
     Args:
-        requirements: path of a file of packages, as pip takes it. Ray reads it; files that it names do not travel.
+        requirements: path of a requirements file for pip. Ray reads this file; files that it refers to are not sent to
+            the cluster.
         variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
-        runtime_env: path of a YAML or JSON file with a Ray runtime environment. This package's own is added to it.
+        runtime_env: path of a YAML or JSON file with a Ray runtime environment. The settings that this package needs
+            are added.
 
     Raises:
         ConfigError: an argument cannot be used, or sets a key that another argument or this package sets.

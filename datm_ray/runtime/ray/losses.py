@@ -32,8 +32,8 @@ _BROKEN_GPU = re.compile(
     r"cuda.*(uncorrectable|hardware (stack )?error|unknown error|unspecified launch failure)|_status_execution_failed",
     re.I,
 )
-"""First lines of torch's errors on a GPU that does not compute, also those of cuDNN and cuBLAS. Most errors of CUDA are
-faults of the work, which it would have on another GPU too."""
+"""Pattern of the first lines of errors from a broken GPU: those of torch, cuDNN and cuBLAS. Most other CUDA errors are
+faults of the program, and would occur on any GPU."""
 
 
 def unwrapped(failure: BaseException) -> BaseException:

@@ -32,7 +32,7 @@ from datm_ray.runtime.retries import Patience, watched
 CONTROL = "control"
 """Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""
 SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
-"""Variable with which Ray does not hide the GPUs of other workers. A node's administrator may set it."""
+"""Environment variable with which Ray lets every worker see all GPUs of its node. A node's administrator may set it."""
 
 
 class Stage(NamedTuple):
@@ -141,7 +141,10 @@ def _take_gpus(gpus: Sequence[object]) -> None:
 
 
 def _cpus_beside(gpus: float) -> int:
-    """Share of this node's CPUs that goes with so many of its GPUs, rounded down; 0 without GPUs."""
+    """Number of this node's CPUs that belong to `gpus` of its GPUs, rounded down; 0 without GPUs.
+
+    The CPUs are divided evenly among the GPUs.
+    """
     if not gpus:
         return 0
     here = ray.get_runtime_context().get_node_id()

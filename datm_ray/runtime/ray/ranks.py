@@ -55,15 +55,15 @@ class RankGroup:
         return self.size + sum(count for each, count in self._more.items() if _is_placed(each))
 
     def start(self, larger: Sequence[int] = ()) -> None:
-        """Start the actors on the reserved resources, and request those of a larger group.
+        """Start the actors on the reserved resources, and request the resources of a larger group.
 
-        Ranks of one node have consecutive numbers, and nodes with many ranks come first. So a row of the mesh, which
-        communicates most, spans as few nodes as possible.
+        Ranks of one node have consecutive numbers, and nodes with many ranks come first. So workers of the same
+        networks (a row of the `Mesh`), which communicate most, are on as few nodes as possible.
 
         Args:
             larger: larger sizes of the group that the task can use, the smallest first. Resources are requested in
-                steps from one size to the next, so that Ray reserves none for a size that the task cannot use. For
-                size 2 and `larger` (4, 8), these are requests for 2 and for 4 ranks.
+                steps from one size to the next, so that Ray reserves none for a size that the task cannot use. For size
+                2 and `larger` (4, 8), Ray gets one request for 2 further ranks and one for 4.
         """
         nodes: dict[int, str] = placement_group_table(self._placement)["bundles_to_node_id"]
         count = Counter(nodes.values())

@@ -1,1 +1,4 @@
-"""Distillation: its task, checkpoints, sets made in pieces, validation, and MetaDD's networks."""
+"""Distillation of one set: the task, its checkpoints, its validation, and MetaDD's networks.
+
+Some methods make a set in pieces: parts that workers make independently, see `pieces`.
+"""

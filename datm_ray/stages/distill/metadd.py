@@ -33,8 +33,8 @@ MAPS_KEPT = 10
 class MetaNetworks:
     """MetaDD networks that one worker holds, each with the parameters of an expert after its last epoch.
 
-    There are several ensembles of one network per architecture. Each ensemble has another expert of every architecture.
-    Iterations use the ensembles in turn.
+    An ensemble is one network of each architecture. Ensemble i, of `metadd.experts.count`, has expert i of each
+    architecture, counted again from 0 where an architecture has fewer. Iterations use the ensembles in turn.
 
     Attributes:
         chunk: number of images that pass the networks at a time in an iteration. On GPUs, also for the maps written at
@@ -76,8 +76,8 @@ class MetaNetworks:
     def term(self, iteration: int) -> MetaTerm:
         """MetaDD's loss term for an iteration: the networks, and the images for which the term is computed.
 
-        The images are drawn from the whole set, or from this worker's piece. The term has those of the drawn images
-        that this worker holds.
+        The images are drawn from the whole set or, if the set is made in pieces, from this worker's piece. The term
+        contains only the drawn images that this worker holds.
         """
         images = self._images if self._piece is None else self._rows.last
         count = max(1, round(self._settings.share * images))

@@ -266,7 +266,8 @@ class Distillation:
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._next_counted_save = -math.inf
-        """Time before which a piece skips checkpoints after `checkpoint_every` iterations, in seconds of this clock."""
+        """Time, in seconds of the monotonic clock, before which a piece (part of a set) writes no checkpoint just
+        because `checkpoint_every` iterations are done."""
         self._meta_networks = None if config.metadd is None else MetaNetworks(part, config.metadd, method.experts[0])
 
     def events(self) -> Iterator[Event]:
@@ -608,10 +609,10 @@ class Distillation:
 
 
 def of_workers(mesh: Mesh, own: float) -> list[float]:
-    """Number of every worker, in the order of their ranks. All workers call this together and get the same list.
+    """List of one value from every worker, in the order of ranks. All workers call this together and get the same list.
 
     Args:
-        own: number of this worker.
+        own: value of this worker.
     """
     mine = [own * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
     found: list[float] = mesh.sum_over_all(torch.tensor(mine, dtype=torch.float64)).tolist()
@@ -619,12 +620,12 @@ def of_workers(mesh: Mesh, own: float) -> list[float]:
 
 
 def least_of_workers(mesh: Mesh, own: int) -> int:
-    """Smallest positive number among those of all workers; 1 if all numbers are 0.
+    """Smallest value that any worker gives, without zeros; 1 if all values are 0.
 
     All workers call this together and get the same value.
 
     Args:
-        own: number of this worker; 0 does not count.
+        own: value of this worker, at least 0.
     """
     return int(min(filter(None, of_workers(mesh, own)), default=1))
 

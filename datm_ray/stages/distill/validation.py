@@ -65,7 +65,10 @@ def validations(settings: DistillConfig) -> int:
 
 
 def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
-    """Iterations, up to the state's, at which a validation was due and for which the state has no result."""
+    """Numbers of iterations after which a validation was due and whose result the state lacks.
+
+    The last one is at most the state's own iteration, inclusive.
+    """
     last = state.validations[-1][0] if state.validations else 0
     return [iteration for iteration in range(last + 1, state.iteration + 1) if is_due(settings, iteration)]
 

@@ -24,7 +24,8 @@ the updated values."""
 BLOCK_COPIES = 3
 """Copies of the images of a block, the steps that are prepared together: before, during and after augmentation."""
 HELPS = 0.9
-"""Largest share of its memory that a step may still take in parts if micro-batches are advised."""
+"""Largest memory of a step in micro-batches, as a share of the memory of the whole step, for which micro-batches are
+recommended."""
 
 
 def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:

@@ -73,7 +73,7 @@ class TrainingProgress:
     """Progress folder of one stack: networks that one worker trains together."""
 
     kind = "training progress"
-    """Type that is stored in the folder's files and checked when they are read."""
+    """Kind of tensor file, stored in the files of the progress folder and checked when they are read."""
 
     def __init__(
         self,

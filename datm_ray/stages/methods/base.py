@@ -59,10 +59,11 @@ class Demand:
     held: int | None = None
     """Number of the set's images that a worker holds; `None` if it holds all images of its classes."""
     trace: int = 0
-    """Further bytes that stay in memory through the iteration."""
+    """Bytes of tensors that stay in memory through the whole iteration, beside parameters and micro-batches: for
+    example the student's parameters after each step. 0 for none."""
     steps: int = 0
-    """Number of steps of `at_once` images each, whose images a GPU augments together where they are few; 0 if images
-    are never augmented for several micro-batches."""
+    """Number of steps in an iteration, of `at_once` images each, whose images a GPU may augment together if they are
+    few. 0 if the method never augments several micro-batches together."""
     summed: int = 0
     """Number of bytes that an iteration sums over class shards (workers with different classes)."""
     sums: int = 0

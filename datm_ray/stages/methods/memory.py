@@ -124,7 +124,7 @@ class DistillationPlan:
 
 
 def laid_out(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Copy of a run with other settings of its section `cluster`."""
+    """Copy of a run's configuration with these values in its section `cluster`; other keys of the section stay."""
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
 
 

@@ -28,7 +28,8 @@ from datm_ray.stages.methods.first_images.initial import first_rows
 from datm_ray.stages.methods.part import Arrays, Part, Piece, shared_arrays
 
 FEW_IMAGES = 32
-"""Number of images in a block below which a run warns that batch statistics are unreliable."""
+"""Number of images in a block (the images that are recovered together) below which a run warns: batch statistics of
+fewer images are unreliable."""
 
 
 COMPILED_FROM, GPU_SPEED = 6e12, 100

@@ -81,8 +81,9 @@ class Selection(Method):
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """Work of choosing the images: kind of work -> images that pass a network.
 
-        Each crop passes the teacher once, or each image passes each expert at each epoch once. Labelling the set adds
-        to this. Each image is read once for all its crops, or for each pass, and chosen images once more.
+        Crops of rded pass the teacher once, and an image is read once for all its crops. Otherwise an image passes
+        one network (moderate), each expert (el2n), or each expert at each stored epoch (forgetting), and is read for
+        each pass. Chosen images are read once more, and soft labels add two passes of each.
 
         Args:
             training_images: number of training images, without validation images.

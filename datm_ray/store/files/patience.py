@@ -21,16 +21,18 @@ import math
 LONGEST = 300.0
 """Longest time for which a failed request is repeated, in seconds."""
 SHARE = 1 / 3
-"""Share of the deadline within which the last attempt starts."""
+"""Share of a worker's deadline within which the last attempt at a request starts. The deadline is the time after which
+the worker counts as lost."""
 REQUESTS = 5
-"""Largest number of requests in one attempt."""
+"""Largest number of requests to the server in one attempt to write a file."""
 LONGEST_CONNECT, LONGEST_ANSWER = 5.0, 60.0
 """Longest times in seconds to connect, and to wait for an answer. A gateway may be silent while it passes a large file
 on."""
 CONNECT_SHARE, ANSWER_SHARE = 1 / 60, 3 / 40
-"""Shares of the deadline to connect, and to wait for an answer."""
+"""Time limits of one request, as shares of a worker's deadline: to connect, and to wait for the answer."""
 SHORTEST_DEADLINE = 60.0
-"""Shortest deadline in seconds for which these shares are used. Shorter times would end requests to healthy servers."""
+"""Smallest deadline in seconds from which the time limits of a request are computed. A worker with a shorter deadline
+gets the limits for this one, because shorter limits would end requests to healthy servers."""
 
 _deadline = _least = math.inf
 _rights_are_there = False
