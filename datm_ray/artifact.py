@@ -152,11 +152,11 @@ class Artifact:
     labels: Tensor
     """[n] int64 class that each image was made for."""
     step_size: float
-    """Learning rate of SGD for the recipe's first network: learned with the images, published or given, see
+    """Learning rate of SGD for the recipe's `network`: learned with the images, published or given, see
     `has_step_size`; otherwise a default."""
     step_sizes: tuple[float, ...]
-    """Learning rates for all matched networks, the first included. Files of earlier versions hold the first network's
-    learning rate alone."""
+    """Learning rates for all matched networks, the recipe's `network` first. Files of earlier versions hold the
+    learning rate of `network` alone."""
     class_names: tuple[str, ...]
     """Names of the k classes."""
     held_transform: Transform | KeptTransform | LeftOutTransform

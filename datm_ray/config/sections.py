@@ -527,10 +527,10 @@ class AuxiliaryExpertConfig(ExpertConfig):
 
 
 class AuxiliariesConfig(Section):
-    """Networks that MetaDD compares with the first network."""
+    """Networks that MetaDD compares with the run's `network`."""
 
     auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
-    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
+    """Architectures of the auxiliaries, beside `network`, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
     experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
     """Training of the auxiliaries; only their last epoch is used."""
 
@@ -555,7 +555,7 @@ class MetaLossConfig(Section):
     position: NonNegative = 0.1
     """Weight of the mean negative part of the maps, which is evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Weight, within invariance, of the auxiliaries' divergence from the first network; negative pushes them apart."""
+    """Weight, within invariance, of the auxiliaries' divergence from `network`; negative pushes them apart."""
     variance_of: Literal["maps", "logits"] = "maps"
     """maps; or, as a control, logits: `variance` then weights the variance of logits instead of maps."""
     threshold: Fraction = 0.5
@@ -647,8 +647,8 @@ class EvaluateConfig(Section):
     """Soft labels for training. own: the set's; teacher: a teacher's logits for every augmented batch; stored: such
     logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
     teacher: TeacherConfig | None = None
-    """Teacher that runs of any method can share, such as `{network: resnet18, experts: {epochs: 50}}`;
-    null: expert 0 of the run's first network. Used if `labels` is teacher or stored."""
+    """Teacher that runs of any method can share, such as `{network: resnet18, experts: {epochs: 50}}`; null: expert 0
+    of `network`. Used if `labels` is teacher or stored."""
     temperature: Positive = 20.0
     """Divisor of the logits of teacher and network. Used if `labels` is teacher or stored."""
     cutmix: NonNegative = 0.0

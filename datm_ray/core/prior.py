@@ -44,7 +44,8 @@ KEPT_MAPS = 2
 """Peak memory of a micro-batch in a decoder's forward and backward pass, as a multiple of the bytes that its layers
 write in one forward pass."""
 INVERSION_RATE = 0.1
-"""Learning rate of Adam at the start of an inversion; it falls along a cosine to 0."""
+"""Learning rate of Adam at the start of an inversion, which searches latents for given images. It falls along a cosine
+to 0."""
 MIDDLE = 0.5
 """Value of a pixel between black and white, which decoders add to their output."""
 
@@ -244,7 +245,10 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw the latents of a whole set from which an inversion starts: independent standard normal numbers."""
+    """Draw random latents of a whole set, independent standard normal numbers.
+
+    An inversion, which searches latents for given images, starts from them.
+    """
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
 

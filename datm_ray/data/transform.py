@@ -79,8 +79,8 @@ class Normaliser(nn.Module):
     """
 
     scale: Tensor
-    """For `zca`: whitening matrix [d d] with d = c * h * w, or F [d r] of the matrix b I - F F^T if `rest` is b. For
-    `standard`: reciprocal deviations [c]."""
+    """For `zca`: the whitening matrix [d d] with d = c * h * w or, if `rest` is a number b, the factor F [d r] of the
+    matrix b I - F F^T. For `standard`: reciprocal deviations [c]."""
     shift: Tensor
     """Shift [d] added before the product for `zca`; [c] added after it for `standard`."""
 

@@ -90,7 +90,8 @@ class Exported:
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """True if the published ConvNet with these parameters gives other outputs than here, see `pads_differently`."""
+    """True if the published ConvNet with these parameters gives other outputs than the ConvNet of this package, see
+    `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:

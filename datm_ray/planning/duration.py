@@ -42,8 +42,8 @@ RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 """RUN_SECONDS: seconds to start Ray, read images and write the report. WORKER_SECONDS: seconds to start a worker for a
 stage. Both are measured CPU times."""
 SET_FILES = 8
-"""Copies of a set that a run stores: the first and the final set; set, momentum, average and kept set of a checkpoint;
-the rest is for curves and the latents of a prior."""
+"""Size of the files of a set, in copies of the set: the first set and the final one; in the checkpoint, the set, its
+momentum, its moving average and the set chosen so far; and two copies' size for curves and the latents of a prior."""
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
 
 
@@ -159,7 +159,7 @@ class Proposal:
 
     @property
     def _pieces(self) -> int:
-        """Pieces in which workers make the set, one each; 0 if workers make it together."""
+        """Number of pieces (parts of the set) that single workers make; 0 if the workers make the set together."""
         return len(method_of(self.config).pieces(self.config, self.shape.classes))
 
     @functools.cached_property

@@ -39,7 +39,7 @@ REPEATED, SECONDS, ENOUGH, MANY = 3, 0.2, 1.0, 10**6
 at least SECONDS seconds in all; but none starts after ENOUGH seconds. MANY: number of epochs of a timed training, which
 is never reached."""
 STEPS = 3
-"""Number of student steps in a repetition."""
+"""Number of student steps in one timed repetition of matching."""
 QUICK_FLOP = 1e11
 """Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer. Much
 smaller steps would be faster than in proportion, because their maps fit into the CPU's cache."""

@@ -32,8 +32,8 @@ STACKED_MAPS: networks in a stack, which a CPU computes in small parts; measured
 measured 1.3 to 1.5. `MARGIN` comes on top.
 """
 VECTORS = 8
-"""Number of vectors of parameter size that a network in training takes: parameters, gradients, velocity, GSAM's and
-updated ones."""
+"""Number of vectors as long as the parameters that a network in training takes: parameters, gradients, velocity,
+vectors of GSAM, and updated parameters."""
 SET_COPIES_READ = 2
 """Number of copies of a synthetic set that main memory holds while the set is read: parts of its file, and the images.
 Counted in the program, not measured."""

@@ -31,8 +31,9 @@ def cifar10_ipc1() -> RunConfig:
 def cifar10_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class. The paper reports 66.8±0.2 % with 100 GSAM experts.
 
-    Not run at this size yet. Measured 48.8±0.6 % on a fifth of the data with a quarter of the width, 8 experts and 300
-    iterations (one distillation, three networks; random images with soft labels 40.0), see benchmarks/results.
+    Not run at this size yet. A set from a fifth of the data, with a quarter of the width, reached 48.8±0.6 % with 8
+    experts and 300 iterations; random images with soft labels reached 40.0 % there. One distillation, scored by three
+    networks, see benchmarks/results.
     """
     return published(
         "cifar10",
@@ -50,8 +51,9 @@ def cifar10_ipc10() -> RunConfig:
 def cifar10_ipc50() -> RunConfig:
     """CIFAR-10, 50 images per class. The paper reports 76.1±0.3 % with 100 GSAM experts.
 
-    Not run at this size yet. Measured 56.2±1.0 % on a fifth of the data with a quarter of the width, 8 experts and 300
-    iterations (one distillation, three networks; random images with soft labels 57.5), see benchmarks/results.
+    Not run at this size yet. A set from a fifth of the data, with a quarter of the width, reached 56.2±1.0 % with 8
+    experts and 300 iterations; random images with soft labels reached 57.5 % there. One distillation, scored by three
+    networks, see benchmarks/results.
     """
     return published(
         "cifar10",
@@ -124,8 +126,9 @@ def cifar10_mtt_ipc10() -> RunConfig:
     The authors' table has a misprint for this recipe, with which the step size explodes. The three learning rates are
     those that FTD and others use with MTT's other values. All images are in each student step.
 
-    Not run at this size yet. Measured 47.9±2.3 % on a fifth of the data with a quarter of the width, 8 experts, start
-    epochs 0-29 and 300 iterations (one distillation, three networks; cifar10-ipc10 48.8), see benchmarks/results.
+    Not run at this size yet. A set from a fifth of the data, with a quarter of the width, reached 47.9±2.3 % with 8
+    experts, start epochs 0-29 and 300 iterations; cifar10-ipc10 reached 48.8 % there. One distillation, scored by three
+    networks, see benchmarks/results.
     """
     return of_mtt(
         "cifar10",
@@ -144,9 +147,9 @@ def cifar10_mtt_ipc50() -> RunConfig:
 
     As published, images are normalised per channel, not whitened. All images are in each student step.
 
-    Not run at this size yet. Measured 52.9±0.6 % on a fifth of the data, whitened, with a quarter of the width, 8
-    experts, start epochs 0-29 and 300 iterations (one distillation, three networks; cifar10-ipc50 56.2), see
-    benchmarks/results.
+    Not run at this size yet. A set from a fifth of the data, whitened, with a quarter of the width, reached 52.9±0.6
+    % with 8 experts, start epochs 0-29 and 300 iterations; cifar10-ipc50 reached 56.2 % there. One distillation, scored
+    by three networks, see benchmarks/results.
     """
     return of_mtt(
         "cifar10",

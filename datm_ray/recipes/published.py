@@ -101,7 +101,7 @@ def small_recovery(source: str, ipc: int) -> RunConfig:
     """Make a recipe of SRe2L for the data set `source`, with the authors' values for CIFAR-100.
 
     While images are recovered, they are shifted, neither cropped nor mirrored, as in the authors' program. The
-    authors' program differs from this package in four points. It shifts images down and to the right alone. While
+    authors' program differs from this package in four points. It shifts images only down and to the right. While
     networks train on a set, it mixes images, its teacher is in training mode, and its loss lacks the factor T^2 (T:
     temperature).
     """

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 TRAINING = "training an epoch"
-"""Text of the phase within a slow epoch."""
+"""Text of the phase that a training reports, as a heartbeat, within a slow epoch."""
 
 
 def interval_in_epochs(cluster: ClusterConfig) -> float:
@@ -76,7 +76,7 @@ def stopped_if(is_asked: Callable[[], bool], steps: Steps[Result], end: Callable
     """Do all steps and return the result, but raise `end()` between two steps once `is_asked()` is True.
 
     Args:
-        is_asked: returns True once the work need not be ended any more, such as `stopping.is_overdue`.
+        is_asked: returns True once the work must be given up, such as `stopping.is_overdue`.
         steps: the work.
         end: makes the error, which describes the last saved state.
     """

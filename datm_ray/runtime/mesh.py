@@ -105,7 +105,7 @@ class Mesh:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0 (first networks) along dimension 0, in the order of columns (class shards).
+        """Concatenate the tensors of the first row of workers along dimension 0, in the order of columns.
 
         The tensors may differ in dimension 0 only. Every worker calls this; tensors of other rows are ignored.
 

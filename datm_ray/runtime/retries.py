@@ -93,7 +93,7 @@ class Patience:
     is_phase: bool = False
     """True from a `Phase` to the next `Progress`. Durations of steps say nothing about the duration of a phase."""
     for_peers: float = 0.0
-    """Seconds added to `shortest`, see `patience_of`."""
+    """Seconds added to `shortest` for a worker that may wait for peers, see `patience_of`."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""

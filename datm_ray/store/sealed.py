@@ -85,7 +85,10 @@ class SealedWriter:
         self._cuts.append(self._file.tell())
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the seal and the footer. `summary` is a small mapping for JSON, which `open_sealed` returns."""
+        """Write the seal (digests of all bytes) and Arrow's footer.
+
+        `summary` is a small mapping for JSON, which `open_sealed` returns.
+        """
         self._arrow.close()
         size = self._file.tell()
         self._file.seek(size - _ARROW_END.size)

@@ -277,4 +277,5 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "resized": _resized,
 }
 USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
-"""USUAL_WIDTH: number of parameters of most operations for one sample. _WIDTHS: other operation -> its number."""
+"""USUAL_WIDTH: number of parameters that most operations have for one sample. _WIDTHS: name of an operation with
+another number -> this number."""

@@ -162,7 +162,7 @@ def _placed(pieces: Sequence[_Piece], images: Sequence[Images], targets: Sequenc
 
 
 def _gathered(sources: Sequence[Images], pieces: Sequence[_Piece], rows: Tensor) -> Tensor:
-    """Read the images or targets of all pieces. Returns one tensor, in the order of the pieces.
+    """Read the images or targets of all pieces (minibatches of single networks) as one tensor, in their order.
 
     Neighbouring pieces of the same source are read in one gather.
 

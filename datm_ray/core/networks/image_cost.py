@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 from datm_ray.core.compute.torch_compat import storage_id
 
 _IMAGES = 2
-"""Number of images in the counted pass. Not 1, because the memory order of a batch of one image is not defined."""
+"""Number of images in the forward pass whose cost is counted. Not 1, because the memory order of a batch of one image
+is not defined."""
 _COMPUTED = 3 * 256 * 256
-"""Largest size (channels x height x width, inclusive) of an image whose pass is computed. Larger images are counted on
-the meta device."""
+"""Largest size (channels x height x width, inclusive) of an image whose forward pass is computed. The cost of larger
+images is counted on the meta device."""
 
 
 @dataclass(frozen=True)

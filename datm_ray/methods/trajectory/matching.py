@@ -75,7 +75,7 @@ class StudentStep:
         return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
 
     def chunks(self, size: int | None) -> Iterator[StudentStep]:
-        """Split the minibatch into pieces of at most `size` images; `None` gives one piece."""
+        """Split the minibatch into pieces (smaller minibatches) of at most `size` images; `None` gives one piece."""
         for start in range(0, len(self.rows), size or max(1, len(self.rows))):
             piece = np.arange(start, min(start + (size or len(self.rows)), len(self.rows)))
             yield StudentStep(self.rows[piece], self.augmentation.take(piece), self.global_batch)
@@ -243,7 +243,7 @@ class PlacedSteps:
 
 
 def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> PlacedSteps:
-    """Split every step into pieces on the device of `like`, with only three asynchronous copies for all of them.
+    """Split the minibatch of every step into pieces, on the device of `like`, with three asynchronous copies in all.
 
     Args:
         chunk: number of images of a piece, see `matching_gradient`.
@@ -277,7 +277,7 @@ class _Block:
     """
 
     def __init__(self, synthetic: SyntheticSet, pieces: Sequence[_Piece], functions: StudentStepFunctions) -> None:
-        """Augment the images of all pieces."""
+        """Augment the images of all pieces (parts of minibatches)."""
         self._pieces = pieces
         numbers = range(len(pieces))
         self._groups = [
@@ -291,14 +291,16 @@ class _Block:
                 for raw, group in zip(self._raw, self._groups, strict=True)
             ]
         self.images = self._split([functions.layout(each.detach()) for each in self._augmented])
-        """[b c h w] augmented images of each piece, in the memory order of the step functions."""
+        """[b c h w] augmented images of each piece (part of a minibatch), in the memory order of the step functions."""
         sizes = [len(piece.rows) for piece in pieces]
         self.soft_labels = synthetic.soft_labels[self._rows(numbers)].split(sizes)
-        """[b k] soft labels of each piece."""
+        """[b k] soft labels of each piece (part of a minibatch)."""
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
     def collect(self, number: int, d_x: Tensor, d_y: Tensor) -> bool:
-        """Keep the gradients of one piece. Returns True if the gradients of all pieces of the block are now kept.
+        """Keep the gradients of one piece. Returns True once the gradients of all pieces of the block are kept.
+
+        The pieces are the parts of minibatches that the block has augmented together.
 
         Args:
             number: number of the piece in the block.
@@ -320,7 +322,10 @@ class _Block:
         return _joined([self._pieces[number].rows for number in numbers])
 
     def _split(self, of_groups: Sequence[Tensor]) -> list[Tensor]:
-        """Cut tensors, each with all pieces of one operation, into pieces. Returns these in the order of the pieces."""
+        """Cut tensors into pieces (parts of minibatches), and return these in the order of the pieces.
+
+        Each of the tensors holds all pieces with one augmentation operation.
+        """
         parts: dict[int, Tensor] = {}
         for whole, group in zip(of_groups, self._groups, strict=True):
             parts |= dict(zip(group, whole.split([len(self._pieces[number].rows) for number in group]), strict=True))
@@ -364,7 +369,9 @@ def block_bytes(images: int, steps: int, size: int) -> int:
 
 
 def _blocks(steps: Sequence[range], sizes: Sequence[int], most: int) -> list[range]:
-    """Group pieces into blocks: consecutive whole steps with at most `most` images, or one piece of a larger step.
+    """Group pieces (parts of minibatches) into blocks, which are augmented together.
+
+    A block has consecutive whole steps with at most `most` images, or one piece of a larger step.
 
     Args:
         steps: numbers of the pieces of each step.
@@ -431,7 +438,10 @@ class _Sweep:
         return total
 
     def _block(self, number: int) -> _Block:
-        """Block of a piece, augmented when the first of its pieces is needed. Only the latest block is in memory."""
+        """Block that holds a piece (part of a minibatch). Its pieces are augmented when the first of them is needed.
+
+        Only the latest block is in memory.
+        """
         numbers = self._block_of[number]
         if self._held is None or self._held[0] != numbers:
             self._held = None  # makes room
@@ -440,7 +450,10 @@ class _Sweep:
         return self._held[1]
 
     def _filled_up(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights of a piece, padded to the chunk size with images of weight 0."""
+        """Images, soft labels and weights of a piece (part of a minibatch), padded to the chunk size.
+
+        The padding is images of weight 0.
+        """
         block, place, weights = self._block(number), number - self._block_of[number].start, self._pieces[number].weights
         x, y = block.images[place], block.soft_labels[place]
         if missing := len(weights) - len(x):  # padding by nothing would copy

@@ -45,7 +45,8 @@ STEP_DISTANCE = 0.06
 
 DATM's CIFAR-10 recipes have 0.048 at IPC 1 to 50, the recipes for digits 0.06 to 0.08."""
 STUDENT_BATCH = 50
-"""Smallest number of images in a student step, or two per class if those are more; at most the whole set."""
+"""Number of images in a student step. If two per class are more, it is two per class; it is never more than the whole
+set."""
 THRESHOLD = 1.1
 """Matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
 

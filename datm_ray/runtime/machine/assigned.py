@@ -13,5 +13,5 @@ share: float = 1.0
 without Ray and without GPUs."""
 
 cpus: int | None = None
-"""Share of the node's CPUs that goes with these GPUs: 12 for one of 8 GPUs on a node with 96 CPUs. 0 for a worker
-without GPUs. `None` in a driver, and without Ray."""
+"""Number of the node's CPUs that belong to this worker's GPUs: 12 for one of 8 GPUs on a node with 96 CPUs. 0 for a
+worker without GPUs. `None` in a driver, and without Ray."""

@@ -200,7 +200,7 @@ class Nodes:
         self._nodes: dict[str, Any] = {}
         """Live nodes by identifier, as Ray describes them."""
         self._fits: dict[int, dict[str, int]] = {}
-        """Bytes that Ray reserves for a worker -> result of `fits` for these nodes."""
+        """Bytes that Ray reserves for a worker -> result of `fits` for the live nodes."""
         self._checked = float("-inf")
 
     def fits(self, memory: int = 0) -> dict[str, int]:

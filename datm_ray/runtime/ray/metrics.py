@@ -16,7 +16,7 @@ from datm_ray.monitor.metrics import CATALOGUE, Readings, Sample
 from datm_ray.runtime.executor import Event, Task
 
 REFRESH_INTERVAL = 5.0
-"""Seconds after which the thread sets all gauges again."""
+"""Seconds between two times at which a thread sets all gauges again, so that Ray does not drop them."""
 
 
 class RayMetrics:

@@ -52,7 +52,7 @@ def piece_folder(folder: Location, piece: Piece) -> Location:
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Unfinished pieces of a run. Empty if only joining is left, or if the set is not made in pieces."""
+    """Unfinished pieces (parts of the set) of a run; empty if only joining is left, or if there are no pieces."""
     pieces = method_of(config).pieces(config, classes)
     started = {(folder / PIECES / name).uri for name in (folder / PIECES).list()} if pieces else set()
     places = [(piece, piece_folder(folder, piece)) for piece in pieces]
@@ -114,7 +114,7 @@ class PieceWorker:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
     def join_pieces(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
-        """Write the set and its other files from its finished pieces. Arguments: see `make_piece`.
+        """Join the finished pieces (parts of a set), and write the set and its other files. See `make_piece`.
 
         Raises:
             OvertakenError: a newer attempt joins the same pieces.

@@ -2,9 +2,9 @@
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds` (that of a
-                       piece as often as `WRITE_SHARE` allows), before a validation and when the command is stopped,
-                       and kept at the end; the images are in checkpoint/, see `checkpoint`
+    checkpoint.arrow   the whole state, kept at the end; the images are in checkpoint/, see `checkpoint`. It is replaced
+                       every `checkpoint_every` iterations or `checkpoint_seconds`, before a validation, and when the
+                       command is stopped. That of a piece (part of a set) is replaced as often as `WRITE_SHARE` allows
     maps.arrow         with MetaDD: class activation maps of some images, before and after the distillation
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished

@@ -611,7 +611,7 @@ def _gains_and_stacks(
 
 
 class _Trial(NamedTuple):
-    """Training of one network with one of the candidate learning rates, after its end."""
+    """Result of training one network with one of the candidate learning rates."""
 
     training: Training
     validation_accuracy: float

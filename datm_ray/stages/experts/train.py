@@ -73,7 +73,7 @@ def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint:
 
 
 TESTING = "testing the experts"
-"""Text of the phase of a slow test after an epoch."""
+"""Text of the phase that is reported, as a heartbeat, during a slow test of experts."""
 
 
 def _as_folder(name: str, usual: str) -> str:

@@ -282,7 +282,7 @@ class Method:
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """Work of choosing the set before the first iteration, for plans.
 
-        Returns kind of work (a key of `Demand.passes`) -> number of images that pass the first network. The key
+        Returns kind of work (a key of `Demand.passes`) -> number of images that pass the recipe's `network`. The key
         "reading" has the number of real images that are read.
 
         Args:

@@ -31,7 +31,7 @@ class Given(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The first network if `evaluate` needs it, as teacher or to label random images; otherwise an empty list."""
+        """The recipe's `network` if `evaluate` needs it, as teacher or to label random images; else an empty list."""
         evaluate = config.evaluate
         is_teacher = evaluate.has_teacher and evaluate.teacher is None
         return config.each_backbone()[:1] if is_teacher or evaluate.fair else []

@@ -29,7 +29,7 @@ class Piece:
     """Some images of each of some classes of a set, which one worker makes independently of other such pieces."""
 
     number: int
-    """Number of the piece within its set, from 0."""
+    """Number of the piece (part of a set) within its set, from 0."""
     classes: range
     images: range
     """Range of the images that the piece has of each class, in the numbering of the whole set: from 0 to ipc - 1."""

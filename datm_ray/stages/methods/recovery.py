@@ -265,7 +265,7 @@ class RecoveryFromTeacher(Method):
 
 
 def _in_turn(piece: Piece) -> Sequence[int]:
-    """Classes of the piece, in the order in which their first images are chosen.
+    """Classes of a piece (part of a set), in the order in which their first images are chosen.
 
     Pieces of the same classes start at different classes, so that workers that make them at the same time choose for
     different classes. The start is a multiple of the golden ratio's fraction, which spreads any number of starts.

@@ -24,8 +24,8 @@ from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
 
 MOST_PIECES = 32
-"""Largest number of pieces into which a set is divided. Each piece reads several networks again, so more pieces would
-be slow."""
+"""Largest number of pieces into which a set is divided, each made by one worker. Every piece reads several networks
+again, so more pieces would be slow."""
 LEAST_EPOCHS = 3
 """Smallest number of stored epochs, inclusive and without epoch 0, for which forgetting can be counted."""
 

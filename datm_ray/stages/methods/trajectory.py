@@ -213,7 +213,7 @@ class TrajectoryMatching(Method):
 
     @property
     def _unusable(self) -> str:
-        """Words for a loss that is skipped: above the threshold, or not finite where the recipe has none."""
+        """Text that says why a loss is skipped: above the threshold, or not finite if the recipe has no threshold."""
         threshold = self.part.config.distill.threshold
         return "not finite" if threshold is None else f"above distill.threshold {threshold:g}"
 
@@ -314,7 +314,10 @@ class TrajectoryMatching(Method):
         return self.share_of_images(state.movement(total), state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
-        """Distances that experts move in the space of parameters and, with the set's current step size, the student."""
+        """Distances that the experts and the student move in the space of parameters.
+
+        The student's distance is that with the set's current step size.
+        """
         given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
 

@@ -310,7 +310,7 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """Turn errors in the block into StoreErrors "Cannot ACTION URI", and count a request of kind "look"."""
+        """Turn errors in the block into StoreErrors "Cannot ACTION URI", and count a request without content."""
         with self.explaining(action), request("look", self.uri):
             yield
 

@@ -70,7 +70,7 @@ def chosen_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, 
 
 
 def shared_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, None, Crops]:
-    """Choose the crops of a class as `chosen_crops` does, but once for all pieces of the set."""
+    """Choose the crops of a class as `chosen_crops` does, but once for all pieces (parts) of the set."""
     config = part.config
 
     def choose() -> Generator[None, None, Arrays]:
