@@ -72,19 +72,19 @@ def digits_smoke() -> RunConfig:
 
 
 def digits_ipc1() -> RunConfig:
-    """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3."""
+    """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3 %."""
     return _digits(1, iterations=500, starts=StartEpochs(bound=10), expert_epochs=3, learning_rate_images=20.0)
 
 
 def digits_ipc10() -> RunConfig:
-    """Real digits, 10 images per class: start epochs 5-29. Measured 98.0±0.7 %, all real data 98.9±0.3."""
+    """Real digits, 10 images per class: start epochs 5-29. Measured 98.0±0.7 %, all real data 98.9±0.3 %."""
     return _digits(
         10, iterations=200, starts=StartEpochs(first=5, bound=30), expert_epochs=4, learning_rate_images=30.0
     )
 
 
 def digits_ipc30() -> RunConfig:
-    """Real digits, 30 images per class: start epochs 10-34, late. Measured 99.0±0.3 %, all real data 98.9±0.3."""
+    """Real digits, 30 images per class: start epochs 10-34, late. Measured 99.0±0.3 %, all real data 98.9±0.3 %."""
     return _digits(
         30, iterations=250, starts=StartEpochs(first=10, bound=35), expert_epochs=4, learning_rate_images=30.0
     )
@@ -93,8 +93,8 @@ def digits_ipc30() -> RunConfig:
 def digits_mtt_ipc10() -> RunConfig:
     """Real digits, 10 images per class, by MTT: start epochs 0-34, hard labels, and random images at first.
 
-    With start epochs 0-35, measured 96.5±1.3 %, DATM 97.3±0.9: three distillations of five networks each, before
-    gradients had a limit (benchmarks/results/fidelity-digits-3-distillations_2-core-cpu_202611.md).
+    With start epochs 0-35, MTT reached 96.5±1.3 % and DATM 97.3±0.9 %: three distillations, each scored by five
+    networks, before gradients had a limit (benchmarks/results/fidelity-digits-3-distillations_2-core-cpu_202611.md).
     """
     mtt = {"method": "mtt", "distill.start_epochs": [0, 35], "distill.initial": "random"}
     return with_settings(digits_ipc10(), mtt)
@@ -103,9 +103,10 @@ def digits_mtt_ipc10() -> RunConfig:
 def digits_dm_ipc10() -> RunConfig:
     """Real digits, 10 images per class, by distribution matching (DM). It trains no experts.
 
-    Measured 97.6±0.5 %, random real images with hard labels 94.9±0.5, digits-ipc10 97.8±0.4, all real data 98.9±0.2:
-    one distillation each and five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). It took 43 seconds of a busy
-    CPU core, digits-ipc10 184 and its experts 89. Learning rates and iterations were chosen on validation images.
+    The set reached 97.6±0.5 %, random real images with hard labels 94.9±0.5 %, digits-ipc10 97.8±0.4 % and all real
+    data 98.9±0.2 %: one distillation each, scored by five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). The
+    distillation took 43 seconds of a busy CPU core, that of digits-ipc10 184 seconds and its experts 89 seconds.
+    Learning rates and iterations were chosen on validation images.
     """
     return with_settings(
         digits_ipc10(),
@@ -125,9 +126,9 @@ def digits_dm_ipc10() -> RunConfig:
 def digits_sre2l_ipc10() -> RunConfig:
     """Real digits, 10 images per class, recovered from a small ResNet-18 (SRe2L), and scored under its labels.
 
-    Measured 94.7±0.4 % on that network, random real images with the same labels 96.6±0.7, with hard labels 94.0±0.5:
-    one set and five networks (`datm-ray run digits-sre2l-ipc10 --skip-full`). The values of `recover` were chosen on
-    validation images. At 8x8 pixels views are whole images, neither mirrored nor shifted.
+    On that network the set reached 94.7±0.4 %, random real images with labels of the same teacher 96.6±0.7 %, and with
+    hard labels 94.0±0.5 %: one set, scored by five networks (`datm-ray run digits-sre2l-ipc10 --skip-full`). The values
+    of `recover` were chosen on validation images. At 8x8 pixels views are whole images, neither mirrored nor shifted.
     """
     base = digits_ipc10()
     teacher = ExpertConfig(
@@ -156,9 +157,9 @@ def digits_sre2l_ipc10() -> RunConfig:
 def digits_select_ipc10() -> RunConfig:
     """Real digits, 10 images per class, chosen without optimisation (RDED): the crops that a teacher finds easiest.
 
-    Measured 93.8±0.6 %, random real images with the same labels 96.0±0.2, digits-ipc10 98.0±0.7: one set and five
-    networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels, a crop often shows another digit.
-    Choosing took half a second of a CPU core. Values of `select` are the published ones.
+    The set reached 93.8±0.6 %, random real images with labels of the same kind 96.0±0.2 % and digits-ipc10 98.0±0.7 %:
+    one set, scored by five networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels, a crop often shows
+    another digit. Choosing took half a second of a CPU core. Values of `select` are the published ones.
     """
     return with_settings(digits_ipc10(), {"method": "select", **FIXED_STEP_SIZE, "distill.validate_every": 0})
 
@@ -166,9 +167,9 @@ def digits_select_ipc10() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD, for sets that work on other networks too.
 
-    Measured 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last maps
-    would have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says how
-    MetaDD's weights were found.
+    The set reached 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last
+    maps would have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says
+    how MetaDD's weights were found.
     Score the set with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
