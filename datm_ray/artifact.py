@@ -170,6 +170,8 @@ class Artifact:
     held_scoring: Mapping[str, Any] | Location | None = None
     """Settings of the training that scored the set, as `Schedule.to_json` writes them, or the location of the run's
     file with them; `None` if neither is known. Use `training` to get the settings."""
+    stated_has_step_size: bool | None = None
+    """Value of `has_step_size` in the set's file; `None` if the file is of an earlier version, which states none."""
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
@@ -245,6 +247,9 @@ class Artifact:
         False if the step size is a default. Networks that score the set then train with a step size that is chosen on
         validation images.
         """
+        if self.stated_has_step_size is not None:
+            return self.stated_has_step_size
+        # Only for sets of earlier versions, whose files state nothing: later methods need no name here.
         method, distill = self.recipe.get("method", "datm"), self.recipe.get("distill", {})
         if ":" in method:  # a user's own method, which may have learned the step size
             return not math.isclose(self.step_size, distill.get("initial_step_size") or 0.01, rel_tol=1e-6)
@@ -348,6 +353,8 @@ def save_artifact(
     recipe: Mapping[str, Any],
     provenance: Mapping[str, Any],
     transforms: Location | None = None,
+    *,
+    has_step_size: bool,
 ) -> None:
     """Write the set as one file, atomically.
 
@@ -360,12 +367,12 @@ def save_artifact(
         provenance: versions, hardware, data set and experts of the run, as plain data.
         transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
             set's file. `None` stores the transform in the set's file.
+        has_step_size: answer of the run's method, see `Method.has_step_size` and `Artifact.has_step_size`.
     """
     images, soft_labels = synthetic.images.detach(), synthetic.soft_labels.detach()
     step_sizes = tuple(synthetic.step_sizes.tolist())
-    artifact = Artifact(
-        images, soft_labels, synthetic.labels, step_sizes[0], step_sizes, class_names, transform, recipe, provenance
-    )
+    parts = (images, soft_labels, synthetic.labels, step_sizes[0], step_sizes, class_names, transform)
+    artifact = Artifact(*parts, recipe, provenance, stated_has_step_size=has_step_size)
     kept = transforms is not None and keep_transform(transform, transforms) is not None
     arrays, metadata = _parts(artifact, kept=kept)
     write_tensors(location, arrays, kind=KIND, metadata=metadata)
@@ -388,7 +395,7 @@ def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray
         "step_size": np.array(artifact.step_size, np.float32),  # for earlier versions of this program
         "step_sizes": np.array(artifact.step_sizes, np.float32),
     }
-    metadata = {
+    metadata: dict[str, Any] = {
         "class_names": list(artifact.class_names),
         "transform": _described(held, kept=kept),
         "recipe": dict(artifact.recipe),
@@ -396,6 +403,8 @@ def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray
     }
     if scoring := artifact._scoring():
         metadata["scoring"] = scoring.to_json()
+    if artifact.stated_has_step_size is not None:
+        metadata["has_step_size"] = artifact.stated_has_step_size
     if not kept and not isinstance(held, LeftOutTransform):
         arrays |= {_PREFIX + name: array for name, array in artifact.transform.to_arrays().items()}
     return arrays, metadata
@@ -501,6 +510,7 @@ def read_artifact(location: Location) -> Artifact:
             provenance=metadata["provenance"],
             place=location.uri,
             held_scoring=_scoring_of(location, metadata),
+            stated_has_step_size=metadata.get("has_step_size"),
         )
     _require_sound(artifact, location.uri)
     return artifact
@@ -552,6 +562,8 @@ def _faults(artifact: Artifact) -> Iterator[str]:
         yield "a class has a name that is not text"
     if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in (artifact.step_size, *rates)) or not rates:
         yield f"its step sizes are {[artifact.step_size, *rates]}, not positive numbers"
+    if not isinstance(artifact.stated_has_step_size, bool | None):
+        yield f"has_step_size is {artifact.stated_has_step_size!r}, not true or false"
     if not isinstance(artifact.recipe, dict) or not isinstance(artifact.provenance, dict):
         yield "its recipe or its provenance is not a mapping"
 

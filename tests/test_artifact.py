@@ -67,7 +67,7 @@ def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ..
         torch.tensor([0.0123, 0.5]),
         labels,
     )
-    save_artifact(open_location(str(path)), synthetic, transform, names, RECIPE, PROVENANCE)
+    save_artifact(open_location(str(path)), synthetic, transform, names, RECIPE, PROVENANCE, has_step_size=True)
     return transform
 
 
@@ -321,13 +321,34 @@ def test_a_damaged_note_is_an_error_of_its_own(path: Path, tmp_path: Path) -> No
     ],
 )
 def test_a_rate_that_nobody_chose_is_reported(recipe: dict[str, Any], is_known: bool, artifact: Artifact) -> None:
-    """Without a note, a warning tells of a learning rate that was neither given, learned nor chosen for its use."""
-    unscored = dataclasses.replace(artifact, recipe=recipe, held_scoring=None)
+    """Without a note, a warning tells of a learning rate that was neither given, learned nor chosen for its use.
+
+    Sets of earlier versions do not say whether their step size was learned; their recipe tells.
+    """
+    unscored = dataclasses.replace(artifact, recipe=recipe, held_scoring=None, stated_has_step_size=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         schedule = unscored.training()
     assert schedule.learning_rate == recipe.get("evaluate", {}).get("learning_rate", artifact.step_size)
     assert [str(each.message).count("neither learned") for each in caught] == ([] if is_known else [1])
+
+
+@pytest.mark.parametrize("kind", ["arrow", "safetensors"])
+def test_a_set_states_whether_it_has_a_step_size_whatever_its_method(
+    kind: str, artifact: Artifact, tmp_path: Path
+) -> None:
+    """What a set's file states on its step size counts in every export; without it, the recipe's method does."""
+    for method in ("datm", "select", "new", "a:B"):
+        for stated in (True, False, None):
+            own = dataclasses.replace(artifact, recipe={"method": method}, stated_has_step_size=stated)
+            (name,) = export(own, kind, open_location(str(tmp_path)))
+            loaded = load(str(tmp_path / name))
+            assert loaded.stated_has_step_size is stated
+            assert loaded.has_step_size == ((method != "select") if stated is None else stated)
+    wrong: Any = "yes"
+    export(dataclasses.replace(artifact, stated_has_step_size=wrong), kind, open_location(str(tmp_path)))
+    with pytest.raises(CorruptFileError, match="has_step_size is 'yes', not true or false"):
+        load(str(tmp_path / name))
 
 
 def test_the_normaliser_reads_images_as_a_data_set_does(artifact: Artifact) -> None:
@@ -653,7 +674,8 @@ def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:
     transform = fit_transform("zca", images, 255)
     synthetic = SyntheticSet(transform.normalise(images[:20]), torch.zeros(20, 2), torch.ones(1), torch.arange(20) % 2)
     root = open_location(str(folder))
-    save_artifact(root / run / "synthetic.arrow", synthetic, transform, NAMES, RECIPE, PROVENANCE, root / "transforms")
+    context = (transform, NAMES, RECIPE, PROVENANCE, root / "transforms")
+    save_artifact(root / run / "synthetic.arrow", synthetic, *context, has_step_size=True)
     return load(str(folder / run / "synthetic.arrow"))
 
 
@@ -828,6 +850,7 @@ def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:
     sample = Path(__file__).parent / "samples/synthetic-with-matrix.arrow"
     old = load(str(sample))
     assert (old.step_sizes, old.class_names, old.transform.kind) == ((0.5,), ("even", "odd"), "zca")
+    assert (old.stated_has_step_size, old.has_step_size) == (None, True)
     pixels = np.arange(4 * 2 * 3 * 3).reshape(4, 2, 3, 3) * 3
     assert np.array_equal(old.pixels(), pixels.transpose(0, 2, 3, 1))
     torch.testing.assert_close(old.normalise(pixels.astype(np.uint8)), old.images)

@@ -354,8 +354,8 @@ def test_the_code_of_a_card_without_datm_ray_gives_the_same(
 
 def test_a_card_has_the_step_size_that_was_chosen(summary: RunSummary, tmp_path: Path) -> None:
     """The card and the published set have the training noted by the evaluation; before, the card says what is not."""
-    recipe = {"method": "select", "evaluate": {"protocol": "quick"}}
-    unscored = dataclasses.replace(load(tmp_path / "runs/toys-ipc2" / SYNTHETIC), recipe=recipe)
+    found = load(tmp_path / "runs/toys-ipc2" / SYNTHETIC)
+    unscored = dataclasses.replace(found, recipe={"evaluate": {"protocol": "quick"}}, stated_has_step_size=False)
     assert "learning_rate 0.0123; the learning rate was neither learned nor chosen\n" in card(summary, unscored)
     chosen = dataclasses.replace(PROTOCOLS["quick"], learning_rate=0.03)
     (summary.folder / SCORING).write_json(chosen.to_json())

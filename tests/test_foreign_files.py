@@ -74,7 +74,7 @@ def synthetic_set() -> SyntheticSet:
 def write_set(folder: Path) -> Path:
     transform = fit_transform("zca", DRAW.integers(0, 256, (9, 1, 3, 3), dtype=np.uint8), 255)
     place = open_location(str(folder / "set.arrow"))
-    save_artifact(place, synthetic_set(), transform, ("a", "b"), {"name": "x"}, {"torch": "1"})
+    save_artifact(place, synthetic_set(), transform, ("a", "b"), {"name": "x"}, {"torch": "1"}, has_step_size=True)
     return folder / "set.arrow"
 
 
@@ -88,7 +88,9 @@ def write_set_apart(folder: Path) -> Path:
     images = DRAW.integers(0, 256, (9, 1, 12, 12), dtype=np.uint8)
     transform, root = fit_transform("zca", images.repeat(16, axis=0), 255), open_location(str(folder))
     synthetic = SyntheticSet(transform.normalise(images), torch.zeros(9, 2), torch.ones(1), torch.arange(9) % 2)
-    save_artifact(root / "run/set.arrow", synthetic, transform, ("a", "b"), {}, {}, root / "transforms")
+    save_artifact(
+        root / "run/set.arrow", synthetic, transform, ("a", "b"), {}, {}, root / "transforms", has_step_size=True
+    )
     return folder / "run/set.arrow"
 
 

@@ -210,7 +210,7 @@ def test_the_examples_of_the_page_run(in_folder: Path) -> None:
     transform = fit_transform("standard", pixels, 255)
     synthetic = SyntheticSet(images_of(), torch.zeros(COUNT, CLASSES), torch.ones(1), torch.arange(COUNT) % CLASSES)
     names = tuple("abcdef")
-    save_artifact(open_location("synthetic.arrow"), synthetic, transform, names, {"name": "x"}, {})
+    save_artifact(open_location("synthetic.arrow"), synthetic, transform, names, {"name": "x"}, {}, has_step_size=True)
     known: dict[str, Any] = {"teacher": teacher(), "fingerprint": "teacher", "network": teacher()}
     before = known["network"][0].weight.detach().clone()
     for snippet in snippets:

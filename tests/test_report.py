@@ -97,7 +97,8 @@ def save_set(
     pixels = np.random.default_rng(1).integers(0, 256, (30, channels, SIDE, SIDE), dtype=np.uint8)
     transform = fit_transform("standard", pixels, 255)
     synthetic = synthetic_set(config, len(class_names), channels)
-    save_artifact(place, synthetic, transform, tuple(class_names), run_identity(config), PROVENANCE | provenance)
+    context = (transform, tuple(class_names), run_identity(config), PROVENANCE | provenance)
+    save_artifact(place, synthetic, *context, has_step_size=True)
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
@@ -192,7 +193,7 @@ def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
     synthetic = synthetic_set(hard.config, 3)
     synthetic.soft_labels[:] = hard_logits(synthetic.labels, 3)
     transform = fit_transform("standard", np.zeros((2, 1, SIDE, SIDE), np.uint8), 255)
-    save_artifact(hard.folder / SYNTHETIC, synthetic, transform, ("a", "b", "c"), {}, PROVENANCE)
+    save_artifact(hard.folder / SYNTHETIC, synthetic, transform, ("a", "b", "c"), {}, PROVENANCE, has_step_size=True)
     taught = dataclasses.replace(soft, config=override(soft.config, ["evaluate.labels=teacher"]))
     info = LabelInfo("set", "teacher", 6, 3, (SIDE, SIDE), epochs=4, keep=4, seed=0)
     store = LabelStore.create(out / "labels", info)

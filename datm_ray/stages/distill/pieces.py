@@ -152,9 +152,10 @@ class PieceWorker:
             yield from keep_maps_alone(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
+        context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), provenance)
+        has_step_size, transforms = method_of(config).has_step_size(config), folder.parent / TRANSFORMS
         for name, held in sets.items():
-            context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), provenance)
-            save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
+            save_artifact(folder / name, held, *context, transforms, has_step_size=has_step_size)
 
     def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
         """Replace the soft labels of each set by the teacher's logits for its images, in place.

@@ -216,8 +216,9 @@ class DistillWorker:
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             yield from keep_maps_alone(part, config.metadd, backbone, folder / MAPS, initial, final)
-        place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
-        save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
+        dataset, has_step_size = self._dataset, self._method_of(config).has_step_size(config)
+        context = (dataset.transform, dataset.class_names, recipe_of_set(config), last.provenance, transforms)
+        save_artifact(folder / SYNTHETIC, final, *context, has_step_size=has_step_size)
         candidates.remove()
 
 
@@ -603,9 +604,9 @@ class Distillation:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:
             origin["student_steps_before"] = self._computed[:-1]
-        place, recipe = self._folder / name, recipe_of_set(self._config)
-        transforms = self._folder.parent / TRANSFORMS
-        save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin, transforms)
+        context = (dataset.transform, dataset.class_names, recipe_of_set(self._config), origin)
+        has_step_size, transforms = self._method.has_step_size(self._config), self._folder.parent / TRANSFORMS
+        save_artifact(self._folder / name, whole, *context, transforms, has_step_size=has_step_size)
 
 
 def of_workers(mesh: Mesh, own: float) -> list[float]:

@@ -198,7 +198,8 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))
-    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
+    context = (dataset.transform, dataset.class_names, run_identity(config), {})
+    save_artifact(folder / SYNTHETIC, synthetic, *context, has_step_size=True)
     worker = EvaluateWorker(dataset, config.cluster)
 
     def learned(network: NetworkConfig | None) -> float | None:
@@ -355,7 +356,8 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     dataset = pipeline.runs.dataset(config.dataset)
     synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))
-    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
+    context = (dataset.transform, dataset.class_names, run_identity(config), {})
+    save_artifact(folder / SYNTHETIC, synthetic, *context, has_step_size=True)
     worker, seen = EvaluateWorker(dataset, config.cluster), dict[str, tuple[Any, ...]]()
 
     class Untrained(Trainer):

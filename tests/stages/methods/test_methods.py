@@ -34,7 +34,7 @@ from datm_ray.stages.distill.checkpoint import read_curves
 from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
 from datm_ray.stages.methods.base import Method
-from datm_ray.stages.methods.distribution import SLOW_READING
+from datm_ray.stages.methods.distribution import SLOW_READING, DistributionMatching
 from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
@@ -329,6 +329,33 @@ class Giving(Method):
     """Method of a user's own that learns the set's step size."""
 
     gives_step_size = True
+
+
+class Silent(DistributionMatching):
+    """Method with gradients, and with a step size that nobody learned."""
+
+    gives_step_size = False
+
+
+class Outspoken(DistributionMatching):
+    """Method with gradients, whose paper publishes the step size that others have as a default."""
+
+    gives_step_size = True
+
+
+@pytest.mark.parametrize(("kind", "is_given"), [(Silent, False), (Outspoken, True)])
+@pytest.mark.parametrize("is_packaged", [True, False])
+def test_a_sets_file_has_its_methods_answer_on_the_step_size(
+    is_packaged: bool, kind: type[Method], is_given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set's file states whether its method gives the step size, so no other place must know a method's name."""
+    place = f"{__name__}:{kind.__name__}"
+    monkeypatch.setitem(METHODS, "new", place)
+    settings = ("distill.iterations=1", "distill.initial_step_size=0.01")
+    made = distilled_here(tmp_path, *DM, *settings, f"method={'new' if is_packaged else place}")
+    assert made.step_size == pytest.approx(0.01)
+    assert (made.stated_has_step_size, made.has_step_size) == (is_given, is_given)
+    assert load(str(tmp_path / "tiny/initial.arrow")).has_step_size == is_given
 
 
 def test_a_pages_snippets_of_augmentation_and_pixels_run() -> None:

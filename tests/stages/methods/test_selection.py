@@ -172,6 +172,7 @@ def test_a_run_leaves_a_labelled_set_and_a_report_without_iterations(finished: P
     logits = predict_logits(Plain(pipeline).experts.restored(0), artifact.images)
     torch.testing.assert_close(artifact.soft_labels, logits, rtol=1e-5, atol=1e-5)
     assert artifact.step_sizes == pytest.approx([0.05])
+    assert artifact.stated_has_step_size is False
     assert not (finished / "tiny" / PIECES).exists()
     (summary,) = summaries(pipeline.out, pipeline.configs)
     assert {score.row for score in summary.scores} == {"random-hard", "random-soft", "distilled"}
