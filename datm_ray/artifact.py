@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.loop import PROTOCOLS, Schedule, schedule_of
+from datm_ray.core.training.loop import OPTIMISERS, PROTOCOLS, Schedule, schedule_of
 from datm_ray.data.transform import Images, Kind, Normaliser, Transform, fit_transform, fitted_elsewhere, require_shape
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
@@ -214,7 +214,7 @@ class Artifact:
             return scoring, True
         scored = self.recipe.get("evaluate", {})
         name, optimiser = scored.get("protocol", "published"), scored.get("optimiser", "sgd")
-        if name not in PROTOCOLS or optimiser not in ("sgd", "adamw"):
+        if name not in PROTOCOLS or optimiser not in OPTIMISERS:
             raise ConfigError(
                 f"the set was scored by {optimiser!r} with protocol {name!r}, which this version does not have",
                 "it was made by another version",

@@ -45,6 +45,7 @@ from datm_ray.config.sections import (
     MetaLossConfig as MetaLossConfig,
     NetworkConfig as NetworkConfig,
     NetworkSpec as NetworkSpec,
+    OptimiserName as OptimiserName,
     PriorConfig as PriorConfig,
     RecoverConfig as RecoverConfig,
     Section as Section,

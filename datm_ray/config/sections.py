@@ -620,6 +620,10 @@ class TeacherConfig(Section):
         return self
 
 
+OptimiserName = Literal["sgd", "adamw"]
+"""Name of an optimiser of scored networks, a key of `core.training.loop.OPTIMISERS`."""
+
+
 class EvaluateConfig(Section):
     """Training of fresh networks on the synthetic set, scored on the test set."""
 
@@ -629,7 +633,7 @@ class EvaluateConfig(Section):
     """Networks tested for each row of the accuracy table, each freshly trained."""
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimiser: OptimiserName = "sgd"
     """adamw: for networks that SGD trains badly on few images (transformers), with learning_rate, else a tuned one."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact, without_transform
 from datm_ray.config import RunConfig, unread_keys
-from datm_ray.core.training.loop import Schedule
+from datm_ray.core.training.loop import OPTIMISERS, Schedule
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, template, what_was_done
@@ -109,7 +109,7 @@ def _source(config: RunConfig) -> str:
 def _whole_training_in_words(artifact: Artifact) -> str:
     """Settings of the training that scored the set, without those that change nothing, such as no momentum."""
     training, _ = artifact.scored_training()
-    unused = {"momentum"} if training.optimiser == "adamw" else set()
+    unused = {"momentum", "weight_decay"} - set(OPTIMISERS[training.optimiser].settings)
     usual = {field.name for field in dataclasses.fields(training) if getattr(training, field.name) == field.default}
     left_out = unused | usual - {"optimiser"}
     return _in_words(artifact, [each.name for each in dataclasses.fields(training) if each.name not in left_out])

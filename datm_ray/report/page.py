@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from datm_ray.config import to_yaml
+from datm_ray.core.training.loop import OPTIMISERS
 from datm_ray.report.differences import differences
 from datm_ray.report.gallery import galleries, left_out
 from datm_ray.report.results import (
@@ -85,7 +86,7 @@ def _run_view(run: RunSummary) -> dict[str, Any]:
         "networks": network_accuracies(run) if run.networks else None,
         "fair": fair_scores([run]) if run.fair else None,
         "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.fair_rows],
-        "adamw": run.config.evaluate.optimiser == "adamw",
+        "optimiser": OPTIMISERS[run.config.evaluate.optimiser].title,
         "charts": charts_of(run),
         "recipe": _recipe(run),
         "provenance": provenance_lines(run.latest.provenance) if run.latest else [],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, short_names
 from datm_ray.core.synthetic import hard_logits
+from datm_ray.core.training.loop import OPTIMISERS
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.report.differences import differences
@@ -442,11 +443,11 @@ def fair_table(summaries: Sequence[RunSummary]) -> str:
 def column_name(summary: RunSummary) -> str:
     """Heading of a run's column: the run's name, then in brackets what differs from the defaults.
 
-    That is "AdamW" if scored networks are trained with this optimiser, and the kind of labels if not the set's own.
+    That is the optimiser of scored networks, such as "AdamW", and the kind of labels if not the set's own.
     """
     settings = summary.config.evaluate
     labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
-    special = ["AdamW"] * (settings.optimiser == "adamw") + labels
+    special = [*filter(None, [OPTIMISERS[settings.optimiser].title]), *labels]
     return summary.config.name + (f" ({', '.join(special)})" if special else "")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 
-from datm_ray.config import EvaluateConfig, ExpertConfig
+from datm_ray.config import EvaluateConfig, ExpertConfig, OptimiserName
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.batches import Images, batches, rows_on
@@ -46,8 +46,46 @@ def no_heartbeat() -> None:
 
 
 @dataclass(frozen=True)
+class Optimiser:
+    """All that is known of an optimiser of scored networks. Step sizes of sets are learned for "sgd" alone."""
+
+    title: str
+    """Name in reports; "" for the usual one, which they do not name."""
+    kind: Callable[..., torch.optim.Optimizer]
+    """Makes torch's optimizer from parameters, `lr` and `settings`."""
+    settings: tuple[str, ...]
+    """Fields of `Schedule` that it reads beside the learning rate, which are arguments of `kind` too."""
+    vectors: tuple[str, ...]
+    """Names of the tensors in torch's state of a parameter, each as large as it, beside the number of steps, "step"."""
+    step_sizes: tuple[float, ...]
+    """Candidate learning rates, for rows whose rate neither the recipe nor the set gives."""
+    weight_decay: float | None = None
+    """Weight decay if the recipe gives none; `None` for that of the schedule."""
+
+
+OPTIMISERS: dict[OptimiserName, Optimiser] = {
+    "sgd": Optimiser(
+        title="",
+        kind=torch.optim.SGD,
+        settings=("momentum", "weight_decay"),
+        vectors=("momentum_buffer",),
+        step_sizes=(0.01, 0.03, 0.1),
+    ),
+    "adamw": Optimiser(
+        title="AdamW",
+        kind=torch.optim.AdamW,
+        settings=("weight_decay",),
+        vectors=("exp_avg", "exp_avg_sq"),
+        step_sizes=(3e-4, 1e-3, 3e-3),
+        weight_decay=0.05,  # a usual value for transformers
+    ),
+}
+"""Value of `evaluate.optimiser` -> the optimiser."""
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Training schedule of a scored network: SGD or AdamW. The learning rate may fall, once or along a cosine."""
+    """Training schedule of a scored network. The learning rate may fall, once or along a cosine."""
 
     epochs: int
     """Number of passes over the images."""
@@ -64,8 +102,8 @@ class Schedule:
     decay_epoch: int | None = None
     """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
     published; `None` if neither happens."""
-    optimiser: Literal["sgd", "adamw"] = "sgd"
-    """Update rule. adamw ignores `momentum`; its decays of the two moments are 0.9 and 0.999."""
+    optimiser: OptimiserName = "sgd"
+    """Update rule, a key of `OPTIMISERS`. adamw ignores `momentum`; its decays of the two moments are 0.9 and 0.999."""
     cosine: bool = False
     """True if the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: int = 0
@@ -113,15 +151,15 @@ class Schedule:
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Optimizer of a network's parameters, at the schedule's highest learning rate."""
-        if self.optimiser == "adamw":
-            return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        rate, momentum = self.learning_rate, self.momentum
-        return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
+        rule = OPTIMISERS[self.optimiser]
+        settings = {name: getattr(self, name) for name in rule.settings}
+        return rule.kind(network.parameters(), lr=self.learning_rate, **settings)
 
-    def with_adamw(self, weight_decay: float | None = None) -> Schedule:
-        """Copy of the schedule with AdamW and this weight decay; `None` for `ADAMW_WEIGHT_DECAY`."""
-        decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
-        return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
+    def with_optimiser(self, name: OptimiserName, weight_decay: float | None = None) -> Schedule:
+        """Copy of the schedule with this optimiser and weight decay; `None` for the optimiser's own, if it has one."""
+        decays = (weight_decay, OPTIMISERS[name].weight_decay, self.weight_decay)
+        decay = next(each for each in decays if each is not None)
+        return dataclasses.replace(self, optimiser=name, weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
         """Learning rate of a step, counted from 0 over all epochs.
@@ -172,9 +210,6 @@ PROTOCOLS: dict[str, Schedule] = {
 }
 """Evaluation protocol -> training schedule. A run replaces the schedule's learning rate and augmentation."""
 
-ADAMW_WEIGHT_DECAY = 0.05
-"""Weight decay of AdamW, a usual value for transformers."""
-
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
     """Training schedule of scored networks: the schedule of `evaluate.protocol`, changed by other keys of `evaluate`.
@@ -216,7 +251,7 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
     schedule = scoring_schedule(settings, learning_rate)
     if settings.has_teacher:
         schedule = dataclasses.replace(schedule, temperature=settings.temperature)
-    return schedule.with_adamw(settings.weight_decay) if scored.get("optimiser") == "adamw" else schedule
+    return schedule.with_optimiser(scored.get("optimiser", "sgd"), settings.weight_decay)
 
 
 def validation_protocol(evaluation: str) -> str:
@@ -247,7 +282,7 @@ class NetworkState:
             schedule: schedule of the training.
             saved: state after an epoch of the same training; `None` to start.
         """
-        self.network, self._schedule = network, schedule
+        self.network, self._schedule, self._rule = network, schedule, OPTIMISERS[schedule.optimiser]
         self.epoch: int = saved.epoch if saved else 0
         self.step: int = saved.step if saved else 0
         self.start_anew()
@@ -261,7 +296,7 @@ class NetworkState:
                 self._restore(saved.velocity[0])
 
     def start_anew(self) -> None:
-        """Make a new optimizer without momentum: at the start, and at `decay_epoch` of the schedule."""
+        """Make a new optimizer without vectors: at the start, and at `decay_epoch` of the schedule."""
         self.optimizer = self._schedule.optimizer(self.network)
 
     @property
@@ -276,26 +311,21 @@ class NetworkState:
 
     @property
     def velocity(self) -> Tensor | None:
-        """Copy of the momentum [1 p], or of AdamW's two moments [1 2p]; `None` without momentum or before a step."""
+        """Copy of the optimiser's v vectors [1 vp], such as the momentum; `None` without any or before a step."""
         states = [self.optimizer.state[each] for each in self.network.parameters()]
-        pieces = [state[name] for name in self._names for state in states if state.get(name) is not None]
+        pieces = [state[name] for name in self._rule.vectors for state in states if state.get(name) is not None]
         return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq") if self._schedule.optimiser == "adamw" else ("momentum_buffer",)
 
     def _restore(self, vectors: Tensor) -> None:
         decay = self._schedule.decay_epoch
         anew_at = decay * (self.step // self.epoch) if decay is not None and self.epoch >= decay else 0
         parameters = list(self.network.parameters())
-        pieces = iter(vectors.split([each.numel() for each in parameters] * len(self._names)))
-        for name in self._names:
+        pieces = iter(vectors.split([each.numel() for each in parameters] * len(self._rule.vectors)))
+        for name in self._rule.vectors:
             for each in parameters:
                 self.optimizer.state[each][name] = torch.empty_like(each).copy_(next(pieces).view_as(each))
-        if self._schedule.optimiser == "adamw":
-            for each in parameters:
-                self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
+        for each in parameters:
+            self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))  # torch's SGD reads none
 
 
 TrainingState = ExpertState | NetworkState

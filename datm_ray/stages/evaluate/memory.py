@@ -9,7 +9,7 @@ import math
 
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.images.batches import GPU_BLOCK_BYTES
-from datm_ray.core.training.loop import SCORING_BATCH, scoring_schedule
+from datm_ray.core.training.loop import OPTIMISERS, SCORING_BATCH, scoring_schedule
 from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.methods.memory import IMAGE_COPIES, MARGIN
 from datm_ray.stages.methods.registry import teacher_of
@@ -18,9 +18,9 @@ KEPT_MAPS = 0.8
 """Share of the bytes that all layers write in a forward pass and that are kept for the backward pass. Counted by
 torch's hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83 for VGG-11, 0.98 for MobileNetV2.
 `MARGIN` comes on top."""
-NETWORK_VECTORS = 5
-"""Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, two moments, and
-the updated values."""
+NETWORK_VECTORS = 3 + max(len(each.vectors) for each in OPTIMISERS.values())
+"""Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, updated values,
+and the vectors of any optimiser."""
 BLOCK_COPIES = 3
 """Copies of the images of a block, the steps that are prepared together: before, during and after augmentation."""
 HELPS = 0.9

@@ -7,8 +7,8 @@ step size is chosen on validation data too. Each row uses the test set once per 
 
 A set is also scored on other architectures (`ON_OTHERS`). A learned step size belongs to the backbone, so two
 accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
-matched network has its own learned step size. With AdamW no step size was learned, so all step sizes are chosen on
-validation data.
+matched network has its own learned step size. With another optimiser than SGD no step size was learned, so all step
+sizes are chosen on validation data.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from a teacher: expert 0 of the
 first trained network, or of `evaluate.teacher`. The teacher's logits of every augmented batch replace the labels, see
@@ -73,6 +73,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.loop import (
+    OPTIMISERS,
     Schedule,
     Training,
     accuracy_in_steps,
@@ -146,13 +147,6 @@ to label random images."""
 CONTROLS = "controls"
 """Name of the folder, in an output folder, with results that do not depend on a distilled set. Runs share them."""
 
-CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
-"""Candidate learning rates of SGD with momentum 0.9, for rows whose step size is not the set's own."""
-
-ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
-"""Candidate learning rates of AdamW, for rows whose rate the recipe does not give."""
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -197,7 +191,7 @@ class EvaluateWorker:
             row: key of `ALL_ROWS`.
             numbers: numbers of the seeds, from 0.
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
-                the backbone. With AdamW there is no learned step size.
+                the backbone. With another optimiser than SGD there is no learned step size.
         """
         account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
@@ -440,7 +434,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
         network: scored network; `None` for the backbone.
     """
     given, is_its_own = config.evaluate.learning_rate, network is None and row not in FIXED_ROWS
-    others = ADAMW_STEP_SIZES if config.evaluate.optimiser == "adamw" else CONTROL_STEP_SIZES
+    others = OPTIMISERS[config.evaluate.optimiser].step_sizes
     if given is not None and row in SOFT:
         rates: tuple[float, ...] = (given,)
     elif learned:
@@ -455,9 +449,8 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     """Training schedule for networks of a row of the accuracy table; its learning rate is a placeholder."""
     if row == "full":
         config = _of_all_images(config)
-    schedule = evaluation_schedule(config, 0.0)
-    if config.evaluate.optimiser == "adamw":
-        schedule = schedule.with_adamw(config.evaluate.weight_decay)
+    settings = config.evaluate
+    schedule = evaluation_schedule(config, 0.0).with_optimiser(settings.optimiser, settings.weight_decay)
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)

@@ -68,7 +68,7 @@ class NetworkScores:
     kind: str
     """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
     learned: Score | None
-    """Score with the learned step size; `None` if none was learned, as with AdamW or a teacher's labels."""
+    """Score with the learned step size; `None` if none was learned, as with another optimiser or a teacher's labels."""
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec, OptimiserName
 from datm_ray.core.compute import compilation
 from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.networks import stack_trial, stacked
@@ -24,8 +24,10 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import (
+    OPTIMISERS,
     PROTOCOLS,
     NetworkState,
+    Optimiser,
     Schedule,
     Trainer,
     Training,
@@ -186,7 +188,7 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
         True,
     ], "a GPU compiles for 15,000 steps, three in an epoch"
     assert not would_gain_together(network, 1, (1, 8, 8), 20, long)
-    assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_adamw())
+    assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_optimiser("adamw"))
     divided = [
         replace(long, epochs=6000, batch_size=size, micro_batch=micro)
         for size, micro in ((8, 7), (8, 8), (64, 19), (64, 20))
@@ -316,7 +318,7 @@ def copied(state: TrainingState) -> ExpertState:
     return ExpertState(state.parameters.clone(), state.buffers.clone(), velocity, state.epoch, state.step)
 
 
-ADAMW = replace(RICH, learning_rate=0.01).with_adamw(0.5)
+ADAMW = replace(RICH, learning_rate=0.01).with_optimiser("adamw", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +330,19 @@ ADAMW = replace(RICH, learning_rate=0.01).with_adamw(0.5)
         (RICH, "instance", True),
         (COSINE, "instance", True),
         (ADAMW, "batch", False),
+        (replace(ADAMW, optimiser="another"), "instance", False),
     ],
 )
-def test_a_training_resumes_after_any_epoch_with_the_same_bits(schedule: Schedule, norm: str, is_stack: bool) -> None:
-    """Parameters, buffers and the optimiser's vectors are the whole state, before, at and after the decay."""
+def test_a_training_resumes_after_any_epoch_with_the_same_bits(
+    schedule: Schedule, norm: str, is_stack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters, buffers and the optimiser's vectors are the whole state, before, at and after the decay.
+
+    A row of `OPTIMISERS` is all that another optimiser needs.
+    """
+    names, vectors = ("momentum", "weight_decay"), ("square_avg", "momentum_buffer")
+    another = Optimiser("RMSprop", torch.optim.RMSprop, names, vectors, (1e-3,))
+    monkeypatch.setitem(OPTIMISERS, "another", another)
     images, labels = make_data()
     spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2, norm=norm)
 
@@ -376,7 +387,13 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [RICH, WARM, COSINE, replace(RICH.with_adamw(), decay_epoch=2), replace(COSINE.with_adamw(), epochs=4)],
+    [
+        RICH,
+        WARM,
+        COSINE,
+        replace(RICH.with_optimiser("adamw"), decay_epoch=2),
+        replace(COSINE.with_optimiser("adamw"), epochs=4),
+    ],
     ids=["decay", "warm-up", "cosine", "adamw with decay", "adamw with cosine"],
 )
 def test_the_batches_of_a_users_loop_train_as_scoring_does(schedule: Schedule) -> None:
@@ -394,6 +411,24 @@ def test_the_batches_of_a_users_loop_train_as_scoring_does(schedule: Schedule) -
             cross_entropy(own(x), y).backward()
             optimizer.step()
     assert torch.equal(flatten(own), flatten(scored))
+
+
+def test_every_optimiser_of_a_recipe_has_its_row() -> None:
+    """The table has the names that recipes may give, and no others."""
+    assert tuple(OPTIMISERS) == get_args(OptimiserName)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimisers_row_names_all_of_torchs_state(name: OptimiserName) -> None:
+    """A row names every tensor that torch's optimizer keeps between steps, so that a saved training is whole."""
+    network, rule = make_network(), OPTIMISERS[name]
+    optimizer = RICH.with_optimiser(name).optimizer(network)
+    torch.stack([each.sum() for each in network.parameters()]).sum().backward()
+    optimizer.step()
+    for each in network.parameters():
+        state = {key: value for key, value in optimizer.state[each].items() if value is not None}
+        assert state.keys() - {"step"} == {*rule.vectors}
+        assert all(state[key].shape == each.shape for key in rule.vectors)
 
 
 def test_adamw_equals_torchs() -> None:
@@ -463,8 +498,8 @@ def test_a_schedule_without_micro_batches_is_written_as_before() -> None:
         Schedule.from_json({**whole.to_json(), "micro_batch": 0})
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_a_channels_last_network_resumes_with_the_same_bits(optimiser: Literal["sgd", "adamw"]) -> None:
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_channels_last_network_resumes_with_the_same_bits(optimiser: OptimiserName) -> None:
     """The layout of a network's weights stays when it resumes, and its moments get the same layout."""
     images, labels = make_data()
     schedule = Schedule(4, 8, 0.05, momentum=0.9, optimiser=optimiser)

@@ -24,12 +24,13 @@ from datm_ray.core.steps import Steps, finished
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import loop
 from datm_ray.core.training.experts import ExpertState
-from datm_ray.core.training.loop import Schedule, Trainer, Training, TrainingState
+from datm_ray.core.training.loop import OPTIMISERS, Optimiser, Schedule, Trainer, Training, TrainingState
 from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
+from datm_ray.report.results import column_name
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
 from datm_ray.runtime.machine.devices import images_on
@@ -38,9 +39,7 @@ from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate import progress
 from datm_ray.stages.evaluate.progress import remove_progress
 from datm_ray.stages.evaluate.rows import (
-    ADAMW_STEP_SIZES,
     ALL_ROWS,
-    CONTROL_STEP_SIZES,
     FAIR_ROWS,
     FIXED_ROWS,
     ON_OTHERS,
@@ -120,7 +119,7 @@ def test_the_backbone_has_the_step_size_that_was_learned(worker: EvaluateWorker,
 
 def test_other_architectures_have_both_and_choose_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
     """Other architectures report the learned step size and the one best on validation data, not on test data."""
-    assert set(VALIDATION) == {LEARNED, *CONTROL_STEP_SIZES}
+    assert set(VALIDATION) == {LEARNED, *OPTIMISERS["sgd"].step_sizes}
     result = result_of(worker, tmp_path, NetworkConfig(architecture="lenet"))
     assert (result["step_size"], result["test_accuracy"], result["validation_accuracy"]) == (0.03, TEST[0.03], 0.9)
     assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
@@ -214,10 +213,24 @@ def test_with_adamw_no_step_size_was_learned(
     worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None
 ) -> None:
     """AdamW's step sizes are all chosen on validation data, among its usual ones."""
-    assert set(WITH_ADAMW) == set(ADAMW_STEP_SIZES)
+    assert set(WITH_ADAMW) == set(OPTIMISERS["adamw"].step_sizes)
     result = result_of(worker, tmp_path, network, "evaluate.optimiser=adamw")
     assert (result["step_size"], result["validation_accuracy"]) == (3e-3, 0.95)
     assert result["learned_step_size"] is result["test_accuracy_with_learned_step_size"] is None
+
+
+def test_a_row_of_the_table_is_all_that_an_optimiser_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimiser that is only in `OPTIMISERS` is built, has its candidates and weight decay, and is named."""
+    row = Optimiser("RMSprop", torch.optim.RMSprop, ("weight_decay",), ("square_avg",), (1e-3, 2e-3), 0.25)
+    monkeypatch.setitem(OPTIMISERS, "another", row)
+    config = tiny_config()
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"optimiser": "another"})})
+    for name, _ in scored_rows(config):
+        count, schedule = training_of(config, name, None)
+        assert (count, schedule.weight_decay) == (2, 0.25)
+        assert isinstance(schedule.optimizer(torch.nn.Linear(1, 1)), torch.optim.RMSprop)
+    summary = RunSummary(config, open_location(str(tmp_path)), [])
+    assert column_name(summary) == "tiny (RMSprop)"
 
 
 @pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
@@ -423,9 +436,9 @@ def test_rows_with_soft_labels_have_the_teacher_and_the_given_training(
     assert taught == {"random-soft": (4, 1), "distilled": (4, 1), "distilled-plain": (4, 0), "random-plain": (4, 0)}
     rates = {row: tuple(schedule.learning_rate for schedule in schedules) for row, (_, _, schedules, _) in seen.items()}
     assert {row for row, found in rates.items() if found == (0.2,)} == set(SOFT)
-    chosen = {row for row, found in rates.items() if found == CONTROL_STEP_SIZES}
+    chosen = {row for row, found in rates.items() if found == OPTIMISERS["sgd"].step_sizes}
     assert chosen == {"random-hard", "random-fixed", "full"}
-    assert rates["distilled-hard"] == rates["distilled-fixed"] == (pytest.approx(0.1), *CONTROL_STEP_SIZES)
+    assert rates["distilled-hard"] == rates["distilled-fixed"] == (pytest.approx(0.1), *OPTIMISERS["sgd"].step_sizes)
     for row, (_, _, schedules, _) in seen.items():
         count, schedule = training_of(config, row, None)
         assert (count, {dataclasses.replace(each, learning_rate=0.0) for each in schedules}) == (

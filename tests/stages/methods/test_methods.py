@@ -19,6 +19,7 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, override, run_identity, to_yaml
 from datm_ray.core.images.augment import augment
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.core.training.loop import OPTIMISERS
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, DivergenceError
 from datm_ray.methods import state as state_module
@@ -32,7 +33,7 @@ from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
 from datm_ray.stages.distill.checkpoint import read_curves
 from datm_ray.stages.distill.task import DistillWorker
-from datm_ray.stages.evaluate.rows import CONTROL_STEP_SIZES, training_of
+from datm_ray.stages.evaluate.rows import training_of
 from datm_ray.stages.methods.base import Method
 from datm_ray.stages.methods.distribution import SLOW_READING, DistributionMatching
 from datm_ray.stages.methods.registry import METHODS, method_of
@@ -241,7 +242,7 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
     (scored,) = (tmp_path / "out/digits-dc/evaluation").glob("distilled-*.json")
     result = json.loads(scored.read_text())
     assert result["learned_step_size"] is None
-    assert result["step_size"] in CONTROL_STEP_SIZES
+    assert result["step_size"] in OPTIMISERS["sgd"].step_sizes
     assert last.training().learning_rate == result["step_size"]
 
 
@@ -322,7 +323,7 @@ def test_a_set_without_a_learned_step_size_is_scored_as_its_controls_are(
     monkeypatch.setitem(METHODS, "learning", f"{__name__}:Giving")
     config = RunConfig(method=method)
     assert training_of(config, "distilled", None)[0] == candidates
-    assert training_of(config, "random-hard", None)[0] == len(CONTROL_STEP_SIZES) == 3
+    assert training_of(config, "random-hard", None)[0] == len(OPTIMISERS["sgd"].step_sizes) == 3
 
 
 class Giving(Method):
