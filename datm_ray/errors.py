@@ -59,6 +59,10 @@ class DatasetError(DatmError):
     """A data set is missing, malformed or too small for the recipe."""
 
 
+class MissingImagesError(DatasetError):
+    """The images of a data set are not on this machine. A plan needs only their size and number."""
+
+
 class StoreError(DatmError):
     """A file or folder of a store or of a run cannot be opened, read or written."""
 

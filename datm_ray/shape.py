@@ -18,7 +18,7 @@ from datm_ray.data.reading.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
 from datm_ray.data.splits import held_out
 from datm_ray.data.transform import FitCost, require_per_channel
-from datm_ray.errors import ConfigError
+from datm_ray.errors import ConfigError, MissingImagesError
 from datm_ray.words import data_size, dimensions
 
 
@@ -104,13 +104,18 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 
     Raises:
         DatasetError: images cannot be read, or do not fit into memory.
+        MissingImagesError: images are not on this machine. The message names the option of `plan` that replaces them.
     """
     streamed = dataset.streamed
     if streamed:
         require_streamable(dataset.source, dataset.resize)
     if (shape := KNOWN_SHAPES.get(dataset.source)) is None:
-        side, validation = dataset.resize, dataset.validation
-        raw = load_raw(dataset.source, dataset.path, resize=side, validation=validation, copies=2, streamed=streamed)
+        source, path, resize, validation = dataset.source, dataset.path, dataset.resize, dataset.validation
+        try:
+            raw = load_raw(source, path, resize=resize, validation=validation, copies=2, streamed=streamed)
+        except MissingImagesError as failure:
+            remedy = f"{failure.remedy}, or plan without the images: --data-shape CxHxW,CLASSES,IMAGES"
+            raise MissingImagesError(failure.fact, failure.cause, remedy) from None
         images = len(raw.train) + len(raw.validation)
         return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed, len(raw.validation))
     if dataset.resize is not None:

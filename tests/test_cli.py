@@ -173,7 +173,7 @@ def test_a_recipe_for_own_images_comes_with_notes_on_them(
     assert code == 0, err
     notes = out.splitlines()[:2]
     assert notes[0] == "2 files or folders were not taken: .heic 2"
-    assert notes[1] == "training images: train; test images: a fixed fifth of each class of these"
+    assert notes[1] == "training images: train; test images: a fixed 20\N{NO-BREAK SPACE}% of each class of these"
     assert "the disk of the folder" not in out
     code, out, _ = datm_ray(*asked, "--out", "again.yaml", "--json")
     found = json.loads(out)
@@ -455,6 +455,28 @@ def test_a_plan_is_ten_lines_and_needs_no_data(
         "networks of metadd",
     ):
         assert expected in out, expected
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        ["dataset.source=folder"],
+        ["dataset.source=parquet", "dataset.streamed=false"],
+        ["dataset.path=absent"],
+        ["dataset.path=s3://bucket/birds"],
+        ["dataset.source=parquet", "dataset.path='a.parquet,b.parquet'"],
+    ],
+)
+def test_a_plan_of_images_elsewhere_names_its_way_out(images: list[str], datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A plan that finds no images names the option that stands for them; a run, which needs them, does not."""
+    settings = [word for each in images for word in ("--set", each)]
+    command = ("imagenet-sre2l-ipc10", *settings)
+    described = ("--cluster", "gpus=8,memory=80GiB,tflops=20,network=25Gbps")
+    way_out = "or plan without the images: --data-shape CxHxW,CLASSES,IMAGES"
+    require_one_line(datm_ray("plan", *command, *described), way_out, tmp_path)
+    assert way_out not in datm_ray("run", "--dry-run", *command)[2]
+    code, _, err = datm_ray("plan", *command, *described, "--data-shape", "3x224x224,1000,1281167")
+    assert (code, err) == (0, "")
 
 
 def test_a_plan_for_a_cluster_suggests_a_valid_layout(datm_ray: CommandLine) -> None:

@@ -19,13 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.data.reading.decode import marks
-from datm_ray.data.splits import Stream, stratified_split
+from datm_ray.data.splits import TEST_FRACTION, Stream, stratified_split
 from datm_ray.data.streamed import StreamedPixels
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, MissingImagesError
 from datm_ray.words import counted, listed, one_line
-
-TEST_FRACTION = 0.2
-"""Share of the images that becomes the test set if a source has no test set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +178,9 @@ def load_raw(
 
 
 def require_disk(path: str | None) -> None:
-    """Raise a `DatasetError` if images lie at an address such as s3://bucket/birds, not on a disk."""
+    """Raise a `MissingImagesError` if images lie at an address such as s3://bucket/birds, not on a disk."""
     if path is not None and re.match(r"[a-z][a-z0-9+.-]+://", path.strip(), re.IGNORECASE):
-        raise DatasetError(
+        raise MissingImagesError(
             f"images cannot be read from {path}",
             "Images are read from a disk of each node; only experts and results may lie on S3",
             "Copy them to a disk, or mount the bucket, and give that path",

@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.errors import DatasetError
-from datm_ray.words import counted, listed
+from datm_ray.words import counted, listed, percent
 
 Role = Literal["train", "test", "val"]
 
+TEST_FRACTION = 0.2
+"""Share of each class's images that becomes the test set if a source has no test set."""
 _ROLES: dict[str, Role] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _ROLES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
@@ -44,8 +46,9 @@ def role_of(*names: str) -> Role | None:
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
     """Line for the user that lists the files or folders of training images, of test images, and the unused ones."""
-    held_out = f"test images: {listed(test, 3)}" if test else "test images: a fixed fifth of each class of these"
-    return f"training images: {listed(train, 3)}; {held_out}" + (f"; not used: {listed(unused, 3)}" if unused else "")
+    held_out = listed(test, 3) if test else f"a fixed {percent(TEST_FRACTION)} of each class of these"
+    parts = {"training images": listed(train, 3), "test images": held_out, "not used": listed(unused, 3)}
+    return "; ".join(f"{name}: {text}" for name, text in parts.items() if text)
 
 
 class Stream(IntEnum):

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from datm_ray.data import load_raw
-from datm_ray.data.splits import role_of
+from datm_ray.data.splits import TEST_FRACTION, role_of
 from datm_ray.errors import DatasetError
+from datm_ray.words import percent
 from tests.data.conftest import Encode, WriteParquet, require_parquet
 
 LABELS = [0, 1, 2] * 10
@@ -77,7 +78,7 @@ def test_parquet_files_go_where_their_names_say(tmp_path: Path, write_parquet: W
             (
                 {"train.parquet": LABELS, "test.parquet": nothing},
                 (21, 3, 6),
-                "training images: train.parquet; test images: a fixed fifth of each class of these; "
+                "training images: train.parquet; test images: a fixed 20\N{NO-BREAK SPACE}% of each class of these; "
                 "not used: test.parquet (without labels)",
             ),
             (
@@ -89,7 +90,7 @@ def test_parquet_files_go_where_their_names_say(tmp_path: Path, write_parquet: W
                 {f"train-{i}.parquet": LABELS for i in range(5)},
                 (108, 12, 30),
                 "training images: train-0.parquet, train-1.parquet, train-2.parquet and 2 more; "
-                "test images: a fixed fifth of each class of these",
+                "test images: a fixed 20\N{NO-BREAK SPACE}% of each class of these",
             ),
         )
     ):
@@ -215,16 +216,16 @@ def write_folder(root: Path, counts: dict[str, int]) -> str:
 
 
 CLASSES = {"train/ant": 10, "train/bee": 10}
-FIFTH = "training images: train; test images: a fixed fifth of each class of these"
+HELD_OUT = f"training images: train; test images: a fixed {percent(TEST_FRACTION)} of each class of these"
 
 
 def test_folders_go_where_their_names_say(tmp_path: Path) -> None:
-    """The test set is a test folder with the classes, else a validation folder, else a held-out fifth."""
+    """The test set is a test folder with the classes, else a validation folder, else held-out images."""
     for number, (more, tests, note) in enumerate(
         (
-            ({}, 4, FIFTH),
-            ({"test": 3}, 4, f"{FIFTH}; not used: test (3 images)"),
-            ({"test/images": 3}, 4, f"{FIFTH}; not used: test (3 images)"),
+            ({}, 4, HELD_OUT),
+            ({"test": 3}, 4, f"{HELD_OUT}; not used: test (3 images)"),
+            ({"test/images": 3}, 4, f"{HELD_OUT}; not used: test (3 images)"),
             (
                 {"test/images": 3, "val/ant": 1, "val/bee": 1},
                 2,

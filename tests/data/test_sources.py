@@ -327,7 +327,7 @@ def test_folder_with_train_and_test(held_out: str, tmp_path: Path, encode: Encod
 
 @pytest.mark.parametrize("role", ["", "train/"])
 def test_folder_without_a_test_set_is_split(role: str, tmp_path: Path, encode: Encode) -> None:
-    """A folder without a test set holds out a fixed fifth of each class."""
+    """A folder without a test set holds out a fixed share of each class."""
     raw = load_raw("folder", str(write_files(tmp_path, folder_files(encode, (role,)))))
     assert [len(images) for images in sets_of(raw)] == [14, 2, 4]
     assert not contents(raw.train) & contents(raw.test)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from datm_ray.data.reading.contents import recognise_file, unreadable
 from datm_ray.data.reading.decode import Encoded
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, MissingImagesError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
 """Limit on the unpacked size of one file of an archive: 1 MiB plus 200 times its packed size. Compression hardly
@@ -265,7 +265,8 @@ def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
     If everything in an archive lies in one folder, the names of files do not include this folder.
 
     Raises:
-        DatasetError: `root` does not exist, or is neither a folder nor a readable zip archive.
+        MissingImagesError: `root` does not exist.
+        DatasetError: `root` is neither a folder nor a readable zip archive.
     """
     if root.is_dir():
         yield FileTree(root, list_folder(root, suffixes), lambda name: (root / name).open("rb"), is_folder=True)
@@ -285,7 +286,7 @@ def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
             content.remedy if content else _WHERE,
         )
     else:
-        raise DatasetError(f"data set path {root} does not exist", remedy=_WHERE)
+        raise MissingImagesError(f"data set path {root} does not exist", remedy=_WHERE)
 
 
 def _opened(root: Path) -> zipfile.ZipFile:

@@ -28,7 +28,7 @@ from datm_ray.data.reading.contents import recognise_file, unreadable
 from datm_ray.data.reading.decode import Encoded
 from datm_ray.data.reading.files import list_folder
 from datm_ray.data.splits import role_of, went_where
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, MissingImagesError
 from datm_ray.words import counted
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
@@ -138,7 +138,7 @@ def find_files(path: str) -> ParquetFiles:
     named = parts_of(path)
     missing = [file for file in named if not file.is_file()]
     if missing or len(named) > 2:
-        raise DatasetError(
+        raise (MissingImagesError if missing else DatasetError)(
             f"no Parquet file at {missing[0]}" if missing else f"the path {path!r} names {len(named)} Parquet files",
             remedy="Give the path (dataset.path) of a folder of Parquet files, one file, or TRAIN.parquet,TEST.parquet",
         )

@@ -24,7 +24,7 @@ from datm_ray.data.reading.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
 from datm_ray.data.streamed import StreamedPixels
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, MissingImagesError
 from datm_ray.words import counted, listed
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
@@ -173,7 +173,7 @@ def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, 
 def _folder(request: Request) -> Loaded:
     """Read class folders of images below `path`/train and `path`/test (or val), or directly below `path`.
 
-    Without a labelled test folder, a fixed fifth of each class is the test set. `path` may also be a zip archive with
+    Without a labelled test folder, `TEST_FRACTION` of each class is the test set. `path` may also be a zip archive with
     this layout.
     """
     root = Path(_needed_path("folder", request)).expanduser()
@@ -340,7 +340,8 @@ def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[Imag
 
 def _needed_path(name: str, request: Request) -> str:
     if request.path is None:
-        raise DatasetError(f"source {name!r} needs a path", remedy="Give the path where the images are (dataset.path)")
+        remedy = "Give the path where the images are (dataset.path)"
+        raise MissingImagesError(f"source {name!r} needs a path", remedy=remedy)
     return request.path
 
 

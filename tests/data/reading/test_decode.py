@@ -181,7 +181,7 @@ def test_photos_as_people_have_them() -> None:
     assert (colour > 150).sum() == 14
     assert raw.notes == (
         "5 files or folders were not taken: hidden 3, .db 1, .heic 1",
-        "training images: all folders; test images: a fixed fifth of each class of these",
+        "training images: all folders; test images: a fixed 20\N{NO-BREAK SPACE}% of each class of these",
         "of 18 images: 10 converted to RGB (RGBA 2, palette 2, CMYK 2, 16-bit grey 2, black and white 1, grey 1), "
         "4 turned by EXIF, 2 left without their transparency, 2 cut from 16 to 8 bits, "
         "2 read as the first of several frames, 16 changed in aspect ratio by dataset.resize",

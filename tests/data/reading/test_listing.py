@@ -76,7 +76,7 @@ def test_hidden_parquet_files_are_no_data(tmp_path: Path, write_parquet: WritePa
     assert raw.fingerprint == expected.fingerprint
     assert raw.notes == (
         "3 files or folders were not taken: hidden 2, .md 1",
-        "training images: train.parquet; test images: a fixed fifth of each class of these",
+        "training images: train.parquet; test images: a fixed 20\N{NO-BREAK SPACE}% of each class of these",
     )
 
 
