@@ -863,6 +863,8 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
         assert (code, err) == (0, ""), command
         found[command] = json.loads(out)
         assert keys_in(found[command]) == documented_keys(command), command
+    whole = json.loads(datm_ray("store", "verify", store, "--json")[1])
+    assert (whole["experts"], whole["bytes"] > 0, whole["damaged"]) == (2, True, [])
     assert [each["name"] for each in found["plan"]] == ["digits-ipc1", "digits-ipc10"]
     assert set(found["plan"][0]["hours"]) == {"start", "experts", "distillation", "validation", "evaluation"}
     assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 1, 2]
@@ -873,6 +875,7 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
     out = str(shutil.copytree(finished_run, tmp_path / "copy"))
     (scores,) = json.loads(datm_ray("run", recipe, "-o", out, "--executor", "serial", "--json")[1])
     assert scores["test_accuracy"]["distilled"]["n"] == 2
+    assert json.loads(datm_ray("evaluate", recipe, "-o", out, "--executor", "serial", "--json")[1]) == [scores]
     code, out, err = datm_ray("plan", "digits-ipc2", "--json")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
 
@@ -887,6 +890,26 @@ def test_a_damaged_store_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
     assert second["damage"] is None
     (group,) = json.loads(datm_ray("store", "ls", str(store), "--json")[1])
     assert (group["experts"], group["epochs"]) == ([0, 1], None)
+    lines = datm_ray("store", "verify", str(store))[1].splitlines()
+    code, out, err = datm_ray("store", "verify", str(store), "--json")
+    assert (code, len(err.splitlines())) == (2, 1)
+    found = json.loads(out)
+    assert keys_in(found) == documented_keys("store verify")
+    expected = {"group": group["group"], "file": damaged.name, "damage": lines[0]}
+    assert (found["experts"], found["damaged"]) == (2, [expected])
+    damaged.unlink()
+    (store / group["group"] / "transform.arrow").unlink()
+    (missing,) = json.loads(datm_ray("store", "verify", str(store), "--json")[1])["damaged"]
+    assert missing["file"] == "transform.arrow"
+
+
+def test_the_commands_that_print_json_are_documented() -> None:
+    """The page on the command line names the commands that have --json, and the page on JSON describes them."""
+    having = {name for name, command in all_commands() if any("--json" in each.opts for each in command.params)}
+    docs = Path(__file__).parents[1] / "docs"
+    section = (docs / "command-line.md").read_text().partition("\n## JSON\n")[2]
+    assert set(re.findall(r"`([a-z ]+)`", section.replace("\n", " "))) == having
+    assert all(documented_keys(name) for name in having - {"run", "evaluate"})
 
 
 def all_commands() -> list[tuple[str, Any]]:

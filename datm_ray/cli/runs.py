@@ -230,6 +230,7 @@ def evaluate(
         typer.Option("--fair", help="Add DD-Ranking's scores, from three more rows of networks (evaluate.fair)."),
     ] = False,
     skip_full: SkipFull = False,
+    json_: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -244,11 +245,16 @@ def evaluate(
 
     --fair also measures the set's accuracy with hard labels and without augmentation. This needs the control on all
     real data.
+
+    --json prints the scores of these recipes in place of the table, with the keys of summary.json.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
     set_ += [*(["evaluate.fair=true"] if fair else []), *_without_full(skip_full)]
     pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
+    if json_:
+        print_json(pipeline.scores())
+        return
     print(pipeline.table())
     print(f"Next: {shlex.join(['datm-ray', 'report', out])}")
 

@@ -135,7 +135,7 @@ def _expert_lines(facts: Mapping[str, Any], *, with_recipe: bool) -> list[str]:
 
 
 @store_app.command("verify")
-def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
+def store_verify(uri: StoreUri, json_: Json = False, verbose: Verbose = 0) -> None:
     """Check every file of a store against its checksums.
 
     The command reads every byte of the experts, of their transforms, of the scores that order images and of priors,
@@ -153,15 +153,30 @@ def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
         found = list(threads.map(lambda file: _verified(*file), files))
     checked, others = (sum(isinstance(file, kind) for _, file in files) for kind in (int, str))
     size = sum(size for size, _ in found)
-    damaged = [complaint for _, complaint in found if complaint]
+    damaged = [
+        {"group": str(group.key), "file": _name(group, file), "damage": complaint}
+        for (group, file), (_, complaint) in zip(files, found, strict=True)
+        if complaint
+    ]
+    if json_:
+        print_json({"experts": checked, "other_files": others, "bytes": size, "damaged": damaged})
+    elif damaged:
+        print("\n".join(each["damage"] for each in damaged))
+    else:
+        more = f" and {counted(others, 'other file')}" if others else ""
+        print(f"whole: {counted(checked, 'expert')}{more}, {data_size(size)}")
     if damaged:
-        print("\n".join(damaged))
         raise CorruptFileError(
-            f"{len(damaged)} of the files in {uri} are damaged or missing; the first: {damaged[0]}",
+            f"{len(damaged)} of the files in {uri} are damaged or missing; the first: {damaged[0]['damage']}",
             remedy="restore copies, or delete them (`datm-ray store rm`) and run the step that wrote them again",
         )
-    more = f" and {counted(others, 'other file')}" if others else ""
-    print(f"whole: {counted(checked, 'expert')}{more}, {data_size(size)}")
+
+
+def _name(group: ExpertGroup, file: int | str | None) -> str:
+    """Name of a file in the group's folder. Argument `file`: see `_verified`."""
+    if isinstance(file, str):
+        return file
+    return (group.transform_file if file is None else group.expert_file(file)).path.rpartition("/")[2]
 
 
 def _verified(group: ExpertGroup, file: int | str | None) -> tuple[int, str]:

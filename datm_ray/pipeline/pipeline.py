@@ -32,7 +32,7 @@ from datm_ray.pipeline.folder import (
 )
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import RowArguments
-from datm_ray.report import accuracy_table, fair_table, networks_table
+from datm_ray.report import accuracy_table, facts_of, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.machine.devices import fix_workspace
 from datm_ray.runtime.stopping import ask, by_signals
@@ -250,6 +250,10 @@ class Pipeline:
         others = [networks_table(summary) for summary in found if summary.networks]
         fair = [fair_table(found)] if any(summary.fair for summary in found) else []
         return "\n\n".join([accuracy_table(found), *fair, *others])
+
+    def scores(self) -> list[dict[str, Any]]:
+        """Accuracies, costs and recipes of the runs as plain data, each with the keys of summary.json."""
+        return [facts_of(summary) for summary in summaries(self.out, self.configs)]
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
         """Rows of a run's accuracy table, such as "distilled", each with its network; `None` for the backbone.

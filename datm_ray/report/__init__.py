@@ -7,12 +7,13 @@ evaluates nothing.
 
 from datm_ray.report.card import CARD, is_card, published_files
 from datm_ray.report.page import write_report
-from datm_ray.report.results import RunSummary, accuracy_table, fair_table, networks_table, write_summary
+from datm_ray.report.results import RunSummary, accuracy_table, facts_of, fair_table, networks_table, write_summary
 
 __all__ = [
     "CARD",
     "RunSummary",
     "accuracy_table",
+    "facts_of",
     "fair_table",
     "is_card",
     "networks_table",

@@ -252,11 +252,12 @@ def _own_labels(artifact: Artifact) -> int:
 def write_summary(out: Location, summaries: Sequence[RunSummary]) -> Location:
     """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the file."""
     place = out / "summary.json"
-    place.write_json([_summary(summary) for summary in summaries])
+    place.write_json([facts_of(summary) for summary in summaries])
     return place
 
 
-def _summary(summary: RunSummary) -> dict[str, Any]:
+def facts_of(summary: RunSummary) -> dict[str, Any]:
+    """Recipe, accuracies per seed, costs, versions and hardware of a run as plain data for JSON."""
     latest = summary.latest
     return {
         "run": summary.config.name,

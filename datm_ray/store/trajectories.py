@@ -230,7 +230,7 @@ class ExpertGroup:
         """
         if (info.key, info.expert) != (self.key, expert):
             raise ValueError(f"the info of expert {info.expert} of {info.key} given for expert {expert} of {self.key}")
-        place, info = self._file(expert), replace(info, format_version=FORMAT_VERSION)
+        place, info = self.expert_file(expert), replace(info, format_version=FORMAT_VERSION)
         is_new = place.write_once(lambda file: _write(place, file, snapshots, info))
         if is_new:
             self._opened.pop(expert, None)
@@ -247,12 +247,12 @@ class ExpertGroup:
 
     def size(self, expert: int) -> int:
         """Size of the expert's file in bytes."""
-        return self._file(expert).size()
+        return self.expert_file(expert).size()
 
     def remove_expert(self, expert: int) -> None:
         """Delete one expert's file; other files stay. Raises StoreError if the expert is not stored."""
         self._opened.pop(expert, None)
-        self._file(expert).remove()
+        self.expert_file(expert).remove()
 
     @property
     def progress(self) -> Location:
@@ -304,11 +304,11 @@ class ExpertGroup:
         """Read every byte of an expert's file again, check it, and return its info. Raises CorruptFileError."""
 
         def verify() -> TrajectoryInfo:
-            opened = _open_expert(self._file(expert), self.key, expert)
+            opened = _open_expert(self.expert_file(expert), self.key, expert)
             opened.sealed.verify()
             return opened.info
 
-        return reading_again(self._file(expert), verify)
+        return reading_again(self.expert_file(expert), verify)
 
     def verify_other(self, name: str) -> None:
         """Read and check every byte of the file `name`, one of `other_files`. Raises CorruptFileError."""
@@ -348,7 +348,8 @@ class ExpertGroup:
         """Read the stored transform. Raises StoreError if it is missing, CorruptFileError if it is damaged."""
         return read_tensors(self.transform_file, kind=TRANSFORM_KIND)
 
-    def _file(self, expert: int) -> Location:
+    def expert_file(self, expert: int) -> Location:
+        """File of an expert, which may be missing."""
         if not 0 <= expert <= _MAX_EXPERT:
             raise ValueError(f"experts are numbered from 0 to {_MAX_EXPERT}, not {expert}")
         return self.location / f"expert-{expert:05d}.arrow"
@@ -356,13 +357,13 @@ class ExpertGroup:
     def _open(self, expert: int) -> _OpenedExpert:
         """Opened file of an expert. It is kept, because a stored expert never changes unless it is deleted."""
         if expert not in self._opened:
-            file = self._file(expert)
+            file = self.expert_file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
         return self._opened[expert]
 
     def _read(self, expert: int, epochs: Sequence[int]) -> list[Snapshot]:
         return reading_again(
-            self._file(expert),
+            self.expert_file(expert),
             lambda: self._open(expert).snapshots(epochs),
             forget=lambda: self._opened.pop(expert, None),
         )
