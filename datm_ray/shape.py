@@ -65,6 +65,10 @@ class DataShape:
         small, large = (held_out(count, dataset.validation) if count else 0 for count in (each, each + 1))
         return self.training_images - (self.classes - larger) * small - larger * large
 
+    def set_aside(self, dataset: DatasetConfig) -> int:
+        """Number of training images that a recipe sets aside for validation."""
+        return self.training_images - self.trained(dataset)
+
     def synthetic(self, config: RunConfig, shards: int = 1) -> int:
         """Number of images in a recipe's synthetic set, or in the largest of its shards. Shards hold whole classes."""
         return config.distill.ipc * -(-self.classes // shards)

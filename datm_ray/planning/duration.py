@@ -15,26 +15,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.planning import work
 from datm_ray.planning.machines import READING_OPERATIONS, Machine
 from datm_ray.planning.work import Row, Work
-from datm_ray.runtime.machine.devices import uses_gpu
 from datm_ray.shape import DataShape, fitting_cost, network_cost
 from datm_ray.stages.distill.validation import validations
-from datm_ray.stages.evaluate.memory import largest_scored, memory_remedy, scoring_step_bytes
+from datm_ray.stages.evaluate.memory import described_step, gpu_bytes
 from datm_ray.stages.evaluate.rows import scored_rows
-from datm_ray.stages.experts.train import divided, experts_at_a_time
+from datm_ray.stages.experts.train import described_experts, divided, experts_at_a_time, stored_bytes
 from datm_ray.stages.labels import planned_labels
 from datm_ray.stages.methods.base import Outlook
 from datm_ray.stages.methods.distribution import SLOW_READING
-from datm_ray.stages.methods.memory import DistillationPlan, laid_out, worker_budget
+from datm_ray.stages.methods.memory import DistillationPlan, held_images
 from datm_ray.stages.methods.registry import method_of, trained_networks
-from datm_ray.stages.prior import is_trained
+from datm_ray.stages.prior import described_prior, is_trained
 from datm_ray.store.labels import LabelInfo
 from datm_ray.words import counted, data_size, duration
 
@@ -98,12 +95,9 @@ class Proposal:
 
         A GPU computes while the CPUs beside it read streamed images; a core does one after the other.
         """
-        read, rest = 0.0, 0.0
-        for kind, _, operations in task:
-            if kind == "reading":
-                read += self.machine.seconds[kind] * operations
-            else:
-                rest += self.machine.seconds[kind] * operations
+        parts = [(kind, self.machine.seconds[kind] * operations) for kind, _, operations in task]
+        read = sum(seconds for kind, seconds in parts if kind == "reading")
+        rest = sum(seconds for kind, seconds in parts if kind != "reading")
         return max(read, rest) if self.machine.device == "GPU" else read + rest
 
     def compiling(self, kind: str, network: RunConfig) -> float:
@@ -133,7 +127,7 @@ class Proposal:
         demands = [self.plans[number].demand for number in roles[0].backbones]
         sums = sum(machine.sum_seconds(each.summed, each.sums, shards) for each in demands)
         computing = max(self.seconds(each) for each in work.iterations(self.config, self.shape))
-        held = work.held_images(self.plans[0].demand, self.config, self.shape)
+        held = held_images(self.plans[0].demand, self.config, self.shape)
         return computing, sums + machine.sum_seconds(held * self.shape.row, 4, len(roles))
 
     @functools.cached_property
@@ -188,9 +182,7 @@ class Proposal:
         config, shape = self.config, self.shape
         transform, store = fitting_cost(config.dataset, shape).stored, 0
         for each in trained_networks(config):
-            snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, shape).parameters
-            kept = [run.experts.count * len(run.kept_epochs) for run in (each, each.scoring_run) if run]
-            store += sum(kept) * snapshot + transform
+            store += transform + sum(stored_bytes(run, shape) for run in (each, each.scoring_run) if run)
         labels = {"labels": self._labels.planned_bytes} if self._labels else {}
         copies = SET_FILES * shape.synthetic(config) * shape.row
         return {"store": store, **labels, "set": copies + (2 if transform <= INLINE_BYTES else 1) * transform}
@@ -230,24 +222,18 @@ class Proposal:
         machine, storage, outlook = self.machine, self.storage, self.outlook
         config, shape, fitting = self.config, self.shape, fitting_cost(self.config.dataset, self.shape)
         held, clock = ({stage: 3600 * hours[place] for stage, hours in self.stages.items()} for place in (0, 1))
-        trained = [(each.experts, each.network.architecture) for each in trained_networks(config)]
         (computing, sums), summed = self.iteration, sum(each.demand.summed for each in self.plans if each.chunk)
         device, seeds = machine.device.replace("core", "CPU"), config.evaluate.seeds
         epochs = scoring_schedule(config.evaluate, 1.0).epochs
-        prior = config.prior if is_trained(config) else None
+        of_gpu = described_step(config, shape, None if self.replaced is None else machine.memory or math.inf)
         rows = {
             "data": str(shape),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
-            "experts": "; ".join(
-                f"{each.count:,} {name}, {counted(each.epochs, 'epoch')}"
-                + ", easy images first" * bool(each.curriculum)
-                for each, name in trained
-            )
-            or "none needed",
-            "prior": prior is not None and f"a decoder, trained for {prior.epochs:,} epochs",
+            "experts": "; ".join(map(described_experts, trained_networks(config))) or "none needed",
+            "prior": described_prior(config),
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
-            "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}{self._of_a_gpu}",
+            "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}{of_gpu}",
             "reading": self._reading,
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
@@ -264,36 +250,10 @@ class Proposal:
             *(line for each in self.plans if verbose for line in each.lines()),
         ]
 
-    @functools.cached_property
+    @property
     def evaluation_bytes(self) -> int | None:
-        """Bytes of GPU memory of a step that trains a scored network on the set; `None` if CPUs train it.
-
-        The set is left out: it stays in main memory where a GPU has too little.
-        """
-        config, shape = self.config, self.shape
-        if not uses_gpu(config.cluster.shaped(light=True)):
-            return None
-        return scoring_step_bytes(config, shape, shape.synthetic(config), largest_scored(config, shape))
-
-    @property
-    def _evaluation_budget(self) -> float:
-        """Bytes of its GPU that a worker of the evaluation may take; infinite if unknown.
-
-        `cluster.memory` limits distilling workers alone.
-        """
-        light = self.config.cluster.shaped(light=True)
-        if self.replaced is not None:  # a described cluster
-            return (self.machine.memory or math.inf) * (light.gpus_per_worker or 1.0)
-        return worker_budget(laid_out(self.config.model_copy(update={"cluster": light}), {"memory": None}))
-
-    @property
-    def _of_a_gpu(self) -> str:
-        """Text for a plan: GPU memory that evaluation takes, and what to do if it is too much; "" on CPUs."""
-        needed = self.evaluation_bytes
-        if needed is None or needed <= (limit := self._evaluation_budget):
-            return f", {data_size(needed)} of a GPU" if needed else ""
-        remedy = memory_remedy(self.config, self.shape, "distilled", largest_scored(self.config, self.shape))
-        return f", {data_size(needed)} of a GPU where {data_size(limit)} may be taken: {remedy}"
+        """Bytes of GPU memory of a step of evaluation, see `gpu_bytes`; `None` if CPUs evaluate."""
+        return gpu_bytes(self.config, self.shape)
 
     @property
     def _layout(self) -> str:

@@ -23,16 +23,18 @@ from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, train
-from datm_ray.methods.distribution import EmbeddingFunctions
 from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
-from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
-from datm_ray.runtime.machine.devices import channels_last_on, precision_on, prepare_device, restoring_settings
+from datm_ray.runtime.machine.devices import channels_last_on, prepare_device, restoring_settings
 from datm_ray.shape import network_cost
 from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.train import experts_at_a_time
+from datm_ray.stages.methods.distribution import embedding_functions
+from datm_ray.stages.methods.memory import laid_out
+from datm_ray.stages.methods.trajectory import step_options
 
 REPEATED, SECONDS, ENOUGH, MANY = 3, 0.2, 1.0, 10**6
 """Limits on timing one kind of work. After one repetition to warm up, there are at least REPEATED repetitions that take
@@ -96,16 +98,13 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     Args:
         flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.
     """
-    config, shape = proposal.config.each_backbone()[0], proposal.shape
+    config, shape = laid_out(proposal.config.each_backbone()[0], {"compile": compiled}), proposal.shape
     schedule, real = evaluation_schedule(config, 0.01), shape.training_images
-    counts = {
-        "matching": proposal.plans[0].chunk,
+    counts = dict.fromkeys(("matching", "embedding", "recovery"), proposal.plans[0].chunk) | {
         "experts": min(config.experts.batch_size, real),
         "training": min(schedule.batch_size, shape.synthetic(config)),
         "real": min(schedule.batch_size, real),
         "scoring": min(SCORING_BATCH, real),
-        "embedding": proposal.plans[0].chunk,
-        "recovery": proposal.plans[0].chunk,
     }
     if flop:
         counts = {kind: max(2, min(n, int(QUICK_FLOP / (flop * FORWARD_PASSES[kind])))) for kind, n in counts.items()}
@@ -120,9 +119,9 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     layout = channels_last_on(config.cluster, device)
     functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=layout)
     work = {  # steps of methods come first, so that their times include the first use of new memory, as in a run
-        "matching": _matching(config, first, *data["matching"], spec.classes, compiled=compiled),
-        "embedding": _embedding(config, first, data["embedding"][0], compiled=compiled),
-        "recovery": _recovery(config, first, *data["recovery"], compiled=compiled),
+        "matching": _matching(config, first, *data["matching"], spec.classes),
+        "embedding": _embedding(config, first, data["embedding"][0]),
+        "recovery": _recovery(config, first, *data["recovery"]),
         "experts": train_experts(functions, *data["experts"], experts, range(stack), ExpertState.initial(networks)),
         "training": train(Training(first, *data["training"], endless, 0)),
         "real": train(Training(first, *data["real"], endless, 0)),
@@ -134,12 +133,9 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     return {kind: (times.get(kind, 1) * counts[kind], each) for kind, each in work.items()}
 
 
-def _matching(
-    config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, classes: int, *, compiled: bool
-) -> Iterator[Any]:
+def _matching(config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, classes: int) -> Iterator[Any]:
     """Iterate without end. Each item is a matching gradient through `STEPS` student steps, each on all images."""
-    precision, count = precision_on(config.cluster, images.device), len(images)
-    options = StepOptions(compiled, channels_last=channels_last_on(config.cluster, images.device), precision=precision)
+    options, count = step_options(config.cluster, images.device), len(images)
     functions, start = StudentStepFunctions(FlatNetwork(network), options), flatten(network)
     soft = torch.zeros(count, classes, device=images.device)
     synthetic = SyntheticSet(images, soft, torch.full((1,), 0.01, device=images.device), labels)
@@ -148,22 +144,18 @@ def _matching(
         yield matching_gradient(functions, start, start + 1, synthetic, steps, chunk=count)
 
 
-def _embedding(config: RunConfig, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Any]:
+def _embedding(config: RunConfig, network: nn.Module, images: Tensor) -> Iterator[Any]:
     """Iterate without end. Each item is the embeddings of all images."""
-    place = (config.cluster, images.device)
-    layout, precision = channels_last_on(*place), precision_on(*place)
-    functions = EmbeddingFunctions(network, compiled=compiled, channels_last=layout, precision=precision)
+    functions = embedding_functions(network, config.cluster, images.device)
     values = functions.values_of(network)
     while True:
         yield functions.forward(values, images, len(images))
 
 
-def _recovery(
-    config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool
-) -> Iterator[Any]:
+def _recovery(config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Any]:
     """Iterate without end. Each item is the gradient of SRe2L's loss with respect to all images."""
     layout = channels_last_on(config.cluster, images.device)
-    loss = RecoveryLoss(network, config.recover, compiled=compiled, channels_last=layout)
+    loss = RecoveryLoss(network, config.recover, compiled=config.cluster.compile, channels_last=layout)
     while True:
         yield loss.gradient(images, labels)
 

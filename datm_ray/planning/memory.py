@@ -15,10 +15,10 @@ from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.training.loop import SCORING_BATCH, Schedule, scoring_schedule
 from datm_ray.runtime.machine.devices import MOST_READERS, uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
+from datm_ray.stages.evaluate.memory import teacher_bytes
 from datm_ray.stages.experts.progress import LARGEST_WRITE
 from datm_ray.stages.labels import labelling_bytes, records_bytes
 from datm_ray.stages.methods.memory import MARGIN, PROCESS_BYTES, plans_of
-from datm_ray.stages.methods.registry import teacher_of
 
 TRAINING_PROCESS_BYTES = 900 * 2**20
 """Bytes of a CPU worker that trains networks, without its tensors. Measured: 790 to 830 MiB, and 940 MiB with compiled
@@ -112,8 +112,7 @@ def scoring_memory(
     own = config.model_copy(update={"network": network or config.network})
     tensors = 4 * held * network_cost(own, shape).parameters + sets * images * shape.row
     if has_teacher:
-        teacher = network_cost(teacher_of(config), shape)
-        tensors += 2 * at_once * teacher.largest + 4 * teacher.parameters
+        tensors += teacher_bytes(config, shape, at_once)
     is_stack = together > 1 and own.network.norm != "batch"
     return _training_memory(own, shape, rows, together, tensors, SCORING_BATCH, is_stack=is_stack, at_once=at_once)
 

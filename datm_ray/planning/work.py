@@ -13,18 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from datm_ray.config import NetworkConfig, NetworkSpec, Role, RunConfig
-from datm_ray.core.training.loop import (
-    PROTOCOLS,
-    STEP_OVERHEAD,
-    Schedule,
-    stack_sizes,
-    validation_protocol,
-    work_of_training,
-)
+from datm_ray.core.training.loop import STEP_OVERHEAD, Schedule, stack_sizes, work_of_training
 from datm_ray.planning.machines import FORWARD_PASSES, READING_OPERATIONS
 from datm_ray.shape import DataShape, network_cost, prior_cost
+from datm_ray.stages.distill.validation import validation_schedule
 from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_stack, seeds_of_tasks, training_of
-from datm_ray.stages.methods.base import Demand
+from datm_ray.stages.methods.memory import held_images
 from datm_ray.stages.methods.registry import method_of, teacher_of
 
 
@@ -77,11 +71,6 @@ def prior(run: RunConfig, shape: DataShape) -> Work:
     return [WorkPart("training", run, 2 * flop * images), *reading(run, shape, images)]
 
 
-def held_images(demand: Demand, run: RunConfig, shape: DataShape) -> int:
-    """Number of images of the set that the largest shard holds."""
-    return demand.held or shape.synthetic(run, run.cluster.shards)
-
-
 def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
     """Work of one iteration, one entry for each role (the networks that one worker computes).
 
@@ -131,16 +120,11 @@ def _training(
     return [trained, WorkPart("steps", run, stacks * steps * STEP_OVERHEAD)]
 
 
-def _held_out(run: RunConfig, shape: DataShape) -> int:
-    return shape.training_images - shape.trained(run.dataset)
-
-
 def validation(run: RunConfig, shape: DataShape) -> Work:
     """Work of one validation of a run's set."""
     first, seeds = run.each_backbone()[0], run.distill.validation_seeds
-    schedule = PROTOCOLS[validation_protocol(run.evaluate.protocol)]
-    training = _training("training", first, shape, schedule, shape.synthetic(run), seeds, seeds)
-    scored = seeds * _held_out(run, shape)
+    training = _training("training", first, shape, validation_schedule(run, 1.0), shape.synthetic(run), seeds, seeds)
+    scored = seeds * shape.set_aside(run.dataset)
     return [*training, passes("scoring", first, shape, scored), *reading(first, shape, scored)]
 
 
@@ -202,7 +186,7 @@ def evaluation(row: Row, seeds: int) -> Work:
     is_stacked = largest_stack(*row.facts, seeds) > 1
     kind = "experts" if is_stacked else "real" if row.name == "full" else "training"
     stacks = len(stack_sizes(networks)) if is_stacked else networks
-    tested = networks * _held_out(run, shape) + seeds * shape.test_images
+    tested = networks * shape.set_aside(run.dataset) + seeds * shape.test_images
     work = _training(kind, run, shape, schedule, row.images, networks, stacks)
     work.append(passes("scoring", run, shape, tested))
     work += reading(run, shape, tested + (row.name == "full") * networks * schedule.epochs * row.images)

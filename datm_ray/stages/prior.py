@@ -98,6 +98,11 @@ def is_trained(config: RunConfig) -> bool:
     return config.prior is not None and config.prior.kind == "trained"
 
 
+def described_prior(config: RunConfig) -> str:
+    """Text for plans: the training of a run's prior; "" if the run trains none."""
+    return f"a decoder, trained for {config.prior.epochs:,} epochs" if config.prior and is_trained(config) else ""
+
+
 class PriorWorker:
     """Trains priors on one data set."""
 

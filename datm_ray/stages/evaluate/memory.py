@@ -10,9 +10,11 @@ import math
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.images.batches import GPU_BLOCK_BYTES
 from datm_ray.core.training.loop import OPTIMISERS, SCORING_BATCH, scoring_schedule
+from datm_ray.runtime.machine.devices import uses_gpu
 from datm_ray.shape import DataShape, network_cost
-from datm_ray.stages.methods.memory import IMAGE_COPIES, MARGIN
+from datm_ray.stages.methods.memory import IMAGE_COPIES, MARGIN, laid_out, worker_budget
 from datm_ray.stages.methods.registry import teacher_of
+from datm_ray.words import data_size
 
 KEPT_MAPS = 0.8
 """Share of the bytes that all layers write in a forward pass and that are kept for the backward pass. Counted by
@@ -42,15 +44,48 @@ def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network
     step = at_once * (KEPT_MAPS * cost.maps + 2 * cost.largest) + prepared
     tensors = max(step, 2 * SCORING_BATCH * cost.largest) + 4 * NETWORK_VECTORS * cost.parameters
     if config.evaluate.has_teacher:
-        teacher = network_cost(teacher_of(config), shape)
-        tensors += 2 * at_once * teacher.largest + 4 * teacher.parameters
+        tensors += teacher_bytes(config, shape, at_once)
     return math.ceil(MARGIN * tensors)
+
+
+def teacher_bytes(config: RunConfig, shape: DataShape, at_once: int) -> int:
+    """Bytes of a run's teacher that labels `at_once` images at a time."""
+    teacher = network_cost(teacher_of(config), shape)
+    return 2 * at_once * teacher.largest + 4 * teacher.parameters
 
 
 def largest_scored(config: RunConfig, shape: DataShape) -> NetworkConfig | None:
     """Network of the run whose step on the run's set takes most GPU memory; `None` for the backbone."""
     images = shape.synthetic(config)
     return max((None, *config.scored_networks), key=lambda each: scoring_step_bytes(config, shape, images, each))
+
+
+def gpu_bytes(config: RunConfig, shape: DataShape) -> int | None:
+    """Bytes of GPU memory of a step that trains a scored network on the run's set; `None` if CPUs train it.
+
+    The set is left out: it stays in main memory where a GPU has too little.
+    """
+    if not uses_gpu(config.cluster.shaped(light=True)):
+        return None
+    return scoring_step_bytes(config, shape, shape.synthetic(config), largest_scored(config, shape))
+
+
+def described_step(config: RunConfig, shape: DataShape, size: float | None) -> str:
+    """Text for plans: memory of a GPU that a step takes, and what to do if it is too much; "" on CPUs.
+
+    Args:
+        size: bytes of a GPU of the workers, infinite if unknown; `None` for a GPU of this machine.
+    """
+    if (needed := gpu_bytes(config, shape)) is None:
+        return ""
+    light = config.model_copy(update={"cluster": config.cluster.shaped(light=True)})
+    # `cluster.memory` limits distilling workers alone.
+    part = light.cluster.gpus_per_worker or 1.0
+    limit = worker_budget(laid_out(light, {"memory": None})) if size is None else part * size
+    if needed <= limit:
+        return f", {data_size(needed)} of a GPU"
+    remedy = memory_remedy(config, shape, "distilled", largest_scored(config, shape))
+    return f", {data_size(needed)} of a GPU where {data_size(limit)} may be taken: {remedy}"
 
 
 def memory_remedy(config: RunConfig, shape: DataShape, row: str, network: NetworkConfig | None = None) -> str:

@@ -48,11 +48,13 @@ from datm_ray.runtime.heartbeats import (
 )
 from datm_ray.runtime.machine.devices import channels_last_on, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.stopping import Interrupted, given_up, is_overdue, saving
+from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.experts.curriculum import curriculum_of
 from datm_ray.stages.experts.progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
+from datm_ray.words import counted
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
@@ -99,6 +101,19 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
         return 1
     whole = config.experts.batch_size * image_cost(network, image).largest
     return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
+
+
+def stored_bytes(config: RunConfig, shape: DataShape) -> int:
+    """Bytes that the experts of a run with one network take in the store."""
+    snapshot = getattr(torch, config.experts.storage).itemsize * network_cost(config, shape).parameters
+    return config.experts.count * len(config.kept_epochs) * int(snapshot)
+
+
+def described_experts(config: RunConfig) -> str:
+    """Text for plans: the experts of a run with one network, their architecture and epochs."""
+    settings, order = config.experts, ", easy images first" if config.experts.curriculum else ""
+    epochs = counted(settings.epochs, "epoch")
+    return f"{settings.count:,} {config.network.architecture}, {epochs}{order}"
 
 
 def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from datm_ray.config import RunConfig
+from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training.loop import Heartbeat
@@ -60,12 +60,7 @@ class DistributionMatching(Method):
         cluster = part.config.cluster
         self._plans = plans_of_part(part, compiled=cluster.compile)
         self._functions = {
-            number: EmbeddingFunctions(
-                self.fresh_network(0, number).requires_grad_(False),
-                compiled=cluster.compile,
-                channels_last=channels_last_on(cluster, part.device),
-                precision=precision_on(cluster, part.device),
-            )
+            number: embedding_functions(self.fresh_network(0, number).requires_grad_(False), cluster, part.device)
             for number in self._plans
         }
         self._sizes = {number: self._divided(plan.chunk) for number, plan in self._plans.items()}
@@ -128,3 +123,9 @@ class DistributionMatching(Method):
             loss += config.weights[number] * distance
             total += config.weights[number] * gradient
         return loss, total
+
+
+def embedding_functions(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> EmbeddingFunctions:
+    """Embeddings by networks with the architecture of `network`, as the settings of a run compute them."""
+    layout, precision = channels_last_on(cluster, device), precision_on(cluster, device)
+    return EmbeddingFunctions(network, compiled=cluster.compile, channels_last=layout, precision=precision)

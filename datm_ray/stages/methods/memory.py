@@ -157,6 +157,11 @@ def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[Dist
     return plans
 
 
+def held_images(demand: Demand, config: RunConfig, shape: DataShape) -> int:
+    """Number of images of the set that the largest shard holds."""
+    return demand.held or shape.synthetic(config, config.cluster.shards)
+
+
 def plans_of_part(part: Part, *, compiled: bool) -> Mapping[int, DistillationPlan]:
     """Memory plans of a worker, with micro-batch sizes: index of each backbone that the worker computes -> plan.
 
@@ -197,7 +202,7 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
     trained = 0 if method_of(config).pieces(config, shape.classes) else min(PROTOCOLS["short"].batch_size, images)
     validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces skip validation, but are labelled
     copies = SET_COPIES + (len(role.backbones) > 1) + bool(config.distill.average_decay)
-    held = own.held or shape.synthetic(config, shards)
+    held = held_images(own, config, shape)
     parts = dict.fromkeys(MEMORY_PARTS, 0) | {
         "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
         "synthetic": copies * held * shape.row,

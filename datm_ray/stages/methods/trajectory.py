@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.config import RunConfig
+from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
@@ -121,12 +121,8 @@ class TrajectoryMatching(Method):
         super().__init__(part)
         config, role = part.config, part.role
         cluster = config.cluster
-        options = StepOptions(
-            compiled=cluster.compile,
-            channels_last=channels_last_on(cluster, part.device),
-            precision=precision_on(cluster, part.device),
-            graphs=part.device.type == "cuda" and cluster.cuda_graphs,
-        )
+        graphs = part.device.type == "cuda" and cluster.cuda_graphs
+        options = dataclasses.replace(step_options(cluster, part.device), graphs=graphs)
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         # Uncompiled steps take more memory.
         plans = plans_of_part(part, compiled=cluster.compile and not any(each.note for each in steps.values()))
@@ -559,6 +555,12 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
     def first_set(self) -> Steps[SyntheticSet]:
         """Choose random real images, or noise, with hard labels, before the first iteration."""
         return first_set(self.part, None, self.first_step_size)
+
+
+def step_options(cluster: ClusterConfig, device: torch.device) -> StepOptions:
+    """Options of student steps on this device, without CUDA graphs."""
+    layout, precision = channels_last_on(cluster, device), precision_on(cluster, device)
+    return StepOptions(cluster.compile, channels_last=layout, precision=precision)
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:

@@ -86,7 +86,7 @@ def test_a_plan_compares_the_evaluation_with_what_its_workers_may_take(monkeypat
         assert config.cluster.memory is None
         return 100 * 2**30 * (config.cluster.gpus_per_worker or 1.0)
 
-    monkeypatch.setattr("datm_ray.planning.duration.worker_budget", budget)
+    monkeypatch.setattr("datm_ray.stages.evaluate.memory.worker_budget", budget)
     monkeypatch.setattr("datm_ray.planning.plan.require_precision", lambda *_, **__: None)
     small = ["cluster.device=cuda", "cluster.memory=24GiB"]
     here, shared_here = (plan_run(override(each, small), shape=shape) for each in (config, shared))
