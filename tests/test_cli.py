@@ -693,7 +693,7 @@ def test_a_dry_run_that_fails_writes_no_log_into_the_output_folder(
     def fails(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("datm_ray.pipeline.Pipeline.plan", fails)
+    monkeypatch.setattr("datm_ray.pipeline.preview.remaining_lines", fails)
     for options in (("--out", "there", "--dry-run"), ("--dry-run", "--out", "there")):
         code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial", *options)
         assert code == 1

@@ -21,7 +21,7 @@ from datm_ray.core.synthetic import hard_logits
 from datm_ray.errors import DatmError, StoreError
 from datm_ray.interop.sets import read_set
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, report
+from datm_ray.pipeline import Pipeline, preview, report
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
@@ -90,7 +90,7 @@ def test_a_teacher_labels_a_given_set_where_the_recipe_asks_for_one(made: Path, 
     """With `evaluate.labels: teacher`, as SRe2L's and RDED's sets are scored, the run trains one network before."""
     teacher = ("evaluate.labels=teacher", "experts.count=1", "experts.epochs=2")
     pipeline = run_here(tmp_path, given(made / "png", *teacher))
-    assert pipeline.plan()[0] == "0 experts to train"
+    assert preview.remaining_lines(pipeline.runs)[0] == "0 experts to train"
     assert scores(tmp_path).keys() == {"random-hard", "random-soft", "distilled"}
     assert scores(tmp_path)["distilled"][1] in (0.01, 0.03, 0.1)
     assert torch.equal(set_of(tmp_path).labels, source(made).labels)
@@ -128,7 +128,7 @@ def test_other_architectures_report_and_plan_take_a_given_set(made: Path, tmp_pa
     """The set is scored on a second network, has a page, a plan without experts, and a card that names no path."""
     config = given(made / "pt", "evaluate.networks=[lenet]", "name=theirs")
     pipeline = run_here(tmp_path / "runs", config)
-    assert pipeline.plan()[0] == "0 experts to train"
+    assert preview.remaining_lines(pipeline.runs)[0] == "0 experts to train"
     page = report(str(tmp_path / "runs")).read_bytes().decode()
     assert "20 synthetic images" in page
     assert "made elsewhere, stand for" in page
@@ -309,7 +309,7 @@ def test_a_finished_run_does_not_need_the_files(made: Path, tmp_path: Path) -> N
     run_here(tmp_path / "runs", given(files))
     shutil.rmtree(files)
     saved = get_recipe(str(tmp_path / "runs/tiny/recipe.yaml"))
-    assert Pipeline([saved], str(tmp_path / "runs")).plan()[1] == "0 sets to distil"
+    assert preview.remaining_lines(Pipeline([saved], str(tmp_path / "runs")).runs)[1] == "0 sets to distil"
 
 
 def test_a_recipe_that_states_the_digest_is_the_same_run_every_time(
@@ -325,7 +325,7 @@ def test_a_recipe_that_states_the_digest_is_the_same_run_every_time(
     for name in ("files", "elsewhere"):
         again = Pipeline([user], "runs")
         assert run_identity(again.configs[0]) == run_identity(first)
-        assert again.plan()[1:] == ["0 sets to distil", "0 networks to train for evaluation"]
+        assert preview.remaining_lines(again.runs)[1:] == ["0 sets to distil", "0 networks to train for evaluation"]
         assert again.configs[0].given == first.given
         if name == "files":
             files.rename(tmp_path / "elsewhere")

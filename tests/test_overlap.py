@@ -14,7 +14,7 @@ import pytest
 from datm_ray import pipeline as pipeline_module
 from datm_ray.config import RunConfig
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, tasks
+from datm_ray.pipeline import Pipeline, preview, tasks
 from datm_ray.runtime.executor import Event, Finished, More, SerialExecutor, Started, Task
 from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.distill.validation import CANDIDATES, is_apart
@@ -175,7 +175,7 @@ def test_a_finished_set_is_evaluated_while_others_are_distilled(tmp_path: Path, 
     assert len(results) == len(set(results)) == 10  # all real data and both random rows are shared
     assert executor.stages == ["distill"]  # the last set's rows join those that are being scored
     assert_same(tmp_path, finished_run)
-    assert pipeline.remaining() == {title: (0, []) for title in pipeline.remaining()}
+    assert preview.remaining(pipeline.runs) == {title: (0, []) for title in preview.remaining(pipeline.runs)}
 
 
 def test_a_task_that_is_made_again_runs_once_on_the_worker_class_of_the_pipeline(

@@ -14,7 +14,7 @@ from datm_ray.config import NetworkConfig, RunConfig, networks_named, override, 
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
-from datm_ray.pipeline import Pipeline
+from datm_ray.pipeline import Pipeline, preview
 from datm_ray.planning.plan import plan_run
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import CommandLine, assert_one_line, run_here, tiny_config
@@ -84,7 +84,7 @@ def test_the_documented_network_is_trained_matched_and_scored(tmp_path: Path) ->
     assert len(keys) == 2
     scored = tmp_path / "runs/tiny/evaluation"
     assert [each.name.rpartition("-")[0] for each in scored.iterdir() if each.is_dir()] == ["my_networks-small"] * 2
-    again = Pipeline([config], str(tmp_path / "runs")).plan()
+    again = preview.remaining_lines(Pipeline([config], str(tmp_path / "runs")).runs)
     assert again[0] == "0 experts to train"
     assert plan_run(config, "cpus=2,memory=8GiB").stages["experts"][0] > 0
 

@@ -37,7 +37,7 @@ from datm_ray.errors import (
     RunDirectoryError,
 )
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, checks, tasks
+from datm_ray.pipeline import Pipeline, checks, preview, tasks
 from datm_ray.pipeline.folder import LEASE, read_recipe, summaries
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
@@ -88,8 +88,15 @@ def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
 def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(finished_run: Path) -> None:
     """A run leaves stored experts, a loadable set, two seeds of each row, and a report."""
     pipeline = Pipeline([tiny_config()], str(finished_run))
-    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
-    assert Pipeline([tiny_config("name=new")], str(finished_run)).plan()[1] == "1 set to distil: new"
+    assert preview.remaining_lines(pipeline.runs) == [
+        "0 experts to train",
+        "0 sets to distil",
+        "0 networks to train for evaluation",
+    ]
+    assert (
+        preview.remaining_lines(Pipeline([tiny_config("name=new")], str(finished_run)).runs)[1]
+        == "1 set to distil: new"
+    )
     (key,) = TrajectoryStore(str(finished_run / "experts")).groups()
     assert (key.dataset, key.architecture) == ("digits", "convnet")
     artifact = load(str(finished_run / "tiny" / "synthetic.arrow"))
@@ -155,7 +162,9 @@ def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run
     shutil.copytree(finished_run, out)
     fair = tiny_config("evaluate.fair=true")
     pipeline = Pipeline([fair], str(out))
-    assert pipeline.plan()[-1].startswith("6 networks to train for evaluation: tiny distilled-hard 0,")
+    assert preview.remaining_lines(pipeline.runs)[-1].startswith(
+        "6 networks to train for evaluation: tiny distilled-hard 0,"
+    )
     pipeline.evaluate(serial(fair), QUIET)
     assert "LRS, label-robust score" in pipeline.table()
     run_all(tiny_config(), out)
@@ -295,7 +304,7 @@ def test_runs_of_one_folder_share_what_they_have_in_common(tmp_path: Path, monke
     monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
     configs = [tiny_config(), tiny_config("name=other", "distill.ipc=2")]
     pipeline = Pipeline(configs, str(tmp_path))
-    assert pipeline.plan()[0].startswith("2 experts to train")
+    assert preview.remaining_lines(pipeline.runs)[0].startswith("2 experts to train")
     pipeline.run_all(serial(configs[0]), QUIET)
     assert len(list((tmp_path / "controls").glob("*/full-*.json"))) == 2
     report = pipeline_module.report(str(tmp_path)).read_bytes().decode()
@@ -330,7 +339,7 @@ def test_mtt_is_datm_with_its_options(tmp_path: Path) -> None:
     mtt = tiny_config("name=mtt", "method=mtt")
     datm = tiny_config("name=datm", "distill.initial=random", "distill.labels=hard")
     pipeline = Pipeline([mtt, datm], str(tmp_path))
-    assert pipeline.plan()[0].startswith("2 experts to train")  # shared
+    assert preview.remaining_lines(pipeline.runs)[0].startswith("2 experts to train")  # shared
     pipeline.train_experts(serial(mtt), QUIET)
     pipeline.distill(serial(mtt), QUIET)
     first, made = ([load(str(tmp_path / each / file)) for each in ("mtt", "datm")] for file in FILES)
@@ -370,7 +379,7 @@ def test_a_name_without_results_can_be_used_with_other_settings(tmp_path: Path, 
     first.train_experts(serial(first.configs[0]), QUIET)
     changed = tiny_config("distill.iterations=7")
     pipeline = Pipeline([changed], str(tmp_path))
-    assert pipeline.plan()[:2] == ["0 experts to train", "1 set to distil: tiny"]
+    assert preview.remaining_lines(pipeline.runs)[:2] == ["0 experts to train", "1 set to distil: tiny"]
     pipeline.train_experts(serial(changed), QUIET)
     assert read_recipe(pipeline.out / "tiny") == changed
     with pytest.raises(RunDirectoryError, match="belongs to another recipe since this command started"):
@@ -395,7 +404,7 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     for path in (tmp_path / "out/controls").rglob("full-*.json"):
         path.unlink()
     without = Pipeline([tiny_config("evaluate.full=false")], str(tmp_path / "out"))
-    assert without.plan()[2] == "0 networks to train for evaluation"
+    assert preview.remaining_lines(without.runs)[2] == "0 networks to train for evaluation"
     without.evaluate(serial(without.configs[0]), QUIET)
     assert without.table().splitlines()[-1] == "all real data: skipped (evaluate.full is false)"
     assert not any(line.startswith(("all real data  ", "share")) for line in without.table().splitlines())
@@ -405,7 +414,7 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     (summary,) = json.loads((tmp_path / "out/summary.json").read_text())
     assert set(summary["test_accuracy"]) == set(ROWS) - {"full"}
     later = Pipeline([tiny_config()], str(tmp_path / "out"))
-    assert later.plan()[2] == "2 networks to train for evaluation: tiny full 0, tiny full 1"
+    assert preview.remaining_lines(later.runs)[2] == "2 networks to train for evaluation: tiny full 0, tiny full 1"
     shutil.rmtree(tmp_path / "out")
     shutil.copytree(finished_run, tmp_path / "out")
     assert "all real data: skipped" not in without.table()
@@ -500,12 +509,16 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
     before = {path: path.read_bytes() for path in out.rglob("*-0?.json") if "experts" not in path.parts}
     own, taught = tiny_config(), tiny_config(*TAUGHT)
     pipeline = Pipeline([taught], str(out))
-    plan = pipeline.plan()
+    plan = preview.remaining_lines(pipeline.runs)
     assert plan[:2] == ["0 experts to train", "0 sets to distil"]
     assert plan[2].startswith("6 networks to train for evaluation")  # of random-hard for its schedule
     pipeline.evaluate(serial(taught), QUIET)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert pipeline.plan()[2] == Pipeline([own], str(out)).plan()[2] == "0 networks to train for evaluation"
+    assert (
+        preview.remaining_lines(pipeline.runs)[2]
+        == preview.remaining_lines(Pipeline([own], str(out)).runs)[2]
+        == "0 networks to train for evaluation"
+    )
     scored = accuracies(pipeline)
     assert set(scored) == set(ROWS)
     assert scored["distilled"] != accuracies(Pipeline([own], str(out)))["distilled"]
@@ -534,13 +547,15 @@ def test_runs_of_several_methods_are_scored_under_one_teacher(tmp_path: Path) ->
     chosen = tiny_config("name=chosen", "method=select", "experts.count=1", "distill.initial_step_size=0.1", *changes)
     matched = tiny_config("name=matched", "method=dm", *changes)
     pipeline = Pipeline([matched], str(tmp_path))
-    assert pipeline.plan()[0].startswith("1 expert to train: expert 0 of digits/lenet/")
+    assert preview.remaining_lines(pipeline.runs)[0].startswith("1 expert to train: expert 0 of digits/lenet/")
     with pytest.raises(MissingExpertsError, match=r"lenet/\w+ holds 0 of 1 experts of matched"):
         pipeline.evaluate(serial(matched), QUIET)
     pipeline.run_all(serial(matched), QUIET)
     assert set(accuracies(pipeline)) == {"random-hard", "random-soft", "distilled"}
     both = Pipeline([matched, chosen], str(tmp_path))
-    assert both.plan()[0].startswith("1 expert to train: expert 0 of digits/convnet/")  # chooses; the teacher is there
+    assert preview.remaining_lines(both.runs)[0].startswith(
+        "1 expert to train: expert 0 of digits/convnet/"
+    )  # chooses; the teacher is there
     both.run_all(serial(matched), QUIET)
     assert "random-soft" in accuracies(Pipeline([chosen], str(tmp_path)))
     (shared,) = (str(key) for key in TrajectoryStore(both.store_uri).groups() if key.architecture == "lenet")
@@ -572,7 +587,9 @@ def test_a_teacher_that_is_not_trained_and_an_endless_warm_up_are_refused(tmp_pa
         Pipeline([tiny_config("evaluate.warmup_epochs=20")], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     meta = "metadd={auxiliaries: [lenet], experts: {epochs: 2}}"
-    assert Pipeline([tiny_config("method=dm", meta, "evaluate.labels=teacher")], str(tmp_path / "out")).plan()
+    assert preview.remaining_lines(
+        Pipeline([tiny_config("method=dm", meta, "evaluate.labels=teacher")], str(tmp_path / "out")).runs
+    )
 
 
 def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
@@ -695,7 +712,7 @@ def test_how_the_files_were_read_is_reported_before_and_in_a_run(
     """A dry run and a run both report skipped files and the set of each file."""
     config = photos(tmp_path / "data", 10)
     pipeline = Pipeline([config], str(tmp_path / "out"), alone=True)
-    lines = pipeline.data_lines()
+    lines = preview.data_lines(pipeline.runs)
     assert lines == [
         "data: 2 classes, 16 training, 4 validation, 20 test images of 1x8x8",
         "data: 1 file or folder was not taken: hidden 1",
@@ -717,7 +734,7 @@ def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
     """More seeds are added to a finished run's scores, and nothing else is done again."""
     run_all(tiny_config("evaluate.seeds=1"), tmp_path)
     pipeline = Pipeline([tiny_config("evaluate.seeds=2")], str(tmp_path))
-    assert [line.split()[0] for line in pipeline.plan()] == ["0", "0", "4"]
+    assert [line.split()[0] for line in preview.remaining_lines(pipeline.runs)] == ["0", "0", "4"]
 
 
 def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
@@ -747,14 +764,14 @@ def test_whitening_that_takes_minutes_is_planned(tmp_path: Path, monkeypatch: py
     """A plan includes the cost of whitening until it is stored; a standard transform or few images cost little."""
     plain = tiny_config("dataset.resize=64")
     white = override(plain, ["dataset.normalisation=auto"])
-    assert len(Pipeline([white], str(tmp_path)).data_lines()) == 1  # fewer images than pixels
+    assert len(preview.data_lines(Pipeline([white], str(tmp_path)).runs)) == 1  # fewer images than pixels
     monkeypatch.setattr("datm_ray.data.transform._EIGEN_SECONDS", 1e-7)
-    _, line = Pipeline([white], str(tmp_path)).data_lines()
+    _, line = preview.data_lines(Pipeline([white], str(tmp_path)).runs)
     cost = "152 MiB of memory, 19.1 MiB of disk and about 3 min on two CPU cores"
     assert line == f"digits: fitting zca takes {cost}, once"
     planned = plan_run(white).lines()
     assert f"  fitting zca      {cost}, once, by the process that starts the workers" in planned
-    assert len(Pipeline([plain], str(tmp_path)).data_lines()) == 1
+    assert len(preview.data_lines(Pipeline([plain], str(tmp_path)).runs)) == 1
 
 
 def test_whitening_is_fitted_once_for_an_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -813,7 +830,7 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     assert "normalisation: zca\n" in recipe
     assert "depth: 2\n" in recipe
     for each in (config, named):
-        assert Pipeline([each], str(tmp_path)).plan()[0] == "0 experts to train"
+        assert preview.remaining_lines(Pipeline([each], str(tmp_path)).runs)[0] == "0 experts to train"
     (tmp_path / "tiny/initial.arrow").touch()
     with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \(zca there, standard here\)"):
         Pipeline([override(config, ["dataset.normalisation=standard"])], str(tmp_path))
@@ -835,7 +852,7 @@ def test_a_run_of_an_earlier_version_is_resumed(finished_run: Path, tmp_path: Pa
     known = json.loads(note.read_text())
     assert known.pop("test_images") > 0
     note.write_text(json.dumps(known))
-    assert Pipeline([tiny_config()], str(tmp_path / "out")).plan()[1] == "0 sets to distil"
+    assert preview.remaining_lines(Pipeline([tiny_config()], str(tmp_path / "out")).runs)[1] == "0 sets to distil"
 
 
 def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -920,9 +937,9 @@ def test_results_that_a_shared_disk_shows_late_are_waited_for(
 
     monkeypatch.setattr(LocalFileSystem, "info", late)
     pipeline = Pipeline([tiny_config()], str(tmp_path / "copy"))
-    assert pipeline.plan()[1] == "1 set to distil: tiny"
+    assert preview.remaining_lines(pipeline.runs)[1] == "1 set to distil: tiny"
     pipeline.distill(lambda: Elsewhere(tiny_config().cluster), Reporter(quiet=True))
-    assert pipeline.plan()[1] == "0 sets to distil"
+    assert preview.remaining_lines(pipeline.runs)[1] == "0 sets to distil"
 
 
 def test_memory_of_workers_follows_their_gpus_and_not_this_machines(tmp_path: Path) -> None:

@@ -365,14 +365,16 @@ def _reporter() -> Reporter:
 
 
 def _print_plan(pipeline: Pipeline, json_: bool) -> None:
+    from datm_ray.pipeline import preview
+
+    runs = pipeline.runs
     if json_:
-        remaining = (
-            {"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in pipeline.remaining().items()
-        )
-        distances = [{"name": name, **found.to_json()} for name, found in pipeline.distances().items()]
-        print_json({"data": pipeline.data(), "remaining": list(remaining), "distances": distances})
+        left = preview.remaining(runs).items()
+        remaining = [{"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in left]
+        distances = [{"name": name, **found.to_json()} for name, found in preview.distances(runs).items()]
+        print_json({"data": preview.data(runs), "remaining": remaining, "distances": distances})
         return
-    planned = pipeline.plan()
-    steps = (f"{name}: {'; '.join(found.lines())}" for name, found in pipeline.distances().items())
-    for line in [*pipeline.data_lines(), *planned, *steps]:
+    planned = preview.remaining_lines(runs)
+    steps = (f"{name}: {'; '.join(found.lines())}" for name, found in preview.distances(runs).items())
+    for line in [*preview.data_lines(runs), *planned, *steps]:
         print(one_line(line))

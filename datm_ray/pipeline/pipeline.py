@@ -30,6 +30,7 @@ from datm_ray.pipeline.folder import (
     summaries,
     write_note,
 )
+from datm_ray.pipeline.preview import data_lines
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import RowArguments
 from datm_ray.report import accuracy_table, facts_of, fair_table, networks_table
@@ -45,13 +46,12 @@ from datm_ray.stages.evaluate.rows import result_location, scored_rows
 from datm_ray.stages.evaluate.scores import note_scoring, read_score
 from datm_ray.stages.experts.progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts.train import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
-from datm_ray.stages.methods.base import Outlook
-from datm_ray.stages.methods.registry import method_of, networks_before_scoring, role_of, trained_networks
+from datm_ray.stages.methods.registry import networks_before_scoring, role_of, trained_networks
 from datm_ray.stages.prior import is_trained, note_prior_cost
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import LAG, Location, require_shared
-from datm_ray.words import counted, dimensions, listed
+from datm_ray.words import counted, listed
 
 _log = logging.getLogger(__name__)
 
@@ -118,93 +118,6 @@ class Pipeline:
         except ConfigError:
             return False
         return True
-
-    def plan(self) -> list[str]:
-        """Remaining work in words, one line for each stage.
-
-        Raises:
-            DatmError: the runs cannot be distilled or written here, or do not fit into memory.
-        """
-        lines = []
-        for title, (count, names) in self.remaining().items():
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            title = title.replace("s ", " ", 1) if count == 1 else title
-            lines.append(f"{count} {title}" + (f": {shown}" if names else ""))
-        return lines
-
-    def remaining(self) -> dict[str, tuple[int, list[str]]]:
-        """Title of each stage -> number of experts, sets or networks left to make, and names of their tasks or runs.
-
-        Raises:
-            DatmError: the runs cannot be distilled or written here, or do not fit into memory.
-        """
-        checks.require_startable(self.runs)
-        runs, scoring = self.runs, tasks.scoring_runs(self.runs)
-
-        def experts(networks: Sequence[RunConfig] | None = None) -> tuple[int, list[str]]:
-            missing = sum(len(runs.missing_experts(config)) for config in tasks.expert_recipes(runs, networks))
-            return missing, [task.name for task in tasks.expert_tasks(runs, networks=networks)]
-
-        priors = [config.name for config in runs.missing_priors()]
-        orders = [task.name for task in tasks.scoring_tasks(runs)]
-        sets = list(dict.fromkeys(task.run for task in tasks.distill_tasks(runs)))
-        labelled = tasks.epochs_to_label(runs)
-        evaluation = tasks.evaluate_tasks(runs, self.scored_rows)
-        found = {
-            "priors to train": (len(priors), priors),
-            "networks to train for scoring images": experts(scoring),
-            "orders of images to score": (len(orders), orders),
-            "experts to train": experts(),
-            "sets to distil": (len(sets), sets),
-            "epochs to label": (sum(labelled.values()), list(labelled)),
-            "networks to train for evaluation": (
-                sum(len(RowArguments(*task.arguments).numbers) for task in evaluation),
-                [task.name for task in evaluation],
-            ),
-        }
-        always = ("experts to train", "sets to distil", "networks to train for evaluation")
-        return {title: each for title, each in found.items() if each[0] or title in always}
-
-    def data(self) -> list[dict[str, Any]]:
-        """Facts of each data set: name, number of classes, images of each part, an image's [c, h, w], and notes."""
-        return [
-            {
-                "name": raw.name,
-                "classes": raw.classes,
-                "training": len(raw.train),
-                "validation": len(raw.validation),
-                "test": len(raw.test),
-                "image": [raw.channels, *raw.size],
-                "notes": list(raw.notes),
-            }
-            for raw in dict.fromkeys(self.runs.datasets.values())
-        ]
-
-    def data_lines(self) -> list[str]:
-        """Lines about each data set: number of classes and images, and notes on how its files were read."""
-        lines = []
-        for facts in self.data():
-            counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
-            images = f"{counts} images of {dimensions(facts['image'])}"
-            lines.append(f"{facts['name']}: {facts['classes']} classes, {images}")
-            lines += [f"{facts['name']}: {note}" for note in facts["notes"]]
-        for dataset, raw in self.runs.datasets.items():
-            cost = self.runs.fitting_cost(dataset)
-            if cost.minutes >= 1 and self.runs.stored_transform(dataset) is None:
-                lines.append(f"{raw.name}: fitting zca takes {cost}, once")
-        return lines
-
-    def distances(self) -> dict[str, Outlook]:
-        """Forecasts for the sets that are not distilled yet: name of the set -> forecast by its method.
-
-        A forecast needs no work; it says, for example, how far experts will move. A set whose method makes no forecast
-        is left out.
-        """
-        found = {
-            config.name: method_of(config).outlook(config, len(self.runs.raw(config).train))
-            for config in self.runs.unfinished()
-        }
-        return {name: outlook for name, outlook in found.items() if outlook}
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Run all stages: experts, distillation and evaluation.
@@ -320,7 +233,7 @@ class Pipeline:
                 _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
                 where = ", ".join((folder / LOG).uri for folder in folders)
                 log = f"{where}, uploaded every minute; -v shows it here" if uploaded else where
-                for line in (f"Running on {executor.description}", *self.data_lines(), f"Log: {log}"):
+                for line in (f"Running on {executor.description}", *data_lines(self.runs), f"Log: {log}"):
                     reporter.message(line)
                 for config in recipes:
                     # The recipe is written last, because it marks the folder as a run's, also for `report`.

@@ -17,6 +17,7 @@ from PIL import Image
 from datm_ray.config import NetworkSpec, RunConfig, run_identity
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.pipeline import preview
 from datm_ray.pipeline.checks import unequal_keys
 from datm_ray.recipes import get_recipe
 
@@ -246,7 +247,8 @@ def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, t
 def nothing_is_left(bench: SimpleNamespace, runs: Path) -> bool:
     """True if all tasks of the tiny run are done."""
     rows = bench.main.wanted("all", bench.variants.QUICK, 1, 2).rows()
-    plan = bench.main.Scoring([config for each in rows for config in each], str(runs)).plan()
+    pipeline = bench.main.Scoring([config for each in rows for config in each], str(runs))
+    plan = preview.remaining_lines(pipeline.runs, pipeline.scored_rows)
     return bool(plan == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"])
 
 

@@ -23,7 +23,7 @@ from datm_ray.core.training.teacher import StoredLessons, Teacher
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Spent
-from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.pipeline import Pipeline, preview, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
@@ -125,7 +125,7 @@ def test_stored_labels_train_as_a_live_teacher_does_on_the_same_views(finished_r
 def test_a_plan_and_a_dry_run_tell_of_labels(finished_run: Path, tmp_path: Path) -> None:
     """Epochs to label are part of what is left, and their time and bytes of a plan; both end with the labelling."""
     pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=3")
-    assert "3 epochs to label: tiny" in pipeline.plan()
+    assert "3 epochs to label: tiny" in preview.remaining_lines(pipeline.runs)
     plan = plan_run(config, "cpus=1,gflops=50")
     store = 3 * 10 * (16 + 1 / 8 + 4 + 4 + 8 + 2 * 10)
     assert plan.storage["labels"] == math.ceil(store)
@@ -136,7 +136,7 @@ def test_a_plan_and_a_dry_run_tell_of_labels(finished_run: Path, tmp_path: Path)
     online = plan_run(tiny_config(*STORED, "evaluate.labels=teacher"), "cpus=1,gflops=50")
     assert plan.stages["evaluation"][0] < online.stages["evaluation"][0]  # no teacher beside the set's networks
     evaluate(pipeline)
-    assert not any("label" in line for line in pipeline.plan())
+    assert not any("label" in line for line in preview.remaining_lines(pipeline.runs))
     assert store_of(pipeline, config).info.planned_bytes == plan.storage["labels"]
 
 

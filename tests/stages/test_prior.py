@@ -22,7 +22,7 @@ from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, MissingExpertsError
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, report
+from datm_ray.pipeline import Pipeline, preview, report
 from datm_ray.planning.memory import prior_memory
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
@@ -112,13 +112,19 @@ def test_a_run_with_a_prior_is_finished_and_reported(finished: Path) -> None:
     """A finished run has nothing left to do, its report has the prior's cost, and its identity the prior's settings."""
     config = tiny_config(*DM, TRAINED)
     pipeline = Pipeline([config], str(finished))
-    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    assert preview.remaining_lines(pipeline.runs) == [
+        "0 experts to train",
+        "0 sets to distil",
+        "0 networks to train for evaluation",
+    ]
     report(str(finished))
     (summary,) = json.loads((finished / "summary.json").read_text())
     assert [cost["what"] for cost in summary["cost"]][:2] == ["prior", "distillation"]
     assert "prior" in run_identity(config)
     assert "prior" not in run_identity(tiny_config(*DM))
-    assert "1 prior to train: tiny" in Pipeline([override(config, ["seed=1"])], str(finished / "other")).plan()
+    assert "1 prior to train: tiny" in preview.remaining_lines(
+        Pipeline([override(config, ["seed=1"])], str(finished / "other")).runs
+    )
 
 
 def stop_at(config: RunConfig, out: Path, iteration: int) -> None:
@@ -368,7 +374,7 @@ def test_priors_that_cannot_work_are_refused() -> None:
     """A method that learns no images refuses a prior, and an unknown kind is an error that lists the kinds."""
     config = tiny_config("method=select", "select.by=random", TRAINED)
     with pytest.raises(ConfigError, match="prior is set, and method select learns no images"):
-        Pipeline([config], "memory://priors-refused").plan()
+        preview.remaining_lines(Pipeline([config], "memory://priors-refused").runs)
     with pytest.raises(ConfigError, match=r"prior\.kind is 'gan': it must be trained, untrained or package"):
         tiny_config("prior={kind: gan}")
 

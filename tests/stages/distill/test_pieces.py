@@ -24,7 +24,7 @@ from datm_ray.core.training.loop import predict_logits
 from datm_ray.errors import DatmError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.pipeline import Pipeline, preview, report, summaries
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
@@ -98,7 +98,11 @@ def test_a_run_leaves_a_set_with_the_teachers_labels_and_no_pieces(finished: Pat
     assert artifact.labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert artifact.clipped_share() == 0
     pipeline = Pipeline([config], str(finished))
-    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    assert preview.remaining_lines(pipeline.runs) == [
+        "0 experts to train",
+        "0 sets to distil",
+        "0 networks to train for evaluation",
+    ]
     (config,) = pipeline.configs
     dataset = pipeline.runs.dataset(config.dataset)
     teacher = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
@@ -205,7 +209,7 @@ def test_a_set_whose_pieces_are_all_made_is_joined_by_the_next_command(
         patched.setattr(PieceWorker, "join_pieces", die)
         with pytest.raises(RuntimeError, match="killed"):
             pipeline.distill(start, Reporter(quiet=True))
-    assert pipeline.plan()[1] == "1 set to distil: tiny"
+    assert preview.remaining_lines(pipeline.runs)[1] == "1 set to distil: tiny"
     monkeypatch.setattr(PieceWorker, "make_piece", die)
     pipeline.distill(start, Reporter(quiet=True))
     assert torch.equal(set_of(tmp_path).images, set_of(finished).images)

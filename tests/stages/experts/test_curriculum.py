@@ -14,7 +14,7 @@ import torch
 from datm_ray.config import expert_fingerprint
 from datm_ray.core.training.loop import predict_logits
 from datm_ray.errors import CorruptFileError, MissingExpertsError
-from datm_ray.pipeline import Pipeline
+from datm_ray.pipeline import Pipeline, preview
 from datm_ray.pipeline.tasks import expert_stacks, expert_tasks, scoring_runs, scoring_tasks
 from datm_ray.runtime.executor import Progress
 from datm_ray.stages.experts.curriculum import KIND, curriculum_of
@@ -81,12 +81,12 @@ def test_scores_are_the_mean_error_of_the_scoring_networks(finished: Path) -> No
 def test_a_finished_order_is_not_scored_again(finished: Path) -> None:
     """A plan names the order only if experts are missing and their images are not scored; its cost is noted."""
     pipeline = Pipeline([tiny_config(CURRICULUM)], str(finished))
-    assert pipeline.plan()[0] == "0 experts to train"
+    assert preview.remaining_lines(pipeline.runs)[0] == "0 experts to train"
     (cost,) = read_experts_cost(pipeline.runs.folder(pipeline.configs[0]))
     assert cost.known == 2
     more = Pipeline([tiny_config(CURRICULUM, "experts.count=3")], str(finished))
     assert scoring_tasks(more.runs) == []
-    assert more.plan()[0].startswith("1 expert to train")
+    assert preview.remaining_lines(more.runs)[0].startswith("1 expert to train")
 
 
 def test_a_new_order_is_planned(tmp_path: Path) -> None:
@@ -94,9 +94,13 @@ def test_a_new_order_is_planned(tmp_path: Path) -> None:
     other = CURRICULUM.replace("whole_from: 3", "whole_from: 2")
     configs = [tiny_config(CURRICULUM), tiny_config(other, "name=other"), tiny_config("name=plain")]
     pipeline = Pipeline(configs, str(tmp_path))
-    assert pipeline.plan()[0].startswith("3 networks to train for scoring images: experts 0-2 of digits/convnet/")
-    assert pipeline.plan()[1].startswith("1 order of images to score: difficulty of images by 3 of digits/convnet/")
-    assert pipeline.plan()[2].startswith("6 experts to train")
+    assert preview.remaining_lines(pipeline.runs)[0].startswith(
+        "3 networks to train for scoring images: experts 0-2 of digits/convnet/"
+    )
+    assert preview.remaining_lines(pipeline.runs)[1].startswith(
+        "1 order of images to score: difficulty of images by 3 of digits/convnet/"
+    )
+    assert preview.remaining_lines(pipeline.runs)[2].startswith("6 experts to train")
     fingerprints = {expert_fingerprint(config, "") for config in pipeline.configs}
     assert len(fingerprints) == 3
 
@@ -221,4 +225,4 @@ def test_auxiliaries_may_have_a_curriculum_of_their_own(tmp_path: Path) -> None:
     pipeline = trained(tmp_path, metadd)
     architectures = [key.architecture for key in TrajectoryStore(pipeline.store_uri).groups()]
     assert sorted(architectures) == ["convnet", "lenet", "lenet"]
-    assert pipeline.plan()[0] == "0 experts to train"
+    assert preview.remaining_lines(pipeline.runs)[0] == "0 experts to train"

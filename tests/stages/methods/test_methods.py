@@ -26,7 +26,7 @@ from datm_ray.methods import state as state_module
 from datm_ray.methods.distribution import draw_shared
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.pipeline import Pipeline, preview, report, summaries
 from datm_ray.pipeline.tasks import expert_recipes
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
@@ -85,7 +85,11 @@ def test_dm_trains_no_experts_and_is_scored_against_hard_labels(finished: tuple[
     assert torch.equal(last.soft_labels, hard_logits(last.labels, 10))
     assert first.step_size == last.step_size == pytest.approx(0.03)
     pipeline = Pipeline([tiny_config(*DM, *SCORED)], str(out))
-    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    assert preview.remaining_lines(pipeline.runs) == [
+        "0 experts to train",
+        "0 sets to distil",
+        "0 networks to train for evaluation",
+    ]
     (summary,) = summaries(pipeline.out, pipeline.configs)
     assert {score.row for score in summary.scores} == {"random-hard", "distilled", "full"}
     assert [each.control.row for each in summary.networks if each.control] == ["random-hard"] * 2

@@ -20,7 +20,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DatmError
 from datm_ray.methods.selection import crop_for_tile, draw_boxes, drawn_order, padded
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.pipeline import Pipeline, preview, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Phase, SerialExecutor
@@ -168,7 +168,11 @@ def test_crops_are_those_of_a_plain_choice(tiles: int, finished: Path, tmp_path:
 def test_a_run_leaves_a_labelled_set_and_a_report_without_iterations(finished: Path) -> None:
     """The set has the teacher's labels and the recipe's step size; page and table need no course."""
     pipeline, artifact = Pipeline([config_of()], str(finished)), set_of(finished)
-    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    assert preview.remaining_lines(pipeline.runs) == [
+        "0 experts to train",
+        "0 sets to distil",
+        "0 networks to train for evaluation",
+    ]
     logits = predict_logits(Plain(pipeline).experts.restored(0), artifact.images)
     torch.testing.assert_close(artifact.soft_labels, logits, rtol=1e-5, atol=1e-5)
     assert artifact.step_sizes == pytest.approx([0.05])
@@ -306,4 +310,4 @@ def test_a_method_without_iterations_needs_no_pieces(tmp_path: Path, monkeypatch
     assert iterations_of(config) == 0
     first, last = (load(str(tmp_path / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
     assert torch.equal(first.images, last.images)
-    assert pipeline.plan()[1] == "0 sets to distil"
+    assert preview.remaining_lines(pipeline.runs)[1] == "0 sets to distil"

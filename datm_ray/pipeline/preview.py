@@ -1,0 +1,105 @@
+"""What a command will do, before it starts: remaining work, the data, and forecasts. Tests: tests/test_pipeline.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.pipeline import checks, tasks
+from datm_ray.pipeline.runs import Runs
+from datm_ray.pipeline.tasks import RowArguments
+from datm_ray.stages.evaluate.rows import scored_rows
+from datm_ray.stages.methods.base import Outlook
+from datm_ray.stages.methods.registry import method_of
+from datm_ray.words import dimensions
+
+Rows = Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]]
+
+
+def remaining_lines(runs: Runs, rows: Rows = scored_rows) -> list[str]:
+    """Remaining work in words, one line for each stage. Arguments and errors: see `remaining`."""
+    lines = []
+    for title, (count, names) in remaining(runs, rows).items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        title = title.replace("s ", " ", 1) if count == 1 else title
+        lines.append(f"{count} {title}" + (f": {shown}" if names else ""))
+    return lines
+
+
+def remaining(runs: Runs, rows: Rows = scored_rows) -> dict[str, tuple[int, list[str]]]:
+    """Title of each stage -> number of experts, sets or networks left to make, and names of their tasks or runs.
+
+    Args:
+        rows: returns the rows of a run's accuracy table that are scored, each with its network, see `scored_rows`.
+
+    Raises:
+        DatmError: the runs cannot be distilled or written here, or do not fit into memory.
+    """
+    checks.require_startable(runs)
+    priors = [config.name for config in runs.missing_priors()]
+    orders = [task.name for task in tasks.scoring_tasks(runs)]
+    sets = list(dict.fromkeys(task.run for task in tasks.distill_tasks(runs)))
+    labelled = tasks.epochs_to_label(runs)
+    evaluation = tasks.evaluate_tasks(runs, rows)
+    found = {
+        "priors to train": (len(priors), priors),
+        "networks to train for scoring images": _missing_experts(runs, tasks.scoring_runs(runs)),
+        "orders of images to score": (len(orders), orders),
+        "experts to train": _missing_experts(runs),
+        "sets to distil": (len(sets), sets),
+        "epochs to label": (sum(labelled.values()), list(labelled)),
+        "networks to train for evaluation": (
+            sum(len(RowArguments(*task.arguments).numbers) for task in evaluation),
+            [task.name for task in evaluation],
+        ),
+    }
+    always = ("experts to train", "sets to distil", "networks to train for evaluation")
+    return {title: each for title, each in found.items() if each[0] or title in always}
+
+
+def _missing_experts(runs: Runs, networks: Sequence[RunConfig] | None = None) -> tuple[int, list[str]]:
+    """Number of experts missing in the store, and names of their tasks. `networks`: see `tasks.expert_tasks`."""
+    missing = sum(len(runs.missing_experts(config)) for config in tasks.expert_recipes(runs, networks))
+    return missing, [task.name for task in tasks.expert_tasks(runs, networks=networks)]
+
+
+def data(runs: Runs) -> list[dict[str, Any]]:
+    """Facts of each data set: name, number of classes, images of each part, an image's [c, h, w], and notes."""
+    return [
+        {
+            "name": raw.name,
+            "classes": raw.classes,
+            "training": len(raw.train),
+            "validation": len(raw.validation),
+            "test": len(raw.test),
+            "image": [raw.channels, *raw.size],
+            "notes": list(raw.notes),
+        }
+        for raw in dict.fromkeys(runs.datasets.values())
+    ]
+
+
+def data_lines(runs: Runs) -> list[str]:
+    """Lines about each data set: number of classes and images, and notes on how its files were read."""
+    lines = []
+    for facts in data(runs):
+        counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
+        images = f"{counts} images of {dimensions(facts['image'])}"
+        lines.append(f"{facts['name']}: {facts['classes']} classes, {images}")
+        lines += [f"{facts['name']}: {note}" for note in facts["notes"]]
+    for dataset, raw in runs.datasets.items():
+        cost = runs.fitting_cost(dataset)
+        if cost.minutes >= 1 and runs.stored_transform(dataset) is None:
+            lines.append(f"{raw.name}: fitting zca takes {cost}, once")
+    return lines
+
+
+def distances(runs: Runs) -> dict[str, Outlook]:
+    """Forecasts for the sets that are not distilled yet: name of the set -> forecast by its method.
+
+    A forecast needs no work; it says, for example, how far experts will move. A set whose method makes no forecast is
+    left out.
+    """
+    each = {config.name: method_of(config).outlook(config, len(runs.raw(config).train)) for config in runs.unfinished()}
+    return {name: outlook for name, outlook in each.items() if outlook}
