@@ -32,7 +32,7 @@ from datm_ray.config import DistillConfig, NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import Rows, SyntheticSet
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
@@ -82,14 +82,14 @@ def functions_of(spec: NetworkSpec, compiled: bool) -> StudentStepFunctions:
     return StudentStepFunctions(FlatNetwork(build_network(spec, 0)), StepOptions(compiled=compiled))
 
 
-def first_state(case: Case, mesh: Mesh) -> tuple[Distillation, Match]:
+def first_state(case: Case, mesh: Mesh) -> tuple[MatchingState, Match]:
     """State before the first iteration, and the inputs of every iteration, for this process's rows."""
     rows = Rows.of_shard(mesh.column, mesh.columns, case.spec.classes, case.ipc)
     problem, held = make_problem(case.spec, case.spec.classes * case.ipc, case.steps), slice(rows.first, rows.last)
     whole, steps = problem.synthetic, [step.held_by(rows.first, rows.last) for step in problem.steps]
     part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
     match = Match(functions_of(case.spec, case.compiled), problem.start, problem.target, steps, chunk=case.chunk)
-    return Distillation(part, DistillConfig(threshold=1e9, learning_rate_images=case.rate)), match
+    return MatchingState(part, DistillConfig(threshold=1e9, learning_rate_images=case.rate)), match
 
 
 def take_part(case: Case, own: WorkerRank) -> tuple[list[list[float]], NDArray[np.float32]]:

@@ -28,7 +28,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
@@ -53,7 +53,7 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
     functions = StudentStepFunctions(FlatNetwork(networks[0]))
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randn(100, 3, *size, generator=draw), torch.arange(100) % 10
-    state = Distillation(
+    state = MatchingState(
         SyntheticSet(images, torch.randn(100, 10, generator=draw), torch.tensor([0.01]), labels),
         DistillConfig(
             learning_rate_images=1e-3,

@@ -43,7 +43,7 @@ from datm_ray.data.reading import parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
 from datm_ray.interop.teachers import read_weights
-from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
+from datm_ray.methods.trajectory.iteration import IterationRecord, MatchingState
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe
@@ -151,7 +151,7 @@ def read_transform(path: Path) -> object:
 
 def write_checkpoint(folder: Path) -> Path:
     record = IterationRecord(0, 0, 1, 2, 0.5, 0.01, False, 0.1)
-    state = Distillation(synthetic_set(), DistillConfig(), {}, [record])
+    state = MatchingState(synthetic_set(), DistillConfig(), {}, [record])
     state.record_validation(0.5)
     held, shared = state.to_arrays()
     metadata = {"recipe": {}, "iteration": 1, "parts": ["00000001-0-4.arrow"]}
@@ -166,7 +166,7 @@ def write_part(folder: Path) -> Path:
 
 def read_checkpoint(path: Path) -> object:
     folder = open_location(str(path.parent if path.name == CHECKPOINT else path.parents[1]))
-    state = load_checkpoint(Distillation, folder, Rows(0, 4), DistillConfig(), CPU)
+    state = load_checkpoint(MatchingState, folder, Rows(0, 4), DistillConfig(), CPU)
     assert state is not None
     return [*vars(state.synthetic).values(), [vars(each) for each in state.history], read_curves(folder)]
 

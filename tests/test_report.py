@@ -34,7 +34,7 @@ from datm_ray.core.synthetic import Rows, SyntheticSet, hard_logits
 from datm_ray.core.training.labelling import draw_views
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, RunDirectoryError
-from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
+from datm_ray.methods.trajectory.iteration import IterationRecord, MatchingState
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline import report
 from datm_ray.pipeline.folder import DATA, RECIPE
@@ -102,7 +102,7 @@ def save_set(
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
-    state = Distillation(synthetic_set(config, 3), config.distill)
+    state = MatchingState(synthetic_set(config, 3), config.distill)
     for k, loss in enumerate(losses):
         skipped = not loss <= config.distill.skip_above
         decrease = math.nan if skipped else loss  # a skipped iteration has no decrease
@@ -367,7 +367,7 @@ def test_colour_images_keep_their_colours(out: Location) -> None:
 def test_unstarted_run_is_described(out: Location) -> None:
     """A run without any file gets its recipe and a sentence, not an error."""
     text = text_of(page_of(out, RunSummary(configure(), out / "tiny", [])))
-    assert "Distillation has not started: there are no images yet. Nothing is evaluated yet." in text
+    assert "MatchingState has not started: there are no images yet. Nothing is evaluated yet." in text
     assert "No run is evaluated yet" in text
     assert "2 images per class" in text
 
@@ -387,7 +387,7 @@ def test_unfinished_run_is_described(out: Location) -> None:
     save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
     save_checkpoint(out / config.name, config, [0.8, 0.7, 0.6], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, SCORES[:1])))
-    assert "Distillation is not finished: 3 of 12 iterations are in the last checkpoint" in text
+    assert "MatchingState is not finished: 3 of 12 iterations are in the last checkpoint" in text
     assert "Not evaluated yet: random real images, soft labels; distilled; all real data." in text
     assert "Matching loss" in text
     assert "Validation accuracy" not in text
@@ -473,7 +473,7 @@ def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
     """A step size that stays is drawn in the middle of an axis from 0, and is not called learned."""
     config = configure(learning_rate_step_size=0, initial_step_size=0.03)
     save_set(out / config.name / SYNTHETIC, config, ("a", "b", "c"))
-    state = Distillation(synthetic_set(config, 3), config.distill)
+    state = MatchingState(synthetic_set(config, 3), config.distill)
     noise = float(np.float32(0.03))
     state.history = [IterationRecord(k, 0, 0, 1, 0.5, noise, skipped=False, decrease=0.1) for k in range(9)]
     checkpoint.save_checkpoint(

@@ -22,7 +22,7 @@ from datm_ray.core.synthetic import SyntheticSet, correct_rows_in_steps, mean_co
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, logits_in_steps, trainer
 from datm_ray.methods.trajectory.difficulty import draw_origin
-from datm_ray.methods.trajectory.iteration import Distillation, Match
+from datm_ray.methods.trajectory.iteration import Match, MatchingState
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.recipes import get_recipe
@@ -186,7 +186,7 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
     scoring = (time.monotonic() - began) / networks
     classes = range(images.spec.classes)
     chosen = correct_rows_in_steps(labels, 1, 0, experts=count, predict=experts.predict, classes=classes)
-    state = Distillation(experts.real_set(recipe, result_of(chosen)), recipe.run.distill)
+    state = MatchingState(experts.real_set(recipe, result_of(chosen)), recipe.run.distill)
     module = build_network(images.spec, 0).to(machine.device)
     functions = StudentStepFunctions(FlatNetwork(module), machine.options())
     functions.prepare(len(random.images), tuple(random.images.shape[1:]), images.spec.classes)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
             break
 
 
-def _iterate(state: Distillation, functions: StudentStepFunctions, trajectories: Tensor, bound: int) -> None:
+def _iterate(state: MatchingState, functions: StudentStepFunctions, trajectories: Tensor, bound: int) -> None:
     images, settings = len(state.synthetic.images), state.settings
     origin = draw_origin(range(bound), len(trajectories), 0, state.iteration)
     steps = draw_student_steps(images, settings.student_steps, images, settings.augmentation, 0, state.iteration)

@@ -24,7 +24,7 @@ from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.experts import ExpertState, train_experts
 from datm_ray.core.training.loop import Schedule, Training, predict_logits, train_to_end, train_together
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.machine.devices import restoring_settings
@@ -234,7 +234,7 @@ def distilled(machine: Machine, device: str) -> Tensors:
     """The set and its saved momenta after three iterations with momentum."""
     problem = _Matching(machine).problem(device)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
-    state = Distillation(problem.synthetic, SETTINGS)
+    state = MatchingState(problem.synthetic, SETTINGS)
     for _ in range(3):
         state.step([Match(functions, problem.start, problem.target, problem.steps)], [Origin(0, 0)])
     held, shared = state.to_arrays()

@@ -14,7 +14,7 @@ from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.compute.precision import Precision, tf32_products
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
@@ -204,7 +204,7 @@ class _Measurer:
         machine, shape, problem = self.machine, self.shape, self.problem
         functions = self.functions(machine.options())
         parameters = [each.cpu().numpy() for each in (problem.start, problem.target)]
-        state, count = Distillation(problem.synthetic, SETTINGS), 3 if machine.small else 12
+        state, count = MatchingState(problem.synthetic, SETTINGS), 3 if machine.small else 12
 
         def inputs(iteration: int) -> Match:
             drawn = draw_student_steps(shape.images, shape.steps, shape.batch, PUBLISHED_AUGMENTATION, 0, iteration)

@@ -23,7 +23,7 @@ from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
@@ -60,7 +60,7 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
     row = compared(
         [part.images, part.soft_labels, part.step_size], [whole.images[held], whole.soft_labels[held], whole.step_size]
     )
-    state = Distillation(mine, SETTINGS)
+    state = MatchingState(mine, SETTINGS)
     match = Match(functions, problem.start, problem.target, steps)
     state.step(
         [match],

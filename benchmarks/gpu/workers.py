@@ -65,14 +65,14 @@ class _Run:
         from datm_ray.data.sources import ImageSet, RawDataset
 
         draw = np.random.default_rng(0)
-        sets = [
+        train, held_out, test = (
             ImageSet(
                 draw.integers(0, 256, (count, 3, self.side, self.side), dtype=np.uint8), np.arange(count) % CLASSES
             )
             for count in ((40, 20, 20) if self._small else (1_024, 100, 100))
-        ]
+        )
         names = tuple(f"class {number}" for number in range(CLASSES))
-        raw = RawDataset("random", names, *sets, levels=255, fingerprint="0" * 16)
+        raw = RawDataset("random", names, train, validation=held_out, test=test, fingerprint="0" * 16)
         return prepare(raw, transform_of(raw, "standard"))
 
     def experts(self, config: RunConfig) -> str:

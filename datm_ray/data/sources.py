@@ -41,38 +41,6 @@ class ImageSet:
         return ImageSet(images, self.labels[indices])
 
 
-@dataclass(frozen=True, eq=False)
-class RawDataset:
-    """Data set after reading, checks and split, before normalisation."""
-
-    name: str
-    class_names: tuple[str, ...]
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
-    levels: int
-    """Value of a uint8 pixel that means 1.0: 16 for digits, 255 for photographs."""
-    fingerprint: str
-    """16 hex digits that depend on all pixels, labels, class names, levels and the split.
-
-    For streamed images they depend on names and sizes of files in place of pixels."""
-    notes: tuple[str, ...] = ()
-    """Lines on left-out files, the use of files and changes to pixels; without control characters."""
-
-    @property
-    def channels(self) -> int:
-        return int(self.train.images.shape[1])
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.train.images.shape[2], self.train.images.shape[3]
-
-    @property
-    def classes(self) -> int:
-        return len(self.class_names)
-
-
 @dataclass(frozen=True)
 class Request:
     """Options for reading a source."""
@@ -101,8 +69,34 @@ class Loaded:
     test: ImageSet | None
     """Test set of the source; `None` to split one off `train`."""
     levels: int = 255
+    """Value of a uint8 pixel that means 1.0: 16 for digits, 255 for photographs."""
     notes: tuple[str, ...] = ()
-    """Lines for the user on how the files were read."""
+    """Lines for the user on left-out files, the use of files and changes to pixels."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RawDataset(Loaded):
+    """Data set after reading, checks and split, before normalisation. `notes` are without control characters."""
+
+    validation: ImageSet
+    test: ImageSet
+    fingerprint: str
+    """16 hex digits that depend on all pixels, labels, class names, levels and the split.
+
+    For streamed images they depend on names and sizes of files in place of pixels."""
+
+    @property
+    def channels(self) -> int:
+        return int(self.train.images.shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
 
 Loader = Callable[[Request], Loaded]
@@ -165,16 +159,9 @@ def load_raw(
         train, test = _split(train, TEST_FRACTION, Stream.TEST, loaded.class_names)
     _check_labels("test", test.labels, loaded.class_names)
     train, held_out = _split(train, validation, Stream.VALIDATION, loaded.class_names)
-    return RawDataset(
-        name=loaded.name,
-        class_names=loaded.class_names,
-        train=train,
-        validation=held_out,
-        test=test,
-        levels=loaded.levels,
-        fingerprint=_fingerprint(loaded.class_names, loaded.levels, (train, held_out, test)),
-        notes=tuple(map(one_line, loaded.notes)),
-    )
+    fingerprint = _fingerprint(loaded.class_names, loaded.levels, (train, held_out, test))
+    kept = (loaded.name, loaded.class_names, train, loaded.levels, tuple(map(one_line, loaded.notes)))
+    return RawDataset(*kept, validation=held_out, test=test, fingerprint=fingerprint)
 
 
 def require_disk(path: str | None) -> None:

@@ -158,7 +158,7 @@ class Collector(QueueHandler):
         return taken
 
 
-class Line(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """Format of a record: one line, and below it the traceback if there is one."""
 
     converter = staticmethod(time.gmtime)
@@ -178,7 +178,7 @@ class _Terminal(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(Line())
+        self.setFormatter(LineFormatter())
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -201,7 +201,7 @@ class _File(RotatingFileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=LARGEST, backupCount=1, encoding="utf-8", delay=True, errors="backslashreplace")
-        self.setFormatter(Line())
+        self.setFormatter(LineFormatter())
         self._has_failed = False
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 from contextlib import nullcontext
 
-from datm_ray.monitor.logs import LARGEST, LOG, Line
+from datm_ray.monitor.logs import LARGEST, LOG, LineFormatter
 from datm_ray.store.files.filesystem import Location
 from datm_ray.words import one_line
 
@@ -30,7 +30,7 @@ class UploadedLog(logging.Handler):
 
     def __init__(self, folder: Location) -> None:
         super().__init__()
-        self.setFormatter(Line())
+        self.setFormatter(LineFormatter())
         self._place, self._older_place = folder / LOG, folder / f"{LOG}.1"
         self._text, self._older = bytearray(), b""
         """_text: content of `log.txt`. _older: content of `log.txt.1` that is not uploaded yet."""

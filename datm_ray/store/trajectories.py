@@ -148,7 +148,7 @@ class GroupKey:
         return f"{self.dataset}/{self.architecture}/{self.fingerprint}"
 
 
-class Progress(NamedTuple):
+class StoredEpochs(NamedTuple):
     """Stored epochs of one expert, and for each epoch the mean training loss and the test accuracy, in [0, 1].
 
     The three fields have the same length. A loss or accuracy that was not measured is nan.
@@ -296,7 +296,7 @@ class ExpertGroup:
         """Parameters, buffers and measurements after one epoch. Errors are those of `read_params`."""
         return self._read(expert, [epoch])[0]
 
-    def read_progress(self, expert: int) -> Progress:
+    def read_progress(self, expert: int) -> StoredEpochs:
         """Loss and accuracy after each stored epoch. Only the end of the file is read."""
         return self._open(expert).progress
 
@@ -375,7 +375,7 @@ class _OpenedExpert:
 
     sealed: SealedFile
     info: TrajectoryInfo
-    progress: Progress
+    progress: StoredEpochs
 
     def snapshots(self, epochs: Sequence[int]) -> list[Snapshot]:
         location = self.sealed.location
@@ -406,7 +406,7 @@ def _open_expert(location: Location, key: GroupKey, expert: int) -> _OpenedExper
                 "Put it back where it belongs",
             )
         measured = (np.array(sealed.summary[name], np.float32) for name in ("train_loss", "test_accuracy"))
-        progress = Progress(info.epochs, *measured)
+        progress = StoredEpochs(info.epochs, *measured)
         shapes = {(sealed.n_batches,), progress.train_loss.shape, progress.test_accuracy.shape}
         if shapes != {(len(info.epochs),)} or not sealed.schema.equals(_schema(info)):
             raise damaged(location, "Its batches are not those it announces")

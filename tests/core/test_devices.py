@@ -32,7 +32,7 @@ from datm_ray.core.training.labelling import (
 from datm_ray.core.training.loop import Schedule, Training, accuracy, train, train_to_end
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
@@ -97,13 +97,13 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
     start = flatten(functions.network.module)
     metadd = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))])
     settings = DistillConfig(learning_rate_images=1.0, learning_rate_step_size=0.0, threshold=1e9, gradient_limit=1e-3)
-    state = Distillation(synthetic_set(), settings)
+    state = MatchingState(synthetic_set(), settings)
     for _ in range(2):
         steps = draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration)
         meta = MetaTerm(metadd, 2, np.arange(5), 6)
         state.step([Match(functions, start, torch.rand_like(start), steps, chunk=3)], [Origin(0, 0)], meta=meta)
         held, shared = state.to_arrays()
-        state = Distillation.from_arrays(held, dict(shared), state.settings, DEVICE)
+        state = MatchingState.from_arrays(held, dict(shared), state.settings, DEVICE)
     assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
 
 
@@ -129,7 +129,7 @@ def test_an_iteration_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch
     functions = Functions(FlatNetwork(there()), StepOptions(compiled=False))
     start = flatten(functions.network.module)
     settings = DistillConfig(learning_rate_images=1.0, threshold=1e9)
-    state, counts = Distillation(synthetic_set(), settings), []
+    state, counts = MatchingState(synthetic_set(), settings), []
     monkeypatch.setattr("datm_ray.methods.trajectory.matching._agreed", lambda loss, _: float(loss.tolist() or 1.0))
     monkeypatch.setattr(OtherDevice, "_read", recorded)
     monkeypatch.setattr(OtherDevice, "_sent", sent)

@@ -43,7 +43,8 @@ def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> 
 
     names = tuple(f"class {number}" for number in range(len(counts)))
     left, held_out = [count - validation for count in counts], [validation] * len(counts)
-    return RawDataset("mine", names, part(left), part(held_out), part([5] * len(counts)), 255, "0" * 16)
+    own, tested = part(held_out), part([5] * len(counts))
+    return RawDataset("mine", names, part(left), validation=own, test=tested, fingerprint="0" * 16)
 
 
 def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60", exact: str = "") -> Planner:

@@ -51,8 +51,9 @@ def runs_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Runs:
         shape = DataShape((shape.image[0], side, side), shape.classes, shape.training_images, shape.test_images)
     trained = shape.trained(config.dataset)
     counts = (trained, shape.training_images - trained, shape.test_images)
-    parts = [images(shape, count) for count in counts]
-    raw = RawDataset("made-up", tuple(map(str, range(shape.classes))), *parts, levels=255, fingerprint="0" * 16)
+    train, held_out, test = (images(shape, count) for count in counts)
+    names = tuple(map(str, range(shape.classes)))
+    raw = RawDataset("made-up", names, train, validation=held_out, test=test, fingerprint="0" * 16)
     monkeypatch.setattr("datm_ray.pipeline.runs.load_raw", lambda *_, **__: raw)
     return Runs([config], f"memory://work/{config.name}")
 

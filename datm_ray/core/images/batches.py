@@ -87,15 +87,15 @@ def batches(
     of_a_step = len(seeds) * min(batch_size, count) * 4 * math.prod(images[0].shape[1:])
     orders, steps = list[NDArray[np.int64]](), max(1, _block_bytes(device) // of_a_step)
     while block := list(islice(every, steps)):
-        pieces: list[list[_Piece]] = [[] for _ in seeds]
+        minibatches: list[list[_Minibatch]] = [[] for _ in seeds]
         for step, (epoch, batch, _) in enumerate(block):
             if batch == 0:
                 orders = [_order(rows_of(epoch), seed, epoch) for seed in seeds]
             for number, seed in enumerate(seeds):
                 rows = orders[number][batch * batch_size : (batch + 1) * batch_size]
                 made = _augmentation(augmentation, len(rows), seed, epoch, batch)
-                pieces[number].append(_Piece(number, step, rows, made))
-        x, y = _placed([piece for own in pieces for piece in own], images, targets)
+                minibatches[number].append(_Minibatch(number, step, rows, made))
+        x, y = _placed([batch for own in minibatches for batch in own], images, targets)
         for step, (epoch, _, is_last) in enumerate(block):
             inputs, wanted = (torch.stack([each[number, step] for number in range(len(seeds))]) for each in (x, y))
             yield Batch(epoch, is_last, inputs, wanted)
@@ -118,7 +118,7 @@ def _block_bytes(device: torch.device) -> int:
     return min(GPU_BLOCK_BYTES, int(GPU_BLOCK_SHARE * free_gpu_memory()))
 
 
-class _Piece(NamedTuple):
+class _Minibatch(NamedTuple):
     """Minibatch of one network for one step. Steps that are prepared together form a block."""
 
     network: int
@@ -132,52 +132,54 @@ _Placed = dict[tuple[int, int], Tensor]
 """Network and step of a block -> images [b c h w], or targets, of the minibatch on the device."""
 
 
-def _placed(pieces: Sequence[_Piece], images: Sequence[Images], targets: Sequence[Tensor]) -> tuple[_Placed, _Placed]:
+def _placed(
+    minibatches: Sequence[_Minibatch], images: Sequence[Images], targets: Sequence[Tensor]
+) -> tuple[_Placed, _Placed]:
     """Prepare all minibatches of a block, the steps that are prepared together, on the device.
 
     Minibatches with the same operation lie side by side, so that each operation is one call. No operation mixes images.
 
     Args:
-        pieces: minibatches of all networks in all steps of the block.
+        minibatches: minibatches of all networks in all steps of the block.
         images, targets: see `batches`.
 
     Returns:
         The augmented images, then the targets. Each is a dictionary (network, step) -> tensor of the minibatch.
     """
-    operations = list(dict.fromkeys(piece.augmentation.operation for piece in pieces))
-    pieces = sorted(pieces, key=lambda piece: operations.index(piece.augmentation.operation))
-    device, sizes = targets[0].device, [len(piece.rows) for piece in pieces]
-    rows = uploaded([piece.rows for piece in pieces], device)
-    x = _gathered(images, pieces, rows)
-    numbers = [piece.augmentation.parameters.ravel() for piece in pieces]  # flat, because widths differ by operation
+    operations = list(dict.fromkeys(batch.augmentation.operation for batch in minibatches))
+    minibatches = sorted(minibatches, key=lambda batch: operations.index(batch.augmentation.operation))
+    device, sizes = targets[0].device, [len(batch.rows) for batch in minibatches]
+    rows = uploaded([batch.rows for batch in minibatches], device)
+    x = _gathered(images, minibatches, rows)
+    numbers = [batch.augmentation.parameters.ravel() for batch in minibatches]  # flat: widths differ by operation
     uniform, parts, first, used = uploaded(numbers, device, x.dtype), list[Tensor](), 0, 0
-    for operation, same in groupby(pieces, key=lambda piece: piece.augmentation.operation):
-        own = [len(piece.rows) for piece in same]
+    for operation, same in groupby(minibatches, key=lambda batch: batch.augmentation.operation):
+        own = [len(batch.rows) for batch in same]
         last, end = first + sum(own), used + sum(own) * width(operation)
         parts += apply_operation(x[first:last], operation, uniform[used:end].view(last - first, -1)).split(own)
         first, used = last, end
-    places = [(piece.network, piece.step) for piece in pieces]
-    wanted = _gathered(targets, pieces, rows).split(sizes)
+    places = [(batch.network, batch.step) for batch in minibatches]
+    wanted = _gathered(targets, minibatches, rows).split(sizes)
     return dict(zip(places, parts, strict=True)), dict(zip(places, wanted, strict=True))
 
 
-def _gathered(sources: Sequence[Images], pieces: Sequence[_Piece], rows: Tensor) -> Tensor:
-    """Read the images or targets of all pieces (minibatches of single networks) as one tensor, in their order.
+def _gathered(sources: Sequence[Images], minibatches: Sequence[_Minibatch], rows: Tensor) -> Tensor:
+    """Read the images or targets of all minibatches of single networks as one tensor, in their order.
 
-    Neighbouring pieces of the same source are read in one gather.
+    Neighbouring minibatches of the same source are read in one gather.
 
     Args:
         sources: images or targets of each network.
-        rows: indices of all pieces, on the device.
+        rows: indices of all minibatches, on the device.
     """
     parts, first = list[Tensor](), 0
-    for _, same in groupby(pieces, key=lambda piece: id(sources[piece.network])):
+    for _, same in groupby(minibatches, key=lambda batch: id(sources[batch.network])):
         own = list(same)
-        source, last = sources[own[0].network], first + sum(len(piece.rows) for piece in own)
+        source, last = sources[own[0].network], first + sum(len(batch.rows) for batch in own)
         if isinstance(source, Tensor) and source.device == rows.device:
             parts.append(source[rows[first:last]])
         else:
-            there = torch.from_numpy(np.concatenate([piece.rows for piece in own]))
+            there = torch.from_numpy(np.concatenate([batch.rows for batch in own]))
             parts.append(rows_on(source, there, rows.device))
         first = last
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -24,7 +24,7 @@ from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, 
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
-"""Number of iterations since the last update after which a distillation stops, see `Distillation.stuck`.
+"""Number of iterations since the last update after which a distillation stops, see `MatchingState.stuck`.
 
 Only iterations count in which all losses are finite and exceed `distill.threshold`."""
 
@@ -124,7 +124,7 @@ def _since_update(records: Sequence[IterationRecord]) -> Sequence[IterationRecor
 
 
 @dataclass
-class Distillation(State[IterationRecord]):
+class MatchingState(State[IterationRecord]):
     """State of a distillation by trajectory matching. Its history has one record per backbone and iteration."""
 
     record: ClassVar[type[IterationRecord]] = IterationRecord
@@ -380,7 +380,7 @@ def _read(*tensors: Tensor) -> list[Tensor]:
     return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
-class HardLabelled(Distillation):
+class HardLabelled(MatchingState):
     """State of a distillation whose labels stay the classes, whatever `distill.labels` says (MTT)."""
 
     @property

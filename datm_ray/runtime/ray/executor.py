@@ -41,7 +41,7 @@ from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpu
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
 from datm_ray.runtime.ray.losses import is_final, may_be_the_gpu, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
-from datm_ray.runtime.ray.pool import PoolWorker, Stage, avoiding
+from datm_ray.runtime.ray.pool import PoolWorker, StageSetup, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, patience_of, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
@@ -102,7 +102,7 @@ class RayExecutor:
         self.metrics = RayMetrics()
         self.pool: list[PoolWorker] = []
         """Actors of one-worker tasks. They outlive a stage, because the next stage may use them too."""
-        self._stage = Stage(0, object, (), "")
+        self._stage = StageSetup(0, object, (), "")
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
         self.set_aside: list[PoolWorker] = []
@@ -145,7 +145,7 @@ class RayExecutor:
         self.metrics.begin(tasks, self.workers)
         is_other = (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup))
         number = self._stage.number + is_other  # actors keep their worker while the number stays the same
-        self._stage = Stage(number, worker, setup, method, versions_here())
+        self._stage = StageSetup(number, worker, setup, method, versions_here())
         stage = _Stage(self, self._stage, tasks)
         try:
             for task, event in stage.events():
@@ -257,7 +257,7 @@ class _Stage:
     workers.
     """
 
-    def __init__(self, executor: RayExecutor, stage: Stage, tasks: list[Task]) -> None:
+    def __init__(self, executor: RayExecutor, stage: StageSetup, tasks: list[Task]) -> None:
         self._executor, self._cluster, self._nodes = executor, executor.cluster, executor.nodes
         self._pool, self._stage, self._tasks = executor.pool, stage, tasks
         self._limit = executor.cluster.workers or sys.maxsize

@@ -35,7 +35,7 @@ SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Environment variable with which Ray lets every worker see all GPUs of its node. A node's administrator may set it."""
 
 
-class Stage(NamedTuple):
+class StageSetup(NamedTuple):
     """Worker class, setup and method that the tasks of a stage share."""
 
     number: int
@@ -88,7 +88,7 @@ class Worker:
             return f"{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
     def work(
-        self, stage: Stage, patience: Patience, method: str, rank: tuple[int, int], address: str, *arguments: Any
+        self, stage: StageSetup, patience: Patience, method: str, rank: tuple[int, int], address: str, *arguments: Any
     ) -> Iterator[Any]:
         """Run this actor's part of a task. Yields its events, each after a list of new log records if there are any.
 
@@ -208,7 +208,7 @@ class PoolWorker:
         return bool(mine == theirs and enough and wanted.items() <= labels.items())
 
     def run(
-        self, stage: Stage, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""
+        self, stage: StageSetup, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""
     ) -> None:
         """Submit a task, or one rank's part of a task, to the actor. The events then come from `stream`.
 

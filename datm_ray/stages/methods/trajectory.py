@@ -23,7 +23,7 @@ from datm_ray.methods.state import FIRST_MOVE, MetaTerm
 from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_origin
 from datm_ray.methods.trajectory.distance import Distance
-from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, HardLabelled, Match, Origin
+from datm_ray.methods.trajectory.iteration import MOST_ABOVE, HardLabelled, Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, first_shown, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
@@ -69,7 +69,7 @@ class TrajectoryMatching(Method):
     """Class that computes a student step and its derivative. Benchmarks may set another class."""
     refuses: bool = True
     """True to raise an error for a set that learns nothing from matching. Benchmarks may set this to False."""
-    state = Distillation
+    state = MatchingState
     reads_backbones = True
     can_continue = True
     trains = "all"  # each is matched with its own experts
@@ -169,7 +169,7 @@ class TrajectoryMatching(Method):
             else:
                 step(backbone.chunk)
 
-    def calibrate(self, state: Distillation) -> Iterator[str]:
+    def calibrate(self, state: MatchingState) -> Iterator[str]:
         """Find the initial step sizes and the images' learning rate where the recipe leaves them open.
 
         Losses are measured for `PAIRS` pairs of start and target. Yields messages about the results.
@@ -239,7 +239,7 @@ class TrajectoryMatching(Method):
             for backbone in self._backbones
         }
 
-    def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
+    def _search(self, state: MatchingState, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
         """Find the best step size of every network of the run, with its losses. All workers get the same results.
 
         Args:
@@ -272,7 +272,7 @@ class TrajectoryMatching(Method):
         rows = self.part.mesh.sum_over_backbones(found.to(self.part.device)).tolist()
         return [Measured(row[0], tuple(row[4:]), *row[1:4]) for row in rows]
 
-    def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
+    def _image_rate(self, state: MatchingState, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate with which a first update moves the images by `FIRST_MOVE` times their norm.
 
         The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` would update nothing, so they
@@ -289,7 +289,7 @@ class TrajectoryMatching(Method):
         )
 
     def _image_share(
-        self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
+        self, state: MatchingState, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
         """Norm of a first update of the images with learning rate 1, divided by the norm of the images.
 
@@ -309,7 +309,7 @@ class TrajectoryMatching(Method):
         self.part.mesh.in_rows(work)
         return self.share_of_images(state.movement(total), state.synthetic.images)
 
-    def _distance(self, state: Distillation) -> Distance:
+    def _distance(self, state: MatchingState) -> Distance:
         """Distances that the experts and the student move in the space of parameters.
 
         The student's distance is that with the set's current step size.
@@ -321,7 +321,7 @@ class TrajectoryMatching(Method):
         self,
         what: str,
         losses: Sequence[float],
-        state: Distillation,
+        state: MatchingState,
         pairs: Mapping[int, Sequence[Match]],
         best: Sequence[Measured],
         again: str = "",
@@ -359,7 +359,7 @@ class TrajectoryMatching(Method):
         among = f"the smallest of {found}, " if len(best) > 1 else ""
         return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
-    def step(self, state: Distillation, meta: MetaTerm | None) -> None:
+    def step(self, state: MatchingState, meta: MetaTerm | None) -> None:
         """Run one iteration: match every network once. Meanwhile the inputs of the next iteration are prepared.
 
         Args:
@@ -469,7 +469,7 @@ class TrajectoryMatching(Method):
             f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",
         )
 
-    def measured(self, state: Distillation) -> dict[str, float]:
+    def measured(self, state: MatchingState) -> dict[str, float]:
         """Measurements of the last iteration for the first backbone: suffix of a metric name -> value."""
         first = state.history[-state.backbones]
         return {
@@ -481,12 +481,12 @@ class TrajectoryMatching(Method):
             "upper_bound": self.part.config.distill.start_epochs.upper_bound(first.iteration),
         }
 
-    def shown(self, state: Distillation) -> dict[str, float]:
+    def shown(self, state: MatchingState) -> dict[str, float]:
         """Loss and step size of the first backbone in the last iteration, and the number of skipped updates so far."""
         first = state.history[-state.backbones]
         return {"loss": first.loss, "step_size": first.step_size, "skipped": float(state.skipped)}
 
-    def counts(self, state: Distillation) -> dict[str, int]:
+    def counts(self, state: MatchingState) -> dict[str, int]:
         """Numbers of skipped, diverged and shortened updates of the finished distillation, by name."""
         return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
@@ -497,7 +497,7 @@ class TrajectoryMatching(Method):
         batches = -(-images // min(images, settings.batch_size))  # batches of one pass; the first may be smaller
         return settings.student_steps * images / batches * len(config.weights)
 
-    def warnings(self, state: Distillation) -> Iterator[str]:
+    def warnings(self, state: MatchingState) -> Iterator[str]:
         """Messages if more than a quarter of the updates was skipped, or of the gradients shortened."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged

@@ -21,7 +21,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory import iteration
-from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord, Match, Origin
+from datm_ray.methods.trajectory.iteration import IterationRecord, Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
@@ -35,11 +35,11 @@ SETTINGS = DistillConfig(
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 
-def make_state(**changes: Any) -> Distillation:
+def make_state(**changes: Any) -> MatchingState:
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(6, 1, 8, 8, generator=draw)
     soft_labels = torch.randn(6, 3, generator=draw)
-    return Distillation(
+    return MatchingState(
         SyntheticSet(images, soft_labels, torch.tensor([0.05]), torch.arange(3).repeat_interleave(2)),
         SETTINGS.model_copy(update=changes),
     )
@@ -57,7 +57,7 @@ class Scripted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
 
-    def __call__(self, state: Distillation, gradient: MatchingGradient) -> IterationRecord:
+    def __call__(self, state: MatchingState, gradient: MatchingGradient) -> IterationRecord:
         self.monkeypatch.setattr(iteration, "matching_gradient", lambda *_, **__: copy.deepcopy(gradient))
         nothing = torch.empty(0)
         (record,) = state.step([Match(None, nothing, nothing, [])], [Origin(4, 7)])  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     return Scripted(monkeypatch)
 
 
-def everything(state: Distillation) -> dict[str, np.ndarray]:
+def everything(state: MatchingState) -> dict[str, np.ndarray]:
     held, shared = state.to_arrays()
     return {name: array.copy() for name, array in {**held, **shared}.items()}
 
@@ -100,7 +100,7 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
     labels = torch.arange(3)
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    state = Distillation(
+    state = MatchingState(
         SyntheticSet(images, torch.zeros(3, 3), torch.tensor([0.1]), labels),
         DistillConfig(threshold=9.0),
     )
@@ -438,7 +438,7 @@ def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeyp
     ):
         step(state, bad)
     assert_skipped(before, everything(state), "stopped")
-    resumed = Distillation.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))
+    resumed = MatchingState.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))
     assert (resumed.iteration, resumed.diverged) == (6, 3)
     step(resumed, bad)
     step(resumed, bad)
@@ -464,7 +464,7 @@ def test_counts_read_new_records_alone(step: Scripted) -> None:
     gradients = [make_gradient(), spoiled("loss", math.inf), make_gradient(1.0), make_gradient(seed=3)]
     for gradient in gradients:
         step(state, gradient)
-    for resumed in (state, Distillation.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))):
+    for resumed in (state, MatchingState.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))):
         assert (resumed.skipped, resumed.diverged, resumed.shortened) == (2, 1, 2)
         resumed.history, found = Appended(resumed.history), []
         for gradient in gradients:
@@ -513,7 +513,7 @@ def test_images_are_averaged_over_the_updates(step: Scripted) -> None:
     assert plain.result is plain.synthetic
 
 
-def run(state: Distillation, iterations: int) -> None:
+def run(state: MatchingState, iterations: int) -> None:
     """Run iterations of a tiny network, with a validation after every third."""
     spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=2)
     module = build_network(spec, 0)
@@ -538,7 +538,7 @@ def test_resumed_distillation_equals_an_undisturbed_one(done: int, decay: float 
     run(undisturbed, 8)
     run(first, done)
     arrays = everything(first)
-    resumed = Distillation.from_arrays(*first.to_arrays(), first.settings, torch.device("cpu"))
+    resumed = MatchingState.from_arrays(*first.to_arrays(), first.settings, torch.device("cpu"))
     assert_same(everything(resumed), arrays)
     run(resumed, 8 - done)
     assert_same(everything(resumed), everything(undisturbed))
@@ -564,14 +564,14 @@ def test_restored_state_does_not_write_into_its_file() -> None:
     arrays = make_state().to_arrays()
     for array in (*arrays[0].values(), *arrays[1].values()):
         array.flags.writeable = False
-    run(Distillation.from_arrays(*arrays, SETTINGS, torch.device("cpu")), 1)
+    run(MatchingState.from_arrays(*arrays, SETTINGS, torch.device("cpu")), 1)
 
 
 def test_column_that_every_version_saves_is_not_made_up() -> None:
     """A checkpoint without a column that every version saves is damaged."""
     held, shared = make_state().to_arrays()
     with pytest.raises(KeyError, match=r"history\.expert"):
-        Distillation.from_arrays(
+        MatchingState.from_arrays(
             held,
             {name: array for name, array in shared.items() if name != "history.expert"},
             SETTINGS,
@@ -586,10 +586,10 @@ def test_state_that_an_earlier_version_saved_resumes() -> None:
     held, shared = state.to_arrays()
     former = {**shared, "history.overshoot": np.array([0.25, 4.0])}  # former name
     former.pop("history.decrease")
-    resumed = Distillation.from_arrays(held, former, SETTINGS, torch.device("cpu"))
+    resumed = MatchingState.from_arrays(held, former, SETTINGS, torch.device("cpu"))
     assert [record.decrease for record in resumed.history] == [0.25, 4.0]
     shared = {name: array for name, array in shared.items() if name != "history.decrease"}
-    resumed = Distillation.from_arrays(held, shared, SETTINGS, torch.device("cpu"))
+    resumed = MatchingState.from_arrays(held, shared, SETTINGS, torch.device("cpu"))
     assert [math.isnan(record.decrease) for record in resumed.history] == [True, True]
     run(resumed, 1)
     assert not math.isnan(resumed.history[-1].decrease)

@@ -22,7 +22,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import Prior, build_decoder, draw_latents
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory import matching
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import (
     MatchingGradient,
     PlacedSteps,
@@ -143,7 +143,7 @@ def test_gradient_in_latents_equals_full_unrolling_through_a_decoder() -> None:
     decoder = build_decoder(PriorConfig(channels=2, width=4), (1, 8, 8), seed=0).double()
     prior = Prior.of(decoder, torch.nn.Identity(), chunk=5)
     latents = torch.from_numpy(draw_latents((12, 2, 2, 2), seed=0)).double()
-    state = Distillation(
+    state = MatchingState(
         dataclasses.replace(synthetic, images=prior.render(latents), latents=latents.clone()), SETTINGS
     )
     state.prior = prior
@@ -407,7 +407,7 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
     synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
     problems = [(network, start, target, 1.0), (other, other_start, other_target, 0.4)]
     steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
-    state = Distillation(synthetic.clone(), SETTINGS)
+    state = MatchingState(synthetic.clone(), SETTINGS)
     state.step(
         [
             Match(eager(net), start, target, steps, number, weight)
@@ -435,10 +435,10 @@ def test_class_shards_shorten_what_one_process_shortens() -> None:
     ranges = [(0, 3), (3, 12)]
     barrier = Barrier(len(ranges))
 
-    def learned(first: int, last: int, limit: float | None, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
+    def learned(first: int, last: int, limit: float | None, all_sum: Callable[[Tensor], Tensor]) -> MatchingState:
         held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
         settings = SETTINGS.model_copy(update={"gradient_limit": limit})
-        state = Distillation(dataclasses.replace(synthetic.clone(), **held), settings)
+        state = MatchingState(dataclasses.replace(synthetic.clone(), **held), settings)
         drawn = [step.held_by(first, last) for step in steps]
         state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
         return state
@@ -470,7 +470,7 @@ def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> 
     origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
 
     def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
-        state = Distillation(synthetic.clone(), SETTINGS)
+        state = MatchingState(synthetic.clone(), SETTINGS)
         networks = [make_problem(width=6)[0], make_problem(width=4, seed=3)[0]]  # not shared between threads
         matches = [Match(eager(networks[row]), *problems[row][1:3], steps, row) for row in rows]
         for _ in range(3):

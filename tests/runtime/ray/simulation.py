@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from datm_ray.config import ClusterConfig
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Task
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
-from datm_ray.runtime.ray.pool import PoolWorker, Stage
+from datm_ray.runtime.ray.pool import PoolWorker, StageSetup
 
 
 class Clock:
@@ -127,7 +127,7 @@ class Simulation:
         executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[])
         executor.light_nodes = ray_cluster.Nodes(cluster, light=True)
         executor.faults, executor.set_aside = ray_executor.Counter(), []
-        self.stage: Any = ray_executor._Stage(executor, Stage(0, object, (), ""), tasks)
+        self.stage: Any = ray_executor._Stage(executor, StageSetup(0, object, (), ""), tasks)
         self.stage._take_tasks()
 
     def _ray_nodes(self) -> list[dict[str, Any]]:

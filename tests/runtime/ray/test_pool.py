@@ -96,7 +96,7 @@ class DeviceWorker:
 
 def names(worker: pool.Worker, cluster: ClusterConfig, versions: Versions | None = None) -> list[str]:
     """Events of a task of `DeviceWorker` on this actor, which must have the versions."""
-    stage = pool.Stage(0, DeviceWorker, (cluster,), "name", versions)
+    stage = pool.StageSetup(0, DeviceWorker, (cluster,), "name", versions)
     return list(worker.work(stage, Patience(300.0, 300.0), "name", (0, 1), ""))
 
 

@@ -23,7 +23,7 @@ from datm_ray.artifact import Artifact
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
 from datm_ray.core.synthetic import Rows
 from datm_ray.errors import ConfigError, CorruptFileError, OvertakenError
-from datm_ray.methods.trajectory.iteration import Distillation
+from datm_ray.methods.trajectory.iteration import MatchingState
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
@@ -469,7 +469,7 @@ def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, re
 
 def state_of(out: Path, config: RunConfig) -> Any:
     rows = Rows.of_shard(0, 1, 10, config.distill.ipc)
-    return load_checkpoint(Distillation, open_location(str(out / "tiny")), rows, DistillConfig(), torch.device("cpu"))
+    return load_checkpoint(MatchingState, open_location(str(out / "tiny")), rows, DistillConfig(), torch.device("cpu"))
 
 
 def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path) -> None:
@@ -482,10 +482,10 @@ def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path
     place = open_location(str(folder))
     settings = DistillConfig()
     with pytest.raises(CorruptFileError, match="holds 20 of the 30 images"):
-        load_checkpoint(Distillation, place, Rows(0, 30), settings, torch.device("cpu"))
+        load_checkpoint(MatchingState, place, Rows(0, 30), settings, torch.device("cpu"))
     part.unlink()
     with pytest.raises(Exception, match=part.name):
-        load_checkpoint(Distillation, place, Rows(0, 20), settings, torch.device("cpu"))
+        load_checkpoint(MatchingState, place, Rows(0, 20), settings, torch.device("cpu"))
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     place = open_location(str(tmp_path))
     write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
     with pytest.raises(CorruptFileError, match="names no parts"):
-        load_checkpoint(Distillation, place, Rows(0, 10), DistillConfig(), torch.device("cpu"))
+        load_checkpoint(MatchingState, place, Rows(0, 10), DistillConfig(), torch.device("cpu"))
     with pytest.raises(CorruptFileError, match="no columns for iterations"):
         read_curves(place)
 
@@ -598,7 +598,7 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
         state.append(held["x"].tolist())
         return SimpleNamespace(synthetic=None)
 
-    monkeypatch.setattr(Distillation, "from_arrays", rows_of)
+    monkeypatch.setattr(MatchingState, "from_arrays", rows_of)
     monkeypatch.setattr("datm_ray.stages.distill.checkpoint._require_shapes", lambda *_: None)
     original = checkpoint._read_rows
 
@@ -608,13 +608,13 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
         return original(folder, names, rows)
 
     monkeypatch.setattr(checkpoint, "_read_rows", moving)
-    load_checkpoint(Distillation, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
+    load_checkpoint(MatchingState, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
     assert state == [[4, 4]]
     next((tmp_path / "checkpoint").glob("00000004-0-2-*.arrow")).unlink()
     with pytest.raises(
         CorruptFileError, match=r"names the part 00000004-0-2-\w+\.arrow, which is missing.*move it away"
     ):
-        load_checkpoint(Distillation, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
+        load_checkpoint(MatchingState, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])

@@ -21,7 +21,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError
-from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
+from datm_ray.methods.trajectory.iteration import IterationRecord, MatchingState
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.runs import Runs
 from datm_ray.runtime.executor import Event, Finished, More, Progress, Task
@@ -50,10 +50,10 @@ class Killed(BaseException):
 class Drifting(Method):
     """Method without experts, whose set changes a little in every iteration."""
 
-    state = Distillation
+    state = MatchingState
     facts: ClassVar = {"precision": "float32"}
 
-    def step(self, state: Distillation, meta: Any) -> None:
+    def step(self, state: MatchingState, meta: Any) -> None:
         """Move the images."""
         state.history.append(IterationRecord(state.iteration, 0, 0, 0, 0.5, 0.01, False))
         state.synthetic = state.synthetic.clone()
@@ -333,7 +333,7 @@ def test_a_diverged_run_keeps_its_open_validations(
     """A run that diverges saves the set of its last update, joins what is there, and loses no candidate."""
     step, run = Drifting.step, Run(tmp_path)
 
-    def diverging(method: Drifting, state: Distillation, meta: Any) -> None:
+    def diverging(method: Drifting, state: MatchingState, meta: Any) -> None:
         if state.iteration == 7:
             raise DivergenceError("diverged")
         step(method, state, meta)
