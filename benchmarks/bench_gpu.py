@@ -10,7 +10,7 @@ error, and the others run. What the time did not reach is listed by name. Sectio
 more to each, and `--only` all of it to some. Exit code 1 says that something failed or was not exact, or that a check
 was not reached.
 
-What only a card can show, and what to look at first when it is there, is in benchmarks/README.md.
+What only a card can show, and what to check first when it is there, is in benchmarks/README.md.
 """
 
 from __future__ import annotations

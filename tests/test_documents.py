@@ -293,6 +293,7 @@ def test_words_to_avoid_are_found_in_docstrings_comments_messages_and_names(tmp_
         '"""Numbers."""\n\nsize = 1\n"""Of an image."""\nclass NoPulse:\n    """The crew."""\n\n'  # former name
         'def f(told: int) -> str:\n    """The same."""\n    return "a promise"\n'
         'old = "told"  # former name\nnew = 1  # as far as known\n'
+        'has_place = 1  # makes room\nnew = "look at it, then hand it in"\nold = "hands in its work"\n'  # former name
     )
     found = [fault.removeprefix(f"{tmp_path / 'bad.py'}:").split(":")[:2] for fault in faults(tmp_path / "bad.py")]
     assert sorted((int(line), what.strip()) for line, what in found) == [
@@ -303,6 +304,10 @@ def test_words_to_avoid_are_found_in_docstrings_comments_messages_and_names(tmp_
         (9, "a docstring begins with 'The same'"),
         (10, "'promise'"),  # former name
         (12, "'as far as'"),  # former name
+        (13, "'has place'"),  # former name
+        (13, "'room'"),  # former name
+        (14, "'look at'"),  # former name
+        (15, "'hands in'"),  # former name
     ]
     (tmp_path / "good.py").write_text('"""Numbers."""\n\nsize = 1\n"""Size of an image in pixels; None keeps it."""\n')
     assert not list(faults(tmp_path / "good.py"))

@@ -593,7 +593,7 @@ def tensor(storage: bytes, sizes: bytes) -> bytes:
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + sizes + b"tR"
 
 
-NESTED = b"K\x00" + b"q\x00h\x00\x86" * 25  # a pair of twice the same pair, and so on: 33 million numbers if looked at
+NESTED = b"K\x00" + b"q\x00h\x00\x86" * 25  # a pair of twice the same pair, and so on: 33 million numbers if read
 NUMBER = b"\x8a\xff" + bytes(254) + b"\x7f"  # 2**2039 - 2**2032
 REPEATED = tensor(stored(), b"K\x02K\x03\x85K\x00\x85")
 PICKLES = {

@@ -166,7 +166,7 @@ def test_every_place_has_its_way_to_watch() -> None:
 
 
 def test_alerts_ask_for_what_is_exported() -> None:
-    """Every alert asks for metrics and labels that exist, says what to look at, and is loaded."""
+    """Every alert asks for metrics and labels that exist, says what to check, and is loaded."""
     (group,) = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
     assert len(group["rules"]) == 3
     for rule in group["rules"]:

@@ -190,7 +190,7 @@ def test_torchvisions_names_are_known(name: str, size: int) -> None:
 
 
 FIRST_OF_STAGES = (1, 2, 4, 7, 11, 14, 17)
-"""Places of the first block of each stage in torchvision's MobileNetV2; its first convolution has place 0."""
+"""Indices of the first block of each stage in torchvision's MobileNetV2; its first convolution has index 0."""
 
 
 def timm_name(name: str) -> str:

@@ -227,8 +227,8 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int | 
         ConfigError: the network has no feature maps, or `largest` is not below its number of classes.
     """
     with torch.enable_grad():
-        looked_at = images if images.requires_grad else images.detach().requires_grad_()
-        maps, logits = spatial_features(network, looked_at)
+        shown = images if images.requires_grad else images.detach().requires_grad_()
+        maps, logits = spatial_features(network, shown)
         _require_usable(network, maps, logits, _largest(labels) if largest is None else largest)
         score = logits.gather(1, labels[:, None]).sum()
         (derivative,) = torch.autograd.grad(score, maps, create_graph=True, materialize_grads=True)

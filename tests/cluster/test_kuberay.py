@@ -32,7 +32,7 @@ def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_names_are_kubernetes_names(path: Path) -> None:
-    """Documents, containers and ports have valid names; a cluster's name leaves room for the operator's suffixes."""
+    """Documents, containers and ports have valid names; a cluster's name fits the operator's suffixes."""
     names = [each["metadata"]["name"] for each in documents(path)]
     assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name) for name in names)
 

@@ -21,7 +21,7 @@ def test_the_result_is_returned_after_all_pauses() -> None:
 
 
 def test_works_are_done_one_after_another() -> None:
-    """Results come in the order of the works, with the pauses of all works. A work is made when its turn comes."""
+    """Results come in the order of the works, with the pauses of all works. Each is made after the one before."""
     made = list[int]()
 
     def work(number: int) -> Steps[int]:

@@ -87,14 +87,14 @@ def test_a_shard_chooses_for_its_classes_what_one_process_chooses() -> None:
 
 def test_no_more_images_are_predicted_than_needed() -> None:
     """A perfect expert predicts twice the wanted images of each class, not the whole data set."""
-    looked_at: list[int] = []
+    examined: list[int] = []
 
     def predict(expert: int, rows: Rows) -> Steps[Rows]:
-        looked_at.extend(rows.tolist())
+        examined.extend(rows.tolist())
         return finished(LABELS[rows])
 
     correct_rows(2, 0, experts=1, predict=predict)
-    assert len(looked_at) == 3 * 4
+    assert len(examined) == 3 * 4
 
 
 def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:

@@ -530,13 +530,13 @@ def test_shapes_are_known_without_files() -> None:
     assert digits.training_images == len(raw.train) + len(raw.validation)
 
 
-def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
-    """A shard's micro-batch has room for an uneven draw; a batch of all images needs none."""
+def test_micro_batches_allow_for_an_uneven_draw() -> None:
+    """A shard's micro-batch allows for an uneven draw; a batch of all images needs none."""
     draw = np.random.default_rng(0)
     drawn = [(draw.permutation(100)[:50] < 50).sum() for _ in range(2000)]
-    room = rows_at_a_time(100, 50, 50)
-    assert np.mean(np.array(drawn) > room) < 0.01
-    assert room <= 34
+    rows = rows_at_a_time(100, 50, 50)
+    assert np.mean(np.array(drawn) > rows) < 0.01
+    assert rows <= 34
     assert rows_at_a_time(100, 50, 100) == 50
     assert rows_at_a_time(100, 100, 40) == 40
     assert rows_at_a_time(100, 10, 50) <= 10

@@ -39,7 +39,7 @@ KINDS = {
     "second": "a second command on the same folder, which is refused",
 }
 """Kind of fault -> what is done."""
-ROOM = 8 << 30
+GROWTH = 8 << 30
 """Bytes by which memory use may grow from the start of the soak before Ray kills workers. The soak's own processes take
 about four GiB."""
 LONGEST_PAUSE = 8.0
@@ -56,15 +56,15 @@ FINISHED = re.compile(
 """Files of finished work, which must never be written again."""
 
 
-def memory_limit(room: int) -> dict[str, str]:
-    """Environment of a cluster that kills workers if memory use grows by `room` bytes.
+def memory_limit(growth: int) -> dict[str, str]:
+    """Environment of a cluster that kills workers if memory use grows by `growth` bytes.
 
     The test is skipped if the machine has too little free memory.
     """
     memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
-    threshold = 1 - (memory["MemAvailable"] - room) / memory["MemTotal"]
+    threshold = 1 - (memory["MemAvailable"] - growth) / memory["MemTotal"]
     if not 0 < threshold < 0.9:
-        pytest.skip(f"needs {(room >> 30) + 3} GiB of free memory")
+        pytest.skip(f"needs {(growth >> 30) + 3} GiB of free memory")
     return {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
 
 
@@ -193,7 +193,7 @@ class Soak:
         began, self._left = time.monotonic(), list(kinds)
         self._end = began + limit
         path = os.pathsep.join([str(Path(__file__).with_name("faults")), os.environ.get("PYTHONPATH", "")])
-        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path, **memory_limit(ROOM)}
+        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path, **memory_limit(GROWTH)}
         # Workers give a silent server up after four attempts; commands wait for it for minutes.
         environment["AWS_MAX_ATTEMPTS"] = "4"
         with Nodes(environment) as self._nodes, self._log.open("a") as self._output:

@@ -761,7 +761,7 @@ REFUSED = {
     ),
     "a long path": (OSError("AF_UNIX path length cannot exceed 107 bytes"), None, r"with a shorter path, or use"),
     "its environment": (
-        RuntimeEnvSetupError("no room"),
+        RuntimeEnvSetupError("no space"),
         None,
         r"does not start .*Failed to set up runtime environment",
     ),
@@ -991,7 +991,7 @@ def test_maps_are_stored_as_the_device_and_the_precision_need(
 
 
 def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of more than half of a GPU's free memory, or without room for other work, stay in main memory."""
+    """Images of more than half of a GPU's free memory, or without free memory for other work, stay in main memory."""
     images = np.zeros((4, 1, 8, 8), np.float32)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -23,7 +23,7 @@ from datm_ray.stages.experts.train import TESTING
 from tests.conftest import tiny_config
 
 SLOW = 100_000.0
-"""Seconds that pass at each look at the clock, more than any time limit."""
+"""Seconds that pass at each reading of the clock, more than any time limit."""
 
 
 def clock_of(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

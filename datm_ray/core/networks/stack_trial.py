@@ -124,9 +124,9 @@ def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], An
     """
 
     def step() -> Any:
-        room = torch.empty(STATE_VECTORS, *parameters.shape, dtype=parameters.dtype, device=parameters.device)
+        state = torch.empty(STATE_VECTORS, *parameters.shape, dtype=parameters.dtype, device=parameters.device)
         result = call()
-        del room
+        del state
         return result
 
     return step

@@ -277,8 +277,8 @@ def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> 
     """
     if not missing:  # padding by nothing would copy
         return images, labels, weights
-    room = (0, 0) * (labels.dim() - 2) + (0, missing)
-    return pad(images, (0, 0) * 3 + (0, missing)), pad(labels, room), pad(weights, (0, missing))
+    added = (0, 0) * (labels.dim() - 2) + (0, missing)
+    return pad(images, (0, 0) * 3 + (0, missing)), pad(labels, added), pad(weights, (0, missing))
 
 
 def _channels_innermost(images: Tensor) -> Tensor:

@@ -444,7 +444,7 @@ class _Sweep:
         """
         numbers = self._block_of[number]
         if self._held is None or self._held[0] != numbers:
-            self._held = None  # makes room
+            self._held = None  # frees its memory
             pieces = self._pieces[numbers.start : numbers.stop]
             self._held = numbers, _Block(self._synthetic, pieces, self._functions)
         return self._held[1]

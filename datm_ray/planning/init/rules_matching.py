@@ -162,13 +162,13 @@ def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) ->
         workers: number of the machine's workers.
         stack: number of experts that a worker trains at a time.
     """
-    room = DISK_SHARE * draft.wish.disk
-    if draft.stored(values) <= min(MOST_SHARED, room):
+    free = DISK_SHARE * draft.wish.disk
+    if draft.stored(values) <= min(MOST_SHARED, free):
         return {}
     fewer: dict[str, Any] = {"experts.keep_epochs": None}
-    if draft.stored(values | fewer) > room:
+    if draft.stored(values | fewer) > free:
         one, two = (draft.stored(values | fewer | {"experts.count": count}) for count in (1, 2))
-        most = 1 + int((room - one) / (two - one))
+        most = 1 + int((free - one) / (two - one))
         fewer |= _numbers(draft, values | fewer, workers, stack, most)
     return fewer
 

@@ -443,7 +443,7 @@ class _Stage:
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
             size = job.group.size
-            if job.group.has_place() and self._fits_limit(size):
+            if job.group.is_reserved() and self._fits_limit(size):
                 if size != (job.size or job.task.size):
                     yield job.task, Resized(size, job.task.size)
                 job.group.start([each for each in sorted(job.sizes) if size < each <= self._limit])
@@ -454,20 +454,20 @@ class _Stage:
         pending = [each for each in self._pool if each.starting is not None]
         groups = [job for job in self._jobs if job.workers or self._due_since > -math.inf]
         left = self._limit - sum(job.group.size for job in groups if job.group) - len(self._pool)
-        room = min(left, max(PENDING, len(self._pool) - len(pending)) - len(pending))
-        room = 0 if time.monotonic() < self._request_after else room
+        free = min(left, max(PENDING, len(self._pool) - len(pending)) - len(pending))
+        free = 0 if time.monotonic() < self._request_after else free
         # Ray does not say that an actor hangs in its start, as on a dead mount, so a request has a time limit.
         oldest = time.monotonic() - self._cluster.progress_timeout
         for job in waiting:
-            if not pending and room <= 0:  # a shortcut: with many tasks, there is seldom room
+            if not pending and free <= 0:  # a shortcut: with many tasks, few resources are free
                 break
             options = self._requested_options(job)
             if requested := next(
                 (each for each in pending if each.options == options and each.free_since > oldest), None
             ):
                 pending.remove(requested)
-            elif room > 0:
-                room -= 1
+            elif free > 0:
+                free -= 1
                 if not self._pool:
                     yield job.task, Phase("starting workers")
                 self._pool.append(PoolWorker.start(options))
@@ -536,7 +536,7 @@ class _Stage:
     def _next_events(self) -> Iterator[tuple[Task, Event]]:
         """Wait at most `EVENT_INTERVAL` for events and for actors to start, and handle what has arrived."""
         starting = {each.starting: each for each in self._pool if each.starting is not None}
-        at_work = sorted((job for job in self._jobs if job.streams), key=lambda job: job.heard)  # each gets its turn
+        at_work = sorted((job for job in self._jobs if job.streams), key=lambda job: job.heard)  # none waits long
         streams = {stream: job for job in at_work for stream in job.streams}
         if not streams and not starting:
             time.sleep(EVENT_INTERVAL)

@@ -20,7 +20,7 @@ from datm_ray.runtime.ray.pool import PoolWorker
 class RankGroup:
     """Actors that run one task together; each has a number, its rank.
 
-    Callers start the group once Ray has reserved its resources (`has_place`).
+    Callers start the group once Ray has reserved its resources (`is_reserved`).
     """
 
     def __init__(self, size: int, options: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ class RankGroup:
         """
         self.size, self.options = size, options
         self.is_placed = False
-        """True if Ray has reserved the resources of all ranks, as last asked by `has_place`."""
+        """True if Ray has reserved the resources of all ranks, as last asked by `is_reserved`."""
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
         self._placement, self._more = self._reserve(size), dict[PlacementGroup, int]()
@@ -44,7 +44,7 @@ class RankGroup:
         placement: PlacementGroup = placement_group([bundle_of(self.options)] * size, **selector)
         return placement
 
-    def has_place(self) -> bool:
+    def is_reserved(self) -> bool:
         """Ask Ray if it has reserved the resources of all ranks."""
         self.is_placed = _is_placed(self._placement)
         return self.is_placed

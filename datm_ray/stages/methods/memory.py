@@ -209,10 +209,10 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         "network": 4 * (FROZEN_VECTORS * frozen + vectors),
         "validation": validated + (images * shape.row if shards > 1 else 0),
     }
-    looked_at = sum(each.maps for each in seen)
-    of_meta = looked_at + IMAGE_COPIES * shape.row
+    maps = sum(each.maps for each in seen)
+    of_meta = maps + IMAGE_COPIES * shape.row
     left = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"]
-    meta_chunk = _meta_chunk(config, looked_at, left / of_meta, held) if seen else 0
+    meta_chunk = _meta_chunk(config, maps, left / of_meta, held) if seen else 0
     parts["meta"] = meta_chunk * of_meta
     if config.prior is not None:
         decoder, latents = prior_cost(config.prior, shape.image)
@@ -363,9 +363,9 @@ def _peak(step: Callable[[], None], held: int, device: torch.device) -> int | No
     """The GPU's peak memory in bytes in a step beside `held` bytes; `None` if the GPU has too little."""
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        room = torch.empty(held, dtype=torch.uint8, device=device)
+        beside = torch.empty(held, dtype=torch.uint8, device=device)
         step()
-        del room
+        del beside
     except torch.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated(device)

@@ -105,7 +105,7 @@ def test_the_fastest_way_is_found_without_its_compilation(
     assert clock.calls == [8, 1] * (1 + TURNS)
 
 
-def test_a_trial_leaves_room_for_the_momenta_of_the_whole_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_leaves_memory_for_the_momenta_of_the_whole_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a call is tried, vectors for the state of all networks are allocated; if they do not fit, it does not."""
     sizes, real = list[int](), torch.empty
 
@@ -119,7 +119,7 @@ def test_a_trial_leaves_room_for_the_momenta_of_the_whole_stack(monkeypatch: pyt
     parameters, seen = torch.zeros(6, 5), list[int]()
     assert beside_state(lambda: seen.append(sum(sizes)) or "result", parameters)() == "result"
     assert seen == [STATE_VECTORS * parameters.nbytes]
-    assert sizes == [], "the room is free again after the call"
+    assert sizes == [], "the memory is free again after the call"
     monkeypatch.setattr(torch, "empty", raise_short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         beside_state(lambda: seen.append(0), parameters)()

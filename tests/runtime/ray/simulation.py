@@ -76,7 +76,7 @@ class Group:
         self.larger: Collection[int] = ()
         self.possible = size
 
-    def has_place(self) -> bool:
+    def is_reserved(self) -> bool:
         self.checks += 1
         self.is_placed = bool(self.nodes)
         return self.is_placed

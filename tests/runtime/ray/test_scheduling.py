@@ -542,9 +542,9 @@ def test_a_group_reserves_what_its_next_size_needs_at_once(monkeypatch: pytest.M
     """Resources for more ranks are reserved in steps of whole rows, so that no part of a row is kept idle."""
     ray_groups = Placements(monkeypatch, *"aabbcc")
     group = ranks.RankGroup(2, {"num_cpus": 1.0})
-    assert not group.has_place()
+    assert not group.is_reserved()
     ray_groups.placed.add(0)
-    assert group.has_place()
+    assert group.is_reserved()
     group.start([4, 6])
     assert (ray_groups.sizes, group.possible) == ([2, 2, 2], 2)
     ray_groups.placed.add(1)
