@@ -662,7 +662,8 @@ class EvaluateConfig(Section):
     top_logits: Count | None = None
     """Number of largest logits to keep of each view; null: all. Used if `labels` is stored."""
     learning_rate: Positive | None = None
-    """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data."""
+    """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data. It is the
+    recipe's network's: for other architectures it is one of several that validation data choose from."""
     schedule: Literal["step", "cosine"] = "step"
     """step: the learning rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0

@@ -8,7 +8,8 @@ step size is chosen on validation data too. Each row uses the test set once per 
 A set is also scored on other architectures (`ON_OTHERS`). A learned step size belongs to the backbone, so two
 accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
 matched network has its own learned step size. With another optimiser than SGD no step size was learned, so all step
-sizes are chosen on validation data.
+sizes are chosen on validation data. `evaluate.learning_rate` is the backbone's too: on other architectures it is one of
+the candidates.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from a teacher: expert 0 of the
 first trained network, or of `evaluate.teacher`. The teacher's logits of every augmented batch replace the labels, see
@@ -416,31 +417,32 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
 
     The learned step size may be one of several candidates; validation chooses one.
     """
-    is_given = row in SOFT and config.evaluate.learning_rate is not None
-    is_replaced = is_given or is_taught(config, row)
+    is_replaced = given_rate(config, row) is not None or is_taught(config, row)
     is_there = method_of(config).has_step_size(config) and config.evaluate.optimiser == "sgd"
     return row in DISTILLED and is_there and not is_replaced
+
+
+def given_rate(config: RunConfig, row: str) -> float | None:
+    """Value of `evaluate.learning_rate` for rows of the accuracy table that read it; `None` for others, or if null."""
+    return config.evaluate.learning_rate if row in SOFT else None
 
 
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
     """Candidate schedules for networks of a row of the accuracy table, with different step sizes.
 
-    Validation chooses among the candidates. A row with soft labels has only the step size `evaluate.learning_rate` if
-    it is given. Otherwise a step size that was learned with this network and these labels is the only candidate. A step
-    size that was learned with others is the first of several candidates.
+    Validation chooses among the candidates. A step size that was learned with this network and these labels is the only
+    candidate. One that was learned with others is the first of several. For rows with soft labels,
+    `evaluate.learning_rate` takes the place of a learned step size, as if it was learned with the backbone.
 
     Args:
         learned: step size that was learned with the set; `None` if none was learned.
         network: scored network; `None` for the backbone.
     """
-    given, is_its_own = config.evaluate.learning_rate, network is None and row not in FIXED_ROWS
-    others = OPTIMISERS[config.evaluate.optimiser].step_sizes
-    if given is not None and row in SOFT:
-        rates: tuple[float, ...] = (given,)
-    elif learned:
-        rates = (learned,) if is_its_own else (learned, *others)
-    else:
-        rates = others
+    others: tuple[float, ...] = OPTIMISERS[config.evaluate.optimiser].step_sizes
+    if (given := given_rate(config, row)) is not None:
+        learned, others = given, tuple(rate for rate in others if rate != given)
+    is_its_own = network is None and row not in FIXED_ROWS
+    rates = others if not learned else (learned,) if is_its_own else (learned, *others)
     schedule = row_schedule(config, row)
     return [dataclasses.replace(schedule, learning_rate=rate) for rate in rates]
 
@@ -650,7 +652,10 @@ def result_location(
         folder = out / CONTROLS / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
     if config.evaluate.optimiser != "sgd":
         folder = folder / config.evaluate.optimiser
-    if training := _training_identity(config, dataset_fingerprint, row):
+    training = _training_identity(config, dataset_fingerprint, row)
+    if network is not None and given_rate(config, row) is not None:
+        training["step_sizes"] = "chosen"  # earlier versions tried the given one alone
+    if training:
         folder = folder / f"trained-{stable_hash(training)}"
     if network is not None:
         folder = folder / f"{network.architecture.replace(':', '-')}-{stable_hash(network.model_dump())}"

@@ -125,6 +125,26 @@ def test_other_architectures_have_both_and_choose_on_validation_data(worker: Eva
     assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
 
 
+@pytest.mark.parametrize(
+    ("optimiser", "given", "tried", "chosen"),
+    [("sgd", LEARNED, 4, 0.03), ("sgd", 0.1, 3, 0.03), ("adamw", 1e-3, 3, 3e-3)],
+)
+def test_a_given_rate_is_that_of_the_backbone_and_one_of_several_of_other_architectures(
+    worker: EvaluateWorker, tmp_path: Path, optimiser: str, given: float, tried: int, chosen: float
+) -> None:
+    """Other architectures try the given rate and the usual ones, each once, with results apart from earlier ones."""
+    changes = (f"evaluate.optimiser={optimiser}", f"evaluate.learning_rate={given}", "evaluate.labels=teacher")
+    config, other = tiny_config(*changes), NetworkConfig(architecture="lenet")
+    for row in ON_OTHERS:
+        assert [training_of(config, row, network)[0] for network in (None, other)] == [1, tried]
+        assert Path(place(config, row)).parent not in Path(place(config, row, other)).parents
+    (tmp_path / "backbone").mkdir()
+    untaught = changes[:2]
+    assert result_of(worker, tmp_path / "backbone", None, *untaught)["step_size"] == given
+    result = result_of(worker, tmp_path, other, *untaught)
+    assert (result["step_size"], result["test_accuracy_with_learned_step_size"]) == (chosen, None)
+
+
 def content_of(accuracy: float, learned: float | None = None, step_size: float = 0.01) -> dict[str, Any]:
     """Content of a result file."""
     accuracies = {"test_accuracy": accuracy, "test_accuracy_with_learned_step_size": learned}
@@ -351,6 +371,8 @@ def test_places_of_results_have_not_moved() -> None:
         place(tiny_config("evaluate.protocol=short"), "random-soft")
         == "/runs/controls/3a29616d194fe605/random-soft-00.json"
     )
+    given = tiny_config("evaluate.protocol=short", "evaluate.learning_rate=0.1")
+    assert place(given, "random-soft") == "/runs/controls/3a29616d194fe605/trained-4cd86ac2712f3b68/random-soft-00.json"
 
 
 def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
