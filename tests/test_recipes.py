@@ -211,6 +211,15 @@ def test_networks_that_the_paper_of_metadd_keeps_unseen_are_scored_and_take_no_p
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
+def test_terms_of_metadd_weigh_as_much_as_their_host_needs(name: str) -> None:
+    """MetaDD's terms have the weights that moved the meta-feature ratio on digits: in SRe2L a hundredfold."""
+    metadd, factor = get_recipe(name).metadd, 100 if "-sre2l-" in name else 1
+    assert metadd is not None
+    assert (metadd.variance, metadd.invariance, metadd.position) == (factor, factor / 100, factor / 10)
+    assert ("digits only" in recipe_notes(name)) == ("-sre2l-" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
 def test_auxiliaries_of_metadd_see_more_than_one_place(name: str) -> None:
     """At the recipe's image size, MetaDD's auxiliaries have maps of several places and distinct architectures."""
     config = get_recipe(name)

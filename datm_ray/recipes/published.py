@@ -125,16 +125,28 @@ ResNet-34, GoogLeNet and ViT-B/16."""
 UNSEEN = ("alexnet", "resnet50", "vgg11")
 """Networks that score sets in MetaDD's paper and take no part in making them: AlexNet, ResNet-50 and VGG (VGG-19 in the
 paper, VGG-11 here). The paper's fourth, Swin-S, is not in this package."""
+MATCHING_WEIGHTS, RECOVERY_WEIGHTS = (1.0, 0.01, 0.1), (100.0, 1.0, 10.0)
+"""Weights of MetaDD's terms (variance, invariance, position) in DATM and in SRe2L, both chosen on digits alone. With
+those for DATM the meta-feature ratio hardly moves in SRe2L."""
 
 
-def with_auxiliaries(base: RunConfig, share: float, names: Sequence[str] = AUXILIARIES) -> RunConfig:
+def with_auxiliaries(
+    base: RunConfig,
+    share: float,
+    names: Sequence[str] = AUXILIARIES,
+    weights: tuple[float, float, float] = MATCHING_WEIGHTS,
+) -> RunConfig:
     """Copy of a recipe with MetaDD and auxiliaries of their published sizes, scored on the `UNSEEN` networks too.
 
     Args:
         share: share of the synthetic images that MetaDD uses in an iteration, in (0, 1].
         names: architectures of the auxiliaries.
+        weights: weights of variance, invariance and position.
     """
-    metadd = MetaConfig(auxiliaries=tuple(NetworkConfig(architecture=name) for name in names), share=share)
+    auxiliaries, (variance, invariance, position) = tuple(NetworkConfig(architecture=name) for name in names), weights
+    metadd = MetaConfig(
+        auxiliaries=auxiliaries, share=share, variance=variance, invariance=invariance, position=position
+    )
     unseen = tuple(NetworkConfig(architecture=name) for name in UNSEEN)
     evaluate = base.evaluate.model_copy(update={"networks": unseen})
     return base.model_copy(update={"metadd": metadd, "evaluate": evaluate})
