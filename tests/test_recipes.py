@@ -157,6 +157,7 @@ def test_recipes_of_sre2l_have_the_values_of_the_authors_programs(name: str) -> 
         scored.labels,
     ) == STUDENTS[of]
     assert (scored.schedule, scored.keep_labels, scored.top_logits) == ("cosine", None, None)
+    assert not scored.full  # it would take most of the run's time; the teacher is the ceiling
     assert (config.network.architecture, config.network.width, config.network.norm) == ("resnet18", 128, "batch")
 
 

@@ -28,7 +28,6 @@ def imagenet_sre2l_ipc10() -> RunConfig:
             batch_size=1024,
             cutmix=1.0,
             augmentation="resized+flip",
-            full=False,
         ),
     )
     dataset = DatasetConfig(
