@@ -208,6 +208,7 @@ def variants(setting: Setting) -> list[Variant]:
     full = setting.weights
     found += [Variant(f"all-{count}-auxiliaries", [*seen, *MORE_SEEN][:count], *full) for count in (1, 3, 4)]
     found.append(Variant("all-pushed-apart", seen, *full, divergence=-1.0))
+    found.append(Variant("ai-pushed-apart", seen, invariance=terms["ai"], divergence=-1.0))
     found.append(Variant("all-no-divergence", seen, *full, divergence=0.0))
     found.append(Variant("logit-variance", seen, *full, variance_of="logits"))
     found.append(Variant("classes-of-several", seen, invariance=terms["ai"], divergence=0.0))

@@ -73,7 +73,7 @@ def test_a_recipes_method_is_the_host_and_has_its_rivals(
     setting = arguments.setting
     runs = {each.name: bench.runs_of(each, setting, 1, [])[0] for each in bench.variants(setting)}
     assert {config.method for config in runs.values()} == {get_recipe(recipe).method}
-    assert len(runs) == (17 if "sre2l" in recipe else 15)
+    assert len(runs) == (18 if "sre2l" in recipe else 16)
     usual = runs["var-ai-pos"].metadd.auxiliaries
     for name, config in runs.items():
         method_of(config).check(config.resolved((16, 16)))
@@ -86,6 +86,8 @@ def test_a_recipes_method_is_the_host_and_has_its_rivals(
         assert config.recover.statistics_of == name.removeprefix("statistics-of-") or "statistics" not in name
     rival = runs["classes-of-several"].metadd
     assert (rival.variance, rival.position, rival.divergence) == (0, 0, 0)
+    apart = runs["ai-pushed-apart"].metadd
+    assert (apart.variance, apart.position, apart.divergence, apart.invariance) == (0, 0, -1, rival.invariance)
     assert rival.invariance == runs["ai"].metadd.invariance == {"SRe2L": 1.0, "DM": 0.3}.get(setting.host, 0.01)
     page = bench.heading(setting, {"seen": ["a"], "unseen": ["b"]}, 3, 2, learns="sre2l" not in recipe)
     assert page.startswith(f"Host: {setting.host}. Real digits")
