@@ -561,6 +561,11 @@ class MetaLossConfig(Section):
     threshold: Fraction = 0.5
     """Map value in (0, 1) from which a pixel is a feature; only for the reported share of common features."""
 
+    @property
+    def has_weight(self) -> bool:
+        """True if the loss has a term; False if all weights are 0, so that the networks need not see the images."""
+        return any((self.variance, self.invariance, self.position))
+
 
 class MetaConfig(MetaLossConfig, AuxiliariesConfig):
     """MetaDD: losses on class activation maps, for sets that also work on other networks."""

@@ -83,7 +83,7 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
     decoding = 0 if run.prior is None else prior_cost(run.prior, shape.image)[0].flop
 
     def of_role(role: Role) -> Work:
-        share = run.metadd.share if run.metadd else 0.0
+        share = run.metadd.share if run.metadd and run.metadd.has_weight else 0.0
         work = [passes("training", seen[number], shape, share * held) for number in role.meta_networks]
         for number in role.backbones:
             work += [passes(kind, networks[number], shape, each) for kind, each in demands[number].passes.items()]

@@ -14,6 +14,7 @@ from datm_ray.pipeline import tasks
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine
+from datm_ray.planning.work import iterations, weight
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Task
 from datm_ray.shape import KNOWN_SHAPES, DataShape
@@ -61,6 +62,15 @@ def runs_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Runs:
 def weights(found: Sequence[Task]) -> list[float]:
     """Sorted weights of tasks."""
     return sorted(task.weight for task in found)
+
+
+@pytest.mark.parametrize("share", ["0", "1"])
+def test_an_iteration_has_work_of_metadd_if_a_term_has_weight(share: str) -> None:
+    """Without weights MetaDD's networks see nothing in an iteration, so plans count none of their work."""
+    config, terms = get_recipe("digits16-metadd-ipc1"), ("variance", "invariance", "position")
+    weighed = override(config, [f"metadd.{term}={share}" for term in terms])
+    found = [weight(iterations(each, IMAGENET)[0]) for each in (weighed, override(config, ["metadd=null"]))]
+    assert (found[0] > found[1]) == (share == "1")
 
 
 @pytest.mark.parametrize("case", CASES)

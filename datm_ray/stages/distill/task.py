@@ -269,7 +269,10 @@ class Distillation:
         self._next_counted_save = -math.inf
         """Time, in seconds of the monotonic clock, before which a piece (part of a set) writes no checkpoint just
         because `checkpoint_every` iterations are done."""
-        self._meta_networks = None if config.metadd is None else MetaNetworks(part, config.metadd, method.experts[0])
+        meta = config.metadd
+        if meta is not None and part.piece is not None and not meta.has_weight:
+            meta = None  # the task that joins the pieces computes the maps
+        self._meta_networks = None if meta is None else MetaNetworks(part, meta, method.experts[0])
 
     def events(self) -> Iterator[Event]:
         """Run the remaining iterations and yield progress. All workers of the set yield the same but for phases."""
@@ -455,15 +458,15 @@ class Distillation:
             )
 
     def _meta_term(self, state: State[Any]) -> MetaTerm | None:
-        """MetaDD's term for the next iteration; `None` without MetaDD.
+        """MetaDD's term for the next iteration; `None` without MetaDD, or if all its weights are 0.
 
         With `metadd.augmented`, MetaDD sees the images under the method's augmentation.
         """
-        if self._meta_networks is None:
+        settings = self._config.metadd
+        if self._meta_networks is None or settings is None or not settings.has_weight:
             return None
         term = self._meta_networks.term(state.iteration)
-        assert self._config.metadd is not None
-        if not self._config.metadd.augmented:
+        if not settings.augmented:
             return term
         if self._labels is None:
             self._labels = state.synthetic.labels.cpu().numpy()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig, run_identity, unread_keys
+from datm_ray.core.metadd import MetaDD
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.steps import result_of
 from datm_ray.core.synthetic import Rows
@@ -424,14 +425,18 @@ def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path
         assert torch.allclose(*images, atol=1e-3) == (name == "whole")
 
 
-def test_images_may_have_the_statistics_of_auxiliaries(finished: Path, tmp_path: Path) -> None:
-    """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 nothing else changes a bit."""
+def test_images_may_have_the_statistics_of_auxiliaries(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 its networks see no view."""
+    monkeypatch.delattr(MetaDD, "gradient")
     weightless = "metadd={auxiliaries: [{architecture: convnet, width: 4, norm: batch}], experts: {epochs: 1}, "
     weightless += "variance: 0, invariance: 0, position: 0}"
     images = []
     for of in ("teacher", "auxiliaries"):
         run_here(tmp_path / of, config_of(weightless, f"recover.statistics_of={of}", "evaluate.seeds=1"))
         images.append(set_of(tmp_path / of).images)
+        assert (tmp_path / of / "tiny/maps.arrow").exists()
     assert torch.equal(images[0], set_of(finished).images)
     assert not torch.equal(*images)
 

@@ -57,6 +57,7 @@ SET = (
     *("distill.initial_step_size=null", "distill.learning_rate_images=null"),
 )
 AUGMENTED = "distill.augmentation=color_crop_scale"
+APART = "cluster.auxiliaries_apart=true"
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
@@ -337,10 +338,10 @@ def with_metadd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("apart", "size"),
     [
-        (["cluster.auxiliaries_apart=true"], 3),
+        ([APART], 3),
         (["cluster.backbones_apart=true"], 2),
         (["cluster.shards=2"], 2),
-        (["cluster.auxiliaries_apart=true", "cluster.backbones_apart=true"], 4),
+        ([APART, "cluster.backbones_apart=true"], 4),
     ],
 )
 def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_metadd: Path, tmp_path: Path) -> None:
@@ -354,6 +355,18 @@ def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_
     assert [record.iteration for record in mine] == list(range(6))
     for one, other in zip(mine, theirs, strict=True):
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_metadd_without_weights_changes_nothing_wherever_its_networks_are(with_metadd: Path, tmp_path: Path) -> None:
+    """With all weights at 0 the set is that of a run without MetaDD, and the networks have no part in an iteration."""
+    weightless = METADD.replace("variance: 0.01, invariance: 0.01", "variance: 0, invariance: 0, position: 0")
+    for name, size, more in (("without", 1, []), ("one", 1, [weightless]), ("apart", 3, [weightless, APART])):
+        (tmp_path / name).mkdir()
+        out, config = with_experts_of(with_metadd, tmp_path / name), tiny_config(*SET, AUGMENTED, *more)
+        distil(config, out, size)
+        assert state_of(out, config).meta_history == []
+        assert torch.equal(set_of(out).images, set_of(tmp_path / "without").images)
 
 
 @pytest.mark.slow
