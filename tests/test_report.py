@@ -51,9 +51,10 @@ from datm_ray.report.results import Maps, shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import CHECKPOINT
-from datm_ray.stages.distill.task import INITIAL, SYNTHETIC
+from datm_ray.stages.distill.task import COST, INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate.rows import FAIR_ROWS, ROWS
 from datm_ray.stages.evaluate.scores import FAIR_PARTS, NetworkScores, Score
+from datm_ray.stages.experts.train import ExpertsCost, write_experts_cost
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
 from datm_ray.words import data_size
@@ -221,6 +222,24 @@ def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
     ]
     assert rows == cells_of_page(page_of(out, *runs[:-1], none))
     assert not any("size" in row[0] for row in cells_of_text(accuracy_table([none])))
+
+
+def test_the_time_of_a_runs_parts_stands_below_their_sizes(out: Location) -> None:
+    """Experts of all networks, teacher and distillation have a row with CPU or GPU time, if it is known for a run."""
+    runs = [finished_run(out, configure(name)) for name in ("one", "two")]
+    networks = (("convnet", Spent(9.0, 60.0), "experts"), ("vgg11", Spent(9.0, 240.0), "experts"))
+    costs = [*networks, ("resnet18", Spent(9.0, 1.0, 300.0), "teacher")]
+    write_experts_cost(runs[0].folder, [ExpertsCost(name, 2, spent, role) for name, spent, role in costs])
+    for run in runs:
+        (run.folder / COST).write_json(Spent(9.0, 30.0).to_json())
+    rows = cells_of_text(accuracy_table(runs))
+    assert [row[0] for row in rows[-5:-3]] == ["size of the set's images", "size of its labels"]
+    assert rows[-3:] == [
+        ["time of the experts", "5 min CPU", "–"],
+        ["time of the teacher", "5 min GPU", "–"],
+        ["time of the distillation", "30 s CPU", "30 s CPU"],
+    ]
+    assert rows == cells_of_page(page_of(out, *runs))
 
 
 def cells_of_page(page: str) -> list[list[str]]:

@@ -104,11 +104,10 @@ def costs_of(lines: Sequence[CostLine]) -> Table | None:
 def _cost_cells(line: CostLine) -> dict[str, str]:
     """Heading of the table of costs -> text of this line's cell."""
     spent = line.spent
-    kind = "GPU" if spent.gpu_seconds else "CPU"
     return {
         "n": f"{line.count:,}",
         "worker time": duration(spent.seconds),
-        "CPU or GPU time": f"{duration(line.device_seconds)} {kind}",
+        "CPU or GPU time": line.device_time,
         "peak memory": data_size(spent.peak_memory_bytes) if spent.peak_memory_bytes else "–",
         "read": data_size(spent.read_bytes),
     }

@@ -33,7 +33,7 @@ from datm_ray.store.files.filesystem import Location
 from datm_ray.store.labels import LabelStore
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
-from datm_ray.words import data_size
+from datm_ray.words import data_size, duration
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,11 @@ class CostLine:
         """Seconds of GPU time if this part of the run used a GPU, else of CPU time."""
         return self.spent.gpu_seconds or self.spent.cpu_seconds
 
+    @property
+    def device_time(self) -> str:
+        """GPU or CPU time as text, such as "4.4 min CPU"."""
+        return f"{duration(self.device_seconds)} {'GPU' if self.spent.gpu_seconds else 'CPU'}"
+
 
 def cost_lines(summary: RunSummary) -> list[CostLine]:
     """Known costs of the experts, the distillation, the labels, each table row and each other architecture."""
@@ -358,7 +363,7 @@ def accuracies(summaries: Sequence[RunSummary]) -> Table:
         for row, title in shown_rows(summaries).items()
     ]
     lines += _computed("share of full-data accuracy", [share_of_full(each.scores) for each in summaries])
-    lines += _sizes(summaries)
+    lines += [*_sizes(summaries), *_times(summaries)]
     return Table(["test accuracy in %", *map(column_name, summaries)], lines)
 
 
@@ -378,6 +383,24 @@ def _label_sizes(summaries: Sequence[RunSummary]) -> list[Cell]:
         size = each.stored.labels if each.stored else None
         found.append(Cell("", absent) if size is None else Cell(data_size(size)))
     return found
+
+
+TIMED = ("experts", "teacher", "prior", "distillation", "labels")
+"""Parts of a run whose CPU or GPU time the accuracy table has: titles of `cost_lines`, up to a comma."""
+
+
+def _times(summaries: Sequence[RunSummary]) -> list[Line]:
+    """Rows with the CPU or GPU time of parts of every run; a part without a known time in any run has no row."""
+    known = [dict[str, Spent]() for _ in summaries]
+    for times, summary in zip(known, summaries, strict=True):
+        for line in cost_lines(summary):
+            if (part := line.title.partition(",")[0]) in TIMED and line.device_seconds:
+                times[part] = times.get(part, Spent()) + line.spent
+    cells = {
+        part: [Cell(CostLine(part, 1, each[part]).device_time if part in each else "–") for each in known]
+        for part in TIMED
+    }
+    return [Line(f"time of the {part}", cells[part], "share") for part in TIMED if any(part in each for each in known)]
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
