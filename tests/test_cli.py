@@ -28,6 +28,7 @@ from datm_ray.core.networks.architectures import ConvNet
 from datm_ray.errors import WorkerLostError
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.runtime.stopping import Interrupted
+from datm_ray.stages.methods.selection import CORESETS
 from tests.conftest import CommandLine, assert_one_line, documented_keys, tiny_config
 
 
@@ -353,6 +354,17 @@ def test_an_end_at_once_removes_the_temporary_home(monkeypatch: pytest.MonkeyPat
     ending._exit_at_once(130)
     assert not home.exists()
     exits.assert_called_once_with(130)
+
+
+def test_coresets_are_planned_beside_a_set(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """`run --coresets` adds a run for each choice of real images, which trains no further experts."""
+    found = [
+        datm_ray("run", "digits-ipc1", *more, "--dry-run", "--out", str(tmp_path)) for more in ([], ["--coresets"])
+    ]
+    alone, shown = (shown.splitlines() for _, shown, _ in found)
+    assert shown[0] == alone[0]
+    (sets,) = (line for line in shown if "to distil" in line)
+    assert sets.startswith(f"4 sets to distil: digits-ipc1, digits-ipc1-{CORESETS[0]}, digits-ipc1-{CORESETS[1]}")
 
 
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import threading
@@ -23,7 +22,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
-from datm_ray.cli.options import config_of
 from datm_ray.config import RunConfig, override, run_identity, scored_on, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training.teacher import Teacher
@@ -50,6 +48,7 @@ from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.evaluate.rows import ROWS, TABLE_ROWS, EvaluateWorker
 from datm_ray.stages.evaluate.scores import FAIR_PARTS
 from datm_ray.stages.experts.train import expert_group
+from datm_ray.stages.methods.selection import coresets_of
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store import claims
 from datm_ray.store.claims import lease
@@ -115,25 +114,17 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
 
 
 def test_coresets_beside_a_set_are_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files in docs/methods/scores.md add coresets to a recipe's table; they share its experts and its controls."""
-    page = (Path(__file__).parents[1] / "docs/methods/scores.md").read_text().partition("## Coresets")[2]
-    found = [re.findall(pattern, page, re.DOTALL) for pattern in (r"`(mine-\w+\.yaml)`", r"```yaml\n(.*?)```")]
-    files = dict(zip(*found, strict=True))
+    """`--coresets` adds coresets to a recipe's table; they share its experts and its controls."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text(to_yaml(tiny_config("name=mine", "evaluate.seeds=1")))
-    for name, text in files.items():
-        Path(name).write_text(text)
-    (command,) = re.findall(r"^datm-ray run (.*)$", page, re.MULTILINE)
-    names = command.split()
-    assert names == ["mine.yaml", *files]
-    configs = [config_of(name, None) for name in names]
+    configs = [config := tiny_config("name=mine", "evaluate.seeds=1"), *coresets_of(config)]
     pipeline = Pipeline(configs, "runs")
-    pipeline.run_all(serial(configs[0]), QUIET)
-    assert [config.method for config in pipeline.configs] == ["datm", "select", "select"]
+    pipeline.run_all(serial(config), QUIET)
+    assert [config.method for config in pipeline.configs] == ["datm", "select", "select", "select"]
     assert len(list(Path("runs/experts").rglob("expert-*.arrow"))) == configs[0].experts.count
     assert len(list(Path("runs/controls").rglob("*.json"))) == 3
     heading = pipeline.table().splitlines()[0]
-    assert [name for name in heading.split() if name.startswith("mine")] == ["mine", "mine-el2n", "mine-forgetting"]
+    names = ["mine", "mine-moderate", "mine-el2n", "mine-forgetting"]
+    assert [name for name in heading.split() if name.startswith("mine")] == names
 
 
 def test_rows_with_fixed_labels_stand_in_one_table(tmp_path: Path, finished_run: Path) -> None:

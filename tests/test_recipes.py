@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from datm_ray.config import RunConfig, unread_keys
+from datm_ray.config import RunConfig, override, unread_keys
 from datm_ray.core.networks.registry import build_network, spatial_features
 from datm_ray.errors import ConfigError
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
 from datm_ray.shape import data_shape
 from datm_ray.stages.methods.registry import method_of
+from datm_ray.stages.methods.selection import coresets_of
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
 PUBLISHED = {
@@ -251,6 +252,25 @@ def test_recipe_is_a_valid_configuration_with_its_own_name(name: str) -> None:
     assert config.name == name
     assert RunConfig.model_validate(config.model_dump()) == config
     assert recipe_notes(name).splitlines()[0].endswith(("%.", ".", "experts."))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_coresets_under_the_same_labels(name: str) -> None:
+    """Coresets of a recipe are accepted, share its data, experts and scoring, and have as many images.
+
+    Teachers of SRe2L store too few epochs for forgetting, unless the recipe asks for more.
+    """
+    layout = ["cluster.precision=bfloat16", "cluster.shards=2", "evaluate.labels=teacher"]
+    config, epochs = override(get_recipe(name), layout), ["experts.keep_epochs=null"]
+    assert len(coresets_of(config)) == (2 if config.method == "sre2l" else 3)
+    found = coresets_of(config := override(config, epochs))
+    assert [each.name for each in found] == [f"{name}-{by}" for by in ("moderate", "el2n", "forgetting")]
+    for each in found:
+        method_of(each).check(each)
+        shared = ("dataset", "network", "experts", "evaluate", "seed")
+        assert all(getattr(each, key) == getattr(config, key) for key in shared)
+        assert each.distill.ipc == config.distill.ipc
+    assert [each.select.by for each in coresets_of(found[0])] == ["el2n", "forgetting"]
 
 
 def test_unknown_recipe_suggests_the_nearest() -> None:

@@ -64,6 +64,13 @@ SkipFull = Annotated[
     bool,
     typer.Option("--skip-full", help="Leave out the control on all real data, which takes longest (evaluate.full)."),
 ]
+Coresets = Annotated[
+    bool,
+    typer.Option(
+        "--coresets",
+        help="Add coresets of as many real images: moderate, EL2N and, if experts store enough epochs, forgetting.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", callback=note, help="Print the remaining work. Nothing is written.")]
 
 
@@ -85,6 +92,7 @@ def run(
     address: Address = None,
     memory: Memory = None,
     skip_full: SkipFull = False,
+    coresets: Coresets = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
@@ -101,7 +109,7 @@ def run(
     from datm_ray.stages.distill.task import SYNTHETIC
 
     set_ = [*_with_memory(set_, memory), *_without_full(skip_full)]
-    pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address))
+    pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address), coresets=coresets)
     if dry_run:
         _print_plan(pipeline, json_)
         return
@@ -110,7 +118,7 @@ def run(
     if json_:
         print_json((pipeline.out / "summary.json").read_json())
         return
-    place = (pipeline.out / pipeline.configs[-1].name / SYNTHETIC).uri
+    place = (pipeline.out / pipeline.configs[len(recipes) - 1].name / SYNTHETIC).uri
     print(f"{pipeline.table()}\n\nReport: {written.uri}")
     print(f"Use the set: s = datm_ray.load({place!r}); s.dataset() is for torch, s.training() says how it was scored")
 
@@ -323,9 +331,20 @@ def publish(
     print(f"Wrote {', '.join(written)} to {out}. State the licence of the source in README.md.")
 
 
-def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Check the recipes. Returns their pipeline, and a function that starts the executor."""
+def _prepare(
+    invocation: Invocation, arch: str | None = None, *, coresets: bool = False
+) -> tuple[Pipeline, Callable[[], Executor]]:
+    """Check the recipes. Returns their pipeline, and a function that starts the executor.
+
+    Args:
+        arch: further architectures to score on, separated by commas; `None` for none.
+        coresets: True to add coresets to each recipe.
+    """
     configs = [config_of(name, invocation.set_) for name in invocation.recipes]
+    if coresets:
+        from datm_ray.stages.methods.selection import coresets_of
+
+        configs += [coreset for config in configs for coreset in coresets_of(config)]
     asked: dict[NetworkConfig, str] = {}
     if arch is not None:
         from datm_ray.config import networks_named, scored_on

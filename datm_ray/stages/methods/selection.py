@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, with_settings
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.registry import build_network, embedding
 from datm_ray.core.synthetic import SyntheticSet
@@ -174,6 +175,26 @@ class Selection(Method):
     def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
         """Values of `function` for the real images at the indices `rows`, in main memory; yields between batches."""
         return in_batches(lambda batch: function(self._images(batch)), rows)
+
+
+CORESETS = ("moderate", "el2n", "forgetting")
+"""Values of `select.by` of the coresets that a table needs beside a distilled set."""
+
+
+def coresets_of(config: RunConfig) -> list[RunConfig]:
+    """Runs that choose as many real images as a run's set has, one for each of `CORESETS`, under the same labels.
+
+    They share the run's experts, teacher and controls. What changes images, or computes them on several workers, is
+    left out. A run that is such a choice itself gets the others. Forgetting is left out if too few epochs are stored.
+    """
+    left_out: dict[str, Any] = {"metadd": None, "prior": None, "backbones": [], "distill.options": {}}
+    left_out |= {"cluster.shards": 1, "cluster.backbones_apart": False, "cluster.auxiliaries_apart": False}
+    if config.cluster.precision == "bfloat16":  # for the distillation alone
+        left_out["cluster.precision"] = "auto"
+    chosen = [by for by in CORESETS if config.method != "select" or by != config.select.by]
+    named = [{"name": f"{config.name}-{by}", "method": "select", "select.by": by} for by in chosen]
+    found = [with_settings(config, left_out | each) for each in named]
+    return [each for each in found if each.select.by != "forgetting" or len(_epochs_of_training(each)) >= LEAST_EPOCHS]
 
 
 def _check_select(config: RunConfig) -> None:
