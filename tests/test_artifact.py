@@ -56,9 +56,11 @@ def real_images(channels: int = 3, count: int = 20) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, channels, 6, 5), dtype=np.uint8)
 
 
-def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ...] = NAMES) -> Transform:
+def save(
+    path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ...] = NAMES, count: int = 20
+) -> Transform:
     """Save a synthetic set whose images are the real ones, normalised."""
-    images = real_images(channels)
+    images = real_images(channels, count)
     transform = fit_transform(kind, images, 255)
     labels = torch.arange(len(images)) % len(names)
     synthetic = SyntheticSet(
@@ -141,6 +143,34 @@ def snippet_of_the_page(word: str) -> str:
     """The one snippet of docs/using-a-set.md that has a word."""
     (snippet,) = (each for each in re.findall(r"```python\n(.*?)```", USING, re.DOTALL) if word in each)
     return str(snippet)
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "without its transform"])
+@pytest.mark.parametrize("count", [20, 200], ids=["fewer images than values", "more images than values"])
+def test_the_documented_code_reads_a_whitened_set_without_datm_ray(
+    count: int, is_whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code without datm_ray whitens real images as the set's transform does, and gives the pixels of the set's own."""
+    save(tmp_path / "synthetic.arrow", count=count)
+    open_location(str(tmp_path / SCORING)).write_json(CHOSEN.to_json())
+    expected = load(tmp_path / "synthetic.arrow")
+    monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
+    export(expected if is_whole else without_transform(expected), "safetensors", open_location(str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    real, test_images = (torch.from_numpy(real_images(count=each) / np.float32(255)) for each in (count, 5))
+    names: dict[str, Any] = {"test_images": test_images, "train_images": real}
+    snippet, fit = snippet_of_the_page("safe_open"), snippet_of_the_page("linalg.eigh")
+    stored = next(line for line in snippet.splitlines(keepends=True) if line.startswith("mean, vectors, values ="))
+    assert not re.search(r"import.*datm_ray", snippet + fit)
+    exec(snippet if is_whole else snippet.replace(stored, fit), names)
+    images, probabilities = expected.dataset().tensors
+    assert torch.equal(names["images"], images)
+    assert torch.equal(names["probabilities"], probabilities)
+    assert names["inputs"].dtype == names["pixels"].dtype == torch.float32
+    torch.testing.assert_close(names["inputs"], expected.normalise(test_images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(names["pixels"], expected.denormalise(images), atol=1e-5, rtol=1e-5)
+    assert tuple(names["about"]["class_names"]) == expected.class_names
+    assert Schedule.from_json(names["about"]["scoring"]) == CHOSEN
 
 
 class Trainer:
