@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import uuid
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,38 @@ ARRAYS = {
 def location(request: pytest.FixtureRequest, tmp_path) -> Location:
     root = str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
     return open_location(root) / "set.arrow"
+
+
+PAGE = (Path(__file__).parents[2] / "docs/store.md").read_text().partition("## Other files")[2]
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def test_the_documented_code_reads_a_file_without_datm_ray(tmp_path, monkeypatch):
+    """Code with pyarrow alone gives the arrays and metadata of a tensor file, from scalars to empty arrays."""
+    write_tensors(open_location(str(tmp_path / "synthetic.arrow")), ARRAYS, kind="any", metadata={"class_names": ["a"]})
+    monkeypatch.chdir(tmp_path)
+    code = PAGE.partition("```python\n")[2].partition("```")[0]
+    assert "datm_ray" not in code
+    names = {}
+    exec(code, names)
+    assert names["about"] == {"class_names": ["a"]}
+    assert names["arrays"].keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(names["arrays"][name], array, strict=True)
+
+
+@pytest.mark.parametrize(
+    "sample", ["v2/digits/ConvNetD2/5f2a9c/expert-00000.arrow", "labels-v1/labels.arrow", "labels-v1/epoch-00000.arrow"]
+)
+def test_documented_columns_and_versions_are_those_of_the_files(sample):
+    """The row of a file in docs/store.md has its format and version, and names all its columns."""
+    with pa.OSFile(str(SAMPLES / sample)) as source:
+        schema = pa.ipc.open_file(source).schema
+    found = schema.metadata[b"format"].decode(), schema.metadata[b"format_version"].decode()
+    (row,) = (line for line in PAGE.splitlines() if re.match(rf"\|.*{Path(sample).name}` \|", line))
+    assert "| `{}`, {} |".format(*found) in row
+    named = PAGE if found[0] == tensors.FORMAT else row
+    assert {f"`{name}`" for name in schema.names} <= set(re.findall(r"`\w+`", named))
 
 
 def write_raw(location: Location, names: list[str], announced: list[str], version: int = 1) -> None:
