@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import math
@@ -55,6 +56,37 @@ def test_a_run_returns_its_set_and_scores(
 
     assert all(f'"{name}"' in described for name in result.history)
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_code_of_the_reference_runs(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of docs/reference.md names a recipe, settings and results that exist; a finished run stands in."""
+    page = (Path(__file__).parents[1] / "docs/reference.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for settings in re.findall(r"settings=(\{.*?\})", code):
+        recipe_of("digits-ipc1", ast.literal_eval(settings))
+    shutil.copytree(finished_run, tmp_path / "runs/demo")
+
+    def finished(recipe: str, out: str, settings: dict[str, Any]) -> Any:
+        assert (recipe, out) == ("digits-ipc1", "runs/demo")
+        return run(tiny_config(), out=out, settings=settings, **SERIAL)
+
+    run = datm_ray.run
+    monkeypatch.setattr(datm_ray, "run", finished)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    result = names["result"]
+    assert capsys.readouterr().out == "".join(
+        f"{line}\n"
+        for line in (
+            f"{result.accuracies['distilled']} {result.synthetic.images.shape}",
+            f"{result.history['loss']} {result.history['validation.accuracy']}",
+            "{}",
+        )
+    )
+    assert len(result.accuracies["distilled"]) == 2
 
 
 def documented(of: type, name: str) -> str:

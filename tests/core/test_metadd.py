@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,6 +339,30 @@ def test_in_a_loop_of_distribution_matching() -> None:
         losses.append(meta.detach())
     assert float(losses[-1].variance) < 0.8 * float(losses[0].variance)
     assert float(losses[-1].ratio) > float(losses[0].ratio)
+
+
+def test_the_documented_loop_adds_the_loss() -> None:
+    """The code of docs/methods/metadd.md adds MetaDD's loss to that of a user's own loop; both have gradients."""
+    page = (Path(__file__).parents[2] / "docs/methods/metadd.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    images, labels = draw()
+    embedding: Any = network("convnet", 7)
+    names: dict[str, Any] = {
+        "backbone": network("convnet"),
+        "resnet": network("resnet18", 1),
+        "vgg": network("vgg11", 2),
+        "embed": embedding.features,
+        "real": draw(seed=1)[0],
+        "synthetic": images.clone().requires_grad_(),
+        "labels": labels,
+    }
+    exec(code, names)
+    meta = names["metadd"].loss(images, labels)
+    torch.testing.assert_close(names["loss"] - names["matching"], meta.total)
+    for loss in (names["loss"] - names["matching"], names["matching"]):
+        (gradient,) = torch.autograd.grad(loss, names["synthetic"], retain_graph=True)
+        assert gradient.isfinite().all()
+        assert gradient.any()
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
