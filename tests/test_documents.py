@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pydoc
 import re
 import runpy
 from operator import attrgetter
@@ -16,6 +17,7 @@ from datm_ray.cli import app
 from datm_ray.config import override
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
+from datm_ray.store import labels, tensors, trajectories
 from tests.cluster.files import (
     CLUSTER,
     DOCUMENTS,
@@ -209,6 +211,14 @@ def test_links_lead_somewhere(readme: Path) -> None:
         titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if heading else []
         slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
         assert not heading or heading in slugs
+
+
+def test_named_modules_and_calls_exist() -> None:
+    """Every dotted name that begins with the package's, in any document, is a module, one of its names or a format."""
+    found = {name for place in DOCUMENTS for name in re.findall(r"`(datm_ray(?:\.\w+)+)[`(]", place.read_text())}
+    assert {"datm_ray.load", "datm_ray.runtime.ray.jobs.Jobs"} <= found
+    formats = {module.FORMAT for module in (labels, tensors, trajectories)}
+    assert [name for name in sorted(found - formats) if pydoc.locate(name) is None] == []
 
 
 def rows_of_changes() -> list[str]:
