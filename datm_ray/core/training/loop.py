@@ -514,9 +514,9 @@ class Trainer:
         """Reason why networks that should be trained together are not compiled; "" if there is none."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
-        """Compiled functions, kept for all trainings: (architecture, image shape), number of networks -> function."""
+        """Compiled functions, kept for all trainings: `_kind_of` a training, number of networks -> function."""
         self._at_a_time: dict[tuple[str, int, int], int] = {}
-        """(Architecture, image shape), number of networks, images of a step -> number of networks in a call."""
+        """`_kind_of` a training, number of networks, images of a step -> number of networks in a call."""
 
     def stacks(
         self, trainings: Sequence[Training], lessons: Lessons | None = None, alike: int = 0
@@ -632,8 +632,13 @@ class Trainer:
 
 
 def _kind_of(training: Training) -> str:
-    """Text of the network's layers and the shape of an image. Trainings with equal texts can share a function."""
-    return f"{training.network} {tuple(training.images.shape[1:])}"
+    """Text of everything that a compiled function and a trial depend on; trainings with equal texts share them.
+
+    These are the network's layers, the shape of an image, the device, and whether algorithms are deterministic: a
+    process may do some runs with and some without `cluster.deterministic`.
+    """
+    how = "deterministic" if torch.are_deterministic_algorithms_enabled() else "timed"
+    return f"{training.network} {tuple(training.images.shape[1:])} {device_of(training.network)} {how}"
 
 
 def _rows_of(stack: Sequence[Training]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import get_args
 from unittest import mock
@@ -301,6 +302,25 @@ def test_a_stack_that_does_not_fit_into_a_gpu_is_computed_in_parts(
         torch.testing.assert_close(flatten(each.network), flatten(other.network), rtol=1e-12, atol=1e-13)
         right = [accuracy(network.float(), images, labels) for network in (each.network, other.network)]
         assert right[0] == right[1] > 0.5
+
+
+def test_a_deterministic_run_reuses_nothing_that_was_timed(
+    monkeypatch: pytest.MonkeyPatch, on_a_gpu: list[Tape]
+) -> None:
+    """A process's trainer has functions and trials of its own for deterministic runs, and for every device."""
+    monkeypatch.setattr(stack_trial, "fastest", lambda ways, now: 1)
+    trainer, stack = Trainer(), trainings(PLAIN, soft=True)
+    assert trainer.at_a_time(stack) == 1
+    timed = trainer._functions_for(stack[0], 3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert trainer.at_a_time(stack) == 3
+        assert trainer._functions_for(stack[0], 3) is not timed
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert trainer._functions_for(stack[0], 3) is timed
+    elsewhere = Training(copy.deepcopy(stack[0].network).to("meta"), *make_data(), PLAIN, 0)
+    assert trainer._functions_for(elsewhere, 3) is not timed
 
 
 def test_a_resumed_training_is_computed_as_it_was(monkeypatch: pytest.MonkeyPatch, on_a_gpu: list[Tape]) -> None:
