@@ -83,12 +83,13 @@ class OtherDevice(TorchDispatchMode):
         if is_here and func._schema.is_mutable:
             self._copied.pop(first.untyped_storage()._cdata, None)
         if func is _ATEN._to_copy.default and not is_here and result.device == DEVICE:
-            self._sent(first)
+            if not kwargs.get("non_blocking"):
+                self._sent(first)
             self._copied[result.untyped_storage()._cdata] = result, first.detach().clone()
         return result
 
     def _sent(self, tensor: Tensor) -> None:
-        """A copy to the device, for which a GPU is waited for unless it is asked not to be; tests may record it."""
+        """A copy to the device for which a GPU is waited for; tests may record it."""
 
     def _read(self, tensor: Tensor) -> Tensor:
         _, values = self._copied.get(tensor.untyped_storage()._cdata, (None, None))

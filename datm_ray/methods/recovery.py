@@ -37,7 +37,7 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.adam import adam_step
 from datm_ray.core.training.rates import share_of_rate
 from datm_ray.errors import ConfigError
-from datm_ray.methods.state import Arrays, Descent, LossRecord, not_finite
+from datm_ray.methods.state import Arrays, Descent, LossRecord, MetaRecord, not_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -266,6 +266,7 @@ class Recovery(Descent):
         statistics: Tensor,
         options: RecoverConfig,
         bounds: tuple[Tensor, Tensor],
+        meta: Sequence[Tensor] = (),
     ) -> RecoveryRecord:
         """Update the images by Adam unless a value would not be finite, and append to the history.
 
@@ -277,6 +278,8 @@ class Recovery(Descent):
             statistics: unweighted term [] of statistics in the loss.
             options: learning rate and rounds.
             bounds: values of black and white pixels, [c 1 1] each.
+            meta: numbers [] of MetaDD's record, which is appended to its history unless the update is skipped; empty
+                without MetaDD.
 
         Raises:
             DivergenceError: the number of iterations skipped in a row reached `MOST_DIVERGED` or a multiple of it, so
@@ -288,11 +291,12 @@ class Recovery(Descent):
         gradient = self.pulled_back(gradient)
         moved, moments = self._adam(gradient, rate, self.iteration - first)
         bad = not_finite(gradient, loss, moved, moments["second"])
-        is_bad, *values = torch.stack([bad.to(loss), loss, statistics]).tolist()  # one wait for the device
+        is_bad, *values = torch.stack([bad.to(loss), loss, statistics, *meta]).tolist()  # one wait for the device
         record = RecoveryRecord(self.iteration, values[0], bool(is_bad), values[1])
         if not is_bad:
             self._place(moved, bounds)
             self.moments = moments
+            self.meta_history += [MetaRecord(self.iteration, *values[2:])] if meta else []
         self.history.append(record)
         self._require_progress()
         if self.iteration == last < self.settings.iterations:

@@ -7,7 +7,6 @@ Shapes: n images that this shard holds, a backbones. Tests: tests/methods/trajec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import DistillConfig
+from datm_ray.core.compute.gpu import sent
 from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
 from datm_ray.core.prior import Prior
@@ -231,19 +231,20 @@ class State(Generic[Record]):
 
     def meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
-    ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the part of MetaDD's gradient that goes through the networks of this process.
 
         The gradient is with respect to pixels, or to a prior's latents. The networks see augmented images if `meta` has
-        augmentations, but the gradient is with respect to the images before augmentation.
+        augmentations, but the gradient is with respect to the images before augmentation. Reads no number from the
+        device.
 
         Returns:
-            {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
-            any shard. The dictionary and the list are empty in that case, and if `meta` is `None`.
+            {"images": gradient}, and [6] the five numbers of a `MetaRecord`, then one that is not 0 if the loss or the
+            gradient is not finite in any shard. If `meta` is `None`, the dictionary is empty and the numbers are 0.
         """
         if meta is None:
-            return {}, [], False
-        rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
+            return {}, self.synthetic.images.new_zeros(6)
+        rows = sent(torch.from_numpy(meta.rows), self.synthetic.images.device)
         loss, gradient = meta.metadd.gradient(
             self.synthetic.images[rows],
             self.synthetic.labels[rows],
@@ -254,12 +255,19 @@ class State(Generic[Record]):
             augmentations=meta.augmentations,
             all_sum=sum_over_backbones,
         )
-        *total, bad = all_sum(torch.stack([*loss.values(), not_finite(gradient)])).tolist()
-        record = MetaRecord(self.iteration, *total)
-        if bad or not math.isfinite(record.total):
-            return {}, [], True
+        values = all_sum(torch.stack([*loss.values(), not_finite(gradient)]))
+        values[-1] += not_finite(values[0])
         images = torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)
-        return {"images": self.pulled_back(images)}, [record], False
+        return {"images": self.pulled_back(images)}, values
+
+    def record_meta(self, meta: MetaTerm | None, values: Sequence[float]) -> None:
+        """Append the record of an iteration to the history of MetaDD, if this process holds one of its networks.
+
+        Args:
+            values: numbers from `meta_gradient`, read from the device.
+        """
+        if meta is not None:
+            self.meta_history.append(MetaRecord(self.iteration, *values[:5]))
 
     def moved(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> Move:
         """Compute an update of the set along the gradients, without taking it. Reads no number from the device.
@@ -392,12 +400,12 @@ class Descent(State[LossRecord]):
                 that a resumed run tries as many again.
         """
         # MetaDD comes first: processes that hold only MetaDD networks finish it while the others compute the loss.
-        total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
+        total, meta_values = self.meta_gradient(meta, all_sum, sum_over_backbones)
         own, pixels = gradient()
         images = self.pulled_back(pixels)
-        is_bad = is_lost or bool(not_finite(own, images))
-        mine = torch.stack([own.detach().double(), torch.full_like(own, is_bad, dtype=torch.float64)])
-        loss, bad = all_sum(sum_over_backbones(mine)).tolist()
+        is_bad = meta_values[-1] + not_finite(own, images)
+        mine = all_sum(sum_over_backbones(torch.stack([own.detach(), is_bad]).double()))
+        loss, bad, *meta_record = torch.cat([mine, meta_values.double()]).tolist()
         is_followed = not bad
         if is_followed:
             total["images"] = total["images"] + images if "images" in total else images
@@ -408,7 +416,8 @@ class Descent(State[LossRecord]):
             is_followed = not bool(move.is_invalid)
             if is_followed:
                 self.take(move)
-        self.meta_history += meta_records if is_followed else []
+        if is_followed:
+            self.record_meta(meta, meta_record)
         self.history.append(LossRecord(self.iteration, loss, not is_followed))
         self._require_progress()
         return self.history[-1]

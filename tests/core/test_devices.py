@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
+from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec, RecoverConfig
 from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.batches import rows_on
 from datm_ray.core.metadd import MetaDD
@@ -31,7 +31,8 @@ from datm_ray.core.training.labelling import (
 )
 from datm_ray.core.training.loop import Schedule, Training, accuracy, train, train_to_end
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
-from datm_ray.methods.state import MetaTerm
+from datm_ray.methods.recovery import Recovery
+from datm_ray.methods.state import Descent, MetaTerm
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
@@ -107,8 +108,9 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
     assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
 
 
-def test_an_iteration_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU is waited for between the sweeps, for the loss, and once after them; copies to it count as waits too."""
+@pytest.mark.parametrize("extra", ["", "MetaDD", "augmented MetaDD"])
+def test_an_iteration_waits_for_its_device_twice(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is waited for between the sweeps, for the loss, and once after them; blocking copies to it count too."""
     waits: list[str] = []
     read = OtherDevice._read
 
@@ -129,6 +131,9 @@ def test_an_iteration_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch
     functions = Functions(FlatNetwork(there()), StepOptions(compiled=False))
     start = flatten(functions.network.module)
     settings = DistillConfig(learning_rate_images=1.0, threshold=1e9)
+    metadd, draw = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))]), np.random.default_rng(0)
+    seen = [draw_augmentation(STRATEGY, 1, draw) for _ in range(6)] if "augmented" in extra else []
+    meta = MetaTerm(metadd, 2, np.arange(6), 6, seen, chunk=4) if extra else None
     state, counts = MatchingState(synthetic_set(), settings), []
     monkeypatch.setattr("datm_ray.methods.trajectory.matching._agreed", lambda loss, _: float(loss.tolist() or 1.0))
     monkeypatch.setattr(OtherDevice, "_read", recorded)
@@ -139,9 +144,35 @@ def test_an_iteration_waits_for_its_device_twice(monkeypatch: pytest.MonkeyPatch
         placed = place_steps(draw_student_steps(6, steps, 4, STRATEGY, 0, 0), 3, start)
         assert set(waits) <= {"sent"}
         waits.clear()
-        state.step([Match(functions, start, torch.rand_like(start), placed, chunk=3)], [Origin(0, 0)])
+        state.step([Match(functions, start, torch.rand_like(start), placed, chunk=3)], [Origin(0, 0)], meta=meta)
         counts.append([waits.count(each) for each in ("forward", "reverse", "sent")])
     assert counts == [[1, 1, 0]] * 2
+    assert len(state.meta_history) == 2 * bool(extra)
+
+
+@pytest.mark.parametrize("method", ["DM", "SRe2L"])
+def test_other_methods_read_metadd_with_their_own_record(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MetaDD adds no wait for a GPU to an iteration of DM, nor to an update of recovered images."""
+    read, reads = OtherDevice._read, list[Tensor]()
+    monkeypatch.setattr(OtherDevice, "_read", lambda self, tensor: reads.append(tensor) or read(self, tensor))
+    metadd = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))])
+    meta, settings = MetaTerm(metadd, 2, np.arange(6), 6), DistillConfig(learning_rate_images=1.0)
+    monkeypatch.setattr(OtherDevice, "_sent", lambda *_: pytest.fail("the device was waited for"))
+
+    def case(meta: MetaTerm | None) -> int:
+        reads.clear()
+        if method == "DM":
+            own = iter([tensor(), tensor(6, 3, 8, 8)])
+            state = Descent(synthetic_set(), settings)
+            state.step(lambda: (next(own), next(own)), meta=meta)
+        else:
+            state, values = Recovery(synthetic_set(), settings), (tensor(),) * 5 if meta else ()
+            bounds = (tensor(3, 1, 1), tensor(3, 1, 1))
+            state.follow(tensor(6, 3, 8, 8), tensor(), tensor(), RecoverConfig(), bounds, values)
+        assert len(state.meta_history) == bool(meta)
+        return len(reads)
+
+    assert case(meta) == case(None) <= 2
 
 
 def test_images_are_gathered_where_they_lie() -> None:

@@ -97,4 +97,5 @@ def sent(whole: Tensor, device: torch.device) -> Tensor:
 
     A copy to a GPU goes through pinned memory, because from other memory it would wait until the GPU is idle.
     """
-    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
+    pinned = whole.pin_memory() if device.type == "cuda" else whole
+    return pinned.to(device, non_blocking=device.type != "cpu")

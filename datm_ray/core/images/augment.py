@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datm_ray.core.compute.gpu import sent
 from datm_ray.core.images.resampling import resampled
 from datm_ray.errors import ConfigError
 
@@ -91,7 +92,7 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
     """Apply the augmentation to images [b c h w]; differentiable in the images."""
     if augmentation.operation == NO_AUGMENTATION:
         return images
-    uniform = torch.from_numpy(augmentation.parameters).to(images.device, images.dtype)
+    uniform = sent(torch.from_numpy(augmentation.parameters).to(images.dtype), images.device)
     return apply_operation(images, augmentation.operation, uniform)
 
 

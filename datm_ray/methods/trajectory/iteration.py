@@ -199,23 +199,23 @@ class MatchingState(State[IterationRecord]):
                 last update and the complete history.
         """
         # MetaDD comes first: processes that hold only MetaDD networks finish it while the other processes match.
-        total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
+        total, meta_values = self.meta_gradient(meta, all_sum, sum_over_backbones)
         outcome = self._outcome(matches, total, all_sum, in_rows)
-        outcome[3] = float(is_lost)
+        outcome[3] = meta_values[-1]
         outcome = sum_over_backbones(outcome)
         zeros = (name for name in LEARNED if name not in total)
         total |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in zeros}
         summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
         # The update is computed before it is known whether it is taken, so that the CPU waits for the GPU once.
         move = self.moved(summed, ~self._skips(outcome), all_sum)
-        outcome, is_invalid, after, before = _read(
-            outcome, move.is_invalid, move.synthetic.step_sizes, self.synthetic.step_sizes
+        outcome, is_invalid, after, before, meta_values = _read(
+            outcome, move.is_invalid, move.synthetic.step_sizes, self.synthetic.step_sizes, meta_values
         )
         skipped = self._skips(outcome) | is_invalid.bool()
         is_taken = not bool(skipped.all())
         if is_taken:
             self.take(move)
-            self.meta_history += meta_records
+            self.record_meta(meta, meta_values.tolist())
         records = self._records(origins, outcome, after if is_taken else before, skipped)
         self.history += records
         self._require_progress(bool(outcome[3].any()))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datm_ray.config import RunConfig
 from datm_ray.core.compute.compilation import compiled_facts
+from datm_ray.core.compute.gpu import sent
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet
@@ -19,7 +20,7 @@ from datm_ray.core.training.loop import Heartbeat
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view, pulled_back
-from datm_ray.methods.state import MetaRecord, MetaTerm, State
+from datm_ray.methods.state import MetaTerm, State
 from datm_ray.runtime.machine.devices import channels_last_on, uses_gpu
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.base import Demand, Method
@@ -228,23 +229,22 @@ class RecoveryFromTeacher(Method):
         seen = view.of(images)
         along, loss, statistics = self._loss.gradient(seen.detach(), synthetic.labels)
         sees_view = config.metadd is not None and config.metadd.augmented
-        records: list[MetaRecord] = []
+        values: tuple[Tensor, ...] = ()
         if meta is not None and sees_view:
-            along = self._with_meta(along, meta, state, seen.detach(), records)
+            along, values = self._with_meta(along, meta, state, seen.detach())
         gradient = pulled_back(seen, images, along)
         if meta is not None and not sees_view:
-            gradient = self._with_meta(gradient, meta, state, synthetic.images, records)
-        if not state.follow(gradient, loss, statistics, config.recover, self._bounds).skipped:
-            state.meta_history += records
+            gradient, values = self._with_meta(gradient, meta, state, synthetic.images)
+        state.follow(gradient, loss, statistics, config.recover, self._bounds, values)
 
     def _with_meta(
-        self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor, records: list[MetaRecord]
-    ) -> Tensor:
-        """Return `gradient` plus the gradient of MetaDD's loss with respect to the images `shown` [n c h w].
+        self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return `gradient` plus the gradient of MetaDD's loss in the images `shown` [n c h w], and the loss's values.
 
-        The values of MetaDD's loss are added to `records`.
+        The values, [] each, are those of MetaDD's record.
         """
-        rows = torch.from_numpy(meta.rows).to(shown.device)
+        rows = sent(torch.from_numpy(meta.rows), shown.device)
         found, along = meta.metadd.gradient(
             shown[rows],
             state.synthetic.labels[rows],
@@ -252,8 +252,7 @@ class RecoveryFromTeacher(Method):
             classes=self.part.dataset.classes,
             chunk=meta.chunk,
         )
-        records.append(MetaRecord(state.iteration, *found.values().tolist()))
-        return gradient.index_add(0, rows, along)
+        return gradient.index_add(0, rows, along), found.values().unbind()
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Loss of the last iteration, and the loss's statistics term without weight: name -> value."""

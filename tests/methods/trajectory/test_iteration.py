@@ -134,7 +134,7 @@ def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeyp
             return total
 
         state: Any = make_state()
-        state.meta_gradient = lambda *_: ({}, [], is_lost)
+        state.meta_gradient = lambda *_: ({}, torch.tensor([0.0] * 5 + [is_lost]))
         try:
             state.step(matches, [Origin(4, 7)], sum_over_backbones=all_sum)
         except DivergenceError as error:
