@@ -28,6 +28,20 @@ AUGMENTED = (
     *("experts.count=1", "experts.epochs=3", "distill.iterations=2", "distill.start_epochs=[0, 2]"),
     *("distill.validate_every=2", "evaluate.seeds=1"),
 )
+PIECES = ("network.norm=batch", "experts.keep_epochs=2", "experts.test_every=0", "select.pool=8", "select.crops=3")
+METHODS = {
+    "mtt": ("method=mtt",),
+    "dm": ("method=dm", "distill.ipc=2", "distill.real_batch=16", "distill.initial_step_size=0.03"),
+    "sre2l": ("method=sre2l", "distill.ipc=2", "distill.initial_step_size=0.03", *PIECES),
+    "select": ("method=select", "distill.ipc=2", "distill.initial_step_size=0.03", *PIECES),
+    "MetaDD": (
+        "metadd={auxiliaries: [{architecture: lenet}, {architecture: resnet18, width: 2, norm: batch}],"
+        " experts: {count: 1, epochs: 1}}",
+    ),
+    "a teacher's labels": ("evaluate.labels=stored", "evaluate.cutmix=1", "evaluate.epochs=2"),
+    "a prior": ("prior={epochs: 1, width: 4}",),
+}
+"""What a run has besides `AUGMENTED` -> its changes."""
 REFUSED = {
     "grid_sampler_2d_backward",
     "_adaptive_avg_pool2d_backward",
@@ -41,6 +55,8 @@ REFUSED = {
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 }
 """Operations for which torch has no fixed order of sums on a GPU, so that it raises an error there, not on a CPU."""
+REPLACED = {"upsample_bilinear2d_backward"}
+"""Operations in `REFUSED` that torch replaces by deterministic ones on a GPU."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +103,15 @@ def test_a_whole_run_uses_no_operation_that_a_gpu_refuses(tmp_path: Path) -> Non
     torch.testing.assert_close(other.images, one.images, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other.soft_labels, one.soft_labels, rtol=1e-4, atol=1e-5)
     assert other.recipe["cluster"] == {"deterministic": True}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_no_method_needs_an_operation_that_a_gpu_refuses(kind: str, tmp_path: Path) -> None:
+    """All stages of every method, with MetaDD, a prior or a teacher's labels, compute what a GPU does not refuse."""
+    fixed = run(tiny_config(*AUGMENTED, *METHODS[kind], "cluster.deterministic=true"), tmp_path)
+    assert {True} == {asked for name, asked in fixed.names if name == "convolution_backward"}
+    assert fixed.refused <= REPLACED
+    assert ("upsample_bilinear2d_backward" in fixed.refused) == (kind == "MetaDD")
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
