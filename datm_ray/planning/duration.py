@@ -19,7 +19,7 @@ from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.planning import work
-from datm_ray.planning.machines import READING_OPERATIONS, Machine
+from datm_ray.planning.machines import READING_OPERATIONS, SPEED, Machine
 from datm_ray.planning.work import Row, Work
 from datm_ray.shape import DataShape, fitting_cost, network_cost
 from datm_ray.stages.distill.validation import validations
@@ -235,7 +235,9 @@ class Proposal:
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{counted(seeds, 'network')} a row, {counted(epochs, 'epoch')}{of_gpu}",
             "reading": self._reading,
-            f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
+            f"{device} time": "; ".join(filter(None, (_listed(held), machine.basis, machine.network)))
+            if machine.basis
+            else NO_HOURS,
             "storage": ", ".join(f"{name} {data_size(size)}" for name, size in storage.items()),
             "layout": self._layout,
             "on the clock": verbose and machine.basis and _listed(clock),
@@ -263,8 +265,12 @@ class Proposal:
         names, cluster = ("shards", "gpus_per_worker", "experts_at_a_time", "memory"), self.config.cluster
         options = [f"--set cluster.{name}={value}" for name in names if (value := getattr(cluster, name)) is not None]
         distilling = min(self._pieces, self.machine.workers) or self.config.workers_per_set
-        ignored = f"; not followed: {', '.join(self.replaced)} of the recipe" if self.replaced else ""
-        return f"{' '.join(options)}: {distilling} of {self.machine.workers} workers distil{ignored}"
+        parts, machine = [f"{' '.join(options)}: {distilling} of {self.machine.workers} workers distil"], self.machine
+        if not machine.basis:
+            parts[0] += f", for an assumed {SPEED[machine.device] / 1e12:g} TFLOP/s"
+            parts += [machine.network] * bool(machine.network)
+        parts += [f"not followed: {', '.join(self.replaced)} of the recipe"] * bool(self.replaced)
+        return "; ".join(parts)
 
 
 def _listed(seconds: dict[str, float]) -> str:

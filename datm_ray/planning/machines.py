@@ -79,6 +79,8 @@ class Machine:
     """Bytes that one worker may take; `None` if unknown."""
     basis: str = ""
     """Source of `seconds`, in words; "" for an assumed speed, which serves to compare layouts and gives no times."""
+    network: str = ""
+    """What is assumed of a described cluster's network, in words; "" if its speed is given."""
 
     @classmethod
     def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0, readers: int = READERS) -> Machine:
@@ -157,8 +159,11 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
             remedy="lower cluster.threads_per_worker, or describe a larger cluster",
         )
     machine = Machine.of(device, int(count) // cores, cores, given.get("tflops") or given.get("gflops") or 0.0)
-    memory = int(given.get("memory", 0) / (1 if device == "GPU" else machine.workers))
-    return replace(machine, memory=memory or None, bandwidth=given.get("network") or machine.bandwidth)
+    memory = int(given.get("memory", 0) / (1 if device == "GPU" else machine.workers)) or None
+    if "network" in given:
+        return replace(machine, memory=memory, bandwidth=given["network"])
+    words = f"network assumed: {8e-9 * machine.bandwidth:g} Gbps, {1e3 * LATENCY[device]:g} ms"
+    return replace(machine, memory=memory, network=words)
 
 
 def _faults(entries: Sequence[tuple[str, str]]) -> Iterator[str]:

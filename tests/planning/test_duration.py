@@ -357,6 +357,23 @@ def test_hours_of_gpus_are_planned_only_with_a_speed() -> None:
     assert len(given.splitlines()) <= 10
 
 
+def test_a_plan_says_what_it_assumes_of_a_described_cluster() -> None:
+    """Speed and network that the description lacks are named beside what rests on them, and no others."""
+    config, shape = get_recipe("cifar10-ipc10").resolved((32, 32)), KNOWN_SHAPES["cifar10"]
+    network = "; network assumed: 25 Gbps, 0.2 ms"
+    for more, of_time, of_layout in (
+        ("", "use --measure where it is", f"distil, for an assumed 7 TFLOP/s{network}"),
+        (",tflops=10", f"; as given{network}", "distil"),
+        (",network=25Gbps", "use --measure where it is", "distil, for an assumed 7 TFLOP/s"),
+        (",tflops=10,network=25Gbps", "; as given", "distil"),
+    ):
+        lines = propose(config, shape, parse_cluster(f"gpus=8,memory=80GiB{more}")).lines()
+        time, layout = (next(line for line in lines if name in line) for name in ("GPU time", "layout"))
+        assert time.endswith(of_time), more
+        assert layout.partition("; not followed")[0].endswith(of_layout), more
+    assert parse_cluster("cpus=2").network == "network assumed: 6 Gbps, 3 ms"
+
+
 @pytest.mark.slow
 def test_a_measured_estimate_is_within_twice_a_real_run(tmp_path: Path) -> None:
     """The estimate in CPU seconds is within a factor of two of a tiny, uncompiled distillation."""
