@@ -83,11 +83,22 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
         **row,
         "seconds": seconds[1:],
         "latency, s": latency,
-        "GB/s": large.nbytes / max(whole - latency, 1e-9) / 1e9,
+        "GB/s": speed(large.nbytes, whole, latency),
         "gathered": None if gathered is None else len(gathered),
         "rank": alone,
         "backend": str(dist.get_backend_config()),
     }
+
+
+def speed(size: int, seconds: float, latency: float) -> float | str:
+    """GB/s of a sum beyond its latency; "" if it took no longer, so that its time says nothing of its size.
+
+    Args:
+        size: bytes of the sum.
+        seconds: time of the sum.
+        latency: time of a sum of one number.
+    """
+    return size / (seconds - latency) / 1e9 if seconds > latency else ""
 
 
 def child(rank: int, size: int, address: str, device: str, small: str) -> None:
@@ -154,7 +165,8 @@ def noted(machine: Machine, where: Machine, size: int) -> Row:
     row = together(where, size)
     if where.device == "cuda" and size <= torch.cuda.device_count() and size > 1:
         machine.noted["sums", "latency"] = row["latency, s"]
-        machine.noted["sums", "bandwidth"] = 1e9 * row["GB/s"]
+        if row["GB/s"]:
+            machine.noted["sums", "bandwidth"] = 1e9 * row["GB/s"]
     return row
 
 
@@ -163,7 +175,7 @@ SECTION = Section(
     "3. Do processes sum to the same?",
     "Class shards in processes of their own (`runtime.mesh`), float64: error of their gradients against one process, "
     "and seconds of a sum of 320,010 float32 numbers (a ConvNet-3). Latency: of a sum of one number. GB/s: of a sum of "
-    "16 MB beyond it. Plans assume both, see section 8. Two processes on one "
+    "16 MB beyond it; empty if it took no longer. Plans assume both, see section 8. Two processes on one "
     "GPU cannot use NCCL, and sum through gloo; with two GPUs each has its own.",
     ("processes", "device", "backend", "error", "seconds", "latency, s", "GB/s", "verdict"),
     seconds=40,

@@ -274,6 +274,20 @@ def test_two_processes_have_a_gpu_each_where_there_are_two(
     assert bench.sums.own_gpu(1, 2) == {}
 
 
+def test_a_sum_that_takes_no_longer_than_its_latency_has_no_speed(
+    bench: SimpleNamespace, card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell is empty, and no bandwidth is noted; a longer sum has the speed of its bytes beyond the latency."""
+    assert bench.sums.speed(16_000_000, 0.5, 0.1) == pytest.approx(0.04)
+    assert bench.sums.speed(16_000_000, 0.1, 0.1) == bench.sums.speed(16_000_000, 0.1, 0.2) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for shown, noted in (("", set()), (0.04, {("sums", "bandwidth")})):
+        row = {"latency, s": 0.1, "GB/s": shown, "seconds": [0.2]}
+        monkeypatch.setattr(bench.sums, "together", lambda machine, size, row=row: row)
+        bench.sums.noted(card, card, 2)
+        assert card.noted.keys() == {("sums", "latency"), *noted}
+
+
 def test_metadd_is_timed_with_as_many_images_as_fit(bench: SimpleNamespace, card: Any) -> None:
     """On a GPU all images are tried, then half of them until they fit; one that does not fit is an error."""
     tried: list[int] = []
