@@ -24,9 +24,13 @@ from published_matching import make_problem
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training.loop import predict_logits
+from datm_ray.core.networks.stack_trial import KEPT_MAPS, KEPT_VECTORS, STATE_VECTORS
+from datm_ray.core.training.loop import COMPILED_STEPS, predict_logits
+from datm_ray.methods.trajectory.matching import BLOCK_BYTES, BLOCK_COPIES
 from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP, StudentStepFunctions
-from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
+from datm_ray.planning.machines import BANDWIDTH, COMPILING, FORWARD_PASSES, LATENCY, READERS, SPEED
+from gpu import peaks
+from gpu.experts import our_epochs, setting, ways
 from gpu.machine import Machine, measured
 from gpu.networks import epochs_of
 from gpu.sections import Clock, NotHere, Section, Work
@@ -67,6 +71,15 @@ class _Speeds:
             calls = {"training": partial(next, epochs), "scoring": partial(predict_logits, network, images)}
             seconds = measured(calls[kind], machine.device, 2 if machine.small else 20).median
         return seconds * self.of_steps / (image_cost(network, tuple(images.shape[1:])).flop * len(images))
+
+    def passes_of_experts(self) -> float:
+        """Time of an image in an expert's step, in forward passes at the speed of student steps."""
+        machine, how, way = self._machine, setting(self._machine), next(iter(ways(self._machine).values()))
+        flop = image_cost(build_network(how.spec, 0), (how.spec.channels, *how.spec.size)).flop
+        with machine.as_in_a_run():
+            epochs = our_epochs(machine, how, way, gsam=False)
+            seconds = measured(partial(next, epochs), machine.device, 1 if machine.small else 2).median
+        return seconds * self.of_steps / (flop * how.images * way.stacked)
 
 
 def context() -> dict[str, float]:
@@ -120,6 +133,34 @@ def order_gain(machine: Machine) -> str:
     shape, other = shapes(machine)[0], "first" if machine.channels_last else "last"
     ratio = noted(machine, shape, f"ours, channels {other}") / noted(machine, shape, "ours")
     return f"{machine.precision}: channels {other} take {ratio:.2f} times as long"
+
+
+def compiling(machine: Machine) -> float:
+    """Seconds to compile student steps per torch function of the network's forward pass; from section 4."""
+    shape = shapes(machine)[0]
+    seconds = of_section(machine, "steps", shape.name, "ours", machine.precision, "compiling")
+    return seconds / image_cost(build_network(shape.spec, 0), (shape.spec.channels, *shape.spec.size)).functions
+
+
+def steps_until_compiled(machine: Machine) -> float | str:
+    """Steps of one network after which a stack of five has saved the time that compiling it took; from section 6."""
+    require_gpus(machine, 1)
+    found = partial(of_section, machine, "evaluation", "10 images per class")
+    step, first = min((found(way, "step"), found(way, "first")) for way in ("5 of 5 in a call", "1 of 5 in a call"))
+    saved = found("1 of 1 in a call", "step") - step
+    return first / saved if saved > 0 else "a stack saves no time"
+
+
+def on_a_gpu(machine: Machine, measure: Callable[[Machine], float]) -> float:
+    """What `measure` finds on a GPU, whose memory is counted."""
+    require_gpus(machine, 1)
+    return measure(machine)
+
+
+def cpus_of_a_gpu(machine: Machine) -> float:
+    """CPUs that this process may use, for each GPU of the machine."""
+    require_gpus(machine, 1)
+    return len(os.sched_getaffinity(0)) / torch.cuda.device_count()
 
 
 def noted(machine: Machine, shape: Shape, method: str) -> float:
@@ -186,7 +227,38 @@ def works(machine: Machine, _: Clock) -> list[Work]:
             constant(f'FORWARD_PASSES["{kind}"]', machines, FORWARD_PASSES[kind], partial(found.passes, kind))
             for kind in ("training", "scoring")
         ),
+        constant('FORWARD_PASSES["experts"]', machines, FORWARD_PASSES["experts"], found.passes_of_experts),
+        constant('COMPILING["matching"], s', machines, COMPILING["matching"], partial(compiling, machine)),
+        constant("COMPILED_STEPS", "core/training/loop.py", COMPILED_STEPS, partial(steps_until_compiled, machine)),
+        constant("READERS", machines, READERS, partial(cpus_of_a_gpu, machine)),
+        *peaks_of(machine),
     ]
+
+
+def peaks_of(machine: Machine) -> list[Work]:
+    """List memory that plans and trials assume."""
+    matching, trial = "methods/trajectory/matching.py", "core/networks/stack_trial.py"
+    vectors = functools.cache(partial(peaks.vectors, machine))
+
+    def row(name: str, where: str, value: float, measure: Callable[[Machine], float]) -> Work:
+        return constant(name, where, value, partial(on_a_gpu, machine, measure))
+
+    return [
+        row("BLOCK_COPIES", matching, BLOCK_COPIES, lambda machine: peaks.block_copies(machine, BLOCK_BYTES)),
+        row("BLOCK_BYTES", matching, BLOCK_BYTES, peaks.block_bytes),
+        row("KEPT_VECTORS", trial, KEPT_VECTORS, lambda _: vectors()["step"]),
+        row("STATE_VECTORS", trial, STATE_VECTORS, lambda _: vectors()["training"]),
+        row("KEPT_MAPS", trial, KEPT_MAPS, peaks.kept_maps),
+    ]
+
+
+NO_ROW = {
+    "COMPILED_FROM": "measured on a CPU; its docstring assumes GPU_SPEED, which has a row",
+    "CPU_BLOCK_BYTES": "measured on a CPU; its docstring assumes BLOCK_BYTES, which has a row",
+    "STREAM_BYTES": "a user's Parquet files decide",
+    "PHOTO_BYTES": "counted: 20 megapixels of three bytes",
+}
+"""Constant whose docstring names an assumption and that has no row -> why."""
 
 
 def context_of(machine: Machine) -> dict[str, float]:
@@ -201,9 +273,12 @@ SECTION = Section(
     "Constants of plans and defaults for GPUs, and what this card has. Forward passes: time of an image, as a multiple "
     "of its forward pass at the speed of student steps. Context: GPU memory that another process takes beside its "
     "tensors; its peak of main memory with torch alone. `REPLAYED_FLOP`: calls with more work are not replayed as CUDA "
-    "graphs; what graphs gain below and above it. Latency and bandwidth: of sums between two GPUs of this machine.",
+    "graphs; what graphs gain below and above it. Latency and bandwidth: of sums between two GPUs of this machine. "
+    "`COMPILED_STEPS`: after so many steps five networks together have saved what compiling takes. `READERS`: CPUs for "
+    "each GPU here. `BLOCK_BYTES`: smaller blocks take more time for each byte. Copies, maps and vectors: multiples of "
+    "memory, see the constants' docstrings.",
     ("constant", "where", "assumed", "measured"),
-    seconds=25,
+    seconds=45,
     least=5,
     works=works,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -64,6 +65,9 @@ def evaluation_row(machine: Machine, ipc: int, networks: int, at_a_time: int) ->
         trained = measured(lambda: [next(epochs) for _ in range(part)], machine.device, calls)
         test = torch.randn(100 if machine.small else TEST_IMAGES, *training.images.shape[1:], device=machine.device)
         scoring = measured(lambda: predict_logits(training.network, test), machine.device, calls)
+    steps = part * networks * math.ceil(len(training.images) / training.schedule.batch_size)
+    names = ("evaluation", f"{ipc} images per class", f"{at_a_time} of {networks} in a call")
+    machine.noted.update({(*names, "step"): trained.median / steps, (*names, "first"): first})
     whole = PROTOCOLS["published"].epochs / part / networks
     seconds = [each * whole + scoring.median for each in trained.seconds]
     return {

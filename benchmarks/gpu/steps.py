@@ -161,6 +161,8 @@ class _Measurer:
             functions, compiling = self.functions(replace(options, compiled=False)), 0.0
         if not functions._compiled:
             name = f"{name}, uncompiled {functions.note}".rstrip()
+        elif compiling:
+            self.machine.noted["steps", shape.name, name, options.precision, "compiling"] = compiling
         call = functools.partial(ours, self.problem, functions, shape.chunk)
         yield self._row(name, options.precision, call, self.rates.get(options.precision), compiling)
         if isinstance(functions, Recorded):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,7 @@ import torch
 
 from datm_ray.config import ClusterConfig, DistillConfig, NetworkSpec, RunConfig, override
 from datm_ray.core.compute.gpu import CONTEXT_BYTES
+from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.steps import finished
 from datm_ray.core.synthetic import SyntheticSet
@@ -38,7 +42,7 @@ ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
 BENCH = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
 BENCH |= {
     name: f"gpu.{name}"
-    for name in ("exactness", "curve", "steps", "networks", "constants", "experts", "workers", "sums")
+    for name in ("exactness", "curve", "steps", "networks", "constants", "experts", "workers", "sums", "peaks")
 }
 Rows = Iterator[dict[str, Any]]
 
@@ -314,7 +318,8 @@ def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamesp
     assert (shown["CONTEXT_BYTES"], shown["GPU_PROCESS_BYTES"]) == (CONTEXT_BYTES, GPU_PROCESS_BYTES)
     assert (shown['LATENCY["GPU"], s'], shown['BANDWIDTH["GPU"], bytes/s']) == (LATENCY["GPU"], BANDWIDTH["GPU"])
     assert shown["REPLAYED_FLOP"] == REPLAYED_FLOP
-    for name in ('SPEED["GPU"], FLOP/s', "GPU_SPEED, of a core", 'FORWARD_PASSES["training"]'):
+    passes = ('FORWARD_PASSES["training"]', 'FORWARD_PASSES["experts"]')
+    for name in ('SPEED["GPU"], FLOP/s', "GPU_SPEED, of a core", *passes):
         (row,) = works[name].rows()
         assert row["measured"] > 0, row
     for name in ("CONTEXT_BYTES", "REPLAYED_FLOP", 'LATENCY["GPU"], s'):
@@ -325,6 +330,64 @@ def test_what_plans_assume_is_shown_beside_what_the_card_has(bench: SimpleNamesp
     for (shape, graphs), seconds in pairs.items():
         card.noted["steps", shape, f"ours, {graphs}CUDA graphs", "tf32"] = seconds
     assert bench.constants.graphs_gain(card) == "1e+10: 1.50 times as fast; 5.1e+10: 1.01 times as fast"
+
+
+def test_every_assumed_constant_has_a_row_or_a_reason(bench: SimpleNamespace) -> None:
+    """Each constant whose docstring names an assumption is measured by `make gpu`, or is listed with why it is not."""
+    package, found = BENCHMARKS.parent / "datm_ray", set[tuple[str, str]]()
+    for path in package.rglob("*.py"):
+        body = ast.parse(path.read_text()).body
+        for statement, after in pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(statement, ast.Assign) and is_text and "assumed" in str(after.value.value).lower():
+                names = [each.id for each in ast.walk(statement.targets[0]) if isinstance(each, ast.Name)]
+                found |= {(name, path.relative_to(package).as_posix()) for name in names}
+    works = bench.constants.works(bench.machine.Machine("cpu", small=True), bench.sections.Clock.of(60.0))
+    rows = {(re.split(r"\W", work.what["constant"])[0], work.what["where"]) for work in works}
+    unmeasured = {(name, where) for name, where in found if name in bench.constants.NO_ROW}
+    assert found - rows == unmeasured
+    assert {name for name, _ in unmeasured} == bench.constants.NO_ROW.keys()
+    assert {"COMPILED_STEPS", "BLOCK_COPIES", "STATE_VECTORS", "SPEED"} < {name for name, _ in found & rows}
+
+
+def test_peaks_of_blocks_and_stacks_are_multiples_of_what_plans_count(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peaks are divided by the bytes of a block, of a stack's maps, and of its parameters; blocks by their speed."""
+    machine, peaks = bench.machine.Machine("cpu", small=True), bench.peaks
+    assert peaks.block_bytes(machine) in (2**14, 2**16)
+    found = bench.machine.measured(lambda: None, "cpu", 1)
+    sizes = iter([5.0, 7.0, 6.0, 1.0, 2.0, 3.0])
+
+    def measured(call: Callable[[], Any], *_: Any) -> Any:
+        call()
+        return replace(found, peak=int(2**14 * next(sizes)))
+
+    monkeypatch.setattr(peaks, "measured", measured)
+    assert peaks.block_copies(machine, 2**14) == 7
+    cost, by_rows = (
+        image_cost(build_network(peaks.setting(machine).spec, 0), (3, 8, 8)),
+        {1: 1_000, 32: 1_000 + 2 * 31 * 3},
+    )
+    monkeypatch.setattr(peaks, "call_peak", lambda machine, way, spec, rows: by_rows[rows] * cost.maps)
+    assert peaks.kept_maps(machine) == pytest.approx(3)
+    monkeypatch.setattr(peaks, "call_peak", lambda *_: 2**12)
+    monkeypatch.setattr(peaks, "measured", lambda call, *_: replace(found, peak=2**14, result=call()))
+    each = peaks.vectors(machine)
+    assert each["training"] == pytest.approx(3 * each["step"])
+
+
+def test_steps_that_pay_for_compiling_follow_from_the_rows_of_evaluation(bench: SimpleNamespace, card: Any) -> None:
+    """The faster way of a stack is compared with one network alone; without its rows the constant is not reached."""
+    with pytest.raises(bench.sections.NotHere):
+        bench.constants.steps_until_compiled(card)
+    rows = {"5 of 5": (0.004, 30.0), "1 of 5": (0.003, 20.0), "1 of 1": (0.005, 1.0)}
+    for way, values in rows.items():
+        for what, value in zip(("step", "first"), values, strict=True):
+            card.noted["evaluation", "10 images per class", f"{way} in a call", what] = value
+    assert bench.constants.steps_until_compiled(card) == pytest.approx(10_000)
+    card.noted["evaluation", "10 images per class", "1 of 1 in a call", "step"] = 0.002
+    assert bench.constants.steps_until_compiled(card) == "a stack saves no time"
 
 
 def test_bits_of_cuda_graphs_are_compared_with_sums_in_a_fixed_order(

@@ -432,7 +432,7 @@ COMPILED_STEPS = 15_000
 the same compiled step.
 
 On a GPU a step of one network takes as long as launching its kernels. Assumed: two milliseconds saved in each step, and
-half a minute to compile. `make gpu` measures both (evaluation: "first, s")."""
+half a minute to compile. `make gpu` measures from how many steps this pays."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map above which one network keeps a CPU busy. Networks are then trained one after
 another, unless the map reaches `CACHED_MAP_BYTES`.
