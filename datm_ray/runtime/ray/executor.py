@@ -225,9 +225,10 @@ class _Job:
     began: float = 0.0
     """Time of the current attempt's start, in seconds of the monotonic clock."""
     heard: float = 0.0
-    """Time of the last event, in seconds of the monotonic clock."""
+    """Time of rank 0's last event, in seconds of the monotonic clock. Log records and other ranks' events say nothing
+    about the time that a step takes."""
     silence: float = 0.0
-    """Seconds without an event, without time in which this process was suspended, as by Ctrl-Z."""
+    """Seconds without an event of rank 0, without time in which this process was suspended, as by Ctrl-Z."""
     patience: Patience = field(default_factory=Patience)
     saved: int = 0
     """Highest `Progress.done` that the current attempt has saved."""
@@ -245,7 +246,7 @@ class _Job:
 
     @property
     def unheard(self) -> float:
-        """Seconds since the last event, without time in which this process was suspended since the last check."""
+        """Seconds since rank 0's last event, without time in which this process was suspended since the last check."""
         return min(time.monotonic() - self.heard, self.silence + ABSENCE)
 
 
@@ -579,12 +580,14 @@ class _Stage:
         except RayError as failure:
             yield from self._lose(job, unwrapped(failure), stream)
             return
-        silence, job.heard, job.silence = job.unheard, time.monotonic(), 0.0
         if isinstance(event, list):
             accept(event)
-        elif rank:
+            return
+        if rank:
             self._executor.metrics.record(task, event, rank)
-        elif isinstance(event, Finished | Stopped):
+            return
+        silence, job.heard, job.silence = job.unheard, time.monotonic(), 0.0
+        if isinstance(event, Finished | Stopped):
             job.result = event  # passed on by `_end`, after the end of all streams
         else:
             job.patience.take(event, silence)

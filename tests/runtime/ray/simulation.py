@@ -201,6 +201,12 @@ class Simulation:
         stream = next(each for each, number in job.streams.items() if number == rank)
         return [event for _, event in self._take(self.stage._lose(job, cause or RayError("lost"), stream))]
 
+    def read(self, name: str, item: object, rank: int = 0) -> None:
+        """Let the next item of a rank's stream arrive: an event, or log records."""
+        job = self.job(name)
+        job.streams = {iter([item] * 9) if number == rank else each: number for each, number in job.streams.items()}
+        self._take(self.stage._read(job, next(each for each, number in job.streams.items() if number == rank)))
+
     def grow(self, name: str) -> None:
         """Let a task of several workers report a checkpoint."""
         self._take(self.stage._grow(self.job(name)))

@@ -621,12 +621,24 @@ def test_time_in_which_the_command_stood_still_is_no_step(monkeypatch: pytest.Mo
     run = Simulation(monkeypatch, {"a": 1}, alone("task"), progress_timeout=2 * HOUR)
     run.turn(turns=2)
     job = run.job("task")
-    (stream,) = job.streams
     run.clock.sleep(HOUR)
-    monkeypatch.setattr("ray.get", lambda _: Progress(1, 9))
-    job.streams = {iter([stream] * 9): 0}
-    list(run.stage._read(job, next(iter(job.streams))))
+    run.read("task", Progress(1, 9))
     assert job.patience.slowest < 60
+
+
+@pytest.mark.parametrize("other", [Progress(1, 9), []], ids=["event", "log records"])
+def test_steps_are_measured_where_they_are_reported(monkeypatch: pytest.MonkeyPatch, other: object) -> None:
+    """A set whose steps take long is not stuck, though other ranks report before rank 0, or log records come first."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, [Task("set", (), 2)])
+    run.turn(turns=2)
+    job = run.job("set")
+    for step in range(1, 8):
+        run.turn(6.0, turns=66)
+        assert (step, run.losses("set")) == (step, 0)
+        run.read("set", other, rank=0 if other == [] else 1)
+        run.clock.sleep(0.01)
+        run.read("set", Progress(step, 9))
+    assert job.patience.slowest > 390
 
 
 # --- all together ---
