@@ -46,6 +46,8 @@ SHORT_WAIT = 60.0
 """Seconds to wait for resources that others hold: until a stage ends with an error if `cluster.wait_for_nodes` is null,
 and until a waiting group tries fewer workers. A free worker is kept for this time. Workers that are being stopped free
 their resources sooner."""
+LEAST_WAIT = 3.0
+"""Shortest wait for free resources in seconds. Ray needs about one to say that it has given them to a worker."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
@@ -276,8 +278,8 @@ class Nodes:
         return self.capacity(memory) - sum(self.fits(memory).get(node, 0) for node in nodes)
 
     def patience(self) -> float:
-        """Seconds to wait for free resources: `cluster.wait_for_nodes`, else 60."""
-        return SHORT_WAIT if self._cluster.wait_for_nodes is None else self._cluster.wait_for_nodes
+        """Seconds to wait for free resources: `cluster.wait_for_nodes`, but at least 3; 60 without it."""
+        return SHORT_WAIT if self._cluster.wait_for_nodes is None else max(LEAST_WAIT, self._cluster.wait_for_nodes)
 
     def planned(self) -> tuple[int, int]:
         """Number of workers to expect, and how many of them the largest node holds; at least 1 each.

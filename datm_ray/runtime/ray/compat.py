@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -117,3 +118,16 @@ def draining_nodes() -> set[str]:
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
         return set(ray._private.state.state.get_draining_nodes())
     return set()
+
+
+def requests_without_place() -> float:
+    """Number of actors that wait for resources, of all commands on the cluster; infinite if unknown.
+
+    Ray reports it about a second late. Actors of placement groups do not count.
+    """
+    with suppress(ImportError, AttributeError, RuntimeError, ray.exceptions.RayError):
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
+        return sum(each.count for demand in demands for each in demand.bundles_by_count)
+    return math.inf

@@ -38,7 +38,7 @@ from datm_ray.runtime.executor import (
 )
 from datm_ray.runtime.machine.versions import versions_here
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpus, with_gpus, worker_options
-from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
+from datm_ray.runtime.ray.compat import draining_nodes, knows_labels, requests_without_place
 from datm_ray.runtime.ray.losses import is_final, may_be_the_gpu, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, StageSetup, avoiding
@@ -795,7 +795,8 @@ class _Stage:
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
 
-        Before the error, tasks may use nodes and GPUs again that failed them, because no other becomes free.
+        Before the error, tasks may use nodes and GPUs again that failed them, because no other becomes free. Time in
+        which a worker's process starts is no wait, however long Ray takes for its environment.
         """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
@@ -807,18 +808,30 @@ class _Stage:
         size, nodes = job.group.size if job.group else job.sizes[0], self._nodes_of(job.task)
         waited = now - max(self._idle_since, job.waits_since)
         is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
-        if waited > min(nodes.patience(), LONGEST_AVOIDANCE) and is_avoiding:
+        is_late = waited > min(nodes.patience(), LONGEST_AVOIDANCE)
+        is_silent = now - self._reported_at > WAIT_INTERVAL
+        if (is_late or is_silent) and self._has_place():
+            self._idle_since, text = now, "waiting for the first worker's process to start"
+        elif is_late and is_avoiding:
             self._executor.faults.clear()
             while self._executor.set_aside:
                 self._executor.set_aside.pop().stop()
             for each in waiting:
                 each.history, each.waits_since = each.history.forgiving(), now
             yield job.task, Note("no other node became free: trying again on nodes and GPUs that lost workers")
+            return
         elif waited > nodes.patience() and (size == job.sizes[-1] or self._capacity(job) < job.sizes[-1]):
             raise nodes.not_enough(size, job.task.memory)  # fewer workers are tried first
-        elif now - self._reported_at > WAIT_INTERVAL:
+        else:
+            text = nodes.waiting(size, waited, job.task.memory)
+        if is_silent:
             self._reported_at = now
-            yield job.task, Note(nodes.waiting(size, waited, job.task.memory))
+            yield job.task, Note(text)
+
+    def _has_place(self) -> bool:
+        """True if Ray has given resources to an actor whose process is still starting."""
+        requested = sum(each.starting is not None for each in self._pool)
+        return bool(requested) and requested > requests_without_place()
 
 
 def _answer(reference: Any) -> bool:

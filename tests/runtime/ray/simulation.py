@@ -111,6 +111,8 @@ class Simulation:
         """
         self.clock, self.nodes, self.taken = Clock(), nodes, dict[str, int]()
         """`taken`: workers of other commands on each node."""
+        self.start_seconds = 0.0
+        """Time that an actor's process takes to start once it has a node."""
         self.memory: dict[str, float] = {}
         """Memory in bytes of each node that has a limit."""
         self.requests = list[Worker | Group]()
@@ -120,6 +122,7 @@ class Simulation:
         monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
         monkeypatch.setattr(ray, "nodes", self._ray_nodes)
         monkeypatch.setattr(ray_executor, "draining_nodes", set)
+        monkeypatch.setattr(ray_executor, "requests_without_place", self._without_place)
         monkeypatch.setattr(PoolWorker, "start", self._request(Worker))
         monkeypatch.setattr(ray_executor, "RankGroup", self._request(Group))
         monkeypatch.setattr(ray, "get", lambda answer: answer)
@@ -148,6 +151,9 @@ class Simulation:
 
         return request
 
+    def _without_place(self) -> int:
+        return sum(isinstance(each, Worker) and not each.node for each in self.waiting)
+
     @property
     def waiting(self) -> list[Worker | Group]:
         """Requests that Ray has not served."""
@@ -165,12 +171,19 @@ class Simulation:
     def _place(self) -> None:
         for each in self.waiting:
             memory, bad = each.options.get("memory", 0), refused(each.options)
+            if isinstance(each, Worker) and each.node:
+                if self.clock.now - each.free_since > self.start_seconds:
+                    each.starting = (each.node, 7, f"a GPU of {each.node}")
+                    self.stage._note_start(each)
+                continue
             slots = [node for node in self.nodes if node not in bad for _ in range(self.free(node, memory))]
             if isinstance(each, Group):
                 each.nodes = slots[: each.size] if len(slots) >= each.size else []
             elif slots:
-                each.starting = (slots[0], 7, f"a GPU of {slots[0]}")
-                self.stage._note_start(each)
+                each.node, each.free_since = slots[0], self.clock.now
+                if not self.start_seconds:
+                    each.starting = (slots[0], 7, f"a GPU of {slots[0]}")
+                    self.stage._note_start(each)
 
     def turn(self, seconds: float = 1.0, turns: int = 1) -> list[tuple[str, Event]]:
         """Let time pass, then let the stage act, `turns` times. Returns the stage's events, with the names of tasks."""

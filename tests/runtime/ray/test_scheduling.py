@@ -453,6 +453,32 @@ def test_waits_count_only_while_nothing_of_the_command_runs(monkeypatch: pytest.
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize(("wait", "start"), [(None, 200.0), (0.0, 20.0), (2.0, 20.0)])
+def test_the_start_of_a_process_is_no_wait(monkeypatch: pytest.MonkeyPatch, wait: float | None, start: float) -> None:
+    """However long Ray takes for a worker's environment on a free CPU, no run is ended; only others' use ends it."""
+    run = Simulation(monkeypatch, {"a": 1}, alone("x"), wait_for_nodes=wait)
+    run.start_seconds = start
+    run.turn(0.5, turns=int(2 * start) + 5)
+    assert run.places("x") == ["a"]
+    notes = ["x: waiting for the first worker's process to start"] * (4 if wait is None else 1)
+    assert run.notes() == notes
+    run = Simulation(monkeypatch, {"a": 1}, alone("x"), wait_for_nodes=wait)
+    run.taken["a"] = 1
+    with pytest.raises(NoFreeWorkersError, match="Other jobs use their CPUs"):
+        run.turn(0.5, turns=200)
+
+
+def test_no_node_is_forgiven_while_a_process_starts_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose worker takes long to start on another node does not return to the one that failed it."""
+    run = Simulation(monkeypatch, {"bad": 1, "good": 1}, alone("task"))
+    run.turn(turns=2)
+    run.lose("task")
+    run.start_seconds = 200.0
+    run.turn(5.0, turns=45)
+    assert run.places("task") == ["good"]
+    assert not any("trying again" in note for note in run.notes())
+
+
 def test_tasks_that_a_waiting_group_keeps_back_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of one worker that waits for a group is given up only after it has asked Ray for a worker in vain."""
     run = Simulation(monkeypatch, {"a": 1, "b": 1}, [*alone("one"), Task("pair", (), 2, fewer=(1,))])
