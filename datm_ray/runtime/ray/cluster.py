@@ -21,6 +21,7 @@ from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
+    idle_resources,
     keep_off_standard_output,
     keep_token_private,
     knows_labels,
@@ -276,6 +277,12 @@ class Nodes:
     def elsewhere(self, nodes: Collection[str], memory: int = 0) -> int:
         """Number of workers that the running nodes outside of `nodes` can hold."""
         return self.capacity(memory) - sum(self.fits(memory).get(node, 0) for node in nodes)
+
+    def idle(self, nodes: Collection[str], memory: int = 0) -> int:
+        """Number of workers that fit at present on the running nodes outside of `nodes`; 0 also if it is unknown."""
+        there, reserved = idle_resources(), self.reserved(memory)
+        good = [name for name, held in self.fits(memory).items() if held and name not in nodes]
+        return sum(fitting(there.get(name, {}), self._cluster, reserved) for name in good)
 
     def patience(self) -> float:
         """Seconds to wait for free resources: `cluster.wait_for_nodes`, but at least 3; 60 without it."""

@@ -131,3 +131,10 @@ def requests_without_place() -> float:
         demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
         return sum(each.count for demand in demands for each in demand.bundles_by_count)
     return math.inf
+
+
+def idle_resources() -> dict[str, dict[str, float]]:
+    """Live node -> resources that no actor or task holds, by name; empty if unknown. It may be a second old."""
+    with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
+        return dict(ray._private.state.available_resources_per_node())
+    return {}

@@ -210,7 +210,9 @@ class _Job:
     sizes: list[int] = field(default_factory=list)
     """Numbers of workers that can run the task, the largest first."""
     limit: int = 2**31
-    """Largest number of workers to try, inclusive. Larger groups did not get their resources."""
+    """Largest number of workers to try, inclusive. Others hold the resources of larger groups."""
+    is_short: bool = False
+    """True if larger groups did not get their resources, until the task runs with more workers."""
     size: int = 0
     """Number of workers of the current or last attempt; 0 before the first."""
     group: RankGroup | None = None
@@ -270,6 +272,8 @@ class _Stage:
         """First error in the user's input; `None` without one. After an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
         """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
+        self._draining: set[str] = set()
+        """Nodes that end soon, as of the last check. Ray places nothing on them."""
         self._failed_starts = 0
         """Number of failed attempts in a row to start actors; actors that were requested together count once."""
         self._failed_at = self._request_after = 0.0
@@ -408,7 +412,10 @@ class _Stage:
             if free < alone and (ranks or alone):  # nodes or running tasks of this command are waited for
                 job.waits_since = now
             elif free >= 0 and size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT:
-                job.limit, job.waits_since = size // 2, now
+                nodes, bad = self._nodes_of(job.task), self._avoided(job, size) | self._draining
+                idle = nodes.idle(bad, job.task.memory)
+                job.limit = idle if job.sizes[-1] <= idle < size else size // 2
+                job.is_short, job.waits_since = True, now
                 yield job.task, Note(f"{counted(size, 'worker')} did not become free; trying with fewer")
                 continue
             options = self._requested_options(job, size)
@@ -492,9 +499,9 @@ class _Stage:
         return self._executor.light_nodes if task.is_light else self._nodes
 
     def _capacity(self, job: _Job, bad: Collection[str] = ()) -> int:
-        """Number of a task's workers that the running nodes can hold, without nodes in `bad` and without broken
-        GPUs."""
-        nodes, memory = self._nodes_of(job.task), job.task.memory
+        """Number of a task's workers that running nodes can hold, without nodes that end soon or are in `bad` and without
+        broken GPUs."""
+        nodes, memory, bad = self._nodes_of(job.task), job.task.memory, {*bad, *self._draining}
         good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
         share = self._options(job.task).get("num_gpus", 1.0)
         lost = sum(each.node in good for each in self._executor.set_aside)
@@ -599,13 +606,15 @@ class _Stage:
     def _grow(self, job: _Job) -> Iterator[tuple[Task, Event]]:
         """Restart a group with more workers, for which Ray has reserved resources meanwhile.
 
-        A restart takes time, so a group grows at most every `GROWTH_INTERVAL`, or when it gets all its workers.
+        A restart takes time, so a group grows at most every `GROWTH_INTERVAL`. It grows earlier if it gets all its
+        workers, or if it has fewer only because others did not become free.
         """
         size = size_for(job.sizes, job.group.possible) if job.group else None
-        is_whole = size == size_for(job.sizes, self._limit)
-        if size and size > job.size and (is_whole or time.monotonic() - job.began > GROWTH_INTERVAL):
+        is_due = size == size_for(job.sizes, self._limit) or job.is_short
+        if size and size > job.size and (is_due or time.monotonic() - job.began > GROWTH_INTERVAL):
             self._release(job)
-            job.limit = 2**31
+            job.limit = size if size < self._capacity(job) else 2**31  # others may hold the rest
+            job.is_short = False
             yield job.task, Note("checkpoint saved; restarting with more workers")
 
     def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
@@ -757,7 +766,8 @@ class _Stage:
             passed, self._checked = min(now - self._checked, ABSENCE), now
             for job in [job for job in self._jobs if job.workers]:
                 yield from self._check_workers(job, passed)
-            self._leave_nodes(draining_nodes())
+            self._draining = draining_nodes()
+            self._leave_nodes(self._draining)
             held, there = self._executor.set_aside, self._nodes.fits()
             self._executor.set_aside = [each for each in held if each.node in there]  # the others ended with their node
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:

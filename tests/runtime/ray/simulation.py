@@ -5,6 +5,7 @@ The stage of the executor is the real one. Workers do nothing; a test ends them 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -111,6 +112,8 @@ class Simulation:
         """
         self.clock, self.nodes, self.taken = Clock(), nodes, dict[str, int]()
         """`taken`: workers of other commands on each node."""
+        self.draining = set[str]()
+        """Nodes that end soon: nothing new is placed on them."""
         self.start_seconds = 0.0
         """Time that an actor's process takes to start once it has a node."""
         self.memory: dict[str, float] = {}
@@ -121,7 +124,8 @@ class Simulation:
         monkeypatch.setattr(ray_cluster, "time", self.clock)
         monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", -1.0)
         monkeypatch.setattr(ray, "nodes", self._ray_nodes)
-        monkeypatch.setattr(ray_executor, "draining_nodes", set)
+        monkeypatch.setattr(ray_executor, "draining_nodes", lambda: self.draining)
+        monkeypatch.setattr(ray_cluster, "idle_resources", self._idle)
         monkeypatch.setattr(ray_executor, "requests_without_place", self._without_place)
         monkeypatch.setattr(PoolWorker, "start", self._request(Worker))
         monkeypatch.setattr(ray_executor, "RankGroup", self._request(Group))
@@ -151,6 +155,10 @@ class Simulation:
 
         return request
 
+    def _idle(self) -> dict[str, dict[str, float]]:
+        free = {node: float(self.free(node)) for node in self.nodes}
+        return {node: {"CPU": held, "GPU": held, "memory": math.inf} for node, held in free.items()}
+
     def _without_place(self) -> int:
         return sum(isinstance(each, Worker) and not each.node for each in self.waiting)
 
@@ -170,7 +178,7 @@ class Simulation:
 
     def _place(self) -> None:
         for each in self.waiting:
-            memory, bad = each.options.get("memory", 0), refused(each.options)
+            memory, bad = each.options.get("memory", 0), refused(each.options) | self.draining
             if isinstance(each, Worker) and each.node:
                 if self.clock.now - each.free_since > self.start_seconds:
                     each.starting = (each.node, 7, f"a GPU of {each.node}")

@@ -412,6 +412,32 @@ def test_a_set_shrinks_only_where_others_hold_its_workers(monkeypatch: pytest.Mo
     assert ("second", Resized(1, 2)) in run.log
 
 
+def test_a_set_shrinks_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set takes the fourteen GPUs of sixteen that others leave, and one more as soon as it becomes free."""
+    run = Simulation(monkeypatch, dict.fromkeys("abcdefgh", 2), [Task("set", (), 16, fewer=tuple(range(15, 0, -1)))])
+    run.taken = {"h": 1, "b": 1}
+    run.turn(5.0, turns=15)
+    assert len(run.places("set")) == 14
+    run.taken = {"h": 1}
+    run.job("set").group.possible = 15
+    run.grow("set")
+    run.turn(turns=3)
+    assert len(run.places("set")) == 15
+
+
+def test_a_node_that_ends_soon_holds_no_new_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set that leaves a node resumes at once on the nodes that stay, and asks for no more than they hold."""
+    run = Simulation(monkeypatch, dict.fromkeys("abcdefgh", 2), [Task("set", (), 16, fewer=tuple(range(15, 0, -1)))])
+    run.turn(turns=3)
+    assert len(run.places("set")) == 16
+    run.draining = {"h"}
+    run.turn(6.0)
+    run.job("set").result = Stopped("iteration 7")
+    run.end("set")
+    run.turn(turns=3)
+    assert len(run.places("set")) == 14
+
+
 @pytest.mark.parametrize(("memory", "size"), [(0, 4), (3, 4), (4, 2), (7, 2), (8, 1), (99, 1)])
 def test_a_set_asks_for_no_more_workers_than_memory_allows(
     monkeypatch: pytest.MonkeyPatch, memory: int, size: int
@@ -622,7 +648,7 @@ def test_a_worker_with_nothing_to_save_yet_is_asked_again(monkeypatch: pytest.Mo
     run = Simulation(monkeypatch, {"a": 1}, alone("task"))
     run.turn(turns=2)
     (worker,) = run.job("task").workers
-    monkeypatch.setattr(ray_executor, "draining_nodes", lambda: {"a"})
+    run.draining = {"a"}
     run.turn(6.0, turns=3)
     assert (worker.asked, run.notes()) == (3, [])
     run.job("task").result = Stopped("iteration 7")
