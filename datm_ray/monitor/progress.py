@@ -433,6 +433,7 @@ def _line(task: Task, event: Lost | Failed | Resized | Note | Stopped) -> str:
         left = listed(counted(number, noun) for number, noun in kinds if number)
         return f"{task.name} failed: {event.reason} Finishing {left}, then stopping."
     if isinstance(event, Resized):
-        why = " (the cluster can hold no more)" if event.size < event.wanted else ""
+        why = " (no more can start now)" if event.size < event.wanted else ""
         return f"{task.name}: runs with {event.size} of {counted(event.wanted, 'worker')}{why}"
-    return f"{task.name}: worker lost ({event.reason}); starting attempt {event.attempt + 1} on another one"
+    following = f"; starting attempt {event.attempt + 1} on another one" if event.is_retried else ""
+    return f"{task.name}: worker lost ({event.reason}){following}"

@@ -68,11 +68,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Lost:
-    """Event: a task's worker was lost. The executor restarts the task on another worker."""
+    """Event: a task's worker was lost. The executor restarts the task on another worker, unless it stops."""
 
     reason: str
     attempt: int
     """Number of the attempt that failed, counted from 1."""
+    is_retried: bool = True
+    """False if the executor stops and starts no task any more."""
 
 
 @dataclass(frozen=True)

@@ -264,15 +264,17 @@ def test_a_thread_prints_the_lines(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_losses_notes_and_ends_are_always_printed(lines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, notes and ends are printed at once, whatever the interval of lines."""
     monkeypatch.setattr(telemetry, "LINE_INTERVAL", math.inf)
-    ends = Lost("its node died", 1), Failed("It diverged.", 2), Finished(), Finished()
+    losses = Lost("its node died", 1), Lost("killed", 2, is_retried=False)
+    ends = *losses, Failed("It diverged.", 2), Finished(), Finished()
     written = lines(Progress(1, 2), Note("compiled"), *ends)
-    assert written[:4] == [
+    assert written[:5] == [
         "Distillation: 2 tasks to run",
         "digits-ipc1: compiled",
         "digits-ipc1: worker lost (its node died); starting attempt 2 on another one",
+        "digits-ipc1: worker lost (killed)",
         "digits-ipc1 failed: It diverged. Finishing 2 running tasks, then stopping.",
     ]
-    assert written[4].startswith("Distillation: done in")
+    assert written[5].startswith("Distillation: done in")
 
 
 @pytest.mark.parametrize(

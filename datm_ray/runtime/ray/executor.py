@@ -272,6 +272,8 @@ class _Stage:
         """First error in the user's input; `None` without one. After an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
         """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
+        self._is_stopping = False
+        """True once the command was asked to stop: tasks at work are saved, and none starts."""
         self._draining: set[str] = set()
         """Nodes that end soon, as of the last check. Ray places nothing on them."""
         self._failed_starts = 0
@@ -319,6 +321,7 @@ class _Stage:
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
         """Ask the workers to save their work, wait for those that can save, then raise `Interrupted`."""
+        self._is_stopping = True
         asked = {worker.save(): job for job in self._jobs for worker in job.workers}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_INTERVAL) if asked else ([], [])
         at_work = list(dict.fromkeys(asked[each] for each in answered if _answer(each)))
@@ -329,7 +332,7 @@ class _Stage:
             job.leaves = False  # its end is the command's end
             yield job.task, Note(f"{SAVES}; workers have {SAVE_TIMEOUT:.0f} s")
         saved, end = [], time.monotonic() + SAVE_TIMEOUT
-        while self._jobs and time.monotonic() < end:
+        while any(job.workers for job in self._jobs) and time.monotonic() < end:
             for task, event in self._next_events():
                 saved += [f"{task.name}: {event.saved}"] if isinstance(event, Stopped) else []
                 yield task, event
@@ -673,7 +676,7 @@ class _Stage:
         else:
             self._release(job)
             job.not_before = time.monotonic() + history.delay
-            yield job.task, Lost(why, history.losses)
+            yield job.task, Lost(why, history.losses, is_retried=not (self._failure or self._is_stopping))
 
     def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
         """End the stage after an error in the user's input.

@@ -25,6 +25,7 @@ from datm_ray.runtime.executor import Failed, Lost, Note, Progress, Resized, Sto
 from datm_ray.runtime.ray import executor as ray_executor, ranks
 from datm_ray.runtime.ray.pool import PoolWorker
 from datm_ray.runtime.retries import MARGIN
+from datm_ray.runtime.stopping import Interrupted
 from tests.runtime.ray.simulation import Clock, Group, Simulation, Worker
 
 HOUR = 3600.0
@@ -655,6 +656,26 @@ def test_a_worker_with_nothing_to_save_yet_is_asked_again(monkeypatch: pytest.Mo
     run.end("task")
     assert run.notes() == ["task: its node ends soon: saved iteration 7, to resume elsewhere"]
     assert run.job("task").is_waiting
+
+
+def test_a_loss_after_which_nothing_starts_announces_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error in the input, and while the command stops, a loss starts no other attempt and delays no end."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1}, alone("wrong", "other"))
+    run.turn(turns=2)
+    run.lose("wrong", ray_executor.ConfigError("the recipe is wrong"))
+    (lost,) = run.lose("other")
+    assert isinstance(lost, Lost)
+    assert not lost.is_retried
+    run = Simulation(monkeypatch, {"a": 1}, alone("task"))
+    run.turn(turns=2)
+    monkeypatch.setattr("ray.wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr(ray_executor, "_answer", lambda _: True)
+    monkeypatch.setattr(run.stage, "_next_events", lambda: run.stage._lose(run.job("task"), RayActorError()))
+    before = run.clock.now
+    with pytest.raises(Interrupted):
+        run._take(run.stage._save_and_stop())
+    assert [event.is_retried for _, event in run.log if isinstance(event, Lost)] == [False]
+    assert run.clock.now == before
 
 
 def test_time_in_which_the_command_stood_still_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
