@@ -637,6 +637,7 @@ class _Stage:
             if heir and (heir.task.size, self._requested_options(heir, job.size)) == kind:
                 self._release(heir)
                 heir.group = job.group
+                heir.group.give_back()  # it wants no more ranks than it has
                 yield from self._begin(heir, job.workers)
             else:
                 job.group.stop()
@@ -772,7 +773,9 @@ class _Stage:
             self._draining = draining_nodes()
             self._leave_nodes(self._draining)
             held, there = self._executor.set_aside, self._nodes.fits()
-            self._executor.set_aside = [each for each in held if each.node in there]  # the others ended with their node
+            for each in [each for each in held if not each.take_news() or each.node not in there]:
+                held.remove(each)
+                each.stop()  # a node may come back
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:
@@ -787,6 +790,10 @@ class _Stage:
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
+            if worker.starting is not None and worker.node and worker.node not in self._nodes.fits():
+                # Ray would wait for free resources elsewhere, although the other ranks run already.
+                yield from self._lose(job, WorkerLostError("its node died before the worker started"), worker.stream)
+                return
         job.silence += min(passed, time.monotonic() - job.heard)
         if job.silence > job.patience.limit + MARGIN:
             for worker in job.workers:

@@ -233,14 +233,19 @@ class PoolWorker:
         """Record the node, process and GPUs of an actor that has started."""
         (self.node, self.process, self.gpu), self.starting = place, None
 
-    def take_news(self) -> None:
-        """Pass the worker's new log records to the driver's log, and request the next ones. Does not wait."""
-        if self.unread and ray.wait(self.unread, timeout=0, fetch_local=False)[0]:
-            with suppress(RayError):  # if the actor has ended, its stream of events says why
+    def take_news(self) -> bool:
+        """Pass the worker's new log records to the driver's log, and request the next ones. Does not wait.
+
+        Returns False if the actor has ended.
+        """
+        try:
+            if self.unread and ray.wait(self.unread, timeout=0, fetch_local=False)[0]:
                 accept(ray.get(self.unread.pop()))
-            self.unread = []
+        except RayError:  # if the actor was at work, its stream of events says why
+            return False
         if not self.unread:
             self.unread = [self.actor.news.options(concurrency_group=CONTROL).remote()]
+        return True
 
     def save(self) -> Any:
         """Ask the worker to save its work and to stop. Returns a reference to the result of `Worker.stop`."""

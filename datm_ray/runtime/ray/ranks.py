@@ -75,12 +75,17 @@ class RankGroup:
         steps = [after - before for before, after in pairwise((self.size, *larger))]
         self._more = {self._reserve(step): step for step in steps}
 
+    def give_back(self) -> None:
+        """Free the resources requested for further ranks."""
+        while self._more:
+            remove_placement_group(self._more.popitem()[0])
+
     def stop(self) -> None:
         """Kill the actors and free all resources."""
         for worker in self.workers:
             worker.stop()
-        for placement in (self._placement, *self._more):
-            remove_placement_group(placement)
+        self.give_back()
+        remove_placement_group(self._placement)
 
 
 def _is_placed(placement: PlacementGroup) -> bool:

@@ -58,7 +58,8 @@ class Worker:
     def find_node(self) -> None:
         """Nothing: the node of a worker at work is known."""
 
-    take_news = find_node
+    def take_news(self) -> bool:
+        return not self.is_stopped
 
     def end_process(self) -> None:
         self.has_ended = True
@@ -85,6 +86,9 @@ class Group:
     def start(self, larger: Collection[int] = ()) -> None:
         self.larger = larger
         self.workers = [Worker(self.options, self._clock, node) for node in self.nodes[: self.size]]
+
+    def give_back(self) -> None:
+        self.larger = ()
 
     def stop(self) -> None:
         self.is_stopped = True

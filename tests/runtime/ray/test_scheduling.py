@@ -289,6 +289,19 @@ def test_a_broken_gpu_is_tried_again_if_no_other_becomes_free(monkeypatch: pytes
     assert run.notes()[-1].startswith("x: no other node became free: trying again on nodes and GPUs")
 
 
+def test_a_set_aside_gpu_whose_actor_ends_is_no_longer_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor that keeps a broken GPU and is killed, as for memory, keeps nothing: the GPU counts as there again."""
+    run = Simulation(monkeypatch, {"a": 2}, alone("x", "y"))
+    run.turn(turns=2)
+    run.lose("x", gpu_error())
+    run.turn(6.0)
+    assert run.stage._capacity(run.job("y")) == 1
+    run.stage._executor.set_aside[0].is_stopped = True
+    run.turn(6.0, turns=2)
+    assert run.stage._capacity(run.job("y")) == 2
+    assert run.places("x") == ["a"]
+
+
 @pytest.mark.parametrize(("nodes", "attempts"), [({"a": 1}, 1), ({"a": 2}, 2), ({"a": 8}, 4), ({"a": 4, "b": 1}, 2)])
 def test_a_gpu_that_torch_cannot_use_costs_an_attempt(
     monkeypatch: pytest.MonkeyPatch, nodes: dict[str, int], attempts: int
@@ -559,6 +572,18 @@ def test_a_group_grows_rarely_or_to_its_full_size(monkeypatch: pytest.MonkeyPatc
     assert run.notes() == ["set: checkpoint saved; restarting with more workers"] * 2
 
 
+def test_a_set_that_takes_over_a_group_gives_back_what_the_larger_one_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A set of two workers that takes over those of a set of four keeps no resources for four."""
+    run = Simulation(monkeypatch, {"a": 2}, [Task("first", (), 4, fewer=(2,)), Task("second", (), 2)])
+    run.turn(turns=4)
+    group = run.job("first").group
+    assert list(group.larger) == [4]
+    run.end("first")
+    assert (run.job("second").group, list(group.larger)) == (group, [])
+
+
 # --- ranks ---
 
 
@@ -567,10 +592,10 @@ class Placements:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
         self.nodes, self.sizes, self.placed = iter(nodes), list[int](), set[int]()
-        self._tables = list[dict[str, Any]]()
+        self.removed, self._tables = list[int](), list[dict[str, Any]]()
         monkeypatch.setattr(ranks, "placement_group", self._reserve)
         monkeypatch.setattr(ranks, "placement_group_table", self._table)
-        monkeypatch.setattr(ranks, "remove_placement_group", lambda _: None)
+        monkeypatch.setattr(ranks, "remove_placement_group", self.removed.append)
         monkeypatch.setattr(PoolWorker, "start", lambda options, place: Worker(options, Clock(), "?"))
 
     def _reserve(self, bundles: list[Any], **_: Any) -> int:
@@ -602,6 +627,10 @@ def test_a_group_reserves_what_its_next_size_needs_at_once(monkeypatch: pytest.M
     assert (ray_groups.sizes, group.possible) == ([2, 2, 2], 2)
     ray_groups.placed.add(1)
     assert group.possible == 4
+    group.give_back()
+    assert (ray_groups.removed, group.possible) == ([2, 1], 2)
+    group.stop()
+    assert ray_groups.removed == [2, 1, 0]
 
 
 # --- starts, stops and silence ---
@@ -676,6 +705,16 @@ def test_a_loss_after_which_nothing_starts_announces_no_attempt(monkeypatch: pyt
         run._take(run.stage._save_and_stop())
     assert [event.is_retried for _, event in run.log if isinstance(event, Lost)] == [False]
     assert run.clock.now == before
+
+
+def test_a_rank_whose_node_dies_before_it_starts_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set whose rank cannot start, because its node died meanwhile, is started again on others."""
+    run = Simulation(monkeypatch, {"a": 1, "b": 1, "c": 1}, [Task("set", (), 2)])
+    run.turn(turns=2)
+    run.job("set").workers[1].starting = object()
+    del run.nodes["b"]
+    run.turn(6.0, turns=3)
+    assert (run.losses("set"), run.places("set")) == (1, ["a", "c"])
 
 
 def test_time_in_which_the_command_stood_still_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
