@@ -454,19 +454,23 @@ def test_an_error_that_nobody_expects_costs_an_attempt(
     assert set(lost) == {reason}
 
 
-TWO_GPUS = """
-import json, ray
+BROKEN_GPU = """
+import json, ray, sys
 from datm_ray.config import ClusterConfig
 from datm_ray.runtime.executor import Finished, Lost, Task
 from datm_ray.runtime.ray.executor import RayExecutor
 from tests.runtime.workers import BrokenGpu
 
-ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+gpus, size, broken = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init("local", num_cpus=gpus, num_gpus=gpus, **quiet)
 executor = RayExecutor(ClusterConfig())
+fewer = tuple(range(size - 1, 0, -1))
+stages = [[Task(name, (), size, fewer), Task(f"{name}1", ()), Task(f"{name}2", ())] for name in "ab"]
 events = [
     event.reason if isinstance(event, Lost) else event.result
-    for stage in "ab"
-    for _, event in executor.run(BrokenGpu, (), "work", [Task(f"{stage}{number}", ()) for number in range(3)])
+    for tasks in stages
+    for _, event in executor.run(BrokenGpu, (broken,), "work", tasks)
     if isinstance(event, Lost | Finished)
 ]
 print(json.dumps(events))
@@ -475,14 +479,25 @@ print(json.dumps(events))
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_gives_a_broken_gpu_to_no_other_task() -> None:
-    """On a node with two GPUs a broken one costs one attempt in a whole command; the other does all tasks."""
-    done = subprocess.run([sys.executable, "-c", TWO_GPUS], capture_output=True, text=True, timeout=500, check=False)
+@pytest.mark.parametrize(("gpus", "size", "broken"), [(2, 1, "0"), (3, 3, "1")], ids=["alone", "set"])
+def test_ray_gives_a_broken_gpu_to_no_other_task(gpus: int, size: int, broken: str) -> None:
+    """A broken GPU costs one attempt in a whole command; its node's others do all tasks.
+
+    To later workers of a set Ray may give the broken GPU again. Each of them uses the one that is kept for it.
+    """
+    command = [sys.executable, "-c", BROKEN_GPU, str(gpus), str(size), broken]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     events = json.loads(done.stdout.splitlines()[-1])
-    (lost,) = [event for event in events if event != "1"]
-    assert re.fullmatch(r"RuntimeError: CUDA error: uncorrectable ECC .*; GPU 0 of \S+ is not used again", lost)
-    assert len(events) == 7
+    (lost,) = [event for event in events if isinstance(event, str)]
+    pattern = rf"RuntimeError: CUDA error: uncorrectable ECC .*; GPU {broken} of \S+ is not used again"
+    assert re.fullmatch(pattern, lost)
+    places = [event for event in events if event != lost]
+    assert len(places) == 6
+    assert broken not in [used for _, used in places]
+    others = {used for given, used in places if given != used}
+    assert len(others) <= (size > 1)
+    assert not others.intersection(given for given, _ in places)
 
 
 class Holder:

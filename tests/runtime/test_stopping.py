@@ -148,7 +148,7 @@ def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatc
     monkeypatch.setattr(executor, "_answer", lambda name: name == "at work")
     monkeypatch.setattr(executor.ray, "wait", lambda asked, **_: (asked, []))
     driver: Any = object.__new__(executor._Stage)
-    driver._executor = mock.Mock(set_aside=[])
+    driver._executor = mock.Mock(set_aside={})
     driver._jobs = [
         _Job(Task(name, ()), workers=[mock.Mock(**{"save.return_value": name})] * at_work)
         for name, at_work in (("at work", 1), ("at nothing", 1), ("starting", 0))

@@ -242,16 +242,21 @@ class Idler:
 
 
 class BrokenGpu:
-    """A worker that fails on the node's first GPU."""
+    """A worker that fails on one GPU of its node, and else returns the GPU that Ray has given and the one in use."""
 
-    def work(self) -> Iterator[Progress | Finished]:
+    def __init__(self, broken: str) -> None:
+        self._broken = broken
+
+    def work(self, worker_rank: WorkerRank | None = None) -> Iterator[Progress | Finished]:
+        import ray
+
         yield Progress(1, 2)
         gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-        if gpu == "0":
+        if gpu == self._broken:
             advice = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
             raise RuntimeError(f"CUDA error: uncorrectable ECC error encountered\n{advice}\n")
         time.sleep(1)
-        yield Finished(gpu)
+        yield Finished([*map(str, ray.get_gpu_ids()), gpu])
 
 
 class Looker:

@@ -125,7 +125,7 @@ def requests_without_place() -> float:
 
     Ray reports it about a second late. Actors of placement groups do not count.
     """
-    with suppress(ImportError, AttributeError, RuntimeError, ray.exceptions.RayError):
+    with suppress(Exception):  # whatever it is, only the length of a wait depends on the answer
         from ray.autoscaler.v2.sdk import get_cluster_status
 
         demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand

@@ -105,9 +105,9 @@ class RayExecutor:
         self._stage = StageSetup(0, object, (), "")
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
-        self.set_aside: list[PoolWorker] = []
-        """Actors kept only to hold broken GPUs, so that Ray gives these GPUs to no other actor. They are kept for the
-        next stages too."""
+        self.set_aside: dict[str, PoolWorker] = {}
+        """Broken GPU in words -> actor that holds a GPU of its node, the broken one or another. A worker to which Ray
+        gives the broken GPU uses the actor's instead. The actors outlive a stage."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
@@ -164,7 +164,7 @@ class RayExecutor:
 
     def _close(self) -> None:
         self.metrics.close()
-        for each in self.pool + self.set_aside:
+        for each in [*self.pool, *self.set_aside.values()]:
             each.stop()
         self._leave()
 
@@ -349,9 +349,9 @@ class _Stage:
             for job in waiting:
                 job.waits_since = job.waits_since if self._is_apart(job) else time.monotonic()
             waiting = [job for job in waiting if self._is_apart(job)]
-        free = self._free()
+        free, is_known = self._free(), self._knows_gpus()
         for job in list(waiting):
-            if not free:  # a shortcut: with many tasks, actors are seldom free
+            if not free or not is_known:  # a shortcut: with many tasks, actors are seldom free
                 break
             avoided, options = self._avoided(job), self._options(job.task)
             found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
@@ -368,6 +368,12 @@ class _Stage:
     def _free(self) -> list[PoolWorker]:
         used = [worker for job in self._jobs for worker in job.workers]
         return [each for each in self._pool if each.starting is None and each not in used]
+
+    def _knows_gpus(self) -> bool:
+        """True if each broken GPU's substitute is known, that is, if the actor that holds it has started."""
+        for each in self._executor.set_aside.values():
+            each.find_node()
+        return all(each.gpu for each in self._executor.set_aside.values())
 
     def _is_apart(self, job: _Job) -> bool:
         """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
@@ -454,7 +460,7 @@ class _Stage:
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
             size = job.group.size
-            if job.group.is_reserved() and self._fits_limit(size):
+            if job.group.is_reserved() and self._fits_limit(size) and self._knows_gpus():
                 if size != (job.size or job.task.size):
                     yield job.task, Resized(size, job.task.size)
                 job.group.start([each for each in sorted(job.sizes) if size < each <= self._limit])
@@ -493,8 +499,9 @@ class _Stage:
         # Ray resolves these references before the calls, so the driver does not wait until all ranks have started.
         others = [worker.starting or "" for worker in workers[1:]]
         address = workers[0].actor.rendezvous.remote(*others) if others else ""
+        stage = self._stage._replace(instead={gpu: each.gpu for gpu, each in self._executor.set_aside.items()})
         for rank, worker in enumerate(workers):
-            worker.run(self._stage, job.task, job.patience, (rank, job.size), address)
+            worker.run(stage, job.task, job.patience, (rank, job.size), address)
         job.streams = {worker.stream: rank for rank, worker in enumerate(workers)}
         yield job.task, Started(job.size)
 
@@ -507,7 +514,7 @@ class _Stage:
         nodes, memory, bad = self._nodes_of(job.task), job.task.memory, {*bad, *self._draining}
         good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
         share = self._options(job.task).get("num_gpus", 1.0)
-        lost = sum(each.node in good for each in self._executor.set_aside)
+        lost = sum(each.node in good for each in self._executor.set_aside.values())
         return nodes.elsewhere(bad, memory) - lost * int(1 / share + 1e-9)
 
     def _options(self, task: Task) -> dict[str, Any]:
@@ -525,7 +532,7 @@ class _Stage:
         return bad if bad and knows_labels() and self._capacity(job, bad) >= size else set()
 
     def _drop(self, worker: PoolWorker) -> None:
-        if worker not in self._executor.set_aside:
+        if worker not in self._executor.set_aside.values():
             worker.stop()
         self._pool.remove(worker)
 
@@ -657,9 +664,8 @@ class _Stage:
             del job.streams[stream]  # another rank's error may be the cause
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
             return
-        gpu = self._set_aside(job, cause)
-        has_more = any(each.node == job.workers[0].node for each in self._executor.set_aside[:-1])
-        nodes = self._blame(job, cause, stream) if is_final(cause) or not gpu or has_more else ()
+        gpu, is_first = self._set_aside(job, cause, stream)
+        nodes = self._blame(job, cause, stream) if is_final(cause) or not is_first else ()
         history = job.history.after_loss(job.saved, nodes)
         if is_final(cause) and not (may_be_the_nodes(cause) and (gpu or self._has_elsewhere(job, history))):
             yield from self._refuse(job, cause)
@@ -701,23 +707,31 @@ class _Stage:
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
         return is_known and self._capacity(job, history.nodes) >= job.sizes[-1]
 
-    def _set_aside(self, job: _Job, cause: BaseException) -> str:
-        """Keep the actor of a task whose error may be its GPU's, because Ray would give that GPU to the next actor.
+    def _set_aside(self, job: _Job, cause: BaseException, stream: Any) -> tuple[str, bool]:
+        """Keep a GPU from other tasks if an error may be its own, because Ray would give it to the next actor.
 
-        Three kinds of GPUs are not set aside: the last GPU on which the task can run; GPUs of a group, whose actors
-        end with the group's reservation; and GPUs that actors share, because Ray would still give their other shares to
-        actors.
+        The actor that had the error is kept, and with it the GPU. The ranks of a set end together with the set's
+        reservation, so another actor takes any GPU of the node, for use in place of the broken one. Only a node's first
+        broken GPU is replaced so. The last GPU is not set aside. Nor is a shared one, because Ray would still give its
+        other shares to actors.
 
         Returns:
-            Description of the GPU; "" if none was set aside.
+            The GPU in words, "" if none was set aside; and True if it is the first of its node.
         """
-        worker = job.workers[0]
-        if job.group or not worker.gpu or worker.options["num_gpus"] < 1 or not may_be_the_gpu(cause):
-            return ""
-        if self._capacity(job) <= 1:
-            return ""
-        self._executor.set_aside.append(worker)
-        return worker.gpu
+        held, worker = self._executor.set_aside, job.workers[job.streams.get(stream, 0)]
+        worker.find_node()
+        gpu, node, gpus = worker.gpu, worker.node, worker.options.get("num_gpus", 0.0)
+        if not gpu or gpus < 1 or not may_be_the_gpu(cause) or self._capacity(job) <= job.sizes[-1]:
+            return "", False
+        has_more = any(each.node == node for each in held.values())
+        if gpu in held or (job.group and (has_more or not knows_labels())):
+            return "", False
+        if job.group:
+            there = {"ray.io/node-id": node}
+            worker = PoolWorker.start({"num_cpus": 0.0, "num_gpus": gpus, "label_selector": there})
+            worker.node = node
+        held[gpu] = worker
+        return gpu, not has_more
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
         """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.
@@ -772,10 +786,10 @@ class _Stage:
                 yield from self._check_workers(job, passed)
             self._draining = draining_nodes()
             self._leave_nodes(self._draining)
-            held, there = self._executor.set_aside, self._nodes.fits()
-            for each in [each for each in held if not each.take_news() or each.node not in there]:
-                held.remove(each)
-                each.stop()  # a node may come back
+            for gpu, each in list(self._executor.set_aside.items()):
+                is_late = not each.gpu and now - each.free_since > SHORT_WAIT  # another command has got the GPU
+                if is_late or not each.take_news() or each.node not in self._nodes.fits():
+                    self._executor.set_aside.pop(gpu).stop()  # a node may come back
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:
@@ -790,8 +804,7 @@ class _Stage:
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
-            if worker.starting is not None and worker.node and worker.node not in self._nodes.fits():
-                # Ray would wait for free resources elsewhere, although the other ranks run already.
+            if worker.starting is not None and worker.node not in self._nodes.fits():  # Ray would wait for another
                 yield from self._lose(job, WorkerLostError("its node died before the worker started"), worker.stream)
                 return
         job.silence += min(passed, time.monotonic() - job.heard)
@@ -835,7 +848,7 @@ class _Stage:
         elif is_late and is_avoiding:
             self._executor.faults.clear()
             while self._executor.set_aside:
-                self._executor.set_aside.pop().stop()
+                self._executor.set_aside.popitem()[1].stop()
             for each in waiting:
                 each.history, each.waits_since = each.history.forgiving(), now
             yield job.task, Note("no other node became free: trying again on nodes and GPUs that lost workers")
@@ -849,7 +862,9 @@ class _Stage:
             yield job.task, Note(text)
 
     def _has_place(self) -> bool:
-        """True if Ray has given resources to an actor whose process is still starting."""
+        """True if Ray has given resources to a waiting task, whose processes start, or that of a GPU's substitute."""
+        if any(job.group and job.group.is_placed for job in self._jobs):
+            return True
         requested = sum(each.starting is not None for each in self._pool)
         return bool(requested) and requested > requests_without_place()
 

@@ -46,6 +46,8 @@ class StageSetup(NamedTuple):
     method: str
     versions: Versions | None = None
     """Versions that the actor's process must have; `None` accepts all."""
+    instead: Mapping[str, str] = {}
+    """Broken GPU -> GPU of its node to use in its place, both in words as by `Worker.place`."""
 
 
 class Worker:
@@ -65,8 +67,7 @@ class Worker:
 
     def place(self) -> tuple[str, int, str]:
         """Return the identifier of the actor's node, the actor's process id, and its GPUs in words, "" without any."""
-        gpu = f"GPU {','.join(assigned.gpus)} of {socket.gethostname()}" if assigned.gpus else ""
-        return str(ray.get_runtime_context().get_node_id()), os.getpid(), gpu
+        return str(ray.get_runtime_context().get_node_id()), os.getpid(), _gpus_here()
 
     def news(self) -> list[logging.LogRecord]:
         """Return the log records since the last call."""
@@ -103,6 +104,9 @@ class Worker:
         more = {"worker_rank": WorkerRank(*rank, address)} if address else {}
 
         def events() -> Iterator[Any]:
+            if self._worker is None and (gpu := stage.instead.get(_gpus_here())):
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu.split()[1]  # CUDA has not started here yet
+                assigned.gpus = gpu.split()[1].split(",")
             if self._stage != stage.number:
                 if stage.versions is not None:
                     require_same(stage.versions)
@@ -138,6 +142,11 @@ def _take_gpus(gpus: Sequence[object]) -> None:
     assigned.gpus = [str(gpu) for gpu in gpus]
     if not gpus or os.environ.get(SHOW_ALL_GPUS):  # some versions of Ray show all GPUs to an actor without GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.gpus)
+
+
+def _gpus_here() -> str:
+    """GPUs of this process in words, such as "GPU 3 of node-7"; "" without any."""
+    return f"GPU {','.join(assigned.gpus)} of {socket.gethostname()}" if assigned.gpus else ""
 
 
 def _cpus_beside(gpus: float) -> int:

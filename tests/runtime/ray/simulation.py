@@ -5,6 +5,7 @@ The stage of the executor is the real one. Workers do nothing; a test ends them 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -42,12 +43,15 @@ class Worker:
     def __init__(self, options: Mapping[str, Any], clock: Clock, node: str = "") -> None:
         self.options, self.actor, self.node, self.is_stopped = options, mock.Mock(), node, False
         self.starting: Any = None if node else object()
+        self.is_placed, self.reserved = False, ""
+        """`is_placed`: True once Ray has given it resources, of them the GPU `reserved`."""
         self.free_since, self.stream, self.process = clock.now, None, 7
-        self.gpu, self.asked, self.has_ended = "", 0, False
-        """`asked`: number of requests to save; `has_ended`: True if its process was killed."""
+        self.gpu, self.used, self.asked, self.has_ended = "", "", 0, False
+        """`gpu`: the GPU that Ray has given; `used`: the one that its task uses. `asked`: number of requests to save.
+        `has_ended`: True if its process was killed."""
 
-    def run(self, *_: Any) -> None:
-        self.stream = object()
+    def run(self, stage: Stage, *_: Any) -> None:
+        self.stream, self.used = object(), stage.instead.get(self.gpu) or self.gpu
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -73,7 +77,7 @@ class Group:
 
     def __init__(self, size: int, options: Mapping[str, Any], clock: Clock) -> None:
         self.size, self.options, self._clock = size, options, clock
-        self.nodes, self.workers = list[str](), list[Worker]()
+        self.nodes, self.workers, self.gpus = list[str](), list[Worker](), list[str]()
         self.is_placed, self.is_stopped, self.checks = False, False, 0
         self.larger: Collection[int] = ()
         self.possible = size
@@ -86,6 +90,8 @@ class Group:
     def start(self, larger: Collection[int] = ()) -> None:
         self.larger = larger
         self.workers = [Worker(self.options, self._clock, node) for node in self.nodes[: self.size]]
+        for worker, gpu in zip(self.workers, self.gpus, strict=True):
+            worker.gpu = gpu
 
     def give_back(self) -> None:
         self.larger = ()
@@ -99,6 +105,12 @@ def refused(options: Mapping[str, Any]) -> set[str]:
     condition = options.get("label_selector", {}).get("ray.io/node-id", "")
     found = re.fullmatch(r"!in\((.*)\)", condition)
     return set(found[1].split(",")) if found else set()
+
+
+def wanted(options: Mapping[str, Any]) -> str:
+    """Node that a request asks for by its identifier; "" without one."""
+    condition: str = options.get("label_selector", {}).get("ray.io/node-id", "!")
+    return "" if condition.startswith("!") else condition
 
 
 class Simulation:
@@ -137,7 +149,7 @@ class Simulation:
         cluster = ClusterConfig(**{"gpus_per_worker": 1.0, **settings})
         executor = mock.Mock(cluster=cluster, nodes=ray_cluster.Nodes(cluster), pool=[])
         executor.light_nodes = ray_cluster.Nodes(cluster, light=True)
-        executor.faults, executor.set_aside = ray_executor.Counter(), []
+        executor.faults, executor.set_aside = ray_executor.Counter(), {}
         self.stage: Any = ray_executor._Stage(executor, StageSetup(0, object, (), ""), tasks)
         self.stage._take_tasks()
 
@@ -164,7 +176,7 @@ class Simulation:
         return {node: {"CPU": held, "GPU": held, "memory": math.inf} for node, held in free.items()}
 
     def _without_place(self) -> int:
-        return sum(isinstance(each, Worker) and not each.node for each in self.waiting)
+        return sum(isinstance(each, Worker) and not each.is_placed for each in self.waiting)
 
     @property
     def waiting(self) -> list[Worker | Group]:
@@ -175,7 +187,8 @@ class Simulation:
     def free(self, node: str, memory: int = 0) -> int:
         """Number of workers that a node has free resources for. `memory`: bytes that each of them reserves."""
         live = [each for each in self.requests if not each.is_stopped]
-        held = [(each, each.nodes if isinstance(each, Group) else [each.node]) for each in live]
+        placed = [each for each in live if isinstance(each, Group) or each.is_placed]
+        held = [(each, each.nodes if isinstance(each, Group) else [each.node]) for each in placed]
         there = [each.options.get("memory", 0) for each, nodes in held for name in nodes if name == node]
         slots = self.nodes[node] - self.taken.get(node, 0) - len(there)
         return min(slots, int((self.memory.get(node, 0.0) - sum(there)) / memory)) if memory else slots
@@ -183,19 +196,34 @@ class Simulation:
     def _place(self) -> None:
         for each in self.waiting:
             memory, bad = each.options.get("memory", 0), refused(each.options) | self.draining
-            if isinstance(each, Worker) and each.node:
+            if isinstance(each, Worker) and each.is_placed:
                 if self.clock.now - each.free_since > self.start_seconds:
-                    each.starting = (each.node, 7, f"a GPU of {each.node}")
-                    self.stage._note_start(each)
+                    self._begin(each)
                 continue
-            slots = [node for node in self.nodes if node not in bad for _ in range(self.free(node, memory))]
+            good = [node for node in self.nodes if node not in bad and wanted(each.options) in ("", node)]
+            slots = [node for node in good for _ in range(self.free(node, memory))]
             if isinstance(each, Group):
                 each.nodes = slots[: each.size] if len(slots) >= each.size else []
+                for node in each.nodes:
+                    each.gpus.append(self._gpu(node))
             elif slots:
-                each.node, each.free_since = slots[0], self.clock.now
+                each.node, each.is_placed, each.free_since = slots[0], True, self.clock.now
+                each.reserved = self._gpu(each.node)
                 if not self.start_seconds:
-                    each.starting = (slots[0], 7, f"a GPU of {slots[0]}")
-                    self.stage._note_start(each)
+                    self._begin(each)
+
+    def _begin(self, worker: Worker) -> None:
+        worker.starting = (worker.node, 7, worker.reserved)
+        if worker in self.stage._pool:
+            self.stage._note_start(worker)
+        else:
+            worker.has_started(worker.starting)
+
+    def _gpu(self, node: str) -> str:
+        """First GPU of a node that no live actor or group has."""
+        live = [each for each in self.requests if not each.is_stopped]
+        used = {gpu for each in live for gpu in (each.gpus if isinstance(each, Group) else [each.reserved])}
+        return next(gpu for gpu in (f"GPU {number} of {node}" for number in itertools.count()) if gpu not in used)
 
     def turn(self, seconds: float = 1.0, turns: int = 1) -> list[tuple[str, Event]]:
         """Let time pass, then let the stage act, `turns` times. Returns the stage's events, with the names of tasks."""

@@ -18,6 +18,7 @@ from datm_ray.runtime.machine.versions import Versions, versions_here
 from datm_ray.runtime.ray import pool
 from datm_ray.runtime.ray.losses import may_be_the_nodes
 from datm_ray.runtime.retries import Patience
+from tests.runtime.workers import Looker
 
 
 class Records:
@@ -121,3 +122,17 @@ def test_an_actor_of_another_version_runs_no_task(start: Start) -> None:
     assert names(start([]), ClusterConfig(), here) == ["cpu"]
     with pytest.raises(ClusterError, match="has another"):
         names(start([]), ClusterConfig(), old)
+
+
+def test_a_worker_uses_a_gpu_in_place_of_a_broken_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor to which Ray gives a broken GPU shows its worker the substitute only; others keep their own."""
+    monkeypatch.setattr(pool.socket, "gethostname", lambda: "node-7")
+    instead = {"GPU 3 of node-7": "GPU 5 of node-7", "GPU 4 of node-8": "GPU 0 of node-8"}
+    stage = pool.Stage(0, Looker, (), "look", instead=instead)
+    for given, used in ((3, "5"), (4, "4")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(given))
+        worker = start([given])
+        for _ in range(2):
+            events = worker.work(stage, Patience(300.0, 300.0), "look", (0, 1), "")
+            assert [event.result for event in events] == [used]
+        assert assigned.gpus == [used]

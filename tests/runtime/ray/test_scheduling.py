@@ -191,7 +191,7 @@ def test_a_broken_gpu_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     (broken,) = run.job("x").workers
     (lost,) = run.lose("x", gpu_error())
     assert isinstance(lost, Lost)
-    assert lost.reason.endswith("uncorrectable ECC error encountered; a GPU of a is not used again")
+    assert lost.reason.endswith("uncorrectable ECC error encountered; GPU 0 of a is not used again")
     run.turn(60.0, turns=60)
     assert (run.places("x"), run.places("z"), run.free("a"), broken.is_stopped) == ([], [], 0, False)
     for name, following in (("y", "x"), ("x", "z")):
@@ -200,6 +200,56 @@ def test_a_broken_gpu_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run.places(following) == ["a"]
     assert run.losses("x") == 1
     assert not run.stage._executor.faults, "the node's other GPU is a good one"
+
+
+@pytest.mark.parametrize("rank", [0, 5, 15])
+def test_a_broken_gpu_of_a_set_is_set_aside(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """A GPU that fails a set is used by no worker of the command again, and all other GPUs of its node are."""
+    tasks = [Task("set", (), 16, fewer=tuple(range(15, 0, -1))), *alone(*map(str, range(15)))]
+    run = Simulation(monkeypatch, {"a": 8, "b": 8}, tasks)
+    run.turn(turns=4)
+    broken, run.start_seconds = run.job("set").workers[rank].used, 20.0
+    (lost,) = run.lose("set", gpu_error(), rank)
+    assert isinstance(lost, Lost)
+    assert lost.reason.endswith(f"{broken} is not used again")
+    for attempt in range(3):
+        run.turn(6.0, turns=6)
+        used = [each.used for each in run.job("set").workers]
+        assert (len(set(used)), broken in used) == (15, False)
+        run.job("set").saved = attempt + 1
+        run.lose("set", rank=3)
+    run.turn(6.0, turns=6)
+    run.end("set")
+    run.turn(6.0, turns=6)
+    used = [each.used for job in run.stage._jobs for each in job.workers]
+    assert (len(set(used)), broken in used) == (15, False)
+
+
+def test_a_second_broken_gpu_of_a_set_blames_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node with two broken GPUs is left by a set that others can hold; one that others cannot hold keeps its GPU."""
+    run = Simulation(monkeypatch, {"a": 4, "b": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
+    for places in ("aaaa", "aaab", "bbbb"):
+        run.turn(6.0, turns=6)
+        assert "".join(run.places("set")) == places
+        run.lose("set", gpu_error())
+    assert run.stage._executor.faults == {"a": 1}
+    run = Simulation(monkeypatch, {"a": 2}, [Task("set", (), 2)])
+    run.turn(turns=4)
+    run.lose("set", gpu_error())
+    assert not run.stage._executor.set_aside
+
+
+def test_a_substitute_that_another_command_takes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set does without a GPU in place of the broken one if other commands have kept all of them for a minute."""
+    run = Simulation(monkeypatch, {"a": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
+    run.turn(turns=4)
+    run.lose("set", gpu_error())
+    run.taken["a"] = 4
+    run.turn(6.0, turns=12)
+    assert not run.stage._executor.set_aside
+    run.taken["a"] = 2
+    run.turn(6.0, turns=2)
+    assert run.places("set")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +346,8 @@ def test_a_set_aside_gpu_whose_actor_ends_is_no_longer_held(monkeypatch: pytest.
     run.lose("x", gpu_error())
     run.turn(6.0)
     assert run.stage._capacity(run.job("y")) == 1
-    run.stage._executor.set_aside[0].is_stopped = True
+    (held,) = run.stage._executor.set_aside.values()
+    held.is_stopped = True
     run.turn(6.0, turns=2)
     assert run.stage._capacity(run.job("y")) == 2
     assert run.places("x") == ["a"]
@@ -758,7 +809,10 @@ def test_steps_are_measured_where_they_are_reported(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_task_ends_whatever_happens(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Tasks of all sizes end, within `cluster.workers`, though workers are lost and other commands come and go."""
+    """Tasks of all sizes end, within `cluster.workers`, whatever workers, GPUs and other commands do.
+
+    No two workers use the same GPU at any time.
+    """
     rng = random.Random(seed)
     nodes = {f"node{number}": rng.randint(1, 3) for number in range(rng.randint(2, 4))}
     limit, total = rng.choice([None, rng.randint(2, 6)]), sum(nodes.values())
@@ -766,6 +820,7 @@ def test_every_task_ends_whatever_happens(monkeypatch: pytest.MonkeyPatch, seed:
     fewer = [tuple(range(size - 1, 0, -1)) if rng.random() < 0.5 else () for size in sizes]
     tasks = [Task(f"task {number}", (), *each) for number, each in enumerate(zip(sizes, fewer, strict=True))]
     run = Simulation(monkeypatch, nodes, tasks[:5], workers=limit, retries=1000, wait_for_nodes=HOUR)
+    run.start_seconds = rng.choice([0.0, 3.0, 20.0])
     run.stage._tasks += tasks[5:]
     for turn in range(1500):
         run.turn(rng.choice([0.3, 1.0, 5.0]))
@@ -773,12 +828,14 @@ def test_every_task_ends_whatever_happens(monkeypatch: pytest.MonkeyPatch, seed:
             break
         at_work = [job for job in run.stage._jobs if job.workers]
         assert sum(len(job.workers) for job in at_work) <= (limit or total)
+        used = [worker.used for job in at_work for worker in job.workers]
+        assert len(set(used)) == len(used)
         for job in at_work:
             drawn = rng.random()
             if drawn < 0.05:
                 run.end(job.task.name)
             elif drawn < 0.08 and turn < 500 and job.workers:
-                run.lose(job.task.name, rank=rng.randrange(len(job.workers)))
+                run.lose(job.task.name, rng.choice([None, gpu_error()]), rank=rng.randrange(len(job.workers)))
         if rng.random() < 0.02:
             node = rng.choice(list(nodes))
             run.taken[node] = rng.randint(0, run.free(node) + run.taken.get(node, 0)) if turn < 500 else 0
