@@ -509,8 +509,8 @@ class _Stage:
         return self._executor.light_nodes if task.is_light else self._nodes
 
     def _capacity(self, job: _Job, bad: Collection[str] = ()) -> int:
-        """Number of a task's workers that running nodes can hold, without nodes that end soon or are in `bad` and without
-        broken GPUs."""
+        """Number of a task's workers that running nodes can hold. Neither nodes that end soon, nor those in `bad`, nor
+        broken GPUs count."""
         nodes, memory, bad = self._nodes_of(job.task), job.task.memory, {*bad, *self._draining}
         good = {node for node, held in nodes.fits(memory).items() if held and node not in bad}
         share = self._options(job.task).get("num_gpus", 1.0)
@@ -843,7 +843,7 @@ class _Stage:
         is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
         is_late = waited > min(nodes.patience(), LONGEST_AVOIDANCE)
         is_silent = now - self._reported_at > WAIT_INTERVAL
-        if (is_late or is_silent) and self._has_place():
+        if (is_late or is_silent) and self._finds_places():
             self._idle_since, text = now, "waiting for the first worker's process to start"
         elif is_late and is_avoiding:
             self._executor.faults.clear()
@@ -861,7 +861,7 @@ class _Stage:
             self._reported_at = now
             yield job.task, Note(text)
 
-    def _has_place(self) -> bool:
+    def _finds_places(self) -> bool:
         """True if Ray has given resources to a waiting task, whose processes start, or that of a GPU's substitute."""
         if any(job.group and job.group.is_placed for job in self._jobs):
             return True

@@ -50,7 +50,7 @@ class Worker:
         """`gpu`: the GPU that Ray has given; `used`: the one that its task uses. `asked`: number of requests to save.
         `has_ended`: True if its process was killed."""
 
-    def run(self, stage: Stage, *_: Any) -> None:
+    def run(self, stage: StageSetup, *_: Any) -> None:
         self.stream, self.used = object(), stage.instead.get(self.gpu) or self.gpu
 
     def stop(self) -> None:

@@ -128,7 +128,7 @@ def test_a_worker_uses_a_gpu_in_place_of_a_broken_one(start: Start, monkeypatch:
     """An actor to which Ray gives a broken GPU shows its worker the substitute only; others keep their own."""
     monkeypatch.setattr(pool.socket, "gethostname", lambda: "node-7")
     instead = {"GPU 3 of node-7": "GPU 5 of node-7", "GPU 4 of node-8": "GPU 0 of node-8"}
-    stage = pool.Stage(0, Looker, (), "look", instead=instead)
+    stage = pool.StageSetup(0, Looker, (), "look", instead=instead)
     for given, used in ((3, "5"), (4, "4")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(given))
         worker = start([given])
