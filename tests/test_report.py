@@ -386,7 +386,7 @@ def test_colour_images_keep_their_colours(out: Location) -> None:
 def test_unstarted_run_is_described(out: Location) -> None:
     """A run without any file gets its recipe and a sentence, not an error."""
     text = text_of(page_of(out, RunSummary(configure(), out / "tiny", [])))
-    assert "MatchingState has not started: there are no images yet. Nothing is evaluated yet." in text
+    assert "Distillation has not started: there are no images yet. Nothing is evaluated yet." in text
     assert "No run is evaluated yet" in text
     assert "2 images per class" in text
 
@@ -406,7 +406,7 @@ def test_unfinished_run_is_described(out: Location) -> None:
     save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
     save_checkpoint(out / config.name, config, [0.8, 0.7, 0.6], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, SCORES[:1])))
-    assert "MatchingState is not finished: 3 of 12 iterations are in the last checkpoint" in text
+    assert "Distillation is not finished: 3 of 12 iterations are in the last checkpoint" in text
     assert "Not evaluated yet: random real images, soft labels; distilled; all real data." in text
     assert "Matching loss" in text
     assert "Validation accuracy" not in text

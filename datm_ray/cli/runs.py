@@ -68,7 +68,8 @@ Coresets = Annotated[
     bool,
     typer.Option(
         "--coresets",
-        help="Add coresets of as many real images: moderate, EL2N and, if experts store enough epochs, forgetting.",
+        help="Add coresets of as many real images: moderate, EL2N and, if experts store enough epochs, forgetting. "
+        "Trains experts if the recipe has none.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", callback=note, help="Print the remaining work. Nothing is written.")]
@@ -252,11 +253,12 @@ def evaluate(
     Networks that SGD cannot train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
     --fair also measures the set's accuracy with hard labels and without augmentation. This needs the control on all
-    real data.
+    real data, which is then made even if the recipe has evaluate.full: false.
 
     --json prints the scores of these recipes in place of the table, with the keys of summary.json.
     """
-    set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
+    set_ = [*(["evaluate.full=true"] if fair else []), *(set_ or [])]
+    set_ += [f"evaluate.seeds={seeds}"] if seeds is not None else []
     set_ += [*(["evaluate.fair=true"] if fair else []), *_without_full(skip_full)]
     pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
@@ -344,7 +346,8 @@ def _prepare(
     if coresets:
         from datm_ray.stages.methods.selection import coresets_of
 
-        configs += [coreset for config in configs for coreset in coresets_of(config)]
+        given = {config.name for config in configs}
+        configs += [each for config in configs for each in coresets_of(config) if each.name not in given]
     asked: dict[NetworkConfig, str] = {}
     if arch is not None:
         from datm_ray.config import networks_named, scored_on
@@ -388,12 +391,12 @@ def _print_plan(pipeline: Pipeline, json_: bool) -> None:
 
     runs = pipeline.runs
     if json_:
-        left = preview.remaining(runs).items()
+        left = preview.remaining(runs, pipeline.scored_rows).items()
         remaining = [{"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in left]
         distances = [{"name": name, **found.to_json()} for name, found in preview.distances(runs).items()]
         print_json({"data": preview.data(runs), "remaining": remaining, "distances": distances})
         return
-    planned = preview.remaining_lines(runs)
+    planned = preview.remaining_lines(runs, pipeline.scored_rows)
     steps = (f"{name}: {'; '.join(found.lines())}" for name, found in preview.distances(runs).items())
     for line in [*preview.data_lines(runs), *planned, *steps]:
         print(one_line(line))

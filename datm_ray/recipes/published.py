@@ -6,7 +6,7 @@ sources.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from datm_ray.config import (
@@ -128,28 +128,26 @@ ResNet-34, GoogLeNet and ViT-B/16."""
 UNSEEN = ("alexnet", "resnet50", "vgg11")
 """Networks that score sets in MetaDD's paper and take no part in making them: AlexNet, ResNet-50 and VGG (VGG-19 in the
 paper, VGG-11 here). The paper's fourth, Swin-S, is not in this package."""
-MATCHING_WEIGHTS, RECOVERY_WEIGHTS = (1.0, 0.01, 0.1), (100.0, 1.0, 10.0)
-"""Weights of MetaDD's terms (variance, invariance, position) in DATM and in SRe2L, both chosen on digits alone. With
-those for DATM the meta-feature ratio hardly moves in SRe2L."""
+RECOVERY_WEIGHTS = {"variance": 100.0, "invariance": 1.0, "position": 10.0}
+"""Weights of MetaDD's terms in SRe2L, chosen on digits alone, as the default weights were for DATM. With the default
+weights the meta-feature ratio hardly moves in SRe2L."""
 
 
 def with_auxiliaries(
     base: RunConfig,
     share: float,
     names: Sequence[str] = AUXILIARIES,
-    weights: tuple[float, float, float] = MATCHING_WEIGHTS,
+    weights: Mapping[str, float] | None = None,
 ) -> RunConfig:
     """Copy of a recipe with MetaDD and auxiliaries of their published sizes, scored on the `UNSEEN` networks too.
 
     Args:
         share: share of the synthetic images that MetaDD uses in an iteration, in (0, 1].
         names: architectures of the auxiliaries.
-        weights: weights of variance, invariance and position.
+        weights: weights of the terms "variance", "invariance" and "position"; `None` for the defaults.
     """
-    auxiliaries, (variance, invariance, position) = tuple(NetworkConfig(architecture=name) for name in names), weights
-    metadd = MetaConfig(
-        auxiliaries=auxiliaries, share=share, variance=variance, invariance=invariance, position=position
-    )
+    auxiliaries = tuple(NetworkConfig(architecture=name) for name in names)
+    metadd = MetaConfig.model_validate({"auxiliaries": auxiliaries, "share": share, **(weights or {})})
     unseen = tuple(NetworkConfig(architecture=name) for name in UNSEEN)
     evaluate = base.evaluate.model_copy(update={"networks": unseen})
     return base.model_copy(update={"metadd": metadd, "evaluate": evaluate})

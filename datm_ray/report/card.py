@@ -109,7 +109,8 @@ def _source(config: RunConfig) -> str:
 def _whole_training_in_words(artifact: Artifact) -> str:
     """Settings of the training that scored the set, without those that change nothing, such as no momentum."""
     training, _ = artifact.scored_training()
-    unused = {"momentum", "weight_decay"} - set(OPTIMISERS[training.optimiser].settings)
+    unused = {name for each in OPTIMISERS.values() for name in each.settings}
+    unused -= set(OPTIMISERS[training.optimiser].settings)
     usual = {field.name for field in dataclasses.fields(training) if getattr(training, field.name) == field.default}
     left_out = unused | usual - {"optimiser"}
     return _in_words(artifact, [each.name for each in dataclasses.fields(training) if each.name not in left_out])

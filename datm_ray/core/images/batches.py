@@ -95,7 +95,7 @@ def batches(
                 rows = orders[number][batch * batch_size : (batch + 1) * batch_size]
                 made = _augmentation(augmentation, len(rows), seed, epoch, batch)
                 minibatches[number].append(_Minibatch(number, step, rows, made))
-        x, y = _placed([batch for own in minibatches for batch in own], images, targets)
+        x, y = _placed([each for own in minibatches for each in own], images, targets)
         for step, (epoch, _, is_last) in enumerate(block):
             inputs, wanted = (torch.stack([each[number, step] for number in range(len(seeds))]) for each in (x, y))
             yield Batch(epoch, is_last, inputs, wanted)

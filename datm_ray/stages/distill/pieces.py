@@ -218,7 +218,7 @@ def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) ->
             return []
         arrays = read_tensors(place / CHECKPOINT, kind=KIND).arrays
         with rejecting_nonsense(place / CHECKPOINT):
-            has_none = prefix == "meta" and "meta.iteration" not in arrays  # every iteration was skipped
+            has_none = prefix == "meta" and "meta.iteration" not in arrays  # no weight, or all skipped
             found = [] if has_none else records(dict(arrays), prefix, record)
         for each in found:
             of_iterations.setdefault(each.iteration, []).append(each)

@@ -432,7 +432,7 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
 
     Validation chooses among the candidates. A step size that was learned with this network and these labels is the only
     candidate. One that was learned with others is the first of several. For rows with soft labels,
-    `evaluate.learning_rate` takes the place of a learned step size, as if it was learned with the backbone.
+    `evaluate.learning_rate` takes the place of a learned step size, and is the backbone's only candidate.
 
     Args:
         learned: step size that was learned with the set; `None` if none was learned.
@@ -441,7 +441,8 @@ def _schedules(config: RunConfig, row: str, learned: float | None, network: Netw
     others: tuple[float, ...] = OPTIMISERS[config.evaluate.optimiser].step_sizes
     if (given := given_rate(config, row)) is not None:
         learned, others = given, tuple(rate for rate in others if rate != given)
-    is_its_own = network is None and row not in FIXED_ROWS
+    is_backbone = network is None or (given is not None and network == config.network)
+    is_its_own = is_backbone and row not in FIXED_ROWS
     rates = others if not learned else (learned,) if is_its_own else (learned, *others)
     schedule = row_schedule(config, row)
     return [dataclasses.replace(schedule, learning_rate=rate) for rate in rates]
@@ -653,7 +654,7 @@ def result_location(
     if config.evaluate.optimiser != "sgd":
         folder = folder / config.evaluate.optimiser
     training = _training_identity(config, dataset_fingerprint, row)
-    if network is not None and given_rate(config, row) is not None:
+    if network not in (None, config.network) and given_rate(config, row) is not None:
         training["step_sizes"] = "chosen"  # earlier versions tried the given one alone
     if training:
         folder = folder / f"trained-{stable_hash(training)}"

@@ -184,11 +184,18 @@ CORESETS = ("moderate", "el2n", "forgetting")
 def coresets_of(config: RunConfig) -> list[RunConfig]:
     """Runs that choose as many real images as a run's set has, one for each of `CORESETS`, under the same labels.
 
-    They share the run's experts, teacher and controls. What changes images, or computes them on several workers, is
-    left out. A run that is such a choice itself gets the others. Forgetting is left out if too few epochs are stored.
+    They share the run's experts, teacher and controls; beside a run with a prior or several backbones they have random
+    images of their own, and no row on all real data. What changes images, or computes them on several workers, is left
+    out. A run that is such a choice itself gets the others. Forgetting is left out if too few epochs are stored.
     """
+    from datm_ray.stages.methods.registry import method_of
+
     left_out: dict[str, Any] = {"metadd": None, "prior": None, "backbones": [], "distill.options": {}}
     left_out |= {"cluster.shards": 1, "cluster.backbones_apart": False, "cluster.auxiliaries_apart": False}
+    if config.prior is not None or config.backbones:
+        left_out |= {"evaluate.full": False, "evaluate.fair": False}
+    if not method_of(config).has_soft_labels(config):
+        left_out["distill.labels"] = "hard"
     if config.cluster.precision == "bfloat16":  # for the distillation alone
         left_out["cluster.precision"] = "auto"
     chosen = [by for by in CORESETS if config.method != "select" or by != config.select.by]
