@@ -270,6 +270,7 @@ def test_every_recipe_has_coresets_under_the_same_labels(name: str) -> None:
         shared = ("dataset", "network", "experts", "evaluate", "seed")
         assert all(getattr(each, key) == getattr(config, key) for key in shared)
         assert each.distill.ipc == config.distill.ipc
+        assert method_of(each).has_soft_labels(each) == method_of(config).has_soft_labels(config)
     assert [each.select.by for each in coresets_of(found[0])] == ["el2n", "forgetting"]
 
 

@@ -136,7 +136,8 @@ def test_a_given_rate_is_that_of_the_backbone_and_one_of_several_of_other_archit
     changes = (f"evaluate.optimiser={optimiser}", f"evaluate.learning_rate={given}", "evaluate.labels=teacher")
     config, other = tiny_config(*changes), NetworkConfig(architecture="lenet")
     for row in ON_OTHERS:
-        assert [training_of(config, row, network)[0] for network in (None, other)] == [1, tried]
+        networks = (None, config.network, other)
+        assert [training_of(config, row, network)[0] for network in networks] == [1, 1, tried]
         assert Path(place(config, row)).parent not in Path(place(config, row, other)).parents
     (tmp_path / "backbone").mkdir()
     untaught = changes[:2]
