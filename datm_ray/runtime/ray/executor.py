@@ -289,6 +289,8 @@ class _Stage:
         self._idle_since = self._reported_at = math.inf
         """Two times in seconds of the monotonic clock: since which no task runs (infinite if one runs), and of the last
         message about waiting."""
+        self._starting_since = math.inf
+        """Time, in seconds of the monotonic clock, since which no task runs and processes start; infinite if not so."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task."""
@@ -332,7 +334,7 @@ class _Stage:
             job.leaves = False  # its end is the command's end
             yield job.task, Note(f"{SAVES}; workers have {SAVE_TIMEOUT:.0f} s")
         saved, end = [], time.monotonic() + SAVE_TIMEOUT
-        while any(job.workers for job in self._jobs) and time.monotonic() < end:
+        while any(job.streams for job in self._jobs) and time.monotonic() < end:
             for task, event in self._next_events():
                 saved += [f"{task.name}: {event.saved}"] if isinstance(event, Stopped) else []
                 yield task, event
@@ -349,9 +351,12 @@ class _Stage:
             for job in waiting:
                 job.waits_since = job.waits_since if self._is_apart(job) else time.monotonic()
             waiting = [job for job in waiting if self._is_apart(job)]
-        free, is_known = self._free(), self._knows_gpus()
+        free, blocked = self._free(), self._nodes_without_substitute()
+        for each in [each for each in free if each.node in blocked]:
+            free.remove(each)
+            self._drop(each)  # the substitute may take its GPU
         for job in list(waiting):
-            if not free or not is_known:  # a shortcut: with many tasks, actors are seldom free
+            if not free:  # a shortcut: with many tasks, actors are seldom free
                 break
             avoided, options = self._avoided(job), self._options(job.task)
             found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
@@ -369,11 +374,11 @@ class _Stage:
         used = [worker for job in self._jobs for worker in job.workers]
         return [each for each in self._pool if each.starting is None and each not in used]
 
-    def _knows_gpus(self) -> bool:
-        """True if each broken GPU's substitute is known, that is, if the actor that holds it has started."""
+    def _nodes_without_substitute(self) -> set[str]:
+        """Nodes with a broken GPU whose substitute is not known, because the actor that holds it has not started."""
         for each in self._executor.set_aside.values():
             each.find_node()
-        return all(each.gpu for each in self._executor.set_aside.values())
+        return {each.node for each in self._executor.set_aside.values() if not each.gpu}
 
     def _is_apart(self, job: _Job) -> bool:
         """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
@@ -420,7 +425,12 @@ class _Stage:
             free, taken = free - size, taken + size
             if free < alone and (ranks or alone):  # nodes or running tasks of this command are waited for
                 job.waits_since = now
-            elif free >= 0 and size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT:
+            elif (
+                not (job.group and job.group.is_placed)
+                and free >= 0
+                and size > job.sizes[-1]
+                and now - job.waits_since > SHORT_WAIT
+            ):
                 nodes, bad = self._nodes_of(job.task), self._avoided(job, size) | self._draining
                 idle = nodes.idle(bad, job.task.memory)
                 job.limit = idle if job.sizes[-1] <= idle < size else size // 2
@@ -460,7 +470,7 @@ class _Stage:
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
             size = job.group.size
-            if job.group.is_reserved() and self._fits_limit(size) and self._knows_gpus():
+            if job.group.is_reserved() and self._fits_limit(size) and not self._nodes_without_substitute():
                 if size != (job.size or job.task.size):
                     yield job.task, Resized(size, job.task.size)
                 job.group.start([each for each in sorted(job.sizes) if size < each <= self._limit])
@@ -786,14 +796,27 @@ class _Stage:
                 yield from self._check_workers(job, passed)
             self._draining = draining_nodes()
             self._leave_nodes(self._draining)
-            for gpu, each in list(self._executor.set_aside.items()):
-                is_late = not each.gpu and now - each.free_since > SHORT_WAIT  # another command has got the GPU
-                if is_late or not each.take_news() or each.node not in self._nodes.fits():
-                    self._executor.set_aside.pop(gpu).stop()  # a node may come back
+            yield from self._check_gpus(now)
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:
             assert job.peer_lost
             if now > job.peer_lost[1] or not job.streams:
                 yield from self._lose(job, job.peer_lost[0])
+
+    def _check_gpus(self, now: float) -> Iterator[tuple[Task, Event]]:
+        """Give up actors that hold GPUs and have died, that others keep waiting, or whose nodes are gone.
+
+        A worker that uses such an actor's GPU in place of a broken one is lost, because Ray gives that GPU to others.
+        """
+        for gpu, each in list(self._executor.set_aside.items()):
+            is_late = not each.gpu and now - each.free_since > SHORT_WAIT  # another command has got the GPU
+            if not is_late and each.take_news() and each.node in self._nodes.fits():
+                continue
+            self._executor.set_aside.pop(gpu).stop()  # a node may come back
+            for idle in [idle for idle in self._free() if idle.gpu == gpu]:
+                self._drop(idle)
+            for job in [job for job in self._jobs if each.gpu not in ("", gpu)]:
+                if user := next((worker for worker in job.workers if worker.gpu == gpu), None):
+                    yield from self._lose(job, WorkerLostError("its GPU is no longer reserved"), user.stream)
 
     def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
         """Fetch logs of a task's workers, and end workers that are silent for too long.
@@ -804,7 +827,8 @@ class _Stage:
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
-            if worker.starting is not None and worker.node not in self._nodes.fits():  # Ray would wait for another
+            has_node = worker.node in self._nodes.fits() or time.monotonic() - job.began < CHECK_INTERVAL
+            if worker.starting is not None and not has_node:  # Ray would wait for another node
                 yield from self._lose(job, WorkerLostError("its node died before the worker started"), worker.stream)
                 return
         job.silence += min(passed, time.monotonic() - job.heard)
@@ -829,11 +853,12 @@ class _Stage:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
 
         Before the error, tasks may use nodes and GPUs again that failed them, because no other becomes free. Time in
-        which a worker's process starts is no wait, however long Ray takes for its environment.
+        which a worker's process starts is no wait, up to `cluster.progress_timeout`: Ray may need long for its
+        environment.
         """
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
-            self._idle_since = math.inf
+            self._idle_since = self._starting_since = math.inf
             return
         if self._idle_since == math.inf:
             self._idle_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
@@ -843,7 +868,9 @@ class _Stage:
         is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
         is_late = waited > min(nodes.patience(), LONGEST_AVOIDANCE)
         is_silent = now - self._reported_at > WAIT_INTERVAL
-        if (is_late or is_silent) and self._finds_places():
+        may_start = now - self._starting_since < self._cluster.progress_timeout
+        if (is_late or is_silent) and may_start and self._finds_places():
+            self._starting_since = min(self._starting_since, now)
             self._idle_since, text = now, "waiting for the first worker's process to start"
         elif is_late and is_avoiding:
             self._executor.faults.clear()
@@ -862,7 +889,7 @@ class _Stage:
             yield job.task, Note(text)
 
     def _finds_places(self) -> bool:
-        """True if Ray has given resources to a waiting task, whose processes start, or that of a GPU's substitute."""
+        """True if Ray has given resources to a waiting task, so that its processes are starting."""
         if any(job.group and job.group.is_placed for job in self._jobs):
             return True
         requested = sum(each.starting is not None for each in self._pool)

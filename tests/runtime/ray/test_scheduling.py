@@ -239,6 +239,65 @@ def test_a_second_broken_gpu_of_a_set_blames_its_node(monkeypatch: pytest.Monkey
     assert not run.stage._executor.set_aside
 
 
+def test_a_worker_whose_substitute_is_no_longer_held_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the actor that holds a substitute dies, Ray gives that GPU to others, so the worker on it starts again."""
+    run = Simulation(monkeypatch, {"a": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
+    run.turn(turns=4)
+    run.lose("set", gpu_error(), rank=1)
+    run.turn(6.0, turns=6)
+    (held,) = run.stage._executor.set_aside.values()
+    assert held.gpu in [each.used for each in run.job("set").workers]
+    held.is_stopped = True
+    for _ in range(6):
+        run.turn(6.0)
+        used = [each.used for job in run.stage._jobs for each in job.workers]
+        assert len(set(used)) == len(used)
+    assert run.losses("set") == 2
+    assert run.places("set")
+
+
+def test_other_nodes_work_on_while_a_substitute_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors of other nodes take further tasks, and none of them is replaced, until the substitute has started."""
+    run = Simulation(monkeypatch, {"a": 3, "b": 1}, [Task("set", (), 3), *alone("x", "y")])
+    run.turn(turns=4)
+    run.lose("set", gpu_error())
+    run.nodes["a"] = run.taken["a"] = 2  # too few for the set, and held by another command
+    (before,) = run.job("x").workers
+    run.end("x")
+    run.turn(turns=3)
+    assert run.job("y").workers == [before]
+    asked = len(run.requests)
+    run.turn(6.0, turns=6)
+    assert len(run.requests) <= asked + 1
+    assert not before.is_stopped
+
+
+def test_a_set_keeps_what_is_reserved_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set whose resources are there shrinks no further while it waits for the substitute of a broken GPU."""
+    run = Simulation(monkeypatch, {"a": 8}, [Task("set", (), 8, fewer=tuple(range(7, 0, -1)))])
+    run.turn(turns=4)
+    run.start_seconds = 90.0
+    run.lose("set", gpu_error())
+    run.turn(6.0, turns=20)
+    assert len(run.places("set")) >= 7
+    assert not [each for each in run.notes() if "fewer" in each]
+
+
+def test_a_node_that_is_new_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of the nodes may be a second old when a rank is placed on one that has just joined."""
+    run = Simulation(monkeypatch, {"a": 1}, [Task("set", (), 2)], wait_for_nodes=HOUR)
+    run.turn(4.0)
+    run.nodes["b"] = 1
+    run.turn(0.5)
+    rank = run.job("set").workers[1]
+    rank.starting = object()
+    del run.nodes["b"]
+    run.turn(1.0)
+    run.nodes["b"], rank.starting = 1, None
+    run.turn(6.0, turns=3)
+    assert (run.losses("set"), run.places("set")) == (0, ["a", "b"])
+
+
 def test_a_substitute_that_another_command_takes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A set does without a GPU in place of the broken one if other commands have kept all of them for a minute."""
     run = Simulation(monkeypatch, {"a": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
