@@ -55,6 +55,7 @@ from datm_ray.runtime.machine.devices import (
     set_on,
     uses_gpu,
 )
+from datm_ray.runtime.ray.compat import idle_resources, requests_without_place
 from datm_ray.runtime.ray.executor import _Stage
 from datm_ray.runtime.stopping import by_signals
 from tests.processes import until
@@ -187,6 +188,29 @@ def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: i
             tasks.append(Task("pair", (3,), 2))
     assert started.index("pair") <= 4
     assert len(started) == 7
+
+
+@pytest.mark.ray
+def test_ray_says_what_waits_and_what_is_idle(ray_cluster: Any) -> None:
+    """Two answers of Ray that only simulations have else: actors without a place, and resources that nobody holds."""
+
+    def answers() -> tuple[float, float]:
+        return requests_without_place(), sum(each.get("CPU", 0.0) for each in idle_resources().values())
+
+    def is_settled() -> bool:  # workers of the test before may still be ending
+        found = answers()
+        time.sleep(2)
+        return found == answers() and found[1] >= 1
+
+    until(is_settled, "a cluster with an idle CPU")
+    waited, idle = answers()
+    kinds = ray_cluster.remote(num_cpus=1)(Idler), ray_cluster.remote(num_cpus=0, resources={"none": 1})(Idler)
+    running, waiting = (kind.remote() for kind in kinds)
+    ray_cluster.get(running.here.remote())
+    until(lambda: answers() == (waited + 1, idle - 1), "one actor waits, and one runs", every=0.5)
+    ray_cluster.kill(running)
+    ray_cluster.kill(waiting)
+    until(lambda: answers() == (waited, idle), "the cluster as before", every=0.5)
 
 
 @pytest.mark.slow
