@@ -14,6 +14,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-set.ipynb"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_notebook_runs_and_its_network_learns_from_ten_images(tmp_path: Path) -> None:
     """The notebook's cells run, and a network trained on its ten images beats chance by far."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]

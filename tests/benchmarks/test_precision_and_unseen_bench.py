@@ -58,6 +58,7 @@ def test_precisions_are_compared_in_turns(bench: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_precisions_compute_one_gradient(bench: SimpleNamespace) -> None:
     """Calls in float32 and bfloat16 compute the same gradient but for rounding."""
     spec = tiny_config().network.for_images(1, (8, 8), 10)
@@ -71,7 +72,10 @@ def test_both_precisions_compute_one_gradient(bench: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "ways"),
     [
-        ("distribution", ["--classes", "2", "--width", "4"], ["published way", "uncompiled micro-batches"]),
+        pytest.param(
+            *("distribution", ["--classes", "2", "--width", "4"], ["published way", "uncompiled micro-batches"]),
+            marks=pytest.mark.exhaustive,
+        ),
         ("recovery", ["--images", "3", "--width", "8"], ["uncompiled", "uncompiled, channels innermost"]),
     ],
 )

@@ -391,6 +391,7 @@ def test_too_few_images_for_batch_statistics_are_refused() -> None:
     suggested(raw([80] * 3, (3, 32, 32), 8), 11, method="sre2l")
 
 
+@pytest.mark.slow
 def test_recipes_of_sre2l_have_the_views_of_their_sizes() -> None:
     """Views are mirrored at the sizes for which they were published so: large pictures, neither CIFAR nor digits."""
     sides = {8: False, 32: False, 64: True}

@@ -176,8 +176,9 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize("workers", [None, 2])
 def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: int | None) -> None:
     """A pair that is added while tasks of one worker run starts before those that wait, with a limit or without."""
     tasks = [Task(f"tick {number}", (4,), method="tick") for number in range(6)]
@@ -214,8 +215,9 @@ def test_ray_says_what_waits_and_what_is_idle(ray_cluster: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
+@pytest.mark.parametrize("workers", [None, 2])
 def test_a_group_that_others_keep_waiting_delays_no_other_task(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
@@ -399,7 +401,7 @@ def test_a_worker_that_is_stuck_is_found(
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("is_frozen", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_a_rank_that_hangs_is_blamed_by_its_peers(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_frozen: bool
 ) -> None:
@@ -503,7 +505,10 @@ print(json.dumps(events))
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize(("gpus", "size", "broken"), [(2, 1, "0"), (3, 3, "1")], ids=["alone", "set"])
+@pytest.mark.parametrize(
+    ("gpus", "size", "broken"),
+    [pytest.param(2, 1, "0", id="alone", marks=pytest.mark.exhaustive), pytest.param(3, 3, "1", id="set")],
+)
 def test_ray_gives_a_broken_gpu_to_no_other_task(gpus: int, size: int, broken: str) -> None:
     """A broken GPU costs one attempt in a whole command; its node's others do all tasks.
 
@@ -586,6 +591,7 @@ class Ticker:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch

@@ -171,6 +171,7 @@ def test_networks_trained_together_are_compiled_exactly() -> None:
         torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None:
     """Long trainings of several networks that stack go together.
 
