@@ -193,7 +193,7 @@ def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: i
 
 @pytest.mark.ray
 def test_ray_says_what_waits_and_what_is_idle(ray_cluster: Any) -> None:
-    """Two answers of Ray that only simulations have else: actors without a place, and resources that nobody holds."""
+    """Ray counts actors that wait for resources, and resources that nobody holds. Other tests simulate both answers."""
 
     def answers() -> tuple[float, float]:
         return requests_without_place(), sum(each.get("CPU", 0.0) for each in idle_resources().values())

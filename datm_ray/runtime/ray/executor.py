@@ -812,9 +812,11 @@ class _Stage:
             if not is_late and each.take_news() and each.node in self._nodes.fits():
                 continue
             self._executor.set_aside.pop(gpu).stop()  # a node may come back
+            if each.gpu in ("", gpu):
+                continue  # no worker uses it
             for idle in [idle for idle in self._free() if idle.gpu == gpu]:
                 self._drop(idle)
-            for job in [job for job in self._jobs if each.gpu not in ("", gpu)]:
+            for job in list(self._jobs):
                 if user := next((worker for worker in job.workers if worker.gpu == gpu), None):
                     yield from self._lose(job, WorkerLostError("its GPU is no longer reserved"), user.stream)
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
+from datm_ray.artifact import read_artifact
+from datm_ray.config import ClusterConfig, RunConfig, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import accuracy_in_steps, logits_in_steps
 from datm_ray.data.dataset import Dataset
@@ -32,7 +32,7 @@ from datm_ray.runtime.machine.devices import images_on, prepare_device, to_devic
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
 from datm_ray.stages.distill.metadd import keep_maps_alone
-from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
+from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost, save_set
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.experts.progress import REPORT_INTERVAL, remove_folder
 from datm_ray.stages.experts.train import expert_group
@@ -152,10 +152,8 @@ class PieceWorker:
             yield from keep_maps_alone(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
-        context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), provenance)
-        has_step_size, transforms = method_of(config).has_step_size(config), folder.parent / TRANSFORMS
         for name, held in sets.items():
-            save_artifact(folder / name, held, *context, transforms, has_step_size=has_step_size)
+            save_set(folder, name, held, method_of(config), config, self._dataset, provenance)
 
     def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
         """Replace the soft labels of each set by the teacher's logits for its images, in place.

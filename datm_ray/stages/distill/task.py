@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -211,14 +211,13 @@ class DistillWorker:
         if iterations:
             save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config), read_computed(folder))
             (folder / COST).write_json(spent.to_json())
-        final, transforms = state.chosen or state.result, folder.parent / TRANSFORMS
+        final = state.chosen or state.result
         if config.metadd is not None and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             yield from keep_maps_alone(part, config.metadd, backbone, folder / MAPS, initial, final)
-        dataset, has_step_size = self._dataset, self._method_of(config).has_step_size(config)
-        context = (dataset.transform, dataset.class_names, recipe_of_set(config), last.provenance, transforms)
-        save_artifact(folder / SYNTHETIC, final, *context, has_step_size=has_step_size)
+        method = self._method_of(config)
+        save_set(folder, SYNTHETIC, final, method, config, self._dataset, last.provenance)
         candidates.remove()
 
 
@@ -607,9 +606,29 @@ class Distillation:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:
             origin["student_steps_before"] = self._computed[:-1]
-        context = (dataset.transform, dataset.class_names, recipe_of_set(self._config), origin)
-        has_step_size, transforms = self._method.has_step_size(self._config), self._folder.parent / TRANSFORMS
-        save_artifact(self._folder / name, whole, *context, transforms, has_step_size=has_step_size)
+        save_set(self._folder, name, whole, type(self._method), self._config, dataset, origin)
+
+
+def save_set(
+    folder: Location,
+    name: str,
+    held: SyntheticSet,
+    method: type[Method],
+    config: RunConfig,
+    dataset: Dataset,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a set of a run to the file `name` in the run's folder, and the data's transform beside the folder."""
+    save_artifact(
+        folder / name,
+        held,
+        dataset.transform,
+        dataset.class_names,
+        recipe_of_set(config),
+        provenance,
+        folder.parent / TRANSFORMS,
+        has_step_size=method.has_step_size(config),
+    )
 
 
 def of_workers(mesh: Mesh, own: float) -> list[float]:
