@@ -122,8 +122,9 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
     Only stacks with a missing expert are returned. Expert e belongs to stack e // size.
 
     The last stack ends with the last expert. If it would hold one expert alone, it gets a second one (unless `size` is
-    1), because a network alone rounds differently from one in a stack. If these stacks are fewer than the workers and
-    the missing experts are consecutive, the experts are divided evenly, with at least `least` in a stack.
+    1), because a network alone rounds differently from one in a stack. With several workers and consecutive missing
+    experts, the experts are instead divided evenly, with at most `size` and at least `least` in a stack, so that every
+    worker trains equally many stacks.
 
     Args:
         missing: numbers of the experts that are not stored.
@@ -132,10 +133,11 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
         workers: number of workers that train at the same time.
         least: smallest number of experts in a stack that is made smaller for idle workers.
     """
-    firsts = sorted({each // size * size for each in missing})
-    parts = min(workers, len(missing) // least)
-    if len(firsts) < parts and len(missing) == missing[-1] - missing[0] + 1:
+    each_worker = -(-len(missing) // (size * workers))
+    parts = min(each_worker * workers, len(missing) // least)
+    if workers > 1 and parts and parts * size >= len(missing) == missing[-1] - missing[0] + 1:
         return [tuple(part.tolist()) for part in np.array_split(np.array(missing), parts)]
+    firsts = sorted({each // size * size for each in missing})
     return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
 
 

@@ -248,21 +248,23 @@ def test_stacks_follow_the_workers_that_train_experts() -> None:
 
 
 def test_stacks_are_divided_where_workers_would_be_idle() -> None:
-    """Workers beyond the stacks get a part each, as even as possible; as many stacks as workers stay as they are."""
+    """Every worker trains as many stacks as the others, of sizes as even as possible."""
     cases = [
-        *((range(100), 8, 64, 1, 64, 2), (range(100), 8, 2, 1, 13, 8), (range(100), 8, 200, 1, 100, 1)),
+        *((range(100), 8, 64, 1, 64, 2), (range(100), 8, 2, 1, 14, 8), (range(100), 8, 200, 1, 100, 1)),
         *(
             (range(16), 8, 2, 2, 2, 8),
             (range(2), 8, 2, 2, 1, 2),
             (range(5), 8, 64, 2, 2, 3),
-            (range(60, 100), 8, 5, 1, 6, 8),
+            (range(60, 100), 8, 5, 1, 5, 8),
+            (range(16), 6, 2, 2, 4, 4),
+            (range(5), 1, 2, 2, 5, 1),
         ),
     ]
     for missing, size, workers, least, count, largest in cases:
         found = stacks(missing, size, missing[-1] + 1, workers, least)
         assert (len(found), max(map(len, found))) == (count, largest), (missing, workers)
         assert set(missing) <= {expert for stack in found for expert in stack}
-        assert min(map(len, found)) >= min(least, len(missing))
+        assert min(map(len, found)) >= min(least, size, len(missing))
     assert stacks([0, 1, 90, 91], 8, 100, 4) == [tuple(range(8)), tuple(range(88, 96))]
 
 
