@@ -1,4 +1,4 @@
-"""Synthetic sets as self-describing files, and their exports.
+"""Synthetic sets as self-describing files.
 
 A set's file holds the images in the normalised space in which they were learned, the soft labels, the step size, the
 recipe, the provenance, and the transform between pixels and normalised images. A whitening transform is large: up to
@@ -19,14 +19,12 @@ The evaluation writes `scoring.json` beside the set: the settings with which net
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,9 +43,9 @@ from datm_ray.data.transform import Images, Kind, Normaliser, Transform, fit_tra
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import damaged, rejecting_nonsense
-from datm_ray.store.tensors import dump_tensors, read_tensors, write_tensors
+from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import TRANSFORM_KIND
-from datm_ray.words import counted, dimensions, listed
+from datm_ray.words import counted, dimensions
 
 KIND = "synthetic-set"
 SCORING = "scoring.json"
@@ -59,12 +57,12 @@ OTHERS_IMAGES = "images_best.pt"
 """Name of the file with the images, in sets that DATM, MTT and programs derived from them write."""
 TRANSFORMS = "transforms"
 """Name of the folder, beside the runs, of transforms that are too large for their sets' files."""
+CHECKSUM = "sha256"
+"""Metadata key of the checksum in the export "safetensors", whose format has none."""
 INLINE_BYTES = 64 * 1024
 """Largest size in bytes, inclusive, of a transform that is stored inside a set's file."""
 _SEARCHED = 50  # most names in a folder that `load` searches for sets, if it is given a folder
 _PARENTS = 3  # number of folders above a set's own folder that are searched for its transform
-_CHECKSUM = "sha256"  # metadata key of the checksum in the export "safetensors", whose format has none
-_LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
 _NOT_CHOSEN = (
     "the learning rate {:.4g} of this set was neither learned for such a training nor chosen on validation images: "
     "score the set with `datm-ray evaluate` and load it from its run's folder, or try some rates"
@@ -374,11 +372,11 @@ def save_artifact(
     parts = (images, soft_labels, synthetic.labels, step_sizes[0], step_sizes, class_names, transform)
     artifact = Artifact(*parts, recipe, provenance, stated_has_step_size=has_step_size)
     kept = transforms is not None and keep_transform(transform, transforms) is not None
-    arrays, metadata = _parts(artifact, kept=kept)
+    arrays, metadata = set_parts(artifact, kept=kept)
     write_tensors(location, arrays, kind=KIND, metadata=metadata)
 
 
-def _parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def set_parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays by name, and metadata, of a set's file.
 
     A transform that the set leaves out, see `LeftOutTransform`, has no arrays here.
@@ -613,7 +611,7 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
         metadata = json.loads(header["__metadata__"][KIND])
         if not isinstance(metadata, dict):
             raise TypeError("its metadata is not a mapping")
-        written, found = metadata.pop(_CHECKSUM, None), _checksum(arrays, metadata)
+        written, found = metadata.pop(CHECKSUM, None), checksum(arrays, metadata)
     except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"{location.uri} is not a synthetic set in safetensors format ({type(error).__name__}: {error})",
@@ -629,7 +627,7 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
     return arrays, metadata
 
 
-def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
+def checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
     """SHA-256 in hex digits over a set's metadata and the names, types, shapes and bytes of its arrays."""
     # Round trip through JSON, to compare with the form that is read back.
     digest = sha256(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())
@@ -637,167 +635,3 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
-    """Write the set in another project's format. Returns the names of the files written.
-
-    Args:
-        kind: "png" (one folder per class), "parquet" (Hugging Face layout, soft labels as probabilities), "pt" (the
-            three files that DATM's evaluation script reads, soft labels as logits), "arrow" or "safetensors" (one file
-            with everything, the transform included, which `load` reads).
-
-    Raises:
-        ConfigError: the kind does not exist, or PNG files of another set lie in `out`, so that two sets would be mixed.
-            Folders that cannot be listed are not searched.
-    """
-    if kind not in EXPORTS:
-        raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
-    files = EXPORTS[kind](artifact)
-    if kind == "png":
-        _require_no_other_images(out, files)
-    for name, data in files.items():
-        (out / name).write_atomic(data)
-    return list(files)
-
-
-def _require_no_other_images(out: Location, names: Container[str]) -> None:
-    """Raise a `ConfigError` if folders in `out` hold exported images that writing the files `names` would not replace.
-
-    Images of an export are recognised by their file names, which are numbers. Folders that cannot be listed are
-    skipped.
-    """
-    present = ((folder, name) for folder in _listed(out) for name in _listed(out / folder))
-    found = (f"{folder}/{name}" for folder, name in present if re.fullmatch(r"\d{5,}\.png", name))
-    other = next((path for path in found if path not in names), None)
-    if other:
-        raise ConfigError(
-            f"{out.uri} holds images that are not of this set, such as {other}",
-            "Another set was exported there, and the two would be mixed",
-            "Give another --out, or delete these images",
-        )
-
-
-def _listed(folder: Location) -> Sequence[str]:
-    """Sorted names in a folder; empty if it cannot be listed, for example with credentials that only allow writing."""
-    with suppress(StoreError):
-        return folder.list()
-    return ()
-
-
-def left_out(artifact: Artifact, kind: str) -> list[str]:
-    """Sentences on what an export of this kind loses or changes, see `export`; empty if nothing."""
-    lines = []
-    if kind in ("png", "parquet") and (clipped := artifact.clipped_in_words()):
-        lines.append(f"{clipped}; arrow, safetensors and pt keep them.")
-    if kind == "png":
-        lines.append(
-            "PNG holds images and classes; soft labels and step size are in the .arrow file, and in --format pt."
-        )
-        renamed = [
-            f"{name!r} is in {folder!r}"
-            for name, folder in zip(artifact.class_names, class_folders(artifact.class_names), strict=True)
-            if name != folder
-        ]
-        if renamed:
-            lines.append(f"Folders with other names than their classes: {listed(renamed, 3)}.")
-    if kind == "parquet":
-        lines.append("Parquet holds images, classes and soft labels; the step size is in the .arrow file.")
-    if kind == "pt":
-        lines.append("These files hold neither class names nor the transform; both are in the .arrow file.")
-        if len(artifact.step_sizes) > 1:
-            lines.append(f"lr_best.pt holds the first of {len(artifact.step_sizes)} step sizes.")
-    return lines
-
-
-def _png_files(artifact: Artifact) -> dict[str, bytes]:
-    files, folders, seen = {}, class_folders(artifact.class_names), Counter[int]()
-    for label, image in zip(artifact.labels.tolist(), artifact.pixels(), strict=True):
-        files[f"{folders[label]}/{seen[label]:05d}.png"] = encode_png(image)
-        seen[label] += 1
-    return files
-
-
-def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = [{"bytes": encode_png(image), "path": None} for image in artifact.pixels()]
-    features = {
-        "image": {"_type": "Image"},
-        "label": {"names": list(artifact.class_names), "_type": "ClassLabel"},
-        "soft_label": {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"},
-    }
-    table = pa.table(
-        {
-            "image": pa.array(images, image_type),
-            "label": pa.array(artifact.labels.tolist(), pa.int64()),
-            "soft_label": pa.array(artifact.soft_labels.softmax(dim=1).tolist(), pa.list_(pa.float32())),
-        }
-    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return {"train.parquet": sink.getvalue()}
-
-
-def _datm_files(artifact: Artifact) -> dict[str, bytes]:
-    """Files for DATM's evaluation.py: normalised images, soft-label logits, learned step size."""
-    parts = {
-        OTHERS_IMAGES: artifact.images,
-        "labels_best.pt": artifact.soft_labels,
-        "lr_best.pt": torch.tensor(artifact.step_size),
-    }
-    files = {}
-    for name, tensor in parts.items():
-        sink = io.BytesIO()
-        torch.save(tensor, sink)
-        files[name] = sink.getvalue()
-    return files
-
-
-def _arrow_file(artifact: Artifact) -> dict[str, bytes]:
-    arrays, metadata = _parts(artifact)
-    sink = io.BytesIO()
-    dump_tensors(sink, arrays, kind=KIND, metadata=metadata)
-    return {SYNTHETIC: sink.getvalue()}
-
-
-def _safetensors_file(artifact: Artifact) -> dict[str, bytes]:
-    from safetensors.numpy import save
-
-    arrays, metadata = _parts(artifact)
-    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    metadata[_CHECKSUM] = _checksum(contiguous, metadata)
-    return {SAFETENSORS: save(contiguous, {KIND: json.dumps(metadata, sort_keys=True)})}
-
-
-EXPORTS: dict[str, Callable[[Artifact], dict[str, bytes]]] = {
-    "png": _png_files,
-    "parquet": _parquet_file,
-    "pt": _datm_files,
-    "arrow": _arrow_file,
-    "safetensors": _safetensors_file,
-}
-
-
-def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode one image [h w c], c 1 or 3, as a PNG file."""
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """Folder name of each class, in the order of the classes.
-
-    Names that would be equal, ignoring upper and lower case, get the number of their class as an ending.
-    """
-    names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
-    names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]
-    # A name with a number may equal another class's name. Names with numbers differ from each other, so this ends.
-    while len(folded := Counter(name.casefold() for name in names)) < len(names):
-        names = [name if folded[name.casefold()] == 1 else f"{name}-{label}" for label, name in enumerate(names)]
-    return names

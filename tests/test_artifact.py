@@ -26,23 +26,14 @@ from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, PILToTensor
 
-from datm_ray.artifact import (
-    EXPORTS,
-    KIND,
-    SCORING,
-    Artifact,
-    export,
-    left_out,
-    load,
-    save_artifact,
-    without_transform,
-)
+from datm_ray.artifact import KIND, SCORING, Artifact, load, save_artifact, without_transform
 from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import PROTOCOLS, Schedule
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
+from datm_ray.interop.exports import EXPORTS, export, left_out
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import recorded_steps, scoring_steps

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.artifact import encode_png
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import load_raw
+from datm_ray.interop.exports import encode_png
 from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.recipes import get_recipe
 from datm_ray.store.files.filesystem import open_location

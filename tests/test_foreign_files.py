@@ -32,7 +32,7 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save_file as save_weights
 
-from datm_ray.artifact import KIND, SCORING, export, load, save_artifact
+from datm_ray.artifact import KIND, SCORING, load, save_artifact
 from datm_ray.cli.stores import _expert_facts, _expert_lines
 from datm_ray.config import DistillConfig, to_yaml
 from datm_ray.core.synthetic import Rows, SyntheticSet
@@ -41,6 +41,7 @@ from datm_ray.core.training.loop import PROTOCOLS
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.reading import parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
+from datm_ray.interop.exports import export
 from datm_ray.interop.replay_buffers import _read
 from datm_ray.interop.teachers import read_weights
 from datm_ray.methods.trajectory.iteration import IterationRecord, MatchingState

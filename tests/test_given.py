@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from datm_ray import publish
-from datm_ray.artifact import EXPORTS, Artifact, class_folders, export, load, without_transform
+from datm_ray.artifact import Artifact, load, without_transform
 from datm_ray.config import RunConfig, run_identity
 from datm_ray.core.synthetic import hard_logits
 from datm_ray.errors import DatmError, StoreError
+from datm_ray.interop.exports import EXPORTS, class_folders, export
 from datm_ray.interop.sets import read_set
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, preview, report

@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 
 ExportFormat = Literal["png", "parquet", "pt", "arrow", "safetensors"]
-"""Export formats: the keys of `artifact.EXPORTS`, written out here because importing that module loads torch."""
+"""Export formats: the keys of `exports.EXPORTS`, written out here because importing that module loads torch."""
 Out = Annotated[
     str, typer.Option("--out", "-o", metavar="URI", callback=note, help="Folder for everything the run writes.")
 ]
@@ -299,7 +299,8 @@ def export(
     Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking reads
     the logits from pt.
     """
-    from datm_ray.artifact import export as export_artifact, left_out, load
+    from datm_ray.artifact import load
+    from datm_ray.interop.exports import export as export_artifact, left_out
     from datm_ray.store.files.filesystem import open_location
 
     loaded = load(artifact)

@@ -24,19 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.artifact import (
-    OTHERS_IMAGES,
-    SAFETENSORS,
-    SYNTHETIC,
-    Artifact,
-    LeftOutTransform,
-    class_folders,
-    read_artifact,
-)
+from datm_ray.artifact import OTHERS_IMAGES, SAFETENSORS, SYNTHETIC, Artifact, LeftOutTransform, read_artifact
 from datm_ray.data.reading.decode import decode, image_suffixes
 from datm_ray.data.reading.files import file_tree
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
+from datm_ray.interop.exports import class_folders
 from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.words import dimensions

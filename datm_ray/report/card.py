@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from datm_ray.artifact import EXPORTS, SAFETENSORS, Artifact, without_transform
+from datm_ray.artifact import SAFETENSORS, Artifact, without_transform
 from datm_ray.config import RunConfig, unread_keys
 from datm_ray.core.training.loop import OPTIMISERS, Schedule
 from datm_ray.errors import RunDirectoryError
+from datm_ray.interop.exports import EXPORTS
 from datm_ray.report.gallery import contact_sheet
 from datm_ray.report.page import costs_of, provenance_lines, template, what_was_done
 from datm_ray.report.results import RunSummary, Table, accuracies, cost_lines, network_accuracies
