@@ -38,9 +38,9 @@ def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augment
     """Draw the augmentation that an iteration applies to all images of one class, with parameters for one sample.
 
     Args:
-        strategy: operations, see `core.images.augment`.
+        strategy: operations, such as "crop_flip", from which one is drawn; "" for none.
         seed: seed of the run.
-        iteration: number of iterations done.
+        iteration: number of iterations done before this one.
         label: the class.
     """
     return draw_augmentation(strategy, 1, generator(seed, Purpose.SHARED_AUGMENTATION, iteration, label))
@@ -65,7 +65,7 @@ class EmbeddingFunctions:
         """Prepare the functions for networks with the architecture and on the device of `network`.
 
         Args:
-            network: network whose parameters need no gradient.
+            network: gives the architecture, the device and the buffers of whole numbers. Its parameters are not read.
             compiled: True to compile if the machine can. Only a call with new shapes compiles.
             channels_last: True to keep maps with their channels innermost in memory.
             precision: precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16
@@ -87,7 +87,7 @@ class EmbeddingFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options that are in use, as plain data: the precision, and whether functions are compiled."""
+        """Options in use, as plain data: precision, whether functions are compiled and, if compiling failed, why."""
         return {"precision": self._precision} | compiled_facts(self.is_compiled, self.note)
 
     def values_of(self, network: nn.Module) -> Tensor:
@@ -109,7 +109,7 @@ class EmbeddingFunctions:
         """Compute the embeddings [b d] of images [b c h w].
 
         Args:
-            values: [p] values of the network, see `values_of`.
+            values: [p] parameters and buffers of the network, from `values_of`.
             images: at most `size` images.
             size: number of images to which compiled functions pad the batch with zeros, so that one shape is compiled.
         """
@@ -121,7 +121,7 @@ class EmbeddingFunctions:
 
         Args:
             direction: [d] vector that each embedding is multiplied by.
-            values, images, size: see `forward`.
+            values, images, size: as for `forward`: the network, at most `size` images, and the padded size.
         """
         with tf32_products(self._precision == "tf32", values.device):
             return self._reverse(values, self._arranged(images, size), direction)[: len(images)]
@@ -158,7 +158,7 @@ class _Embedding(nn.Module):
 
 
 def even_size(count: int, most: int) -> int:
-    """Size of micro-batches of at most `most` images that divide `count` images as evenly as possible."""
+    """Images in a micro-batch if `count` images are divided as evenly as possible, with at most `most` in each."""
     return math.ceil(count / math.ceil(count / most))
 
 
@@ -176,11 +176,11 @@ def distance_and_gradient(
 
     Args:
         functions: functions for the network's architecture.
-        values: [p] values of the network, see `EmbeddingFunctions.values_of`.
+        values: [p] parameters and buffers of the network, from `EmbeddingFunctions.values_of`.
         synthetic: [n c h w] images, class by class, the same number of each class.
         real: for each class, its real images [m c h w].
         augmentations: for each class, an augmentation with parameters for one sample.
-        sizes: number of synthetic images, and number of real images, in a micro-batch.
+        sizes: largest number of synthetic images, and of real images, in a micro-batch.
     """
     gradient, loss, (own, theirs) = torch.zeros_like(synthetic), synthetic.new_zeros(()), sizes
     parts = zip(synthetic.chunk(len(augmentations)), gradient.chunk(len(augmentations)), strict=True)

@@ -4,10 +4,10 @@
 
 f is the teacher in evaluation mode. mean_l and var_l are the mean and the biased variance, over the images of a block
 and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
-squared, and w_l is 1 except in layer 1. A view is one resized crop, flip and shift, the same for all images of a
-block. Adam follows the gradient, with a learning rate that falls along a cosine to 0. Pixels are kept between black and
-white after each step. The statistics of other networks may be used too, or in place of the teacher's (as in PRISM). The
-term is then the mean over networks of each network's sum over layers.
+squared, and w_l is 1 except in layer 1, where it is `recover.first_layer`. A view is one resized crop, flip and shift,
+the same for all images of a block. Adam follows the gradient, with a learning rate that falls along a cosine to 0.
+Pixels are kept between black and white after each step. The statistics of other networks may be used too, or in place
+of the teacher's (as in PRISM). The term is then the mean over networks of each network's sum over layers.
 
 The statistics couple only the images of one block, so blocks are independent. Two options come from other papers. Crops
 may start as the whole image and shrink (CDA, arXiv 2311.18838). A recovery may have rounds: between two rounds the
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DECAYS = (0.5, 0.9)
-"""Adam's decays of both moments, as published."""
+"""Adam's decay rates of the first and of the second moment, as published."""
 TRIES = 10
-"""Number of boxes drawn per crop if `recover.crops` is "falling". The first that fits is used, as in torchvision."""
+"""Number of boxes drawn for a crop if `recover.crops` is "falling", as in torchvision.
+
+The first box that fits into the image is used; the whole image if none fits."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
         options: section `recover` of the recipe.
         seed: seed of the run.
         block: number of the block (images that are recovered together) within the set, from 0.
-        iteration: number of iterations done.
-        iterations: number of iterations of the whole run.
+        iteration: number of iterations done before this one.
+        iterations: number of iterations of the whole run, over which crops shrink if `options.crops` asks for it.
     """
     draw = generator(seed, Purpose.RECOVERY_VIEW, block, iteration)
     least = options.least_share
@@ -250,7 +252,7 @@ class RecoveryRecord(LossRecord):
 
 @dataclass
 class Recovery(Descent):
-    """State of recovering one block, the images that are optimised together: the images and Adam's moments."""
+    """State of recovering one block (images that are optimised together). It holds the images and Adam's moments."""
 
     record: ClassVar[type[LossRecord]] = RecoveryRecord
     rate_key: ClassVar[str] = "recover.learning_rate"
@@ -268,18 +270,18 @@ class Recovery(Descent):
         bounds: tuple[Tensor, Tensor],
         meta: Sequence[Tensor] = (),
     ) -> RecoveryRecord:
-        """Update the images by Adam unless a value would not be finite, and append to the history.
+        """Take one step of Adam, or skip it if a value would not be finite, and append a record to the history.
 
         After each round but the last, the images that the block started from are mixed in, and Adam's moments restart.
 
         Args:
-            gradient: gradient [n c h w] of the loss with respect to the images.
-            loss: loss [] before the update.
-            statistics: unweighted term [] of statistics in the loss.
-            options: learning rate and rounds.
+            gradient: gradient [n c h w] with respect to the images, of the loss and of MetaDD's loss if there is one.
+            loss: loss [] before the update, without MetaDD's loss; for the record.
+            statistics: term [] of statistics in the loss, without its weight; for the record.
+            options: learning rate, rounds, and what happens between rounds.
             bounds: values of black and white pixels, [c 1 1] each.
-            meta: numbers [] of MetaDD's record, which is appended to its history unless the update is skipped; empty
-                without MetaDD.
+            meta: the five numbers [] of a `MetaRecord`, which is appended to MetaDD's history unless the step is
+                skipped; empty without MetaDD.
 
         Raises:
             DivergenceError: the number of iterations skipped in a row reached `MOST_DIVERGED` or a multiple of it, so
@@ -340,7 +342,7 @@ class Recovery(Descent):
         return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Named arrays of the state for a checkpoint, see `State.to_arrays`."""
+        """Convert the state to named arrays for a checkpoint. Returns arrays with one row per image, and all others."""
         held, shared = super().to_arrays()
         own = {f"adam.{name}": moment for name, moment in self.moments.items()}
         own |= {} if self.first_images is None else {"first_images": self.first_images}

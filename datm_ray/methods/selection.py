@@ -74,7 +74,8 @@ def el2n_scores(logits: Tensor, labels: Tensor) -> Scores:
 def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
     """Score [n]: number of times that an image is classified correctly at one epoch and wrongly at the next.
 
-    An image that is never classified correctly scores e, which is more than any other image, as in the paper.
+    An image that is never classified correctly scores e, the number of epochs. This is more than any other image, as in
+    the paper.
 
     Args:
         correct: [e n] True where one network classifies the image correctly after the epoch.
@@ -84,17 +85,20 @@ def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
 
 
 def draw_boxes(count: int, crops: int, least_share: float, seed: int, label: int) -> Tensor:
-    """Draw boxes [n m 4] of square crops, see `crop_boxes`, for `count` images of a class in their drawn order.
+    """Draw boxes [n m 4] of random crops, for the n = `count` images of a class in their drawn order.
 
-    A crop takes at least `least_share` of the image's area. If the image is not square, a crop keeps the image's ratio
-    of width to height. m is `crops`, the number of crops of an image.
+    A box is top, left, height and width, as shares of the image's sides. Each image has m = `crops` crops. A crop takes
+    at least `least_share` of the image's area, and keeps the image's ratio of width to height.
     """
     uniform = generator(seed, Purpose.SELECTION_CROPS, label).random((count * crops, 4))
     return crop_boxes(torch.from_numpy(uniform), least_share, largest_ratio=1.0).view(count, crops, 4)
 
 
 def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
-    """Crop images [b c h w] by boxes [b 4], resized to [b c h/t w/t], the size of a tile."""
+    """Crop each image [b c h w] by its box [b 4], and resize the crop to a tile [b c h/t w/t], where t is `tiles`.
+
+    A box is top, left, height and width, as shares of the image's sides.
+    """
     crops = resized_crop(images, boxes)
     if tiles == 1:
         return crops
@@ -103,7 +107,7 @@ def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
 
 
 def padded(crops: Tensor, height: int, width: int) -> Tensor:
-    """Pad crops [b c ..] with zeros (the mean colour) to `height` and `width` pixels, as input of the teacher."""
+    """Put crops [b c ..] in the middle of images [b c height width] of zeros (the mean colour), for the teacher."""
     free = [side - own for side, own in zip((height, width), crops.shape[2:], strict=True)]
     top, left = free[0] // 2, free[1] // 2
     return pad(crops, (left, free[1] - left, top, free[0] - top))

@@ -115,8 +115,8 @@ class State(Generic[Record]):
     history: list[Record] = field(default_factory=list)
     """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records; empty without MetaDD. There is one for each iteration that updated the set or, if the set is
-    made in pieces (parts), any piece."""
+    """MetaDD's records; empty without MetaDD. Each iteration that updated the set has one. If the set is made in pieces
+    (parts), each iteration that updated a piece has one."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None
@@ -128,7 +128,7 @@ class State(Generic[Record]):
 
     With a prior, this is the average [n l a b] of the images' latents."""
     image_rate: float | None = None
-    """Learning rate of the images, found before the first iteration; `None` if the recipe gives it."""
+    """Learning rate of the images, found before the first iteration; `None` if the recipe gives it, or until then."""
     prior: Prior | None = None
     """Decoder that makes the images from latents; `None` if pixels are learned. Checkpoints do not hold the decoder."""
     _counts: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -144,7 +144,11 @@ class State(Generic[Record]):
 
     @property
     def rates(self) -> dict[str, float]:
-        """Learned variable -> learning rate. Hard labels stay fixed, so their rate is 0."""
+        """Learned variable -> learning rate. Hard labels stay fixed, so their rate is 0.
+
+        Raises:
+            ValueError: the recipe gives no learning rate of the images, and none is found yet.
+        """
         of_images = self.settings.learning_rate_images or self.image_rate
         if of_images is None:
             raise ValueError("distill.learning_rate_images is null, and none was found before the first iteration")
@@ -184,17 +188,17 @@ class State(Generic[Record]):
         standard_error: float = 0.0,
         earlier: tuple[int, Callable[[], SyntheticSet]] | None = None,
     ) -> bool:
-        """Record the accuracy of a set, and choose the set if it is not clearly worse than an earlier one.
+        """Record the accuracy of a validated set, and choose the set unless it is clearly worse than the best so far.
 
-        "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
-        the highest of many noisy accuracies says little. The check is there to catch a collapse. Without a collapse,
-        the set that was optimised longest is the best.
+        "Clearly worse" means by more than one standard error. Validation sets are small, so the highest of many noisy
+        accuracies says little. The check is there to catch a collapse. Without a collapse, the set that was optimised
+        longest is the best.
 
         Args:
             accuracy: validation accuracy in [0, 1].
             standard_error: standard error of the accuracy, in the same unit, from the number of validation images.
-            earlier: number of iterations of the validated set, and a function that reads this set, if it is an earlier
-                one; `None` for the current set.
+            earlier: `None` if the current set was validated; for a set of an earlier iteration, its number of
+                iterations and a function that reads it.
 
         Returns:
             True if the set was chosen.
@@ -219,8 +223,8 @@ class State(Generic[Record]):
     def movement(self, gradient: Tensor) -> Tensor:
         """Images [n c h w] before a step of SGD with learning rate 1, minus the images after this step, to first order.
 
-        Without a prior this difference is the gradient itself. With a prior, the step moves the latents, and the
-        images change with the latents.
+        Its size gives the images' learning rate if the recipe has none. Without a prior this difference is the gradient
+        itself. With a prior, the step moves the latents, and the images change with the latents.
 
         Args:
             gradient: [n c h w] gradient with respect to pixels.
@@ -237,6 +241,11 @@ class State(Generic[Record]):
         The gradient is with respect to pixels, or to a prior's latents. The networks see augmented images if `meta` has
         augmentations, but the gradient is with respect to the images before augmentation. Reads no number from the
         device.
+
+        Args:
+            meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
+            all_sum: sum over class shards.
+            sum_over_backbones: sum over the processes that hold the same images and work on other networks.
 
         Returns:
             {"images": gradient}, and [6] the five numbers of a `MetaRecord`, then one that is not 0 if the loss or the
@@ -264,6 +273,7 @@ class State(Generic[Record]):
         """Append the record of an iteration to the history of MetaDD, if this process holds one of its networks.
 
         Args:
+            meta: MetaDD's inputs; `None` if this process holds no MetaDD network, which appends nothing.
             values: numbers from `meta_gradient`, read from the device.
         """
         if meta is not None:
@@ -275,6 +285,7 @@ class State(Generic[Record]):
         Args:
             gradient: learned variable -> its gradient; changed in place.
             moved: [a] True for backbones whose step size has a gradient. Other step sizes stay as they are.
+            all_sum: sum over class shards, so that all shards find the update valid, or none.
         """
         updated, rates = self.synthetic.clone(), self.rates
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
@@ -291,7 +302,7 @@ class State(Generic[Record]):
         return Move(updated, gradient, all_sum(is_bad.float().reshape(1)))
 
     def take(self, move: Move) -> None:
-        """Replace the set and its momenta by those of the update, and move the average of the images."""
+        """Replace the set and its momenta by those of the update, and update the images' moving average, if any."""
         if self.settings.average_decay is not None:
             before = self.synthetic.variable("images") if self.averaged is None else self.averaged
             self.averaged = before.lerp(move.synthetic.variable("images"), 1 - self.settings.average_decay)
@@ -358,7 +369,7 @@ class LossRecord:
 
     iteration: int
     loss: float
-    """Loss before the update, without MetaDD's loss, summed over classes and backbones."""
+    """Loss before the update, without MetaDD's loss, summed over class shards and backbones."""
     skipped: bool
     """True if nothing was updated, because the loss, the gradient or an updated value was not finite."""
 

@@ -55,7 +55,8 @@ class Proposal:
     """The recipe, whose `cluster` section has the layout."""
     shape: DataShape
     plans: list[DistillationPlan]
-    """Memory plans of the workers: one for each network, in the networks' order, then those of MetaDD's workers."""
+    """Memory plans of the workers: one for each network, in the networks' order, then those of workers that compute
+    MetaDD alone."""
     machine: Machine
     replaced: Sequence[str] | None = None
     """Settings of the recipe that a suggested layout replaces; `None` if the layout is the recipe's own."""
@@ -101,7 +102,7 @@ class Proposal:
         return max(read, rest) if self.machine.device == "GPU" else read + rest
 
     def compiling(self, kind: str, network: RunConfig) -> float:
-        """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""
+        """Seconds in which one worker compiles a network's steps of a kind of work; 0 if they are not compiled."""
         is_compiled = self.config.cluster.compile and (kind == "recovery" or network.network.norm != "batch")
         each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
@@ -189,7 +190,7 @@ class Proposal:
 
     @property
     def outlook(self) -> Outlook | None:
-        """Forecast of the method for the recipe; `None` if the method makes none."""
+        """Forecast of the method for the recipe, such as how far experts move; `None` if the method makes none."""
         return method_of(self.config).outlook(self.config, self.shape.trained(self.config.dataset))
 
     def to_json(self) -> dict[str, Any]:
@@ -254,7 +255,7 @@ class Proposal:
 
     @property
     def evaluation_bytes(self) -> int | None:
-        """Bytes of GPU memory of a step of evaluation, see `gpu_bytes`; `None` if CPUs evaluate."""
+        """Bytes of GPU memory of a step that trains a scored network on the set; `None` if CPUs train it."""
         return gpu_bytes(self.config, self.shape)
 
     @property

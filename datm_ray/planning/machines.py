@@ -30,11 +30,12 @@ FORWARD_PASSES = {
 }
 """Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
-"matching", "embedding" and "recovery" are compiled steps of DATM, DM and SRe2L. "training" is training on a
-synthetic set, "real" on real data. "steps" is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; speeds
-that `measure` finds include it. "reading" is reading a streamed image, see `READING_OPERATIONS`. All but "steps" and
-"reading" were measured on one core with 32x32 images: "recovery" with a ResNet-18 of half the published width, the
-others with a ConvNet of depth 3 and width 128."""
+"matching", "embedding" and "recovery" are compiled steps of DATM, DM and SRe2L. "experts" is training in compiled
+stacks, "training" training one by one on a synthetic set, "real" the same on real data. "scoring" is computing logits.
+"steps" is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; speeds that `measure` finds include it.
+"reading" is reading a streamed image, see `READING_OPERATIONS`. All but "steps" and "reading" were measured on one core
+with 32x32 images: "recovery" with a ResNet-18 of half the published width, the others with a ConvNet of depth 3 and
+width 128."""
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
@@ -103,7 +104,7 @@ class Machine:
         """Seconds of `sums` sums over `members` workers; 0 for one worker.
 
         Args:
-            size: bytes of all summed tensors together.
+            size: bytes of the tensors of all sums together.
             sums: number of sums.
             members: number of workers that take part in a sum.
         """
@@ -114,7 +115,11 @@ class Machine:
 
 
 def machine_here(config: RunConfig) -> Machine:
-    """Machine to plan for if the user describes no cluster: `cluster.workers` workers, or as many as fit here."""
+    """Machine to plan for if the user describes no cluster, with assumed speeds.
+
+    It has `cluster.workers` workers, or else one for each GPU here, or as many as the CPUs allow. If GPUs are asked for
+    and none is here, it has as many workers as make one set.
+    """
     cluster = config.cluster
     if uses_gpu(cluster):
         workers = cluster.workers or torch.cuda.device_count() or config.workers_per_set

@@ -32,8 +32,8 @@ STACKED_MAPS: networks in a stack, which a CPU computes in small parts; measured
 measured 1.3 to 1.5. `MARGIN` comes on top.
 """
 VECTORS = 8
-"""Number of vectors as long as the parameters that a network in training takes: parameters, gradients, velocity,
-vectors of GSAM, and updated parameters."""
+"""Number of vectors as long as the parameters that a network in training takes, estimated: parameters, gradient,
+velocity, updated parameters, and four for GSAM."""
 SET_COPIES_READ = 2
 """Number of copies of a synthetic set that main memory holds while the set is read: parts of its file, and the images.
 Counted in the program, not measured."""
@@ -49,7 +49,8 @@ def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> 
         sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
 
     Raises:
-        ConfigError: a CPU worker would need more memory than it may take, or there are more shards than classes.
+        ConfigError: workers compute on CPUs, and one would need more memory than it may take, or there are more shards
+            than classes.
     """
     if uses_gpu(config.cluster):
         return _gpu_worker_bytes(shape)

@@ -25,13 +25,21 @@ from datm_ray.stages.methods.registry import method_of
 def plan_run(
     config: RunConfig, cluster: str | None = None, shape: str | None = None, *, measure: bool = False, wanted: int = 0
 ) -> Proposal:
-    """Estimate memory, hours and storage of a run. Other arguments and errors: see `datm_ray.plan`.
+    """Estimate memory, hours and storage of a run.
 
     Args:
+        cluster: description of a cluster, for which a layout is suggested; `None` for this machine and the recipe's own
+            layout.
+        shape: shape of data that is not here, as channels x height x width, classes, training images, such as
+            "3x64x64,200,100000"; `None` for that of the recipe's data.
+        measure: True to time the run's own compiled steps here. False times small steps, if CPUs compute and their
+            speed is not given.
         wanted: number of workers that all runs of the command together use to distil; 0 if this run is alone.
 
     Raises:
-        DatasetError: the data cannot be read.
+        ConfigError: the method cannot distil the recipe, the set does not fit into memory, `cluster` or `shape` cannot
+            be read, or `measure` is True where the speed is given or the GPU is missing.
+        DatasetError: the data cannot be read, or fitting ZCA takes more memory than is free.
         ClusterError: the precision needs a GPU, or another CPU.
     """
     method_of(config).check(config)
@@ -92,7 +100,7 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
 
 
 def _replaced(recipe: RunConfig, own: RunConfig) -> list[str]:
-    """Settings of the recipe's `cluster` section that a layout replaces."""
+    """Settings of the recipe, such as "cluster.shards=4", that the layout in `own` replaces; defaults are left out."""
     usual, names = ClusterConfig(), ("shards", "workers", "gpus_per_worker")
     chosen = {name: (getattr(usual, name), getattr(own.cluster, name)) for name in names}
     asked = {name: getattr(recipe.cluster, name) for name in names}

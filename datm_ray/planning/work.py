@@ -28,7 +28,7 @@ class WorkPart(NamedTuple):
     kind: str
     """Kind of work, a key of `FORWARD_PASSES`."""
     run: RunConfig
-    """Run whose `network` computes it."""
+    """Run whose `network` computes this part."""
     operations: float
     """Floating-point operations of all forward passes, or operations that take as long."""
 
@@ -59,7 +59,7 @@ def experts(run: RunConfig, shape: DataShape, count: int) -> Work:
 
 
 def order(scoring: RunConfig, shape: DataShape) -> Work:
-    """Work of scoring the training images with all networks of a `scoring_run`."""
+    """Work of scoring the training images, for a curriculum, with all networks of `scoring`, a run's `scoring_run`."""
     images = scoring.experts.count * shape.trained(scoring.dataset)
     return [passes("scoring", scoring, shape, images), *reading(scoring, shape, images)]
 
@@ -134,7 +134,7 @@ def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
 
 
 def divided_epochs(epochs: Sequence[int], workers: int) -> list[tuple[int, ...]]:
-    """Divide epochs to label evenly among 4 * `workers` tasks, or one task per epoch if there are fewer epochs."""
+    """Divide the epochs to label evenly among 4 * `workers` tasks. If there are fewer epochs, each epoch is a task."""
     parts = np.array_split(epochs, min(len(epochs), 4 * workers)) if epochs else []
     return [tuple(part.tolist()) for part in parts]
 

@@ -58,7 +58,13 @@ class Measured:
 def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, all_sum: AllSum = identity) -> Measured:
     """Compute one backbone's matching loss at a step size for every pair of start and target.
 
-    All class shards get equal losses.
+    The step sizes of the set are not read. All class shards get equal losses.
+
+    Args:
+        step_size: the student's step size.
+        pairs: the backbone's matches, each with a start and a target.
+        synthetic: the set, or this shard's rows of the set.
+        all_sum: sum over class shards.
     """
     tried = replace(synthetic, step_sizes=torch.full_like(synthetic.step_sizes, step_size))
     losses = []

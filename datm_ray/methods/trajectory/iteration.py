@@ -50,7 +50,7 @@ class Match:
     chunk: int | None = None
     """Number of images per call of the step functions; `None` for a whole minibatch, see `matching_gradient`."""
     first: int = 0
-    """Index of the first parameter that is matched, see `distill.unmatched_share`."""
+    """Index of the first parameter that is matched; the loss leaves out earlier ones, see `distill.unmatched_share`."""
 
     @property
     def is_still(self) -> bool:
@@ -60,7 +60,13 @@ class Match:
     def gradient(
         self, synthetic: SyntheticSet, all_sum: AllSum = identity, skip_above: float = math.inf
     ) -> MatchingGradient:
-        """Compute the matching loss and its gradient. Arguments: see `matching_gradient`."""
+        """Compute the matching loss and its gradient by `matching_gradient`.
+
+        Args:
+            synthetic: the set, or this shard's rows of the set.
+            all_sum: sum over class shards.
+            skip_above: a loss above this limit is not differentiated. The result then has a gradient of zeros.
+        """
         return matching_gradient(
             self.functions,
             self.start,
@@ -151,7 +157,7 @@ class MatchingState(State[IterationRecord]):
 
     @property
     def shortened(self) -> int:
-        """Number of backbones' gradients shortened so far, see `distill.gradient_limit`."""
+        """Number of backbones' gradients shortened so far, because they exceeded `distill.gradient_limit`."""
         limit = self.settings.gradient_limit or math.inf
         return self.count("shortened", lambda new: sum(record.decrease > limit for record in new))
 
@@ -226,12 +232,13 @@ class MatchingState(State[IterationRecord]):
     ) -> Tensor:
         """Add the gradients of this process's backbones to `total`. Returns the outcome [4 a] of the a backbones.
 
-        The rows of the outcome are explained in `_skips`. Backbones of other processes have zeros in all rows. The last
-        row, which is about MetaDD, is all zeros: the caller sets it.
+        Its rows are the loss, the first-order decrease, a number that is not 0 if the backbone diverged, and zeros. The
+        caller replaces the last row by MetaDD's. Backbones of other processes have zeros in all rows.
 
         Args:
             total: learned variable -> sum of gradients, to which this method adds.
-            matches, all_sum, in_rows: see `step`.
+            matches: one for each backbone that this process computes.
+            all_sum, in_rows: as for `step`.
         """
         outcome = torch.zeros(4, self.backbones, dtype=torch.float64, device=self.synthetic.images.device)
 
@@ -252,7 +259,7 @@ class MatchingState(State[IterationRecord]):
         """Make this iteration's records, one per backbone.
 
         Args:
-            outcome: [4 a] see `_skips`.
+            outcome: [4 a] loss, first-order decrease, and two numbers that are not read here.
             step_sizes: [a] step sizes after the iteration.
             skipped: [a] True for backbones that updated nothing.
         """

@@ -12,7 +12,8 @@ The result equals the gradient of full unrolling; it is no approximation (TESLA 
 Norms may leave out the first parameters (PAD). The student still trains them, and v_T is 0 there.
 Augmentation A_i is applied outside the compiled step, and differentiated by its own vector-Jacobian product. A_i does
 not depend on theta, so this is exact too. For the same reason the images of many steps can be augmented together, and
-their gradients pass back together (see `_Block`): small steps would take a GPU less time than launching their kernels.
+their gradients pass back together (see `_Block`). This saves launches of kernels, which take a GPU longer than the
+augmentation of a small step itself.
 
 The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The images are computed in chunks
 (micro-batches), so that memory does not grow with the batch. Class shards, which each hold some rows of the set, add
@@ -54,8 +55,8 @@ BLOCK_COPIES = 8
 images, augmented images, what the derivative keeps, and gradients. Assumed."""
 CPU_DIVIDED_SUM = 2**15
 """Smallest number of values in a tensor whose sum torch divides among a CPU's threads, if the call computes no other
-sum. An image with at least this number of values may get other bits in a batch than alone. So on a CPU it is never
-augmented together with other pieces."""
+sum. An image with at least this number of values may get other bits in a batch than alone. So on a CPU, pieces (parts
+of minibatches) with such images are augmented one by one."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def draw_student_steps(
         images: number of images in the set.
         steps: number of student steps, each with one minibatch.
         batch: number of images in a minibatch.
-        strategy: augmentation strategy, see `core.images.augment`; "" for none.
+        strategy: operations of augmentation, such as "crop_flip", from which each step draws one; "" for none.
         seed: seed of the run.
         iteration: number of the iteration, from 0.
         backbone: index of the backbone, which has draws of its own.
@@ -121,7 +122,8 @@ def first_shown(
 
     Args:
         rows: [b] indices of the images in the whole set.
-        images, steps, batch, strategy, seed, iteration: see `draw_student_steps`.
+        images, steps, batch, strategy, seed, iteration: arguments of `draw_student_steps`, which draws the minibatches
+            that the student sees.
     """
     per_pass = -(-images // min(batch, images))  # within one pass, no image comes twice
     drawn = draw_student_steps(images, min(steps, per_pass), batch, strategy, seed, iteration)
@@ -171,9 +173,9 @@ def matching_gradient(
             `place_steps`.
         backbone: index of the backbone, whose step size the student uses.
         chunk: number of images per call of `functions`; `None` for whole minibatches. A smaller rest is padded with
-            images of weight 0, so that only one shape is compiled.
-        skip_above: limit above which a loss is not differentiated. The result then has a gradient of zeros.
-        first: index of the first parameter that both norms of the loss count, see `first_matched`.
+            images of weight 0, so that only one shape is compiled. Not read if `place_steps` has made `steps`.
+        skip_above: a loss above this limit, or nan, is not differentiated. The result then has a gradient of zeros.
+        first: index of the first parameter in both norms of the loss, which leave out earlier ones.
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
@@ -246,7 +248,7 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
     """Split the minibatch of every step into pieces, on the device of `like`, with three asynchronous copies in all.
 
     Args:
-        chunk: number of images of a piece, see `matching_gradient`.
+        chunk: largest number of images of a piece; `None` for whole minibatches.
         like: tensor of the type and on the device of the images.
     """
     cut = [list(step.chunks(chunk)) for step in steps]
@@ -311,7 +313,10 @@ class _Block:
         return len(self._gradients) == len(self._pieces)
 
     def add_to(self, images: Tensor, soft_labels: Tensor) -> None:
-        """Pass all gradients back through the augmentation, and add them in the order in which they were collected."""
+        """Pass all gradients back through the augmentation, and add them to `images` and `soft_labels` of the shard.
+
+        They are added in the order in which they were collected.
+        """
         along = [_joined([self._gradients[number][0] for number in group]) for group in self._groups]
         d_images = self._split(torch.autograd.grad(self._augmented, self._raw, along))
         rows = self._rows(self._gradients)
@@ -348,7 +353,8 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
 def _images_of_a_block(images: Tensor) -> int:
     """Largest number of images in a block of several pieces; 0 if each piece is augmented alone.
 
-    A block is a group of pieces (parts of minibatches) that are augmented together.
+    A block is a group of pieces (parts of minibatches) that are augmented together. Of the tensor `images` [n c h w],
+    only the size of an image, the type and the device are read.
     """
     numbers = images.shape[1:].numel()
     if images.device.type != "cpu":

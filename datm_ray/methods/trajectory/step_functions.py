@@ -68,7 +68,7 @@ class StepOptions:
 
 
 class StudentStepFunctions:
-    """The functions `forward` and `reverse` for one network, compiled if the machine can.
+    """The functions `forward` and `reverse` for one network, compiled if the options ask for it and the machine can.
 
     Attributes:
         network: copy of the given network, prepared for matching.
@@ -130,7 +130,7 @@ class StudentStepFunctions:
             theta: [p] parameters.
             x: [b c h w] images.
             y: [b k] soft labels as logits.
-            weights: [b] weights of the images in the loss, see `soft_cross_entropy`.
+            weights: [b] weights of the images in the loss; 1/b for all gives the mean, and 0 leaves an image out.
         """
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[0](theta, self.layout(x), y, weights)
@@ -146,9 +146,16 @@ class StudentStepFunctions:
     def prepare(
         self, batch: int, image: tuple[int, int, int], classes: int, heartbeat: Heartbeat = no_heartbeat
     ) -> None:
-        """Compile both functions for `batch` images, which takes seconds to minutes. Calls `heartbeat` after each.
+        """Compile and run both functions once for `batch` images, which takes seconds to minutes.
 
-        On a GPU both functions are run even if they are not compiled. So too little memory is found early.
+        On a GPU they are run even if they are not compiled, so that too little memory is found early. On a CPU nothing
+        is done if they are not compiled.
+
+        Args:
+            batch: number of images.
+            image: channels, height and width of an image.
+            classes: number of classes.
+            heartbeat: called after each function.
         """
         theta = flatten(self.network.module)
         if not self._compiled and theta.device.type == "cpu":
@@ -171,7 +178,13 @@ class StudentStepFunctions:
         return self._options.channels_last and not (self._order == "reverse-over-forward" and has_own)
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Trace `forward` and `reverse` for `batch` images, with tensors without memory. Returns the two graphs."""
+        """Trace `forward` and `reverse`, with tensors without memory. Returns the two graphs.
+
+        Args:
+            batch: number of images.
+            image: channels, height and width of an image.
+            classes: number of classes.
+        """
         with shapes_only():
             like = next(self.network.module.parameters())
             theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)

@@ -54,7 +54,7 @@ SMALLEST_PICTURE = 24
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
 """Pairs (evaluation protocol, networks for each row of the accuracy table), in the order of trying them."""
 VALIDATIONS, CHECKPOINTS = 5, 20
-"""Number of validations and number of checkpoints in a distillation."""
+"""Largest number of validations and largest number of checkpoints in a distillation."""
 TOO_LARGE = "ask for fewer images per class, smaller ones (--resize) or fewer classes, or free memory"
 """Remedy, in options of `init`, for a set that does not fit into memory with any recipe."""
 AS_ASKED, FOUND = "as asked for", "found by trial before the first iteration"
@@ -77,7 +77,8 @@ class Wish:
 
 
 Planner = Callable[[RunConfig, bool], Proposal]
-"""Plans a recipe on this machine, with measured speeds. Arguments: the recipe; True to time compiled steps."""
+"""Type of a function that plans a recipe on this machine, with measured speeds. Arguments: the recipe; True to time
+compiled steps. Raises a `ConfigError` if workers lack memory."""
 Choices = Iterator[tuple[str, Any, str]]
 """Type of a rule's result: an iterator over (key of the recipe, value, reason)."""
 Fitted = tuple[dict[str, Any], dict[str, str]]
@@ -103,23 +104,42 @@ class Draft:
         self.values[key], self.reasons[key] = value, reason
 
     def config(self, values: dict[str, Any] | None = None) -> RunConfig:
-        """Make a recipe from the values chosen so far and from `values`, which replace chosen values of equal keys."""
+        """Make a recipe from the values chosen so far and from `values`, which replace chosen values of equal keys.
+
+        Raises:
+            ConfigError: a key is unknown, or values contradict each other.
+        """
         return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
 
     def plan(self, config: RunConfig) -> Proposal:
-        """Plan a recipe on this machine."""
+        """Plan a recipe on this machine.
+
+        Raises:
+            ConfigError: workers lack memory.
+        """
         return self.planner(config, self.exactly)
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
-        """Stage -> seconds on the clock, for the recipe that `config` makes from these values."""
+        """Stage -> seconds on the clock, for the recipe that `config` makes from these values.
+
+        Raises:
+            ConfigError: workers lack memory.
+        """
         return self.plan(self.config(values)).clock
 
     def stored(self, values: dict[str, Any]) -> int:
-        """Bytes of the experts' files, for the recipe that `config` makes from these values."""
+        """Bytes of the experts' files, for the recipe that `config` makes from these values.
+
+        Raises:
+            ConfigError: workers lack memory.
+        """
         return self.plan(self.config(values)).storage["store"]
 
     def fits(self, values: dict[str, Any]) -> bool:
-        """True if workers have enough memory for the recipe that `config` makes from these values."""
+        """True if workers have enough memory for the recipe that `config` makes from these values.
+
+        The values must have `cluster.shards`.
+        """
         return bool(self._fitting(values, [values["cluster.shards"]]))
 
     def _fitting(self, values: dict[str, Any], shards: Iterable[int]) -> dict[int, Proposal]:
@@ -215,7 +235,7 @@ class Draft:
         return self.learning_rate * math.ceil(self.training_images / self.batch_size)
 
     def augmentation(self, *sections: str) -> Choices:
-        """Choose the augmentation of sections of the recipe."""
+        """Choose the augmentation of `sections` of the recipe, such as "experts" and "distill"."""
         if self.side >= SMALLEST_PICTURE:
             is_grey = self.raw.channels == 1
             every = PUBLISHED_AUGMENTATION.removeprefix("color_") if is_grey else PUBLISHED_AUGMENTATION
@@ -234,6 +254,13 @@ class Draft:
 
         If every evaluation takes longer, the shortest is chosen.
         Networks on all real images are added if they take at most `REAL_SHARE` of the planned time.
+
+        Args:
+            values: values of the recipe, which replace chosen values of equal keys.
+            real_epochs: number of epochs for which networks are trained on all real images.
+
+        Raises:
+            ConfigError: workers lack memory.
         """
         for protocol, seeds in EVALUATIONS:
             found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}

@@ -36,7 +36,7 @@ The ranges of DATM's CIFAR-10 recipes end at distance 8 (IPC 1), 38 (IPC 10) and
 for digits at 8 (IPC 1) and 23 (IPC 10)."""
 LATE_SHARE, MOST_LATE = 3.0, 0.5
 """Start of the range of start epochs, as a share of its end: LATE_SHARE times the set's share of the real images, at
-most MOST_LATE.
+most MOST_LATE. For mtt the range starts at 0.
 
 Examples: for CIFAR-10 the rule gives 0.03 at IPC 50 and 0.31 at IPC 500, where DATM's recipes have 0 and 0.67. For
 digits at IPC 10 it gives 0.25, where digits-ipc10 has 0.17."""
@@ -119,16 +119,20 @@ def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
 def fitted(draft: Draft) -> Fitted:
     """Choose the width of the network and the numbers of experts, epochs, student steps and iterations.
 
-    The largest width is taken for which the time is enough, see `ENOUGH_EXPERTS`. Returns the values and their reasons.
+    The width is the largest for which the time is enough for `ENOUGH_EXPERTS` experts and `ENOUGH_ITERATIONS`
+    iterations. Returns the values and their reasons.
+
+    Raises:
+        ConfigError: memory is not enough for any width.
     """
     values = draft.widest(_of_width)
     return values, _reasons(draft, values)
 
 
 def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
-    """Values with which the run takes about the asked time, and True if the time is enough, see `ENOUGH_EXPERTS`.
+    """Values for a width of the network, and True if they have `ENOUGH_EXPERTS` and `ENOUGH_ITERATIONS`.
 
-    The smallest allowed numbers may take longer.
+    The run then takes about the planned time. The smallest allowed numbers may take longer.
     """
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
     workers, values["cluster.shards"] = draft.layout(values)

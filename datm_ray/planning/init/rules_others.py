@@ -63,7 +63,11 @@ def embeddings(draft: Draft) -> Choices:
 
 
 def fitted_embeddings(draft: Draft) -> Fitted:
-    """Choose the width of the network and the numbers of real images and iterations of dm."""
+    """Choose the width of the network and the numbers of real images and iterations of dm.
+
+    Raises:
+        ConfigError: memory is not enough for any width.
+    """
     values = draft.widest(_embeddings_of)
     real, protocol = values["distill.real_batch"], values["evaluate.protocol"]
     enough = f"{ENOUGH_UPDATES} iterations"
@@ -128,7 +132,11 @@ def selection(draft: Draft) -> Choices:
 
 
 def fitted_selection(draft: Draft) -> Fitted:
-    """Choose the width of the network and the epochs of the teacher of select."""
+    """Choose the width of the network and the epochs of the teacher of select.
+
+    Raises:
+        ConfigError: memory is not enough for any width.
+    """
     values = draft.widest(_selection_of)
     return values, _teacher_reasons(draft, values, f"{ENOUGH_EPOCHS} epochs of the teacher")
 
@@ -147,7 +155,7 @@ def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
 
 
 def statistics(draft: Draft) -> Choices:
-    """Choose the network of sre2l.
+    """Choose the network of sre2l, from whose batch statistics the images are recovered.
 
     Raises:
         ConfigError: the set has too few images for statistics.
@@ -183,7 +191,11 @@ def recovery(draft: Draft) -> Choices:
 
 
 def fitted_recovery(draft: Draft) -> Fitted:
-    """Choose the width of the network, the epochs of the teacher, and the number of iterations of sre2l."""
+    """Choose the width of the network, the epochs of the teacher, and the number of iterations of sre2l.
+
+    Raises:
+        ConfigError: memory is not enough for any width.
+    """
     values = draft.widest(_recovery_of)
     del values["distill.validate_every"]  # pieces are not validated
     enough = f"{ENOUGH_EPOCHS} epochs of the teacher or {ENOUGH_RECOVERY} iterations"
@@ -219,7 +231,10 @@ def _teacher_reasons(
 
 
 def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
-    """Number of the teacher's epochs that take at most `share` of the planned time, but at least `LEAST_EPOCHS`."""
+    """Number of the teacher's epochs that take at most `share` of the planned time.
+
+    The number is at least `LEAST_EPOCHS`, even if these take longer, and at most `MOST_EPOCHS`.
+    """
     few = LEAST_EPOCHS
     one, two = (draft.clock(values | {"experts.epochs": count * few})["experts"] for count in (1, 2))
     return min(max(few, few + int((share * draft.planned_seconds - one) / (two - one) * few)), MOST_EPOCHS)

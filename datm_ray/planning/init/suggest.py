@@ -41,7 +41,7 @@ FEW_SCORED = 100
 
 For n images and an accuracy of one half, twice the standard error is 1 / sqrt(n): 10 points for 100 images."""
 LARGEST_SIDE = 64
-"""Side in pixels to which larger images are resized. Larger images have no published results."""
+"""Side in pixels to which larger images are resized if the user gives none. Larger ones have no published results."""
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,13 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) 
     """Choose a recipe for the user's images and time.
 
     Args:
-        wish: images per class and time.
+        wish: name, images per class, time, method and free disk.
         dataset: source, path and size of the images.
         raw: the images.
         plan: plans a recipe on this machine.
 
     Raises:
-        ConfigError: there are no rules for the method, or it needs a larger set.
+        ConfigError: there are no rules for the method, it needs a larger set, or the set does not fit into memory.
         DatasetError: a class has too few images.
     """
     rules, fit = rules_of(wish.method)
@@ -230,7 +230,7 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) 
 
 
 def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
-    """Rules of a method, see `RULES`.
+    """Rules of a method, in the order of their use, and its last rule, which fills the time.
 
     Raises:
         ConfigError: there are no rules for this method.
@@ -246,9 +246,9 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
     """Make a planner of recipes for these images on this machine.
 
-    The planner is called with a recipe and `exactly`. On a GPU, or if `exactly` is true, it measures the speed by the
-    compiled steps of a run; otherwise by small uncompiled steps. Each measurement of a width of the network is made
-    once.
+    The planner takes a recipe and `exactly`. On a GPU, or if `exactly` is True, it measures the speed by the compiled
+    steps of a run; otherwise by small uncompiled steps. Each of the two is measured once for each width of the network.
+    The planner raises a `ConfigError` if workers lack memory.
 
     Args:
         say: shows a line to the user before each measurement.
