@@ -58,7 +58,7 @@ class View:
     """Top, left, height and width of the crop, as shares of the image's sides."""
     is_flipped: bool
     shift: tuple[int, int]
-    """Pixels by which rows and columns are rolled. Pixels that leave one side enter at the other."""
+    """Pixels by which the images move down and to the right. Pixels that leave one side enter at the other."""
 
     def of(self, images: Tensor) -> Tensor:
         """View of images [n c h w]; differentiable in the images.

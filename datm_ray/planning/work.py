@@ -1,4 +1,4 @@
-"""Work of every kind of task. Plans take their times from it, and runs the weights of their tasks: both count the same.
+"""Work of every kind of task. Plans estimate times from it, and runs take the weights of their tasks from it.
 
 A task's work is a list of parts. Each part counts operations of forward passes; `FORWARD_PASSES` says how long they
 take. Tests: tests/planning/test_work.py.

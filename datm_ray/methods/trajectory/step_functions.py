@@ -42,7 +42,9 @@ Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 REPLAYED_FLOP = 11 * 10**9
-"""Largest work of a call that is replayed as CUDA graphs by default, in operations of its images' forward passes.
+"""Largest work of a call that is replayed as CUDA graphs if `StepOptions.graphs` is `None`.
+
+The work is counted in operations of the forward passes of the call's images.
 
 Beyond this work, kernels take longer than their launches. A call with 100 images of 32x32 in the published ConvNet has
 this work. The limit is assumed, not measured."""

@@ -35,10 +35,11 @@ ENOUGH_UPDATES, MOST_UPDATES = 600, 20_000
 """ENOUGH_UPDATES: number of iterations of dm, that of the recipe digits-dm-ipc10. The network gets the largest width
 for which there is time for this number. MOST_UPDATES: largest number of iterations of dm, as published."""
 PUBLISHED_STEP_SIZE = 0.01
-"""Step size published for dm, for the number of epochs of the protocol "published"."""
+"""Step size published for dm, for the number of epochs of the protocol "published". It grows in proportion with fewer
+epochs."""
 TEACHER_BATCH, TEACHER_RATE = 128, 0.1
-"""Largest batch size of a teacher, and the learning rate for it: both as in SRe2L's recipe for CIFAR-100. The recipe
-digits-sre2l-ipc10 has rate 0.05 for batches of 64."""
+"""Largest batch size of a teacher, and the learning rate for it: both as in SRe2L's recipe for CIFAR-100. Smaller
+batches get a rate in proportion, such as 0.05 for batches of 64 in the recipe digits-sre2l-ipc10."""
 ENOUGH_EPOCHS, LEAST_EPOCHS, MOST_EPOCHS = 30, 5, 200
 """Numbers of a teacher's epochs. ENOUGH_EPOCHS, that of the recipe digits-sre2l-ipc10: the network gets the largest
 width for which there is time for it. LEAST_EPOCHS: smallest number, even if there is no time for it. MOST_EPOCHS:
