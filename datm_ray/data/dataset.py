@@ -1,7 +1,8 @@
 """Data sets ready for training: three sets of normalised images, and the transform that normalised them.
 
-All values are plain numpy arrays, so that an object store can share one copy between all workers of a node. Reading and
-splitting are in `datm_ray.data.sources`. Augmentation is applied later, to each batch.
+Images are plain numpy arrays, so that an object store can share one copy between all workers of a node; or they are
+streamed, and stay in their files (`datm_ray.data.streamed`). Reading and splitting are in `datm_ray.data.sources`.
+Augmentation is applied later, to each batch.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Dataset:
         return len(self.class_names)
 
     def read_by(self, threads: int) -> Dataset:
-        """Data set whose streamed images are decoded and normalised by `threads` threads, which changes no bit."""
+        """Copy whose streamed images are read by `threads` threads, which changes no bit; without any, itself."""
         if not isinstance(self.train_images, StreamedImages):
             return self
         train, validation, test = (
@@ -81,7 +82,7 @@ def prepare(raw: RawDataset, transform: Transform, *, say: Say = silent) -> Data
         say: shows lines about work that takes more than some seconds.
 
     Raises:
-        DatasetError: `transform` is fitted on another image shape.
+        DatasetError: `transform` is fitted on another image shape. If images are streamed, reading them raises this.
     """
     if transform.nbytes >= _LARGE:
         say(f"{transform.kind}: composing the matrix, and normalising {raw.name}'s images")
@@ -103,7 +104,7 @@ def prepare(raw: RawDataset, transform: Transform, *, say: Say = silent) -> Data
 def transform_of(
     raw: RawDataset, kind: Kind, given: Statistics | None = None, *, device: str = "cpu", say: Say = silent
 ) -> Transform:
-    """Fit a normalisation to the training images, or make one from `given` statistics; see `fit_transform`.
+    """Fit a normalisation to the training images, or make one from `given` statistics.
 
     If images are streamed, at most `FITTED` of them are read, spread evenly; only two if the statistics are given.
 
@@ -113,6 +114,11 @@ def transform_of(
         given: means and standard deviations of the channels for "standard"; `None` computes them.
         device: torch device that fits.
         say: shows lines about work that takes more than some seconds.
+
+    Raises:
+        DatasetError: memory does not suffice, an image cannot be read, there are fewer than two, or `given` has another
+            number of channels.
+        TransientStoreError: the file of a streamed image is missing.
     """
     images: NDArray[np.uint8] | StreamedPixels = raw.train.images
     if isinstance(images, StreamedPixels):

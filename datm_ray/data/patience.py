@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 Matrix = NDArray[np.float64]
 
 LINE_INTERVAL = 30.0
-"""Seconds between two progress lines of a computation."""
+"""Shortest time between two progress lines of a computation, in seconds."""
 _AT_ONCE = 1e10  # multiplications in a slab: at most a second on one CPU core
 _HERE = 1000  # largest side of a matrix that this process decomposes itself, in less than a second
 _FAILURE_BYTES = 200  # length of the program's first output: what the device has failed with, or spaces
@@ -61,13 +61,13 @@ def silent(text: str) -> None:
 
 
 class Lines:
-    """Progress notes of a computation: `note` shows at most one every `LINE_INTERVAL` seconds."""
+    """Progress notes of a computation: at most one every `LINE_INTERVAL` seconds is shown, by calling `say`."""
 
     def __init__(self, say: Say) -> None:
         self._say, self._last = say, time.monotonic()
 
     def note(self, text: str) -> None:
-        """Show the note, unless an earlier one was shown less than `LINE_INTERVAL` seconds ago."""
+        """Show the note, unless this object was made, or showed a note, less than `LINE_INTERVAL` seconds ago."""
         if (now := time.monotonic()) - self._last >= LINE_INTERVAL:
             self._last = now
             self._say(text)
@@ -85,7 +85,7 @@ def slabs(rows: int, multiplications: int) -> Iterator[slice]:
 
 
 def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple[Matrix, Matrix]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix [n n].
+    """Eigenvalues [n], ascending, and eigenvectors [n n], as columns, of a symmetric matrix [n n].
 
     A large matrix is decomposed in a process of its own, because LAPACK delays Ctrl-C for minutes. The given matrix is
     then emptied to free its memory. A GPU is used by such a process too: a CUDA context here would stay on the GPU, and
@@ -93,7 +93,7 @@ def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple
     processes use its memory, the CPU computes the result.
 
     Args:
-        device: torch device that computes.
+        device: torch device that decomposes a large matrix; the CPU always decomposes a small one.
         note: called about every second with a progress note.
 
     Raises:

@@ -27,7 +27,7 @@ from datm_ray.words import counted, listed, one_line
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and their labels."""
+    """Images, uint8 [n c h w], and their labels [n], from 0."""
 
     images: NDArray[np.uint8] | StreamedPixels  # images [n c h w]
     labels: NDArray[np.int64]  # labels [n]
@@ -56,7 +56,8 @@ class Request:
     streamed: bool = False
     """True to leave the images in their files and to decode each whenever it is needed. `resize` is then given."""
     largest: int | None = None
-    """Largest width and height of image files to accept, in pixels; `None` for any."""
+    """Largest width and height to accept, in pixels and after `resize`; `None` for any. Read by sources of image files,
+    unless images are streamed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +135,8 @@ def load_raw(
 
     Args:
         source: one of `known_sources()`.
-        path: folder or file of the source. `digits` takes none. For `cifar10`, `cifar100` and `tiny-imagenet`, `None`
-            means `~/.cache/datm_ray`.
+        path: folder or file of the source. `digits` takes none; `folder` and `parquet` need one. For `cifar10`,
+            `cifar100` and `tiny-imagenet`, `None` means `~/.cache/datm_ray`.
         resize: side in pixels of the squares that all images become; `None` keeps their size.
         validation: share of each class's training images used for validation, in (0, 1).
         download: True to download missing files of `cifar10` and `cifar100`.
@@ -144,11 +145,13 @@ def load_raw(
         streamed: True to leave the images in their files and to decode each whenever it is needed. Needs `resize`, and
             the source `folder`, `parquet` or `tiny-imagenet`. The fingerprint then depends on names and sizes of files
             in place of pixels.
-        largest: largest width and height of image files to accept, in pixels; `None` for any. If they are larger, an
-            error is raised before any image is decoded.
+        largest: largest width and height to accept, in pixels and after `resize`; `None` for any. If images are larger,
+            an error is raised before any is decoded. `digits`, `cifar10`, `cifar100` and streamed images ignore it.
 
     Raises:
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.
+        MissingImagesError: this DatasetError means that `folder`, `parquet` or `tiny-imagenet` has no files at `path`,
+            or that `path` is an address such as s3://bucket/birds.
     """
     _check_options(source, resize, validation, streamed)
     require_disk(path)
@@ -165,7 +168,7 @@ def load_raw(
 
 
 def require_disk(path: str | None) -> None:
-    """Raise a `MissingImagesError` if images lie at an address such as s3://bucket/birds, not on a disk."""
+    """Raise a `MissingImagesError` if `path` is an address such as s3://bucket/birds, not on a disk. `None` passes."""
     if path is not None and re.match(r"[a-z][a-z0-9+.-]+://", path.strip(), re.IGNORECASE):
         raise MissingImagesError(
             f"images cannot be read from {path}",

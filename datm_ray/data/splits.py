@@ -1,9 +1,9 @@
-"""Split images into training, validation and test sets: by file names, else by a stratified split.
+"""Split images into training, validation and test sets: by roles that files' names state, and by stratified splits.
 
-A split is equal on every machine, in every run and with every version of numpy. Each image gets a 64-bit key from a
-fixed stream; in every class the images with the smallest keys are held out. Only raw generator output is used, because
-numpy may change its shuffles between versions. The run's seed has no effect: runs with different seeds must be judged
-on the same images.
+A stratified split is equal on every machine, in every run and with every version of numpy. Each image gets a 64-bit key
+from a fixed stream; in every class the images with the smallest keys are held out. Only raw generator output is used,
+because numpy may change its shuffles between versions. The run's seed has no effect: runs with different seeds must be
+judged on the same images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def role_of(*names: str) -> Role | None:
 
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
-    """Line for the user that lists the files or folders of training images, of test images, and the unused ones."""
+    """Line for the user that lists the files or folders of training images, of test images, and the unused ones.
+
+    If `test` is empty, the line states the share of training images that becomes the test set.
+    """
     held_out = listed(test, 3) if test else f"a fixed {percent(TEST_FRACTION)} of each class of these"
     parts = {"training images": listed(train, 3), "test images": held_out, "not used": listed(unused, 3)}
     return "; ".join(f"{name}: {text}" for name, text in parts.items() if text)
@@ -67,7 +70,7 @@ def stratified_split(
     """Ascending indices of the images kept [n - m] and of the images held out [m].
 
     In each class the share `fraction`, in (0, 1), is held out. The number is rounded; at least one image is held out,
-    and at least one is kept.
+    and at least one is kept. `class_names` gives the number of classes, and their names for messages.
 
     Raises:
         DatasetError: a class has fewer than two images.

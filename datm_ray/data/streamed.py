@@ -18,7 +18,7 @@ from datm_ray.data.transform import Transform
 Rows = NDArray[np.int64] | slice
 """Row numbers, in any order, or a slice of them."""
 NORMALISED = 4
-"""Number of images that are normalised in one call. So few images fit into a CPU's cache. On one core, with images of
+"""Number of images that are normalised in one call, small enough for a CPU's cache. On one core, with images of
 224x224 pixels, calls with 4 images took a third of the time per image that calls with 184 images took
 (`benchmarks/bench_reading.py`). The number changes no bit of the result."""
 
@@ -43,7 +43,7 @@ class StreamedPixels:
         return len(self.rows)
 
     def __getitem__(self, rows: Rows) -> NDArray[np.uint8]:
-        """Decode images [m c h w].
+        """Decode the images at `rows` to an array [m c h w].
 
         Raises:
             DatasetError: a file is damaged.
@@ -79,7 +79,7 @@ class StreamedImages:
         return len(self.pixels)
 
     def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
-        """Decode and normalise images [m c h w].
+        """Decode and normalise the images at `rows` to an array [m c h w].
 
         Raises:
             DatasetError: a file is damaged.

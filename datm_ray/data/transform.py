@@ -8,9 +8,9 @@ A transform keeps U (in float32) and S. Both directions follow from U and S with
 its first use, in float64, and the inverse is two products with U. On CIFAR-10, U in float32 changes W by 1.4e-7 and
 whitened images by at most 3e-6. A float32 product with the exact W changes them as much.
 
-If there are fewer images n than values d, the images span only r < n directions. In all other directions W multiplies
-by 1/sqrt(eps). Then U is [d r], from the eigenvectors of an [n n] matrix, and W is applied as I/sqrt(eps) - F F^T
-without being composed.
+If there are fewer images n than values d in an image, the images span only r < n directions. In all other directions W
+multiplies by 1/sqrt(eps). Then U is [d r], from the eigenvectors of an [n n] matrix, and W is applied as I/sqrt(eps) -
+F F^T without being composed.
 
 The statistics are exact: pixels are integers, and their sums and products are accumulated without rounding. So the
 fingerprint, computed from those sums, is equal on every machine, although the last bits of U depend on the linear
@@ -132,7 +132,8 @@ class Transform:
     mean: Floats
     """Mean [d], d = c * h * w, for `zca`; [c] for `standard`; in units of [0, 1] pixels."""
     fingerprint: str
-    """16 hex digits over the kind, eps and the exact statistics of the images that the transform was fitted on."""
+    """16 hex digits that depend on the kind, eps and the exact statistics of the images that were fitted; or on the
+    image shape and the statistics, if these were given."""
     std: Floats | None = None
     """Standard deviations [c] for `standard`; `None` for `zca`."""
     vectors: Floats | None = None
@@ -147,7 +148,7 @@ class Transform:
     """Whitening matrix [d d] from a file of an earlier version, which has no eigenvectors; otherwise `None`."""
 
     def normalise(self, images: Images) -> Tensor:
-        """Normalise images to float32, see `Normaliser`. Shape and device stay.
+        """Normalise images, floats from 0 to 1 or uint8, to float32. Shape and device stay.
 
         The first call for `zca` composes the whitening matrix in O(d^3), unless there are fewer eigenvectors than
         values in an image. The matrix is kept.
@@ -170,7 +171,7 @@ class Transform:
         return _map_chunks(self._inverse(_device_of(images)), images, self.kind, self.shape, torch.float32)
 
     def apply(self, images: AnyFloats) -> Floats:
-        """Normalise an array as `normalise` does, and return a float32 array."""
+        """Normalise an array of floats from 0 to 1 as `normalise` does, and return a float32 array."""
         return self.normalise(images).numpy()
 
     def invert(self, images: AnyFloats) -> Floats:
@@ -183,7 +184,7 @@ class Transform:
 
     @cached_property
     def matrix(self) -> Floats:
-        """Symmetric whitening matrix [d d] of `zca`."""
+        """Symmetric whitening matrix [d d] of `zca`; `standard` has none."""
         if self.stored_matrix is not None:
             return self.stored_matrix
         if not self._spans_less:
@@ -432,7 +433,7 @@ class FitCost:
 
         Let d be the number of values in an image. `zca` holds five matrices [d d] of float64 while it decomposes one of
         them. The decomposition takes time O(d^3), after a product of O(n d^2). With fewer images n than values, the
-        five matrices are [n n], and there are two more [n d].
+        five matrices are [n n], and three more are [n d], one of them of float32.
 
         Args:
             kind: "zca" or "standard".
@@ -468,16 +469,16 @@ class FitCost:
 
 
 def _is_smaller(images: int, values: int) -> bool:
-    """True if the Gram matrix [n n] of the images is smaller than the covariance [d d]."""
+    """True if the Gram matrix [n n] of the images is smaller than the covariance [d d]; False for 0 images."""
     return 0 < images < values
 
 
 def fitted_elsewhere(name: str, images: str) -> str:
-    """Warning that a set is used with a transform that was fitted on other images than the set's own.
+    """Text of a warning: a set was made with a transform that was fitted on other images than the one now in use.
 
     Args:
         name: name of the set.
-        images: which images the transform in use was fitted on, such as "these 100 images".
+        images: images that the transform in use was fitted on, such as "these 100 images".
     """
     return (
         f"the transform of {name} was fitted on other images than {images}: real images are normalised a little "
@@ -504,7 +505,8 @@ def fit_transform(
         kind: "zca" or "standard".
         images: [n c h w] training images.
         levels: value of a pixel that means 1.0.
-        given: means and standard deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
+        given: means and standard deviations [c] for `standard`, in units of [0, 1] pixels, which are used as they are:
+            `images` then gives only its shape. `None` computes them.
         eps: number above 0 that is added to every eigenvalue, for `zca`.
         device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.

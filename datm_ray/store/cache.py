@@ -28,15 +28,15 @@ class Cache:
     """Local folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
 
     def __init__(self, folder: str, size: int) -> None:
-        """Open a cache of `size` bytes in a folder, which need not exist.
+        """Open a cache of `size` bytes, more than 0, in a folder, which need not exist.
 
-        Between sweeps, each writing process may exceed the size by a twentieth.
+        A process deletes the excess after every twentieth of `size` that it writes, so the folder may be larger.
         """
         self._folder, self._size = folder, size
         self._unseen: float = size  # bytes written since the last sweep; starts large, so that the first write sweeps
 
     def get(self, digest: str) -> memoryview | None:
-        """Content whose sha256 in hex digits is `digest`, checked; `None` if the entry is missing or damaged."""
+        """Content whose sha256 in hex digits is `digest`; `None` if the entry is missing, unreadable or damaged."""
         path = os.path.join(self._folder, digest)
         try:
             with open(path, "rb") as file:
@@ -48,9 +48,9 @@ class Cache:
         return memoryview(content) if sha256(content).hexdigest() == digest else None
 
     def put(self, digest: str, content: memoryview) -> None:
-        """Store content under its sha256 in hex digits. Now and then delete the oldest entries beyond the cache size.
+        """Store content under `digest`, which must be its sha256 in hex digits. Disk errors are ignored.
 
-        Disk errors are ignored.
+        Now and then this also deletes the least recently used entries beyond the cache size.
         """
         temporary = os.path.join(self._folder, f".tmp-{uuid.uuid4().hex}")
         with suppress(OSError):  # a full disk, for example: a run works without the cache
@@ -84,7 +84,10 @@ class Cache:
 
 
 def configured_cache() -> Cache | None:
-    """Cache in the folder of DATM_RAY_CACHE; `None` if it is not set. Raises StoreError if the size is invalid."""
+    """Cache in the folder that the environment variable DATM_RAY_CACHE names; `None` if it is not set.
+
+    Raises StoreError if the environment variable DATM_RAY_CACHE_GIB is set to something else than a size above 0.
+    """
     folder = os.environ.get(FOLDER)
     return _cache(os.path.abspath(folder), os.environ.get(SIZE, _DEFAULT_SIZE)) if folder else None
 
@@ -94,6 +97,7 @@ def _cache(folder: str, gibibytes: str) -> Cache:
     """Open a cache, or return the one that this process has already opened with the same arguments.
 
     If a process had two caches of one folder, each would count only its own bytes, and the folder could grow larger.
+    `gibibytes` is the cache size as text. Raises StoreError if it is no number above 0.
     """
     try:
         size = int(float(gibibytes) * 2**30)

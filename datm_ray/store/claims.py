@@ -36,7 +36,7 @@ several commands do so at the same moment, all then see that the last one owns i
 
 
 class Claim:
-    """File that names one owner by a random token."""
+    """Candidate for owning a folder, known by a random token. The file `place` names the owner."""
 
     def __init__(self, place: Location) -> None:
         self.place, self.token = place, secrets.randbits(48)
@@ -48,7 +48,10 @@ class Claim:
         replace(self.place, guard=guard).write_json(self.owner)
 
     def read(self) -> dict[str, Any]:
-        """Owner as stored in the file: keys token, host, process and since; `{}` if the file does not exist."""
+        """Owner as stored in the file: keys token, host, process and since; `{}` if the file does not exist.
+
+        The file of a lease also has the keys machine, started and heartbeats. Other content raises CorruptFileError.
+        """
         try:
             found = self.place.read_json()
         except MissingFileError:
@@ -86,14 +89,16 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
 
     Args:
         place: file of the lease, in that folder. Missing folders are made, and removed at the end if they are empty.
-        wait: seconds to wait if another command holds the lease.
+        wait: seconds to wait while another command holds the lease. If that command runs on another machine, up to
+            `DEAD_AFTER` seconds are spent in any case to see whether it is alive.
         say: shows a message to the user.
-        on_loss: asks the work in the block to stop, because another command took over. Called from another thread,
-            every `HEARTBEAT` seconds until the block ends.
+        on_loss: called once the file names another owner or is missing, from another thread, and again every
+            `HEARTBEAT` seconds until the block ends. It should make the block end, with a `KeyboardInterrupt`.
 
     Raises:
         RunDirectoryError: another command still holds the lease after the wait.
-        OvertakenError: another command took over. This error replaces the `KeyboardInterrupt` that ended the block.
+        OvertakenError: the lease was lost. This error replaces the `KeyboardInterrupt` that ended the block.
+        StoreError: the file cannot be read or written at the start.
     """
     claim, ended, is_lost = Claim(place), threading.Event(), False
     claim.owner |= {"machine": _machine(), "started": _start_of(os.getpid()), "heartbeats": 0}
@@ -162,9 +167,10 @@ def _acquire(claim: Claim, wait: float, say: Callable[[str], object]) -> None:
 
 
 def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object]) -> bool:
-    """True if the process that holds a lease has ended.
+    """True if the process that holds a lease has ended. `holder` is the content of the lease's file.
 
-    For a process on another machine, waits up to `DEAD_AFTER` seconds for a heartbeat.
+    A process on another machine counts as ended if the file does not change for `DEAD_AFTER` seconds, which this
+    function waits for; `say` shows a message about it.
     """
     if holder.get("machine") == _machine():
         return _start_of(holder["process"]) != holder.get("started")

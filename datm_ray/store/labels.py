@@ -82,7 +82,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """Origin and settings of a store's labels: images, teacher and views."""
+    """Origin and settings of a store's labels: images, teacher and views. Raises ValueError for impossible numbers."""
 
     set_fingerprint: str
     """Digest of the synthetic images. The labels are valid for these images only."""
@@ -324,7 +324,7 @@ class LabelStore:
         return [int(match[1]) for match in matches if match]
 
     def holds(self, epoch: int) -> bool:
-        """True if an epoch is stored. Epochs are numbered from 0 to `info.keep` - 1, inclusive."""
+        """True if an epoch is stored. Raises ValueError unless `epoch` is from 0 to `info.keep` - 1, inclusive."""
         return self._file(epoch).exists()
 
     def missing(self) -> list[int]:
@@ -350,7 +350,7 @@ class LabelStore:
             records: groups of any number of records; together one record for each image, in the order of the images.
 
         Raises:
-            ValueError: the records do not agree with `info`.
+            ValueError: the records do not agree with `info`, or `epoch` is out of range.
             StoreError: the file cannot be written, or a logit cannot be stored as float16.
         """
         place = self._file(epoch)
@@ -364,6 +364,7 @@ class LabelStore:
 
         Raises:
             IndexError: an image is not in the set.
+            ValueError: `epoch` is not from 0 to `info.keep` - 1.
             StoreError: the epoch is not stored.
             CorruptFileError: the file is damaged, or belongs to other labels.
         """
@@ -380,7 +381,7 @@ class LabelStore:
             ) from error
 
     def verify(self, epoch: int) -> None:
-        """Read an epoch again, and check every byte and record. Raises CorruptFileError."""
+        """Read an epoch again, and check every byte and record. Raises CorruptFileError; StoreError if not stored."""
 
         def verify() -> None:
             opened = _open_epoch(self._file(epoch), self.info, epoch)
@@ -446,14 +447,14 @@ class _RecentBlocks:
 
 @dataclass(frozen=True)
 class _OpenedEpoch:
-    """Opened file of an epoch: its end was read and checked."""
+    """File of an epoch whose end, which lists the blocks, was read and checked. No file is held open."""
 
     sealed: SealedFile
     block: int
     """Number of images in a block; the last block may have fewer."""
 
     def blocks(self, numbers: Sequence[int], info: LabelInfo) -> list[LabelRecords]:
-        """Read and check the blocks with these numbers, from 0."""
+        """Read the blocks with these numbers, from 0, and check them against their digests and the sizes in `info`."""
         batches = self.sealed.batches(numbers, cache=configured_cache())
         with rejecting_nonsense(self.sealed.location):
             counts = [min(self.block, info.images - self.block * number) for number in numbers]

@@ -80,14 +80,14 @@ class SealedWriter:
         self._cuts = [0, _ARROW_HEAD + schema.serialize().size]  # where the parts of the stream begin
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append one batch with the schema's columns."""
+        """Append one batch, which has the schema's columns and one row."""
         self._arrow.write_batch(batch)
         self._cuts.append(self._file.tell())
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the seal (digests of all bytes) and Arrow's footer.
+        """Write the seal (digests of all bytes) and Arrow's footer. The binary file stays open.
 
-        `summary` is a small mapping for JSON, which `open_sealed` returns.
+        `summary` is a small mapping for JSON, which readers find in `SealedFile.summary`.
         """
         self._arrow.close()
         size = self._file.tell()
@@ -160,7 +160,7 @@ class SealedFile:
             self._read([number])
 
     def _read(self, numbers: Iterable[int], cache: Cache | None = None) -> Sequence[memoryview]:
-        """Bytes of the parts with these numbers, each checked against its digest. `cache`: see `batches`."""
+        """Bytes of the parts with these numbers, checked by their digests. Fetches, and adds, what `cache` lacks."""
         parts = [self.parts[number] for number in numbers]
         cached = {part: cache.get(part.sha256) for part in parts} if cache else {}
         found = {part: chunk for part, chunk in cached.items() if chunk is not None}
@@ -285,13 +285,13 @@ _NONSENSE = (
     ValueError,
     struct.error,
 )
-"""Exceptions that content causes whose values have unexpected types, sizes or depths."""
+"""Exceptions that are raised while content with values of unexpected types, sizes or depths is read."""
 
 
 def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
-    """Batch of one row without nulls, whose offsets and lengths all lie inside the chunk.
+    """Batch in the bytes `chunk`. It must have one row, no nulls, and offsets and lengths inside the chunk.
 
-    Without `validate`, Arrow trusts offsets and lengths, and would read memory beyond the chunk.
+    Otherwise an error in `_NONSENSE` is raised. Without `validate`, Arrow would read memory beyond the chunk.
     """
     message = pa.ipc.read_message(pa.py_buffer(chunk))
     if _is_compressed(memoryview(message.metadata)):

@@ -63,6 +63,11 @@ def write_tensors(
 ) -> None:
     """Write named arrays of any shape to a file, atomically.
 
+    Args:
+        kind: purpose of the file, such as "synthetic-set". Readers must give the same.
+        metadata: values for JSON.
+        replace: True to replace an existing file.
+
     Raises:
         AlreadyExistsError: `replace` is False and the file exists. The existing file stays.
         StoreError: the file cannot be written.
@@ -76,7 +81,10 @@ def write_tensors(
 def dump_tensors(
     file: BinaryIO, arrays: Mapping[str, NDArray[Any]], *, kind: str, metadata: Mapping[str, object]
 ) -> None:
-    """Write named arrays into an empty binary file that is open for reading and writing; see `write_tensors`."""
+    """Write named arrays into an empty binary file that is open for reading and writing.
+
+    The content equals that of a file of `write_tensors`. Raises TypeError if it cannot hold an array or the metadata.
+    """
     _write(file, *_encoded(arrays, kind, metadata), list(arrays))
 
 

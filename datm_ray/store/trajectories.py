@@ -14,8 +14,9 @@ get float32. Files of version 1 have float32 params and no buffers.
 Beside the experts, their folder can hold
 
     transform.arrow         tensor file with the transform that normalises the experts' images
+    progress/               saved states of experts whose training is unfinished
     costs/                  records of what the training of the experts has cost
-    difficulty-00008.arrow  scores of the training images by the first 8 experts, in whose order other experts see them
+    difficulty-00008.arrow  difficulty of each training image for the first 8 experts; other experts see easy ones first
 
 An expert is written once, whole, and never changes. This module does not know how experts are trained, nor which epochs
 are matched. Letters: p = number of parameters of the network, b = number of values in its floating-point buffers.
@@ -92,7 +93,7 @@ class TrajectoryInfo:
 
     architecture: str
     recipe: dict[str, Any]
-    """Recipe of the expert, JSON-able; tuples come back as lists."""
+    """Settings of the expert's network and training, and where it came from; JSON-able. Tuples come back as lists."""
 
     fingerprint: str
     """Digest of data set, normalisation, network and training, see `config.expert_fingerprint`. It names the folder of
@@ -209,7 +210,7 @@ class ExpertGroup:
         return [int(match[1]) for match in matches if match]
 
     def other_files(self) -> list[str]:
-        """Names of the folder's files with scores of images, or with a trained prior."""
+        """Names of the folder's files that hold difficulty scores or a trained prior, not an expert."""
         return [name for name in self.location.list() if name == PRIOR_FILE or _DIFFICULTY_FILE.fullmatch(name)]
 
     def holds_more(self) -> bool:
@@ -225,7 +226,7 @@ class ExpertGroup:
         raises an error, nothing is stored. The file has the current format, whatever `info.format_version` is.
 
         Raises:
-            ValueError: the snapshots do not agree with `info`, or `info` is of another expert.
+            ValueError: the snapshots do not agree with `info`, `info` is of another expert, or `expert` is above 99999.
             StoreError: the file cannot be written, or a parameter is too large for `info.storage`.
         """
         if (info.key, info.expert) != (self.key, expert):
@@ -246,7 +247,7 @@ class ExpertGroup:
         return self._open(expert).info
 
     def size(self, expert: int) -> int:
-        """Size of the expert's file in bytes."""
+        """Size of the expert's file in bytes. Raises StoreError if the expert is not stored."""
         return self.expert_file(expert).size()
 
     def remove_expert(self, expert: int) -> None:
@@ -256,7 +257,7 @@ class ExpertGroup:
 
     @property
     def progress(self) -> Location:
-        """Folder with the saved states of experts whose training is unfinished."""
+        """Folder with the saved states of experts whose training is unfinished; it may be missing."""
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
@@ -287,17 +288,21 @@ class ExpertGroup:
 
         Only the batches of these epochs are read, each checked against its digest.
 
-        Raises (besides those of `read_info`):
-            StoreError: an epoch is not stored.
+        Raises:
+            StoreError: the expert or an epoch is not stored.
+            CorruptFileError: the file is damaged, of a newer format, or of another expert.
         """
         return [snapshot.params for snapshot in self._read(expert, epochs)]
 
     def read_snapshot(self, expert: int, epoch: int) -> Snapshot:
-        """Parameters, buffers and measurements after one epoch. Errors are those of `read_params`."""
+        """Parameters, buffers and measurements after one epoch.
+
+        Raises StoreError if the expert or epoch is not stored, and CorruptFileError if the file is damaged.
+        """
         return self._read(expert, [epoch])[0]
 
     def read_progress(self, expert: int) -> StoredEpochs:
-        """Loss and accuracy after each stored epoch. Only the end of the file is read."""
+        """Loss and accuracy of a stored expert after each stored epoch. Only the end of its file is read."""
         return self._open(expert).progress
 
     def verify(self, expert: int) -> TrajectoryInfo:
@@ -320,6 +325,8 @@ class ExpertGroup:
         """Store the transform of the experts' data; never replace a stored one. Returns True if this call stored it.
 
         Args:
+            arrays: arrays of the transform, as `Transform.to_arrays` returns them.
+            metadata: its metadata, as `Transform.to_metadata` returns it.
             twin: file that holds the same transform; `None` without one. If both lie on one local disk, a hard link to
                 `twin` is made, which takes no space.
         """
@@ -349,13 +356,13 @@ class ExpertGroup:
         return read_tensors(self.transform_file, kind=TRANSFORM_KIND)
 
     def expert_file(self, expert: int) -> Location:
-        """File of an expert, which may be missing."""
+        """File of an expert, which may be missing. Raises ValueError unless `expert` is from 0 to 99999."""
         if not 0 <= expert <= _MAX_EXPERT:
             raise ValueError(f"experts are numbered from 0 to {_MAX_EXPERT}, not {expert}")
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """Opened file of an expert. It is kept, because a stored expert never changes unless it is deleted."""
+        """Opened file of an expert. It is kept, because a stored expert never changes until it is deleted."""
         if expert not in self._opened:
             file = self.expert_file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
@@ -371,7 +378,7 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class _OpenedExpert:
-    """Opened file of an expert: its end was read and checked."""
+    """File of an expert whose end, which lists the snapshots, was read and checked. No file is held open."""
 
     sealed: SealedFile
     info: TrajectoryInfo

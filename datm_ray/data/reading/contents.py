@@ -1,6 +1,7 @@
 """Recognise a file's kind by its first bytes, for messages about files whose content does not match their name.
 
-Covers images, Parquet files and archives. Does not check whether a file of the right kind is complete.
+Covers Parquet files, archives, HEIC and AVIF images, and what is often found in their place, such as web pages. Other
+images count as unknown. Does not check whether a file of the right kind is complete.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _KINDS: tuple[tuple[bytes, Content], ...] = (
 
 
 def recognise(head: bytes) -> Content | None:
-    """Kind of a file from its first `HEAD_BYTES` bytes; `None` if unknown."""
+    """Kind of a file from its first `HEAD_BYTES` bytes; `None` if unknown, as for JPEG and PNG."""
     return next((content for pattern, content in _KINDS if re.match(pattern, head)), None)
 
 
@@ -63,8 +64,8 @@ def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str
     """Reason in a few words, likely cause ("" if unknown) and remedy for a file that cannot be read.
 
     Args:
-        error: error that reading the file raised.
-        content: kind of content found in the file, named as the reason; `None` to describe the error.
+        error: error that reading the file raised. An error of the operating system is the reason itself.
+        content: kind of content found in the file, which is the reason otherwise; `None` to describe the error.
     """
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()

@@ -68,7 +68,7 @@ _TURNS = {
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 SURVEYED = 1000
-"""Largest number of images whose headers `survey` reads."""
+"""Approximate number of images whose headers `survey` reads; if there are fewer, it reads all."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def decode(
     Args:
         sets: files of each set, such as training and test; all images get one shape.
         resize: side in pixels of the squares that all images become; `None` keeps their size.
-        copies: number of float32 copies of all pixels that the caller will make.
-        largest: largest width and height to accept, in pixels; `None` for any.
+        copies: number of float32 copies of all pixels that the caller will make, for which memory must suffice too.
+        largest: largest width and height to accept, in pixels and after resizing; `None` for any.
 
     Raises:
         DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is `None`, images
@@ -273,7 +273,7 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
         shape: channels, height and width.
         copies: float32 copies of all images: one if a single process does everything; two with Ray, whose object store
             has its own.
-        example: name of one of the images, for the message.
+        example: text behind "images of 3x64x64" in the message, such as ", such as a.png,".
     """
     free = available_memory()
 
@@ -430,7 +430,7 @@ def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _U
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of the images that this machine's Pillow can decode."""
+    """Suffixes, such as ".png", in lower case, of the images that this machine's Pillow can decode."""
     Image.init()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
@@ -494,7 +494,7 @@ def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None,
 
 
 def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]]) -> tuple[str, ...]:
-    """One line of warning if the brightest pixel of all 16-bit images, cut to 8 bits, is below 64; otherwise empty."""
+    """One line of warning if no pixel of all 16-bit grey images, cut to 8 bits, reaches 64; otherwise empty."""
     headers = [header for of_set in sets for header in of_set]
     images = (image for of_set in pixels for image in of_set)
     brightest = max(

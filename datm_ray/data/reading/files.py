@@ -70,7 +70,7 @@ class Listing:
 
 
 def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
-    """List the files below a folder that end in one of the suffixes, in upper or lower case.
+    """List the files below a folder whose suffix, changed to lower case, is one of `suffixes`, such as ".png".
 
     A link to a folder at or above `root`, or above the link itself, is left out. A file or folder with several paths is
     taken once: by the path with the fewest links, and of several such paths by the first in alphabetical order.
@@ -97,7 +97,7 @@ class _Walk:
         self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links point to
 
     def take(self, name: str, target: str) -> list[tuple[str, str]]:
-        """Add the file or folder with the real path `target` under `name`, a path relative to the root.
+        """Add the file or folder with the real path `target` as `name`, relative to the root, or count it as left out.
 
         Returns the name and target of each link that lies in the added folder. The caller takes these links later, so
         that each file is first found under the path with the fewest links.
@@ -229,7 +229,7 @@ class FileTree:
     listing: Listing
     open: Callable[[str], BinaryIO]
     is_folder: bool = False
-    """True for a folder, whose files stay readable after the `with` block; False for an archive."""
+    """True for a folder, whose files stay readable after the `with` block of `file_tree`; False for an archive."""
 
     def lines(self, name: str) -> list[str]:
         """Non-empty lines of a UTF-8 text file.
@@ -250,7 +250,7 @@ class FileTree:
             raise _damaged(self.root / name, error) from error
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
-        """Make an `Encoded` of files, given by name and label, which can be decoded while the tree is open."""
+        """Make an `Encoded` of files, given by name and label. Those of an archive need the tree to stay open."""
         labels = np.array([label for _, label in files], dtype=np.int64)
         if self.is_folder:
             found = FolderFiles.of(self.root, [name for name, _ in files])

@@ -32,7 +32,8 @@ from datm_ray.errors import DatasetError, MissingImagesError
 from datm_ray.words import counted
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
-"""Limit on encoded images in memory: 64 MiB plus 20 times the file's size."""
+"""Most bytes of memory that the columns read from one file may take: 64 MiB plus 20 times the file's size. Images are
+still encoded then."""
 
 _ROWS = 16  # rows read at a time
 _IMAGE_COLUMNS = ("image", "img")
@@ -81,7 +82,10 @@ class ParquetRows:
         return file, group, index - first
 
     def open(self, index: int) -> BinaryIO:
-        """Encoded image of row `index`, counted from 0 over all files, as a binary file."""
+        """Encoded image of row `index`, counted from 0 over all files, as a binary file in memory.
+
+        Raises OSError or DatasetError if the Parquet file cannot be read.
+        """
         file, group, row = self._place(index)
         try:
             with _READING:  # else each thread that needs this group would read it
@@ -108,7 +112,7 @@ _READING = threading.Lock()
 
 @lru_cache(KEPT_GROUPS)
 def _group(file: Path, number: int) -> Any:
-    """Encoded images of one row group, as a column of bytes."""
+    """Encoded images of row group `number` of a file, from 0, as an Arrow column of bytes."""
     with _reading(file) as parquet:
         image = _column(file, parquet.schema_arrow.names, _IMAGE_COLUMNS)
         return _image_bytes(file, _read_columns(file, parquet, (image,), [number]).column(image))
@@ -125,12 +129,13 @@ class _Shard:
 def find_files(path: str) -> ParquetFiles:
     """Find the files given by a folder, by "TRAIN.parquet,TEST.parquet" or by a single file.
 
-    In a folder the names decide how files are used, see `role_of`. Test files without labels are left out, and the
-    validation files become the test set.
+    In a folder, the words train, test and val in the names of files and folders decide how files are used. If no test
+    file has labels, the validation files become the test set.
 
     Raises:
-        DatasetError: the path has no Parquet files, no file in a folder of several is named as training data, a
-            numbered file of the folder is missing, or training files lie in several folders.
+        MissingImagesError: a file does not exist.
+        DatasetError: more than two files are given. Or a folder has no Parquet files, or none of several is named as
+            training data; a numbered file is missing or was written twice; training or test files lie in two places.
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
@@ -274,15 +279,17 @@ def read_parquet(
 ) -> tuple[Encoded, tuple[str, ...] | None]:
     """Read Parquet files in order. The encoded images are kept in memory, not their pixels.
 
-    Returns the images with their labels, and the names of the classes, `None` if the schema has none.
+    Returns the images with their labels, and the names of the classes. The names are `None` if labels are integers and
+    the schema names no classes.
 
     Args:
-        class_names: class names in the order of labels, for test files with text labels. `None` takes the distinct
-            texts of these files in alphabetical order.
+        class_names: the classes of the training files in the order of their numbers, for files with text labels.
+            `None` takes the distinct texts of these files in alphabetical order.
         streamed: True to read only the labels now, and each image whenever it is needed.
 
     Raises:
-        DatasetError: a file cannot be read, lacks a column, or has other classes than the first file.
+        DatasetError: a file cannot be read, lacks a column, has other classes than the first file, or has a class that
+            is not in `class_names`.
     """
     import pyarrow as pa
 
@@ -311,7 +318,7 @@ def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArr
     """Labels [n] of a file as class numbers from 0. Labels that are class names become their index in `names`.
 
     Args:
-        names: class names of the training files; `None` if they have none.
+        names: class names in the order of their numbers; `None` if there are none.
 
     Raises:
         DatasetError: a label is a name that is not in `names`.
@@ -331,7 +338,7 @@ def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArr
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """Open a `pyarrow.parquet.ParquetFile`. Its errors in the block become a `DatasetError`."""
+    """Open `file`, yield it as a `pyarrow.parquet.ParquetFile`, and close it. Reading errors become a DatasetError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -361,7 +368,7 @@ def _read_shard(file: Path, streamed: bool) -> _Shard:
 
 
 def _plain(data: Any) -> Any:
-    """Copy of an Arrow table or batch in which every column has a plain type, see `_values`."""
+    """Copy of an Arrow table or batch in which every column has a plain type: no dictionary, struct or view."""
     return type(data).from_arrays([_values(column) for column in data.columns], names=data.schema.names)
 
 
@@ -385,20 +392,24 @@ def _values(column: Any) -> Any:
 
 
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequence[int] | None = None) -> Any:
-    """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
+    """Read columns as a table in small batches, and stop if it takes more memory than the file's size allows.
 
-    Columns get plain types, see `_values`. Dictionary codes are replaced batch by batch: each batch has the whole
-    dictionary, whose size would otherwise be counted again for every batch.
+    The limit is `DECODED_FREE` bytes plus `DECODED_RATIO` times the file's size. Columns get plain types, without
+    dictionaries. Dictionary codes are replaced batch by batch: each batch has the whole dictionary, whose size would
+    otherwise be counted again for every batch.
 
     The limit is needed because a small file can hold one value repeated in millions of rows. Not covered: one page, of
     up to 2 GiB, is unpacked before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no
     limit for pages, and reading page headers without PyArrow would need a decoder for the footer too.
 
     Args:
-        groups: numbers of the row groups to read; `None` for all.
+        file: path of the Parquet file, for its size.
+        parquet: the same file, open, as a `pyarrow.parquet.ParquetFile`.
+        columns: names of the columns to read.
+        groups: numbers of the row groups to read, from 0; `None` for all.
 
     Raises:
-        ValueError: the table takes much more memory than the file has bytes, or the footer announces so much.
+        ValueError: the table exceeds the limit, or the footer announces that these row groups do.
     """
     import pyarrow as pa
 

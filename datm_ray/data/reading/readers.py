@@ -35,7 +35,7 @@ Named = list[tuple[str, Parts]]  # class name and path of each image
 
 @source("digits")
 def _digits(request: Request) -> Loaded:
-    """Read scikit-learn's handwritten digits: 1797 images of 8x8 pixels, values 0..16; needs no files."""
+    """Read scikit-learn's digits, which need no path: 1797 images of 8x8 pixels, values 0..16, or 0..255 if resized."""
     from sklearn.datasets import load_digits
 
     if request.path is not None:
@@ -136,7 +136,7 @@ def _tiny_prefix(tree: FileTree) -> str:
 
 
 def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Name and label of each image in the class folders of `folder`, or in their subfolders `images`."""
+    """Name and label of each image in the class folders (keys of `label_of`) of `folder`, or in their `images`."""
     layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
     matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
@@ -162,7 +162,12 @@ def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tu
 
 
 def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
-    """Class names: the first synonym of each class, or its id if the synonym is missing or not unique."""
+    """Class names: the first synonym of each class, or its id if the synonym is missing or not unique.
+
+    Args:
+        wnids: ids of the classes, in the order of labels.
+        words: lines of `words.txt`: an id, a tab, and synonyms with commas between them.
+    """
     synonyms = dict(line.split("\t", 1) for line in words if "\t" in line)
     names = [synonyms.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)

@@ -181,5 +181,5 @@ def _code_and_message(error: Exception) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """Text in which URIs lack their credentials, the part before @."""
+    """The text without the credentials in its URIs, which are the part between "://" and "@"."""
     return _CREDENTIALS.sub("", text)

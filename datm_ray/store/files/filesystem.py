@@ -65,7 +65,7 @@ def unguarded() -> None:
 
 @dataclass(frozen=True)
 class Location:
-    """Local path or URI of a file or folder, which need not exist. Picklable; its text has no credentials."""
+    """Local path or URI of a file or folder, which need not exist. Picklable; its `repr` has no credentials."""
 
     fs: AbstractFileSystem = field(repr=False)
     """Filesystem, connected with the credentials of the environment or of the URI."""
@@ -100,7 +100,7 @@ class Location:
     def exists(self) -> bool:
         """True if a file or folder exists. Raises StoreError if this cannot be found out.
 
-        A file that another machine has just written on a shared disk may be missing for some seconds, see `LAG`.
+        A file that another machine has just written on a shared disk may seem missing for up to `LAG` seconds.
         """
         # Not fs.exists(): it also returns False if access is denied or the server does not answer.
         return self._unless_missing("look for", lambda: self.fs.info(self.path)) is not None
@@ -130,7 +130,7 @@ class Location:
             return int(found["size"])
 
     def stamp(self) -> str:
-        """Text made of the file's metadata. It changes when the file is replaced."""
+        """Text made of the file's metadata, which changes when the file is replaced. Raises StoreError if missing."""
         with self._asking("read"):
             return str(self._ask(lambda: self.fs.ukey(self.path)))
 
@@ -142,7 +142,7 @@ class Location:
         return sorted(self._children(self._listed(detail=False)))
 
     def sizes(self) -> dict[str, int]:
-        """Sizes in bytes of the files in this folder, by name, from one listing. Temporary files are left out."""
+        """Sizes in bytes of this folder's files, by name; empty if it does not exist. Leaves temporary files out."""
         entries = {entry["name"]: entry for entry in self._listed(detail=True) if entry["type"] == "file"}
         return {name: int(entries[path]["size"]) for name, path in sorted(self._children(entries).items())}
 
@@ -157,14 +157,14 @@ class Location:
         return {name: path for path, (parent, _, name) in split if parent == folder and not _is_temporary(name)}
 
     def read_bytes(self) -> bytes:
-        """Content of the whole file."""
+        """Content of the whole file. Raises MissingFileError if it does not exist, StoreError if it is unreadable."""
         with self.explaining("read"), request("read", self.uri) as moved:
             content = bytes(self._ask(lambda: self.fs.cat_file(self.path)))
             moved.bytes = len(content)
             return content
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
-        """Bytes [start, end) of each range; fewer if the file ends sooner.
+        """Bytes [start, end) of each range; fewer if the file ends sooner. Raises StoreError if it cannot be read.
 
         A local file is memory-mapped: nothing is copied, and each returned view keeps the file mapped. From a remote
         file only these ranges are fetched, all at once.
@@ -199,7 +199,7 @@ class Location:
         return [found[each] for each in ranges]
 
     def read_json(self) -> Any:
-        """Value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
+        """Value written by `write_json`. Raises MissingFileError without a file, CorruptFileError if it is not JSON."""
         try:
             return json.loads(self.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -210,10 +210,11 @@ class Location:
         """Write the file atomically: yields an empty binary file, open for reading and writing.
 
         The content appears under the file's name when the block ends, and never if the block raises. On a local disk
-        the content is flushed to the device first. Missing folders are made.
+        the content is flushed to the device first. Missing folders are made. By default an existing file is replaced.
 
         Raises:
             AlreadyExistsError: `replace` is False, and the file exists when the block ends. The existing file stays.
+            StoreError: the file cannot be written.
         """
         with self.explaining("write"):
             draft: _Upload | local.LocalDraft = (
@@ -249,7 +250,7 @@ class Location:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Lock this folder while the block runs, so that other processes that lock it wait.
+        """Lock this folder while the block runs, so that other processes that lock it wait. A missing one is made.
 
         A process that dies unlocks the folder. Only local folders are locked; for others this has no effect.
 
@@ -310,7 +311,7 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """Turn errors in the block into StoreErrors "Cannot ACTION URI", and count a request without content."""
+        """Turn errors in the block into StoreErrors "Cannot ACTION URI". The block counts as one look in `traffic`."""
         with self.explaining(action), request("look", self.uri):
             yield
 
@@ -337,7 +338,11 @@ class Location:
 
     @contextmanager
     def explaining(self, action: str) -> Iterator[None]:
-        """Turn each exception of the filesystem in the block into a StoreError "Cannot ACTION URI", with its cause."""
+        """Turn each exception in the block into a StoreError "Cannot ACTION URI", with its cause.
+
+        The error is a MissingFileError if the file is missing, a TransientStoreError if another attempt may succeed.
+        Errors of this package pass unchanged.
+        """
         try:
             yield
         except DatmError:
@@ -357,14 +362,15 @@ def seconds_to_look(place: Location, limit: float) -> int:
     """Seconds for which a worker should look for a file of another machine; 0 on S3, which shows files at once.
 
     Args:
-        place: file or folder.
-        limit: seconds without a step after which the worker counts as stuck. The result is at most a third of them.
+        place: the file, or a folder on the same disk.
+        limit: seconds without a step after which the worker counts as stuck. The result is a third of them, rounded
+            down, but at most `LAG`.
     """
     return int(min(LAG, limit / 3)) if place.local_path is not None else 0
 
 
 def require_shared(look: Callable[[], bool], seconds: int, fact: str) -> None:
-    """Raise a `ClusterError` unless `look` returns True within `seconds` seconds. It is called once a second.
+    """Raise a `ClusterError` unless `look`, called once a second, returns True within `seconds` seconds.
 
     The number of calls depends on their results alone, not on the clock. So `look` may be an operation that several
     workers must call together and equally often.
@@ -392,8 +398,8 @@ def open_location(uri: str) -> Location:
     A text without "://" is a local path, unless it looks like a mistyped URI.
 
     Raises:
-        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a text
-            with two possible meanings.
+        StoreError: the text is empty or ambiguous, such as s3:/bucket; its scheme is unknown or needs a missing
+            package; an s3:// URI holds credentials; or the URI asks for a cache of fsspec, such as simplecache::s3://.
     """
     shown = without_credentials(uri)
     scheme, separator, _ = uri.partition("://")
@@ -439,7 +445,7 @@ def _is_local(uri: str) -> bool:
 
 
 def _require_one_meaning(uri: str) -> None:
-    """Raise StoreError for a mistyped URI, and for "::", which fsspec would read as a chain of filesystems."""
+    """Raise StoreError for a mistyped URI, for "::" (a chain in fsspec), or on S3 "?versionId=" or control codes."""
     shown = without_credentials(uri)
     if not (like := _LIKE_URI.match(uri)):
         return

@@ -31,7 +31,7 @@ _ATTEMPTS = 10  # attempts to make a folder and a file in it
 
 
 class LocalDraft:
-    """Temporary file in the target's folder, locked while its writer lives."""
+    """Temporary file beside `path`, which `commit` renames to `path`. Locked while its writer lives."""
 
     def __init__(self, path: str) -> None:
         self._target = path
@@ -168,7 +168,10 @@ def _flush(descriptor: int) -> None:
 
 
 def remove_if_abandoned(path: str) -> bool:
-    """Delete a temporary file if its writer is dead. Returns True if the file was deleted."""
+    """Delete a temporary file if its writer is dead. Returns True if the file was deleted.
+
+    The writer is dead if the file is not locked and, for a file of another machine, is at least 24 hours old.
+    """
     try:
         with open(path, "r+b") as file:
             _lock(file.fileno(), wait=False)

@@ -1,14 +1,14 @@
-"""Time limits of requests to storage, which end before a worker counts as lost.
+"""Time limits of requests to storage: a request that fails ends before its worker counts as lost.
 
 A worker counts as lost after a deadline: `cluster.peer_timeout` if peers wait for it, else the watchdog's limit (see
 `runtime.retries.Patience`). The worker must report the storage's error earlier, or the user reads of a lost worker
 instead. So `end_within` limits both parts of the time until this error, here for the default deadline of 300 seconds:
 
 - The last attempt starts within `SHARE` of the deadline: 100 seconds.
-- An attempt to write has at most `REQUESTS` requests: two for who may write, one for whose upload is stored, the
-  upload, and again whose upload is stored. Each takes at most the time limits to connect and for the answer:
-  5 x (5 + 22.5) = 137.5 seconds. Two uploads are not counted: one of more than 5 GiB, in parts, and the first one to a
-  server that then refuses conditions, because it is made twice.
+- An attempt to write has at most `REQUESTS` requests: two to check who may write, one to check whose upload is stored,
+  the upload, and one more to check whose upload is stored. Each takes at most the time limits to connect and for the
+  answer: 5 x (5 + 22.5) = 137.5 seconds. Two uploads are not counted: one of more than 5 GiB, in parts, and the first
+  one to a server that then refuses conditions, because it is made twice.
 
 Together this is at most four fifths of the deadline, for deadlines of 60 seconds and more. The rest is for peers that
 started to wait earlier. A process without a deadline, such as a command, repeats a request for `LONGEST` seconds.
@@ -39,16 +39,16 @@ _rights_are_there = False
 
 
 def expect_rights() -> None:
-    """Note that credentials for the storage should exist, because the command has them.
+    """Tell this process, a worker, that its machine should have credentials for the storage, as the command has them.
 
-    If this process gets no credentials, it then repeats requests instead of failing at once.
+    Requests that fail because there are no credentials are then repeated. Otherwise they fail at once.
     """
     global _rights_are_there
     _rights_are_there = True
 
 
 def rights_expected() -> bool:
-    """True if this process waits for credentials that it lacks, see `expect_rights`."""
+    """True if requests that fail because there are no credentials are repeated: `expect_rights` was called."""
     return _rights_are_there
 
 

@@ -55,18 +55,18 @@ FIRST_PATIENCE = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
 """First and longest pause between two attempts, in seconds."""
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
-"""LINE_AFTER: seconds without an answer until the first log line. LINE_EVERY: seconds between two such lines."""
+"""LINE_AFTER: seconds without an answer until a log line reports it. LINE_EVERY: seconds between two such lines."""
 LARGEST_PUT = 5 * 2**30
 """Largest size in bytes, inclusive, of a file that is sent in one piece. Larger files are sent in parts."""
 PARTS_AT_A_TIME = 2
-"""Number of parts in memory at the same time; a part has 50 MB or more."""
+"""Largest number of parts of a file above `LARGEST_PUT` in memory at the same time; a part has 50 MB or more."""
 
 _WRITER = "datm-ray-writer"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
 _UNREACHABLE = (NoConnectionError, ConnectionError)
 _WITHOUT_RIGHTS = (NoCredentialsError, CredentialRetrievalError)
-"""Errors about credentials that a machine or pod should give. botocore asks for credentials once, for a second."""
+"""Errors about credentials that a machine or pod should give. botocore alone gives up after a second."""
 _BROKEN = (HTTPClientError, IncompleteReadError, ResponseParserError, ResponseStreamingError, TimeoutError)
 _PASSING = {
     "SlowDown",
@@ -106,9 +106,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return answer_timeout()
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """Make the client if there is none, if its time limits have changed, or if `refresh` is True.
+        """Return the client. Make it if there is none, if its time limits have changed, or if `refresh` is True.
 
-        s3fs calls this before every request.
+        s3fs calls this before every request. `kwargs` belongs to s3fs and is not read.
         """
         timeouts = (self.connect_timeout, self.read_timeout)
         refresh, self._timeouts = refresh or timeouts != self._timeouts, timeouts
@@ -142,7 +142,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
     def patiently(self, path: str, call: Callable[[], T]) -> T:
         """Return the result of `call`, which is repeated after a temporary failure and must be safe to repeat.
 
-        Nested calls share the time limit of the outermost one.
+        Nested calls share the time limit of the outermost one. The bucket of `path` is named in the log.
         """
         began = _began.get() or time.monotonic()
         outermost = _began.set(began)
@@ -179,7 +179,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         """Seconds until the next attempt; `None` to give up. Logs a warning now and then in a long wait.
 
         Args:
-            path: path in the failed request, for the warning.
+            path: path in the failed request, whose bucket the warning names.
             error: error of the last attempt.
             attempt: number of attempts made so far.
             waited: seconds since the first attempt began.
@@ -219,7 +219,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         Args:
             content: the file to send; only a few parts of it are in memory at a time.
             replace: True to replace an existing file; False to keep it.
-            guard: called before each attempt. If it raises, nothing is uploaded.
+            guard: called before each attempt. If it raises, this attempt uploads nothing, and the error is passed on.
 
         Raises:
             FileExistsError: `replace` is False and the file exists.
@@ -256,7 +256,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         self.patiently(path, upload)
 
     def _upload(self, path: str, content: BinaryIO, writer: str, *, replace: bool) -> bool:
-        """Upload a whole file once.
+        """Upload a whole file once. `writer` is a random id that is stored with the file.
 
         Returns:
             True if the file has been written as asked; False if another writer may have replaced it at the same
@@ -303,7 +303,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
 
 def _refuse_page(response_dict: Any, **_: object) -> None:
-    """Raise an error if a server's answer is a web page, which botocore would take for an empty folder."""
+    """Raise a ResponseParserError if a server's answer is a web page, which botocore would take for an empty folder."""
     body = response_dict["body"]  # a stream, not bytes, if it is a file's content
     if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
         raise ResponseParserError("a web page")

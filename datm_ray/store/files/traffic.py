@@ -37,7 +37,7 @@ class Traffic:
     write_seconds: float = 0.0
     """Seconds from the moment when the content is complete until the file has its name."""
     looks: int = 0
-    """Number of requests without content: exists, size, list and delete."""
+    """Number of requests without content: exists, size, stamp, list and delete."""
     look_seconds: float = 0.0
     """Seconds of the requests without content."""
     retries: int = 0
@@ -67,7 +67,10 @@ def traffic() -> Traffic:
 
 @contextmanager
 def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
-    """Count the block as one request, even if it fails. The block sets `bytes` of the yielded `Size`."""
+    """Count the block as one request, even if it fails. The block sets `bytes` of the yielded `Size`.
+
+    `kind` chooses the totals; "look" moves no content. `uri` is only logged.
+    """
     size, started = Size(), time.monotonic()
     try:
         yield size
