@@ -3,9 +3,10 @@
 Trained, frozen networks classify an image of class y: the backbone, and auxiliaries of other architectures. Each
 network's class activation map shows where the network finds y. Features that all networks use are the image's meta
 features; all other features are heterogeneous.
-Three terms, each a mean over images, are added to the loss of any distillation:
+Three terms, each a mean over images, are weighted and added to the loss of any distillation:
 
-    variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (a_m - mean a)^2
+    variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (a_m - mean a)^2;
+                 as a control, of the logits instead (`metadd.variance_of`)
     invariance   sum over the auxiliaries of CE(f_m(x), y) + divergence * KL(f_m(x) || f_0(x)), f_0 the backbone
     position     mean over networks and pixels of relu(-map): evidence against y. This is our reading of the paper's
                  third and smallest term.
@@ -35,11 +36,11 @@ from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
 
 IMAGES_AT_A_TIME = 10
-"""Default number of images per part; `gradient` holds the graphs of all networks on this many images."""
+"""Default number of images that MetaDD's networks process at a time, which bounds the memory of their graphs."""
 
 
 ROUNDING = 16
-"""Largest range of a map that counts as constant, in machine epsilons relative to the map's largest magnitude."""
+"""A map is constant if its values differ by at most this many machine epsilons times its largest magnitude."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +48,33 @@ class Evidence:
     """Class activation maps and logits of networks for images of known classes."""
 
     maps: Tensor
-    """[.. b h w] class activation maps at the images' size. The mean of a map is roughly the logit of its class."""
+    """[b h w] class activation maps of one network, at the images' size, or [m b h w] of m networks. Each shows the
+    evidence for the image's given class. The mean of a map is roughly the logit of its class."""
     logits: Tensor
-    """[.. b k] logits."""
+    """[b k] logits of one network, or [m b k] of m networks."""
 
 
 @dataclass(frozen=True)
 class MetaLoss:
-    """MetaDD's loss and its terms, each a mean over images. `total` is the weighted sum; the terms are unweighted."""
+    """MetaDD's loss and its terms, each a mean over images.
+
+    `total` is the loss: the weighted sum of the terms `variance`, `invariance` and `position`, which are unweighted.
+    """
 
     total: Tensor
     variance: Tensor
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio in [0, 1]: number of pixels where the maps of all networks reach `metadd.threshold`, divided
-    by the number where any map does."""
+    """Meta-feature ratio in [0, 1], reported only: number of pixels where the maps of all networks reach
+    `metadd.threshold`, divided by the number where any map does."""
 
     def values(self) -> Tensor:
-        """Loss, its terms and the ratio as one vector [5] without derivatives, in the order of the fields."""
+        """Loss, its three terms and the ratio as one vector [5] without derivatives, in the order of the fields."""
         return torch.stack([getattr(self, each.name).detach() for each in fields(self)])
 
     def detach(self) -> MetaLoss:
-        """Copy the loss and its terms without derivatives."""
+        """Copy the loss, its terms and the ratio without derivatives."""
         return MetaLoss(*self.values())
 
 
@@ -80,19 +85,19 @@ class MetaDD:
         loss = distribution_matching(synthetic, real) + metadd.loss(synthetic, labels).total
 
     Attributes:
-        options: weights and thresholds.
+        options: section `metadd` of a recipe: weights of the terms, and how they are computed.
     """
 
     def __init__(self, networks: Sequence[nn.Module] | Mapping[int, nn.Module], options: MetaLossConfig | None = None):
         """Copy the networks, frozen and in evaluation mode.
 
         Args:
-            networks: trained networks, the backbone first. A process that holds only some networks gives a mapping
-                index -> network.
-            options: weights and thresholds; `None` for the defaults.
+            networks: trained networks, the backbone first. A process that holds only some of them, or none, gives a
+                mapping from a network's index among all to the network; the backbone has index 0.
+            options: section `metadd` of a recipe; `None` for the defaults.
 
         Raises:
-            ConfigError: fewer than two networks are given.
+            ConfigError: `networks` is a sequence of fewer than two networks.
         """
         numbered = dict(networks) if isinstance(networks, Mapping) else dict(enumerate(networks))
         if not isinstance(networks, Mapping) and len(numbered) < 2:
@@ -108,10 +113,12 @@ class MetaDD:
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
         """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
 
-        The graphs of all networks are kept for all images; `gradient` keeps them for one part of the images only.
+        This object must hold all networks. Their graphs are kept for all images; `gradient` needs less memory, because
+        it keeps them for one part of the images only.
 
         Raises:
-            ConfigError: a network has no feature maps, or the networks have different numbers of classes.
+            ConfigError: a network has no logits, no feature maps of more than one position, or too few classes for a
+                label; or the networks have different numbers of classes.
         """
         largest = _largest(labels)
         each = [evidence(network, images, labels, largest) for network in self._networks.values()]
@@ -145,8 +152,14 @@ class MetaDD:
             chunk: number of images per part.
             augmentations: [b] augmentation of one sample for each image. The networks see the augmented images. The
                 gradient is with respect to the images before augmentation. Empty for none.
-            all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
-                part of the gradient that goes through its own networks.
+            all_sum: sum over the processes that hold the other networks.
+
+        Returns:
+            The loss without derivatives, the same in each process, and the part [b c h w] of the gradient that goes
+            through the networks of this process.
+
+        Raises:
+            ConfigError: a network held here lacks logits, feature maps of more than one position, or enough classes.
         """
         over, total = over or max(1, len(images)), torch.zeros_like(images)
         largest = classes - 1 if classes else _largest(labels)
@@ -173,9 +186,17 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> Evidence:
-        """Compute the maps [m b h w] and logits [m b k] of all networks, without derivatives.
+        """Compute the maps [m b h w] and logits [m b k] of all m networks in all processes, without derivatives.
 
-        Arguments: see `gradient`.
+        Args:
+            images, labels: [b c h w] images of the classes [b].
+            networks: m; `None` for the number held here.
+            classes: k; required if no network is held here. With 0 the CPU waits for a GPU to read the labels.
+            chunk: number of images that the networks process at a time.
+            all_sum: sum over the processes that hold the other networks.
+
+        Raises:
+            ConfigError: a network held here lacks logits, feature maps of more than one position, or enough classes.
         """
         parts, largest = list[Evidence](), classes - 1 if classes else _largest(labels)
         for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
@@ -224,7 +245,8 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int | 
         largest: an upper limit of the labels, inclusive. `None` reads the labels, for which the CPU waits for a GPU.
 
     Raises:
-        ConfigError: the network has no feature maps, or `largest` is not below its number of classes.
+        ConfigError: the network has no logits [b k], no feature maps of more than one position, or not more classes
+            than `largest`.
     """
     with torch.enable_grad():
         shown = images if images.requires_grad else images.detach().requires_grad_()
@@ -238,7 +260,12 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor, largest: int | 
 
 
 def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> MetaLoss:
-    """Compute the loss from all networks' maps [m b h w] and logits [m b k], the backbone first, and labels [b]."""
+    """Compute MetaDD's loss for images of the classes `labels` [b].
+
+    Args:
+        shared: maps [m b h w] and logits [m b k] of all m networks for the images, the backbone first.
+        options: section `metadd` of a recipe.
+    """
     scaled = scaled_maps(shared.maps)
     compared = scaled.flatten(2) if options.variance_of == "maps" else _standardised(shared.logits)
     variance = compared.var(dim=0, unbiased=False).mean()
@@ -249,7 +276,7 @@ def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> Meta
 
 
 def scaled_maps(maps: Tensor) -> Tensor:
-    """Scale each of the maps [.. h w] to [0, 1]; a constant map becomes 0 and has no derivative."""
+    """Scale each of the maps [.. h w] so that its lowest value is 0 and its highest 1. A constant map becomes 0."""
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     # Resizing a constant map leaves rounding errors, which are no evidence.
     varies = highest - lowest > ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
@@ -257,9 +284,14 @@ def scaled_maps(maps: Tensor) -> Tensor:
 
 
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Meta-feature ratio [b] of m networks' maps [m b h w], scaled to [0, 1]; 0 if no map reaches `threshold`.
+    """Meta-feature ratio [b] of b images: how far m networks find their class in the same pixels, in [0, 1].
 
-    The ratio is the number of pixels where all maps reach `threshold`, divided by the number where any map does.
+    The ratio is the number of pixels where all networks' maps reach `threshold`, divided by the number where any map
+    does; 0 if none does.
+
+    Args:
+        scaled: [m b h w] class activation maps, scaled to [0, 1].
+        threshold: value from which a map counts as reaching it.
     """
     reached = scaled >= threshold
     shared, any_ = reached.all(dim=0), reached.any(dim=0)
@@ -272,7 +304,8 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
     Each network adds its cross-entropy, and `divergence` times its KL divergence from the backbone.
 
     Args:
-        logits: [m b k], the backbone's first.
+        logits: [m b k] logits of m networks, the backbone first.
+        labels: [b] classes of the images.
         divergence: weight of the KL divergence; a negative value rewards it.
     """
     ours, others = logits[0].log_softmax(dim=1), logits[1:].log_softmax(dim=2)

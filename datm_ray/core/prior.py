@@ -47,7 +47,7 @@ INVERSION_RATE = 0.1
 """Learning rate of Adam at the start of an inversion, which searches latents for given images. It falls along a cosine
 to 0."""
 MIDDLE = 0.5
-"""Value of a pixel between black and white, which decoders add to their output."""
+"""Value of a pixel halfway between black (0) and white (1), which decoders add to their output."""
 
 
 def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
@@ -59,7 +59,7 @@ def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution that roughly keeps its input's variance, so an untrained decoder's images vary with the latents."""
+    """3x3 convolution that roughly keeps its input's variance, so images of untrained decoders vary with latents."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     assert layer.bias is not None
@@ -121,7 +121,7 @@ def _drawn_from(seed: int) -> Iterator[None]:
 
 
 def build_autoencoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> Autoencoder:
-    """Autoencoder for images of shape `image` (c, h, w). Its parameters are drawn from `seed` alone."""
+    """Build an autoencoder for images of shape `image` (c, h, w). Its parameters are drawn from `seed` alone."""
     with _drawn_from(seed):
         return Autoencoder(image, settings)
 
@@ -129,7 +129,7 @@ def build_autoencoder(settings: PriorConfig, image: tuple[int, int, int], seed: 
 def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> nn.Module:
     """Build the untrained decoder that a recipe describes, or call the user's function that returns a decoder.
 
-    Parameters that torch draws in the user's function depend on `seed` alone.
+    Parameters that torch draws in the user's function depend on `seed` alone. `image` is the shape (c, h, w).
 
     Raises:
         ConfigError: the function cannot be imported, or does not return a decoder for images of this shape.
@@ -176,22 +176,22 @@ class Prior:
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
     chunk: int
-    """Number of images in a micro-batch."""
+    """Number of images in a micro-batch: images that pass through the decoder together."""
 
     @classmethod
     def of(cls, decoder: nn.Module, normaliser: nn.Module, chunk: int) -> Prior:
-        """Make a prior from two modules, which are frozen.
+        """Make a prior from two modules, which are frozen and put into evaluation mode.
 
         Args:
             decoder: maps latents to pixels, 0 for black and 1 for white.
             normaliser: maps pixels to normalised images.
-            chunk: number of images in a micro-batch.
+            chunk: number of images in a micro-batch: images that pass through the decoder together.
         """
         return cls(nn.Sequential(decoder, normaliser).eval().requires_grad_(False), chunk)
 
     @torch.no_grad()
     def render(self, latents: Tensor) -> Tensor:
-        """Images [n c h w] of latents [n l a b]."""
+        """Make the normalised images [n c h w] of latents [n l a b], without derivatives."""
         return torch.cat([self.network(part) for part in latents.split(self.chunk)])
 
     def pull_back(self, latents: Tensor, gradient: Tensor) -> Tensor:
@@ -228,8 +228,8 @@ class Prior:
 
         Args:
             images: [n c h w] normalised images.
-            latents: [n l a b] latents at the start.
-            steps: number of steps.
+            latents: [n l a b] latents at the start, which are not changed.
+            steps: number of Adam's steps for each micro-batch.
         """
         found = []
         for part, start in zip(images.split(self.chunk), latents.split(self.chunk), strict=True):
@@ -245,9 +245,9 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw random latents of a whole set, independent standard normal numbers.
+    """Draw random latents of a whole set: independent standard normal numbers.
 
-    An inversion, which searches latents for given images, starts from them.
+    An inversion, which searches latents for given images, starts from them. `shape` is (n, l, a, b).
     """
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
@@ -279,7 +279,7 @@ def train_autoencoder(
     seed: int,
     state: AutoencoderState,
 ) -> Iterator[float | None]:
-    """Train the remaining epochs and update `state` in place.
+    """Train an autoencoder from `state.epoch` to the last epoch, and update `state` in place.
 
     Yields the epoch's mean squared error of pixels after its last step, and `None` after every other step. The learning
     rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
@@ -288,6 +288,7 @@ def train_autoencoder(
         network: architecture; its own parameters are not read.
         pixels: function from indices of training images to these images [n c h w], 0 for black and 1 for white.
         count: number of training images.
+        settings: section `prior` of the recipe: epochs, batch size and learning rate.
         seed: seed of the run.
         state: parameters and moments, on the device that computes.
     """

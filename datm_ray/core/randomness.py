@@ -56,6 +56,9 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
         purpose: purpose of the draws; separates streams with equal seed and counters.
         counters: at most three non-negative integers, the most significant first, such as (epoch, batch). A purpose
             must always have the same number of counters, because (5,) and (0, 5) give the same stream.
+
+    Raises:
+        ValueError: there are more than three counters.
     """
     return np.random.Generator(
         np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array(_words(counters), np.uint64))
@@ -63,7 +66,7 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
 
 
 def _words(counters: tuple[int, ...]) -> list[int]:
-    """Philox's counter: word 0 numbers the blocks of a stream (up to 2**64), words 1 to 3 are `counters`."""
+    """Philox's counter of four words: word 0 numbers a stream's blocks, words 1 to 3 are `counters`, last first."""
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
     return [0, *reversed(counters)] + [0] * (3 - len(counters))
@@ -81,8 +84,9 @@ _kept = _Kept()
 def drawn(draw: Callable[[np.random.Generator], Drawn], seed: int, purpose: Purpose, *counters: int) -> Drawn:
     """Call `draw` with the generator for one purpose and set of counters, and return its result.
 
-    The numbers are those that `generator` would give. To save time, each thread keeps a generator and sets its state
-    anew in every call. So `draw` must not use the generator after its return. Calls may be nested.
+    The numbers are those that `generator` would give for the same arguments. To save time, each thread keeps a
+    generator and sets its state anew in every call. So `draw` must not keep the generator after it returns. It may
+    itself call `drawn`. More than three counters raise a `ValueError`.
     """
     random, _kept.random = _kept.random or np.random.Generator(np.random.Philox(0)), None
     random.bit_generator.state = {
@@ -100,5 +104,5 @@ def drawn(draw: Callable[[np.random.Generator], Drawn], seed: int, purpose: Purp
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
-    """Derive a 63-bit seed for one purpose and set of counters, such as the seed of expert 7."""
+    """Derive a seed in [0, 2**63), such as that of expert 7. More than three counters raise a `ValueError`."""
     return drawn(lambda random: int(random.integers(2**63)), seed, purpose, *counters)

@@ -14,7 +14,11 @@ Steps: TypeAlias = Generator[None, None, Result]
 
 
 class Work(Generic[Result]):
-    """Work in steps to iterate over, once: an item for each pause. Afterwards `result` is the work's result."""
+    """Iterable that does a work in steps: one item, `None`, for each pause. It can be iterated over once.
+
+    Attributes:
+        result: the work's result; exists only after the last item.
+    """
 
     result: Result
 
@@ -22,12 +26,12 @@ class Work(Generic[Result]):
         self._steps = steps
 
     def __iter__(self) -> Iterator[None]:
-        """Do the work, step by step."""
+        """Do the work, and yield `None` at each of its pauses."""
         self.result = yield from self._steps
 
 
 def result_of(steps: Steps[Result]) -> Result:
-    """Do all steps at once and return the result."""
+    """Do a work in steps without pausing, and return its result."""
     work = Work(steps)
     for _ in work:
         pass
@@ -35,7 +39,7 @@ def result_of(steps: Steps[Result]) -> Result:
 
 
 def all_of(works: Iterable[Steps[Result]]) -> Steps[list[Result]]:
-    """Do several works one after another, and return the list of their results."""
+    """Join several works into one that does them in turn, with all their pauses. Its result is the list of results."""
     found: list[Result] = []
     for work in works:
         found += [(yield from work)]
@@ -43,6 +47,6 @@ def all_of(works: Iterable[Steps[Result]]) -> Steps[list[Result]]:
 
 
 def finished(result: Result) -> Steps[Result]:
-    """Work that has its result already. Pauses once."""
+    """Make a work in steps whose result is already known. It pauses once, before it returns `result`."""
     yield
     return result

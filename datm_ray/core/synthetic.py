@@ -38,9 +38,10 @@ class Rows:
 
     @classmethod
     def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Rows of a shard's classes in a set with `ipc` images per class.
+        """Rows of the classes of shard number `shard`, from 0, in a set with `ipc` images per class.
 
-        If `shards` does not divide `classes`, the first shards have one class more.
+        The classes 0 to `classes` - 1 are divided among `shards` shards in order. If they cannot be divided equally,
+        the first shards have one class more.
         """
         bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
         return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
@@ -57,18 +58,18 @@ class SyntheticSet:
     images: Tensor
     """[n c h w] images, normalised like the experts' training images."""
     soft_labels: Tensor
-    """[n k] soft labels as logits; a student is trained towards their softmax."""
+    """[n k] soft labels of the images as logits; a student is trained towards their softmax."""
     step_sizes: Tensor
-    """[a] step size of the student's SGD for each backbone."""
+    """[a] step size of the student's SGD for each backbone (network whose experts are matched)."""
     labels: Tensor
-    """[n] int64 class of the real image that each image started from; not learned."""
+    """[n] int64 class of each image; not learned."""
     latents: Tensor | None = None
     """[n ...] latents from which a prior makes the images. They are learned instead of pixels; `None` without a
     prior."""
 
     @property
     def step_size(self) -> Tensor:
-        """[] step size of the first backbone. The set is evaluated with this step size."""
+        """[] step size of the first backbone. Scored networks that are no backbone try this step size first."""
         return self.step_sizes[0]
 
     def variable(self, name: str) -> Tensor:
@@ -80,7 +81,7 @@ class SyntheticSet:
         return learned
 
     def each(self, function: Callable[[Tensor], Tensor]) -> SyntheticSet:
-        """Set of the results of `function`, which is called with every tensor of this set."""
+        """Copy of this set in which every tensor is replaced by `function` of this tensor."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
@@ -95,9 +96,9 @@ class SyntheticSet:
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
-    """Indices of `ipc` random images of each class, without repetition, in the order of the classes.
+    """Draw `ipc` images of each class, without repetition. Returns their indices in the order of the classes.
 
-    Each class must have at least `ipc` images.
+    `labels` are the classes [n] of the real training images, at least `ipc` of each class.
     """
     return np.concatenate([rows[:ipc] for rows in _shuffled_by_class(labels, seed)])
 
@@ -107,7 +108,7 @@ def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, la
 
     Args:
         rows: indices of the images of the class `label`.
-        iteration: number of the iteration, from 0; each iteration has its own draw.
+        seed, iteration, label: seed of the run, number of the iteration from 0, and class; they decide the draw.
     """
     return generator(seed, Purpose.REAL_BATCH, iteration, label).permutation(rows)[:count]
 
@@ -130,8 +131,8 @@ def correct_rows_in_steps(
     Args:
         labels: [n] classes of the real training images, at least `ipc` of each class.
         experts: number of experts to use at most.
-        predict: function (expert, indices) -> work that finds the predicted classes of those images; called for no more
-            images than needed.
+        predict: function (expert, indices) -> work that finds the classes which the expert predicts for these images.
+            It is called for at most 2 `ipc` images of a class at a time, until the class has enough.
         classes: classes to choose images for.
     """
     shuffled = _shuffled_by_class(labels, seed)
@@ -160,12 +161,12 @@ def correct_rows_in_steps(
 
 
 def hard_logits(labels: Tensor, classes: int) -> Tensor:
-    """Turn hard labels [n] into soft-label logits [n k] whose softmax gives every other class 2e-9."""
+    """Turn hard labels [n] into logits [n k]: 20 for the label, 0 for all others, whose softmax is then 2e-9 each."""
     return 20.0 * torch.nn.functional.one_hot(labels, classes).to(torch.float32)
 
 
 def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> Steps[Tensor]:
-    """Compute soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
+    """Compute soft labels [n k] as logits: for each image, the mean logits of the experts that classify it correctly.
 
     An image that no expert classifies correctly gets the mean over all experts. Randomly chosen images may need this.
 

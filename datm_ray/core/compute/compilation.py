@@ -1,8 +1,8 @@
 """Trace functions of tensors into flat graphs of tensor operations, and compile these graphs.
 
 A function is traced once for each shape of its arguments. So the compiled code runs no Python of the network, and has
-no graph breaks. Tracing removes terms known to be zero, and replaces slow weight gradients of convolutions by faster
-ones. A machine without a compiler runs the functions uncompiled, and one line reports this.
+no graph breaks. Tracing removes terms known to be zero. A machine without a compiler runs the functions uncompiled, and
+`compiler_problem` says why in one line.
 
 The result of a graph does not depend on the strides of its intermediate values. These strides may differ between
 tracing and a call: they depend on the version of torch and on the kernel, and removing a term may change them.
@@ -90,13 +90,21 @@ class CompiledForShapes:
 
         Args:
             function: function of several tensors that writes to none of them.
-            channels_last: see `Compiled`.
+            channels_last: True to let the compiler choose the memory order of feature maps, False to keep the order
+                that every map had in tracing.
         """
         self._function, self._channels_last = function, channels_last
         self.built: dict[tuple[Any, ...], Compiled] = {}
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """Compute the function's result."""
+        """Compute the function's result, a tensor or a tuple of tensors.
+
+        Raises:
+            NotImplementedError: torch lacks a derivative.
+            ConfigError: the function cannot be traced, such as one that branches on values of tensors.
+            ValueError: a tensor has gaps in memory, or another memory order than in the first call with these shapes;
+                compiled code would misread it.
+        """
         key = tuple((tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self.built:
             with shapes_only():
@@ -113,7 +121,10 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 @functools.cache
 def compiler_problem(device_type: str) -> str:
-    """Compile a small function, once per process. Returns one line on why this fails, or "" if it works."""
+    """Compile a small function as a test. Returns one line on why this fails, or "" if it works.
+
+    The test runs once per process and type of device, such as "cpu"; later calls return its result.
+    """
     zeros = torch.zeros(8, device=device_type)
     try:
         Compiled(traced(lambda x: (torch.sin(x),), zeros), device_type)(zeros)
@@ -124,10 +135,11 @@ def compiler_problem(device_type: str) -> str:
 
 
 def compiled_facts(is_compiled: bool, note: str) -> dict[str, str | bool]:
-    """Facts that a worker stores in checkpoints: whether its functions are compiled and, if compiling failed, why.
+    """Facts that a worker stores in checkpoints: `is_compiled` as "compiled", and `note` as "not_compiled_because".
 
     Args:
-        note: result of `compiler_problem`; "" if the compiler works, or if compiling was not wanted.
+        is_compiled: True if the worker's functions are compiled.
+        note: one line on why compiling fails. "" if it works or was not wanted; the second fact is then left out.
     """
     return {"compiled": is_compiled} | ({"not_compiled_because": note} if note else {})
 
@@ -135,7 +147,7 @@ def compiled_facts(is_compiled: bool, note: str) -> dict[str, str | bool]:
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
     """Trace a function for the shapes of these arguments. Returns the function's graph.
 
-    The arguments may be tensors without memory, see `shapes_only`.
+    The arguments' values do not matter, so they may be tensors without memory, made within `shapes_only`.
 
     Raises:
         NotImplementedError: torch lacks a derivative.
@@ -216,7 +228,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _drop_zero_terms(graph: fx.Graph) -> None:
-    """Remove additions of tensors known to be zero, and copies that only change a tangent's memory order.
+    """Let the graph skip additions of tensors known to be zero, and copies that only change a tangent's memory order.
 
     A student step is differentiated along a direction of the parameters, so the images' tangent is zero. Automatic
     differentiation writes this tangent as a map of zeros and convolves the zeros. In the first layer, which has the

@@ -30,7 +30,7 @@ class Replayed:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Store the function. The first call records it."""
+        """Store the function, whose tensors are on a GPU. The first call records it."""
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []

@@ -21,14 +21,14 @@ CONTEXT_BYTES = 2**29
 """Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
 
 DRIVER = "libcuda.so.1"
-"""Library of CUDA's driver."""
+"""File name of the library of CUDA's driver, which `gpu_size` asks."""
 
 
 def free_gpu_memory() -> int:
     """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use.
 
-    Reserved memory of CUDA graphs does not count, see `reusable`. If tensors of this process may fill only a share
-    of the GPU, see `limit_tensors`, the result is at most what is left of this share.
+    Reserved memory of CUDA graphs does not count, because other tensors cannot use it. If `limit_tensors` limits this
+    process to a share of the GPU, the result is at most what is left of this share.
     """
     free, total = torch.cuda.mem_get_info()
     reserved, share = torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction()
@@ -59,7 +59,7 @@ def gpu_size() -> int | None:
 
 
 def tensor_share() -> float:
-    """Largest share of its GPU that tensors of this process may fill; 1 before CUDA starts in the process."""
+    """Largest share, in [0, 1], of its GPU that tensors of this process may fill; 1 before CUDA starts in it."""
     return torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_initialized() else 1.0
 
 
@@ -67,7 +67,8 @@ def limit_tensors(share: float) -> None:
     """Limit this process to a share of its GPU, so that a process that exceeds its share runs out of memory itself.
 
     Without a limit, another process on the GPU might run out of memory although its tensors fit into its own share.
-    The limit is the share less `CONTEXT_BYTES`. It covers tensors, CUDA graphs, and memory that torch keeps unused.
+    The limit is `share`, in (0, 1] of the whole GPU's memory, less `CONTEXT_BYTES`. It covers tensors, CUDA graphs, and
+    memory that torch keeps unused.
     """
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_BYTES / total))
@@ -87,13 +88,16 @@ def reusable(segments: Iterable[Mapping[str, Any]], device: int) -> int:
 
 
 def uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Concatenate arrays to one tensor of type `dtype` on the device, see `sent`; `None` keeps the arrays' type."""
+    """Concatenate arrays along their first axis, and copy them to the device as one tensor without waiting for a GPU.
+
+    The tensor has the type `dtype`; `None` keeps the arrays' type. Without any array it is empty.
+    """
     whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
     return sent(whole.to(dtype) if dtype else whole, device)
 
 
 def sent(whole: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor in main memory to the device.
+    """Copy a tensor in main memory to the device; on the CPU, return the tensor itself.
 
     A copy to a GPU goes through pinned memory, because from other memory it would wait until the GPU is idle.
     """

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-"""Precision of a student step. "tf32" rounds the factors of products to 10 bits. "bfloat16" computes layers and their
-derivatives in bfloat16, and sums in float32."""
+"""Precision of products. "float32" rounds nothing more. "tf32" rounds the factors of products to 10 bits on GPUs that
+have TF32, and nothing elsewhere. "bfloat16" computes layers and their derivatives in bfloat16, and sums in float32."""
 
 
 def has_tf32(device: torch.device) -> bool:
@@ -25,7 +25,7 @@ def has_tf32(device: torch.device) -> bool:
 
 @contextmanager
 def restoring_tf32() -> Iterator[None]:
-    """Restore this process's switches for TF32 and for products of less precision when the block ends.
+    """Context at whose end torch's switches for TF32 and other products of less precision have their former values.
 
     torch has older switches (`allow_tf32`) and newer ones (`fp32_precision`). Both are restored, but only the newer
     ones if the two contradict each other. A newer switch that takes its value from a more general one is restored to
@@ -47,7 +47,8 @@ def restoring_tf32() -> Iterator[None]:
 def _former_switches() -> tuple[bool, bool, str] | None:
     """Values of torch's older switches; `None` if they contradict the newer switches.
 
-    The values are: TF32 in matrix products, TF32 in cuDNN, and precision of float32 products.
+    The values are: True if TF32 is allowed in matrix products, True if in cuDNN, and the precision of float32 matrix
+    products, such as "highest".
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 asks for the newer switches
@@ -60,7 +61,11 @@ def _former_switches() -> tuple[bool, bool, str] | None:
 
 @contextmanager
 def tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
-    """Allow or forbid TF32 within the context, on GPUs only. By default torch allows TF32 in convolutions only."""
+    """Context in which matrix products and convolutions on a GPU may use TF32 if `allowed`, and may not otherwise.
+
+    Afterwards torch's former settings hold again; by default they allow TF32 in convolutions only. For a device that is
+    no GPU, nothing changes.
+    """
     if device.type != "cuda":
         yield
         return

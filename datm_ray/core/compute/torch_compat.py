@@ -39,7 +39,13 @@ def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 
 
 def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph directly, without the capture and the guards of `torch.compile`."""
+    """Compile a graph directly, without the capture and the guards of `torch.compile`. The graph may be changed.
+
+    Args:
+        graph: graph from `trace`.
+        arguments: tensors of the shapes and memory orders that every later call will have.
+        options: settings of torch's compiler (inductor), by name.
+    """
     import torch._inductor
 
     if TorchVersion(torch.__version__) < "2.14":
@@ -49,7 +55,7 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: d
 
 
 def add_biases_apart(graph: fx.GraphModule) -> None:
-    """Change convolutions with a bias into a convolution and an addition.
+    """Replace each convolution with a bias, in the graph, by one without bias and an addition.
 
     Torch below 2.14 cannot compile a bias that is a view of a computed value, as in stacks of experts. Observed with
     2.8, 2.9 and 2.11 on CPUs. On GPUs the compiler itself makes the addition separate.

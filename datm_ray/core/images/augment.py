@@ -26,16 +26,16 @@ from datm_ray.core.images.resampling import resampled
 from datm_ray.errors import ConfigError
 
 CROP_RATIO = 0.125
-"""Largest shift of `crop`, as a share of the image's side."""
+"""Largest shift of the operation `crop` in either direction, as a share of the image's side."""
 CUTOUT_RATIO = 0.5
-"""Side of the square that `cutout` blanks, as a share of the image's side."""
+"""Side of the square that the operation `cutout` sets to zero, as a share of the image's side."""
 SCALE_RATIO = 1.2
-"""Largest factor of `scale`, which draws the factors of height and width from [1/1.2, 1.2] independently."""
+"""Largest factor by which the operation `scale` stretches or shrinks an image. Height and width get one factor each."""
 ROTATE_DEGREES = 15.0
 """Largest angle of `rotate` in degrees, in either direction."""
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
-"""Ranges of `color`: brightness moves by up to half of `BRIGHTNESS` in either direction, saturation is multiplied by a
-factor in [0, `SATURATION`), and contrast by a factor in [`CONTRAST`, 1 + `CONTRAST`)."""
+"""Ranges of the operation `color`: brightness moves by up to half of `BRIGHTNESS` in either direction, saturation is
+multiplied by a factor in [0, `SATURATION`), and contrast by a factor in [`CONTRAST`, 1 + `CONTRAST`)."""
 
 NO_AUGMENTATION = ""
 """Name of the operation that changes nothing."""
@@ -56,7 +56,10 @@ class Augmentation:
 
 
 def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
-    """Draw one operation of a strategy, such as "crop_flip", with parameters for `batch` samples."""
+    """Draw one operation of a strategy such as "crop_flip", with parameters for `batch` samples; "" draws none.
+
+    An operation that does not exist raises a `ConfigError`.
+    """
     operations = parse_strategy(strategy)
     if not operations:
         return Augmentation(NO_AUGMENTATION, np.zeros((batch, width(NO_AUGMENTATION)), np.float32))
@@ -66,7 +69,7 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 @functools.cache
 def width(operation: str) -> int:
-    """Number p of an operation's parameters for one sample, added up over the parts that "+" joins."""
+    """Number p of an operation's parameters for one sample, added up over the parts that "+" joins; 3 for ""."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 
@@ -112,9 +115,9 @@ def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
 
 
 def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:
-    """Apply to each batch its own augmentation, in one call for all batches with the same operation.
+    """Apply to each batch [b c h w] its own augmentation, in one call for all batches with the same operation.
 
-    The result equals that of `augment` for each batch, because no operation mixes samples.
+    The result equals that of `augment` for each batch, because no operation mixes samples. b may differ by batch.
     """
     done = list(batches)
     for operation in dict.fromkeys(each.operation for each in augmentations):
@@ -146,7 +149,7 @@ def _color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift each image vertically and horizontally by a random whole number of pixels. Zeros fill the border."""
+    """Shift each image both ways by random whole pixels, at most `CROP_RATIO` of the side. Zeros fill the border."""
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
         reach = int(side * CROP_RATIO + 0.5)
@@ -168,7 +171,7 @@ def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
 
 
 def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
-    """Set a square of each image to zero. The square's centre lies anywhere in the image, also at the border."""
+    """Set a square of each image to zero. The square's centre lies anywhere in the image, so the border may cut it."""
     keep = torch.ones((), dtype=torch.bool, device=images.device)
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
@@ -186,7 +189,7 @@ def _flip(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _scale(images: Tensor, uniform: Tensor) -> Tensor:
-    """Stretch height and width of each image around its centre, by two independent random factors."""
+    """Stretch or shrink height and width of each image around its centre, by two independent random factors."""
     factors = uniform[:, :2] * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO
     zero = torch.zeros_like(factors[:, 0])
     matrix = _matrix([[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
@@ -206,45 +209,50 @@ def _matrix(rows: list[list[Tensor]]) -> Tensor:
 
 
 LEAST_SHARE = 0.08
-"""Smallest share of an image's area that a resized crop keeps, as published."""
+"""Usual smallest share of an image's area that a resized crop keeps, as published."""
 LARGEST_RATIO = 4 / 3
-"""Largest ratio of a resized crop's width to its height, and of its height to its width."""
+"""Usual largest ratio of a resized crop's width to its height, and of its height to its width."""
 
 
 def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio: float = LARGEST_RATIO) -> Tensor:
     """Make boxes [b 4] of random resized crops: top, left, height, width as shares of the image's sides, in [0, 1].
 
     The area and the logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A box longer than the
-    image is shortened to the image's side. torchvision draws another box instead, see `fitting_box`.
+    image is shortened to the image's side. torchvision draws another box instead, and so does `fitting_box`.
 
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
-        least_share: smallest share of the area, in (0, 1].
-        largest_ratio: largest ratio of width to height and of height to width, at least 1; 1 keeps the image's ratio.
+        least_share: smallest share of the image's area, in (0, 1], before a box is shortened.
+        largest_ratio: largest ratio of width to height and of height to width, as shares of the image's sides, at
+            least 1; 1 keeps the image's ratio.
     """
     height, width = (side.clamp(max=1) for side in _drawn_sides(uniform, least_share, largest_ratio))
     return torch.stack([uniform[:, 2] * (1 - height), uniform[:, 3] * (1 - width), height, width], dim=1)
 
 
 def _drawn_sides(uniform: Tensor, least_share: float, largest_ratio: float) -> tuple[Tensor, Tensor]:
-    """Heights [b] and widths [b] of boxes before they are shortened to the image. Arguments: see `crop_boxes`."""
+    """Heights [b] and widths [b] of crop boxes, as shares of the image's sides, before they are shortened to it.
+
+    Only the first two columns of `uniform` [b ..] are read, for area and ratio. Other arguments: as in `crop_boxes`.
+    """
     area = least_share + (1 - least_share) * uniform[:, 0]
     ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(largest_ratio))
     return (area / ratio).sqrt(), (area * ratio).sqrt()
 
 
 WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
-"""Box of the whole image, see `crop_boxes`."""
+"""Box of the whole image: top, left, height and width as shares of the image's sides."""
 
 
 def fitting_box(uniform: Tensor, least_share: float) -> Tensor:
-    """Choose the first of t drawn boxes that fits into the image. Returns the box [4]; the whole image if none fits.
+    """Choose the first of t drawn boxes that fits into the image. Returns its top, left, height and width [4].
 
-    torchvision's `RandomResizedCrop` draws 10 boxes for this. If `least_share` is near 1, almost no box fits.
+    They are shares of the image's sides. If no box fits, the result is the whole image; if `least_share` is near 1,
+    almost none fits. torchvision's `RandomResizedCrop` draws t = 10 boxes.
 
     Args:
-        uniform: [t 4] numbers in [0, 1), see `crop_boxes`.
-        least_share: smallest share of the area, in (0, 1].
+        uniform: [t 4] numbers in [0, 1) for area, ratio, top and left of each box.
+        least_share: smallest share of the image's area, in (0, 1].
     """
     height, width = _drawn_sides(uniform, least_share, LARGEST_RATIO)
     fitting = ((height <= 1) & (width <= 1)).nonzero()[:, 0]
@@ -255,7 +263,7 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     """Enlarge a box of each image [b c h w] to the image's size, bilinearly; differentiable in the images.
 
     Args:
-        boxes: [b 4] from `crop_boxes`.
+        boxes: [b 4] top, left, height and width of each box, as shares of the image's sides.
     """
     top, left, height, width = boxes.to(images.dtype).unbind(1)
     zero = torch.zeros_like(top)

@@ -1,8 +1,9 @@
 """Minibatches of networks in training: order, augmentation, and the copy to the device.
 
 Each network has its own order of images and its own augmentation. Both depend only on the network's seed, the epoch and
-the number of the batch. Images are gathered and augmented for many steps at a time, a block. A GPU gets the numbers of
-a block in two copies, for which the host does not wait. Shapes: s networks, b images of a batch, c h w image.
+the number of the batch. Images are gathered and augmented for many steps at a time (a block). A GPU gets all image
+indices of a block in one copy, and all augmentation parameters in another. The host waits for neither. Shapes: s
+networks, b images of a batch, c h w image.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from datm_ray.core.images.augment import Augmentation, apply_operation, draw_aug
 from datm_ray.core.randomness import Purpose, drawn
 
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**24, 2**28
-"""Largest size in bytes of images that are augmented in one call for several steps, on CPUs and on GPUs; one step may
-be larger. Larger blocks let a GPU work while the host prepares the next one."""
+"""Largest size in bytes of the images of a block (steps that are prepared together), on CPUs and on GPUs. A block has
+at least one step, even a larger one. Larger blocks let a GPU work while the host prepares the next one."""
 GPU_BLOCK_SHARE = 1 / 16
-"""Largest share of a GPU's free memory for the images of a block (steps that are prepared together). Augmentation makes
-several copies of these images."""
+"""Largest share of a GPU's free memory for the images of a block (steps that are prepared together), beside the limit
+`GPU_BLOCK_BYTES`. The share is small because augmentation makes several copies of these images."""
 
 
 class ImageReader(Protocol):
@@ -34,7 +35,7 @@ class ImageReader(Protocol):
 
     @property
     def shape(self) -> Sequence[int]:
-        """Number of images, channels, height, width."""
+        """Shape (n, c, h, w): number of images, channels, height and width of an image."""
 
     def __len__(self) -> int: ...
 
@@ -73,12 +74,13 @@ def batches(
     Every epoch shows each of its images once. The last batch of an epoch may be smaller.
 
     Args:
-        images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `rows_on`.
-        targets: classes [n] or probabilities [n k] of each network's images, on the device.
+        images: images [n c h w] of each network, the same n for all. They may lie in main memory or in files.
+        targets: classes [n] or probabilities [n k] of each network's images, on the device of the batches.
         seeds: seed of each network's order and augmentation.
         epochs: numbers of the epochs, from 0.
         batch_size: images of a network in one step.
-        augmentation: strategy of operations, see `core.images.augment`; "" for none.
+        augmentation: strategy such as "crop_flip": each batch gets one of its operations; "" for none. An operation
+            that does not exist raises a `ConfigError`.
         seen: function from an epoch's number to the indices of its images; `None` for all images in every epoch.
     """
     count, device = len(images[0]), targets[0].device
@@ -102,12 +104,12 @@ def batches(
 
 
 def _order(rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
-    """Indices of an epoch's images in a network's random order. `rows`: the images' indices."""
+    """Shuffle the indices `rows` of an epoch's images into a network's random order. `seed` is the network's."""
     return drawn(lambda random: random.permutation(rows), seed, Purpose.TRAINING_ORDER, epoch)
 
 
 def _augmentation(strategy: str, images: int, seed: int, epoch: int, batch: int) -> Augmentation:
-    """Random augmentation of a network's batch of `images` images."""
+    """Draw the augmentation of batch number `batch` of an epoch. `images` is the number of its images."""
     purpose = Purpose.TRAINING_AUGMENTATION
     return drawn(lambda random: draw_augmentation(strategy, images, random), seed, purpose, epoch, batch)
 
@@ -119,17 +121,17 @@ def _block_bytes(device: torch.device) -> int:
 
 
 class _Minibatch(NamedTuple):
-    """Minibatch of one network for one step. Steps that are prepared together form a block."""
+    """Minibatch of network number `network` for step number `step` of a block (steps that are prepared together)."""
 
     network: int
     step: int
     rows: NDArray[np.int64]
-    """[b] indices of the images."""
+    """[b] indices of the minibatch's images in the data set."""
     augmentation: Augmentation
 
 
 _Placed = dict[tuple[int, int], Tensor]
-"""Network and step of a block -> images [b c h w], or targets, of the minibatch on the device."""
+"""(network, step of a block) -> images [b c h w], or targets [b] or [b k], of that minibatch, on the device."""
 
 
 def _placed(
@@ -141,7 +143,8 @@ def _placed(
 
     Args:
         minibatches: minibatches of all networks in all steps of the block.
-        images, targets: see `batches`.
+        images: images [n c h w] of each network. They may lie in main memory or in files.
+        targets: classes [n] or probabilities [n k] of each network's images, on the device.
 
     Returns:
         The augmented images, then the targets. Each is a dictionary (network, step) -> tensor of the minibatch.
@@ -164,13 +167,14 @@ def _placed(
 
 
 def _gathered(sources: Sequence[Images], minibatches: Sequence[_Minibatch], rows: Tensor) -> Tensor:
-    """Read the images or targets of all minibatches of single networks as one tensor, in their order.
+    """Read the images or targets of all minibatches as one tensor on the device, in the order of the minibatches.
 
     Neighbouring minibatches of the same source are read in one gather.
 
     Args:
         sources: images or targets of each network.
-        rows: indices of all minibatches, on the device.
+        minibatches: minibatches of any networks.
+        rows: indices of the images of all minibatches, one after another, on the device.
     """
     parts, first = list[Tensor](), 0
     for _, same in groupby(minibatches, key=lambda batch: id(sources[batch.network])):

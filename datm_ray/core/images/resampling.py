@@ -24,12 +24,14 @@ MOST_SAMPLED = 65_535
 def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
     """Sample images [b c h w] bilinearly at affinely transformed positions; differentiable in the images.
 
+    The result has the images' shape. Positions are (x, y), each from -1 to 1 within the image.
+
     Args:
-        matrix: [b 2 3] maps a position in the result to a position in the image, see `_grid`.
+        matrix: [b 2 3] maps (x, y, 1) of a pixel of the result to the position (x, y) of the image that it shows.
         align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if -1 and
             1 are the image's borders, with the outermost pixels repeated beyond them.
-        is_turned: False if `matrix` is diagonal but for its last column, so that rows and columns are independent.
-            True for any other matrix, such as a rotation.
+        is_turned: False if `matrix` is diagonal but for its last column, so that rows and columns are independent, and
+            the derivative can be computed faster. True for any other matrix, such as a rotation.
     """
     grid = _grid(matrix, images.shape[2], images.shape[3], align_corners=align_corners)
     if torch.are_deterministic_algorithms_enabled() and images.requires_grad:
@@ -48,7 +50,7 @@ def _grid(matrix: Tensor, height: int, width: int, *, align_corners: bool) -> Te
         matrix: [b 2 3] a row for the x and a row for the y that are read. A row holds the factor of the result's x, the
             factor of the result's y, and a shift.
         height, width: size of the image and of the result in pixels.
-        align_corners: see `resampled`.
+        align_corners: True if -1 and 1 are the centres of the outermost pixels, False if they are the image's borders.
     """
     x = _centres(width, matrix, align_corners=align_corners)
     y = x if height == width else _centres(height, matrix, align_corners=align_corners)
@@ -58,7 +60,10 @@ def _grid(matrix: Tensor, height: int, width: int, *, align_corners: bool) -> Te
 
 
 def _centres(side: int, like: Tensor, *, align_corners: bool) -> Tensor:
-    """Coordinates [side] of the pixels' centres along a side, of the type and on the device of `like`."""
+    """Coordinates [side] of the centres of `side` pixels, of the type and on the device of `like`.
+
+    -1 and 1 are the outermost centres or, without `align_corners`, the image's borders.
+    """
     last = float(side > 1) if align_corners else (side - 1) / side
     return torch.linspace(-last, last, side, dtype=like.dtype, device=like.device)
 
@@ -72,7 +77,7 @@ def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
 
 
 class _InOrder(torch.autograd.Function):
-    """Bilinear sampling as `grid_sample` does it, with a derivative whose sums have a fixed order."""
+    """Bilinear sampling as `grid_sample` does it, with a derivative for the images whose sums have a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, grid: Tensor, align_corners: bool, is_turned: bool) -> Tensor:
@@ -118,7 +123,11 @@ def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _interpolation(places: Tensor) -> Tensor:
-    """Matrix [b side side]: weight of each pixel of a line in the values read at the positions `places` [b side]."""
+    """Weights [b side side] of interpolation along a line of pixels: entry [., i, j] is pixel j's weight in value i.
+
+    Args:
+        places: [b side] positions, in pixels, at which the values are read.
+    """
     distance = places[:, :, None] - torch.arange(places.shape[1], device=places.device)
     return (1 - distance.abs()).clamp(min=0)
 

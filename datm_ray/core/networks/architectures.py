@@ -2,14 +2,14 @@
 
 Each architecture is a function of a `NetworkSpec`. Names and seeds are in `registry.py`.
 
-A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
-place. So every network runs under `torch.func` to any order of derivative, and compiles to one graph. Where torchvision
-defines the same network, the results are equal (tests/core/networks/test_architectures.py). torchvision itself is not
-used, because `core` needs torch alone. torchvision's transformer could not be matched anyway: its attention calls a
-fused kernel without a second derivative.
+A forward pass draws no random numbers and never branches on a tensor's value. Apart from batch statistics, nothing
+changes in place. So every network runs under `torch.func` to any order of derivative, and compiles to one graph. Where
+torchvision defines the same network, the results are equal (tests/core/networks/test_architectures.py). torchvision
+itself is not used, to spare users a dependency. torchvision's transformer could not be matched anyway: its attention
+calls a fused kernel without a second derivative.
 
-Instance normalisation of a map of one pixel leaves only the bias. So ResNets, MobileNetV2 and VGG-11 halve a map only
-if at least two pixels a side remain. Their docstrings name the halvings that are left out.
+Instance normalisation of a map of one pixel leaves only the bias. So ResNets, MobileNetV2 and VGG-11 halve a map that a
+normalisation follows only if at least two pixels a side remain. Their docstrings name the halvings that are left out.
 
 Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbers per token.
 """
@@ -27,9 +27,9 @@ from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.errors import ConfigError
 
 LEAST_SIDE = 8
-"""Smallest image side in pixels, inclusive. `convnet` and `mlp` take smaller images too."""
+"""Smallest image side in pixels, inclusive, of all architectures but `convnet` and `mlp`, which take smaller ones."""
 MOST_SMALL_SIDE = 64
-"""ResNets and MobileNetV2 do not halve the first maps of images whose smaller side has at most this many pixels."""
+"""Largest shorter side in pixels, inclusive, of images whose first maps ResNets and MobileNetV2 do not halve."""
 
 Convolutions = Sequence[tuple[int, int, int]]
 """Output channels, kernel side in pixels and stride of each of several successive convolutions."""
@@ -40,7 +40,7 @@ class SpatialNetwork(nn.Module):
 
     Attributes:
         features: maps images [b c h w] to the last feature maps, before pooling.
-        pooling: reduces the feature maps to smaller maps, or each map to one number.
+        pooling: reduces the feature maps to smaller maps, or each map to one number; may be the identity.
         classifier: maps the flattened pooled feature maps to logits.
     """
 
@@ -69,6 +69,7 @@ class ConvNet(SpatialNetwork):
     """ConvNet: depth x [conv 3x3 -> norm -> ReLU -> pool 2x2], then one linear layer over the flattened map.
 
     DC, DSA, MTT, FTD, TESLA and DATM use this network with width 128 and depth 3 at 32x32, 4 at 64x64, 5 at 128x128.
+    If the poolings would halve the image to less than one pixel, a `ConfigError` is raised.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -94,29 +95,33 @@ class ConvNet(SpatialNetwork):
 
 
 def resnet18(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-18 (arXiv 1512.03385), see `_resnet`."""
+    """ResNet-18 (arXiv 1512.03385). Images up to 64 pixels a side are not halved at first; below 8x8: `ConfigError`."""
     return _resnet(spec, (2, 2, 2, 2), _two_convolutions)
 
 
 def resnet50(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-50 (arXiv 1512.03385), see `_resnet`. The 3x3 convolutions halve the maps, as in torchvision."""
+    """ResNet-50 (arXiv 1512.03385). Images up to 64 pixels a side are not halved at first; below 8x8: `ConfigError`.
+
+    In a block that halves the map, the 3x3 convolution does so, as in torchvision.
+    """
     return _resnet(spec, (3, 4, 6, 3), _bottleneck)
 
 
 def resnet101(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-101: a ResNet-50 with 23 instead of 6 blocks in its third stage."""
+    """ResNet-101: a ResNet-50 with 23 instead of 6 blocks in its third stage. Images below 8x8: `ConfigError`."""
     return _resnet(spec, (3, 4, 23, 3), _bottleneck)
 
 
 def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int], Convolutions]) -> SpatialNetwork:
     """Residual network of four stages with convolutions initialised as by He et al.
 
-    For images up to 64 pixels a side, the first layers are one 3x3 convolution without pooling, as is usual for small
-    images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the side by four.
-    Three of the four stages halve the map. For images of 8x8, the last stage leaves the map at 2x2.
+    For images up to 64 pixels on the shorter side, the first layers are one 3x3 convolution without pooling, as is
+    usual for small images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the
+    side by four. All stages but the first halve the map. For images of 8x8 the last stage does not, so the map stays at
+    2x2.
 
     Args:
-        blocks: number of residual blocks in each stage.
+        blocks: number of residual blocks in each of the four stages.
         block: maps a stage's width and a block's stride to the block's convolutions.
     """
     _require_least_side(spec)
@@ -154,11 +159,11 @@ def _bottleneck(width: int, stride: int) -> Convolutions:
 
 
 class ResidualBlock(nn.Module):
-    """Residual block: convolutions beside a shortcut, which is a 1x1 convolution if the number of channels changes.
+    """Residual block: ReLU of the sum of a branch of convolutions and a shortcut.
 
     Attributes:
         branch: the convolutions, each with a normalisation, with ReLU between them.
-        shortcut: the identity, or a 1x1 convolution and a normalisation.
+        shortcut: the identity or, if the number of channels changes, a 1x1 convolution and a normalisation.
     """
 
     def __init__(self, inputs: int, convolutions: Convolutions, norm: Norm) -> None:
@@ -192,8 +197,9 @@ output channels of each block, number of blocks, and stride of the first block."
 def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
     """MobileNetV2 (arXiv 1801.04381) without dropout, convolutions initialised as by He et al.
 
-    For images up to 64 pixels a side, the first convolution and the second stage do not halve the map, as is usual for
-    small images. Maps of two pixels a side are not halved either, so an 8x8 image ends as a 2x2 map.
+    For images up to 64 pixels on the shorter side, the first convolution and the second stage do not halve the map, as
+    is usual for small images. Maps of two pixels a side are not halved either, so an 8x8 image ends as a 2x2 map.
+    Smaller images raise a `ConfigError`.
     """
     _require_least_side(spec)
     side, is_small = min(spec.size), min(spec.size) <= MOST_SMALL_SIDE
@@ -214,7 +220,8 @@ def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
 class InvertedResidual(nn.Module):
     """Block of MobileNetV2: a widening 1x1 convolution, a depthwise 3x3, and a narrowing 1x1 without an activation.
 
-    The block's input is added to its output if both have the same shape, otherwise not.
+    If the factor of widening is 1, the first convolution is left out. The block's input is added to its output if both
+    have the same shape, otherwise not.
     """
 
     def __init__(self, inputs: int, outputs: int, factor: int, stride: int, norm: Norm) -> None:
@@ -245,7 +252,7 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
 
     Five stages of 3x3 convolutions each end in 2x2 max pooling; the remaining map (one pixel at 32x32) is averaged.
     Below 32 pixels the pooling after the fourth stage is left out, and below 16 pixels also the pooling after the third
-    stage. Otherwise the next convolution would read a map of one pixel.
+    stage. Otherwise the next convolution would read a map of one pixel. Images below 8x8 raise a `ConfigError`.
     """
     _require_least_side(spec)
     side, inputs = min(spec.size), spec.channels
@@ -263,10 +270,11 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def alexnet(spec: NetworkSpec) -> SpatialNetwork:
-    """AlexNet in the version of the distillation literature, for 32x32 pixels.
+    """AlexNet in the version of the distillation literature, which was made for 32x32 pixels.
 
     The network has five convolutions without normalisation, 2x2 max pooling after the first, second and last
-    convolution, and one linear layer over the flattened map instead of three.
+    convolution, and one linear layer over the flattened map instead of three. Images below 8x8, and a `spec.norm` that
+    asks for batch or group normalisation, raise a `ConfigError`.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -286,7 +294,8 @@ def lenet(spec: NetworkSpec) -> SpatialNetwork:
     """LeNet-5 with ReLU and max pooling: two 5x5 convolutions, each pooled 2x2, and three linear layers.
 
     The network was made for 32x32 pixels. Below 32 pixels the first convolution pads its input by two, as is usual for
-    the 28x28 of MNIST. Below 16 pixels the second convolution pads its input too.
+    the 28x28 of MNIST. Below 16 pixels the second convolution pads its input by two as well. Images below 8x8, and a
+    `spec.norm` that asks for batch or group normalisation, raise a `ConfigError`.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -306,9 +315,10 @@ def lenet(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def mlp(spec: NetworkSpec) -> nn.Sequential:
-    """Multilayer perceptron of `depth` linear layers with `width` units in each but the last.
+    """Multilayer perceptron of `spec.depth` linear layers with `spec.width` units and ReLU in each but the last.
 
-    The literature uses width 128 and depth 3. Depth 1 is a linear classifier.
+    The literature uses width 128 and depth 3. Depth 1 is a linear classifier. A `spec.norm` that asks for batch or
+    group normalisation raises a `ConfigError`.
     """
     _refuse_norm(spec)
     layers: list[nn.Module] = [nn.Flatten()]
@@ -322,9 +332,13 @@ def mlp(spec: NetworkSpec) -> nn.Sequential:
 def vit_small(spec: NetworkSpec) -> SpatialNetwork:
     """ViT-Small: 12 layers of 384 numbers a token and 6 heads of 64, with layer normalisation and no dropout.
 
-    The patch side divides both sides of the image, and is nearest to an eighth of the shorter side: 1 pixel at 8x8, 4
-    pixels at 28x28 and 32x32. So a square image has about 64 tokens. The classifier reads the mean of the tokens (arXiv
-    2205.01580), not an extra class token. So the tokens form a map, as class activation maps need.
+    The patch side divides both sides of the image, and leaves nearest to eight patches on the shorter side: 1 pixel at
+    8x8, 4 pixels at 28x28 and 32x32. So a square image has about 64 tokens. The classifier reads the mean of the tokens
+    (arXiv 2205.01580), not an extra class token. So the tokens form a map, as class activation maps need.
+
+    Raises:
+        ConfigError: the image is smaller than 8x8 pixels, `spec.norm` asks for batch or group normalisation, or no
+            patch side divides the image into 4 to 16 patches on the shorter side.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -345,7 +359,7 @@ def _patch(height: int, width: int) -> int:
     """Side in pixels of a transformer's patches for images of this height and width.
 
     Raises:
-        ConfigError: no patch side divides the image into 4 to 16 patches a side.
+        ConfigError: no patch side divides the image into 4 to 16 patches on the shorter side.
     """
     side, common = min(height, width), math.gcd(height, width)
     patches = [patch for patch in range(1, common + 1) if common % patch == 0 and 4 <= side // patch <= 16]
@@ -426,7 +440,7 @@ class _Attention(nn.Module):
 
 
 class _TokenMaps(nn.Module):
-    """Arrange tokens [b t d] as maps [b d h w], each token at its patch's position."""
+    """Arrange tokens [b t d] as maps [b d h w] of t = h w patches, each token at its patch's position."""
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
@@ -445,7 +459,7 @@ class GlobalAverage(nn.Module):
 
 
 def _scaled(published: int, spec: NetworkSpec) -> int:
-    """Scale a layer's number of channels (or heads) from the published width 128 to the spec's width; at least 1."""
+    """Scale a layer's published number of channels (or heads) by `spec.width` / 128, rounded down; at least 1."""
     return max(1, published * spec.width // 128)
 
 
@@ -466,10 +480,10 @@ def _pooling(pooling: Pooling) -> nn.Module:
 
 
 def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
-    """Initialise convolutions as by He et al., so that they keep the scale of maps and gradients.
+    """Initialise a network's convolutions as by He et al., in place, and return the network.
 
-    With torch's default initialisation, the last maps of VGG-11 without normalisation differ between images by only
-    1e-4.
+    So they keep the scale of maps and gradients. With torch's default initialisation, the last maps of VGG-11 without
+    normalisation differ between images by only 1e-4.
     """
     for part in network.modules():
         if isinstance(part, nn.Conv2d):

@@ -38,13 +38,18 @@ class ImageCost:
     flop: int
     """Floating-point operations of an image in convolutions and matrix products, >= 1. A multiply-add counts as two."""
     functions: int
-    """Number of calls of torch functions that write a result."""
+    """Number of calls of torch functions, in one forward pass, that write a result."""
     parameters: int
     """Number of the network's parameters."""
 
 
 def image_cost(network: nn.Module, image: tuple[int, ...]) -> ImageCost:
-    """Count the cost of one image [c h w] in the network, or of one input of another shape."""
+    """Count the cost of one input in the network, which is left as it is.
+
+    Args:
+        network: network on any device; a copy of it is run.
+        image: shape (c, h, w) of an image, or the shape of another input.
+    """
     device = "cpu" if math.prod(image) <= _COMPUTED else "meta"
     network = copy.deepcopy(network).to(device, torch.float32).eval()
     images = torch.zeros(_IMAGES, *image, device=device)

@@ -39,7 +39,7 @@ class InstanceNorm(nn.GroupNorm):
 
 
 def set_explicit(network: nn.Module, explicit: bool) -> None:
-    """Set `InstanceNorm.explicit` in all instance normalisations of a network."""
+    """Let all instance normalisations of a network use hand-written derivatives; if not `explicit`, torch's kernels."""
     for part in network.modules():
         if isinstance(part, InstanceNorm):
             part.explicit = explicit
@@ -52,7 +52,7 @@ def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, e
         images: [n c i j] a map of i x j pixels for each of n images and c channels.
         weight, bias: [c] scale and shift of each channel.
         eps: number added to the variance before the division.
-        explicit: True to use this module's derivatives, see `InstanceNorm`.
+        explicit: True to use hand-written derivatives, False to use torch's kernels. The values differ by rounding.
     """
     if not explicit:
         return group_norm(images, len(weight), weight, bias, eps)
@@ -70,14 +70,14 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalise maps z [n c i j]. Returns the normalised maps h, and r [n c 1 1], each map's inverse deviation."""
+    """Normalise maps z [n c i j]. Returns the normalised maps h, and r [n c 1 1], each map's (var z + eps)^-1/2."""
     centred = z - _mean(z)
     r = torch.rsqrt(_mean(centred * centred) + eps)
     return centred * r, r
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """Sum [c] of values over all images and pixels, computed from the mean of each map.
+    """Sum [c] of values [n c i j] over all images and pixels, computed from each map's mean alone.
 
     So the values themselves need not be read again.
 
@@ -91,7 +91,7 @@ def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
 class _Norm(torch.autograd.Function):
     """Function y = g h + b, where h are the maps z normalised to mean 0 and variance 1, with hand-written derivatives.
 
-    Notation: see the module's docstring.
+    The maps are z [n c i j]. The scale g and the shift b are [c].
     """
 
     @staticmethod
@@ -123,7 +123,8 @@ class _Norm(torch.autograd.Function):
 class _NormTangent(torch.autograd.Function):
     """Tangent yt = g ht + gt h + bt of y = g h + b along the direction (zt, gt, bt) of maps, scale and shift.
 
-    The derivatives of this tangent are hand-written. Notation: see the module's docstring.
+    h are the maps z normalised to mean 0 and variance 1, and ht is the tangent of h. The derivatives of yt are
+    hand-written.
     """
 
     @staticmethod

@@ -14,9 +14,10 @@ from torch.func import functional_call
 class FlatNetwork:
     """Network as a function of parameters [p] and images [b c h w] that returns logits [b k].
 
-    The function is differentiable in both arguments and can be compiled.
+    The function is differentiable in both arguments and can be compiled. Buffers are the module's own.
 
     Attributes:
+        module: the network; its own parameters are not read.
         names, shapes: names and shapes of the parameters, in the order of the vector.
         count: p, the length of the vector.
     """
@@ -47,7 +48,8 @@ class FlatNetwork:
         In training mode the vector of buffers is changed in place.
 
         Args:
-            channels_last: True to store the weights of convolutions with their input channels innermost, as the images.
+            channels_last: True to store the weights of convolutions with their input channels innermost in memory, for
+                images that are stored so; False to leave them in the vector's order.
         """
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
@@ -73,18 +75,18 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Floating-point buffers of the module, by name: running statistics, but no counters."""
+    """Floating-point buffers of the module itself, by name: running statistics, but no counters."""
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
 def flatten_buffers(module: nn.Module) -> Tensor:
-    """Copy the module's floating-point buffers, see `float_buffers`, into one vector [q]."""
+    """Copy the module's floating-point buffers (running statistics, no counters) into one vector [q]."""
     pieces = [buffer.detach().reshape(-1) for buffer in float_buffers(module).values()]
     return torch.cat(pieces) if pieces else torch.empty(0, device=next(module.parameters()).device)
 
 
 def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
-    """Write the vector [q] into the module's floating-point buffers, see `float_buffers`."""
+    """Copy the vector [q] into the module's floating-point buffers (running statistics, no counters), in place."""
     own = list(float_buffers(module).values())
     for buffer, piece in zip(own, buffers.split([buffer.numel() for buffer in own]), strict=True):
         buffer.copy_(piece.view_as(buffer))
@@ -93,7 +95,7 @@ def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
 def unflatten_into(module: nn.Module, parameters: Tensor) -> None:
     """Write the vector [p] into the module's parameters, which keep their layout, such as channels-last.
 
-    Contiguous parameters become views of the vector.
+    Contiguous parameters become views of the vector, so they share its memory; others are copied.
 
     Raises:
         ValueError: the vector has more or fewer numbers than the parameters.

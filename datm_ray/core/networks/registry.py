@@ -1,7 +1,7 @@
 """Networks by name: a registry, parameters from a seed, and feature maps of any network.
 
 A network maps images [b c h w] to logits [b k]. A recipe may name a builder of a user's module as
-`package.module:Builder`, and `@register_network` gives builders short names in one process. The architectures are
+`package.module:Builder`, and `@register_network` gives builders short names within one process. The architectures are
 in `architectures.py`, parameters as one vector in `parameters.py`, training in `core/training`.
 """
 
@@ -38,7 +38,10 @@ _BUILDERS: dict[str, Builder] = {
 
 
 def register_network(name: str) -> Callable[[Builder], Builder]:
-    """Return a decorator that registers a class or function as the builder of the architecture `name`."""
+    """Return a decorator that registers a class or function as the builder of the architecture `name`.
+
+    The builder maps a `NetworkSpec` to a module. It replaces an earlier one of this name, in this process only.
+    """
 
     def register(builder: Builder) -> Builder:
         _BUILDERS[name] = builder
@@ -56,8 +59,8 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
     """Build the network of `spec` with its architecture's initialisation, drawn from `seed` alone.
 
     Raises:
-        ConfigError: the architecture is unknown or cannot be imported, or it does not support the image size or the
-            normalisation.
+        ConfigError: the architecture is unknown or cannot be imported, or does not support the image size or the
+            normalisation; or a user's builder fails or returns no module.
     """
     builder = _builder_of(spec.architecture)
     with torch.random.fork_rng(devices=[]):
@@ -93,10 +96,10 @@ def _builder_of(architecture: str) -> Builder:
 
 
 def _built(builder: Builder, spec: NetworkSpec) -> nn.Module:
-    """Call a user's builder. Returns its network.
+    """Call a user's builder. Returns its network, whose lazy layers have got their shapes.
 
     Raises:
-        ConfigError: the builder raises an error, or returns no module.
+        ConfigError: the builder raises an error, returns no module, or its network fails on an image of the spec.
     """
     try:
         network = builder(spec)
@@ -122,7 +125,7 @@ def _built(builder: Builder, spec: NetworkSpec) -> nn.Module:
 
 
 def require_logits(network: nn.Module, spec: NetworkSpec) -> None:
-    """Raise a `ConfigError` if a user's network does not give logits [b k] for images [b c h w] of its spec."""
+    """Raise a `ConfigError` if a user's network, tried on two images, does not give the logits [b k] of its spec."""
     images, training = torch.zeros(2, spec.channels, *spec.size), network.training
     try:
         with torch.no_grad():
@@ -165,11 +168,12 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
     The logits are computed from the maps. So one call of `torch.autograd.grad` differentiates the logits with respect
     to the maps. Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its
-    patch's position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the maps are the
-    last output of a module that has more than one position.
+    patch's position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the network is
+    run, and the maps are the last output of one of its parts with more than one position.
 
     Raises:
-        ConfigError: the network has no feature maps, such as an mlp, or its maps cannot be found.
+        ConfigError: the network has no feature maps, such as an mlp, or they cannot be found, as in a transformer that
+            is no `SpatialNetwork`.
     """
     if isinstance(network, SpatialNetwork):
         maps: Tensor = network.features(images)
@@ -185,10 +189,12 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
 
 def embedding(network: nn.Module, images: Tensor) -> Tensor:
-    """Compute the embedding [b d] of images [b c h w]: the classifier's input; for an mlp, the last hidden layer.
+    """Compute the embedding [b d] of images [b c h w]: the input of the classifier.
+
+    The classifier of an mlp, and of any other `nn.Sequential`, is its last layer.
 
     Raises:
-        ConfigError: the network does not show where its classifier begins.
+        ConfigError: the network is neither a `SpatialNetwork` nor an `nn.Sequential` of several layers.
     """
     if isinstance(network, SpatialNetwork):
         return network.embedding(images)
@@ -203,7 +209,7 @@ def embedding(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def require_maps(network: nn.Module, spec: NetworkSpec) -> None:
-    """Raise a `ConfigError` if feature maps cannot be found in a network, such as an mlp, see `spatial_features`."""
+    """Raise a `ConfigError` if a network, tried on an image of its spec, has no feature maps, such as an mlp."""
     training = network.training
     try:
         with torch.no_grad():
@@ -219,7 +225,10 @@ def _has_attention(network: nn.Module) -> bool:
 
 
 def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Run the network. Returns the module outputs that are maps of more than one position, then the logits."""
+    """Run the network. Returns the outputs of its parts that are feature maps, in order, then the logits.
+
+    Feature maps are [b c h w] with more than one position, from the first convolution on, but not of adaptive pooling.
+    """
     found: list[Tensor] = []
     convolved = False
 

@@ -1,4 +1,4 @@
-"""How many networks of a stack a GPU computes in one call, found by a short trial.
+"""How many networks of a stack (networks that are trained together) a GPU computes in one call, found by a short trial.
 
 Side by side, the networks share every kernel, as groups of one convolution. One after another, each network has kernels
 of its own, which libraries compute faster, and a CUDA graph launches these kernels together. Which way is faster
@@ -24,11 +24,11 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.stacked import StackFunctions, StackResults
 
 TURNS = 3
-"""Number of timed calls of each candidate. The candidates are called in turn, and each one's fastest call counts."""
+"""Number of timed calls of each function that a trial compares. They are called in turn; the fastest call counts."""
 KEPT_MAPS, KEPT_VECTORS = 2, 4
-"""Peak memory of a call on a GPU: multiples of the bytes that all layers write in one forward pass (maps and their
-gradients), and of the parameters of the call's networks. Assumed. If a stack does not fit nevertheless, the trial
-halves it."""
+"""Factors of a call's peak memory on a GPU: KEPT_MAPS times the bytes that all layers write in one forward pass, for
+maps and their gradients, plus KEPT_VECTORS times the bytes of the parameters of the call's networks. Assumed. If a call
+does not fit nevertheless, the trial halves the number of its networks."""
 STATE_VECTORS = 4
 """Number of vectors as long as the parameters of the whole stack that training holds beside a call, such as momenta,
 their update and new parameters. Assumed. The stack has them however few networks a call computes."""
@@ -40,27 +40,35 @@ class InParts:
     The networks are split into groups. One replay of a CUDA graph computes one group.
 
     Attributes:
-        note: see `StackFunctions`.
-        fills_up: always True, because a recorded graph takes batches of one size only.
+        note: one line on why the function is not compiled although this was asked for; "" otherwise.
+        fills_up: always True: callers must fill smaller batches up with images of weight 0, because a recorded graph
+            takes batches of one size only.
     """
 
     fills_up = True
 
     def __init__(self, functions: StackFunctions, at_a_time: int = 1) -> None:
-        """Store the function. The first call for each number of networks records its graph.
+        """Store the function. The first group with each number of networks records a graph.
 
         Args:
-            functions: function of networks without batch statistics.
+            functions: computes one group. Its networks must have no batch statistics.
             at_a_time: number of networks in a group, at least 1. The last group may have fewer.
         """
         self.note, self._at_a_time = functions.note, at_a_time
         self._graphs = defaultdict[int, Replayed](partial(Replayed, functions))
-        """Number of networks -> the graph that computes them."""
+        """Number of networks in a group -> the graph that computes the group."""
 
     def __call__(
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> StackResults:
-        """Compute losses [s], gradients [s p] and buffers [s q], see `StackFunctions`.
+        """Compute losses [s], their gradients [s p], and the buffers [s q] of all s networks of the stack.
+
+        Args:
+            parameters: [s p] flat parameters of each network.
+            buffers: [s q] flat buffers of each network.
+            images: [s b c h w] images of each network.
+            labels: [s b] int64 classes, or [s b k] probabilities.
+            weights: [b] weights of the images in every network's loss.
 
         Raises:
             torch.OutOfMemoryError: a graph does not fit into the GPU's memory. No graph is kept then.
@@ -83,12 +91,12 @@ StackStep = StackFunctions | InParts
 
 
 def is_tried(device: torch.device) -> bool:
-    """True if a trial finds how many networks one call computes: on GPUs. For CPUs, limits were measured beforehand."""
+    """True for GPUs: a trial there finds how many networks one call computes. On CPUs, one call computes all."""
     return device.type == "cuda"
 
 
 def now_on(device: torch.device) -> float:
-    """Wait until the device has finished all its work. Returns the time in seconds."""
+    """Wait until the device has finished all its work. Returns the time in seconds since an arbitrary start."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -97,11 +105,11 @@ def now_on(device: torch.device) -> float:
 def fitting(networks: int, rows: int, cost: ImageCost) -> int:
     """Number of networks of a stack, at least 1, for which a call should fit into the GPU's free memory.
 
-    The given number, the whole stack, is halved until the call should fit into the share `GPU_SHARE` of free memory,
-    beside the `STATE_VECTORS` vectors of the whole stack.
+    The number of all networks is halved, rounded up, until a call should fit into the share `GPU_SHARE` of free memory,
+    beside `STATE_VECTORS` vectors as long as the parameters of the whole stack.
 
     Args:
-        networks: number of networks of the stack.
+        networks: number of networks of the whole stack.
         rows: number of images of each network in a step.
         cost: cost of an image in a network.
     """
@@ -114,9 +122,9 @@ def fitting(networks: int, rows: int, cost: ImageCost) -> int:
 
 
 def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], Any]:
-    """Wrap a trial's call so that `STATE_VECTORS` vectors of the whole stack are allocated while it runs.
+    """Wrap a trial's call so that the memory of training's other vectors is taken while it runs.
 
-    So the call fits into memory only if training does.
+    These are `STATE_VECTORS` vectors as long as all parameters. So the call fits into memory only if training does.
 
     Args:
         call: computes a step of the whole stack.
@@ -137,18 +145,19 @@ def found_at_a_time(
 ) -> int:
     """Find how many networks of a stack (networks that are trained together) one call should compute.
 
-    The number `most` is halved until a step fits into memory. Then a trial times this number against one network at a
-    time, and the faster wins. Under deterministic algorithms nothing is timed, so that every run computes alike.
+    The number `most` is halved, rounded up, until a step fits into memory. Then a trial times this number against one
+    network at a time, and the faster wins. Under deterministic algorithms nothing is timed, so that every run computes
+    alike; the first number that fits is then the result.
 
     Args:
         step_of: function from a number n of networks to a function that computes a step of the whole stack, n networks
             at a time.
         arguments: arguments of a step, first the parameters [s p] of the whole stack.
-        most: number to begin with.
-        device: device that is timed; `None` to time nothing.
+        most: number of networks to begin with, at least 1.
+        device: device that is timed; `None` to time nothing, and to return the first number that fits, or 1 untried.
 
     Raises:
-        torch.OutOfMemoryError: one network at a time does not fit.
+        torch.OutOfMemoryError: one network at a time was timed, and does not fit.
     """
 
     def call_of(networks: int) -> Callable[[], Any]:
@@ -168,8 +177,8 @@ def _half(networks: int) -> int:
 def fastest(ways: Mapping[int, Callable[[], Any]], now: Callable[[], float]) -> int:
     """Time several functions that do the same work. Returns the key of the fastest one.
 
-    The first call of each function is not timed, since it compiles and records. A function that runs out of GPU memory
-    is left out.
+    The first call of each function is not timed, since it compiles and records. A function whose first call runs out of
+    GPU memory is left out.
 
     Args:
         ways: key -> function.

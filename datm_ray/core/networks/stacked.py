@@ -1,8 +1,8 @@
 """Several networks of one architecture as one network: feature maps side by side, a convolution group per network.
 
 Under `torch.func.vmap` each layer between the convolutions would reorder the maps. Here the maps stay [b, s c, h, w].
-Only chains of the layers in `_LAYERS` can be stacked: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b images, c h w
-an image or a map of one network, p parameters, q buffers, k classes.
+Only chains of the layers in `_LAYERS` can be computed in this way: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b
+images, c h w an image or a map of one network, p parameters, q buffers, k classes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import couples_samples
 
 CACHED_MAP_BYTES = 10 * 2**20
-"""Limit in bytes on a CPU: one call takes as many images as keep its largest feature map below this size, so that the
-map stays in the cache. Twenty images of 32x32 with 128 channels take as many bytes."""
+"""Limit in bytes, inclusive, of the largest feature map of a call on a CPU, for all its networks and images: the map
+then stays in the cache. Twenty images of 32x32 with 128 channels take as many bytes."""
 STACKED_MAP_BYTES = 3 * 2**19
-"""Limit in bytes on a CPU for the largest feature map of all experts trained together, for a whole batch.
+"""Limit in bytes, inclusive, on a CPU for the largest feature map of all experts trained together, for a whole batch.
 
-Below this size the map fits the second-level cache. Measured with experts of digits at batch 32: six experts trained
+Up to this size the map fits the second-level cache. Measured with experts of digits at batch 32: six experts trained
 together ran 1.9 times as fast as one at a time; eight, above this size, only 1.2 times."""
 LARGEST_STACK = 8
-"""Largest number of networks that are trained together, inclusive."""
+"""Largest number of networks that are trained together, unless `cluster.experts_at_a_time` gives more for experts."""
 
 _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Identity, nn.Sequential, GlobalAverage)
 
 
 def can_be_stacked(network: nn.Module) -> bool:
-    """True if several networks of this kind can be computed at once: chains of known layers, linear layers last."""
+    """True if several networks of this architecture can be computed side by side, as one network.
+
+    This needs a `SpatialNetwork` whose features and pooling are chains of the layers in `_LAYERS` and of instance
+    normalisations, and whose classifier has only linear layers and ReLU.
+    """
     if not isinstance(network, SpatialNetwork):
         return False
     chain = [*network.features.modules(), *network.pooling.modules()]
@@ -69,7 +73,7 @@ def _logits(network: FlatNetwork, parameters: Tensor, images: Tensor) -> Tensor:
 
 
 def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, size: int) -> Tensor:
-    """Apply one layer to the maps [b, s c, h, w] of s networks.
+    """Apply one layer, or a chain of layers, with the parameters in `layers` to the maps [b, s c, h, w] of s networks.
 
     Args:
         name: name of the layer in the network.
@@ -96,7 +100,7 @@ def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, 
 
 
 def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Tensor) -> Tensor:
-    """Apply one layer to the vectors [s b d] of s networks.
+    """Apply one layer, or a chain of layers, with the parameters in `layers` to the vectors [s b d] of s networks.
 
     Args:
         name: name of the layer in the network.
@@ -113,7 +117,7 @@ def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Te
 
 
 StackResults = tuple[Tensor, Tensor, Tensor]
-"""Losses [s], gradients [s p] and buffers [s q] of s networks, see `StackFunctions`."""
+"""Losses [s], their gradients [s p], and buffers [s q] after a forward pass, of s networks in training."""
 
 
 class StackFunctions:
@@ -136,8 +140,8 @@ class StackFunctions:
 
         Args:
             network: network whose structure and device are used, but not its parameters.
-            stacked: number of networks that each call computes.
-            compile_: True to compile if the machine can.
+            stacked: number of networks that a call computes; single calls may compute fewer.
+            compile_: True to compile if the machine can, and the network has no batch statistics.
             channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
             in_bfloat16: True to compute layers in bfloat16 where torch's autocast does. Parameters, gradients and
                 losses stay in the parameters' type.
@@ -167,6 +171,8 @@ class StackFunctions:
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> StackResults:
         """Compute losses [s], their gradients [s p], and the buffers [s q] after the pass.
+
+        A network's loss is the sum over its images of weight times cross-entropy.
 
         Args:
             parameters: [s p] flat parameters of each network.
@@ -268,7 +274,7 @@ def _gains_from_order(device: torch.device) -> bool:
 
 
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Append `missing` images of weight 0 to every network's batch. Returns the longer images, labels and weights.
+    """Append `missing` images of zeros, of weight 0, to every network's batch. Returns images, labels and weights.
 
     Args:
         images: [s b c h w] images of s networks.

@@ -1,8 +1,9 @@
 """Which real images experts see in an epoch, if they are trained from easy images to hard ones (PAD, arXiv 2408.03360).
 
 In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
-easiest images may be left out. The order comes from scores (`stages/experts/difficulty.py`). Within an epoch the
-order is random, so an epoch's images depend on nothing but its number. Tests: tests/core/training/test_curriculum.py.
+easiest images may be left out. What is easy comes from scores (`stages/experts/difficulty.py`). An epoch's images
+depend only on the scores and the epoch's number; the training shows them in random order. Tests:
+tests/core/training/test_curriculum.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ class Curriculum:
     """For each class, the indices of its images in the data set, the easiest first."""
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
-        """Indices of the images that experts see in an epoch, counted from 0: at least one of each class."""
+        """Indices of the images that experts see in an epoch: at least one of each class. Epochs count from 0."""
         first, last = self.settings.bounds(epoch)
         return np.concatenate([own[_part(len(own), first, last)] for own in self.by_class])
 
 
 def _part(count: int, first: float, last: float) -> slice:
-    """Slice from fraction `first` to fraction `last` of `count` images, rounded down as published; never empty."""
+    """Slice from share `first` to share `last` of `count` images, rounded down as published; never empty."""
     start = min(int(first * count), count - 1)
     return slice(start, max(int(last * count), start + 1))

@@ -28,7 +28,7 @@ from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.rates import share_of_rate
 
 SMALLEST_NORM = 1e-12
-"""Constant added to norms, so that GSAM's divisions stay finite, as published."""
+"""Constant added to norms of gradients, so that GSAM's divisions by them stay finite, as published."""
 
 
 @dataclass
@@ -65,8 +65,10 @@ def train_experts(
     """Train s experts together, from their current state to the last epoch. Yields the mean losses [s] of every epoch.
 
     Args:
-        images: [n c h w] normalised images; they may lie in main memory, see `core.images.batches`.
+        functions: computes the losses and gradients of the s experts in each step.
+        images: [n c h w] normalised images; they may lie in main memory or in files.
         labels: [n] int64 classes.
+        settings: section `experts` of the recipe: optimiser, learning rates, epochs, batch size, augmentation.
         seeds: seed of each expert's order and augmentation.
         state: changed in place; up to date after every epoch.
         curriculum: which images an epoch has; `None` for all images in every epoch.
@@ -93,10 +95,14 @@ def stack_steps(
     epoch's last step is the state one that a training can resume from.
 
     Args:
+        functions: computes the losses and gradients of the s networks in each step.
         images: images [n c h w] of each network.
         labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
-        settings, seeds, state, curriculum: see `train_experts`.
-        rates: learning rate of each network; `None` for `settings.learning_rate`.
+        settings: optimiser, learning rate, epochs, batch size, augmentation.
+        seeds: seed of each network's order and augmentation.
+        state: changed in place by every step.
+        rates: highest learning rate of each network; `None` for `settings.learning_rate`.
+        curriculum: which images an epoch has; `None` for all images in every epoch.
     """
     count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
     seen = None if curriculum is None else curriculum.rows
@@ -135,6 +141,7 @@ def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curric
     """Number of steps in the first `epochs` epochs of a training on `count` images.
 
     Args:
+        settings: gives the batch size.
         curriculum: which images an epoch has; `None` for all images in every epoch.
     """
     if curriculum is None:
@@ -154,7 +161,10 @@ def _step(
     """Update `state` in place by one step of every expert. Returns the losses [s] before the step.
 
     Args:
-        weights: [b] weights of the images in the loss.
+        rates: learning rate of each expert in this step.
+        images: [s b c h w] images of each expert.
+        labels: [s b] classes, or [s b k] probabilities.
+        weights: [b] weights of the images in every expert's loss.
     """
     parameters = state.parameters
     losses, gradient, state.buffers = functions(parameters, state.buffers, images, labels, weights)
@@ -188,7 +198,10 @@ def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> 
 
 
 def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -> Tensor:
-    """Compute e [s p], the step from the parameters [s p] to the worst point nearby, to first order (SAM)."""
+    """Compute SAM's step [s p] from the parameters [s p], where the gradient is [s p], to the worst point nearby.
+
+    The point is the worst to first order. `settings` give the step's length `rho`, and whether it is `adaptive`.
+    """
     if not settings.adaptive:
         return gradient * (settings.rho / (_norm(gradient) + SMALLEST_NORM))
     scale = parameters.abs()
@@ -196,11 +209,11 @@ def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -
 
 
 def descent(gradient: Tensor, sharp: Tensor, settings: ExpertConfig) -> Tensor:
-    """Compute GSAM's direction of descent [s p].
+    """Compute GSAM's gradient [s p]: `sharp` minus alpha times the part of `gradient` that is orthogonal to `sharp`.
 
     Args:
         gradient: [s p] gradient at the parameters.
-        sharp: [s p] gradient at the worst point nearby, see `perturbation`.
+        sharp: [s p] gradient at the worst point nearby: the parameters plus `perturbation`.
     """
     unit = sharp / (_norm(sharp) + SMALLEST_NORM)
     across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit

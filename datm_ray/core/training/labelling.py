@@ -44,11 +44,11 @@ class Views:
     rows: NDArray[np.int64]
     """[n] index of each view's own image."""
     boxes: NDArray[np.float32]
-    """[n 4] crop of each view: top, left, height and width as shares of the image's sides, see `crop_boxes`."""
+    """[n 4] crop of each view: top, left, height and width as shares of the image's sides."""
     flips: NDArray[np.bool_]
     """[n] True for views mirrored left to right."""
     partners: NDArray[np.int32]
-    """[n] index of each view's partner: the image that is pasted into the view."""
+    """[n] index of each view's partner: the image that CutMix pastes a box from, into the view."""
     lambdas: NDArray[np.float32]
     """[n] share of each view's area that shows its own image, in [0, 1]."""
     mix_boxes: NDArray[np.uint16]
@@ -71,7 +71,8 @@ def draw_views(
         seed: seed of the labels.
         epoch: number of the epoch, from 0.
         size: height and width of the images in pixels.
-        least_share: smallest share of an image's area that a crop keeps, in (0, 1]; 1 keeps the whole image.
+        least_share: smallest share of an image's area that a crop is drawn with, in (0, 1]. A crop longer than the
+            image is shortened. So even with 1, a crop may keep as little as 87 % of the area.
         mix: both parameters of a beta distribution. CutMix pastes a box of another image (the partner) into each view.
             The share of the view outside the box, before the border cuts the box, has this distribution. 0 pastes
             nothing.
@@ -112,6 +113,7 @@ def apply_views(images: Tensor, views: Views, device: torch.device | None = None
     """Make the views [n c h w] of a set's images [m c h w].
 
     Args:
+        images: [m c h w] images, which `views` indexes.
         device: device of the views, to which only the images of the views are copied; `None` for the images' device.
     """
     device = device or images.device
@@ -133,11 +135,11 @@ def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -
 
 
 def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
-    """Make masks [n 1 h w], True for the pixels of an image that lie in each box.
+    """Make a mask for each box: True for the pixels of an image that lie in the box. Returns all masks [n 1 h w].
 
     Args:
         mix_boxes: top, left, height and width of each box [n 4], in pixels.
-        images: images [m c h w], which give the masks' size and device.
+        images: any images [.. h w], which give the masks' size and device; their pixels are not read.
     """
     top, left, height, width = torch.from_numpy(mix_boxes.astype(np.int64)).to(images.device)[:, :, None].unbind(1)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
@@ -174,6 +176,9 @@ def pack_logits(
 
     Returns:
         Values [n k] and classes [n 0]; with `top` values [n t+1] and classes [n t].
+
+    Raises:
+        ValueError: `top` is not from 1 to k - 1, or there are more than 65,536 classes to keep some of.
     """
     logits = logits.float()
     if top is None:
@@ -188,7 +193,7 @@ def pack_logits(
 
 
 def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], classes: int) -> Tensor:
-    """Restore logits [n k], as float32 on the CPU, from the values and classes that `pack_logits` returned."""
+    """Restore logits [n k], as float32 on the CPU, from what `pack_logits` returned. `classes` is k."""
     kept = torch.from_numpy(values.astype(np.float32))
     if indices.shape[1] == 0:
         return kept
@@ -224,8 +229,9 @@ class DrawnLabels:
             seed: seed of the views.
             keep: number of epochs whose views and labels a training repeats in turn.
             top: number of largest logits to keep; `None` keeps all.
-            temperature: see `pack_logits`.
-            views: settings of the views, see `draw_views`.
+            temperature: divisor of the logits in the softmax for which kept probabilities are exact; not read if
+                `top` is `None`.
+            views: arguments of `draw_views` by name: `least_share`, `mix`, both or none.
             at_once: largest number of views that the teacher labels at a time; `None` for all views of a batch.
         """
         self._at_once = at_once
@@ -234,12 +240,15 @@ class DrawnLabels:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the training, from 0, and draw its views, which repeat after `keep` epochs."""
+        """Draw the views of an epoch of the training, from 0. They repeat after `keep` epochs."""
         size = (self._images.shape[2], self._images.shape[3])
         self._views = draw_views(self._seed, epoch % self._keep, len(self._images), size, **self._settings)
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Views [b c h w] of the images at these indices in the chosen epoch, and logits [b k] of the views."""
+        """Make views [b c h w] of the images at these indices, and logits [b k] of the views.
+
+        The views are those of the epoch that `set_epoch` was last called with.
+        """
         views = self._views.take(np.asarray(rows, np.int64))
         made = apply_views(self._images, views, device_of(self._network))
         logits = predict_logits(self._network, made, batch_size=self._at_once or len(made))
@@ -247,7 +256,7 @@ class DrawnLabels:
 
 
 def _as_stored(logits: Tensor, top: int | None, temperature: float) -> Tensor:
-    """Round logits [n k] as packing and unpacking them does. The result is on the logits' device."""
+    """Round logits [n k] as `pack_logits` and unpacking do. The result is on the logits' device."""
     if top is None:
         return logits.half().float()  # on the device, so that the CPU does not wait for a GPU
     return unpack_logits(*pack_logits(logits, top, temperature), logits.shape[1]).to(logits.device)
@@ -267,7 +276,10 @@ def images_fingerprint(images: Tensor) -> str:
 
 
 def require_labelled(images: Tensor, fingerprint: str, place: str) -> None:
-    """Raise a `ConfigError` unless the images have the fingerprint stored with the labels in `place`."""
+    """Raise a `ConfigError` unless labels were made for these images, so that their `images_fingerprint` is the same.
+
+    `fingerprint` is stored with the labels. `place` is the labels' folder, for the message.
+    """
     found = images_fingerprint(images)
     if found != fingerprint:
         raise ConfigError(

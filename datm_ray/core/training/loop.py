@@ -1,6 +1,6 @@
 """Training of networks that are scored, and their accuracy.
 
-Data and augmentation stay on the device and are batched; there is no per-sample loader. Shapes: n images, k classes.
+Whole batches are augmented on the network's device; there is no per-sample loader. Shapes: n images, k classes.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from datm_ray.core.training.teacher import Lessons, divergence
 from datm_ray.errors import ConfigError
 
 Heartbeat = Callable[[], None]
-"""Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
+"""Heartbeat callback, called regularly during long work, so that workers that wait for its end know it is running."""
 
 
 SCORING_BATCH = 250
-"""Number of images scored at a time. A thousand images of 64x64 at a time would take 4 GB."""
+"""Number of images scored at a time. A thousand images of 64x64 at a time would take 4 GB of memory."""
 
 
 def no_heartbeat() -> None:
@@ -47,18 +47,18 @@ def no_heartbeat() -> None:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """All that is known of an optimiser of scored networks. Step sizes of sets are learned for "sgd" alone."""
+    """An optimiser that can train scored networks. Step sizes of sets are learned for SGD alone."""
 
     title: str
-    """Name in reports; "" for the usual one, which they do not name."""
+    """Name in reports; "" for SGD, the usual one, which reports do not name."""
     kind: Callable[..., torch.optim.Optimizer]
-    """Makes torch's optimizer from parameters, `lr` and `settings`."""
+    """Makes torch's optimizer from parameters of a network, the learning rate `lr`, and the values of `settings`."""
     settings: tuple[str, ...]
-    """Fields of `Schedule` that it reads beside the learning rate, which are arguments of `kind` too."""
+    """Names of fields of `Schedule` whose values are arguments of `kind` of the same name, beside the learning rate."""
     vectors: tuple[str, ...]
-    """Names of the tensors in torch's state of a parameter, each as large as it, beside the number of steps, "step"."""
+    """Names of the tensors that torch's optimizer keeps for a parameter, in the parameter's shape, such as momentum."""
     step_sizes: tuple[float, ...]
-    """Candidate learning rates, for rows whose rate neither the recipe nor the set gives."""
+    """Learning rates among which validation chooses if neither the recipe nor the set gives one."""
     weight_decay: float | None = None
     """Weight decay if the recipe gives none; `None` for that of the schedule."""
 
@@ -98,10 +98,10 @@ class Schedule:
     weight_decay: float = 0.0
     """Factor of the L2 penalty on the parameters; with adamw, of the decoupled weight decay."""
     augmentation: str = ""
-    """Augmentation strategy, see `core.images.augment`; "" for none."""
+    """Augmentation strategy such as "crop_flip": each batch gets one of its operations; "" for none."""
     decay_epoch: int | None = None
-    """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
-    published; `None` if neither happens."""
+    """Number of the epoch, from 0, at whose start the learning rate is divided by ten and momentum (or AdamW's moments)
+    set to 0, as published; `None` if neither happens."""
     optimiser: OptimiserName = "sgd"
     """Update rule, a key of `OPTIMISERS`. adamw ignores `momentum`; its decays of the two moments are 0.9 and 0.999."""
     cosine: bool = False
@@ -109,14 +109,15 @@ class Schedule:
     warmup_epochs: int = 0
     """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
     temperature: float | None = None
-    """Temperature of a teacher whose logits of every batch replace the set's labels; `None` without a teacher."""
+    """Temperature that divides all logits if a teacher's replace the set's labels; `None` without a teacher. A record
+    only: training reads the temperature of its `lessons`."""
     micro_batch: int | None = None
     """Largest number of images in one forward and backward pass of a step; `None` for all images of the step.
 
-    Gradients are summed over the passes. Only layers with batch statistics compute something else."""
+    Gradients are summed over the passes, so the step is the same, unless the network has batch statistics."""
 
     def to_json(self) -> dict[str, Any]:
-        """Fields as plain data for JSON, without `micro_batch` if it is `None`, as earlier versions wrote them."""
+        """Fields as plain data for JSON. `micro_batch` is left out if it is `None`, as earlier versions lacked it."""
         content = dataclasses.asdict(self)
         return content if self.micro_batch else {name: each for name, each in content.items() if name != "micro_batch"}
 
@@ -150,22 +151,22 @@ class Schedule:
         return wrong + ["warmup_epochs"] * (self.warmup_epochs >= self.epochs)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Optimizer of a network's parameters, at the schedule's highest learning rate."""
+        """Make torch's optimizer for a network's parameters, at the schedule's highest learning rate."""
         rule = OPTIMISERS[self.optimiser]
         settings = {name: getattr(self, name) for name in rule.settings}
         return rule.kind(network.parameters(), lr=self.learning_rate, **settings)
 
     def with_optimiser(self, name: OptimiserName, weight_decay: float | None = None) -> Schedule:
-        """Copy of the schedule with this optimiser and weight decay; `None` for the optimiser's own, if it has one."""
+        """Copy of the schedule with the optimiser `name` and a weight decay.
+
+        If `weight_decay` is `None`, it is the optimiser's usual one, or else that of this schedule.
+        """
         decays = (weight_decay, OPTIMISERS[name].weight_decay, self.weight_decay)
         decay = next(each for each in decays if each is not None)
         return dataclasses.replace(self, optimiser=name, weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
-        """Learning rate of a step, counted from 0 over all epochs.
-
-        With `steps_per_epoch` 1, `step` is the number of an epoch.
-        """
+        """Learning rate of step `step`, counted from 0 over all epochs; with `steps_per_epoch` 1, of epoch `step`."""
         is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
         rate = self.learning_rate / 10 if is_late else self.learning_rate
         steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
@@ -174,7 +175,7 @@ class Schedule:
     def batches(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, epoch: int) -> Iterator[Any]:
         """Yield a loader's batches for one epoch. Before each batch, set the schedule's learning rate for this step.
 
-        At the start of `decay_epoch` the optimizer's momentum is reset.
+        At the start of `decay_epoch` the optimizer's momentum (or AdamW's moments) is set to 0.
 
         Args:
             loader: gives the batches of an epoch, `batch_size` images each.
@@ -189,7 +190,10 @@ class Schedule:
             yield batch
 
     def augment(self, images: Tensor) -> Tensor:
-        """Augment a batch [b c h w] with one operation of `augmentation`, drawn by torch's global random generator."""
+        """Augment a batch [b c h w] with one operation of `augmentation`, drawn by torch's global random generator.
+
+        An operation that does not exist raises a `ConfigError`.
+        """
         random = np.random.default_rng(int(torch.randint(2**62, ())))
         return augment(images, draw_augmentation(self.augmentation, len(images), random))
 
@@ -208,11 +212,13 @@ PROTOCOLS: dict[str, Schedule] = {
     "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
-"""Evaluation protocol -> training schedule. A run replaces the schedule's learning rate and augmentation."""
+"""Value of `evaluate.protocol` -> training schedule, in which other keys of `evaluate` then replace values."""
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
     """Training schedule of scored networks: the schedule of `evaluate.protocol`, changed by other keys of `evaluate`.
+
+    The keys of optimiser and teacher are not read; `schedule_of` reads them too.
 
     Args:
         settings: section `evaluate` of the recipe.
@@ -244,7 +250,11 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
 
 
 def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
-    """Schedule that a recipe's section `evaluate`, given as plain data, describes. Missing keys get their defaults."""
+    """Schedule, with optimiser and teacher's temperature, that a recipe's section `evaluate` describes.
+
+    `scored` is the section as plain data; missing keys get their defaults. `learning_rate` is the highest. A warm-up
+    that takes all epochs raises a `ConfigError`.
+    """
     known = {key: scored[key] for key in SCORING_KEYS if key in scored}
     name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
     settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
@@ -255,7 +265,7 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
 
 
 def validation_protocol(evaluation: str) -> str:
-    """Name of the protocol for validation: the evaluation protocol, but "short" in place of "published"."""
+    """Protocol by which sets are validated that are scored by `evaluation`: the same, or "short" for "published"."""
     return "short" if evaluation == "published" else evaluation
 
 
@@ -296,7 +306,7 @@ class NetworkState:
                 self._restore(saved.velocity[0])
 
     def start_anew(self) -> None:
-        """Make a new optimizer without vectors: at the start, and at `decay_epoch` of the schedule."""
+        """Replace the optimizer by a new one, whose momentum (or AdamW's moments) is 0. The network stays as it is."""
         self.optimizer = self._schedule.optimizer(self.network)
 
     @property
@@ -311,7 +321,7 @@ class NetworkState:
 
     @property
     def velocity(self) -> Tensor | None:
-        """Copy of the optimiser's v vectors [1 vp], such as the momentum; `None` without any or before a step."""
+        """Copy of momentum [1 p], or of AdamW's two moments [1 2p]; `None` without momentum or before a step."""
         states = [self.optimizer.state[each] for each in self.network.parameters()]
         pieces = [state[name] for name in self._rule.vectors for state in states if state.get(name) is not None]
         return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
@@ -329,7 +339,7 @@ class NetworkState:
 
 
 TrainingState = ExpertState | NetworkState
-"""State of networks that are trained: everything that the next step depends on."""
+"""State of one network (`NetworkState`), or of several trained together: all that the next step depends on."""
 
 
 @dataclass(frozen=True)
@@ -349,7 +359,10 @@ class Training:
 
 
 def train(training: Training, lessons: Lessons | None = None, state: NetworkState | None = None) -> Iterator[Epoch]:
-    """Train a network in place, epoch by epoch. Arguments: see `train_steps`."""
+    """Train a network in place, on the targets or, if given, on a teacher's `lessons`. Yields each epoch's record.
+
+    It continues from `state`, which is up to date after every epoch; `None` starts a training.
+    """
     return (epoch for epoch in train_steps(training, lessons, state) if epoch is not None)
 
 
@@ -361,7 +374,7 @@ def train_steps(
     Args:
         training: the network, its images and targets, and how it is trained.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
-        state: state to continue from, up to date after every epoch; `None` starts a training.
+        state: state to continue from, which is up to date after every epoch; `None` starts a training.
     """
     network, images, targets, schedule = training.network, training.images, training.targets, training.schedule
     if targets.is_floating_point():
@@ -400,7 +413,8 @@ def _differentiate(
 
     Args:
         images: [b c h w] images of the batch.
-        wanted: [b] classes, or [b k] probabilities; a teacher's logits if there are lessons.
+        wanted: [b] classes, or [b k] probabilities; a teacher's logits [b k] if there are lessons.
+        lessons: give the temperature of the loss against a teacher; `None` for the cross-entropy.
         micro_batch: largest number of images that are computed at a time, in parts that are nearly equal; `None` for
             all.
     """
@@ -467,10 +481,11 @@ def would_gain_together(
     """True if training several networks like this one together would be faster than one after another.
 
     Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
-    checks these conditions. Networks whose steps micro-batches divide are trained one after another. Compiling must
+    checks these conditions. False for other optimisers than SGD, and if micro-batches divide the steps. Compiling must
     take less time than it saves in all trainings with the same step.
 
     Args:
+        network: one of the networks; its layers decide.
         networks: number of networks.
         image: channels, height and width.
         count: number of images that each network is trained on.
@@ -490,7 +505,7 @@ def would_gain_together(
 
 
 def stack_sizes(networks: int) -> list[int]:
-    """Sizes of the groups (stacks) in which `networks` networks are trained together; the sum is `networks`.
+    """Divide `networks` networks into groups (stacks) that are trained together. Returns the groups' sizes.
 
     Sizes are equal if possible, because each size is compiled. Each size is at most `LARGEST_STACK`, and at least two
     unless there is only one network.
@@ -506,7 +521,7 @@ class Trainer:
 
     Together means one compiled call for all networks of a group (stack) in every step. Each network has the same
     images, order and augmentation as in a training alone, and does not depend on the other networks. Only rounding
-    differs.
+    differs. Without `compile_`, networks are never trained together.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -514,20 +529,22 @@ class Trainer:
         """Reason why networks that should be trained together are not compiled; "" if there is none."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
-        """Compiled functions, kept for all trainings: `_kind_of` a training, number of networks -> function."""
+        """Compiled functions, kept for all trainings: (result of `_kind_of`, number of networks) -> function."""
         self._at_a_time: dict[tuple[str, int, int], int] = {}
-        """`_kind_of` a training, number of networks, images of a step -> number of networks in a call."""
+        """(Result of `_kind_of`, number of networks, images of a step) -> number of networks that one call computes."""
 
     def stacks(
         self, trainings: Sequence[Training], lessons: Lessons | None = None, alike: int = 0
     ) -> list[Sequence[Training]]:
-        """Divide networks into groups that are trained together. Groups have one network each if this is faster.
+        """Divide networks into groups that are trained together.
+
+        Groups have one network each if this is faster, and if the networks cannot be stacked or compiled.
 
         Args:
             trainings: networks of one architecture and equally many images. Their schedules differ in the learning
                 rate alone.
-            lessons: a teacher's images and logits, see `train`; networks with lessons are trained one after another.
-            alike: see `would_gain_together`.
+            lessons: a teacher's images and logits; networks with lessons are trained one after another.
+            alike: number of networks in all tasks of the run that the same compiled step can train; 0 if not known.
         """
         first, sizes = trainings[0], [1] * len(trainings)
         count, *image = first.images.shape
@@ -557,6 +574,9 @@ class Trainer:
             stack: one of the groups that `stacks` returned.
             saved: number that an earlier part of this training used. This number is used again, halved if it does not
                 fit; `None` for a trial.
+
+        Raises:
+            torch.OutOfMemoryError: one network at a time was tried, and does not fit into the GPU's memory.
         """
         if len(stack) == 1 or not is_tried(device_of(stack[0].network)):
             return len(stack)
@@ -594,7 +614,7 @@ class Trainer:
 
         Args:
             stack: one of the groups that `stacks` returned.
-            lessons: a teacher's images and logits, see `train`; `None` for several networks.
+            lessons: a teacher's images and logits for every step; must be `None` for several networks.
             saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. The
                 trainer keeps no reference to it.
         """
@@ -610,12 +630,13 @@ class Trainer:
             yield None if epoch is None else state
 
     def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
-        """Train networks of one architecture in place.
+        """Train networks of one architecture in place, in the groups of `stacks`.
 
         Yields the epochs done so far, summed over all networks, after every step.
 
         Args:
-            alike: see `would_gain_together`.
+            trainings: networks with equally many images, whose schedules differ in the learning rate alone.
+            alike: number of networks in all tasks of the run that the same compiled step can train; 0 if not known.
         """
         done = 0
         for stack in self.stacks(trainings, alike=alike):
@@ -669,7 +690,10 @@ def _probabilities(stack: Sequence[Training]) -> list[Tensor]:
 
 @functools.cache
 def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
-    """The process's only trainer with these settings, which keeps its compiled functions between calls."""
+    """Return the process's only trainer with these settings, which keeps its compiled functions between calls.
+
+    With `compile_` networks may be trained together; with `channels_last` compiled maps have their channels innermost.
+    """
     return Trainer(compile_=compile_, channels_last=channels_last)
 
 
@@ -678,8 +702,12 @@ def train_together(
 ) -> Iterator[ExpertState]:
     """Train several networks of one architecture in place by SGD, each as `train` would.
 
-    Yields the state after every epoch. The networks get their new parameters after the last epoch. Arguments: see
-    `Trainer.train_steps`.
+    Yields the state after every epoch. The networks get their new parameters after the last epoch.
+
+    Args:
+        functions: computes the losses and gradients of all networks in each step.
+        stack: networks with equally many images, whose schedules differ in the learning rate alone.
+        saved: state after an epoch of an earlier, equal training, to resume from; `None` to start.
     """
     steps = together_steps(functions, stack, saved)
     del saved
@@ -689,7 +717,10 @@ def train_together(
 def together_steps(
     functions: StackStep, stack: Sequence[Training], saved: TrainingState | None = None
 ) -> Iterator[ExpertState | None]:
-    """Train several networks as `train_together` does. Yields `None` after every step that is not an epoch's last."""
+    """Train several networks in place by SGD, as `train_together` does with the same arguments.
+
+    Yields the state after every epoch's last step, and `None` after every other step.
+    """
     state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
     if saved is not None:
         state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
@@ -722,15 +753,15 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def predict_logits(network: nn.Module, images: Images, *, batch_size: int = SCORING_BATCH) -> Tensor:
-    """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time.
+    """Compute logits [n k] of images [n c h w] in evaluation mode, without derivatives, `batch_size` images at a time.
 
-    Images in main memory are copied to the network's device.
+    The images may lie in main memory or in files. The logits are on the network's device.
     """
     return result_of(logits_in_steps(network, images, batch_size=batch_size))
 
 
 def logits_in_steps(network: nn.Module, images: Images, *, batch_size: int = SCORING_BATCH) -> Steps[Tensor]:
-    """Compute logits as `predict_logits` does. Yields after each batch.
+    """Compute logits [n k] of images [n c h w] in evaluation mode. Yields after each batch of `batch_size` images.
 
     Between two steps the network is in the mode that it had before.
     """
@@ -747,9 +778,9 @@ def logits_in_steps(network: nn.Module, images: Images, *, batch_size: int = SCO
 
 
 def in_batches(function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]) -> Steps[Tensor]:
-    """Compute `function` for `SCORING_BATCH` of the items at a time, without a graph for gradients.
+    """Compute `function`, which maps b items to values [b ..], for `SCORING_BATCH` of the items at a time.
 
-    Returns the values of all items in main memory. Yields before each batch.
+    Returns the values of all items [n ..] in main memory, without derivatives. Yields before each batch.
     """
     found = []
     for first in range(0, len(items), SCORING_BATCH):
@@ -765,7 +796,7 @@ def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
 
 
 def accuracy_in_steps(network: nn.Module, images: Images, labels: Tensor) -> Steps[float]:
-    """Compute an accuracy as `accuracy` does. Yields after each batch."""
+    """Compute the fraction of the images that the network classifies as their labels. Yields after each batch."""
     logits = yield from logits_in_steps(network, images)
     return float((logits.argmax(dim=1) == labels).float().mean())
 

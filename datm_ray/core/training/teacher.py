@@ -43,13 +43,14 @@ class Teacher:
         self.network.eval().requires_grad_(False)
 
     def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of some epochs: augmented and mixed images [1 b c h w], and the teacher's logits for them [1 b k].
+        """Yield batches of some epochs: augmented, mixed images [1 b c h w], and the teacher's logits for them [1 b k].
 
         Args:
             images: [n c h w] images of the set.
             seed: seed of order, augmentation and CutMix.
             epochs: numbers of the epochs, from 0.
-            augmentation: operations, see `core.images.augment`.
+            batch_size: number b of images; the last batch of an epoch may be smaller.
+            augmentation: strategy such as "crop_flip": each batch gets one of its operations; "" for none.
         """
         none = torch.zeros(len(images), device=next(self.network.parameters()).device)
         number = 0
@@ -61,7 +62,7 @@ class Teacher:
             number = 0 if is_last else number + 1
 
     def mixed(self, images: Tensor, seed: int, epoch: int, batch: int) -> Tensor:
-        """Images [b c h w] after CutMix, drawn for a batch of an epoch; unchanged without CutMix."""
+        """Images [b c h w] after CutMix, or unchanged without it. `batch` is the number in the epoch, from 0."""
         if not self.cutmix:
             return images
         size = (images.shape[2], images.shape[3])
@@ -72,7 +73,7 @@ class Labels(Protocol):
     """Stored views of a set's images and a teacher's logits for them, such as `datm_ray.ReplayedLabels`."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the training, from 0."""
+        """Choose the epoch of the training, from 0, whose views and logits `batch` returns."""
         ...
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,15 @@ class StoredLessons:
     """Temperature T, above 0, by which logits are divided in the loss."""
 
     def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of stored views, already augmented and mixed, with their logits, see `Teacher.batches`."""
+        """Yield batches of some epochs: stored views [1 b c h w], and a teacher's logits for them [1 b k].
+
+        Args:
+            images: give only their number.
+            seed: seed of the order.
+            epochs: numbers of the epochs, from 0.
+            batch_size: number b of views; the last batch of an epoch may be smaller.
+            augmentation: not read, since the views are already augmented and mixed.
+        """
         count = len(images)
         for epoch in epochs:
             self.labels.set_epoch(epoch)
@@ -103,7 +112,7 @@ class StoredLessons:
 
 
 Lessons = Teacher | StoredLessons
-"""Images and a teacher's logits for every step of a training."""
+"""Source of images and a teacher's logits for them, for every step of a training."""
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -117,7 +126,7 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class CutMix:
-    """Box that CutMix replaces in every image of a batch, and the images that it is copied from."""
+    """Box (`rows` and `columns`) that CutMix replaces in every image of a batch, and images it is copied from."""
 
     rows: slice
     columns: slice
@@ -128,8 +137,8 @@ class CutMix:
 def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.random.Generator) -> CutMix:
     """Draw one box for a batch of images of `size` (height, width), and a partner for each image.
 
-    The share of an image that is kept has a Beta distribution, and the box's centre lies anywhere in the image, so the
-    border may cut the box.
+    The share of an image that is kept has a Beta distribution with both parameters `alpha`. The box's centre lies
+    anywhere in the image, so the border may cut the box.
     """
     kept = random.beta(alpha, alpha)
     rows, columns = (box_side(length, kept, int(random.integers(length))) for length in size)
@@ -137,7 +146,7 @@ def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.rand
 
 
 def box_side(length: int, kept: float, centre: int) -> slice:
-    """Slice of rows or columns of a box, cut at the image's border.
+    """Slice of the rows, or of the columns, that a box covers; cut at the image's border.
 
     Args:
         length: the image's height or width in pixels.
