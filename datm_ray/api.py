@@ -100,8 +100,8 @@ def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
     """Recipe with some settings replaced.
 
     Args:
-        recipe: see `Recipe`.
-        settings: values that replace the recipe's.
+        recipe: name of a packaged recipe, path of a YAML file, or a configuration.
+        settings: `section.field` -> value that replaces the recipe's; `None` for none.
 
     Raises:
         ConfigError: there is no such recipe, or a value is impossible.
@@ -128,7 +128,7 @@ def stages_of(
     address: str | None,
     asked: Mapping[NetworkConfig, str] | None = None,
 ) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Check runs, and return their stages and a function that starts their workers.
+    """Check runs. Returns their stages, and a function that starts the executor for `Pipeline.run_all`.
 
     Args:
         configs: the runs; at least one.
@@ -137,6 +137,9 @@ def stages_of(
         executor: "ray" or "serial".
         address: address of a Ray cluster; `None` for RAY_ADDRESS, or else a cluster started on this machine.
         asked: network to score on -> command-line option that asked for it, for messages; `None` for no such network.
+
+    Raises:
+        DatmError: a data set or path cannot be read, or a recipe's values cannot be used.
     """
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
     stages = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial", asked=asked)
@@ -152,10 +155,11 @@ def run(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[
     Args:
         recipe: name of a packaged recipe, path of a YAML file, or a configuration.
         out: output folder, a path or URI.
-        **options: see `Options`.
+        **options: `settings`, `store`, `executor`, `address` and `progress`, as `Options` describes them.
 
     Raises:
         DatmError: bad input, or work that failed; running the call again resumes.
+        TypeError: an option is unknown.
     """
     stages, start, reporter = _prepared(recipe, out, options)
     stages.run_all(start, reporter)
@@ -188,7 +192,9 @@ def plan(
             computes on CPUs, and needs tflops= in `cluster` to estimate times on GPUs.
 
     Raises:
-        ConfigError: the set does not fit into memory, or an argument cannot be read.
+        ConfigError: the set does not fit into memory, or an argument cannot be read or used.
+        DatasetError: the images cannot be read, or are on another machine and `data_shape` is not given.
+        ClusterError: the recipe's precision needs a GPU, or another CPU.
     """
     return plan_run(recipe_of(recipe, settings), cluster, data_shape, measure=measure)
 
@@ -255,21 +261,32 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:
-    """Train the experts that are missing from the store; returns the store's path or URI. Arguments: see `run`."""
+    """Train the experts that are missing from the store. Returns the store's path or URI.
+
+    The arguments and errors are those of `run`: recipe, output folder, and `Options`.
+    """
     stages, start, reporter = _prepared(recipe, out, options)
     stages.train_experts(start, reporter)
     return stages.store_uri
 
 
 def distill(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Artifact:
-    """Distil a set from experts that are trained already, and return it. Arguments: see `run`."""
+    """Distil a set from experts that are trained already, and return it.
+
+    The arguments and errors are those of `run`: recipe, output folder, and `Options`. A `MissingExpertsError` is raised
+    if an expert or a trained prior is not in the store.
+    """
     stages, start, reporter = _prepared(recipe, out, options)
     stages.distill(start, reporter)
     return _set_of(stages)
 
 
 def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Result:
-    """Score a distilled set and its controls on the test images, and write the report. Arguments: see `run`."""
+    """Score a distilled set and its controls on the test images, and write the report.
+
+    The arguments and errors are those of `run`: recipe, output folder, and `Options`. A `RunDirectoryError` is raised
+    if the set is not distilled yet, and a `MissingExpertsError` if an expert is not in the store.
+    """
     stages, start, reporter = _prepared(recipe, out, options)
     stages.evaluate(start, reporter)
     return _result(stages)
@@ -281,6 +298,7 @@ def _prepared(
     """Return a run's stages, a function that starts its workers, and its progress display.
 
     Raises:
+        DatmError: bad input.
         TypeError: an option is unknown.
     """
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
@@ -310,6 +328,6 @@ def _result(stages: Pipeline) -> Result:
 
 
 def _history(folder: Location) -> dict[str, NDArray[Any]]:
-    """Curves of a run's distillation, see `Result.history`; empty without a checkpoint."""
+    """Curves of the distillation in a run's folder, with the keys of `Result.history`; empty without a checkpoint."""
     curves = read_curves(folder) if (folder / CHECKPOINT).exists() else {}
     return {name.removeprefix("history."): curve for name, curve in curves.items() if name != "history.backbone"}

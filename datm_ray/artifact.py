@@ -141,7 +141,10 @@ class LeftOutTransform:
 
 @dataclass(frozen=True, repr=False)
 class Artifact:
-    """A synthetic set with everything needed to use it elsewhere."""
+    """A synthetic set with everything needed to use it elsewhere.
+
+    `normalise`, `pixels` and other methods that need the transform raise a `StoreError` if it is missing.
+    """
 
     images: Tensor
     """[n c h w] float32 images, normalised by `transform`; feed them to a network unchanged."""
@@ -150,8 +153,8 @@ class Artifact:
     labels: Tensor
     """[n] int64 class that each image was made for."""
     step_size: float
-    """Learning rate of SGD for the recipe's `network`: learned with the images, published or given, see
-    `has_step_size`; otherwise a default."""
+    """Learning rate of SGD for the recipe's `network`: learned with the images, published or given if `has_step_size`
+    is true, otherwise a default."""
     step_sizes: tuple[float, ...]
     """Learning rates for all matched networks, the recipe's `network` first. Files of earlier versions hold the
     learning rate of `network` alone."""
@@ -205,8 +208,11 @@ class Artifact:
     def scored_training(self) -> tuple[Schedule, bool]:
         """Settings as `training` returns them, and True if their learning rate is more than a default.
 
-        A learning rate that was learned, published, given or chosen on validation images is no default. Errors: see
-        `training`.
+        A learning rate that was learned, published, given or chosen on validation images is no default.
+
+        Raises:
+            ConfigError: this version has no such protocol, optimiser or augmentation.
+            CorruptFileError: the run's file with the settings is damaged.
         """
         if scoring := self._scoring():
             return scoring, True
@@ -223,7 +229,11 @@ class Artifact:
         return schedule, bool(scored.get("learning_rate")) or (is_sgd_on_own_labels and self.has_step_size)
 
     def _scoring(self) -> Schedule | None:
-        """Settings of the training that scored the set; `None` if no evaluation wrote them or they cannot be read."""
+        """Settings of the training that scored the set; `None` if no evaluation wrote them or they cannot be read.
+
+        Raises:
+            CorruptFileError: the file has impossible settings.
+        """
         if self.held_scoring is None:
             return None
         if not isinstance(self.held_scoring, Location):
@@ -307,6 +317,7 @@ class Artifact:
 
         Raises:
             DatasetError: the images do not have the set's shape.
+            StoreError: the set's transform is missing.
             TypeError: the images are integers other than uint8.
         """
         return self.transform.normalise(images)
@@ -329,7 +340,7 @@ class Artifact:
         return float(((unit < -half) | (unit > 1 + half)).float().mean())
 
     def clipped_in_words(self) -> str:
-        """Start of a sentence on the share of the images' values that `pixels` clips; "" if it clips none."""
+        """Text without a full stop on the share of the images' values that `pixels` clips; "" if it clips none."""
         share = self.clipped_share()
         if not share:
             return ""
@@ -365,7 +376,7 @@ def save_artifact(
         provenance: versions, hardware, data set and experts of the run, as plain data.
         transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
             set's file. `None` stores the transform in the set's file.
-        has_step_size: answer of the run's method, see `Method.has_step_size` and `Artifact.has_step_size`.
+        has_step_size: True if the step size was learned, published or given; False if it is a default.
     """
     images, soft_labels = synthetic.images.detach(), synthetic.soft_labels.detach()
     step_sizes = tuple(synthetic.step_sizes.tolist())
@@ -379,7 +390,7 @@ def save_artifact(
 def set_parts(artifact: Artifact, *, kept: bool = False) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Arrays by name, and metadata, of a set's file.
 
-    A transform that the set leaves out, see `LeftOutTransform`, has no arrays here.
+    A transform that the set leaves out (`LeftOutTransform`) has no arrays here, only a description in the metadata.
 
     Args:
         kept: True if the transform is stored in a file of its own: its arrays are left out here, and the metadata hold
@@ -450,7 +461,7 @@ def load(uri: str | os.PathLike[str]) -> Artifact:
     """Read a synthetic set written by datm_ray, .arrow or .safetensors, from a path or any URI.
 
     Raises:
-        StoreError: the file does not exist, or is a folder.
+        StoreError: the file does not exist, is a folder, or holds tensors of another program (.pt).
         CorruptFileError: the file is not a synthetic set, is truncated or altered, or its parts contradict each other.
     """
     location = open_location(os.fspath(uri))
@@ -481,7 +492,12 @@ def _of_another_program(file: Location, folder: Location) -> StoreError:
 
 
 def read_artifact(location: Location) -> Artifact:
-    """Read a synthetic set from a location, see `load`."""
+    """Read a synthetic set from an .arrow or .safetensors file.
+
+    Raises:
+        StoreError: the file cannot be read, or is a folder.
+        CorruptFileError: the file is not a synthetic set, is truncated or altered, or its parts contradict each other.
+    """
     if location.path.endswith(".safetensors"):
         arrays, metadata = _read_safetensors(location)
     else:
@@ -600,7 +616,12 @@ def _scoring_of(location: Location, metadata: Mapping[str, Any]) -> Mapping[str,
 
 
 def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-    """Read arrays and metadata of a file that the export "safetensors" wrote."""
+    """Read arrays and metadata of a file that the export "safetensors" wrote.
+
+    Raises:
+        StoreError: the file cannot be read.
+        CorruptFileError: the file has another format, or its checksum is wrong or missing.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 

@@ -74,7 +74,7 @@ class TransientStoreError(StoreError):
 
 
 class MissingExpertsError(StoreError):
-    """The store has no experts, or too few, for the recipe."""
+    """The store lacks experts, epochs of experts, orders of images or a trained prior that the recipe needs."""
 
 
 class CorruptFileError(DatmError):
@@ -82,7 +82,7 @@ class CorruptFileError(DatmError):
 
 
 class RunDirectoryError(DatmError):
-    """A run's folder cannot be used: another command uses it, it has a run of another recipe, or a file is missing."""
+    """A run's folder cannot be used. For example, another command uses it, or it holds a run of another recipe."""
 
 
 class ClusterError(DatmError):
@@ -116,9 +116,9 @@ class JobUnreachableError(ClusterError):
 
 
 class DivergenceError(DatmError):
-    """An expert's loss is not finite, or a distillation diverged in too many iterations with no update in between.
+    """An expert's or prior's loss is not finite, or a distillation diverged in many iterations without an update.
 
-    The last good state is saved before this is raised.
+    A distillation saves its last good state before it raises this.
     """
 
     exit_code = 1
@@ -127,15 +127,18 @@ class DivergenceError(DatmError):
 class ThresholdError(DatmError):
     """Every matching loss exceeds distill.threshold, before the first iteration or in many iterations in a row.
 
-    Without a threshold, no loss is finite.
-    Experts are kept, and so is the state of a distillation that had started.
+    Without a threshold, no loss is finite. Before the first iteration, the error is also raised if there is nothing to
+    match, or the loss has no gradient. Experts are kept, and so is the state of a distillation that had started.
     """
 
     exit_code = 1
 
 
 class WorkerLostError(DatmError):
-    """A worker died more often than the retry policy allows."""
+    """A worker died, hung, could not start or ran out of GPU memory.
+
+    Tasks are retried first, so users see this only after the last attempt that `cluster.retries` allows.
+    """
 
     exit_code = 1
 

@@ -68,7 +68,11 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the training, from 0; call it before the loader is iterated over."""
+        """Choose the epoch of the training, from 0; call it before the loader is iterated over.
+
+        Raises:
+            ValueError: the epoch is negative.
+        """
         if epoch < 0:
             raise ValueError(f"epochs are numbered from 0, not {epoch}")
         self._epoch.fill_(epoch)
@@ -98,5 +102,5 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
 
 
 def views_of(rows: NDArray[np.int64], records: LabelRecords) -> Views:
-    """Make views of the images with indices `rows`, from the crops, flips and mixtures in the records."""
+    """Describe the views of the images with indices `rows` by the crops, flips and mixtures in the records."""
     return Views(rows, records.boxes, records.flips, records.partners, records.lambdas, records.mix_boxes)

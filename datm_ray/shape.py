@@ -70,7 +70,10 @@ class DataShape:
         return self.training_images - self.trained(dataset)
 
     def synthetic(self, config: RunConfig, shards: int = 1) -> int:
-        """Number of images in a recipe's synthetic set, or in the largest of its shards. Shards hold whole classes."""
+        """Number of images in the largest of the shards of a recipe's synthetic set, which hold whole classes.
+
+        With one shard, the number of images of the set.
+        """
         return config.distill.ipc * -(-self.classes // shards)
 
 
@@ -107,7 +110,8 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
         here: True if the run will be on this machine, where resized images must fit into memory.
 
     Raises:
-        DatasetError: images cannot be read, or do not fit into memory.
+        DatasetError: images cannot be read or streamed, do not fit into memory, or have another number of channels than
+            `dataset.mean`.
         MissingImagesError: images are not on this machine. The message names the option of `plan` that replaces them.
     """
     streamed = dataset.streamed
@@ -132,7 +136,7 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
-    """Estimated cost of fitting the normalisation to the training images without those for validation."""
+    """Estimated cost of fitting a recipe's normalisation to its training images, without those for validation."""
     return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, shape.trained(dataset))
 
 

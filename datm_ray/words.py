@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 def counted(number: float, noun: str) -> str:
-    """Number with its noun, such as "1 image", "1,234 images" or "2 classes"."""
+    """Number with its noun, given in the singular, such as "1 image", "1,234 images" or "2 classes"."""
     plural = "es" if noun.endswith(("s", "x")) else "s"
     return f"{number:,.12g} {noun}{plural * (number != 1)}"
 

@@ -54,7 +54,7 @@ class Commands(TyperGroup):
     """Command group that passes Ctrl-C and closed pipes on to `end_cleanly`."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand that the user has given."""
+        """Run the subcommand. Ctrl-C and closed pipes become `_Caught`, which Typer does not turn into an exit code."""
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, KeyboardInterrupt) as failure:
@@ -65,7 +65,9 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     """Run a command and end the process: with 0, or with one line on standard error and another exit code.
 
     Args:
-        out: returns the command's output folder, or `None` if the command has none or must write nothing there.
+        command: runs the command line.
+        out: returns the folder for the traceback of an unexpected failure, the command's output folder; `None` if the
+            command has none or must write nothing there.
     """
     try:
         command()
@@ -82,7 +84,7 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
 
 
 def _exit_flushed() -> None:
-    """Flush the output of a successful command. A failed write ends the process with an error."""
+    """Flush standard output and error before a successful exit; if that fails, end the process with an error."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
@@ -194,9 +196,12 @@ def _in_words(failure: BaseException) -> str:
 
 
 def _write_log(failure: BaseException, out: str | None) -> str | None:
-    """Append the traceback to the output folder's log, or write it to a temporary file.
+    """Append a failure's traceback to `ERROR_LOG` in the output folder, or write it to a temporary file.
 
     Returns the path of the file, or `None` if no file could be written.
+
+    Args:
+        out: output folder; `None`, or a folder that does not exist on this machine, for the temporary file.
     """
     lines = [time.strftime("%Y-%m-%d %H:%M:%S "), _command(), "\n", *traceback.format_exception(failure), "\n"]
     text = _without_secrets("".join(lines)).encode(errors="backslashreplace")
@@ -273,9 +278,9 @@ def _remove_home() -> None:
 
 
 def note(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Store the value of a command-line option by the option's name, so that `main` can read it. Returns the value.
+    """Store the value of a command-line option in the context by the option's name. Returns the value.
 
-    For use as the callback of an option. `main` needs the output folder when a command fails.
+    For use as the callback of an option: `main` reads the output folder there when a command fails.
     """
     context.find_root().ensure_object(dict)[option.name] = value
     return value

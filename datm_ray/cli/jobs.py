@@ -176,9 +176,12 @@ def job_stop(submission_id: JobId, address: Dashboard) -> None:
 
 
 def _follow(jobs: Jobs, submission_id: str) -> None:
-    """Show a job's log until the job ends, then end this process with the job's exit code.
+    """Show a job's log until the job ends.
 
     Ctrl-C ends this process, not the job.
+
+    Raises:
+        typer.Exit: the job has not succeeded; the exit code is the job's, 128 + the number of a signal, or else 1.
     """
     try:
         job = jobs.follow(

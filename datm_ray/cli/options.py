@@ -98,6 +98,13 @@ def config_of(name: str, set_: list[str] | None) -> RunConfig:
     """Load a packaged recipe by its name, or a YAML file, and override values by `set_`.
 
     A line on standard error names keys that the file or `set_` gives, but the recipe's method does not read.
+
+    Args:
+        name: name of the recipe, or path of the file.
+        set_: overrides of the form `section.field=value`; `None` for none.
+
+    Raises:
+        ConfigError: there is no such recipe, or a key or value is wrong.
     """
     from datm_ray.config import override, unread_values
     from datm_ray.config.files import keys_given
@@ -111,7 +118,7 @@ def config_of(name: str, set_: list[str] | None) -> RunConfig:
 
 
 class Invocation(NamedTuple):
-    """Arguments of the command for one stage. `next` makes the command for the next stage from them."""
+    """Arguments of a command such as `distill`, from which `next` makes the command for the next stage."""
 
     recipes: list[str]
     set_: list[str] | None
@@ -121,7 +128,7 @@ class Invocation(NamedTuple):
     address: str | None = None
 
     def next(self, command: str) -> str:
-        """Text of the shell command for the next stage."""
+        """Text of the shell command that runs `command`, such as "evaluate", with the same arguments."""
         import shlex
 
         words = ["datm-ray", command, *self.recipes, "--out", self.out]

@@ -75,7 +75,7 @@ def init(
 
 
 def _new_file(out: str | None, name: str) -> Path:
-    """Path of the recipe to write. Checked before the images are read, because reading takes time.
+    """Path of the recipe to write: `out`, or <name>.yaml. Checked before the images are read, which takes time.
 
     Raises:
         ConfigError: the name is invalid, the file exists, or its folder does not.

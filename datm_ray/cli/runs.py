@@ -340,8 +340,11 @@ def _prepare(
     """Check the recipes. Returns their pipeline, and a function that starts the executor.
 
     Args:
-        arch: further architectures to score on, separated by commas; `None` for none.
+        arch: architectures to score on in place of `evaluate.networks`, separated by commas; `None` keeps the recipe's.
         coresets: True to add coresets to each recipe.
+
+    Raises:
+        DatmError: a recipe, data set or path cannot be read or used.
     """
     configs = [config_of(name, invocation.set_) for name in invocation.recipes]
     if coresets:

@@ -173,7 +173,7 @@ def store_verify(uri: StoreUri, json_: Json = False, verbose: Verbose = 0) -> No
 
 
 def _name(group: ExpertGroup, file: int | str | None) -> str:
-    """Name of a file in the group's folder. Argument `file`: see `_verified`."""
+    """Name of a file in the group's folder: of an expert by its number, of the transform for `None`, else `file`."""
     if isinstance(file, str):
         return file
     return (group.transform_file if file is None else group.expert_file(file)).path.rpartition("/")[2]
@@ -338,7 +338,7 @@ def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
     """Groups of experts of a store.
 
     Args:
-        unfinished: True to include groups without a finished expert.
+        unfinished: True to include groups without a finished expert, as those of priors.
 
     Raises:
         MissingExpertsError: the store has no such groups.

@@ -23,7 +23,7 @@ def load_sections(path: str) -> dict[str, Any]:
     """Read a recipe's YAML file as plain data, unchecked: key -> value, or section -> {key: value}.
 
     Raises:
-        ConfigError: the file is missing or not YAML.
+        ConfigError: the file cannot be read, or is not YAML with keys and values.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -43,7 +43,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
         base_of: finds the recipe that the file's key `base` names.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or not a valid configuration.
+        ConfigError: the file or its base cannot be read, is not YAML, or is not a valid configuration.
     """
     values = {"name": plain_name(Path(path).stem), **load_sections(path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
@@ -57,9 +57,12 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
     """Sections and keys, such as `distill` and `distill.ipc`, that a user has set in a file or by overrides.
 
     Args:
-        path: the YAML file; `None` for a packaged recipe. If a run has saved this file, its keys are ignored: runs save
-            default values too, so the file does not tell which keys a user has set.
+        path: the YAML file; `None` for a packaged recipe. Keys of a recipe.yaml that a run has written are left out:
+            runs write default values too, so the file does not tell which keys a user has set.
         assignments: overrides of the form `section.field=value`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML with keys and values.
     """
     values = {} if path is None else load_sections(path)
     if values.keys() >= _SAVED and "base" not in values:
@@ -76,6 +79,9 @@ def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dic
         name: value of the key `base`.
         base_of: finds a recipe by its name.
         origin: name of the file with the key, at the start of error messages.
+
+    Raises:
+        ConfigError: the value is not text, or `base_of` finds no recipe.
     """
     if not isinstance(name, str):
         raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
@@ -100,7 +106,15 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe_of_run(text: str, origin: str) -> RunConfig:
-    """Read the recipe that `to_yaml` wrote for a run, by this version or an earlier one."""
+    """Read a recipe that this version or an earlier one saved for a run.
+
+    Args:
+        text: YAML text, as `to_yaml` writes it.
+        origin: name of its file, at the start of error messages.
+
+    Raises:
+        ConfigError: the text is not YAML, or not a valid configuration.
+    """
     return parse_config(_of_earlier_version(_read_sections(text, origin), origin), origin)
 
 
@@ -118,7 +132,7 @@ _FORMER_RECOVERY = {
     "rounds",
     "mixed_in",
 }
-"""Keys of `recover` in recipes that runs saved before the key `recover.restarts` existed. They have all these keys."""
+"""Keys of `recover` before the key `recover.restarts` existed. Every recipe that a run saved then has all of them."""
 _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 """Sections that every saved recipe has, whatever its version."""
 
@@ -126,7 +140,11 @@ _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """Rename former keys in a recipe's plain data, in place, and return the data.
 
-    In a saved recipe, a missing `distill.gradient_limit` becomes null, because earlier versions had no limit.
+    In a recipe that a run saved, a missing `distill.gradient_limit` becomes null: earlier versions had no limit.
+
+    Args:
+        values: the recipe's plain data.
+        origin: name of its file, at the start of error messages.
     """
     for old, new in RENAMED.items():
         section, _, field = old.partition(".")
@@ -177,7 +195,8 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     Fields that hold text take the value literally, without surrounding blanks, unless it is empty, null or quoted.
 
     Raises:
-        ConfigError: an override is not an assignment, or has an unknown key, a wrong type or an impossible range.
+        ConfigError: an override is not an assignment, its key is unknown, its value is not YAML or has a wrong type, or
+            the configuration would be invalid.
     """
     values = config.model_dump(mode="json")
     for assignment in assignments:
@@ -192,10 +211,13 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Copy of the configuration with values replaced, given by `section.field`. Text is taken literally, not as YAML.
+    """Copy of the configuration with some values replaced.
+
+    Args:
+        settings: `section.field` -> new value. Text is taken literally, not as YAML.
 
     Raises:
-        ConfigError: a key is unknown, or a value has a wrong type or an impossible range.
+        ConfigError: a key is unknown, a value has a wrong type, or the configuration would be invalid.
     """
     values = config.model_dump(mode="json")
     for key, value in settings.items():
@@ -305,7 +327,7 @@ def _value_lines(section: Section, name: str, indent: str, comment: str | None) 
 
 
 def _commented(text: str, comment: str | None) -> list[str]:
-    """Lines of YAML text with a comment behind the text, or above if the line would exceed `_COLUMNS`."""
+    """Lines of YAML text with its comment: behind it, or above text of several lines or a line beyond `_COLUMNS`."""
     comment = " ".join((comment or "").split())
     line = f"{text}  # {comment}"
     if len(line) <= _COLUMNS and "\n" not in text:

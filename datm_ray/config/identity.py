@@ -1,4 +1,4 @@
-"""Identity of a run, which is equal for two runs whose settings give the same set, and fingerprints of experts.
+"""Identity of a run, equal for two runs whose settings give the same set; fingerprints of experts and priors.
 
 Tests: tests/test_config.py.
 """
@@ -73,16 +73,17 @@ def unread_values(config: RunConfig) -> dict[str, Any]:
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Settings, as plain data, that decide the synthetic set and each single accuracy.
+    """Settings of a run, as plain data, by which two runs are compared: equal ones give the same synthetic set.
 
-    The configuration must be resolved, see `RunConfig.resolved`. The following settings are left out:
+    The configuration must be one that `RunConfig.resolved` returned. Of `evaluate` only `protocol`, `augmentation` and
+    `real_epochs` stay. These settings are left out:
 
     - `cluster`, except `cluster.deterministic` if it is true, and keys that the run's method does not read;
     - paths of the data set and of a given set, whose contents have fingerprints of their own;
     - keys of `evaluate` that may change in a finished run: number of seeds, further networks, the optimiser, keys that
       add rows to the accuracy table (`full`, `fair`, `fixed_labels`), `teacher` and `SCORING_KEYS`;
-    - keys on which the set does not depend: stored epochs beyond the matched ones, measurements of test accuracy, the
-      interval of checkpoints, and the run that is continued.
+    - keys on which the set does not depend: `keep_epochs` and `test_every` of experts, the interval of checkpoints, and
+      the run that is continued.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -139,7 +140,7 @@ def _without(usual: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def scoring_identity(config: RunConfig) -> dict[str, Any]:
-    """Values of `SCORING_KEYS` that differ from their defaults."""
+    """Values of `SCORING_KEYS` that differ from their defaults: key of `evaluate` -> value."""
     return config.evaluate.model_dump(include=set(SCORING_KEYS), exclude_defaults=True)
 
 
@@ -162,8 +163,12 @@ def stable_hash(value: Any) -> str:
 def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     """Fingerprint of the experts that a run needs, sixteen hex digits; equal for two runs if they can share experts.
 
+    Args:
+        config: a configuration that `RunConfig.resolved` returned; only its `network` counts, not its backbones.
+        dataset_fingerprint: fingerprint of the images.
+
     Raises:
-        ValueError: the configuration is not resolved, see `RunConfig.resolved`.
+        ValueError: the configuration is not resolved.
     """
     if config.network.depth is None:
         raise ValueError(UNRESOLVED)
@@ -186,7 +191,11 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
 
 
 def prior_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
-    """Fingerprint of a run's trained prior, sixteen hex digits; equal for two runs if they can share it."""
+    """Fingerprint of a run's trained prior, sixteen hex digits; equal for two runs if they can share it.
+
+    Raises:
+        ValueError: the normalisation is still "auto", because the configuration is not resolved.
+    """
     assert config.prior is not None
     settings = config.prior.model_dump(exclude={"kind", "inversion_steps"})
     return stable_hash(

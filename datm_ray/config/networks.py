@@ -31,7 +31,11 @@ def short_names(networks: Sequence[NetworkConfig]) -> list[str]:
 
 
 def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """Copy of the run whose `evaluate.networks` are replaced by the networks of these names, see `networks_named`."""
+    """Copy of the run whose `evaluate.networks` are the networks of these names, each NAME or NAME:WIDTH.
+
+    Raises:
+        ConfigError: a width is not a positive number.
+    """
     evaluate = config.evaluate.model_copy(update={"networks": tuple(networks_named(config, names))})
     return config.model_copy(update={"evaluate": evaluate})
 
@@ -42,8 +46,8 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
     Args:
         names: each is NAME or NAME:WIDTH. NAME is an architecture, and means every network of this architecture in the
             recipe. If the recipe has no such network, NAME means the published network. NAME:WIDTH means the first
-            network that NAME means, with another width. NAME may also be package.module:Builder. To tell WIDTH from
-            Builder: text after a colon is a width if it begins with a digit.
+            network that NAME means, with another width. NAME may also be package.module:Builder: an identifier of
+            Python after the colon is a Builder, any other text is a width.
 
     Raises:
         ConfigError: a width is not a positive number.
@@ -64,7 +68,11 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
 
 
 def _architecture_and_width(name: str) -> tuple[str, str]:
-    """Divide NAME:WIDTH; the width is "" if there is none, as in package.module:Builder."""
+    """Divide NAME:WIDTH; the width is "" if there is none, as in package.module:Builder.
+
+    Raises:
+        ConfigError: the width is not a positive number.
+    """
     architecture, colon, width = name.rpartition(":")
     if not colon or width.isidentifier():
         return name, ""

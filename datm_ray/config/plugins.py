@@ -9,10 +9,10 @@ from datm_ray.errors import PluginError
 
 
 def imported(key: str, place: str) -> Any:
-    """Import the object that a recipe names.
+    """Import the class or function that a recipe names.
 
     Args:
-        key: key of the recipe, for messages.
+        key: key of the recipe that names it, for messages.
         place: `package.module:name`.
 
     Raises:

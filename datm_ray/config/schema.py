@@ -33,10 +33,10 @@ from datm_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Role:
-    """Part of the work that one worker computes for a synthetic set."""
+    """Networks that one worker computes for a synthetic set: backbones to match, and networks of MetaDD."""
 
     backbones: tuple[int, ...]
-    """Numbers of the backbones that this worker matches; 0 is `RunConfig.network`."""
+    """Numbers of the backbones that this worker matches: 0 is `RunConfig.network`, then `RunConfig.backbones`."""
     meta_networks: tuple[int, ...]
     """Numbers of the MetaDD networks that this worker computes: 0 is the first backbone, then the auxiliaries."""
 
@@ -194,7 +194,7 @@ class RunConfig(Section):
             size: height and width of the images in pixels.
 
         Raises:
-            ConfigError: two of metadd.auxiliaries have become the same network.
+            ConfigError: one of `metadd.auxiliaries` equals another one, now that its depth is filled in.
         """
         changes: dict[str, Any] = {
             "dataset": self.dataset.resolved(size),
@@ -337,7 +337,7 @@ class RunConfig(Section):
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """Stored epochs of each expert: those that the method may read, and the final one, which labels images."""
+        """Epochs that each expert stores, ascending: 0 to `kept_bound`, and the final one, which labels images."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
 
@@ -355,7 +355,7 @@ def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
         origin: name of the source in messages, such as the file's name.
 
     Raises:
-        ConfigError: a key or value is wrong; the message names the first one.
+        ConfigError: a key or value is wrong; the message names one of them.
     """
     try:
         return RunConfig.model_validate(values)

@@ -59,7 +59,7 @@ class DatasetConfig(Section):
     source: str = "digits"
     """digits, cifar10, cifar100, tiny-imagenet, folder or parquet."""
     path: str | None = None
-    """Path of the data set; not needed for digits."""
+    """Path of the data set. null: ~/.cache/datm_ray for cifar10, cifar100 and tiny-imagenet; digits needs none."""
     resize: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["auto", "zca", "standard"] = "auto"
@@ -96,7 +96,7 @@ class DatasetConfig(Section):
 
     @property
     def kind(self) -> Literal["zca", "standard"]:
-        """Value of `normalisation` in a resolved configuration, see `RunConfig.resolved`.
+        """Value of `normalisation`, once `RunConfig.resolved` has replaced auto.
 
         Raises:
             ValueError: the value is still auto.
@@ -185,7 +185,7 @@ class NetworkConfig(Section):
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
 
     def for_images(self, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
-        """Specification of the network for images of `size` (height, width) in pixels and this number of classes."""
+        """Specification of the network for images with these channels, size (height, width) in pixels and classes."""
         values = self.resolved(size).model_dump()
         return NetworkSpec(**values | {"channels": channels, "size": size, "classes": classes})
 
@@ -326,7 +326,7 @@ class ExpertConfig(Section):
 
 
 class StartEpochs(Section):
-    """Epochs at which students start. `[5, 30]` means 5 to 29; with keys, the range can grow with the iterations."""
+    """Expert epochs at which students start: `[5, 30]` is 5 to 29. With keys, the range can grow with iterations."""
 
     first: Epoch = 0
     """Earliest start epoch, inclusive (T- in the paper)."""
@@ -392,11 +392,11 @@ class DistillConfig(Section):
     student_steps: Count = 80
     """SGD steps of the student per iteration."""
     expert_epochs: Count = 2
-    """Epochs from the start to the target on the trajectory (M in MTT)."""
+    """Expert epochs from the student's start to its target (M in MTT)."""
     batch_size: Count = 100
     """Synthetic images per student step."""
     start_epochs: StartEpochs = StartEpochs(bound=10, final_bound=20, expand_iterations=1000)
-    """Epochs at which students start; [0, 20] means 0 to 19."""
+    """Expert epochs at which students start; [0, 20] means 0 to 19."""
     learning_rate_images: Positive | None = 100.0
     """Learning rate of SGD on the pixels (with a prior: on latents), momentum 0.5; null: found at the start."""
     learning_rate_labels: NonNegative = 2.0
@@ -443,7 +443,7 @@ class DistillConfig(Section):
 
 
 class RecoverConfig(Section):
-    """Recovering images from a teacher, for sre2l alone. IPC, iterations, first images, labels: see `distill`.
+    """Recovering images from a teacher, only for method sre2l. `distill` has its ipc, iterations, initial and labels.
 
     The values are those published for Tiny-ImageNet.
     """
@@ -453,7 +453,7 @@ class RecoverConfig(Section):
     learning_rate: Positive = 0.1
     """Learning rate of Adam on the pixels, falling along a cosine to 0."""
     statistics: NonNegative = 1.0
-    """Weight of the distance from the teacher's running statistics (r_bn)."""
+    """Weight of the distance from the running statistics of the networks in `statistics_of` (r_bn)."""
     first_layer: NonNegative = 10.0
     """Weight of the first batch normalisation within `statistics`; other layers have 1."""
     statistics_of: Literal["teacher", "auxiliaries", "all"] = "teacher"
@@ -478,7 +478,7 @@ class RecoverConfig(Section):
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation, for select, and for crops that sre2l starts from (distill.initial).
+    """Choosing real images without optimisation, for method select, and for sre2l if `distill.initial` is crops.
 
     Keys that only `by: rded` reads have the published values as defaults.
     """
@@ -502,7 +502,7 @@ class SelectConfig(Section):
 
 
 class GivenConfig(Section):
-    """A set that another program or run has made, for method given alone. IPC: see `distill`."""
+    """A set that another program or run has made, only for method given. `distill.ipc` must be its images per class."""
 
     path: str
     """Folder with images_best.pt and labels_best.pt, or of images in a folder for each class, or an .arrow or
@@ -667,8 +667,8 @@ class EvaluateConfig(Section):
     top_logits: Count | None = None
     """Number of largest logits to keep of each view; null: all. Used if `labels` is stored."""
     learning_rate: Positive | None = None
-    """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data. It is the
-    recipe's network's: for other architectures it is one of several that validation data choose from."""
+    """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data. It is for
+    the recipe's `network`; for other architectures it is one of several that validation data choose from."""
     schedule: Literal["step", "cosine"] = "step"
     """step: the learning rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
@@ -873,21 +873,19 @@ class ClusterConfig(WorkerShape):
     """Resources of workers for experts, validation and evaluation; null: those for distillation."""
 
     def shaped(self, *, light: bool) -> ClusterConfig:
-        """Section with the resources of workers for distillation, or of light workers.
-
-        Workers for experts, validation and evaluation are light. Returns this section unchanged if the recipe has no
-        section `cluster.light`.
+        """Section with the resources of the workers that a task needs.
 
         Args:
-            light: True for light workers: a copy in which `cluster.light` replaces the resources. False for
-                distillation: this section unchanged.
+            light: True for workers for experts, validation and evaluation: a copy in which `cluster.light` replaces the
+                resources, or this section itself if the recipe has no `cluster.light`. False for workers that distil:
+                this section itself.
         """
         if not light or self.light is None:
             return self
         return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})
 
     def given_gpus(self, amount: float) -> ClusterConfig:
-        """Copy in which workers whose `gpus_per_worker` is null have `amount` GPUs."""
+        """Copy in which `gpus_per_worker`, here and in `light`, is `amount` where it is null."""
         light = self.light
         if light is not None and light.gpus_per_worker is None:
             light = light.model_copy(update={"gpus_per_worker": amount})

@@ -41,7 +41,7 @@ def accuracy_of(network: nn.Module, raw: RawDataset, transform: Transform, uri: 
         network: the network.
         raw: data set with the test images.
         transform: normalisation of the network's images.
-        uri: file of the network, for the message.
+        uri: file of the network, for the error's message.
 
     Raises:
         CorruptFileError: a logit is not finite.

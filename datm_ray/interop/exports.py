@@ -32,16 +32,19 @@ _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems
 
 
 def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
-    """Write the set in another project's format. Returns the names of the files written.
+    """Write the set in one of the formats of `EXPORTS`. Returns the names of the files written, within `out`.
 
     Args:
+        artifact: the set.
         kind: "png" (one folder per class), "parquet" (Hugging Face layout, soft labels as probabilities), "pt" (the
             three files that DATM's evaluation script reads, soft labels as logits), "arrow" or "safetensors" (one file
-            with everything, the transform included, which `load` reads).
+            with everything, which `load` reads; the transform is included, unless the set leaves it out).
+        out: folder to write to. Files of the same names are replaced.
 
     Raises:
         ConfigError: the kind does not exist, or PNG files of another set lie in `out`, so that two sets would be mixed.
             Folders that cannot be listed are not searched.
+        StoreError: the set's transform is missing, or `out` cannot be written.
     """
     if kind not in EXPORTS:
         raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
@@ -78,7 +81,7 @@ def _listed(folder: Location) -> Sequence[str]:
 
 
 def left_out(artifact: Artifact, kind: str) -> list[str]:
-    """Sentences on what an export of this kind loses or changes, see `export`; empty if nothing."""
+    """Sentences on what an export loses or changes; empty if nothing. `kind` is a key of `EXPORTS`, such as "png"."""
     lines = []
     if kind in ("png", "parquet") and (clipped := artifact.clipped_in_words()):
         lines.append(f"{clipped}; arrow, safetensors and pt keep them.")
@@ -134,7 +137,7 @@ def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
 
 
 def _datm_files(artifact: Artifact) -> dict[str, bytes]:
-    """Files for DATM's evaluation.py: normalised images, soft-label logits, learned step size."""
+    """Name -> content of the files for DATM's evaluation.py: normalised images, soft labels as logits, step size."""
     parts = {
         OTHERS_IMAGES: artifact.images,
         "labels_best.pt": artifact.soft_labels,
@@ -185,7 +188,8 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
     """Folder name of each class, in the order of the classes.
 
-    Names that would be equal, ignoring upper and lower case, get the number of their class as an ending.
+    Characters other than letters, digits, "-", "_" and blanks become "_", and long names are cut. Names that would then
+    be equal, ignoring upper and lower case, get the number of their class as an ending.
     """
     names = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     names = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in names]

@@ -31,7 +31,7 @@ _IN_TRANSFORMER = {
 
 
 def torchvision_names(network: nn.Module) -> dict[str, str]:
-    """Name of every parameter and float buffer here -> its name in torchvision, for ResNets and MobileNetV2.
+    """Name of every parameter and float buffer in this package -> in torchvision, for ResNets and MobileNetV2.
 
     Names of other networks are mapped to themselves.
     """
@@ -44,7 +44,7 @@ def torchvision_names(network: nn.Module) -> dict[str, str]:
 
 
 def timm_names(network: nn.Module) -> dict[str, str]:
-    """Name of every parameter and float buffer here -> its name in timm, for ResNets, MobileNetV2 and vit-small.
+    """Name of every parameter and float buffer in this package -> in timm, for ResNets, MobileNetV2 and vit-small.
 
     Names of other networks are mapped to themselves. ResNets have the same names in timm as in torchvision. In timm,
     vit-small is the variant without a class token.
@@ -61,7 +61,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
 
 
 def _renamed(network: nn.Module, parts: Mapping[str, str]) -> dict[str, str]:
-    """Name of every parameter and float buffer here -> its name in another library.
+    """Name of every parameter and float buffer of a network -> its name in another library.
 
     Args:
         parts: name of a module or parameter here -> its name in the other library. Names without an entry stay.

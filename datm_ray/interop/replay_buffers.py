@@ -71,7 +71,7 @@ class Imported:
     """True if this import stored the trajectory; False if an earlier import had stored it."""
 
     accuracy: Accuracy | None
-    """Accuracy of the last epoch on test images; `None` for all trajectories but the first, which are not measured.
+    """Accuracy of the last epoch on test images. Only the first trajectory is measured; `None` for the others.
 
     A low accuracy means that the recipe normalises images in another way, or has another order of classes, than the
     program that trained the experts."""
@@ -90,25 +90,28 @@ class Exported:
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """True if the published ConvNet with these parameters gives other outputs than the ConvNet of this package, see
-    `pads_differently`."""
+    """True for a ConvNet on images of one channel: the published one pads them by 3 pixels, this package's by 1, so the
+    published one gives other outputs with these parameters."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
     """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
 
-    A trajectory that was imported before is recognised by its content and not stored again, so an import can be
-    repeated. Only the epochs of `experts.keep_epochs` are stored, in the format of `experts.storage`. Each file is read
-    twice, and each time whole, so that nothing is stored unless all files fit.
+    Nothing is done before the result is iterated over: each item stores a trajectory. One that was imported before is
+    recognised by its content and not stored again, so an import can be repeated. Only the epochs that the recipe keeps
+    are stored, in the format of `experts.storage`. Each file is read twice, and each time whole, so that nothing is
+    stored unless all files fit.
 
     Args:
         files: paths or URIs of the files.
-        config: recipe of the experts.
+        config: recipe of the experts. With several backbones, a trajectory is an expert of the first that it fits.
         store_uri: store to write to.
 
     Raises:
-        CorruptFileError: a file is not a replay buffer.
-        StoreError: a trajectory does not fit the recipe, or a location cannot be read or written.
+        CorruptFileError: a file is not a replay buffer, or its network gives logits that are not finite.
+        StoreError: a trajectory does not fit the recipe, the store has other epochs of these experts, or a location
+            cannot be read or written.
+        DatasetError: the recipe's images cannot be read.
     """
     d = config.dataset
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, streamed=d.streamed)
@@ -129,7 +132,13 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
 
 
 def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
-    """Network of the recipe whose parameters have the trajectory's shapes. Raises `StoreError` if there is none."""
+    """First network that the trajectory fits. Raises `StoreError` if it fits none of them.
+
+    Args:
+        networks: networks of the recipe.
+        place: name of the trajectory, for the message.
+        recipe: name of the recipe, for the message.
+    """
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
         settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
@@ -231,7 +240,9 @@ class _Network:
         return changes if other.difference(trajectory) is None else []
 
     def accuracy(self, trajectory: _Trajectory, uri: str) -> Accuracy:
-        """Accuracy of the last epoch on test images, under the transform with which experts are stored.
+        """Accuracy of the last epoch on test images, under the transform stored for the group's experts.
+
+        If the group has no transform yet, the one of the recipe's data set is stored.
 
         Args:
             trajectory: snapshots by epoch.
@@ -250,6 +261,9 @@ class _Network:
             trajectory: snapshots by epoch.
             origin: facts on the trajectory's file, for the expert's info.
             accuracy: accuracy on test images, for the result; `None` if it was not measured.
+
+        Raises:
+            StoreError: experts of the group keep other epochs than the recipe.
         """
         epochs = self._config.kept_epochs
         vectors = [_vector(trajectory[epoch]) for epoch in epochs]
@@ -302,6 +316,7 @@ def _read(location: Location) -> list[_Trajectory]:
 
     Raises:
         CorruptFileError: the file is no replay buffer, or the parameters of a trajectory never change.
+        StoreError: the file cannot be read.
     """
     try:
         trajectories = read_torch_file(location)
@@ -384,6 +399,9 @@ def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
     """Read an expert's parameters as a trajectory: one inner list per epoch, with one tensor per parameter.
 
     The epochs are 0 to the last one before the first gap in the stored epochs.
+
+    Raises:
+        StoreError: epoch 0 is not stored.
     """
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)

@@ -66,9 +66,9 @@ class GivenSet:
         return digest.hexdigest()[:16]
 
     def images_for(self, transform: Transform) -> NDArray[np.float32]:
-        """Images [n c h w], normalised by a run's transform.
+        """Images [n c h w], normalised by `transform`.
 
-        Normalised images of another program are returned unchanged, as if this transform had normalised them.
+        Normalised images without a transform of their own, as those of other programs, are returned unchanged.
         """
         if self.images.dtype == np.uint8:
             return transform.apply(self.images.astype(np.float32) / np.float32(255))
@@ -123,12 +123,15 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
 
     Args:
         uri: a folder or a file, as a path or URI. Folders of image files must lie on a local disk.
-        class_names: names of the classes, by which the folder of each class is recognised.
+        class_names: names of the run's classes. A set of this program must have the same; in a folder of image files,
+            folders are recognised by them.
 
     Raises:
-        ConfigError: nothing is there, or the set is in no known layout.
+        ConfigError: nothing is there, the set is in no known layout, its images look like pixels where normalised ones
+            are expected, or a set of this program has other classes.
         CorruptFileError: a file is damaged, or holds other things than a set.
-        DatasetError: an image file cannot be read.
+        DatasetError: an image file cannot be read, or a folder is no class.
+        StoreError: a file cannot be read, or the transform of a set of this program is missing.
     """
     place = _place_of(uri)
     if place.path.endswith(".pt"):
@@ -139,7 +142,15 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
 def read_step_size(uri: str) -> float | None:
     """Step size of a set in any layout that this module knows; `None` if the set has none.
 
-    Images are not read if the step size has a file of its own. Arguments and errors: see `read_set`.
+    Images are not read if the step size has a file of its own.
+
+    Args:
+        uri: the set's folder or file, as a path or URI.
+
+    Raises:
+        ConfigError: nothing is there, or the .pt files in the folder have no known name.
+        CorruptFileError: a file is damaged, or holds no step size above 0.
+        StoreError: a file cannot be read.
     """
     place = _place_of(uri)
     if place.path.endswith(".pt"):
@@ -183,6 +194,11 @@ def _of_tensors(place: Location) -> GivenSet:
     """Read a set from tensors: images<rest> at `place`, labels<rest> beside it and, for a step size, lr<rest>.
 
     <rest> is the common part of the three names, such as "_best.pt".
+
+    Raises:
+        ConfigError: `place` is not a file images<rest>, or its images have no value below 0, as pixels.
+        CorruptFileError: the tensors do not form a set.
+        StoreError: a file is missing or cannot be read.
     """
     rest = _rest_of_name(place)
     images, labels = _tensor(place), _tensor(place.parent / f"labels{rest}")
@@ -210,7 +226,11 @@ def _of_tensors(place: Location) -> GivenSet:
 
 
 def _rest_of_name(place: Location) -> str:
-    """Common part of the names of a set's .pt files, such as "_best.pt". `place` is the file of the images."""
+    """Common part of the names of a set's .pt files, such as "_best.pt", from the file of the images at `place`.
+
+    Raises:
+        ConfigError: the file's name does not begin with "images".
+    """
     name = PurePosixPath(place.path).name
     if not name.startswith("images"):
         raise ConfigError(f"given.path {place.uri} holds no images", remedy="give the file images_....pt beside it")
@@ -321,7 +341,17 @@ def _of_images(place: Location, class_names: Sequence[str]) -> GivenSet:
 
 
 def _labels_and_pixels(root: Path, uri: str, class_names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Labels [n] and pixels [n c h w] of the images in a folder for each class, below a folder or in an archive."""
+    """Labels [n] and pixels [n c h w] of the images in a folder or zip archive that has a folder for each class.
+
+    Args:
+        root: the folder or archive.
+        uri: its name in messages.
+        class_names: names of the run's classes.
+
+    Raises:
+        ConfigError: there is no folder of images.
+        DatasetError: an image cannot be read, or a folder is no class.
+    """
     with file_tree(root, image_suffixes()) as tree:
         files = [(name, Path(name).parts[0]) for name in tree.listing.files if len(Path(name).parts) > 1]
         if not files:
@@ -347,7 +377,11 @@ def _about_the_set(failure: DatasetError) -> DatasetError:
 
 
 def _labels_of(folders: Sequence[str], class_names: Sequence[str], uri: str) -> dict[str, int]:
-    """Folder -> label: by the names of the classes, or else by numbers from 0 on in the names of the folders."""
+    """Folder -> label: by the names of the classes, or else by numbers from 0 on in the names of the folders.
+
+    Raises:
+        DatasetError: neither the names nor the numbers of the folders are those of the classes.
+    """
     known = {name: label for label, name in enumerate(class_folders(tuple(class_names)))}
     known |= {name: label for label, name in enumerate(class_names)}
     if known.keys() >= set(folders):

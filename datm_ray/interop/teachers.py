@@ -79,10 +79,10 @@ class ImportedTeacher:
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
-    """Store a trained classifier as an expert of a recipe.
+    """Store a trained classifier as an expert of a recipe, under the first free number.
 
     If the recipe has several networks, the classifier becomes an expert of the first network that its weights fit, by
-    their names and shapes, see `load_weights`.
+    their names and shapes.
 
     Args:
         file: path or URI of a state_dict, in safetensors format if the name ends in .safetensors, else torch's.
@@ -93,8 +93,9 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
         ConfigError: the recipe trains no network, or does not give the normalisation.
         CorruptFileError: the file holds no state_dict or impossible values, or its network gives logits that are not
             finite.
-        StoreError: the file fits no network of the recipe, the experts are stored already, or another process stores
-            them at the same time.
+        DatasetError: the recipe's images cannot be read.
+        StoreError: the file cannot be read or fits no network of the recipe, the experts are stored already, or another
+            process stores them at the same time.
     """
     d = config.dataset
     if d.statistics is None:
@@ -189,8 +190,8 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Copy weights into a network of this package. Their names may be torchvision's, timm's or the network's own.
 
     Returns:
-        "" if the weights fit. Otherwise the differences in names and shapes, by the naming that fits best; the network
-        then stays unchanged.
+        "" if the weights fit. Otherwise a text with the differences in names and shapes, by the naming that fits best;
+        the network then stays unchanged.
     """
     own = dict(network.named_parameters()) | float_buffers(network)
     given = {name: tensor for name, tensor in weights.items() if not name.endswith(_COUNTERS)}

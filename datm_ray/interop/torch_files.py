@@ -27,7 +27,7 @@ from datm_ray.store.files.filesystem import Location
 from datm_ray.store.precision import from_storage
 
 Tensors = Any
-"""Content of a file: lists and tuples, nested as in the file, of arrays, numbers and texts."""
+"""Content of a file: an array, number or text, or lists and tuples of such, nested as in the file."""
 
 _DTYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
 _INTEGERS = {"LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1"}
@@ -60,9 +60,9 @@ class _Storage:
 
 
 def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
-    """Read a file that `torch.save` wrote. Returns its lists and tuples, nested as in the file.
+    """Read a file that `torch.save` wrote. Returns its tensor, or its lists and tuples, nested as in the file.
 
-    Tensors become read-only arrays. Lists may also hold numbers and texts. A local file is memory-mapped.
+    Tensors become read-only arrays. There may be numbers and texts beside them. A local file is memory-mapped.
 
     Args:
         location: the file.
@@ -180,7 +180,10 @@ def _list(value: Any) -> list[Any]:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Evaluate one of the three calls that torch.save writes into a pickle, without running any code from the file."""
+    """Value of one of the three calls that torch.save writes into a pickle, found without running code from the file.
+
+    The calls give a tensor, a parameter's tensor, or `None` for an empty OrderedDict. Others raise ValueError.
+    """
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise ValueError(f"the pickle calls a {type(function).__name__} with a {type(arguments).__name__}")
     match function:
@@ -194,7 +197,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]:
-    """Array that is a view of a storage.
+    """Array that is a view of a storage. Offset and strides count values.
 
     Raises ValueError if the view reaches beyond the storage or uses a value twice.
     """

@@ -1,7 +1,8 @@
 """Curves in TensorBoard or Weights & Biases, chosen by `cluster.log_to`.
 
-Each task has a curve of every measurement (see `metrics`) over its own steps: epochs of experts, iterations of a
-distillation. Besides curves, only the recipe is sent: no addresses, names of machines, paths or environment variables.
+Each task has a curve of every gauge and histogram of the metrics' catalogue, over its own steps: epochs of experts,
+iterations of a distillation. Besides curves, only names and settings of the recipes are sent: no addresses, names of
+machines, paths or environment variables.
 Both packages are optional, and a failure after the start never stops a run.
 """
 
@@ -27,7 +28,7 @@ class Backend(Protocol):
     """Interface of a logging service."""
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
-        """Record a task's measurements at one of the task's steps."""
+        """Record values of a task's curves, by the curve's name, at the task's step number `step`."""
 
     def finish(self, task: Task) -> None:
         """Close a task's curves, after the last values of the task."""
@@ -40,7 +41,7 @@ class Logger:
     """Logger of a run's events. Logging stops at the first failure; the run continues."""
 
     def __init__(self, backend: Backend | None = None, on_failure: Callable[[str], None] = print) -> None:
-        """Choose where to log.
+        """Log to a service until the first failure.
 
         Args:
             backend: logging service; `None` logs nowhere.
@@ -72,7 +73,12 @@ class Logger:
 
 
 def require_logger(name: str, out: Location) -> None:
-    """Raise a `ConfigError` if the package or the folder that `cluster.log_to` needs is missing."""
+    """Raise a `ConfigError` if a logger's package is not installed, or TensorBoard would write to an object store.
+
+    Args:
+        name: value of `cluster.log_to`.
+        out: output folder of the runs.
+    """
     if name != "none" and find_spec(name) is None:
         raise ConfigError(
             f"cluster.log_to is {name!r}, but the package {name} is not installed",
@@ -91,12 +97,12 @@ def open_logger(name: str, out: Location, configs: Sequence[RunConfig], on_failu
 
     Args:
         name: value of `cluster.log_to`.
-        out: the run's output folder.
-        configs: recipes of the run.
+        out: output folder of the runs.
+        configs: recipes of the runs.
         on_failure: called with a message, once, if logging fails after the start.
 
     Raises:
-        ConfigError: a package or folder is missing, or the service does not start.
+        ConfigError: a package is missing, TensorBoard would write to an object store, or the service does not start.
     """
     require_logger(name, out)
     if name == "none":

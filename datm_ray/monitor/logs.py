@@ -91,17 +91,17 @@ def show(level: int) -> None:
 
 
 def is_raw() -> bool:
-    """True if the output of Ray and its workers is shown."""
+    """True if `show` has set level 2, at which Ray and its workers write to standard error too."""
     return _ROOT.isEnabledFor(logging.DEBUG)
 
 
 @contextmanager
 def writing(folders: Sequence[str], uploaded: Sequence[logging.Handler] = ()) -> Iterator[None]:
-    """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged.
+    """Write the log to `log.txt` in each of the folders while the context lasts. Each line is written at once.
 
     Args:
         folders: local folders. Missing ones are made.
-        uploaded: further handlers, which are closed at the end, at the same time, see `UploadedLog`.
+        uploaded: further handlers, such as `UploadedLog`. All handlers are closed at the end, in parallel.
     """
     before = _ROOT.level
     added = [*([] if _ROOT.hasHandlers() else [_terminal]), *uploaded]  # without a handler no warning would be shown
@@ -182,7 +182,10 @@ class _Terminal(logging.Handler):
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the whole line with --verbose; else only the message of a warning that was not printed recently."""
+        """Print the whole line if `verbosity` is above 0, else only the message, of warnings and errors.
+
+        Below 0, messages of warnings are left out too. A message printed within `REPEAT_AFTER` seconds is not repeated.
+        """
         if self.verbosity > 0:
             print(self.format(record), file=sys.stderr, flush=True)
             return

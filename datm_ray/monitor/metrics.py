@@ -20,7 +20,7 @@ from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Started, 
 Kind = Literal["gauge", "counter", "histogram"]
 
 TASK, STAGE = ("run", "stage", "task"), ("run", "stage")
-"""TASK: tags of a gauge's time series. STAGE: tags of a counter's time series."""
+"""TASK: tags of a gauge's time series. STAGE: tags of a counter's or histogram's time series."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ class Readings:
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
         """Start a stage, or a part of a stage. Returns samples of the numbers of wanted and of busy workers.
 
+        Tasks that have not finished are forgotten.
+
         Args:
             tasks: tasks of the stage or part.
             workers: highest number of workers that run at the same time.
@@ -220,7 +222,7 @@ class Readings:
         return [*samples, *self._worker_counts()]
 
     def gauges(self) -> list[Sample]:
-        """Current values of all gauges of unfinished tasks."""
+        """Current values of all gauges of unfinished tasks, and numbers of wanted and of busy workers."""
         of_tasks = [
             _sample(name, value, observed.task)
             for observed in self._observed.values()
@@ -229,7 +231,7 @@ class Readings:
         return [*of_tasks, *self._worker_counts()]
 
     def _worker_counts(self) -> Iterator[Sample]:
-        """Yield samples of the numbers of wanted and of busy workers."""
+        """Yield two samples: numbers of workers that unfinished tasks can use, and of workers of running tasks."""
         working = sum(observed.workers or 1 for observed in self._observed.values() if observed.at_work)
         tags = {"stage": self._stage}
         yield Sample("datm_ray_workers_wanted", float(max(0, min(self._workers, self._open))), tags)
@@ -250,7 +252,7 @@ def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> It
 
 
 def _progress(observed: _Observed, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
-    """Yield samples of gauges and histograms from a progress event.
+    """Yield samples of gauges and histograms from a progress event, and keep its gauges in `observed`.
 
     If the task's number of workers has changed, the last sample counts this change.
 

@@ -36,7 +36,7 @@ LINE_INTERVAL = 30.0
 TICK = 1.0
 """Seconds between two checks whether a line is due, even while no event arrives."""
 SILENCE = 30.0
-"""Seconds without a step after which a progress line reports for how long there has been none."""
+"""Seconds without a step of the slowest task after which a progress line states how long there has been none."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 """Time over which a stage's speed is averaged: at least SHORTEST_MEMORY seconds, and MEMORY times the stage's time so
 far if that is longer."""
@@ -64,7 +64,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
-        """Show a stage of these tasks while the context lasts."""
+        """Show the progress of these tasks, below a title, while the context lasts. Their events go to the `Stage`."""
         if not self._quiet and verbosity() < 1 and sys.stderr.isatty():
             with _bars() as bars, _ticking(_BarStage(self, title, tasks, bars)) as stage:
                 yield stage
@@ -164,7 +164,7 @@ class Tracker:
         self._left += task.weight
 
     def take(self, task: Task, event: Event, now: float) -> None:
-        """Count an event. `now` is its time, in seconds of the monotonic clock."""
+        """Update the state of a task by its event. `now` is its time, in seconds of the monotonic clock."""
         if isinstance(event, Lost | Failed | Stopped):
             self.running.pop(task.name, None)
             return
@@ -194,7 +194,7 @@ class Tracker:
         self._seconds, self._last = kept * self._seconds + now - self._last, now
 
     def slowest(self, now: float) -> tuple[str, _Running]:
-        """Name and state of the task expected to end last; "" and an empty state if no task runs.
+        """Name and state of the running task expected to end last; "" and an empty state if no task runs.
 
         While no speed is known, returns the task that started first.
         """

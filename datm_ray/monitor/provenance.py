@@ -20,7 +20,7 @@ PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, CPU and device as plain data, without names of hosts or users."""
+    """Versions of packages, and CPU, cores, threads and `device` as plain data, without names of hosts or users."""
     return {
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),

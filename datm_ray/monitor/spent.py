@@ -26,7 +26,7 @@ from datm_ray.store.files.traffic import traffic
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost of some work. For several workers or attempts, the cost is their sum."""
+    """Cost of some work. For several workers or attempts, all but the peak of memory are sums."""
 
     seconds: float = 0.0
     """Wall-clock seconds, summed over workers."""
@@ -59,7 +59,7 @@ class Spent:
 
 
 def total(costs: Iterable[Spent]) -> Spent:
-    """Sum of costs."""
+    """Sum of costs, with the highest of the peaks; all 0 for no costs."""
     return sum(costs, start=Spent())
 
 
@@ -86,7 +86,10 @@ class Account:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Files read and written since the construction, and peak memory in bytes, for `Progress.metrics`."""
+        """Requests, bytes and seconds of file access, and peak memory in bytes, since the construction.
+
+        The result is for `Progress.metrics`: name in the catalogue -> value.
+        """
         moved = dataclasses.asdict(traffic() - self._moved)
         sums = {f"datm_ray_store_{name}_total": float(value) for name, value in moved.items()}
         return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}

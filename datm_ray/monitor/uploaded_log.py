@@ -16,7 +16,7 @@ from datm_ray.store.files.filesystem import Location
 from datm_ray.words import one_line
 
 INTERVAL = 60.0
-"""Seconds between two uploads of a log with new lines. If the process is killed, at most these seconds are lost."""
+"""Seconds between two uploads of a log with new lines. A killed process loses the lines since its last upload."""
 CLOSE_TIMEOUT = 10.0
 """Seconds for which the end of a command waits for the last upload. A job that is stopped has little more time."""
 
@@ -62,7 +62,7 @@ class UploadedLog(logging.Handler):
         self._upload()
 
     def _upload(self) -> None:
-        """Upload the log if it has new lines. This thread holds no lock meanwhile, because uploads log lines too."""
+        """Upload the log if it has new lines. No lock is held during the upload, because uploads log lines too."""
         try:
             self._read_earlier()
             with self.lock or nullcontext():

@@ -68,7 +68,7 @@ def check(runs: Runs) -> None:
 
 
 def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
-    """Raise a `DatmError` for faults that do not depend on the images.
+    """Raise a `DatmError` for equal names, different cluster sections, or a precision that workers cannot compute in.
 
     Args:
         configs: the runs of one command; at least one.
@@ -96,7 +96,7 @@ def require_writable(runs: Runs) -> None:
 
 
 def require_sets(runs: Runs) -> None:
-    """Raise a `RunDirectoryError` for a run without a synthetic set."""
+    """Raise a `RunDirectoryError` for a run whose folder holds no synthetic set."""
     for config in runs.configs:
         if not (runs.folder(config) / SYNTHETIC).exists():
             raise RunDirectoryError(
@@ -107,7 +107,10 @@ def require_sets(runs: Runs) -> None:
 
 
 def require_names(runs: Runs) -> None:
-    """Raise a `RunDirectoryError` if another command used a run's name for another recipe since the first check."""
+    """Raise a `RunDirectoryError` if an unfinished run's folder now holds another recipe.
+
+    Another command with the same name has then started since this one checked its folders.
+    """
     for config in runs.unfinished():
         earlier = read_recipe(runs.folder(config))
         if earlier is not None and run_identity(earlier) != run_identity(config):
@@ -228,7 +231,7 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
 
 
 def _noted_experts(folder: Location) -> Mapping[str, str]:
-    """Experts that a folder's results were made from, as in `DataNote.experts`; empty without results or note."""
+    """Experts that a run's results were made from, as in `DataNote.experts`; empty without results or a sound note."""
     with suppress(CorruptFileError):
         if (folder / RECIPE).exists() and has_results(folder):
             note = DataNote.read(folder)
@@ -307,7 +310,7 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
 def _check_network(
     runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False, states_norm: bool = True
 ) -> nn.Module:
-    """Build a network for the run's images.
+    """Build a network for the images of the run `config`.
 
     Args:
         key: setting or option that gives the network, for errors.
@@ -334,6 +337,11 @@ def _check_network(
 
 def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Sequence[int]) -> None:
     """Raise an error if stored experts do not fit `network`, or lack any of `epochs`, the epochs that a recipe reads.
+
+    Only the first stored expert is checked.
+
+    Args:
+        config: a run with one network, whose experts are checked.
 
     Raises:
         StoreError: the experts' parameters have other shapes than those of `network`.
@@ -393,7 +401,11 @@ def _require_device(runs: Runs) -> None:
 
 
 def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
-    """Raise a `MissingExpertsError` for a network whose experts are not all in the store."""
+    """Raise a `MissingExpertsError` for a network whose experts are not all in the store.
+
+    Args:
+        networks: runs with one network each.
+    """
     for network in networks:
         if missing := len(runs.missing_experts(network)):
             place, count = runs.experts(network).location, network.experts.count

@@ -33,8 +33,8 @@ class DataNote:
     name: str | None = None
     """Name of the data set; `None` in notes of earlier versions."""
     experts: Mapping[str, str] = field(default_factory=dict)
-    """KEY/NUMBER of each expert -> digest of the weights it was imported with; "" if it was trained. Empty in notes of
-    earlier versions."""
+    """KEY/NUMBER of an expert -> digest of the weights it was imported with; "" if it was trained. Trained experts
+    after a group's first may be left out. Empty in notes of earlier versions."""
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
@@ -53,9 +53,14 @@ class DataNote:
 
 
 def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) -> None:
-    """Write the note about a run's data set and experts, see `DataNote`.
+    """Write the note about a run's data set and experts into the run's folder.
 
     Experts that the folder's results were made from stay noted after they are deleted from the store.
+
+    Args:
+        folder: the run's folder.
+        raw: the run's images.
+        experts: KEY/NUMBER of each expert -> digest of its imported weights; "" if it was trained.
     """
     earlier = DataNote.read(folder) if has_results(folder) else None
     counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
@@ -64,9 +69,9 @@ def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) ->
 
 
 def continued_run(config: RunConfig, folder: Location) -> Location | None:
-    """Folder of the run that `distill.continue_from` names, if its state must still be copied into `folder`.
+    """Folder of the run that `distill.continue_from` names, if its state must still be copied into the run's `folder`.
 
-    `None` if the recipe continues no run, or if `folder` has a state already.
+    `None` if the recipe continues no run, or if `folder` has a checkpoint or a finished set already.
     """
     place = config.distill.continue_from
     if place is None or "distill.continue_from" in unread_keys(config):
@@ -76,9 +81,10 @@ def continued_run(config: RunConfig, folder: Location) -> Location | None:
 
 
 def continue_set(config: RunConfig, folder: Location) -> int | None:
-    """Copy the state of the run that a set continues into the set's folder, unless the set has a state already.
+    """Copy the state of the run that `distill.continue_from` names into the run's `folder`.
 
-    Returns the number of iterations of the copied state; `None` if nothing was copied.
+    Returns the number of iterations of the copied state. Returns `None` if nothing was copied, because the recipe
+    continues no run, or `folder` has a checkpoint or a finished set already.
     """
     source = continued_run(config, folder)
     if source is None:
@@ -96,7 +102,11 @@ def has_results(folder: Location) -> bool:
 
 
 def read_recipe(folder: Location) -> RunConfig | None:
-    """Read the configuration that an earlier command wrote into a run's folder; `None` if there is none."""
+    """Read the configuration that an earlier command wrote into a run's folder; `None` if there is none.
+
+    Raises:
+        ConfigError: the file is not a valid configuration.
+    """
     place = folder / RECIPE
     if not place.exists():
         return None
@@ -104,12 +114,18 @@ def read_recipe(folder: Location) -> RunConfig | None:
 
 
 def is_folder_of(config: RunConfig, folder: Location) -> bool:
-    """True if the folder has the name of the run whose recipe it holds; False for a folder that was moved or copied."""
+    """True if a folder that holds the recipe `config` has the run's name; False if it was moved or copied."""
     return folder.parent / config.name == folder
 
 
 def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location | None:
-    """Folder of the stored labels that a recipe asks for; `None` if it asks for none or none are stored yet."""
+    """Folder of the stored labels that a recipe asks for; `None` if it asks for none or none are stored yet.
+
+    Args:
+        folder: the run's folder.
+        config: the recipe.
+        dataset_fingerprint: fingerprint of the run's images.
+    """
     if not config.evaluate.stores_labels:
         return None
     place = labels_location(folder, config, dataset_fingerprint)
@@ -126,7 +142,7 @@ def report(out: str, say: Say = silent) -> Location:
         say: shows a line about each folder that is left out because its name is not that of its run.
 
     Raises:
-        RunDirectoryError: the folder holds no runs.
+        RunDirectoryError: the folder holds no runs, or a run's folder lacks its note, dataset.json.
     """
     folder, configs = open_location(out), list[RunConfig]()
     for place in (folder / name for name in folder.list()):
@@ -157,6 +173,7 @@ def publish(run: str, out: str, *, transform: bool = True) -> list[str]:
     Raises:
         RunDirectoryError: the folder holds no run, its set is not finished, or `out` has a README.md that is no card
             or whose licence cannot be read.
+        StoreError: the set's transform is missing, or `out` cannot be written.
     """
     folder, to = open_location(run.rstrip("/")), open_location(out)
     config = read_recipe(folder)
@@ -181,7 +198,11 @@ def publish(run: str, out: str, *, transform: bool = True) -> list[str]:
 
 
 def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
-    """Scores and other facts for the report, one summary for each run of an output folder."""
+    """Scores and other facts for the report: one summary for each of these runs of the output folder.
+
+    Raises:
+        RunDirectoryError: a run's folder lacks its note, dataset.json.
+    """
     found = []
     for config in configs:
         note = DataNote.read(out / config.name)

@@ -77,7 +77,13 @@ class Pipeline:
     ) -> None:
         """Read the runs' images, and check everything that can be checked before a start. Writes and starts nothing.
 
-        Arguments: see `Runs`.
+        Args:
+            configs: the runs; at least one.
+            out: output folder, a path or URI.
+            store: trajectory store, a path or URI; `None` puts it into the output folder.
+            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
+            alone: True if one process will do all the work.
+            asked: network to score on -> command-line option that asked for it, for messages; `None` for none.
 
         Raises:
             DatmError: a data set or path cannot be read, or a recipe's values cannot be used.
@@ -125,6 +131,9 @@ class Pipeline:
         Args:
             start: starts the executor, which runs the tasks.
             reporter: shows messages and progress.
+
+        Raises:
+            DatmError: a run cannot be distilled, a folder cannot be written or used, or work failed.
         """
         checks.require_distillable(self.runs)
         with self._started(start, reporter, distils=True) as executor:
@@ -133,12 +142,21 @@ class Pipeline:
             self._evaluate(executor, reporter)
 
     def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Train the experts that are missing in the store. Arguments: see `run_all`."""
+        """Train the experts that are missing in the store. `start` starts the executor, `reporter` shows progress.
+
+        Raises:
+            DatmError: a folder cannot be written or used, or work failed.
+        """
         with self._started(start, reporter, shares_out=False) as executor:
             self._experts(executor, reporter)
 
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Distil the sets that are not finished. Arguments: see `run_all`."""
+        """Distil the sets that are not finished. `start` starts the executor, `reporter` shows progress.
+
+        Raises:
+            MissingExpertsError: experts or a prior are not in the store.
+            DatmError: a run cannot be distilled, a folder cannot be written or used, or work failed.
+        """
         checks.require_distillable(self.runs)
         checks.require_priors(self.runs)
         for config in self.configs:
@@ -149,7 +167,16 @@ class Pipeline:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Train and score the networks that the runs' accuracy tables still lack. Arguments: see `run_all`."""
+        """Train and score the networks that the runs' accuracy tables still lack.
+
+        `start` starts the executor, and `reporter` shows progress. If the recipe stores labels, missing ones are stored
+        first.
+
+        Raises:
+            MissingExpertsError: experts are not in the store.
+            RunDirectoryError: a run has no synthetic set.
+            DatmError: a folder cannot be written or used, or work failed.
+        """
         checks.require_distillable(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, networks_before_scoring(config))
@@ -187,7 +214,8 @@ class Pipeline:
     ) -> Iterator[Executor]:
         """Lease the folders of all runs, start the executor and yield it. Leases and executor end with the block.
 
-        Experts under `--out` are not leased, so other commands can use them.
+        No other command can write into a leased folder. Experts under `--out` are not leased: other commands can use
+        them.
 
         Args:
             distils: True to check workers and memory for distilling too.
@@ -288,7 +316,12 @@ class Pipeline:
         self._note_experts_cost()
 
     def _note_stacks(self, executor: Executor, networks: Sequence[RunConfig] | None = None) -> None:
-        """Record which experts are trained together as a stack, so that any number of workers resumes these stacks."""
+        """Record which experts are trained together as a stack, so that any number of workers resumes these stacks.
+
+        Args:
+            networks: networks with experts, as runs with one network each; `None` for all but those that score images
+                for a curriculum.
+        """
         for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers, networks):
             note_stacks(self.runs.experts(config), open_stacks)
 
@@ -309,7 +342,12 @@ class Pipeline:
         return replace(cost, spent=cost.spent + experts_cost(scoring, self.runs.experts(scoring)).spent)
 
     def _clear_up(self, networks: Sequence[RunConfig] | None = None) -> None:
-        """Remove progress files of stored experts, which workers leave if they die just after storing the experts."""
+        """Remove progress files of stored experts, which workers leave if they die just after storing the experts.
+
+        Args:
+            networks: networks with experts, as runs with one network each; `None` for all but those that score images
+                for a curriculum.
+        """
         for config in tasks.expert_recipes(self.runs, networks):
             group, missing = self.runs.experts(config), set(self.runs.missing_experts(config))
             if group.progress.list():
@@ -423,7 +461,7 @@ class Pipeline:
                 reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
     def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:
-        """Arguments of the workers' constructor.
+        """Arguments of the workers' constructor for a data set.
 
         A data set is shared with workers once, and so all stages can use the same workers.
         """
@@ -458,6 +496,7 @@ class Pipeline:
         """Run the open tasks of one stage and the tasks that they make, one data set after the other.
 
         Args:
+            title: title of the stage in messages.
             method: name of the worker's method that runs a task, unless the task names another.
             open_tasks: returns the tasks of the stage that are left to do.
             following: called for each finished task before its end is shown. Returns tasks to run after all others.

@@ -18,7 +18,14 @@ Rows = Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]]
 
 
 def remaining_lines(runs: Runs, rows: Rows = scored_rows) -> list[str]:
-    """Remaining work in words, one line for each stage. Arguments and errors: see `remaining`."""
+    """Remaining work in words, one line for each stage, such as "2 sets to distil: birds, cars".
+
+    Args:
+        rows: returns the rows of a run's accuracy table that are scored, each with its network.
+
+    Raises:
+        DatmError: the runs cannot be distilled or written here, or do not fit into memory.
+    """
     lines = []
     for title, (count, names) in remaining(runs, rows).items():
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -31,7 +38,7 @@ def remaining(runs: Runs, rows: Rows = scored_rows) -> dict[str, tuple[int, list
     """Title of each stage -> number of experts, sets or networks left to make, and names of their tasks or runs.
 
     Args:
-        rows: returns the rows of a run's accuracy table that are scored, each with its network, see `scored_rows`.
+        rows: returns the rows of a run's accuracy table that are scored, each with its network.
 
     Raises:
         DatmError: the runs cannot be distilled or written here, or do not fit into memory.
@@ -59,7 +66,12 @@ def remaining(runs: Runs, rows: Rows = scored_rows) -> dict[str, tuple[int, list
 
 
 def _missing_experts(runs: Runs, networks: Sequence[RunConfig] | None = None) -> tuple[int, list[str]]:
-    """Number of experts missing in the store, and names of their tasks. `networks`: see `tasks.expert_tasks`."""
+    """Number of experts missing in the store, and names of their tasks.
+
+    Args:
+        networks: networks with experts, as runs with one network each; `None` for all but those that score images for a
+            curriculum.
+    """
     missing = sum(len(runs.missing_experts(config)) for config in tasks.expert_recipes(runs, networks))
     return missing, [task.name for task in tasks.expert_tasks(runs, networks=networks)]
 
@@ -81,7 +93,7 @@ def data(runs: Runs) -> list[dict[str, Any]]:
 
 
 def data_lines(runs: Runs) -> list[str]:
-    """Lines about each data set: number of classes and images, and notes on how its files were read."""
+    """Lines about each data set: number of classes and images, notes on its files, and the cost of fitting zca."""
     lines = []
     for facts in data(runs):
         counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
@@ -96,10 +108,9 @@ def data_lines(runs: Runs) -> list[str]:
 
 
 def distances(runs: Runs) -> dict[str, Outlook]:
-    """Forecasts for the sets that are not distilled yet: name of the set -> forecast by its method.
+    """Forecasts for the sets that are not distilled yet, such as how far experts will move: run's name -> forecast.
 
-    A forecast needs no work; it says, for example, how far experts will move. A set whose method makes no forecast is
-    left out.
+    Forecasts are made by the runs' methods and need no work. A run whose method makes none is left out.
     """
     each = {config.name: method_of(config).outlook(config, len(runs.raw(config).train)) for config in runs.unfinished()}
     return {name: outlook for name, outlook in each.items() if outlook}

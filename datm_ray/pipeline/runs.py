@@ -46,8 +46,10 @@ class Runs:
             store: trajectory store, a path or URI; `None` puts it into the output folder.
             elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
             alone: True if one process will do all the work.
-            asked: network to score on -> command-line option that asked for this network, for messages. Networks that
-                the recipes list are not in it.
+            asked: network to score on -> command-line option that asked for it, for messages; `None` for none.
+
+        Raises:
+            DatmError: a data set, path or earlier recipe cannot be read, or a recipe does not fit its data set.
         """
         self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
         self.out = open_location(out)
@@ -107,18 +109,19 @@ class Runs:
         return [config for config in self.configs if not (self.folder(config) / SYNTHETIC).exists()]
 
     def networks(self) -> list[RunConfig]:
-        """Every network of every run that needs experts, as a run with that network alone."""
+        """Runs with one network each: all networks of all runs whose experts are needed."""
         return [each for config in self.configs for each in trained_networks(config)]
 
     def experts(self, config: RunConfig) -> ExpertGroup:
-        """Experts of a run with one network, in the store."""
+        """Group in the store for the experts of a run with one network; it may be empty."""
         raw = self.raw(config)
         return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
 
     def origins(self, config: RunConfig) -> dict[str, str]:
-        """Each stored expert of a run -> digest of the file that it was imported from; "" if it was trained.
+        """KEY/NUMBER of a run's stored experts -> digest of the weights they were imported with; "" if trained.
 
-        An expert is named "KEY/NUMBER", by the key of its group of experts and its number in the group.
+        KEY is that of the group of experts, NUMBER the expert's number in the group. Experts of a group after the first
+        trained one that has several stored epochs are left out: they are taken for trained too.
         """
         found = dict[str, str]()
         for each in trained_networks(config):
@@ -132,7 +135,7 @@ class Runs:
         return [expert for expert in range(config.experts.count) if expert not in done]
 
     def prior(self, config: RunConfig) -> Location:
-        """Folder of a run's trained prior in the store."""
+        """Folder in the store for a run's trained prior; it may not exist yet."""
         raw = self.raw(config)
         return prior_folder(self.store_uri, config, raw.name, raw.fingerprint)
 
@@ -165,7 +168,7 @@ class Runs:
         return found
 
     def _transform_note(self, dataset: DatasetConfig) -> Location:
-        """Location of the note that holds the file name of a data set's large transform."""
+        """Location in the output folder of the note that holds the file name of a data set's large transform."""
         return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:

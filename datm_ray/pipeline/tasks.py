@@ -43,7 +43,7 @@ from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
 
 SETS_JOINED = 4
-"""Number of copies of a set that a worker holds while it joins pieces: first and final set, and the data to write."""
+"""Number of copies of a set that a worker holds while it joins pieces: first set, final set, and two to write files."""
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[Task]:
@@ -160,7 +160,12 @@ def expert_stacks(
     """Pairs (configuration of an expert group, its stacks with missing experts).
 
     A stack is a tuple of the numbers of experts that are trained together. Stacks that an earlier command recorded come
-    first, then new ones. Arguments: see `expert_tasks`.
+    first, then new ones.
+
+    Args:
+        workers: number of workers that train at the same time.
+        networks: networks with experts, as runs with one network each; `None` for all but those that score images for a
+            curriculum.
     """
     found = list[tuple[RunConfig, list[tuple[int, ...]]]]()
     missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs, networks)]
@@ -177,7 +182,7 @@ def expert_stacks(
 
 
 def stack_size(runs: Runs, config: RunConfig) -> int:
-    """Largest number of experts that one worker trains together."""
+    """Largest number of experts that one worker trains together, for a run with one network."""
     shape = runs.shape(config)
     return experts_at_a_time(config, shape.image, shape.classes)
 
@@ -230,7 +235,7 @@ def _distilling_memory(runs: Runs, config: RunConfig, sharing: int) -> int:
 
 
 def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[Task]:
-    """Make a task for each of these pieces, parts of a set that single workers make."""
+    """Make a task for each of these pieces: parts of the run's set, each made by a single worker."""
     memory = _distilling_memory(runs, laid_out(config, ALONE), 1)
     each, folder = weight(work.distillation(config, runs.shape(config))), runs.folder(config).uri
     return [
@@ -248,7 +253,7 @@ def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list
 
 
 def join_task(runs: Runs, config: RunConfig) -> Task:
-    """Task that writes a set when all its pieces are made."""
+    """Task that joins the pieces of a run's set, which must all be made, and writes the set."""
     shape = runs.shape(config)
     images = shape.synthetic(config)
     return Task(
@@ -280,7 +285,7 @@ def validation_task(runs: Runs, config: RunConfig) -> Task:
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
-    """Numbers of workers below `workers_per_set` that can resume a set, the largest first.
+    """Numbers of workers below `workers_per_set` that can resume the run's set, the largest first.
 
     If the workers' memory is unknown, it counts as sufficient.
     """
@@ -406,7 +411,7 @@ def unstackable(runs: Runs, evaluation: Sequence[Task]) -> list[str]:
 
 
 class RowArguments(NamedTuple):
-    """Arguments of an evaluation task, see `EvaluateWorker.evaluate`."""
+    """Arguments of an evaluation task: the run, its store and folder, files of results, row, seeds and network."""
 
     config: RunConfig
     store_uri: str
@@ -444,7 +449,12 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
-    """Title of a row of a run's accuracy table, such as "birds, distilled" or "birds, distilled on vgg11"."""
+    """Title of a row of a run's accuracy table, such as "birds, distilled" or "birds, distilled on vgg11".
+
+    Args:
+        row: key of the row, such as "distilled".
+        network: network of `evaluate.networks`; `None` for the backbone, which the title does not name.
+    """
     return f"{config.name}, {ALL_ROWS[row]}{_on(config, network)}"
 
 

@@ -43,13 +43,17 @@ def get_recipe(name: str) -> RunConfig:
     path relative to the file.
 
     Raises:
-        ConfigError: the recipe or its base does not exist, or the file holds no recipe.
+        ConfigError: the recipe or its base does not exist, the file is its own base, or it holds no recipe.
     """
     return _find(name, ())
 
 
 def _find(name: str, below: tuple[str, ...]) -> RunConfig:
-    """Recipe of this name. `below` are the files that have it as a base, directly or through other files."""
+    """Recipe of this name or file. `below` are the files that have it as a base, directly or through other files.
+
+    Raises:
+        ConfigError: the recipe or a base does not exist, a file is its own base, or it holds no recipe.
+    """
     if not is_file(name):
         return _lookup(name)().model_copy(update={"name": name})
     path, folder = os.path.realpath(name), os.path.dirname(name)
@@ -64,7 +68,11 @@ def is_file(name: str) -> bool:
 
 
 def recipe_notes(name: str) -> str:
-    """Docstring of a recipe: where its values come from and what to expect."""
+    """Docstring of a packaged recipe: where its values come from and what to expect.
+
+    Raises:
+        ConfigError: there is no packaged recipe of this name.
+    """
     return inspect.cleandoc(_lookup(name).__doc__ or "")
 
 

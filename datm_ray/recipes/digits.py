@@ -28,7 +28,7 @@ DIGITS_REAL_EPOCHS = 150
 """Epochs of the networks that train on all real digits. With 40 epochs, these networks would have had a quarter of the
 updates of networks that train on 300 synthetic images."""
 FIXED_STEP_SIZE = {"distill.learning_rate_step_size": 0.0, "distill.initial_step_size": 0.1}
-"""Settings of methods that learn no step size."""
+"""Settings for methods that learn no step size: it stays 0.1."""
 
 
 def _digits(

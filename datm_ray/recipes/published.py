@@ -29,7 +29,7 @@ so that the recipes can share experts."""
 
 
 def published(source: str, *, depth: int, **distill: Any) -> RunConfig:
-    """Make a recipe of DATM from a row of the paper's table. Values that all its recipes share are added.
+    """Make a recipe of DATM from the values in which the paper's recipes differ. Values that all share are added.
 
     Args:
         source: data set, a key of `LATEST_MATCHED`.
@@ -101,7 +101,7 @@ def recovered(
 
 
 def small_recovery(source: str, ipc: int) -> RunConfig:
-    """Make a recipe of SRe2L for the data set `source`, with the authors' values for CIFAR-100.
+    """Make a recipe of SRe2L for the data set `source` and `ipc` images per class, with the authors' CIFAR-100 values.
 
     While images are recovered, they are shifted, neither cropped nor mirrored, as in the authors' program. The
     authors' program differs from this package in four points. It shifts images only down and to the right. While
