@@ -84,7 +84,7 @@ def verbosity() -> int:
 
 
 def show(level: int) -> None:
-    """Set what standard error shows, see `verbosity`. At level 2, Ray and its workers write there too."""
+    """Set what standard error shows: -1 errors; 0 messages and warnings; 1 the log; 2 details, and Ray's output too."""
     _terminal.verbosity = level
     _ROOT.addHandler(_terminal)
     _ROOT.setLevel(logging.DEBUG if level > 1 else logging.INFO)

@@ -34,7 +34,7 @@ def published(source: str, *, depth: int, **distill: Any) -> RunConfig:
     Args:
         source: data set, a key of `LATEST_MATCHED`.
         depth: blocks of the ConvNet.
-        distill: values of the section `distill`, see `DistillConfig`.
+        distill: values of the section `distill`: key of `DistillConfig` -> value.
     """
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
@@ -52,7 +52,7 @@ def of_mtt(source: str, *, bound: int, normalisation: Literal["zca", "standard"]
         source: data set, such as "cifar10".
         bound: upper bound of start epochs, exclusive; the first is 0.
         normalisation: normalisation of the images.
-        distill: further values of the section `distill`, see `DistillConfig`.
+        distill: further values of the section `distill`: key of `DistillConfig` -> value.
     """
     return RunConfig(
         method="mtt",
