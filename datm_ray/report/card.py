@@ -25,11 +25,11 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "1
 CARD = "README.md"
 """Name of the card's file, which hubs show."""
 _LICENCE = re.compile(r"^(#+ .*licen[cs].*|.*licen[cs].*\n *[-=]+ *)$", re.MULTILINE | re.IGNORECASE)
-"""Heading of the licence, a card's last section: any heading with "licence" or "license", also an underlined one."""
+"""Pattern of the licence's heading, a card's last section: any heading with "licence" or "license", also underlined."""
 _MADE = "\n## How it was made\n"
 """Heading of a card's section before the licence."""
 PREVIEW_PIXELS = 96
-"""Width of one image in preview.png up to which small images are enlarged."""
+"""Width in pixels up to which images in preview.png are enlarged, by a whole factor; wider images keep their size."""
 
 
 def published_files(run: RunSummary, earlier: str = "", *, transform: bool = True) -> dict[str, bytes]:
@@ -40,10 +40,11 @@ def published_files(run: RunSummary, earlier: str = "", *, transform: bool = Tru
     Args:
         run: the run.
         earlier: text of an earlier card, whose licence the new one keeps; "" if there is none.
-        transform: False to leave a large transform out of safetensors, see `without_transform`.
+        transform: False to leave a transform above `INLINE_BYTES` (64 KiB), such as whitening, out of safetensors.
 
     Raises:
         RunDirectoryError: the run has no synthetic set yet, or the earlier card's licence cannot be read.
+        ConfigError: the set was scored by a training that this version does not have.
     """
     if run.synthetic is None:
         raise RunDirectoryError(
@@ -61,7 +62,11 @@ def card(run: RunSummary, artifact: Artifact, *, is_whole: bool = True) -> str:
     """Card in Markdown: what the set is, how to use it, its accuracy beside the controls, and how it was made.
 
     Args:
+        artifact: finished set of the run.
         is_whole: False if the set's safetensors file leaves the transform out.
+
+    Raises:
+        ConfigError: the set was scored by a training that this version does not have.
     """
     images = len(artifact.images)
     channels, height, width = artifact.images.shape[1:]
@@ -118,7 +123,10 @@ def _whole_training_in_words(artifact: Artifact) -> str:
 
 
 def _in_words(artifact: Artifact, names: list[str]) -> str:
-    """These settings in words. Says so if the learning rate was neither learned nor chosen."""
+    """Fields `names` of the training that scored the set, in words.
+
+    The text adds a remark if the learning rate was neither learned nor chosen.
+    """
     training, is_chosen = artifact.scored_training()
     words = ", ".join(_setting(training, name) for name in names)
     return words if is_chosen else f"{words}; the learning rate was neither learned nor chosen"
@@ -139,10 +147,10 @@ def _preview(artifact: Artifact) -> bytes:
 
 
 def _recipe(config: RunConfig) -> dict[str, Any]:
-    """Recipe of a set: the settings that decide the set and differ from the defaults, without paths of this machine.
+    """Recipe in a set's card: the settings that the method reads and that differ from the defaults.
 
-    Section `cluster` keeps only its precision. Section `given`, of a set that was read from files, names the published
-    file instead. The digest of the original files is left out, because that of the published file differs.
+    Paths of this machine are left out. Section `cluster` keeps only its precision. A set that was read from files has a
+    section `given`: its path becomes the published file, and the digest of the original files is left out.
     """
     cluster = set(type(config.cluster).model_fields) - {"precision"}
     left_out: dict[str, Any] = {
@@ -161,7 +169,7 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
 
 
 def _taught(artifact: Artifact) -> str:
-    """Sentence on a teacher whose labels the scored networks had in place of the set's own; "" without a teacher."""
+    """Text on a teacher whose labels the scored networks had in place of the set's own; "" without a teacher."""
     temperature = artifact.scored_training()[0].temperature
     if temperature is None:
         return ""
@@ -177,9 +185,10 @@ def is_card(text: str) -> bool:
 
 
 def _with_licence_of(earlier: str, text: str) -> str:
-    """Card with the licence of an earlier card: keys that begin with "license", and all from the licence's heading on.
+    """New card `text` with the licence of the card `earlier`; `text` unchanged if `earlier` is "".
 
-    Users fill in both. A licence section that a user has removed stays removed.
+    The licence is the keys that begin with "license", and all from the licence's heading on. Users fill in both. A
+    licence section that a user has removed stays removed.
 
     Raises:
         RunDirectoryError: the front matter of the earlier card cannot be read.
@@ -200,7 +209,7 @@ def _with_licence_of(earlier: str, text: str) -> str:
 
 
 def _parted(card: str) -> tuple[str, str]:
-    """Two parts of a card: before the heading of its licence, and from this heading on; "" without such a heading."""
+    """Two parts of a card: before the heading of its licence, and from there on. Without one, the second part is ""."""
     found = _LICENCE.search(card, max(0, card.find(_MADE)))
     at = found.start() if found else len(card)
     return card[:at], card[at:]

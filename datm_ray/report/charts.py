@@ -117,7 +117,10 @@ def _plot_with_mean(axes: Axes, iteration: NDArray[Any], values: Floats) -> None
 
 
 def _course(values: Floats) -> str:
-    """Text on a chart's running mean: where it starts and ends; without these if no value is finite."""
+    """End of a chart's alternative text: the number of iterations, and the running mean's first and last finite value.
+
+    The two values are left out if no value is finite.
+    """
     mean, _ = _running_mean(values)
     ends = mean[np.isfinite(mean)]
     course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
@@ -341,7 +344,10 @@ def _short(name: str) -> str:
 
 
 def _running_mean(values: Floats) -> tuple[Floats, int]:
-    """Mean of the finite values in a window that ends at each value, nan if there are none; and the window's length."""
+    """Mean of the finite values in the window that ends at each value, nan if it has none; and the window's length.
+
+    The window is a 40th of all values long, at least one value.
+    """
     window = max(1, len(values) // 40)
     known = np.isfinite(values)
     sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)

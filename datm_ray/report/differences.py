@@ -1,4 +1,4 @@
-"""Keys in which configurations differ, for errors, and for tables whose columns should not be compared unawares.
+"""Keys in which configurations differ, for errors, and for remarks on tables that compare runs.
 
 Tests: tests/test_report.py.
 """
@@ -31,10 +31,10 @@ def differences(configs: Sequence[RunConfig]) -> list[str]:
 
 
 def differing(values: Sequence[Any], key: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Dotted keys at which configurations, given as plain data, differ, with each one's value as text.
+    """Yield each dotted key at which configurations differ, with a list: the value of every configuration as text.
 
     Args:
-        values: section of each configuration.
+        values: for each configuration, as plain data, the section to compare.
         key: dotted path of the section; "" for whole configurations.
     """
     if all(isinstance(each, dict) for each in values):

@@ -55,9 +55,10 @@ def _gallery(title: str, artifact: Artifact) -> Gallery:
 
 
 def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
-    """Draw the set's images as one RGBA picture [h w 4].
+    """Draw the first images of the set's first classes as one RGBA picture [h w 4], with a row for each class.
 
-    Returns the picture, the number of rows of images, and the number of columns of images.
+    Returns the picture, the number of rows of images, and the largest number of images in a row. The limits are
+    `CLASSES_SHOWN` and `IMAGES_SHOWN`.
     """
     rows = _shown_rows(artifact)
     columns = max(map(len, rows))
@@ -75,7 +76,7 @@ def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
 
 
 def _shown_rows(artifact: Artifact) -> list[list[int]]:
-    """Indices of the images to show, one list per class."""
+    """Indices of the images to show, one list for each shown class."""
     labels = artifact.labels.numpy()
     classes = range(min(CLASSES_SHOWN, len(artifact.class_names)))
     return [np.flatnonzero(labels == label)[:IMAGES_SHOWN].tolist() for label in classes]

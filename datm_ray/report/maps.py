@@ -49,7 +49,15 @@ def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
 
 
 def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps) -> str:
-    """Draw images [b h w 3] and maps [m b h w] as one picture: the image, a column per network, the shared features."""
+    """Draw a row for each image: the image, the map of every network over it, and the features that all networks share.
+
+    Returns the picture as a data: URI.
+
+    Args:
+        pixels: [b h w 3] images, in [0, 1].
+        scaled: [m b h w] maps of the images by m networks, in [0, 1].
+        maps: gives the networks' names and the smallest value of a feature.
+    """
     titles = ["image", *(name.replace(" (", "\n(").replace(", ", ",\n") for name in maps.networks), "all"]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
@@ -68,7 +76,7 @@ def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps)
 
 
 def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lay a map [h w] in colours over an image [h w 3]."""
+    """Lay the map `seen` [h w] in colours over an image [h w 3]; both have values in [0, 1]."""
     coloured = matplotlib.colormaps["inferno"](seen)[..., :3]
     mixed: NDArray[np.float32] = ((1 - OPACITY) * image + OPACITY * coloured).astype(np.float32)
     return mixed

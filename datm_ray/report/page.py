@@ -35,10 +35,13 @@ from datm_ray.words import counted, data_size, duration, listed, percent
 
 
 def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
-    """Write the page about these runs into the output folder, finished runs first. Returns the page's location.
+    """Write the page about these runs, finished ones first, as report.html in the output folder `out`.
+
+    Returns the page's location.
 
     Raises:
         CorruptFileError: a file of a run is damaged. A missing file is no error: the page states that it is missing.
+        StoreError: the page cannot be written.
     """
     place = out / "report.html"
     page = render(sorted(runs, key=lambda run: run.unfinished))

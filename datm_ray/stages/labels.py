@@ -1,5 +1,6 @@
 """Labelling of a set for every training epoch, as one worker does it. Any number of workers can divide the epochs.
 
+In every epoch a teacher (a trained network) labels a view of each image: a random crop, mixed with another by CutMix.
 Stored epochs are skipped. If a worker dies while it labels an epoch, this epoch is labelled again from its start. The
 result does not depend on which worker labels which epoch, or on their order.
 """
@@ -43,12 +44,13 @@ from datm_ray.store.sealed import rejecting_nonsense
 
 LABELLED, VIEW_COPIES = 256, 6
 """LABELLED: number of images that a teacher labels at a time. VIEW_COPIES: copies of these images that augmentation and
-CutMix make. `labelling_bytes` counts them, and two of the teacher's largest feature maps. In one measurement it
-estimated 585 MiB, and a CPU took 553 MiB."""
+CutMix make. `labelling_bytes` counts them, and twice the teacher's largest feature map. In one measurement it estimated
+585 MiB, and a CPU took 553 MiB."""
 DRAWN_BYTES = 184
 """Bytes of main memory for each image of a set while the views of an epoch are drawn. Measured for 2,000,000 images."""
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
-"""Settings of the views, as published; see `draw_views`."""
+"""Published settings of the views (crops mixed by CutMix): smallest share of an image that a crop keeps, and CutMix's
+parameter, as keyword arguments of `draw_views`."""
 
 
 def create_labels(
@@ -76,9 +78,9 @@ def create_labels(
         epochs: number of epochs of the training.
         keep: number of epochs to label and store, which the training repeats in turn; `None` labels all.
         top: number of largest logits to keep; `None` keeps all.
-        temperature: see `pack_logits`.
-        seed: seed of the views.
-        views: settings of the views, see `draw_views`.
+        temperature: divisor of the logits in the softmax; with `top`, the kept probabilities are exact for it alone.
+        seed: seed of the views (crops mixed by CutMix).
+        views: settings of the views, as keyword arguments of `draw_views`.
 
     Raises:
         ConfigError: `keep` or `top` is out of range.
@@ -116,9 +118,10 @@ def label_epochs(
     *,
     batch: int = LABELLED,
 ) -> Iterator[int]:
-    """Label the images in some epochs. Yields each epoch once it is stored, by this call or by another worker.
+    """Label the images in some epochs. Yields each epoch's number once it is stored, by this call or another worker.
 
     Args:
+        store: store of the labels, from `create_labels`.
         network: teacher, which is used in evaluation mode; views are made on its device.
         images: [n c h w] images of the set, the images that `create_labels` got; on the same device or in main memory.
         epochs: numbers of the epochs to label, from 0, such as `store.missing()` or a part of these.
@@ -166,9 +169,11 @@ LABELS, COSTS = "labels", "costs"
 
 
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
-    """Folder of the stored teacher's labels that a recipe asks for, within the folder of its run.
+    """Location of the label store that a recipe asks for, a folder in labels/ of the run's folder `folder`.
 
-    Trainings of any length, with any number of kept epochs, share a folder.
+    The folder's name depends on the teacher, `evaluate.cutmix` and `evaluate.top_logits`, with the latter also on
+    `evaluate.temperature`. It does not depend on how many epochs are trained or kept, unless an earlier version of this
+    package made a store for these numbers.
     """
     settings = config.evaluate
     facts = settings.model_dump(include={"top_logits", "cutmix"})
@@ -181,13 +186,13 @@ def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: st
 
 
 def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
-    """Numbers of the epochs, from 0 and sorted, for which a finished set still lacks stored labels."""
+    """Numbers of the epochs, from 0 and sorted, for which the finished set in the run's folder still lacks labels."""
     stored = set(LabelStore(labels_location(folder, config, dataset_fingerprint)).epochs())
     return [epoch for epoch in range(kept_labels(config)) if epoch not in stored]
 
 
 def kept_labels(config: RunConfig) -> int:
-    """Number of epochs for which a run stores labels."""
+    """Number of epochs for which a run stores labels: `evaluate.keep_labels`, or all epochs of the training."""
     return config.evaluate.keep_labels or evaluation_schedule(config, 1.0).epochs
 
 
@@ -196,6 +201,12 @@ def labels_cost(place: Location, keep: int) -> Spent:
 
     If an attempt labelled other epochs too, the counted share of its cost is the share of its epochs that are among the
     first `keep`. Attempts of earlier versions, which did not record their epochs, count in full.
+
+    Args:
+        place: folder of the label store.
+
+    Raises:
+        CorruptFileError: the note of an attempt is damaged.
     """
     return total(_cost_of(place / COSTS / name, keep) for name in (place / COSTS).list())
 
@@ -228,7 +239,7 @@ def _kept(settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def _views(settings: EvaluateConfig) -> dict[str, float]:
-    """Settings of the views, see `draw_views`."""
+    """Settings of a run's views, as keyword arguments of `draw_views`: CutMix's is that of section `evaluate`."""
     return VIEWS | {"mix": settings.cutmix}
 
 
@@ -279,7 +290,7 @@ class LabelWorker:
             config: recipe of the run.
             store_uri: store of the teacher.
             folder_uri: folder of the run.
-            epochs: numbers of the epochs to store.
+            epochs: numbers of the epochs to store, from 0; not empty.
 
         Raises:
             MissingExpertsError: the store does not hold the teacher.

@@ -60,7 +60,7 @@ PRIOR_COST = "prior-cost.json"
 """Name of the file with the prior's cost in the folder of a run."""
 KIND = "prior"
 SAVED = ("parameters", "first", "second")
-"""Vectors of an `AutoencoderState` that are saved, in the order of its fields."""
+"""Vectors of an `AutoencoderState` that are saved (parameters and Adam's moments), in the order of its fields."""
 
 
 _log = logging.getLogger(__name__)
@@ -78,6 +78,10 @@ def note_prior_cost(folder: Location, prior: Location) -> None:
     Args:
         folder: folder of the run.
         prior: folder of the prior in the store.
+
+    Raises:
+        MissingFileError: the prior is not trained.
+        CorruptFileError: the prior's file is damaged.
     """
     file = read_tensors(prior / PRIOR_FILE, kind=KIND)
     with rejecting_nonsense(prior / PRIOR_FILE):
@@ -85,7 +89,11 @@ def note_prior_cost(folder: Location, prior: Location) -> None:
 
 
 def read_prior_cost(folder: Location) -> Spent | None:
-    """Cost of a run's trained prior; `None` if none was noted."""
+    """Cost of a run's trained prior, from the run's folder; `None` if none was noted.
+
+    Raises:
+        CorruptFileError: the file of the cost is damaged.
+    """
     place = folder / PRIOR_COST
     if not place.exists():
         return None
@@ -119,6 +127,7 @@ class PriorWorker:
         Raises:
             DivergenceError: the error of the reconstructed pixels is not finite.
             StoreError: the store cannot be written.
+            Interrupted: the work was asked to stop, and is saved.
         """
         assert config.prior is not None
         dataset, account = self._dataset, Account(self._device, self._cluster)
@@ -214,7 +223,12 @@ def _write(place: Location, state: AutoencoderState, spent: Spent) -> None:
 
 
 def read_autoencoder(place: Location, network: Autoencoder) -> dict[str, Any]:
-    """Read a trained prior's parameters into `network`, in place. Returns the file's metadata."""
+    """Read a trained prior's parameters from the file `place` into `network`, in place. Returns the file's metadata.
+
+    Raises:
+        MissingFileError: the file is missing.
+        CorruptFileError: the file is damaged, or has parameters of another network.
+    """
     file = read_tensors(place, kind=KIND)
     with rejecting_nonsense(place):
         try:
@@ -232,7 +246,7 @@ class PriorOfSet:
 
         Raises:
             MissingExpertsError: the store lacks the trained prior.
-            ConfigError: a user's function gives no decoder.
+            ConfigError: the user's function (`prior.kind`) gives no decoder for these images.
         """
         config = part.config
         assert config.prior is not None

@@ -23,7 +23,10 @@ from datm_ray.store.files.patience import expect_rights
 
 
 class StageWorker:
-    """Trains experts, distils, validates and evaluates on one data set. A stage's first task prepares the stage."""
+    """Runs tasks of all stages on one data set: experts, priors, distillation, validation, labels and evaluation.
+
+    Each stage has a worker of its own, made at the stage's first task. A method passes its arguments on to it.
+    """
 
     def __init__(
         self,
@@ -52,41 +55,50 @@ class StageWorker:
         self._workers: dict[tuple[type[Any], bool], Any] = {}
 
     def train(self, *arguments: Any) -> Iterator[Event]:
-        """Train experts together, see `ExpertWorker.train`."""
+        """Train experts together. Arguments and errors are those of `ExpertWorker.train`."""
         yield from self._worker(ExpertWorker, light=True).train(*arguments)
 
     def train_prior(self, *arguments: Any) -> Iterator[Event]:
-        """Train a prior (a decoder from latents to images), see `PriorWorker.train`."""
+        """Train a prior (a decoder from latents to images). Arguments and errors are those of `PriorWorker.train`."""
         yield from self._worker(PriorWorker, light=True).train(*arguments)
 
     def score(self, *arguments: Any) -> Iterator[Event]:
-        """Store scores of the training images by trained networks, see `score_images`."""
+        """Store scores of how hard the training images are for trained networks.
+
+        Arguments and errors are those of `score_images`, after its first argument.
+        """
         yield from score_images(self._worker(ExpertWorker, light=True), *arguments)
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
-        """Distil a set, see `DistillWorker.distill`."""
+        """Make a set, alone or with other workers. Arguments and errors are those of `DistillWorker.distill`.
+
+        Also raises a `WorkerLostError` if other processes hold memory of the worker's GPU, and too little is left.
+        """
         with crowded_gpus_lose(self._cluster):
             yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
 
     def make_piece(self, *arguments: Any) -> Iterator[Event]:
-        """Make a piece of a set (some images of some classes), see `PieceWorker.make_piece`."""
+        """Make some images of some classes of a set. Arguments and errors are those of `PieceWorker.make_piece`.
+
+        Also raises a `WorkerLostError` if other processes hold memory of the worker's GPU, and too little is left.
+        """
         with crowded_gpus_lose(self._cluster):
             yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def join_pieces(self, *arguments: Any) -> Iterator[Event]:
-        """Join the pieces of a set into the whole set, see `PieceWorker.join_pieces`."""
+        """Join the pieces of a set. Arguments and errors are those of `PieceWorker.join_pieces`."""
         yield from self._worker(PieceWorker, light=False).join_pieces(*arguments)
 
     def label(self, *arguments: Any) -> Iterator[Event]:
-        """Store a teacher's labels of a set for some epochs, see `LabelWorker.label`."""
+        """Store a teacher's labels of a set for some epochs. Arguments and errors are those of `LabelWorker.label`."""
         yield from self._worker(LabelWorker, light=True).label(*arguments)
 
     def validate(self, *arguments: Any) -> Iterator[Event]:
-        """Validate a set of an unfinished distillation, see `DistillWorker.validate`."""
+        """Validate a set of an unfinished distillation. Arguments and errors are those of `DistillWorker.validate`."""
         yield from self._worker(self._distill_worker, light=True).validate(*arguments)
 
     def evaluate(self, *arguments: Any) -> Iterator[Event]:
-        """Train and score the networks of one row of the accuracy table, see `EvaluateWorker.evaluate`."""
+        """Train and score networks of one row of the table. Arguments and errors as in `EvaluateWorker.evaluate`."""
         yield from self._worker(EvaluateWorker, light=True).evaluate(*arguments)
 
     def _worker(self, kind: type[Any], *, light: bool) -> Any:
@@ -97,7 +109,8 @@ class StageWorker:
 
         Args:
             kind: class of the stage's worker.
-            light: True to take the resources of `cluster.light`.
+            light: True to give the worker the resources of section `cluster.light`, if the recipe has one; False for
+                those of `cluster`, as distilling workers have.
         """
         for other, is_light in ((ExpertWorker, True), (PieceWorker, False), (LabelWorker, True)):
             if kind is not other:

@@ -1,5 +1,7 @@
 """Checkpoints of a distillation. Any number of class shards writes one, and any other number can read it.
 
+A class shard is the images of some classes, which a worker holds.
+
     checkpoint.arrow    data that all shards share: step sizes, curves, counters, and the names of the parts
     checkpoint/<iteration>-<first row>-<last row>-<attempt>.arrow   rows [first, last) of one shard
     attempt.json        the attempt that may write, see `Attempt`
@@ -42,8 +44,9 @@ _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 class Attempt:
     """One attempt to distil a set, by any number of workers. The latest attempt owns the set's folder.
 
-    Each attempt claims the folder before it reads anything there. The first worker checks the claim just before each of
-    its files gets its name. So a first worker left over from a lost connection ends with an `OvertakenError`.
+    Each attempt claims the folder before it reads anything there. The first worker checks the claim just before it
+    renames each finished file into place. So a first worker left over from a lost connection ends with an
+    `OvertakenError`.
 
     A write of an old attempt may pass this check, be delayed until a new attempt has started, and then still replace a
     file. This corrupts nothing, because each file is written whole. If the file is checkpoint.arrow, the part files
@@ -89,7 +92,10 @@ def save_checkpoint(
         rows: rows of the set that this worker holds.
         mesh: workers of the distillation.
         recipe: settings that decide the result, to store in checkpoint.arrow.
-        computed: how student steps were computed, see `read_computed`.
+        computed: how student steps were computed, such as their precision: an entry for every change.
+
+    Raises:
+        OvertakenError: on the first worker, if a newer attempt owns the folder.
     """
     held, shared = state.to_arrays()
     folder = attempt.folder
@@ -119,7 +125,7 @@ def load_checkpoint(
         device: device that gets the tensors.
 
     Raises:
-        CorruptFileError: a part is missing, damaged or does not fit the checkpoint.
+        CorruptFileError: the checkpoint is damaged, or a part is missing, damaged or does not fit it.
     """
     if not (folder / CHECKPOINT).exists():
         return None
@@ -148,9 +154,13 @@ def _load(
 
 
 def copy_checkpoint(source: Location, folder: Location) -> int:
-    """Copy the checkpoint of a finished distillation to another folder. Returns its number of iterations.
+    """Copy the checkpoint of a finished distillation from folder `source` to `folder`. Returns its iterations done.
 
     checkpoint.arrow is copied last, so a copy that was cut short is no checkpoint.
+
+    Raises:
+        MissingFileError: `source` has no checkpoint, or lacks one of its parts.
+        CorruptFileError: the checkpoint is damaged.
     """
     names = read_tensors(source / CHECKPOINT, kind=KIND).metadata.get("parts", ())
     with rejecting_nonsense(source / CHECKPOINT):
@@ -178,7 +188,7 @@ def read_computed(folder: Location) -> list[dict[str, Any]]:
 
 
 def read_iteration(folder: Location) -> int:
-    """Number of iterations done at the checkpoint; -1 if there is no checkpoint."""
+    """Number of iterations done at the checkpoint; -1 if there is none. Raises CorruptFileError if it is damaged."""
     place = folder / CHECKPOINT
     if not place.exists():
         return -1
@@ -191,6 +201,10 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
     The columns describe iterations ("history."), validations ("validation.") and MetaDD ("meta."). If several
     backbones are matched, "history." holds the first backbone only.
+
+    Raises:
+        MissingFileError: there is no checkpoint.
+        CorruptFileError: the checkpoint is damaged, or lacks columns of iterations.
     """
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
     if not {"history.iteration", "history.loss", "history.skipped"} <= arrays.keys():

@@ -27,14 +27,14 @@ from datm_ray.store.tensors import write_tensors
 MAPPING = "computing class activation maps"
 MAPS_KIND = "class activation maps"
 MAPS_KEPT = 10
-"""Number of images whose class activation maps are written: the first image of each of the first classes."""
+"""Largest number of images whose class activation maps are written: the first image of each of the first classes."""
 
 
 class MetaNetworks:
     """MetaDD networks that one worker holds, each with the parameters of an expert after its last epoch.
 
-    An ensemble is one network of each architecture. Ensemble i, of `metadd.experts.count`, has expert i of each
-    architecture, counted again from 0 where an architecture has fewer. Iterations use the ensembles in turn.
+    An ensemble is one network of each architecture. There are `metadd.experts.count` ensembles, which iterations use in
+    turn. Ensemble i has expert i of each architecture, or expert i % n of an architecture with n experts.
 
     Attributes:
         chunk: number of images that pass the networks at a time in an iteration. On GPUs, also for the maps written at
@@ -51,7 +51,7 @@ class MetaNetworks:
             backbone: experts of the first backbone.
 
         Raises:
-            MissingExpertsError: an auxiliary has no experts.
+            MissingExpertsError: the store lacks experts of an auxiliary (another architecture of MetaDD).
         """
         self._part, self._config, self._settings, self._rows = part, part.config, settings, part.rows
         self._classes, self._piece = part.dataset.classes, part.piece
@@ -112,7 +112,10 @@ class MetaNetworks:
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
 
     def _maps(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Class activation maps [m b h w], scaled to [0, 1], of images [b c h w] in all m networks."""
+        """Class activation maps [m b h w], in [0, 1], of images [b c h w] for their labels [b].
+
+        The m networks are those of the first ensemble, on all workers.
+        """
         seen = self._ensembles[0].evidence(
             images,
             labels,
@@ -132,7 +135,10 @@ class MetaNetworks:
         return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
 
     def _ratio(self, images: Tensor, labels: Tensor) -> Steps[Tensor]:
-        """Sum [] over images [n c h w] of their meta-feature ratios, computed in batches. Yields after each batch."""
+        """Sum [] of the meta-feature ratios of images [n c h w] with labels [n], see `keep_maps`.
+
+        The images are computed in batches. Yields after each batch.
+        """
         size = self._viewed_at_a_time(images)
         ratios = list[Tensor]()
         for part in zip(images.split(size), labels.split(size), strict=True):
@@ -143,12 +149,13 @@ class MetaNetworks:
     def keep_maps(self, place: Location, initial: Tensor, final: SyntheticSet) -> Iterator[Phase]:
         """Write class activation maps of some images, and the mean meta-feature ratio of all images.
 
-        Both are written for the images before and after the distillation. Yields phases as a heartbeat.
+        An image's ratio is the number of pixels that are a feature of all networks, as a share of the pixels that are a
+        feature of any. Both are written for the images before and after the distillation. Yields phases as a heartbeat.
 
         Args:
             place: file to write.
             initial: [n c h w] the images of this worker before the first iteration.
-            final: the synthetic set of this worker after the last iteration.
+            final: this worker's rows of the final set, maybe that of an earlier iteration, chosen by validation.
         """
         mesh, labels, ratios = self._part.mesh, final.labels, []
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -172,7 +179,16 @@ def keep_maps_alone(
 ) -> Iterator[Phase]:
     """Write class activation maps of a whole set on one worker. Yields phases as a heartbeat.
 
-    Arguments: see `MetaNetworks` and its `keep_maps`.
+    Args:
+        part: part of this worker, which holds the whole set.
+        settings: section `metadd` of the recipe.
+        backbone: experts of the first backbone.
+        place: file to write.
+        initial: [n c h w] images of the set before the first iteration.
+        final: the final set.
+
+    Raises:
+        MissingExpertsError: the store lacks experts of an auxiliary (another architecture of MetaDD).
     """
     networks = MetaNetworks(part, settings, backbone)
     networks.chunk = networks.images_that_fit()

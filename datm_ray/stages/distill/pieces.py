@@ -1,11 +1,13 @@
 """Sets made in pieces. One worker makes each piece independently, and a further task joins all pieces into the set.
 
+A piece is some images of some classes. The folder of a run holds:
+
     pieces/<number>/    folder of a piece, with the files of a distillation, see `task`
     pieces/shared/      what one worker computed for all pieces, see `shared_arrays` of `stages/methods/part.py`
     initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, see `task`
 
-The pieces are removed after the set is written. Pieces do not depend on each other, so any number of workers makes the
-same set.
+The folder pieces/ is removed after the set is written. Pieces do not depend on each other, so any number of workers
+makes the same set.
 Tests: tests/stages/distill/test_pieces.py.
 """
 
@@ -52,7 +54,12 @@ def piece_folder(folder: Location, piece: Piece) -> Location:
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Unfinished pieces (parts of the set) of a run; empty if only joining is left, or if there are no pieces."""
+    """Unfinished pieces (parts of the set) of a run; empty if only joining is left, or if its method makes no pieces.
+
+    Args:
+        folder: folder of the run.
+        classes: number of classes of the data set.
+    """
     pieces = method_of(config).pieces(config, classes)
     started = {(folder / PIECES / name).uri for name in (folder / PIECES).list()} if pieces else set()
     places = [(piece, piece_folder(folder, piece)) for piece in pieces]
@@ -69,7 +76,7 @@ class PieceWorker:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
         self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
-        """For each trained network: URI of its experts and their number; then the networks themselves."""
+        """Two lists, one entry per trained network: (URI of its experts, their number), and its `ExpertNetworks`."""
         self._made: dict[Any, Any] = {}
         """Objects that methods made from the kept networks, see `Part.kept`."""
 
@@ -97,6 +104,8 @@ class PieceWorker:
         Raises:
             MissingExpertsError: the store lacks networks of the recipe.
             DivergenceError: too many iterations in a row diverged.
+            OvertakenError: a newer attempt makes the same piece.
+            Interrupted: the work was asked to stop, and is saved.
         """
         piece = method_of(config).pieces(config, self._dataset.classes)[number]
         folder = open_location(folder_uri)
@@ -114,9 +123,18 @@ class PieceWorker:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
     def join_pieces(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
-        """Join the finished pieces (parts of a set), and write the set and its other files. See `make_piece`.
+        """Join the pieces (parts of a set), which must be finished, and write the set and its other files.
+
+        Does nothing if the set exists. The teacher makes the soft labels anew, if the set has any.
+
+        Args:
+            config: recipe of the run.
+            store_uri: store of the trained networks.
+            folder_uri: folder of the run.
 
         Raises:
+            MissingExpertsError: the store lacks networks of the recipe.
+            MissingFileError: a piece is not finished.
             OvertakenError: a newer attempt joins the same pieces.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
@@ -174,7 +192,7 @@ class PieceWorker:
         """Whole set in main memory, joined from its pieces. One piece is read at a time.
 
         Args:
-            files: the file of each piece, in the order of `pieces`.
+            files: for each of `pieces`, the file with its images and labels.
         """
         found: list[Tensor] = []
         step_sizes = torch.zeros(1)
@@ -192,7 +210,7 @@ class PieceWorker:
 
 
 def remove_pieces(folder: Location) -> None:
-    """Remove the folders of a finished set's pieces, and the files that the pieces shared."""
+    """Remove the folders of a finished set's pieces, and the files that they shared, from the run's folder `folder`."""
     for name in (folder / PIECES).list():
         remove_folder(folder / PIECES / name / PARTS)
         remove_folder(folder / PIECES / name)
@@ -200,15 +218,15 @@ def remove_pieces(folder: Location) -> None:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """Records of all iterations, each with mean values over the pieces that have a record of the iteration.
+    """One record of each iteration, in order, with mean values over the pieces that have a record of the iteration.
 
-    The list is empty if the pieces have no iterations. A record counts as skipped if the iteration was skipped in any
+    The list is empty if a piece has no checkpoint. A record counts as skipped if the iteration was skipped in any
     piece.
 
     Args:
         places: folders of the pieces.
-        prefix: first part of the columns' names in the checkpoints.
-        record: class of a record.
+        prefix: first part of the columns' names in the checkpoints: "history" or "meta".
+        record: dataclass of a record, whose fields are the columns.
     """
     of_iterations: dict[int, list[Any]] = {}
     for place in places:

@@ -1,10 +1,10 @@
 """Distillation of one synthetic set in one task, by one worker or a mesh of workers, with checkpoints to resume from.
 
-The files of a run's folder, each written atomically:
+The files that a distillation writes into the run's folder, each atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, kept at the end; the images are in checkpoint/, see `checkpoint`. It is replaced
                        every `checkpoint_every` iterations or `checkpoint_seconds`, before a validation, and when the
-                       command is stopped. That of a piece (part of a set) is replaced as often as `WRITE_SHARE` allows
+                       command is stopped. A piece (part of a set) spends at most `WRITE_SHARE` of its time on this
     maps.arrow         with MetaDD: class activation maps of some images, before and after the distillation
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
@@ -95,7 +95,7 @@ class DistillWorker:
     """Distils synthetic sets from one data set and its experts, alone or together with other workers."""
 
     method: type[Method] | None = None
-    """Method that changes the set; `None` takes the recipe's method. Benchmarks may set another one."""
+    """Class of the method that makes the set; `None` takes the recipe's method. Benchmarks may set another one."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
@@ -112,13 +112,15 @@ class DistillWorker:
         validation: Task | None = None,
         worker_rank: WorkerRank | None = None,
     ) -> Iterator[Event]:
-        """Distil one recipe into its folder, from the last checkpoint if there is one.
+        """Make the set of one recipe in the run's folder, from the last checkpoint if there is one.
+
+        Does nothing if the set is finished. If only validations are left, yields their tasks.
 
         Args:
             config: recipe of the run.
             store_uri: store of the experts.
             folder_uri: folder of the run.
-            sharing: number of distilling workers that may run on this machine at the same time.
+            sharing: number of distilling workers that may run on this machine at the same time, and share its memory.
             validation: template for tasks that validate a set on any worker. Each task is a copy of the template with
                 the set's iteration as a further argument. The last of these tasks writes the result. `None`: this
                 worker validates, and writes the result.
@@ -129,8 +131,10 @@ class DistillWorker:
             DivergenceError: too many iterations in a row diverged. The checkpoint holds the set of the last update.
             ThresholdError: the first matching losses, or those of many iterations in a row, exceed `distill.threshold`.
             StoreError: an expert has the same parameters in its first and last epochs.
+            ClusterError: the workers of the set do not share the disk of the run's folder.
             PeerLostError: another worker of the mesh died.
             OvertakenError: a newer attempt at the set has started.
+            Interrupted: a worker of the set was asked to stop. The state is saved.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
         if (folder / SYNTHETIC).exists():
@@ -155,11 +159,15 @@ class DistillWorker:
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
         """Validate a candidate: a set that an unfinished distillation wrote after some iterations.
 
-        If no other result is missing, also write the final set. Do nothing if the candidate's file is gone, because the
-        distillation then has the result.
+        If all iterations are done and no other result is missing, also write the final set. Do nothing if the
+        candidate's file is gone, because the distillation then has the result.
 
         Args:
+            store_uri: store of the experts, for MetaDD's maps of the final set.
             iteration: number of iterations that were done when the candidate was written.
+
+        Raises:
+            MissingFileError: another file of the run is gone.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
         candidates = Candidates(folder)
@@ -184,9 +192,9 @@ class DistillWorker:
         yield Finished(metrics=account.metrics())
 
     def _conclude(self, config: RunConfig, store_uri: str, folder: Location) -> Iterator[Phase]:
-        """Write the final set if all candidates (sets of single iterations) have a validation result.
+        """Write the final set if every validation has a result; otherwise write nothing.
 
-        Otherwise write nothing. Yields phases as a heartbeat.
+        Call this only after the last iteration. Yields phases as a heartbeat.
 
         Raises:
             OvertakenError: another worker writes the final set.
@@ -232,8 +240,8 @@ def _record(
 ) -> None:
     """Record in the state the validation accuracy of the set after `iteration` iterations.
 
-    A set with a good accuracy becomes the result so far. If the state has passed `iteration`, this set is read from its
-    file in `candidates`.
+    The set becomes the one chosen so far, unless its accuracy is more than one standard error below the best. If the
+    state has passed `iteration`, these `rows` of the set are read from its file in `candidates`.
     """
     device = state.synthetic.images.device
     earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
@@ -262,7 +270,8 @@ class Distillation:
         self._labels: NDArray[np.int64] | None = None
         """[n] classes of this worker's images; `None` until MetaDD needs them, since reading them waits for a GPU."""
         self._saved_at = -1
-        """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` starts."""
+        """Iteration of the last checkpoint; 0 for a new set; -1 before `events` starts, and while the state has a
+        validation result that is not saved."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._next_counted_save = -math.inf
@@ -274,7 +283,16 @@ class Distillation:
         self._meta_networks = None if meta is None else MetaNetworks(part, meta, method.experts[0])
 
     def events(self) -> Iterator[Event]:
-        """Run the remaining iterations and yield progress. All workers of the set yield the same but for phases."""
+        """Run the remaining iterations and yield progress. All workers of the set yield the same but for phases.
+
+        Raises:
+            DivergenceError: too many iterations in a row diverged. The set of the last update is saved.
+            ThresholdError: matching losses exceed `distill.threshold`, at the start or in many iterations in a row.
+            ClusterError: the workers of the set do not share the disk of its folder.
+            PeerLostError: another worker of the set died.
+            OvertakenError: a newer attempt at the set has started.
+            Interrupted: a worker of the set was asked to stop. The state is saved.
+        """
         settings = self._config.distill
         state = yield from self._start()
         first = self._saved_at = state.iteration
@@ -310,7 +328,10 @@ class Distillation:
         yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, self._account.metrics())
 
     def _start(self) -> Generator[Event, None, State[Any]]:
-        """Read the last checkpoint and return its state; without one, choose and calibrate a first set."""
+        """Return the state of the last checkpoint; without one, that of a first set, which is made here.
+
+        Settings that the recipe leaves open, such as the step size, are found for a first set, and the set is written.
+        """
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
         state = saved or self._method.state((yield from self._chosen()), self._config.distill)
@@ -343,7 +364,10 @@ class Distillation:
             self._candidates.remove()
 
     def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
-        """Choose the set before the first iteration and return it. Yields a phase from time to time as a heartbeat."""
+        """Make the first set, which the first iteration will change, and return it. Yields phases as a heartbeat.
+
+        The method chooses its images and labels. With a prior, the images become those that the prior makes.
+        """
 
         def choose() -> Steps[SyntheticSet]:
             first = yield from self._method.choose()
@@ -379,11 +403,13 @@ class Distillation:
         raise Interrupted(f"iteration {state.iteration} of {self._iterations}")
 
     def _validated(self, state: State[Any], iterations: Sequence[int], is_asked: Callable[[], bool]) -> Iterator[Event]:
-        """Save a checkpoint. Then validate the sets after these iterations.
+        """Save a checkpoint, unless the last one is of this iteration. Then validate the sets after `iterations`.
 
         If validations are tasks of their own, a task is yielded for each set; otherwise the worker validates here.
 
         Args:
+            state: present state.
+            iterations: numbers of iterations, at most the state's own; earlier sets are read from their candidates.
             is_asked: returns True once this worker was asked to stop.
 
         Raises:
@@ -438,7 +464,10 @@ class Distillation:
         return found
 
     def _note_computing(self, iteration: int) -> Iterator[Note]:
-        """Record how iterations are computed from this iteration on. Yields a message if a setting has changed."""
+        """Record how iterations are computed from this one on, such as their precision.
+
+        Yields a message if this differs from the iterations before.
+        """
         now = dict(self._method.facts)
         if not now:
             return
@@ -473,7 +502,7 @@ class Distillation:
         return dataclasses.replace(term, augmentations=drawn)
 
     def _measured(self, state: State[Any], seconds: float) -> dict[str, float]:
-        """Measurements of one iteration: name of a metric, see `monitor/metrics.py` -> value."""
+        """Metrics of the last iteration, which took `seconds`: name of a metric of `monitor/metrics.py` -> value."""
         values = {
             "iteration": state.iteration,
             "images_per_second": self._method.images_seen() / seconds,
@@ -618,7 +647,16 @@ def save_set(
     dataset: Dataset,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a set of a run to the file `name` in the run's folder, and the data's transform beside the folder."""
+    """Write a whole set of a run to the file `name` in the run's folder.
+
+    A transform above 64 KiB, such as whitening, is written once for all runs, to a folder beside the run's.
+
+    Args:
+        held: the whole set.
+        method: class of the method, which says whether the set has a step size to train with.
+        dataset: data set, for its transform and class names.
+        provenance: facts on the set's origin to store with it: name -> plain data.
+    """
     save_artifact(
         folder / name,
         held,
@@ -661,7 +699,11 @@ def over_workers(mesh: Mesh, mine: Spent) -> Spent:
 
 
 def read_cost(folder: Location) -> Spent:
-    """Cost of the distillation in a folder, as last written to `COST`; zero if there is no such file."""
+    """Cost of the distillation in a folder, as last written to cost.json; zero if there is no such file.
+
+    Raises:
+        CorruptFileError: the file is damaged.
+    """
     place = folder / COST
     if not place.exists():
         return Spent()

@@ -113,7 +113,11 @@ class Candidates:
         return [int(stem) for stem in stems if f"{stem}.json" not in names]
 
     def results(self, iterations: Sequence[int]) -> list[ValidationResult]:
-        """Validation results of these iterations, in order, up to the first iteration without a result."""
+        """Validation results of these iterations, in order, up to the first iteration without a result.
+
+        Raises:
+            CorruptFileError: the file of a result is damaged.
+        """
         found, names = [], self._folder.list()
         for iteration in iterations:
             if (name := f"{_stem(iteration)}.json") not in names:
@@ -180,7 +184,7 @@ def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool
 
 
 def standard_error(mean: float, dataset: Dataset) -> float:
-    """Standard error of a validation accuracy, a fraction in [0, 1] and not percent.
+    """Standard error of a validation accuracy, in the unit of the accuracy, not percent.
 
     The standard error follows from the mean accuracy and the number of validation images. More networks do not reduce
     it, because scores on the same images are not independent draws.
@@ -193,9 +197,10 @@ def standard_error(mean: float, dataset: Dataset) -> float:
 
 
 def validating(config: RunConfig, dataset: Dataset, whole: SyntheticSet, device: torch.device) -> Iterator[Progress]:
-    """Train fresh networks on the whole set. Yields progress, also within epochs and while networks are scored.
+    """Train fresh networks on the whole set, and score them on validation images.
 
-    The last progress has the mean validation accuracy of the networks, in [0, 1], as its value "validation".
+    Yields progress, also within epochs and while networks are scored. The last progress has the mean validation
+    accuracy of the networks, in [0, 1], as its value "validation".
     """
     seeds = config.distill.validation_seeds
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
@@ -227,12 +232,12 @@ def validating(config: RunConfig, dataset: Dataset, whole: SyntheticSet, device:
 
 
 def trainer_of(cluster: ClusterConfig, device: torch.device) -> Trainer:
-    """Trainer of this process, with the compilation settings of `cluster`, see `core.training.loop.trainer`."""
+    """This process's only trainer for networks on `device` with the compilation settings of section `cluster`."""
     return trainer(compile_=cluster.compile, channels_last=channels_last_on(cluster, device))
 
 
 def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """Training schedule of fresh networks for validation, with the set's own labels.
+    """Training schedule of fresh networks for validation, with the set's own labels and learning rate `step_size`.
 
     The schedule ignores keys of `evaluate` that may change in a finished run.
     """
@@ -241,5 +246,5 @@ def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
 
 
 def evaluation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """Training schedule of fresh networks that score a synthetic set."""
+    """Training schedule of fresh networks that score a synthetic set, with learning rate `step_size`."""
     return scoring_schedule(config.evaluate, step_size)

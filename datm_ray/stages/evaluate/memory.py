@@ -17,21 +17,22 @@ from datm_ray.stages.methods.registry import teacher_of
 from datm_ray.words import data_size
 
 KEPT_MAPS = 0.8
-"""Share of the bytes that all layers write in a forward pass and that are kept for the backward pass. Counted by
-torch's hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83 for VGG-11, 0.98 for MobileNetV2.
+"""Bytes kept for the backward pass, as a share of all bytes that the layers write in a forward pass. Counted by torch's
+hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83 for VGG-11, 0.98 for MobileNetV2. The factor
 `MARGIN` comes on top."""
 NETWORK_VECTORS = 3 + max(len(each.vectors) for each in OPTIMISERS.values())
 """Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, updated values,
-and the vectors of any optimiser."""
+and those of the optimiser that keeps most."""
 BLOCK_COPIES = 3
-"""Copies of the images of a block, the steps that are prepared together: before, during and after augmentation."""
+"""Number of copies of a block's images: before, during and after augmentation. A block is the steps whose images are
+augmented in one call."""
 HELPS = 0.9
 """Largest memory of a step in micro-batches, as a share of the memory of the whole step, for which micro-batches are
 recommended."""
 
 
 def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
-    """Bytes of GPU memory that training and scoring one network takes, without the images that it is trained on.
+    """Bytes of GPU memory that training and scoring one network takes, beside the images that it is trained on.
 
     Args:
         images: number of images that the network is trained on.
@@ -49,13 +50,13 @@ def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network
 
 
 def teacher_bytes(config: RunConfig, shape: DataShape, at_once: int) -> int:
-    """Bytes of a run's teacher that labels `at_once` images at a time."""
+    """Bytes of GPU memory that a run's teacher takes to label `at_once` images at a time."""
     teacher = network_cost(teacher_of(config), shape)
     return 2 * at_once * teacher.largest + 4 * teacher.parameters
 
 
 def largest_scored(config: RunConfig, shape: DataShape) -> NetworkConfig | None:
-    """Network of the run whose step on the run's set takes most GPU memory; `None` for the backbone."""
+    """Scored network of the run whose training step on the run's set takes most GPU memory; `None` for the backbone."""
     images = shape.synthetic(config)
     return max((None, *config.scored_networks), key=lambda each: scoring_step_bytes(config, shape, images, each))
 
@@ -63,7 +64,7 @@ def largest_scored(config: RunConfig, shape: DataShape) -> NetworkConfig | None:
 def gpu_bytes(config: RunConfig, shape: DataShape) -> int | None:
     """Bytes of GPU memory of a step that trains a scored network on the run's set; `None` if CPUs train it.
 
-    The set is left out: it stays in main memory where a GPU has too little.
+    The bytes of the set are not counted: the set stays in main memory where a GPU has too little.
     """
     if not uses_gpu(config.cluster.shaped(light=True)):
         return None
@@ -71,10 +72,12 @@ def gpu_bytes(config: RunConfig, shape: DataShape) -> int | None:
 
 
 def described_step(config: RunConfig, shape: DataShape, size: float | None) -> str:
-    """Text for plans: memory of a GPU that a step takes, and what to do if it is too much; "" on CPUs.
+    """Text for plans: GPU memory that a training step of a scored network takes, and a remedy if it is too much.
+
+    Returns "" if CPUs train it.
 
     Args:
-        size: bytes of a GPU of the workers, infinite if unknown; `None` for a GPU of this machine.
+        size: bytes of a whole GPU of the workers, infinite if unknown; `None` for a GPU of this machine.
     """
     if (needed := gpu_bytes(config, shape)) is None:
         return ""
@@ -89,7 +92,7 @@ def described_step(config: RunConfig, shape: DataShape, size: float | None) -> s
 
 
 def memory_remedy(config: RunConfig, shape: DataShape, row: str, network: NetworkConfig | None = None) -> str:
-    """What a user can do if a row's networks exhaust the memory of a GPU, as words for `explaining_memory`.
+    """What a user can do if networks of a row of the accuracy table exhaust a GPU's memory, as part of a sentence.
 
     Args:
         row: key of `ALL_ROWS`.

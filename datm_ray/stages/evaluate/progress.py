@@ -64,11 +64,11 @@ class SavedTraining:
         Args:
             trainer: trains the networks.
             trainings: networks of one architecture. Their schedules differ in the learning rate alone.
-            lessons: a teacher's images and logits, see `core.training.loop.train`.
-            result: file of the task's first result.
+            lessons: a teacher's images and logits for every step; `None` trains on the set's own labels.
+            result: file of the task's first result, beside which the progress folders lie.
             account: meter of the task's cost.
             alike: number of networks in all tasks of the run whose training steps are the same as those of
-                `trainings`; 0 if unknown. Compiling the step once serves all of them, see `would_gain_together`.
+                `trainings`; 0 if unknown. Compiling the step once serves all of them, so it pays off sooner.
         """
         self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
         self._epochs = trainings[0].schedule.epochs
@@ -167,7 +167,7 @@ class SavedTraining:
     def _after_epoch(
         self, stack: Sequence[Training], progress: TrainingProgress, state: TrainingState
     ) -> Iterator[Progress | Note]:
-        """Save the state of a stack if due, and report it if it is saved, or every `REPORT_INTERVAL` seconds."""
+        """Save the state of a stack if due. Report it if it is saved, or `REPORT_INTERVAL` seconds after a report."""
         self._done += len(stack)
         yield from map(Note, progress.add(state, last=state.epoch == self._epochs))
         if progress.is_written or time.monotonic() - self._reported > REPORT_INTERVAL:

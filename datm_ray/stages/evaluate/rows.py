@@ -193,6 +193,11 @@ class EvaluateWorker:
             numbers: numbers of the seeds, from 0.
             network: network of `evaluate.networks` to score, with the learned and with a tuned step size; `None` for
                 the backbone. With another optimiser than SGD there is no learned step size.
+
+        Raises:
+            MissingExpertsError: the store lacks the experts that label random images, or the teacher.
+            WorkerLostError: the GPU has too little free memory.
+            Interrupted: the work was asked to stop, and is saved.
         """
         account = Account(self._device, self._cluster)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
@@ -314,9 +319,9 @@ class EvaluateWorker:
         seeds: Sequence[int],
         network: NetworkConfig | None,
     ) -> Steps[list[TrainingSet]]:
-        """Make the training set of each seed, see `_training_set`. Yields between steps.
+        """Make the training set of a row of the accuracy table for each of `seeds`, in order. Yields between steps.
 
-        A set that all seeds share is read and copied only once.
+        A set that all seeds share is read and copied only once. Other arguments are those of `_training_set`.
         """
         alike = row in DISTILLED or row == "full"
         some = seeds[:1] if alike else seeds
@@ -327,7 +332,14 @@ class EvaluateWorker:
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
     ) -> Steps[TrainingSet]:
-        """Make the training set of a row of the accuracy table. Yields between steps."""
+        """Make the training set of a row of the accuracy table. Yields between steps.
+
+        Args:
+            store_uri: store of the experts that label random images.
+            folder: folder of the run, with the distilled set.
+            seed: seed of random images; other rows ignore it.
+            network: scored network, which decides the learned step size; `None` for the backbone.
+        """
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
@@ -391,7 +403,7 @@ def is_taught(config: RunConfig, row: str) -> bool:
 
 
 def is_stored(config: RunConfig, row: str) -> bool:
-    """True if a teacher's labels for this row of the accuracy table are stored beside the set.
+    """True if a teacher's labels for this row of the accuracy table are computed before training, and stored.
 
     False if the teacher is asked during training, or does not label the row.
     """
@@ -404,7 +416,7 @@ def asks_teacher(config: RunConfig, row: str) -> bool:
 
 
 def has_stored_views(config: RunConfig, row: str) -> bool:
-    """True if networks of this row of the accuracy table train on views and logits as a label store holds them.
+    """True if networks of this row train on views (augmented images) and logits as a label store holds them.
 
     The views and logits of the distilled set are stored. Views and logits of random images are made by the same rule
     when they are needed. So the two rows differ in their images alone.
@@ -430,13 +442,13 @@ def given_rate(config: RunConfig, row: str) -> float | None:
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
     """Candidate schedules for networks of a row of the accuracy table, with different step sizes.
 
-    Validation chooses among the candidates. A step size that was learned with this network and these labels is the only
-    candidate. One that was learned with others is the first of several. For rows with soft labels,
-    `evaluate.learning_rate` takes the place of a learned step size, and is the backbone's only candidate.
+    Validation chooses among the candidates. A learned step size is the only candidate if `network` is `None`, except in
+    `FIXED_ROWS`; else it is the first of several. For rows with soft labels, `evaluate.learning_rate` takes its place,
+    and is also the only candidate if `network` equals the backbone. Without both, the optimiser's step sizes are tried.
 
     Args:
         learned: step size that was learned with the set; `None` if none was learned.
-        network: scored network; `None` for the backbone.
+        network: scored network of `evaluate.networks`; `None` for the backbone.
     """
     others: tuple[float, ...] = OPTIMISERS[config.evaluate.optimiser].step_sizes
     if (given := given_rate(config, row)) is not None:
@@ -473,7 +485,7 @@ def _of_all_images(config: RunConfig) -> RunConfig:
 
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-    """Rows of the accuracy table that a run computes, each with the network that it scores; `None` for the backbone."""
+    """Rows (keys of `ALL_ROWS`) that a run computes, each with the network that it scores; `None` for the backbone."""
     is_labelled, is_full = bool(networks_before_scoring(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += fixed_rows(config)
@@ -546,9 +558,10 @@ def seeds_of_tasks(
 
 
 def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
-    """Fewest tasks into which each row of the accuracy table is divided, so that all workers get equal work.
+    """Fewest tasks into which to divide each row of the accuracy table, so that all workers get equal work.
 
-    No worker is idle, and no task has more than the total work divided by `workers`.
+    Returns a number for each of `works`. With these numbers no worker is idle, and no task has more than the total work
+    divided by `workers`.
 
     Args:
         works: expected work of each row, in any unit.
@@ -563,9 +576,12 @@ def largest_stack(
 ) -> int:
     """Largest number of networks that one task of a row of the accuracy table trains at the same time.
 
-    Arguments: see `seeds_of_tasks`.
+    The number is 1 if training them one after another is faster, or the only possibility.
 
     Args:
+        network: scored network; `None` for the backbone.
+        spec: the scored network, for the data set's images.
+        images: number of training images.
         seeds: number of seeds in the task.
     """
     networks, gains, stacks = _stacking(config, row, network, spec, images, seeds)
@@ -575,7 +591,10 @@ def largest_stack(
 def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int) -> bool:
     """True if a row's networks are trained one after another only because their architecture cannot be stacked.
 
-    Arguments: see `seeds_of_tasks`.
+    Args:
+        network: scored network; `None` for the backbone.
+        spec: the scored network, for the data set's images.
+        images: number of training images.
     """
     _, gains, stacks = _stacking(config, row, network, spec, images, config.evaluate.seeds)
     return gains and not stacks
@@ -584,7 +603,7 @@ def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, s
 def _stacking(
     config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
 ) -> tuple[int, bool, bool]:
-    """How the networks of a row of the accuracy table are trained.
+    """How one task trains networks of a row of the accuracy table. Arguments are those of `largest_stack`.
 
     Returns:
         The number of networks for `seeds` seeds; True if training them together is faster; and True if it is possible.
@@ -640,7 +659,7 @@ def result_location(
         dataset_fingerprint: fingerprint of the data set.
         row: key of `ALL_ROWS`.
         number: number of the seed, from 0.
-        network: scored network; `None` for the backbone.
+        network: scored network of `evaluate.networks`; `None` for the backbone.
     """
     if row in DISTILLED:
         folder = out / config.name / "evaluation"

@@ -62,7 +62,7 @@ class Score:
 
 @dataclass(frozen=True)
 class NetworkScores:
-    """Scores of a set on one architecture."""
+    """Scores of a set on one network of `evaluate.networks`."""
 
     network: NetworkConfig
     kind: str
@@ -78,9 +78,13 @@ class NetworkScores:
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
-    """Scores of the distilled set on other architectures, in the recipe's order.
+    """Scores of the distilled set on every network of `evaluate.networks`, in the recipe's order.
 
-    Architectures with unfinished seeds are left out.
+    Read from results in the output folder `out`. Networks for which a seed of the distilled set is unfinished are left
+    out.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
     """
     scores = []
     for network in config.scored_networks:
@@ -122,10 +126,13 @@ class _Result:
 
 
 def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> None:
-    """Write how the networks of the row "distilled" were trained into the run's folder, for users who load the set.
+    """Write into the run's folder how the networks of the row "distilled" were trained, for users who load the set.
 
     The note has the step size that most seeds chose; of equally frequent ones, the one chosen first. Nothing is written
-    while a seed is unfinished.
+    while a seed has no result in the output folder `out`.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, "distilled")
     if not results:
@@ -156,7 +163,10 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """Scores of the rows of the accuracy table for which every seed is finished, in the order of `TABLE_ROWS`.
 
-    Rows of `FIXED_ROWS` are read only if the recipe sets `evaluate.fixed_labels`.
+    Read from results in the output folder `out`; rows of `FIXED_ROWS` only if the recipe sets `evaluate.fixed_labels`.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
     """
     rows = [row for row in TABLE_ROWS if config.evaluate.fixed_labels or row not in FIXED_ROWS]
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
@@ -176,7 +186,13 @@ FairScores = Mapping[str, tuple[float, ...]]
 
 
 def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
-    """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
+    """DD-Ranking's scores, computed from results in the output folder `out`.
+
+    `None` if the recipe does not set `evaluate.fair`, or a row that they need is unfinished.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
+    """
     if not config.evaluate.fair:
         return None
     rows = ("full", "random-soft", "distilled", "distilled-hard", "distilled-plain", "random-plain")
@@ -194,7 +210,13 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
 
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Scores of the further rows `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    """Scores of the rows in `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`.
+
+    Read from results in the output folder `out`.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
+    """
     rows = FAIR_ROWS if config.evaluate.fair else ()
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
 
@@ -210,6 +232,9 @@ def read_score(
         row: key of `ALL_ROWS` in `stages.evaluate.rows`.
         network: scored network of `evaluate.networks`, trained with the step size that is best on validation data;
             `None` for the backbone.
+
+    Raises:
+        CorruptFileError: the file of a result is damaged.
     """
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None

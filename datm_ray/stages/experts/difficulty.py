@@ -33,6 +33,8 @@ from datm_ray.store.tensors import write_tensors
 def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
     """Store every training image's EL2N score, a mean over the scoring networks. Does nothing if scores are stored.
 
+    A network's score is the norm of its error (softmax minus one-hot class), so hard images have high scores.
+
     Args:
         worker: worker that holds the data set. The worker's device computes.
         config: run that trained the scoring networks, see `RunConfig.scoring_run`.
@@ -74,6 +76,8 @@ def mean_el2n(
     images: Callable[[NDArray[np.int64]], Tensor],
 ) -> Work:
     """Compute the mean EL2N score of each image over networks. Returns class -> scores [n] of its images.
+
+    Yields after each batch. A score is the norm of the difference of softmax and one-hot class.
 
     Args:
         networks: networks in evaluation mode, which are used one at a time.

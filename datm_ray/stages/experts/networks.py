@@ -18,7 +18,10 @@ from datm_ray.stages.experts.train import expert_group
 
 
 class ExpertNetworks:
-    """Experts of one backbone as networks, with the parameters after their last or another stored epoch."""
+    """Experts of one backbone as networks, with the parameters after their last or another stored epoch.
+
+    Making one raises a `MissingExpertsError` if the store lacks one of the recipe's experts.
+    """
 
     def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
         self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
@@ -47,6 +50,7 @@ class ExpertNetworks:
         are not read again. So callers must not change parameters.
 
         Args:
+            expert: number of the expert, from 0.
             epoch: a stored epoch; `None` for the last.
 
         Raises:
@@ -67,7 +71,7 @@ class ExpertNetworks:
     def soft_labels(self, images: Tensor, labels: Tensor) -> Steps[Tensor]:
         """Compute soft labels [n k] of images [n c h w]: mean logits of the experts that classify an image correctly.
 
-        An image that no expert classifies correctly gets the mean over all experts. Yields after each batch.
+        An image that no expert classifies as in `labels` [n] gets the mean over all experts. Yields after each batch.
         """
         every = (self.logits_in_steps(expert, images) for expert in range(self.count))
         return (yield from mean_correct_in_steps(every, labels))

@@ -1,6 +1,6 @@
 """Saved progress of networks in training, so that a lost worker costs only its last seconds of training.
 
-    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/
+    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs and of the experts to store>/
         <first epoch>-<last epoch>-<attempt>-<attempt before>.arrow
     <group>/progress/stacks/stacks.json     experts of each stack, as bounds [first, last)
 
@@ -14,8 +14,9 @@ under its own name and never touches the other's files. On GPUs, whose sums may 
 different numbers. A file therefore names the attempt whose state it continues, and a trajectory consists only of files
 that continue each other.
 
-Each file also holds the cost since the previous file. Epochs that a killed worker had not written are trained again,
-and their cost is lost. Shapes: e epochs, s networks of a stack, p parameters, q buffers.
+Each file also holds the cost since the previous file, or the whole cost if it replaces that file. Epochs that a killed
+worker had not written are trained again, and their cost is lost.
+Shapes: e epochs, s networks of a stack, p parameters, q buffers.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from datm_ray.words import data_size, duration
 
 WRITE_SHARE = 0.05
-"""Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
+"""Largest share of a worker's time for writing progress. A lost worker then costs the time of about 20 writes."""
 REPORT_INTERVAL = 1.0
-"""Seconds between two reports of a network's epochs."""
+"""Smallest number of seconds between two reports of progress, or heartbeats, of long work."""
 LARGEST_WRITE = 256 * 2**20
 """Largest size in bytes of networks' parameters that are kept in memory before a write; one epoch may be larger."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
@@ -112,7 +113,10 @@ class TrainingProgress:
         return chain[-1].last if chain else 0
 
     def resume(self, device: torch.device) -> ExpertState | None:
-        """Latest saved state, on `device`; `None` if there is no progress. Removes damaged files."""
+        """Latest saved state, on `device`; `None` if there is no progress. Removes damaged files.
+
+        Also restores `spent` and `at_a_time`, the cost so far and the number of networks that one call computes.
+        """
         state, self.spent, self._before = None, Spent(), _NO_ATTEMPT
         for part in self._chain():
             file = self._readable(part.name)
@@ -164,12 +168,17 @@ class TrainingProgress:
         *,
         last: bool = False,
     ) -> Iterator[str]:
-        """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
+        """Add the state after an epoch, and write it if due. Returns messages, empty unless the disk is full.
+
+        The state is added by the call, but a due file is written while the caller iterates over the messages.
 
         Args:
             state: state of all networks of the stack after the epoch.
             losses, accuracies: [s] mean losses, and test accuracies in [0, 1], of the epoch; `None` if unknown.
             last: True if the training ends with this epoch.
+
+        Raises (while iterating):
+            StoreError: the disk stays full, or the file cannot be written.
         """
         unknown = torch.full((self._networks,), float("nan"))
         self._measured = (unknown if losses is None else losses, unknown if accuracies is None else accuracies)
@@ -198,7 +207,14 @@ class TrainingProgress:
         return self._first is None
 
     def write(self, state: TrainingState) -> Iterator[str]:
-        """Write the epochs that were added since the last file. Yields a message if the disk is full."""
+        """Write the epochs that were added since the last file. Yields a message if the disk is full.
+
+        Args:
+            state: state after the last epoch that was added, from which a training can resume.
+
+        Raises:
+            StoreError: the disk stays full, or the file cannot be written.
+        """
         if self._first is None:
             return
         started = time.monotonic()
@@ -316,7 +332,7 @@ class ExpertProgress(TrainingProgress):
         super().__init__(group.progress / self._name, len(experts), account, kept=kept)
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
-        """Snapshots of one expert's kept epochs, in order."""
+        """Snapshots of one expert's kept epochs, in order. Raises CorruptFileError if a progress file is damaged."""
         place = self.experts.index(expert)
         for part in self._chain():
             arrays = self._read(part.name).arrays
@@ -332,7 +348,10 @@ class ExpertProgress(TrainingProgress):
                     )
 
     def require_whole(self, epochs: int) -> None:
-        """Raise a `StoreError` if epochs are missing because another process finished the stack or deleted files."""
+        """Raise a `StoreError` unless the files reach the last epoch, number `epochs`.
+
+        They do not if another process has finished the stack, or deleted files.
+        """
         if [part.last for part in self._chain()][-1:] != [epochs]:
             raise StoreError(
                 f"files disappeared from {self._folder.uri} during expert training",
@@ -356,7 +375,11 @@ class ExpertProgress(TrainingProgress):
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
-    """Numbers of the experts in each stack, as recorded by `note_stacks`; empty without a record."""
+    """Numbers of the experts in each stack (experts trained together), as recorded; empty without a record.
+
+    Raises:
+        CorruptFileError: the record is damaged.
+    """
     place = group.progress / STACKS / STACKS_FILE
     if not place.exists():
         return []
@@ -418,10 +441,12 @@ def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertSt
 
 
 def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
-    """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message every minute while it waits.
+    """Wait until the disk of `place` has more than `size` free bytes besides `SPARE_BYTES`.
+
+    Yields a message every minute while it waits. Does not wait for an object store.
 
     Raises:
-        StoreError: the disk stays full.
+        StoreError: the disk stays full, for ten minutes.
     """
     if place.local_path is None:
         return

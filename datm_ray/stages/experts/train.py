@@ -84,11 +84,16 @@ def _as_folder(name: str, usual: str) -> str:
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
-    """Number of experts in a stack: experts that one worker trains together.
+    """Largest number of experts in a stack: experts that one worker trains together.
 
-    `cluster.experts_at_a_time` gives the number. Without this key, the number is at most `LARGEST_STACK`. On GPUs, the
-    experts are then divided by the number of workers, rounded up. On CPUs, the number keeps a batch's largest feature
-    map below `STACKED_MAP_BYTES`; it is 1 if the architecture cannot be stacked.
+    `cluster.experts_at_a_time` gives the number. Without this key it is at most `LARGEST_STACK`. On GPUs it is then at
+    most the number of experts divided by the number of workers, rounded up, so that no worker is idle. On CPUs, it
+    keeps the largest feature map of all experts of a stack, for a whole batch, within `STACKED_MAP_BYTES`; it is 1 if a
+    single expert's map is larger, or if the architecture cannot be stacked.
+
+    Args:
+        image: channels, height and width of an image.
+        classes: number of classes.
     """
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
@@ -104,13 +109,13 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
 
 
 def stored_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Bytes that the experts of a run with one network take in the store."""
+    """Bytes that all experts of `config.network` take in the store. Other networks of the run are not counted."""
     snapshot = getattr(torch, config.experts.storage).itemsize * network_cost(config, shape).parameters
     return config.experts.count * len(config.kept_epochs) * int(snapshot)
 
 
 def described_experts(config: RunConfig) -> str:
-    """Text for plans: the experts of a run with one network, their architecture and epochs."""
+    """Text for plans: number, architecture and epochs of the experts of `config.network`, without the run's others."""
     settings, order = config.experts, ", easy images first" if config.experts.curriculum else ""
     epochs = counted(settings.epochs, "epoch")
     return f"{settings.count:,} {config.network.architecture}, {epochs}{order}"
@@ -119,19 +124,19 @@ def described_experts(config: RunConfig) -> str:
 def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
     """Divide experts into stacks (experts trained together). Returns the numbers of the experts in each stack.
 
-    Only stacks with a missing expert are returned. Expert e belongs to stack e // size.
+    Only stacks with a missing expert are returned. Expert e belongs to stack e // size. The last stack may be smaller.
+    If it would hold one expert alone (and `size` is above 1), it also trains expert `count`, which is never stored,
+    because a network alone rounds differently from one in a stack.
 
-    The last stack ends with the last expert. If it would hold one expert alone, it gets a second one (unless `size` is
-    1), because a network alone rounds differently from one in a stack. With several workers and consecutive missing
-    experts, the experts are instead divided evenly, with at most `size` and at least `least` in a stack, so that every
-    worker trains equally many stacks.
+    With several workers and consecutive missing experts, the missing ones are instead divided evenly, with at most
+    `size` and at least `least` in a stack if possible, so that every worker trains equally many stacks.
 
     Args:
-        missing: numbers of the experts that are not stored.
-        size: number of experts in a stack.
-        count: number of experts of the recipe.
+        missing: numbers of the experts that are not stored, sorted.
+        size: largest number of experts in a stack.
+        count: number of experts of the recipe; their numbers are 0 to `count` - 1.
         workers: number of workers that train at the same time.
-        least: smallest number of experts in a stack that is made smaller for idle workers.
+        least: smallest number of experts in a stack of an even division.
     """
     each_worker = -(-len(missing) // (size * workers))
     parts = min(each_worker * workers, len(missing) // least)
@@ -144,13 +149,15 @@ def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, leas
 def divided(
     config: RunConfig, missing: Sequence[int], size: int, workers: int, groups: int = 1
 ) -> list[tuple[int, ...]]:
-    """Divide the missing experts of one network into stacks (experts trained together), see `stacks`.
+    """Divide the missing experts of one network into stacks (experts trained together), of at most `size` experts.
 
-    If the recipe gives `cluster.experts_at_a_time`, stacks have `size` experts, however many workers there are.
+    If possible, stacks are made smaller so that every worker trains equally many; on CPUs, at least two experts stay
+    together. If the recipe gives `cluster.experts_at_a_time`, the number of workers is ignored, and only the last stack
+    may be smaller. Returns the numbers of the experts in each stack, see `stacks`.
 
     Args:
-        missing: numbers of the experts that are not stored.
-        size: number of experts in a stack.
+        missing: numbers of the experts that are not stored, sorted.
+        size: largest number of experts in a stack.
         workers: number of workers that train at the same time, for all networks.
         groups: number of networks whose experts are trained at the same time. Each gets an equal share of the workers.
     """
@@ -163,7 +170,7 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertWorker:
-    """Trains experts on one data set.
+    """Worker that trains experts on one data set.
 
     Attributes:
         dataset: the data set.
@@ -188,10 +195,14 @@ class ExpertWorker:
         Stored trajectories stay unchanged.
 
         Args:
-            experts: numbers of the experts.
+            experts: numbers of the experts, consecutive: a stack from `stacks`.
 
         Raises:
-            StoreError: the store cannot be written, or its disk stays full.
+            StoreError: the store cannot be written, its disk stays full, or another process removed the progress.
+            MissingExpertsError: the scores that order the images of a curriculum are not stored.
+            CorruptFileError: the file of these scores is damaged.
+            DivergenceError: the loss of an expert is not finite.
+            Interrupted: the work was asked to stop, and is saved.
         """
         group = expert_group(store_uri, config, self.dataset.name, self.dataset.fingerprint)
         account = Account(self.device, self._cluster)
@@ -224,6 +235,8 @@ class ExpertWorker:
 
         Raises:
             MissingExpertsError: the scores that order the images of a curriculum are not stored.
+            DivergenceError: the loss of an expert is not finite.
+            Interrupted: the work was asked to stop, and is saved.
         """
         curriculum, experts = self._curriculum(config, store_uri), progress.experts
         yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
@@ -289,7 +302,7 @@ class ExpertWorker:
         return self._in_parts.setdefault(key, InParts(functions, at_a_time))
 
     def _rows_of(self, settings: ExpertConfig) -> int:
-        """Number of images of each network in a step."""
+        """Number of images that each network of a stack gets in a training step."""
         return min(settings.batch_size, len(self._labels))
 
     def _found_at_a_time(
@@ -298,7 +311,7 @@ class ExpertWorker:
         """Number of networks that one call computes: all, or on a GPU the number that a trial on the first batch finds.
 
         The trial takes as many networks as fit into the GPU's memory, or one if this is faster. There is no trial if
-        the recipe gives `cluster.experts_at_a_time`.
+        the recipe gives `cluster.experts_at_a_time`, or for networks with batch normalisation: one call computes all.
 
         Args:
             saved: number with which an earlier part of this training was computed, maybe on another device. A GPU takes
@@ -418,6 +431,9 @@ def origins(group: ExpertGroup, count: int) -> dict[int, str]:
 
     To spare reading hundreds of files, reading ends after the first expert that was trained here and has several stored
     epochs. The experts after it are taken for trained here too, and are not in the result.
+
+    Raises:
+        CorruptFileError: the file of an expert is damaged.
     """
     found = dict[int, str]()
     for expert in sorted(each for each in group.experts() if each < count):
@@ -463,7 +479,11 @@ def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
 
 
 def read_experts_cost(folder: Location) -> list[ExpertsCost]:
-    """Costs of a run's experts, one per network in the recipe's order; empty if none were noted."""
+    """Costs of a run's experts, one per network in the recipe's order, from the run's folder; empty if none were noted.
+
+    Raises:
+        CorruptFileError: the file of the costs is damaged.
+    """
     place = folder / EXPERTS_COST
     costs = place.read_json() if place.exists() else []
     with rejecting_nonsense(place):
@@ -487,6 +507,9 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
     The cost of a stack is divided evenly among those of its experts that are in the store or that this recipe uses.
+
+    Raises:
+        CorruptFileError: the file of a stack's cost is damaged.
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
