@@ -44,7 +44,7 @@ class Ahead(Generic[Value]):
         return value
 
     def close(self) -> None:
-        """Drop the next value, and end the thread after its current work. Later values are computed when asked for."""
+        """Drop the value computed ahead, and wait for the thread's end. Later values are computed when asked for."""
         self._following = None
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)

@@ -13,12 +13,13 @@ def create_executor(name: str, cluster: ClusterConfig, address: str | None = Non
     """Create an executor, connected and ready to run tasks.
 
     Args:
-        name: one of `EXECUTORS`.
+        name: "ray" for workers on a Ray cluster, "serial" for one worker in this process.
         cluster: section `cluster` of the recipe.
-        address: address of a running Ray cluster; `None` starts one on this machine, unless RAY_ADDRESS is set.
+        address: address of a running Ray cluster. `None` takes the cluster to which this process is connected, else
+            that in RAY_ADDRESS, else it starts one on this machine. "serial" does not read it.
 
     Raises:
-        ClusterError: unknown name, Ray not installed or not reachable, or too few resources.
+        ClusterError: unknown name, Ray not installed or not reachable, too few resources, or a required GPU is missing.
     """
     if name == "serial":
         return SerialExecutor(cluster)

@@ -22,21 +22,24 @@ if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
 
 @dataclass(frozen=True)
 class Started:
-    """Event: a task starts, or restarts after its worker was lost."""
+    """Event: a task starts on `workers` workers, or starts again, such as after a lost worker."""
 
     workers: int = 1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Event: a task has done `done` of `total` steps. An attempt's speed is measured from its first `Progress`."""
+    """Event: a task has done `done` of `total` steps.
+
+    The task's speed is measured from the first `Progress` after its start, or after its last restart.
+    """
 
     done: int
     total: int
     values: Mapping[str, float] = field(default_factory=dict)
     """Values to show beside the progress bar, such as {"loss": 0.41}."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Measurements, by the names in `monitor/metrics.py`. Counters start from 0 in every attempt."""
+    """Measurements, by the names in `monitor/metrics.py`. Counters are totals since the task's last start."""
     saved: bool = False
     """True if the work so far is saved, so that other workers can resume without loss."""
 
@@ -63,27 +66,27 @@ class Finished:
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Measurements since the last `Progress`, by the names in `monitor/metrics.py`."""
+    """Last measurements, as in `Progress.metrics`: counters are totals since the task's last start."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Event: a task's worker was lost. The executor restarts the task on another worker, unless it stops."""
+    """Event: a task's worker was lost. If `is_retried`, the executor starts the task again on another worker."""
 
     reason: str
     attempt: int
-    """Number of the attempt that failed, counted from 1."""
+    """Number of lost attempts of the task so far, with this one."""
     is_retried: bool = True
-    """False if the executor stops and starts no task any more."""
+    """False if no task starts any more: the command was asked to stop, or the user's input has an error."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Event: a task failed and is not retried. The stage raises the task's error once its other tasks have ended."""
+    """Event: a task failed and is not retried, while others run or wait. An error is raised once those have ended."""
 
     reason: str
     running: int
-    """Number of other tasks that run, and are finished before the stage raises the error."""
+    """Number of other tasks that run, and are finished before the error is raised."""
     queued: int = 0
     """Number of waiting tasks that still start and finish before the error is raised; 0 after an error in the user's
     input."""
@@ -91,10 +94,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Resized:
-    """Event: a task's number of workers changed, at its start or after a loss."""
+    """Event: a task starts with fewer workers than it can use, or starts again with another number than before."""
 
     size: int
-    """New number of workers."""
+    """Number of workers that now run the task."""
     wanted: int
     """Largest number of workers that the task can use."""
 
@@ -124,10 +127,10 @@ class Task:
     """Name shown to the user, unique within its stage."""
     arguments: tuple[Any, ...]
     size: int = 1
-    """Number of workers that run the task together. Above 1 each worker gets `worker_rank=WorkerRank(...)`. In the
-    serial executor one worker runs the whole task, without `worker_rank`."""
+    """Largest number of workers that run the task together. If several do, the method of each gets the further argument
+    `worker_rank`, a `WorkerRank`. A worker that runs the whole task alone gets none, nor does the serial executor's."""
     fewer: tuple[int, ...] = ()
-    """Smaller numbers of workers that can run the task too, used when nodes are lost."""
+    """Smaller numbers of workers that can run the task too, the largest first; used while too few workers are free."""
     run: str = ""
     """Name of the run that the task belongs to."""
     stage: str = ""
@@ -137,9 +140,10 @@ class Task:
     method: str = ""
     """Name of the worker's method to call; "" for the method given to `Executor.run`."""
     memory: int = 0
-    """Memory to reserve for each worker, in bytes; 0 reserves none."""
+    """Main memory to reserve for each worker, in bytes; 0 reserves none."""
     is_light: bool = False
-    """True for a task whose workers take the resources of `cluster.light`, if the recipe has this section."""
+    """True for a task whose workers take the resources of `cluster.light`. If False, or if the recipe has no such
+    section, they take those of `cluster`."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,16 @@ class Executor(Protocol):
     description: str
     """Text for the user about where tasks run."""
     gpus_per_worker: float | None
-    """GPUs per worker if `cluster.gpus_per_worker` is null; `None` if this machine's GPUs decide."""
+    """GPUs per worker where `cluster.gpus_per_worker` is null: 1 if the cluster has GPUs, else 0. `None` if the worker
+    runs in this process, which takes a GPU if this machine has one."""
 
     @property
     def workers(self) -> int:
-        """Highest number of workers that run at the same time, with those of nodes that the cluster can start."""
+        """Highest number of workers at the same time: `cluster.workers`, else what the running nodes can hold."""
 
     @property
     def workers_per_machine(self) -> int:
-        """Highest number of workers on one node."""
+        """Highest number of workers that run at the same time on one node."""
 
     @property
     def light_workers(self) -> int:
@@ -179,16 +184,16 @@ class Executor(Protocol):
 
         Args:
             name: name of the task or run, for the message.
-            light: True for workers with the resources of `cluster.light`.
+            light: True for workers with the resources of `cluster.light`; False for those that distil.
         """
 
     def share(self, value: Any) -> Any:
-        """Share a large read-only value with all workers. Pass the returned value as a setup argument."""
+        """Make a large read-only value available to all workers. Returns what to put into `run`'s `setup` for it."""
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run every task to its `Finished`, in any order and possibly in parallel.
+        """Run every task to its `Finished`, in any order and possibly in parallel. Yields each event with its task.
 
         The caller may append tasks to the list meanwhile; they are run too. After an error in the user's input no new
         task starts, and running tasks finish before the error is raised.
@@ -196,12 +201,15 @@ class Executor(Protocol):
         Args:
             worker: worker class, constructed as worker(*setup) in the process where it runs.
             setup: arguments of the constructor.
-            method: name of the worker's generator method, called with each task's arguments.
+            method: name of the worker's generator method, called with each task's arguments. It is for tasks without a
+                `Task.method` of their own.
             tasks: tasks to run; the list may grow.
 
         Raises:
-            DatmError: the worker raised this error.
-            WorkerLostError: a task lost its workers too often.
+            DatmError: a worker raised this error.
+            WorkerLostError: a task lost its workers too often, or no worker can be started.
+            ClusterError: the cluster cannot hold a task's workers, or they did not become free in time.
+            Interrupted: the command was asked to stop, and running tasks were first asked to save their work.
         """
 
     def close(self) -> None:
@@ -235,7 +243,7 @@ class SerialExecutor:
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run the tasks one after another in this process. Arguments and errors: see `Executor.run`."""
+        """Run the tasks one after another in this process, see `Executor.run`. The first error is raised at once."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
             yield task, Started()
@@ -250,7 +258,7 @@ class SerialExecutor:
 
 @contextmanager
 def _naming(task: Task) -> Iterator[None]:
-    """Put the task's name before the text of an `Interrupted`, which says what was saved."""
+    """Put the task's name before the text (what is saved) of an `Interrupted` that is raised in the block."""
     try:
         yield
     except Interrupted as end:
@@ -282,8 +290,9 @@ def require_precision(cluster: ClusterConfig, has_gpu: bool, *, elsewhere: bool 
     """Raise a `ClusterError` if workers cannot compute in `cluster.precision`, or only slowly.
 
     Args:
-        has_gpu: True if workers compute on GPUs, which can compute in every precision.
-        elsewhere: True if workers may be on other machines, whose CPUs are not known here. Those workers check theirs.
+        has_gpu: True if workers compute on GPUs. Every precision is then accepted.
+        elsewhere: True if workers may be on other machines, whose CPUs are not known here. bfloat16 is then accepted,
+            and those workers check their own CPUs.
     """
     if has_gpu or cluster.precision in ("auto", "float32"):
         return

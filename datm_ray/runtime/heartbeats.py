@@ -1,7 +1,7 @@
 """Heartbeats of long work: events by which executors know that a worker is not stuck (see `retries.Patience`).
 
-Work that reports a `Progress` often needs no other event. A `Phase` lifts the time limit that follows from the
-`Progress` events, so it is reported only where nothing else was reported for long.
+Work whose `Progress` events are frequent needs no other event. A `Phase` raises the time limit for the next event to
+`cluster.progress_timeout`, so it is reported only where nothing else was reported for long.
 Tests: tests/runtime/test_heartbeats.py.
 """
 
@@ -25,10 +25,10 @@ TRAINING = "training an epoch"
 
 
 def interval_in_epochs(cluster: ClusterConfig) -> float:
-    """Seconds without an event after which a training reports a heartbeat within an epoch.
+    """Seconds without an event after which a training reports a heartbeat: 1/20 of `cluster.progress_timeout`.
 
     A training with shorter epochs needs no heartbeat within them. Each epoch ends with an event, and the time limit
-    for the next event is at least 20 epochs (`retries.Patience`).
+    for the next event is at least 20 times the longest epoch (`retries.Patience`).
     """
     return cluster.progress_timeout / STEPS_OF_PATIENCE
 
@@ -36,8 +36,8 @@ def interval_in_epochs(cluster: ClusterConfig) -> float:
 def interval_between_epochs(cluster: ClusterConfig) -> float:
     """Seconds without an event after which work between epochs, such as scoring, reports a heartbeat.
 
-    The interval is at most half of `cluster.peer_timeout`, which is the time limit of a worker whose epochs are
-    short (`retries.Patience`).
+    This is `interval_in_epochs`, but at most half of `cluster.peer_timeout`, which is the time limit of a worker whose
+    epochs are short (`retries.Patience`).
     """
     return min(interval_in_epochs(cluster), cluster.peer_timeout / 2)
 
@@ -45,7 +45,8 @@ def interval_between_epochs(cluster: ClusterConfig) -> float:
 def with_heartbeats(steps: Iterable[Item], interval: float) -> Iterator[Item]:
     """Pass on every item that is not `None`. Pass on a `None` only if nothing was passed on for `interval` seconds.
 
-    Once `stopping.is_overdue()` is True, every `None` is passed on, so that the work can end before its epoch does.
+    The caller reports a heartbeat for each `None`. More than `stopping.LONGEST_EPOCH` seconds after a request to stop,
+    every `None` is passed on, so that the work can end before its epoch does.
 
     Args:
         steps: an item after an epoch's last step, `None` after every other step.
@@ -59,13 +60,13 @@ def with_heartbeats(steps: Iterable[Item], interval: float) -> Iterator[Item]:
 
 
 def within_epoch(saved: Callable[[], str]) -> Phase:
-    """Heartbeat of a training between two steps of an epoch.
+    """Make the event that a training yields as a heartbeat between two steps of an epoch.
 
     Args:
         saved: describes the last saved state, such as "epoch 3 of 90".
 
     Raises:
-        Interrupted: the training was asked to stop, and the epoch takes too long to wait for its end.
+        Interrupted: the training was asked to stop more than `stopping.LONGEST_EPOCH` seconds ago.
     """
     if is_overdue():
         raise given_up(saved())

@@ -36,11 +36,11 @@ Result = TypeVar("Result")
 HEARTBEAT_INTERVAL = 0.5
 """Minimum seconds between two heartbeats of a worker that works while others wait for it."""
 ROW_HEARTBEAT_SHARE = 0.25
-"""Time between two heartbeats of a row of workers (those of the same networks), as a share of `cluster.peer_timeout`.
+"""Shortest time between two heartbeats of a row of workers, as a share of `cluster.peer_timeout`.
 
-The share is large, because at each heartbeat fast rows wait for slow ones."""
+A row is the workers of the same networks. The share is large, because fast rows wait for slow ones each time."""
 EAGER_POLLING = 0.01
-"""Seconds of polling, without pause, for the end of a sum on GPUs. NCCL itself polls once per millisecond."""
+"""Longest time in seconds to poll without pause for the end of a sum on GPUs. NCCL then polls, once per millisecond."""
 SIOCGIFADDR = 0x8915
 """Linux's request code for the address of a network interface."""
 _LOST_PEER = re.compile(
@@ -67,9 +67,9 @@ class Mesh:
 
     rank: int = 0
     rows: int = 1
-    """Number of rows: 1, or one per role of `RunConfig.roles`."""
+    """Number of rows: one per role of `RunConfig.roles`, or 1 for a worker that is alone."""
     columns: int = 1
-    """Number of columns, one per shard of the classes."""
+    """Number of columns: one per shard of the classes, or 1 for a worker that is alone."""
 
     @property
     def row(self) -> int:
@@ -120,7 +120,8 @@ class Mesh:
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
         """Do this worker's own work, then wait until every worker has finished its work. Returns the work's result.
 
-        Workers exchange heartbeats meanwhile, so only the time between two heartbeats must stay below the timeout.
+        Workers exchange heartbeats meanwhile, so only the time between two heartbeats must stay below
+        `cluster.peer_timeout`.
 
         Args:
             work: function that does the work and regularly calls its argument, the heartbeat.
@@ -130,7 +131,7 @@ class Mesh:
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
         """Do the work of this row of workers (those of the same networks), then wait until every row has finished.
 
-        Only the time between two sums, usually one student step, must stay below the timeout.
+        Only the time between two sums, usually one student step, must stay below `cluster.peer_timeout`.
 
         Args:
             work: function that does the work. Its argument is a `sum_over_classes` that also sends heartbeats to the
@@ -161,14 +162,18 @@ class Alone(Mesh):
 
 @dataclass(frozen=True)
 class ProcessMesh(Mesh):
-    """Mesh of several processes, all in torch's default process group."""
+    """Mesh of several processes, all in torch's default process group.
+
+    Methods that communicate raise a `PeerLostError` if another worker dies or does not answer within `timeout`, and a
+    `ClusterError` if this machine has too little shared memory.
+    """
 
     row_group: dist.ProcessGroup | None = None
     """Process group of the ranks in this rank's row; `None` if there is one column."""
     column_group: dist.ProcessGroup | None = None
     """Process group of the ranks in this rank's column; `None` if there is one row."""
     timeout: float = 300.0
-    """Seconds to wait for a peer."""
+    """Seconds to wait for other workers in each sum or transfer."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over this worker's row of the grid: workers of the same networks, each with other classes.
@@ -185,11 +190,14 @@ class ProcessMesh(Mesh):
         return self._sum(tensor, self.column_group) if self.column_group else tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """Sum over all workers, see `Mesh.sum_over_all`."""
+        """Sum a tensor over all workers. Every worker gets the same bits."""
         return self._sum(tensor, dist.group.WORLD)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0, see `Mesh.gather`. Tensors pass through the CPU, so this needs no NCCL."""
+        """Concatenate the tensors of row 0 along dimension 0 on rank 0; other ranks get `None`, see `Mesh.gather`.
+
+        Tensors pass through the CPU, so this needs no NCCL.
+        """
         if self.is_first:
             return self._receive_parts(tensor.detach())
         if self.row == 0:
@@ -200,7 +208,7 @@ class ProcessMesh(Mesh):
         return None
 
     def barrier(self) -> None:
-        """Wait until all workers have called this method, see `Mesh.barrier`."""
+        """Wait until all workers have called this method."""
         self.sum_over_all(torch.zeros(1))
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
@@ -241,7 +249,7 @@ class ProcessMesh(Mesh):
         self._wait_for_others()
 
     def _heartbeat(self) -> Heartbeat:
-        """Function that tells the other workers at most every `HEARTBEAT_INTERVAL` that this worker is at work."""
+        """Make a function that tells the others, at most every `HEARTBEAT_INTERVAL` s, that this worker is at work."""
         last = time.monotonic()
 
         def heartbeat() -> None:
@@ -257,7 +265,7 @@ class ProcessMesh(Mesh):
             pass
 
     def _count_working(self, working: bool) -> int:
-        """Count the workers that are still at work. Every worker must call this method.
+        """Count the workers that are still at work. Waits until every worker has called this method.
 
         Args:
             working: True if this worker is still at work.
@@ -267,7 +275,7 @@ class ProcessMesh(Mesh):
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         with self._peers_needed():
-            # It is waited for here, and not only where the value is used: gloo's sums are used at once, and for NCCL's
+            # The sum is waited for here, and not only where it is used: gloo's sums are used at once, and for NCCL's
             # only this wait notices a lost peer. Queued behind the sum, a later read would never return.
             work = dist.all_reduce(total, group=group, async_op=True)
             if total.is_cuda:
@@ -306,7 +314,7 @@ class ProcessMesh(Mesh):
 def open_mesh(
     worker_rank: WorkerRank | None, rows: int, columns: int, device: torch.device, timeout: float
 ) -> Generator[Mesh, None, None]:
-    """Connect to the other workers of a task while the context lasts.
+    """Connect to the other workers of a task while the context lasts. Yields this worker's mesh.
 
     Args:
         worker_rank: rank of this worker; `None` for a worker that runs the task alone, which ignores rows and columns.
@@ -318,6 +326,7 @@ def open_mesh(
     Raises:
         PeerLostError: a peer does not connect, dies, or does not answer in time.
         ClusterError: this machine has too little shared memory.
+        ValueError: the number of workers is not `rows` x `columns`.
     """
     if worker_rank is None:
         yield Alone()
@@ -347,17 +356,22 @@ def open_mesh(
 
 
 def _connect_gpus(groups: Iterable[dist.ProcessGroup | None], device: torch.device) -> None:
-    """Let NCCL create the communicators of these groups, which it else does in the first sum on GPUs."""
+    """Make NCCL create the communicators of these groups now. By default it does so in the first sum on GPUs."""
     for group in filter(None, groups):
         dist.all_reduce(torch.zeros(1, device=device), group=group, async_op=True).wait()
 
 
 def within(timeout: float, work: Callable[[], None], name: str) -> None:
-    """Do work that may never end and knows no timeout, such as the creation of a communicator by NCCL.
+    """Do work in a thread, and wait for it for at most `timeout` seconds.
+
+    It is for work that may never end and knows no timeout, such as the creation of a communicator by NCCL. An error of
+    the work is raised.
 
     Args:
-        timeout: seconds until a `RuntimeError` is raised. The work is left in its thread, until the process ends.
         name: the work in words, for the error.
+
+    Raises:
+        RuntimeError: the time is over. The thread is left behind until the process ends.
     """
     failures: list[BaseException] = []
 
@@ -455,7 +469,7 @@ def _last_error(failure: BaseException) -> str:
 def _settings(rendezvous_address: str) -> AbstractContextManager[None]:
     """Set the network interface and error handling of gloo and NCCL in environment variables, for a block.
 
-    Variables that the user has set stay as they are.
+    The interface is the one that leads to the rendezvous address. Variables that the user has set stay as they are.
     """
     where = urlsplit(f"//{rendezvous_address}")
     interface = _interface_towards(where.hostname or "", where.port or 0)

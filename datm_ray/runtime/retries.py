@@ -18,7 +18,7 @@ from datm_ray.store.files.patience import end_within
 LONGEST_DELAY = 60.0
 """Longest wait in seconds before another attempt at a task."""
 STEPS_OF_PATIENCE = 20
-"""Time limit for a worker's next event, in multiples of its longest step. A worker over the limit counts as stuck."""
+"""Time limit for a worker's next event, in multiples of its longest step, within the bounds of `Patience`."""
 MARGIN = 30.0
 """Seconds that a stuck worker has to end itself before the driver ends its process."""
 
@@ -34,14 +34,14 @@ class History:
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: frozenset[str] = frozenset()
-    """Nodes that failed the attempts counted in `without_progress`; unknown nodes are left out."""
+    """Ids of the nodes on which the attempts counted in `without_progress` were lost; unknown nodes are left out."""
 
     def after_loss(self, saved: int, nodes: Iterable[str] = ()) -> History:
         """History with one more lost attempt.
 
         Args:
             saved: highest `Progress.done` that the attempt has saved; 0 if none.
-            nodes: nodes that failed the attempt; empty if they are unknown.
+            nodes: ids of the nodes on which the attempt was lost; empty if they are unknown.
         """
         further = saved > self.furthest
         return dataclasses.replace(
@@ -53,7 +53,7 @@ class History:
         )
 
     def forgiving(self) -> History:
-        """History in which no node has failed the task. Losses stay counted."""
+        """Copy with empty `nodes`, so that the task may use all nodes again. Losses stay counted."""
         return dataclasses.replace(self, nodes=frozenset())
 
     def gives_up(self, retries: int) -> bool:
@@ -62,7 +62,10 @@ class History:
 
     @property
     def delay(self) -> float:
-        """Seconds to wait before the next attempt, so that retries outlast a short outage: 0, 5, 25, then always 60."""
+        """Seconds to wait before the next attempt: 0, 5 and 25 after the first three losses without progress, then 60.
+
+        So retries outlast a short outage.
+        """
         return min(LONGEST_DELAY, 5.0 ** (self.without_progress - 1)) if self.without_progress > 1 else 0.0
 
 
@@ -80,8 +83,9 @@ def size_for(sizes: Sequence[int], free: int) -> int | None:
 class Patience:
     """Time limit in seconds for a worker's next event.
 
-    Up to the worker's third timed step the limit is `longest`. Later it is 20 times its longest step, but at least
-    `shortest` and at most `longest`. During a `Phase`, such as a validation in several workers, it is `longest` again.
+    Until the end of the worker's third timed step the limit is `longest`. Later it is 20 times its longest step, but at
+    least `shortest` + `for_peers` and at most `longest`. During a `Phase`, such as a validation in several workers, it
+    is `longest` again.
     """
 
     shortest: float = 0.0
@@ -93,7 +97,7 @@ class Patience:
     is_phase: bool = False
     """True from a `Phase` to the next `Progress`. Durations of steps say nothing about the duration of a phase."""
     for_peers: float = 0.0
-    """Seconds added to `shortest` for a worker that may wait for peers, see `patience_of`."""
+    """Seconds added to `shortest` for a worker that may wait for peers, so that it can report that it lost them."""
 
     def take(self, event: Event, seconds: float) -> None:
         """Update the limit after an event that came `seconds` after the event before it."""
@@ -110,25 +114,26 @@ class Patience:
 
 
 def patience_of(size: int, peer_timeout: float, progress_timeout: float) -> Patience:
-    """Time limit for each event of a task of `size` workers.
+    """Time limit for each event of a task of `size` workers: from `peer_timeout` to `progress_timeout` seconds.
 
-    Workers of a group get `2 * MARGIN` seconds more than `peer_timeout`, for which their peers wait. So a worker that
-    waits for a hung one reports that it lost its peers before its own limit ends it. The worker that still runs is then
-    known as the one that hangs.
+    If `size` is above 1, the lower bound is `2 * MARGIN` seconds more. A worker waits for a hung peer for
+    `peer_timeout`. It then reports that it lost its peers, before its own limit ends it. The worker that still runs is
+    thus known as the one that hangs.
     """
     return Patience(peer_timeout, progress_timeout, for_peers=2 * MARGIN if size > 1 else 0.0)
 
 
 def watched(events: Iterable[Event], patience: Patience, *, has_peers: bool = False) -> Iterator[Event]:
-    """Pass on a worker's events. If the next event is overdue, dump the stacks of this process and end it.
+    """Pass on the events of this process's worker. If the next one is overdue, dump all stacks and end the process.
 
     The dump goes to standard error, which on Ray is the worker's log. The timer works without running Python code, so
-    it also ends a process that is stuck in a system call or in a library. Requests to storage end earlier, so that the
-    worker can report their error.
+    it also ends a process that is stuck in a system call or in a library. Requests to storage get shorter time limits,
+    so that the worker can report their error.
 
     Args:
         patience: time limit for each event. Its field `shortest` is the time for which peers wait.
-        has_peers: True if other workers wait for this one in sums.
+        has_peers: True if other workers wait for this one in sums. Requests to storage must then end within the time
+            for which peers wait; otherwise within the limit for the next event.
     """
     least = min(patience.shortest, patience.longest)
 

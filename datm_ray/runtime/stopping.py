@@ -24,7 +24,7 @@ Less than `SAVE_TIMEOUT`, so that a worker can say from where its task resumes b
 
 
 class Interrupted(KeyboardInterrupt):
-    """End of a command by Ctrl-C or SIGTERM.
+    """Error that ends a command, or a worker's task, after a request to stop such as Ctrl-C or SIGTERM.
 
     The text describes the saved work, such as "birds: iteration 21 of 60"; "" if nothing was saved.
     """
@@ -47,10 +47,10 @@ _closing = threading.Lock()
 
 @contextmanager
 def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
-    """Delay requests to stop until the work within the context has saved itself.
+    """Context of work that, on a request to stop, saves itself before it ends, instead of ending at once.
 
     Args:
-        message: text for the user after a request to stop.
+        message: text that the user is shown when a request to stop comes.
 
     Yields:
         A function that returns True once a request has come. The work must then save itself and raise `Interrupted`.
@@ -70,9 +70,9 @@ def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
 
 
 def ask() -> bool:
-    """Ask the work of this process to save itself.
+    """Ask the work of this process to save itself and then end. Does not wait: the work checks between two steps.
 
-    Returns True if it was asked now; False if no work can save itself, or if it was asked before.
+    Returns True if it was asked now; False if no work can save itself (none is in `saving`), or it was asked before.
     """
     global _is_asked, _asked_at
     is_new = bool(_savers) and not _is_asked
@@ -81,12 +81,12 @@ def ask() -> bool:
 
 
 def is_overdue() -> bool:
-    """True if the work was asked to stop more than `LONGEST_EPOCH` seconds ago, so that it must not wait to save."""
+    """True if the work was asked to stop more than `LONGEST_EPOCH` seconds ago. It must not finish its epoch."""
     return _is_asked and time.monotonic() - _asked_at > LONGEST_EPOCH
 
 
 def given_up(saved: str) -> Interrupted:
-    """End of work within an epoch that takes too long to be ended and saved, see `is_overdue`.
+    """Make the error that ends work in the middle of an epoch, because waiting for the epoch's end would take too long.
 
     Args:
         saved: describes the last saved state, such as "epoch 3 of 90".
@@ -96,10 +96,10 @@ def given_up(saved: str) -> Interrupted:
 
 @contextmanager
 def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM: the first asks the work of this process to save itself, the second ends it at once.
+    """Handle SIGINT and SIGTERM in a block: the first asks this process's work to save itself and then end (`ask`).
 
-    If no work can save itself, the first signal ends the process's work at once. Signals that the process ignores stay
-    ignored. Outside of the main thread this context does nothing.
+    A second signal ends the block at once, and so does the first if no work can save itself. Signals that the process
+    ignores stay ignored. Outside of the main thread this context does nothing.
 
     Args:
         tell: shows a message to the user.
@@ -129,7 +129,7 @@ def close_unless_interrupted(close: Callable[[], object]) -> None:
     """Call `close` in a thread of its own and wait for its end. SIGINT or SIGTERM ends the wait.
 
     This suits calls that take seconds, such as closing Ray. After a signal the thread continues, unless the process
-    ends. `wait_for_close` waits for the thread.
+    ends. `wait_for_close` waits for the thread. Without a signal, an error of `close` is raised.
 
     Raises:
         Interrupted: a signal came. `is_at_once` is True, and `exit_code` is 128 + its number, as in a shell.

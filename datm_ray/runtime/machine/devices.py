@@ -23,14 +23,14 @@ from datm_ray.runtime.machine import assigned
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:
-    """Set this process's thread count and determinism, and choose its device. Every worker calls this function first.
+    """Choose this process's device, and set torch's thread count, determinism and TF32. Every worker calls this first.
 
     On a GPU that Ray's workers share, this process can then take its worker's share of the memory only. A GPU is
     returned with its index, as `Tensor.device` has it. To torch, `cuda` and `cuda:0` are different devices.
 
     Raises:
         ClusterError: the settings require a GPU, and this worker has none; or torch cannot use the worker's GPU; or
-            determinism is asked for too late, see `fix_workspace`.
+            `cluster.deterministic` is true, but the process has used its GPU already (`fix_workspace`).
     """
     torch.set_num_threads(cluster.threads_per_worker)
     if assigned.gpus and cluster.device != "cpu" and not torch.cuda.is_available():
@@ -70,10 +70,10 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
 
 
 def fix_workspace() -> bool:
-    """Fix the workspace of cuBLAS by an environment variable, so that cuBLAS always chooses the same kernels.
+    """Fix the workspace of cuBLAS by CUBLAS_WORKSPACE_CONFIG, so that cuBLAS always chooses the same kernels.
 
-    A workspace that the user has chosen stays. Call this function before anything uses the GPU. Returns False if it is
-    too late: torch reads the variable at its first product on a GPU, and CUDA runs in this process already.
+    A workspace that the user has chosen stays. Call this function before anything uses the GPU. Returns False, and sets
+    nothing, if CUDA runs in this process already: torch reads the variable only once, at its first product on a GPU.
     """
     if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         if torch.cuda.is_initialized():
@@ -128,10 +128,11 @@ def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
 
 
 def channels_last_on(cluster: ClusterConfig, device: torch.device, precision: Precision | None = None) -> bool:
-    """True if maps are stored channels-last on this device: `cluster.channels_last`, or what suits the device.
+    """True if feature maps are stored channels-last on this device.
 
-    The vector units of CPUs and the tensor cores of GPUs read channels that lie side by side in memory. Tensor cores
-    compute TF32 and bfloat16, and not plain float32. The choice for GPUs is assumed; `make gpu` measures it.
+    `cluster.channels_last` decides. If it is null: True on CPUs, and on GPUs for bfloat16 and TF32. The vector units of
+    CPUs and the tensor cores of GPUs read channels that lie side by side in memory. Tensor cores compute TF32 and
+    bfloat16, and not plain float32. The choice for GPUs is assumed; `make gpu` measures it.
 
     Args:
         precision: precision of the products; `None` for that of student steps, see `precision_on`.
@@ -143,10 +144,10 @@ def channels_last_on(cluster: ClusterConfig, device: torch.device, precision: Pr
 
 
 def network_on(network: nn.Module, device: torch.device, cluster: ClusterConfig) -> nn.Module:
-    """Move a network to the device, on a GPU with the layout of maps that suits it, see `channels_last_on`.
+    """Move a network to the device, and return it. On a GPU, store it channels-last if `channels_last_on` is True.
 
-    On CPUs the layout stays, and so does the rounding. It also stays for a network of the user's own, unless
-    `cluster.channels_last` is true: views of maps that are common in such networks need the usual layout.
+    On CPUs the layout stays, so that rounding does not change. The layout also stays for a network of the user's own,
+    unless `cluster.channels_last` is true: views of maps that are common in such networks need the usual layout.
     """
     is_packaged = type(network).__module__.partition(".")[0] == __name__.partition(".")[0]
     suits = device.type != "cpu" and channels_last_on(cluster, device) and (is_packaged or cluster.channels_last)
@@ -155,26 +156,26 @@ def network_on(network: nn.Module, device: torch.device, cluster: ClusterConfig)
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """True if workers compute on GPUs. If the settings leave this open, a GPU on this machine decides."""
+    """True if workers compute on GPUs. If `device` and `gpus_per_worker` leave this open: if this machine has a GPU."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
         return False
     return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
 def workers_here(cluster: ClusterConfig) -> int:
-    """Number of CPU workers on this machine: `cluster.workers`, or as many as its CPUs allow."""
+    """Number of CPU workers on this machine: `cluster.workers`; if null, as many as its CPUs allow, at least 1."""
     return cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
 
 
 MOST_READERS = 32
-"""Largest number of threads in which a worker with a GPU decodes images."""
+"""Most threads in which a worker with a GPU decodes images, unless `cluster.threads_per_worker` is larger."""
 
 
 def reading_threads(cluster: ClusterConfig) -> int:
-    """Number of threads in which a worker of this machine decodes streamed images. It changes no bit.
+    """Number of threads in which a worker of this machine decodes streamed images. The images do not depend on it.
 
-    A worker with a GPU takes its share of the machine's CPUs, which would wait for GPUs otherwise. A worker without one
-    takes its `cluster.threads_per_worker`.
+    A worker takes `cluster.threads_per_worker`. A worker with a GPU takes its share of the machine's CPUs if that is
+    more, but at most `MOST_READERS` of them: these CPUs would wait for GPUs otherwise.
     """
     cpus = assigned.cpus
     if cpus is None:
@@ -197,7 +198,7 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 def to_device_ahead(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """Copy an array to the device as `to_device` does. A copy to a GPU is queued, and the caller does not wait for it.
 
-    The array is first copied to pinned memory, so it should be small.
+    For a GPU the array is first copied to pinned memory, so it should be small.
     """
     if device.type != "cuda":
         return to_device(array, device)
@@ -237,7 +238,10 @@ def _fits(size: int, device: torch.device, beside: int = 0) -> bool:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in bytes: torch's GPU memory on a GPU, main memory on a CPU; nan if unknown."""
+    """Peak memory of this process in bytes, since the peak was last reset; nan if unknown.
+
+    On a GPU it is torch's GPU memory, on a CPU main memory.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:

@@ -45,7 +45,11 @@ def source_digest(folder: Path) -> str:
 
 
 def require_same(command: Versions) -> None:
-    """Raise a `ClusterError` if a package of this process has another version than the command's process has."""
+    """Raise a `ClusterError` if a package of this process has another version than in `command`.
+
+    Args:
+        command: versions of the process that started the command.
+    """
     here = versions_here()
     for name, wanted in command.packages.items():
         if (found := here.packages.get(name)) != wanted:

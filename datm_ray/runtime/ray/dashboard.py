@@ -41,7 +41,7 @@ _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
 
 def masked(text: str) -> str:
-    """Replace what logs hide, and user names and passwords in the text's URLs, by placeholders."""
+    """Text without secrets: passwords, tokens and values given to `logs.hide` are ***, logins in URLs USER:PASSWORD."""
     return _CREDENTIALS.sub(r"\1USER:PASSWORD@", logs.masked(text))
 
 
@@ -56,7 +56,7 @@ class Dashboard(JobSubmissionClient):
                 so that the URL may be copied from a browser.
 
         Raises:
-            ClusterError: no cluster answers at the address.
+            ClusterError: no such URL, no cluster answers, or the cluster's authentication token is missing or wrong.
         """
         _require_web_address(address)
         self._url = address = urldefrag(address).url.rstrip("/")
@@ -74,7 +74,11 @@ class Dashboard(JobSubmissionClient):
         hush()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        """Send a request. Ray's client sends all its requests by this method."""
+        """Send a request with a time limit. Ray's client sends all its requests by this method.
+
+        Raises:
+            ClusterError: no answer came in time, or it is not Ray's.
+        """
         seconds = CONNECT_TIMEOUT if endpoint == VERSION else ANSWER_TIMEOUT
         if _is_this_machine(self._url):  # a proxy on another machine would connect to itself
             options["proxies"] = {"http": None, "https": None, "all": None}
@@ -85,9 +89,10 @@ class Dashboard(JobSubmissionClient):
             raise _no_answer(self._url, _reason(failure, seconds)) from None
 
     def _require_ray(self, answer: requests.Response, **_: object) -> None:
-        """Raise an error if the answer comes from a proxy, a gateway or another server, not from Ray.
+        """Raise a `ClusterError` if the answer is not Ray's but that of a proxy, a gateway or another server.
 
-        Ray answers with JSON, or with plain text that explains a refusal. Called before a redirect is followed.
+        Also raise it if Ray asks for an authentication token. Ray answers with JSON, or with plain text that explains a
+        refusal. Called before a redirect is followed.
         """
         status, is_page = answer.status_code, "html" in answer.headers.get("Content-Type", "").lower()
         is_refused = 300 <= status < 400 or status in (401, 403, 407, 429, 502, 503, 504)
@@ -118,8 +123,8 @@ def _require_web_address(address: str) -> None:
 def _authorities(address: str) -> str | bool:
     """Value for the argument `verify` of `requests`: path of a file of certificate authorities, or True.
 
-    The path is that in SSL_CERT_FILE. True leaves the choice to `requests`: the file in REQUESTS_CA_BUNDLE or
-    CURL_CA_BUNDLE if one of them is set, else its own list.
+    For an https address, the path is that in SSL_CERT_FILE, unless REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE is set.
+    Otherwise True, which leaves the choice to `requests`: the file in these two variables, else its own list.
     """
     is_known = any(map(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")))
     return True if is_known or not address.startswith("https:") else os.environ.get("SSL_CERT_FILE") or True

@@ -36,18 +36,18 @@ from datm_ray.words import duration
 AGENT_TIMEOUT = 60.0
 """Seconds to keep trying to submit to a cluster that answers but has no job agent yet."""
 FOLLOW_INTERVAL = (1.0, 5.0)
-"""Seconds between two requests for a growing log, and between two requests for a log that does not grow."""
+"""Seconds between two requests for a log: the first number while it grows, up to the second while it does not."""
 FOLLOW_SHARE = 0.1
 """Largest share of the time that may go into fetching a log. Every request fetches the whole log, which takes seconds
 for 100 MiB."""
 FOLLOW_TIMEOUT = 600.0
-"""Seconds without an answer after which a job is no longer followed."""
+"""Seconds without an answer after which `Jobs.follow` gives up. The job keeps running."""
 PENDING_REPORTED = 15.0
-"""Seconds after which a message reports that a job has not started."""
+"""Seconds after which `Jobs.follow` reports that the job has not started."""
 LAST_LINES_TIMEOUT = 30.0
-"""Seconds to wait for the log of a job that has ended."""
+"""Seconds without an answer after which the rest of the log of a job that has ended is given up."""
 STOP_MARGIN = 15.0
-"""Seconds that a stopped job gets in addition to the time for saving its work."""
+"""Seconds that a stopped job gets to end, in addition to the time for saving its work (`SAVE_TIMEOUT`)."""
 _SUBMISSION_ID = re.compile(r"\w[\w.+-]*")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
@@ -90,7 +90,7 @@ class Jobs:
             address: URL of the cluster's dashboard, such as http://127.0.0.1:8265.
 
         Raises:
-            ClusterError: nothing answers at the address, or what answers is no Ray cluster.
+            ClusterError: the address is no URL, nothing answers there, or what answers is no Ray cluster.
         """
         self._shown = masked(address)
         self._client = Dashboard(address)
@@ -108,20 +108,23 @@ class Jobs:
         environment: Mapping[str, Any] | None = None,
         verbosity: int = 0,
     ) -> str:
-        """Submit a job that runs the recipes to the end, and return its submission id.
+        """Submit a job that runs the recipes, and return its submission id without waiting for its start.
 
-        Submitting the same recipes again resumes an ended job, whatever the reason of its end.
+        After a job has ended, whatever the reason, a new one with the same recipes and folders resumes its work.
 
         Args:
             configs: recipes of the runs.
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
             store: store of the experts; `None` means a folder in `out`.
             environment: result of `job_environment`; `None` for an environment with this package alone.
-            verbosity: 1 writes every log line to the job's log, 2 also the raw output of Ray and its workers.
+            verbosity: what the job's log holds: 0 messages and warnings, 1 also every log line, 2 also the raw output
+                of Ray and its workers.
 
         Raises:
-            ConfigError: a folder cannot be used.
-            ClusterError: the cluster does not accept the job, or a running job writes to the same folder.
+            ConfigError: the path of a folder or of a recipe's images is relative.
+            StoreError: a folder's URI cannot be used.
+            ClusterError: the cluster does not accept the job or does not answer, or a running job writes to `out`.
+            JobUnreachableError: the cluster's answer was lost, so whether it has the job is not known.
         """
         read = [each for config in configs for each in _read(config)]
         for name, place in (("--out", out), ("--store", store), *read):
@@ -149,7 +152,7 @@ class Jobs:
         return submission_id
 
     def _submit(self, submission_id: str, **job: Any) -> None:
-        """Submit a job. Retries while a newly started cluster has no job agent yet."""
+        """Submit a job. Retries for up to `AGENT_TIMEOUT` s while a newly started cluster has no job agent yet."""
         end = time.monotonic() + AGENT_TIMEOUT
         while True:
             try:
@@ -165,6 +168,11 @@ class Jobs:
 
     def _took(self, submission_id: str, failure: ClusterError, end: float) -> bool:
         """True if the cluster has the job although submitting it failed, because only the answer was lost.
+
+        Args:
+            submission_id: submission id of the job.
+            failure: error with which submitting failed.
+            end: time until which the cluster is asked, in seconds of the monotonic clock.
 
         Raises:
             JobUnreachableError: the cluster has not answered by the time `end`, so nothing is known.
@@ -194,7 +202,11 @@ class Jobs:
                 )
 
     def list(self) -> list[Job]:
-        """List this package's jobs, the oldest first."""
+        """List this package's jobs, also ended ones, the oldest first.
+
+        Raises:
+            ClusterError: the cluster refuses the request or does not answer.
+        """
         with self._answers():
             found = [job for job in self._client.list_jobs() if MINE in (job.metadata or {})]
         return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
@@ -213,7 +225,12 @@ class Jobs:
             return _job(self._client.get_job_info(submission_id))
 
     def logs(self, submission_id: str) -> str:
-        """Fetch the whole log so far of the job `submission_id`."""
+        """Fetch the whole log so far of the job `submission_id`.
+
+        Raises:
+            JobNotFoundError: the cluster has no job with this id.
+            ClusterError: the cluster refuses the request or does not answer.
+        """
         with self._answers(submission_id):
             return str(self._client.get_job_logs(submission_id))
 
@@ -225,7 +242,8 @@ class Jobs:
         Args:
             submission_id: submission id of the job, as `submit` returns it.
             show: called with every new part of the log.
-            warn: called with a message once per loss of the connection, and once if the job has not started.
+            warn: called with a message once per loss of the connection, once if the job has not started after
+                `PENDING_REPORTED` seconds, and if the end of the log cannot be read.
 
         Raises:
             JobNotFoundError: there is no job with this id.
@@ -278,7 +296,14 @@ class Jobs:
             time.sleep(pause)
 
     def stop(self, submission_id: str) -> bool:
-        """Stop the job `submission_id`. Returns False if the job had already ended. Its saved work stays."""
+        """Ask the cluster to stop the job `submission_id`, without waiting for its end.
+
+        The job first saves its work, which stays. Returns False if the job had already ended.
+
+        Raises:
+            JobNotFoundError: the cluster has no job with this id.
+            ClusterError: the cluster refuses the request or does not answer.
+        """
         with self._answers(submission_id):
             return bool(self._client.stop_job(submission_id))
 
@@ -343,13 +368,18 @@ def _message(text: str) -> str:
 
 
 def _read(config: RunConfig) -> Iterator[tuple[str, str | None]]:
-    """Yield every key of a recipe that names a file or folder of results to read, with its value."""
+    """Yield (key, value) for each key of a recipe that names results to read; the value is `None` if it is unset."""
     yield "distill.continue_from", config.distill.continue_from
     yield "given.path", config.given.path if config.given else None
 
 
 def _require_reachable(name: str, place: str) -> None:
-    """Raise a `ConfigError` for a relative path: a job runs elsewhere, in a folder that is deleted afterwards."""
+    """Raise a `ConfigError` if `place` is a relative path: a job runs elsewhere, in a folder that is deleted later.
+
+    Args:
+        name: option or key that the path comes from, for the message.
+        place: path or URI. A URI that cannot be used raises a `StoreError`.
+    """
     is_local = open_location(place).local_path is not None  # raises an error for a URI that it cannot open
     if is_local and not place.startswith(("/", "file:///")):
         raise _relative_error(
@@ -358,7 +388,7 @@ def _require_reachable(name: str, place: str) -> None:
 
 
 def _require_images(path: str | None) -> None:
-    """Raise a `ConfigError` for a relative `dataset.path`. A job's driver, on the head, expands `~`."""
+    """Raise a `ConfigError` if `dataset.path` is relative. A path with `~` is accepted: the head expands it."""
     if path is not None and not path.startswith(("/", "~")) and "://" not in path:  # a URI has an error of its own
         raise _relative_error("dataset.path", path, "the absolute path at which the head has the images")
 
@@ -375,11 +405,11 @@ def job_environment(
     """Make Ray's runtime environment of a job, without `working_dir`. The log never shows a value of its variables.
 
     Args:
-        requirements: path of a requirements file for pip. Ray reads this file; files that it refers to are not sent to
-            the cluster.
+        requirements: path of a requirements file for pip. Its lines are sent to the cluster, but not the files that it
+            refers to.
         variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
-        runtime_env: path of a YAML or JSON file with a Ray runtime environment. The settings that this package needs
-            are added.
+        runtime_env: path of a YAML or JSON file with a Ray runtime environment; `None` for an empty one. The settings
+            that this package needs are added.
 
     Raises:
         ConfigError: an argument cannot be used, or sets a key that another argument or this package sets.

@@ -37,7 +37,10 @@ faults of the program, and would occur on any GPU."""
 
 
 def unwrapped(failure: BaseException) -> BaseException:
-    """Remove Ray's wrapper from an actor's error. Unexpected errors keep the wrapper, which has the traceback."""
+    """Remove Ray's wrapper from an actor's error if it holds a `DatmError` or the error of a dead actor.
+
+    Other errors are unexpected, and keep the wrapper, which has the traceback.
+    """
     inner = failure.cause if isinstance(failure, RayTaskError) else next(iter(failure.args), None)
     if isinstance(failure, RayTaskError):
         return unwrapped(inner) if isinstance(inner, DatmError | RayActorError) else failure

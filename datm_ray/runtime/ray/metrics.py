@@ -31,15 +31,21 @@ class RayMetrics:
         self._thread.start()
 
     def begin(self, tasks: Sequence[Task], workers: int) -> None:
-        """Start a stage with these tasks, on at most `workers` workers."""
+        """Start the metrics of a stage with these tasks. At most `workers` workers run them at the same time."""
         self._export(lambda: self._readings.begin(tasks, workers))
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """Add tasks to the current stage."""
+        """Count further tasks of the current stage."""
         self._export(lambda: self._readings.add(tasks))
 
     def record(self, task: Task, event: Event, rank: int = 0) -> None:
-        """Export the measurements of an event. `rank` is the worker's rank within the task's group."""
+        """Export the measurements of an event.
+
+        Args:
+            task: task of the event.
+            event: event of one of the task's workers.
+            rank: rank of that worker within the task's group. For ranks above 0 only counters are exported.
+        """
         self._export(lambda: self._readings.take(task, event, rank))
 
     def close(self) -> None:

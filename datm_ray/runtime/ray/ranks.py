@@ -45,7 +45,7 @@ class RankGroup:
         return placement
 
     def is_reserved(self) -> bool:
-        """Ask Ray if it has reserved the resources of all ranks."""
+        """Ask Ray whether it has reserved the resources of all ranks, and return the answer."""
         self.is_placed = _is_placed(self._placement)
         return self.is_placed
 
@@ -76,7 +76,7 @@ class RankGroup:
         self._more = {self._reserve(step): step for step in steps}
 
     def give_back(self) -> None:
-        """Free the resources requested for further ranks."""
+        """Free the resources requested for further ranks, so that the group cannot grow. Its actors keep theirs."""
         while self._more:
             remove_placement_group(self._more.popitem()[0])
 
