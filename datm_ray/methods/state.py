@@ -401,7 +401,7 @@ class Descent(State[LossRecord]):
 
         Args:
             gradient: function that computes this process's part of the loss [], then its part of the gradient [n c h w]
-                of the loss with respect to the images.
+                of the loss with respect to the images. The gradient may be changed in place.
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over class shards.
             sum_over_backbones: sum over the processes that hold the same images and work on other networks.
@@ -416,20 +416,18 @@ class Descent(State[LossRecord]):
         images = self.pulled_back(pixels)
         is_bad = meta_values[-1] + not_finite(own, images)
         mine = all_sum(sum_over_backbones(torch.stack([own.detach(), is_bad]).double()))
-        loss, bad, *meta_record = torch.cat([mine, meta_values.double()]).tolist()
-        is_followed = not bad
+        total["images"] = total["images"] + images if "images" in total else images
+        summed = {"images": sum_over_backbones(total["images"])}
+        summed |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in LEARNED if name != "images"}
+        moved = torch.zeros_like(self.synthetic.step_sizes, dtype=torch.bool)
+        # The update is computed before it is known whether it is taken, so that the CPU waits for the GPU once.
+        move = self.moved(summed, moved, all_sum)
+        (loss, is_bad), is_invalid, values = read_all(mine, move.is_invalid, meta_values)
+        is_followed = not (is_bad or is_invalid)
         if is_followed:
-            total["images"] = total["images"] + images if "images" in total else images
-            summed = {"images": sum_over_backbones(total["images"])}
-            summed |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in LEARNED if name != "images"}
-            moved = torch.zeros_like(self.synthetic.step_sizes, dtype=torch.bool)
-            move = self.moved(summed, moved, all_sum)
-            is_followed = not bool(move.is_invalid)
-            if is_followed:
-                self.take(move)
-        if is_followed:
-            self.record_meta(meta, meta_record)
-        self.history.append(LossRecord(self.iteration, loss, not is_followed))
+            self.take(move)
+            self.record_meta(meta, values.tolist())
+        self.history.append(LossRecord(self.iteration, float(loss), not is_followed))
         self._require_progress()
         return self.history[-1]
 
@@ -457,6 +455,13 @@ def _averaged(arrays: Mapping[str, Any]) -> str:
 def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Rename a checkpoint's arrays from names of earlier versions to current names."""
     return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
+
+
+def read_all(*tensors: Tensor) -> list[Tensor]:
+    """Copy tensors to the CPU as float64, all in one copy, for which the CPU waits for a GPU."""
+    whole = torch.cat([each.double().flatten() for each in tensors]).cpu()
+    parts = whole.split([each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def not_finite(*values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
-from datm_ray.methods.state import LEARNED, MOST_DIVERGED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
+from datm_ray.methods.state import LEARNED, MOST_DIVERGED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite, read_all
 from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, StudentStep, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
@@ -214,7 +214,7 @@ class MatchingState(State[IterationRecord]):
         summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
         # The update is computed before it is known whether it is taken, so that the CPU waits for the GPU once.
         move = self.moved(summed, ~self._skips(outcome), all_sum)
-        outcome, is_invalid, after, before, meta_values = _read(
+        outcome, is_invalid, after, before, meta_values = read_all(
             outcome, move.is_invalid, move.synthetic.step_sizes, self.synthetic.step_sizes, meta_values
         )
         skipped = self._skips(outcome) | is_invalid.bool()
@@ -378,13 +378,6 @@ class MatchingState(State[IterationRecord]):
             f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
             f"Running the same command again tries {MOST_DIVERGED} more iterations",
         )
-
-
-def _read(*tensors: Tensor) -> list[Tensor]:
-    """Copy tensors to the CPU as float64, all in one copy, for which the CPU waits for a GPU."""
-    whole = torch.cat([each.double().flatten() for each in tensors]).cpu()
-    parts = whole.split([each.numel() for each in tensors])
-    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 class HardLabelled(MatchingState):

@@ -531,7 +531,7 @@ def test_an_update_that_is_not_finite_is_skipped(monkeypatch: pytest.MonkeyPatch
     state.step(lambda: (torch.tensor(1.0), fine.clone()))
     assert float(state.synthetic.images.mean()) == 0.5
     for loss, gradient in ((float("nan"), fine), (1.0, fine * float("inf"))):
-        state.step(lambda loss=loss, gradient=gradient: (torch.tensor(loss), gradient))
+        state.step(lambda loss=loss, gradient=gradient: (torch.tensor(loss), gradient.clone()))
     assert [record.skipped for record in state.history] == [False, True, True]
     assert float(state.synthetic.images.mean()) == 0.5
     with pytest.raises(DivergenceError, match="diverged 3 times in a row up to iteration 4"):
