@@ -1,6 +1,7 @@
 """Speed, memory and error of the matching gradient: full unrolling, TESLA's approximation, and this package.
 
 python benchmarks/bench_matching.py [--quick]         (make bench-matching)
+python benchmarks/bench_matching.py --only 1          CIFAR-10's shape, T = 5, in some minutes
 
 Each method of a row has a process of its own, which does one call on request. The calls of a row's methods take
 turns, so that whatever else the machine does hits all of them alike, and none sees another's memory.
@@ -15,10 +16,10 @@ import json
 import math
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from facts import common_facts, head, parsed, result_path, save, sizes_and_places, status
-from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
-from tables import spread
+from floor import Alone, Operation, operations_of, operations_of_steps
+from published_matching import Gradient, Problem, make_problem, step_as_traced, tesla, unrolling
+from tables import spread, table
 from torch import Tensor
 from turns import timed
 
@@ -54,9 +56,19 @@ pooling; random tensors of fixed seeds; every minibatch is the whole set; step s
   free memory was given back to the system; on CUDA torch's allocator. With several shards: of the largest.
 - error: relative norm against float64 unrolling, of images / soft labels / step size, on fewer images and steps.
 - warm-up: the first call, of one step: compilation, where there is any (a warm compile cache makes it shorter).
-- ceiling: share of the floating-point rate of a large matrix product in the same precision, all operations of the
-  call's products and convolutions counted. It is no limit: convolutions may run faster than that product."""
+- convolutions: number in a student step, of whole minibatches. Each gradient of a convolution counts as one.
+- alone: seconds of the call's convolutions and matrix products by themselves. Each is timed warm and several times in
+  the same turn, in the faster of two memory orders (channels innermost or outermost); this is multiplied by how often
+  the call computes it. A call with these operations and the library's kernels cannot be faster, but for some
+  microseconds of Python in each. share: alone to seconds. best ratio: seconds to `alone` of the row's first `ours`,
+  which no ratio to such an `ours` can exceed."""
 
+COLUMNS = (
+    *("shape", "T", "batch (chunk)", "method", "seconds", "ratio", "convolutions", "alone, s", "share", "best ratio"),
+    *("MiB", "MiB beyond trace", "error", "warm-up, s"),
+)
+ONLY = """measure only these rows of the table, counted from 0. If the numbers of all rows are there, of this month and
+machine, the others are kept; else the page is named by its rows"""
 CUDA_ONLY = "CIFAR-100 at IPC 50 (T = 80, batch 1000) in float32, tf32 and bfloat16, and all variants at 32×32"
 
 
@@ -125,40 +137,41 @@ class Ours:
 
     def __call__(self, problem: Problem) -> Gradient:
         shards, whole = self._method.shards, problem.synthetic
-        rows = len(whole.images)
-        first, last = rows * self._rank // shards, rows * (self._rank + 1) // shards
+        first, last, chunk = self._part(len(whole.images))
         held = slice(first, last)
         part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
         steps = [step.held_by(first, last) for step in problem.steps] if shards > 1 else problem.steps
         all_sum = _summed_over_processes if shards > 1 else identity
-        calls = math.ceil((last - first) / self._method.shape.chunk)
-        chunk = math.ceil((last - first) / calls)  # even parts, as a run's plan has them
         result = matching_gradient(
             self.functions, problem.start, problem.target, part, steps, chunk=chunk, all_sum=all_sum
         )
         return result.loss, (result.images, result.soft_labels, result.step_size)
 
-    def operations(self) -> int:
-        """Floating-point operations of one image's forward and reverse step."""
-        return step_operations(self.functions, self._method.shape.image, self._method.shape.classes)
+    def operations(self) -> tuple[Counter[Operation], float]:
+        """How often a call computes each operation, and convolutions of whole minibatches in a student step."""
+        shape, steps = self._method.shape, self._method.steps
+        first, last, chunk = self._part(shape.batch)
+        step = operations_of(step_as_traced(self.functions, chunk, shape.image, shape.classes))
+        calls = steps * math.ceil((last - first) / chunk)
+        return Counter({each: calls * count for each, count in step.items()}), convolutions(step)
+
+    def _part(self, rows: int) -> tuple[int, int, int]:
+        """First image and end of this shard's part of `rows` images, and number of images in a call."""
+        shards, rank = self._method.shards, self._rank
+        first, last = rows * rank // shards, rows * (rank + 1) // shards
+        calls = math.ceil((last - first) / self._method.shape.chunk)
+        return first, last, math.ceil((last - first) / calls)  # even parts, as a run's plan has them
+
+
+def convolutions(counts: Counter[Operation]) -> int:
+    """Number of convolutions, each of their gradients counted as one."""
+    return sum(count for each, count in counts.items() if each.is_convolution)
 
 
 def _summed_over_processes(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
-
-
-def matmul_rate(device: str, precision: Precision) -> float:
-    """Floating-point operations per second of a large matrix product, best of five."""
-    is_slow = precision == "bfloat16" and not multiplies_bfloat16()  # minutes at 2048
-    side = 8192 if device == "cuda" else 256 if is_slow else 2048
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    a = torch.ones(side, side, dtype=dtype, device=device)
-    seconds = [timed(lambda: a @ a, device)[0] for _ in range(6)][1:]
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return 2 * side**3 / min(seconds)
 
 
 def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
@@ -213,8 +226,14 @@ def answers_of(method: Method, request: dict[str, Any]) -> Any:
     seconds, _ = timed(lambda: compute(replace(problem, steps=problem.steps[:1])), method.device)
     report: dict[str, Any] = {"warm_up": seconds, "trace": (method.steps + 1) * problem.start.nbytes}
     if ours:
-        report["operations"] = ours.operations() * method.shape.batch * method.steps / method.shards
-        report["rate"] = matmul_rate(method.device, method.precision)
+        counts, report["convolutions"] = ours.operations()
+    else:
+        two_steps = make_problem(shape.spec, shape.batch, 2, device=method.device)
+        counts = operations_of_steps(compute, two_steps, method.steps)
+        report["convolutions"] = convolutions(counts) / method.steps
+    report["operations"] = [f"{count} x {each}" for each, count in counts.items()]
+    alone = Alone(counts, method.device, method.precision)
+    alone.seconds()
     if request["reference"]:
         exact = torch.load(request["reference"])
         _, gradient = compute(make_problem(shape.spec, *shape.reference, **there))
@@ -222,7 +241,7 @@ def answers_of(method: Method, request: dict[str, Any]) -> Any:
         report["error"] = [float((value.double() - e).norm() / e.norm()) for value, e in pairs]
     yield report
     for _ in sys.stdin:
-        yield measured(lambda: compute(problem), method.device)
+        yield {**measured(lambda: compute(problem), method.device), "alone": alone.seconds()}
 
 
 class Worker:
@@ -285,10 +304,11 @@ def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[
 
 
 def summary(worker: Worker, base: Worker) -> dict[str, Any]:
-    """Results of a method: figures of every call, and ratios of its seconds to those of `base` in the same turn."""
-    pairs = zip(worker.calls, base.calls, strict=False)
+    """Results of a method: figures of every call, and ratios of its seconds to `base` in the same turn."""
+    pairs = list(zip(worker.calls, base.calls, strict=False))
     row = {"method": asdict(worker.method), "label": worker.method.label, "calls": worker.calls, **worker.report}
     row["ratios"] = [call["seconds"] / other["seconds"] for call, other in pairs]
+    row["best_ratios"] = [call["seconds"] / other["alone"] for call, other in pairs]
     return row
 
 
@@ -297,17 +317,20 @@ def table_line(row: dict[str, Any]) -> str:
     method, shape = row["method"], row["method"]["shape"]
     name = [shape["name"], str(method["steps"]), f"{shape['batch']} ({shape['chunk']})", row["label"]]
     if not row["calls"]:
-        return f"| {' | '.join([*name, row['failed'], *[''] * 6])} |"
+        return f"| {' | '.join([*name, row['failed'], *[''] * (len(COLUMNS) - len(name) - 1)])} |"
     seconds, peak = [call["seconds"] for call in row["calls"]], max(call["peak"] for call in row["calls"])
-    rate = row.get("operations", 0) / statistics.median(seconds)
+    alone = [call["alone"] for call in row["calls"] if "alone" in call]  # missing in rows kept from earlier versions
     cells = [
         f"{spread(seconds)}, n = {len(seconds)}",
         spread(row["ratios"]),
+        f"{row['convolutions']:.3g}" if alone else "",
+        spread(alone),
+        spread([own / all_ for own, all_ in zip(alone, seconds, strict=False)]),
+        spread(row.get("best_ratios", [])),
         f"{peak / 2**20:.0f}",
         f"{(peak - row['trace']) / 2**20:.0f}",
         " / ".join(f"{error:.0e}" for error in row.get("error", [])),
         f"{row['warm_up']:.1f}",
-        f"{rate / row['rate']:.0%}" if rate else "",
     ]
     return f"| {' | '.join([*name, *cells])} |"
 
@@ -358,13 +381,10 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
 
 def heading(facts: dict[str, str], device: str) -> list[str]:
     """Text above the rows."""
-    columns = (
-        "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
-    )
     lines = [*head("Matching gradient", facts), HEADER, ""]
     if device == "cpu":
         lines += [f"No CUDA device; with one, also: {CUDA_ONLY}, and the CUDA allocator's peaks.", ""]
-    return [*lines, f"| {columns} |", "| --- " * 11 + "|"]
+    return [*lines, *table(COLUMNS, [])]
 
 
 def main() -> None:
@@ -372,7 +392,7 @@ def main() -> None:
     parser = sizes_and_places(__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", type=int, help="measure this row of the table anew, counted from 0; keep the others")
+    parser.add_argument("--only", type=int, nargs="+", help=ONLY)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parsed(parser)
     if arguments.child:
@@ -382,17 +402,21 @@ def main() -> None:
     facts = {**common_facts(__file__, sys.argv[1:], device), "threads": str(arguments.threads)}
     path = result_path(arguments.out, "matching", device) if arguments.out else None
     kept: list[list[dict[str, Any]]] = []
-    if arguments.only is not None and not (path and path.with_suffix(".json").exists()):
-        parser.error("--only measures one row of a result that is there already, of this month and machine")
-    if path and arguments.only is not None:
+    if path and arguments.only and path.with_suffix(".json").exists():
         earlier = json.loads(path.with_suffix(".json").read_text())
         kept, facts["command"] = earlier["rows"], f"{earlier['command']}; {facts['command']}"
+    elif path and arguments.only:
+        path = result_path(arguments.out, f"matching-rows-{'-'.join(map(str, arguments.only))}", device)
     lines = heading(facts, device)
     print("\n".join(lines), flush=True)
     results: list[list[dict[str, Any]]] = []
     for number, (methods, with_errors) in enumerate(rows_to_run(arguments.quick, arguments.threads, device)):
-        measured = arguments.only in (None, number)
-        results.append(run_row(methods, arguments.repetitions, with_errors) if measured else kept[number])
+        if not arguments.only or number in arguments.only:
+            results.append(run_row(methods, arguments.repetitions, with_errors))
+        elif kept:
+            results.append(kept[number])
+        else:
+            continue
         lines += [table_line(row) for row in results[-1]]
         print("\n".join(lines[-len(results[-1]) :]), flush=True)
         if path:  # after every row, so that an interrupted run keeps its rows

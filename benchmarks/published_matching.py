@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,13 +109,26 @@ def tesla(problem: Problem) -> Gradient:
     return float(gap.square().sum() / distance), (total[0], total[1], total[2])
 
 
-def step_operations(functions: StudentStepFunctions, image: tuple[int, int, int], classes: int) -> int:
-    """Floating-point operations of one image's forward and reverse step: products and convolutions, as traced."""
-    theta, images = flatten(functions.network.module), 2
+def step_as_traced(
+    functions: StudentStepFunctions, images: int, image: tuple[int, int, int], classes: int
+) -> Callable[[], None]:
+    """Forward and reverse step of some images: what is compiled, to be run uncompiled on zeros."""
+    theta = flatten(functions.network.module)
     x, y = functions.layout(theta.new_zeros(images, *image)), theta.new_zeros(images, classes)
     arguments = (theta, x, y, theta.new_zeros(images))
     forward, reverse = functions.graphs(images, image, classes)
-    with FlopCounterMode(display=False) as counted:
+
+    def step() -> None:
         forward(*arguments)
         reverse(*arguments, theta)
+
+    return step
+
+
+def step_operations(functions: StudentStepFunctions, image: tuple[int, int, int], classes: int) -> int:
+    """Floating-point operations of one image's forward and reverse step: products and convolutions, as traced."""
+    images = 2
+    step = step_as_traced(functions, images, image, classes)
+    with FlopCounterMode(display=False) as counted:
+        step()
     return int(counted.get_total_flops()) // images
