@@ -41,7 +41,7 @@ from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpu
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels, requests_without_place
 from datm_ray.runtime.ray.losses import is_final, may_be_the_gpu, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
-from datm_ray.runtime.ray.pool import PoolWorker, StageSetup, avoiding
+from datm_ray.runtime.ray.pool import Gpus, PoolWorker, StageSetup, avoiding
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, patience_of, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_unless_interrupted, saving, wait_for_close
@@ -105,8 +105,8 @@ class RayExecutor:
         self._stage = StageSetup(0, object, (), "")
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
-        self.set_aside: dict[str, PoolWorker] = {}
-        """Broken GPU in words -> actor that holds a GPU of its node, the broken one or another. A worker to which Ray
+        self.set_aside: dict[Gpus, PoolWorker] = {}
+        """Broken GPU -> actor that holds a GPU of its node, the broken one or another. A worker to which Ray
         gives the broken GPU uses the actor's instead. The actors outlive a stage."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
@@ -509,7 +509,8 @@ class _Stage:
         # Ray resolves these references before the calls, so the driver does not wait until all ranks have started.
         others = [worker.starting or "" for worker in workers[1:]]
         address = workers[0].actor.rendezvous.remote(*others) if others else ""
-        stage = self._stage._replace(instead={gpu: each.gpu for gpu, each in self._executor.set_aside.items()})
+        instead = {gpu: each.gpu for gpu, each in self._executor.set_aside.items() if each.gpu}
+        stage = self._stage._replace(instead=instead)
         for rank, worker in enumerate(workers):
             worker.run(stage, job.task, job.patience, (rank, job.size), address)
         job.streams = {worker.stream: rank for rank, worker in enumerate(workers)}
@@ -717,7 +718,7 @@ class _Stage:
         is_known = knows_labels() and 0 < len(history.nodes) <= self._cluster.retries
         return is_known and self._capacity(job, history.nodes) >= job.sizes[-1]
 
-    def _set_aside(self, job: _Job, cause: BaseException, stream: Any) -> tuple[str, bool]:
+    def _set_aside(self, job: _Job, cause: BaseException, stream: Any) -> tuple[Gpus | None, bool]:
         """Keep a GPU from other tasks if an error may be its own, because Ray would give it to the next actor.
 
         The actor that had the error is kept, and with it the GPU. The ranks of a set end together with the set's
@@ -726,16 +727,16 @@ class _Stage:
         other shares to actors.
 
         Returns:
-            The GPU in words, "" if none was set aside; and True if it is the first of its node.
+            The GPU, `None` if none was set aside; and True if it is the first of its node.
         """
         held, worker = self._executor.set_aside, job.workers[job.streams.get(stream, 0)]
         worker.find_node()
         gpu, node, gpus = worker.gpu, worker.node, worker.options.get("num_gpus", 0.0)
         if not gpu or gpus < 1 or not may_be_the_gpu(cause) or self._capacity(job) <= job.sizes[-1]:
-            return "", False
+            return None, False
         has_more = any(each.node == node for each in held.values())
         if gpu in held or (job.group and (has_more or not knows_labels())):
-            return "", False
+            return None, False
         if job.group:
             there = {"ray.io/node-id": node}
             worker = PoolWorker.start({"num_cpus": 0.0, "num_gpus": gpus, "label_selector": there})
@@ -812,7 +813,7 @@ class _Stage:
             if not is_late and each.take_news() and each.node in self._nodes.fits():
                 continue
             self._executor.set_aside.pop(gpu).stop()  # a node may come back
-            if each.gpu in ("", gpu):
+            if each.gpu in (None, gpu):
                 continue  # no worker uses it
             for idle in [idle for idle in self._free() if idle.gpu == gpu]:
                 self._drop(idle)

@@ -35,6 +35,21 @@ SHOW_ALL_GPUS = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 """Environment variable with which Ray lets every worker see all GPUs of its node. A node's administrator may set it."""
 
 
+class Gpus(NamedTuple):
+    """GPUs that Ray has given to an actor."""
+
+    node: str
+    """Ray's identifier of the node. Nodes on one machine, and containers, may share a host name."""
+    numbers: str
+    """Numbers of the GPUs on the node, such as "3" or "2,5"; "" for an actor without any."""
+    host: str
+    """Name of the node's host, for messages."""
+
+    def __str__(self) -> str:
+        """GPUs in words, such as "GPU 3 of node-7"."""
+        return f"GPU {self.numbers} of {self.host}"
+
+
 class StageSetup(NamedTuple):
     """Worker class, setup and method that the tasks of a stage share."""
 
@@ -46,8 +61,8 @@ class StageSetup(NamedTuple):
     method: str
     versions: Versions | None = None
     """Versions that the actor's process must have; `None` accepts all."""
-    instead: Mapping[str, str] = {}
-    """Broken GPU -> GPU of its node to use in its place, both in words as by `Worker.place`."""
+    instead: Mapping[Gpus, Gpus] = {}
+    """Broken GPU -> GPU of its node to use in its place."""
 
 
 class Worker:
@@ -65,9 +80,9 @@ class Worker:
         """Name of the actor for Ray's dashboard and logs."""
         return type(self).__name__
 
-    def place(self) -> tuple[str, int, str]:
-        """Return the identifier of the actor's node, the actor's process id, and its GPUs in words, "" without any."""
-        return str(ray.get_runtime_context().get_node_id()), os.getpid(), _gpus_here()
+    def place(self) -> tuple[str, int, Gpus]:
+        """Return the identifier of the actor's node, the actor's process id, and its GPUs."""
+        return _node_here(), os.getpid(), _gpus_here()
 
     def news(self) -> list[logging.LogRecord]:
         """Return the log records since the last call."""
@@ -105,8 +120,8 @@ class Worker:
 
         def events() -> Iterator[Any]:
             if self._worker is None and (gpu := stage.instead.get(_gpus_here())):
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpu.split()[1]  # CUDA has not started here yet
-                assigned.gpus = gpu.split()[1].split(",")
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu.numbers  # CUDA has not started here yet
+                assigned.gpus = gpu.numbers.split(",")
             if self._stage != stage.number:
                 if stage.versions is not None:
                     require_same(stage.versions)
@@ -144,9 +159,12 @@ def _take_gpus(gpus: Sequence[object]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assigned.gpus)
 
 
-def _gpus_here() -> str:
-    """GPUs of this process in words, such as "GPU 3 of node-7"; "" without any."""
-    return f"GPU {','.join(assigned.gpus)} of {socket.gethostname()}" if assigned.gpus else ""
+def _node_here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _gpus_here() -> Gpus:
+    return Gpus(_node_here(), ",".join(assigned.gpus), socket.gethostname())
 
 
 def _cpus_beside(gpus: float) -> int:
@@ -156,8 +174,7 @@ def _cpus_beside(gpus: float) -> int:
     """
     if not gpus:
         return 0
-    here = ray.get_runtime_context().get_node_id()
-    found: dict[str, float] = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == here)
+    found: dict[str, float] = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == _node_here())
     return int(found.get("CPU", 0.0) * gpus / found["GPU"])
 
 
@@ -180,8 +197,8 @@ class PoolWorker:
     """Reference to the result of `Worker.place`; `None` once the actor has started."""
     node: str = ""
     process: int = 0
-    gpu: str = ""
-    """GPUs of the actor in words, such as "GPU 3 of node-7"; "" without any, and until the actor has started."""
+    gpu: Gpus | None = None
+    """GPUs of the actor; `None` until it has started."""
     stream: Any = None
     """Ray's generator of references to the events of the current or last task; `None` before the first."""
     free_since: float = field(default_factory=time.monotonic)
@@ -238,7 +255,7 @@ class PoolWorker:
             with suppress(RayError):
                 self.has_started(ray.get(self.starting))
 
-    def has_started(self, place: tuple[str, int, str]) -> None:
+    def has_started(self, place: tuple[str, int, Gpus]) -> None:
         """Record the node, process and GPUs of an actor that has started."""
         (self.node, self.process, self.gpu), self.starting = place, None
 

@@ -43,6 +43,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
     monkeypatch.delenv(pool.SHOW_ALL_GPUS, raising=False)
     monkeypatch.setattr(pool, "Collector", lambda *_: Records())
+    monkeypatch.setattr(pool, "_node_here", lambda: "here")
     monkeypatch.setattr(assigned, "gpus", ())
     monkeypatch.setattr(assigned, "cpus", None)
     monkeypatch.setattr(assigned, "share", 1.0)
@@ -125,10 +126,15 @@ def test_an_actor_of_another_version_runs_no_task(start: Start) -> None:
 
 
 def test_a_worker_uses_a_gpu_in_place_of_a_broken_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An actor to which Ray gives a broken GPU shows its worker the substitute only; others keep their own."""
-    monkeypatch.setattr(pool.socket, "gethostname", lambda: "node-7")
-    instead = {"GPU 3 of node-7": "GPU 5 of node-7", "GPU 4 of node-8": "GPU 0 of node-8"}
-    stage = pool.StageSetup(0, Looker, (), "look", instead=instead)
+    """An actor to which Ray gives a broken GPU shows its worker the substitute only; others keep their own.
+
+    A GPU with the same number on another node is another one, although the nodes have the same host name.
+    """
+    monkeypatch.setattr(pool.socket, "gethostname", lambda: "host")
+    monkeypatch.setattr(pool, "_node_here", lambda: "a")
+    broken = pool.Gpus("a", "3", "host"), pool.Gpus("b", "4", "host")
+    stage = pool.StageSetup(0, Looker, (), "look", instead={gpu: gpu._replace(numbers="5") for gpu in broken})
+    assert str(broken[0]) == "GPU 3 of host"
     for given, used in ((3, "5"), (4, "4")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(given))
         worker = start([given])
