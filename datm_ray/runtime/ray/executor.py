@@ -375,10 +375,18 @@ class _Stage:
         return [each for each in self._pool if each.starting is None and each not in used]
 
     def _nodes_without_substitute(self) -> set[str]:
-        """Nodes with a broken GPU whose substitute is not known, because the actor that holds it has not started."""
-        for each in self._executor.set_aside.values():
+        """Nodes with a broken GPU whose substitute is not known, because the actor that holds it has not started.
+
+        If Ray has given such an actor another broken GPU, that GPU needs its substitute no longer. The substitute then
+        replaces the first GPU.
+        """
+        held = self._executor.set_aside
+        for gpu in held:
+            each = held[gpu]
             each.find_node()
-        return {each.node for each in self._executor.set_aside.values() if not each.gpu}
+            if each.gpu in held:
+                held[gpu], held[each.gpu] = held[each.gpu], each
+        return {each.node for each in held.values() if not each.gpu}
 
     def _is_apart(self, job: _Job) -> bool:
         """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
@@ -722,9 +730,9 @@ class _Stage:
         """Keep a GPU from other tasks if an error may be its own, because Ray would give it to the next actor.
 
         The actor that had the error is kept, and with it the GPU. The ranks of a set end together with the set's
-        reservation, so another actor takes any GPU of the node, for use in place of the broken one. Only a node's first
-        broken GPU is replaced so. The last GPU is not set aside. Nor is a shared one, because Ray would still give its
-        other shares to actors.
+        reservation, so another actor takes any GPU of the node, for use in place of the broken one. If the broken GPU
+        is itself a substitute, its own actor holds it already, and the GPU that it replaced gets another substitute.
+        The last GPU is not set aside. Nor is a shared one, because Ray would still give its other shares to actors.
 
         Returns:
             The GPU, `None` if none was set aside; and True if it is the first of its node.
@@ -732,17 +740,19 @@ class _Stage:
         held, worker = self._executor.set_aside, job.workers[job.streams.get(stream, 0)]
         worker.find_node()
         gpu, node, gpus = worker.gpu, worker.node, worker.options.get("num_gpus", 0.0)
-        if not gpu or gpus < 1 or not may_be_the_gpu(cause) or self._capacity(job) <= job.sizes[-1]:
+        broken = held[gpu].gpu if gpu in held else gpu
+        is_lasting = gpus >= 1 and may_be_the_gpu(cause) and self._capacity(job) > job.sizes[-1]
+        if not gpu or not broken or not is_lasting or (job.group and not knows_labels()):
             return None, False
-        has_more = any(each.node == node for each in held.values())
-        if gpu in held or (job.group and (has_more or not knows_labels())):
-            return None, False
+        is_first = all(each.node != node for each in held.values())
+        if gpu in held:
+            held[broken] = held[gpu]
         if job.group:
             there = {"ray.io/node-id": node}
             worker = PoolWorker.start({"num_cpus": 0.0, "num_gpus": gpus, "label_selector": there})
             worker.node = node
         held[gpu] = worker
-        return gpu, not has_more
+        return broken, is_first
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> set[str]:
         """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.

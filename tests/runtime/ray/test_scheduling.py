@@ -225,6 +225,29 @@ def test_a_broken_gpu_of_a_set_is_set_aside(monkeypatch: pytest.MonkeyPatch, ran
     assert (len(set(used)), broken in used) == (15, False)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_no_task_gets_any_of_several_broken_gpus(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """However many GPUs of a node break, substitutes among them, sets and tasks of one worker use all others."""
+    rng, broken = random.Random(seed), set[str]()
+    tasks = [Task("set", (), 5, fewer=(4, 3, 2, 1)), *alone(*map(str, range(40)))]
+    run = Simulation(monkeypatch, {"a": 8}, tasks, retries=99)
+    for saved in range(1, 6):
+        run.turn(6.0, turns=12)
+        at_work = [job for job in run.stage._jobs if job.workers]
+        used = [worker.used for job in at_work for worker in job.workers]
+        assert (len(used), len(set(used) - broken)) == (8 - len(broken), 8 - len(broken))
+        failing = run.job("set") if rng.random() < 0.7 else rng.choice(at_work)
+        rank = rng.randrange(len(failing.workers))
+        broken.add(gpu := failing.workers[rank].used)
+        failing.saved = saved
+        (lost,) = run.lose(failing.task.name, gpu_error(), rank)
+        assert isinstance(lost, Lost)
+        assert lost.reason.endswith(f"{gpu} is not used again")
+        for job in [job for job in at_work if job is not failing and job.task.size == 1]:
+            run.end(job.task.name)
+    assert len(broken) == 5
+
+
 def test_a_second_broken_gpu_of_a_set_blames_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node with two broken GPUs is left by a set that others can hold; one that others cannot hold keeps its GPU."""
     run = Simulation(monkeypatch, {"a": 4, "b": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
