@@ -57,6 +57,7 @@ from datm_ray.runtime.machine.devices import (
 )
 from datm_ray.runtime.ray.compat import idle_resources, requests_without_place
 from datm_ray.runtime.ray.executor import _Stage
+from datm_ray.runtime.ray.pool import PoolWorker
 from datm_ray.runtime.stopping import by_signals
 from tests.processes import until
 from tests.runtime.workers import (
@@ -193,7 +194,10 @@ def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: i
 
 @pytest.mark.ray
 def test_ray_says_what_waits_and_what_is_idle(ray_cluster: Any) -> None:
-    """Ray counts actors that wait for resources, and resources that nobody holds. Other tests simulate both answers."""
+    """Ray counts this command's actors that wait for resources, and resources that nobody holds.
+
+    Other tests simulate both answers.
+    """
 
     def answers() -> tuple[float, float]:
         return requests_without_place(), sum(each.get("CPU", 0.0) for each in idle_resources().values())
@@ -205,12 +209,13 @@ def test_ray_says_what_waits_and_what_is_idle(ray_cluster: Any) -> None:
 
     until(is_settled, "a cluster with an idle CPU")
     waited, idle = answers()
-    kinds = ray_cluster.remote(num_cpus=1)(Idler), ray_cluster.remote(num_cpus=0, resources={"none": 1})(Idler)
-    running, waiting = (kind.remote() for kind in kinds)
+    running = ray_cluster.remote(num_cpus=1)(Idler).remote()
+    others = [ray_cluster.remote(num_cpus=0, resources={"none": 1})(Idler).remote() for _ in range(2)]
+    waiting = PoolWorker.start({"num_cpus": 0.0, "resources": {"none": 1.0}})
     ray_cluster.get(running.here.remote())
     until(lambda: answers() == (waited + 1, idle - 1), "one actor waits, and one runs", every=0.5)
-    ray_cluster.kill(running)
-    ray_cluster.kill(waiting)
+    for each in (running, *others, waiting.actor):
+        ray_cluster.kill(each)
     until(lambda: answers() == (waited, idle), "the cluster as before", every=0.5)
 
 

@@ -120,16 +120,26 @@ def draining_nodes() -> set[str]:
     return set()
 
 
-def requests_without_place() -> float:
-    """Number of actors that wait for resources, of all commands on the cluster; infinite if unknown.
+def mark() -> dict[str, float]:
+    """Resource of a command's actors by which `requests_without_place` knows them; empty if Ray has no such names.
 
-    Ray reports it about a second late. Actors of placement groups do not count.
+    Every node, running or planned by an autoscaler, has an amount of 1 of any resource with Ray's prefix in its name.
+    """
+    prefix = getattr(ray._raylet, "IMPLICIT_RESOURCE_PREFIX", "")
+    return {f"{prefix}{ray.get_runtime_context().get_job_id()}": 0.0001} if prefix else {}
+
+
+def requests_without_place() -> float:
+    """Number of this command's actors with `mark` that wait for resources; infinite if unknown.
+
+    Ray reports it about a second late. Without marks, waiting actors of all commands on the cluster count.
     """
     with suppress(Exception):  # whatever it is, only the length of a wait depends on the answer
         from ray.autoscaler.v2.sdk import get_cluster_status
 
         demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands.ray_task_actor_demand
-        return sum(each.count for demand in demands for each in demand.bundles_by_count)
+        found, wanted = [each for demand in demands for each in demand.bundles_by_count], mark().keys()
+        return sum(each.count for each in found if wanted <= each.bundle.keys())
     return math.inf
 
 

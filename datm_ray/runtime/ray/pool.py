@@ -27,6 +27,7 @@ from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
 from datm_ray.runtime.machine import assigned
 from datm_ray.runtime.machine.versions import Versions, require_same
+from datm_ray.runtime.ray.compat import mark
 from datm_ray.runtime.retries import Patience, watched
 
 CONTROL = "control"
@@ -208,7 +209,7 @@ class PoolWorker:
 
     @classmethod
     def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
-        """Request an actor from Ray, without waiting for its start.
+        """Request an actor from Ray, without waiting for its start. On free resources it has the command's `mark`.
 
         Args:
             options: Ray's options of the actor.
@@ -216,9 +217,10 @@ class PoolWorker:
         """
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
-        placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
+        marked = {"resources": {**options.get("resources", {}), **mark()}}
+        placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else marked
         level, gpus = logging.getLogger("datm_ray").getEffectiveLevel(), options.get("num_gpus", 0.0)
-        actor = remote.options(**options, **placed).remote(level, gpus)
+        actor = remote.options(**{**options, **placed}).remote(level, gpus)
         return cls(options, actor, actor.place.remote())
 
     @property
