@@ -55,7 +55,8 @@ running task ends."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
-"""Seconds between two checks for stuck workers, for new log records and for nodes that end soon."""
+"""Seconds between two checks for stuck workers, for new log records and for nodes that end soon, and between two
+questions to Ray about actors that wait for long."""
 ABSENCE = 2 * CHECK_INTERVAL
 """Longest normal time in seconds between two checks. Time beyond it counts as a suspension of this process, as by
 Ctrl-Z."""
@@ -278,9 +279,9 @@ class _Stage:
         """Nodes that end soon, as of the last check. Ray places nothing on them."""
         self._failed_starts = 0
         """Number of failed attempts in a row to start actors; actors that were requested together count once."""
-        self._failed_at = self._request_after = 0.0
-        """Two times in seconds of the monotonic clock: of the last failed start of an actor, and before which no
-        further actor is requested."""
+        self._failed_at = self._request_after = self._asked_at = 0.0
+        """Three times in seconds of the monotonic clock: of the last failed start of an actor, before which no further
+        actor is requested, and of the last question to Ray about actors that wait."""
         self._checked, self._checked_groups = time.monotonic(), 0.0
         """Times of the last check of the workers, and of waiting groups, in seconds of the monotonic clock."""
         self._due_since = math.inf
@@ -881,8 +882,10 @@ class _Stage:
         is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
         is_late = waited > min(nodes.patience(), LONGEST_AVOIDANCE)
         is_silent = now - self._reported_at > WAIT_INTERVAL
-        may_start = now - self._starting_since < self._cluster.progress_timeout
-        if (is_late or is_silent) and may_start and self._finds_places():
+        if not is_silent and (not is_late or now - self._asked_at < CHECK_INTERVAL):
+            return
+        self._asked_at, may_start = now, now - self._starting_since < self._cluster.progress_timeout
+        if may_start and self._finds_places():
             self._starting_since = min(self._starting_since, now)
             self._idle_since, text = now, "waiting for the first worker's process to start"
         elif is_late and is_avoiding:
@@ -905,7 +908,7 @@ class _Stage:
         """True if Ray has given resources to a waiting task, so that its processes are starting."""
         if any(job.group and job.group.is_placed for job in self._jobs):
             return True
-        requested = sum(each.starting is not None for each in self._pool)
+        requested = sum(each.starting is not None for each in [*self._pool, *self._executor.set_aside.values()])
         return bool(requested) and requested > requests_without_place()
 
 

@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
@@ -639,6 +640,16 @@ def test_the_start_of_a_process_is_no_wait(monkeypatch: pytest.MonkeyPatch, wait
     run.taken["a"] = 1
     with pytest.raises(NoFreeWorkersError, match="Other jobs use their CPUs"):
         run.turn(0.5, turns=200)
+
+
+@pytest.mark.parametrize(("wait", "waiting"), [(HOUR, 1), (3.0, 0)], ids=["for a place", "for a process"])
+def test_ray_is_asked_rarely_about_a_long_wait(monkeypatch: pytest.MonkeyPatch, wait: float, waiting: int) -> None:
+    """While a task waits for half an hour, Ray is asked about it every five seconds, and for messages every minute."""
+    run, ask = Simulation(monkeypatch, {"a": 1}, alone("x"), wait_for_nodes=wait), mock.Mock(return_value=waiting)
+    monkeypatch.setattr(ray_executor, "requests_without_place", ask)
+    run.taken = {"a": 1}
+    run.turn(0.5, turns=3600)
+    assert 0 < ask.call_count <= 1800 / 5 + 1800 / 60
 
 
 def test_no_node_is_forgiven_while_a_process_starts_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
