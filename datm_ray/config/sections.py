@@ -859,7 +859,7 @@ class ClusterConfig(WorkerShape):
     """Seconds without a step before a worker counts as stuck. After three steps: 20 times its slowest step if shorter,
     but at least peer_timeout."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
-    """Seconds to wait for free resources (at least 3) and for nodes that start on demand; null: 60."""
+    """Seconds to wait for free resources (at least 3) and for nodes on demand; null: 60, 1800 if no node has a CPU."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for another command that works on the same run; 0 refuses at once."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0

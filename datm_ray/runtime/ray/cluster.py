@@ -28,6 +28,7 @@ from datm_ray.runtime.ray.compat import (
     limit_node_search,
     runs_a_node,
 )
+from datm_ray.runtime.ray.pool import PoolWorker
 from datm_ray.runtime.variables import variables
 from datm_ray.words import counted, data_size
 
@@ -47,6 +48,8 @@ SHORT_WAIT = 60.0
 """Seconds to wait for resources that others hold: until a stage ends with an error if `cluster.wait_for_nodes` is null,
 and until a waiting group tries fewer workers. A free worker is kept for this time. Workers that are being stopped free
 their resources sooner."""
+FIRST_WAIT = 1800.0
+"""Value of `cluster.wait_for_nodes` if it is null and no node has a CPU yet: such a cluster starts nodes on demand."""
 LEAST_WAIT = 3.0
 """Shortest wait for free resources in seconds. Ray needs about one to say that it has given them to a worker."""
 MODEL_SHARE = 0.001
@@ -299,7 +302,8 @@ class Nodes:
     def require(self, workers: int, what: str = "", memory: int = 0) -> None:
         """Raise a `ClusterError` if the running nodes cannot hold `workers` workers, unless the recipe waits for more.
 
-        Ray's autoscalers do not say which nodes they can start, so only `cluster.wait_for_nodes` waits for nodes.
+        Ray's autoscalers do not say which nodes they can start, so only `cluster.wait_for_nodes` waits for nodes. See
+        also `with_gpus`.
         """
         if not self._cluster.wait_for_nodes and self.capacity(memory) < workers:
             raise self._too_few(workers, what, memory)
@@ -356,28 +360,33 @@ def default_gpus(cluster: ClusterConfig) -> float:
 
 
 def _wait_for_first_node(cluster: ClusterConfig) -> None:
-    """Wait for the first node that can hold a worker, for up to `cluster.wait_for_nodes` seconds.
+    """Ask Ray for a worker, and wait for the first node that can hold it, for up to `cluster.wait_for_nodes` seconds.
 
     There is no wait if `cluster.wait_for_nodes` is not set.
 
     Raises:
         ClusterError: no node has started in time.
     """
-    nodes, seconds = Nodes(cluster.given_gpus(0.0)), cluster.wait_for_nodes or 0.0
-    key = "gpus_per_worker" if cluster.gpus_per_worker is None else "light.gpus_per_worker"
-    remedy = f"set cluster.{key} to 1, or to 0 for CPUs; nodes on demand start only then"
+    shape, seconds = cluster.given_gpus(0.0), cluster.wait_for_nodes or 0.0
+    nodes, key = Nodes(shape), "gpus_per_worker" if cluster.gpus_per_worker is None else "light.gpus_per_worker"
+    remedy = f"set cluster.{key} to 1, or to 0 for CPUs"
     if not seconds or nodes.capacity():
         return
-    _log.warning("waiting up to %.0f s for the first node, to see if workers get a GPU each. Else %s", seconds, remedy)
-    end = time.monotonic() + seconds
-    while not nodes.capacity():
-        if time.monotonic() > end:
-            raise ClusterError(
-                f"no node that can hold a worker has started within {seconds:g} s",
-                "without one it is unknown if workers get a GPU",
-                remedy,
-            )
-        time.sleep(min(CHECK_INTERVAL, seconds))
+    _log.warning(
+        "waiting up to %.0f s for the first node: workers get a GPU each if it has one. Else %s", seconds, remedy
+    )
+    end, probe = time.monotonic() + seconds, PoolWorker.start(worker_options(shape))  # nodes start for what waits
+    try:
+        while not nodes.capacity():
+            if time.monotonic() > end:
+                raise ClusterError(
+                    f"no node that can hold a worker has started within {seconds:g} s",
+                    "without one it is unknown if workers get a GPU",
+                    remedy,
+                )
+            time.sleep(min(CHECK_INTERVAL, seconds))
+    finally:
+        probe.stop()
 
 
 def _has_only_a_head() -> bool:
@@ -388,10 +397,14 @@ def _has_only_a_head() -> bool:
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
 
+    `wait_for_nodes` is `FIRST_WAIT` if it is `None` and no node has a CPU.
+
     Raises:
         ClusterError: the precision or device needs a GPU and workers have none; this version of Ray has no labels; or
             no node has started in time to show if workers get a GPU.
     """
+    if cluster.wait_for_nodes is None and not any(node["Resources"].get("CPU") for node in _live_nodes()):
+        cluster = cluster.model_copy(update={"wait_for_nodes": FIRST_WAIT})
     is_open = cluster.device != "cpu" and cluster != cluster.given_gpus(0.0)
     if is_open:
         _wait_for_first_node(cluster)

@@ -25,7 +25,7 @@ from datm_ray.runtime.machine.versions import versions_here
 from datm_ray.runtime.ray import cluster as ray_cluster, executor as ray_executor
 from datm_ray.runtime.ray.cluster import bundle_of, fitting, matches, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
-from datm_ray.runtime.ray.pool import StageSetup
+from datm_ray.runtime.ray.pool import PoolWorker, StageSetup
 
 
 @pytest.fixture
@@ -157,19 +157,55 @@ def test_options_and_resources_of_a_worker() -> None:
     assert (fitting(node, CHOSEN), fitting(node | {"accelerator_type:A100": 1.0}, CHOSEN)) == (0, 3)
 
 
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[mock.Mock]:
+    """Actors that were requested, by their options. None ever starts."""
+    made = list[mock.Mock]()
+    monkeypatch.setattr(PoolWorker, "start", lambda options: made.append(mock.Mock(options=options)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"wait_for_nodes": 99.0}], ids=["defaults", "wait"])
 @pytest.mark.parametrize(("gpus", "expected"), [(2.0, 1.0), (0.0, 0.0)])
 def test_the_first_node_decides_if_workers_get_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, gpus: float, expected: float
+    monkeypatch: pytest.MonkeyPatch,
+    requests: list[mock.Mock],
+    gpus: float,
+    expected: float,
+    settings: dict[str, float],
 ) -> None:
-    """With `cluster.wait_for_nodes`, the first node that can hold a worker is waited for; a head does not decide."""
+    """On a head without CPUs, a node starts because a worker is asked for; this first node decides."""
     found = [node("head", {}, CPU=0.0)]
     clock = mock.Mock(**{"monotonic.side_effect": itertools.count().__next__})
-    clock.sleep.side_effect = lambda _: found.append(node("a", {}, CPU=4.0, GPU=gpus))
+    clock.sleep.side_effect = lambda _: found.append(node("a", {}, CPU=4.0, GPU=gpus)) if requests else None
     monkeypatch.setattr(ray_cluster, "time", clock)
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.0)
     monkeypatch.setattr(ray, "nodes", lambda: found)
-    assert with_gpus(ClusterConfig(wait_for_nodes=99.0)).gpus_per_worker == expected
+    cluster = with_gpus(ClusterConfig(**settings))
+    assert (cluster.gpus_per_worker, cluster.wait_for_nodes) == (expected, settings.get("wait_for_nodes", 1800.0))
     assert clock.sleep.call_count == 1
+    (probe,) = requests
+    assert probe.options == {"num_cpus": 1.0}
+    assert probe.stop.called
+
+
+def test_a_cluster_that_starts_from_zero_nodes_needs_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without CPUs is waited on for half an hour; a cluster with CPUs refuses what it cannot hold at once."""
+    found = [node("head", {}, CPU=0.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    monkeypatch.setattr(ray_executor, "connect", lambda _: "")
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for settings in ({"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.0, "workers": 4}):
+        found[0] = node("head", {}, CPU=0.0)
+        executor = ray_executor.RayExecutor(ClusterConfig(**settings), "head:6379")
+        executor.require_workers("birds", 4)
+        assert executor.nodes.patience() == 1800.0
+        found[0] = node("head", {}, CPU=1.0)
+        with pytest.raises(ClusterError, match="do not fit"):
+            ray_executor.RayExecutor(ClusterConfig(**settings), "head:6379")
+    found[0] = node("head", {}, CPU=0.0)
+    with pytest.raises(ClusterError, match="do not fit"):
+        ray_executor.RayExecutor(ClusterConfig(wait_for_nodes=0.0), "head:6379")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +233,9 @@ def test_a_head_that_takes_the_work_of_gpus_on_demand_is_logged(
     assert ("set cluster.gpus_per_worker=1" in caplog.text) == is_logged
 
 
-def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(
+    monkeypatch: pytest.MonkeyPatch, requests: list[mock.Mock]
+) -> None:
     """If no node starts in time, one line says which key decides about GPUs; with that key there is no wait."""
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
@@ -205,6 +243,7 @@ def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(monkeypa
         with_gpus(ClusterConfig(wait_for_nodes=0.05))
     with pytest.raises(ClusterError, match=r"Set cluster\.light\.gpus_per_worker to 1"):
         with_gpus(ClusterConfig(wait_for_nodes=0.05, gpus_per_worker=1.0, light=WorkerShape()))
+    assert [probe.options.get("num_gpus") for probe in requests if probe.stop.called] == [None, 1.0]
     monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: pytest.fail("it waits"))
     for settings in ({"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.0}, {"device": "cpu"}):
         with_gpus(ClusterConfig(wait_for_nodes=0.05, **settings))
