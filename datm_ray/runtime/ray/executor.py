@@ -248,6 +248,11 @@ class _Job:
         return not self.workers and self.not_before <= time.monotonic()
 
     @property
+    def is_placed(self) -> bool:
+        """True if Ray has reserved the resources of all ranks."""
+        return bool(self.group and self.group.is_placed)
+
+    @property
     def unheard(self) -> float:
         """Seconds since rank 0's last event, without time in which this process was suspended since the last check."""
         return min(time.monotonic() - self.heard, self.silence + ABSENCE)
@@ -316,8 +321,7 @@ class _Stage:
         if self._taken and new:
             self._executor.metrics.add(new)
         self._taken += len(new)
-        now = time.monotonic()
-        self._jobs += [_Job(task, sizes=[task.size, *task.fewer], waits_since=now) for task in new]
+        self._jobs += [_Job(task, sizes=[task.size, *task.fewer], waits_since=time.monotonic()) for task in new]
         if self._failure:
             self._jobs = [job for job in self._jobs if job.workers]
         return self._jobs
@@ -352,10 +356,9 @@ class _Stage:
             for job in waiting:
                 job.waits_since = job.waits_since if self._is_apart(job) else time.monotonic()
             waiting = [job for job in waiting if self._is_apart(job)]
-        free, blocked = self._free(), self._nodes_without_substitute()
-        for each in [each for each in free if each.node in blocked]:
-            free.remove(each)
-            self._drop(each)  # the substitute may take its GPU
+        blocked = self._nodes_without_substitute()
+        self._drop(*(each for each in self._free() if each.node in blocked))  # the substitute may take its GPU
+        free = self._free()
         for job in list(waiting):
             if not free:  # a shortcut: with many tasks, actors are seldom free
                 break
@@ -366,9 +369,8 @@ class _Stage:
                 free.remove(found)
                 yield from self._begin(job, [found])
         is_needed = bool(waiting) or any(job.task.size > 1 and not job.workers for job in self._jobs)
-        for each in free:
-            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # others may need it
-                self._drop(each)
+        kept_since = math.inf if is_needed else time.monotonic() - SHORT_WAIT  # others may need them
+        self._drop(*(each for each in free if each.free_since < kept_since))
         yield from self._request_workers(waiting)
 
     def _free(self) -> list[PoolWorker]:
@@ -413,7 +415,7 @@ class _Stage:
         hold the resources. Then these tasks start again, until no group is due any more.
         """
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
-        if any(job.group and job.group.is_placed for job in waiting):
+        if any(job.is_placed for job in waiting):
             return True  # its resources are reserved, and it waits for cluster.workers only
         ranks = self._ranks()
         due = [job for job in waiting if size_for(job.sizes, min(self._limit, self._capacity(job)) - ranks)]
@@ -432,14 +434,10 @@ class _Stage:
             if size is None or not (job.group or self._fits_limit(size)):
                 continue  # running tasks end first
             free, taken = free - size, taken + size
+            is_short = size > job.sizes[-1] and now - job.waits_since > SHORT_WAIT
             if free < alone and (ranks or alone):  # nodes or running tasks of this command are waited for
                 job.waits_since = now
-            elif (
-                not (job.group and job.group.is_placed)
-                and free >= 0
-                and size > job.sizes[-1]
-                and now - job.waits_since > SHORT_WAIT
-            ):
+            elif is_short and free >= 0 and not job.is_placed:
                 nodes, bad = self._nodes_of(job.task), self._avoided(job, size) | self._draining
                 idle = nodes.idle(bad, job.task.memory)
                 job.limit = idle if job.sizes[-1] <= idle < size else size // 2
@@ -476,14 +474,12 @@ class _Stage:
         if time.monotonic() - self._checked_groups < EVENT_INTERVAL:
             return
         self._checked_groups = time.monotonic()
-        for job in [job for job in self._jobs if job.group and not job.workers]:
-            assert job.group
-            size = job.group.size
-            if job.group.is_reserved() and self._fits_limit(size) and not self._nodes_without_substitute():
-                if size != (job.size or job.task.size):
-                    yield job.task, Resized(size, job.task.size)
-                job.group.start([each for each in sorted(job.sizes) if size < each <= self._limit])
-                yield from self._begin(job, job.group.workers)
+        for job, group in [(job, job.group) for job in self._jobs if job.is_waiting and job.group]:
+            if group.is_reserved() and self._fits_limit(group.size) and not self._nodes_without_substitute():
+                if group.size != (job.size or job.task.size):
+                    yield job.task, Resized(group.size, job.task.size)
+                group.start([each for each in sorted(job.sizes) if group.size < each <= self._limit])
+                yield from self._begin(job, group.workers)
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
         """Request actors for waiting tasks of one worker, in the order of the tasks. Drop outdated requests."""
@@ -498,17 +494,15 @@ class _Stage:
             if not pending and free <= 0:  # a shortcut: with many tasks, few resources are free
                 break
             options = self._requested_options(job)
-            if requested := next(
-                (each for each in pending if each.options == options and each.free_since > oldest), None
-            ):
-                pending.remove(requested)
+            same = [each for each in pending if each.options == options and each.free_since > oldest]
+            if same:
+                pending.remove(same[0])
             elif free > 0:
                 free -= 1
                 if not self._pool:
                     yield job.task, Phase("starting workers")
                 self._pool.append(PoolWorker.start(options))
-        for each in pending:  # no task needs it any more
-            self._drop(each)
+        self._drop(*pending)  # no task needs them any more
 
     def _begin(self, job: _Job, workers: list[PoolWorker]) -> Iterator[tuple[Task, Event]]:
         job.workers, job.size, job.saved, job.silence = workers, len(workers), 0, 0.0
@@ -551,10 +545,12 @@ class _Stage:
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE} | job.history.nodes
         return bad if bad and knows_labels() and self._capacity(job, bad) >= size else set()
 
-    def _drop(self, worker: PoolWorker) -> None:
-        if worker not in self._executor.set_aside.values():
-            worker.stop()
-        self._pool.remove(worker)
+    def _drop(self, *workers: PoolWorker) -> None:
+        """Stop actors of tasks of one worker, except those that hold GPUs."""
+        for worker in workers:
+            if worker not in self._executor.set_aside.values():
+                worker.stop()
+            self._pool.remove(worker)
 
     def _release(self, job: _Job) -> None:
         """Stop the workers of a task's current attempt. The task then waits for workers again."""
@@ -565,8 +561,7 @@ class _Stage:
                     later.group = None
             job.group.stop()
         else:
-            for worker in job.workers:
-                self._drop(worker)
+            self._drop(*job.workers)
         job.group, job.workers, job.streams, job.waits_since = None, [], {}, time.monotonic()
 
     # --- while they run -------------------------------------------------------------------------------------------
@@ -761,15 +756,11 @@ class _Stage:
         The death of a node itself is not counted. If no stream ended with the error, the ranks that have not ended are
         the ones that hang. A rank that lost its peers is not the cause.
         """
-        if stream is None:
-            ranks = list(job.streams.values())
-        else:
-            ranks = [] if isinstance(cause, PeerLostError) else [job.streams[stream]]
-        nodes = {job.workers[rank].node for rank in ranks}
-        for node in nodes if not isinstance(cause, NodeDiedError) else ():
-            self._executor.faults[node] += 1
-        for idle in [each for each in self._free() if each.node in nodes]:
-            self._drop(idle)  # this actor may be lost too, and a new one is cheap
+        streams = list(job.streams) if stream is None else [stream] * (not isinstance(cause, PeerLostError))
+        nodes = {job.workers[job.streams[each]].node for each in streams}
+        self._executor.faults.update(nodes if not isinstance(cause, NodeDiedError) else ())
+        # These actors may be lost too, and new ones are cheap.
+        self._drop(*(each for each in self._free() if each.node in nodes))
         return nodes
 
     def _too_many_losses(self, job: _Job, cause: BaseException, why: str) -> DatmError:
@@ -803,15 +794,12 @@ class _Stage:
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:
-            passed, self._checked = min(now - self._checked, ABSENCE), now
+            passed, self._checked, self._draining = min(now - self._checked, ABSENCE), now, draining_nodes()
             for job in [job for job in self._jobs if job.workers]:
                 yield from self._check_workers(job, passed)
-            self._draining = draining_nodes()
-            self._leave_nodes(self._draining)
             yield from self._check_gpus(now)
-        for job in [job for job in self._jobs if job.peer_lost and job.workers]:
-            assert job.peer_lost
-            if now > job.peer_lost[1] or not job.streams:
+        for job in list(self._jobs):
+            if job.peer_lost and job.workers and (now > job.peer_lost[1] or not job.streams):
                 yield from self._lose(job, job.peer_lost[0])
 
     def _check_gpus(self, now: float) -> Iterator[tuple[Task, Event]]:
@@ -826,8 +814,7 @@ class _Stage:
             self._executor.set_aside.pop(gpu).stop()  # a node may come back
             if each.gpu in (None, gpu):
                 continue  # no worker uses it
-            for idle in [idle for idle in self._free() if idle.gpu == gpu]:
-                self._drop(idle)
+            self._drop(*(idle for idle in self._free() if idle.gpu == gpu))
             for job in list(self._jobs):
                 if user := next((worker for worker in job.workers if worker.gpu == gpu), None):
                     yield from self._lose(job, WorkerLostError("its GPU is no longer reserved"), user.stream)
@@ -835,12 +822,18 @@ class _Stage:
     def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
         """Fetch logs of a task's workers, and end workers that are silent for too long.
 
+        If a worker's node ends soon, all are asked to save their work, so that other workers can resume it. They are
+        asked again at every check, because a worker has nothing to save yet while it compiles, for example.
+
         Args:
             passed: seconds since the last check, without time in which this process was suspended.
         """
+        job.leaves = job.leaves or any(worker.node in self._draining for worker in job.workers)
         for worker in job.workers:
             worker.find_node()
             worker.take_news()
+            if job.leaves:
+                worker.save()
             has_node = worker.node in self._nodes.fits() or time.monotonic() - job.began < CHECK_INTERVAL
             if worker.starting is not None and not has_node:  # Ray would wait for another node
                 yield from self._lose(job, WorkerLostError("its node died before the worker started"), worker.stream)
@@ -849,19 +842,7 @@ class _Stage:
         if job.silence > job.patience.limit + MARGIN:
             for worker in job.workers:
                 worker.end_process()
-            stuck = WorkerLostError(f"no step for {job.silence:.0f} s, and no answer")
-            yield from self._lose(job, stuck)
-
-    def _leave_nodes(self, nodes: set[str]) -> None:
-        """Ask workers on nodes that end soon to save their work, so that other workers can resume it.
-
-        Workers are asked again at every check, because a worker has nothing to save yet while it compiles, for example.
-        """
-        for job in self._jobs:
-            if any(worker.node in nodes for worker in job.workers):
-                job.leaves = True
-                for worker in job.workers:
-                    worker.save()
+            yield from self._lose(job, WorkerLostError(f"no step for {job.silence:.0f} s, and no answer"))
 
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
         """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
@@ -870,7 +851,7 @@ class _Stage:
         which a worker's process starts is no wait, up to `cluster.progress_timeout`: Ray may need long for its
         environment.
         """
-        waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
+        waiting = [job for job in self._jobs if job.is_waiting]
         if len(waiting) < len(self._jobs) or not waiting:
             self._idle_since = self._starting_since = math.inf
             return
@@ -879,7 +860,6 @@ class _Stage:
         job = min(waiting, key=lambda job: job.waits_since)
         size, nodes = job.group.size if job.group else job.sizes[0], self._nodes_of(job.task)
         waited = now - max(self._idle_since, job.waits_since)
-        is_avoiding = bool(self._executor.set_aside) or any(self._avoided(each) for each in waiting)
         is_late = waited > min(nodes.patience(), LONGEST_AVOIDANCE)
         is_silent = now - self._reported_at > WAIT_INTERVAL
         if not is_silent and (not is_late or now - self._asked_at < CHECK_INTERVAL):
@@ -888,14 +868,13 @@ class _Stage:
         if may_start and self._finds_places():
             self._starting_since = min(self._starting_since, now)
             self._idle_since, text = now, "waiting for the first worker's process to start"
-        elif is_late and is_avoiding:
+        elif is_late and (self._executor.set_aside or any(self._avoided(each) for each in waiting)):
             self._executor.faults.clear()
             while self._executor.set_aside:
                 self._executor.set_aside.popitem()[1].stop()
             for each in waiting:
                 each.history, each.waits_since = each.history.forgiving(), now
-            yield job.task, Note("no other node became free: trying again on nodes and GPUs that lost workers")
-            return
+            text, is_silent = "no other node became free: trying again on nodes and GPUs that lost workers", True
         elif waited > nodes.patience() and (size == job.sizes[-1] or self._capacity(job) < job.sizes[-1]):
             raise nodes.not_enough(size, job.task.memory)  # fewer workers are tried first
         else:
@@ -906,7 +885,7 @@ class _Stage:
 
     def _finds_places(self) -> bool:
         """True if Ray has given resources to a waiting task, so that its processes are starting."""
-        if any(job.group and job.group.is_placed for job in self._jobs):
+        if any(job.is_placed for job in self._jobs):
             return True
         requested = sum(each.starting is not None for each in [*self._pool, *self._executor.set_aside.values()])
         return bool(requested) and requested > requests_without_place()

@@ -223,17 +223,12 @@ class PoolWorker:
         actor = remote.options(**{**options, **placed}).remote(level, gpus)
         return cls(options, actor, actor.place.remote())
 
-    @property
-    def memory(self) -> int:
-        """Bytes of main memory that Ray reserves for the actor."""
-        return int(self.options.get("memory", 0))
-
     def suits(self, options: Mapping[str, Any]) -> bool:
         """True if the actor has the resources in `options`; the actor may also have more memory and more labels."""
         mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
         labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
-        enough = self.memory >= options.get("memory", 0)
-        return bool(mine == theirs and enough and wanted.items() <= labels.items())
+        is_enough = self.options.get("memory", 0) >= options.get("memory", 0)
+        return bool(mine == theirs and is_enough and wanted.items() <= labels.items())
 
     def run(
         self, stage: StageSetup, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""

@@ -38,7 +38,7 @@ class Clock:
 class Worker:
     """An actor that was requested, and has a node once it is placed."""
 
-    suits, memory = PoolWorker.suits, PoolWorker.memory
+    suits = PoolWorker.suits
 
     def __init__(self, options: Mapping[str, Any], clock: Clock, node: str = "") -> None:
         self.options, self.actor, self.node, self.is_stopped = options, mock.Mock(), node, False

@@ -408,7 +408,7 @@ def test_idle_gpus_are_reported_where_memory_is_short(
     executor = object.__new__(ray_executor.RayExecutor)
     executor.cluster = ClusterConfig(gpus_per_worker=0.25, workers=limit)
     (executor.nodes, executor.light_nodes), executor.pool = both(executor.cluster), []
-    executor.metrics, executor._number, executor._stage = mock.Mock(), 0, StageSetup(0, object, (), "")
+    executor.metrics, executor._stage = mock.Mock(), StageSetup(0, object, (), "")
     own = [Task(f"{gib} {i}", (), memory=gib * 2**30) for gib, count in tasks.items() for i in range(count)]
     list(executor.run(object, (), "work", own))
     assert caplog.messages == [warning] * bool(warning)
@@ -425,7 +425,7 @@ def test_many_equal_tasks_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> N
     executor = object.__new__(ray_executor.RayExecutor)
     executor.cluster = ClusterConfig(light=WorkerShape(labels={"tier": "small"}))
     (executor.nodes, executor.light_nodes), executor.pool = both(executor.cluster), []
-    executor.metrics, executor._number, executor._stage = mock.Mock(), 0, StageSetup(0, object, (), "")
+    executor.metrics, executor._stage = mock.Mock(), StageSetup(0, object, (), "")
 
     def run(size: int, *, is_light: bool = False) -> None:
         list(executor.run(object, (), "work", [Task(str(i), (), size, is_light=is_light) for i in range(100)]))
