@@ -376,17 +376,15 @@ def _wait_for_first_node(cluster: ClusterConfig) -> None:
         "waiting up to %.0f s for the first node: workers get a GPU each if it has one. Else %s", seconds, remedy
     )
     end, probe = time.monotonic() + seconds, PoolWorker.start(worker_options(shape))  # nodes start for what waits
-    try:
-        while not nodes.capacity():
-            if time.monotonic() > end:
-                raise ClusterError(
-                    f"no node that can hold a worker has started within {seconds:g} s",
-                    "without one it is unknown if workers get a GPU",
-                    remedy,
-                )
-            time.sleep(min(CHECK_INTERVAL, seconds))
-    finally:
-        probe.stop()
+    while not nodes.capacity() and time.monotonic() < end:
+        time.sleep(min(CHECK_INTERVAL, seconds))
+    probe.stop()
+    if not nodes.capacity():
+        raise ClusterError(
+            f"no node that can hold a worker has started within {seconds:g} s",
+            "without one it is unknown if workers get a GPU",
+            remedy,
+        )
 
 
 def _has_only_a_head() -> bool:

@@ -356,22 +356,41 @@ class _Stage:
             for job in waiting:
                 job.waits_since = job.waits_since if self._is_apart(job) else time.monotonic()
             waiting = [job for job in waiting if self._is_apart(job)]
+        yield from self._start_alone(waiting)
+
+    def _start_alone(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
+        """Start waiting tasks of one worker on free actors, in their order, and request actors for the others.
+
+        Actors that no task needs are dropped, and so are outdated requests.
+        """
         blocked = self._nodes_without_substitute()
         self._drop(*(each for each in self._free() if each.node in blocked))  # the substitute may take its GPU
-        free = self._free()
-        for job in list(waiting):
-            if not free:  # a shortcut: with many tasks, actors are seldom free
+        free, pending = self._free(), [each for each in self._pool if each.starting is not None]
+        held = sum(job.group.size for job in self._jobs if job.group and (job.workers or self._due_since > -math.inf))
+        started = len(self._pool) - len(pending)
+        left = min(self._limit - held - len(self._pool), max(PENDING, started) - len(pending))
+        left = 0 if time.monotonic() < self._request_after else left
+        # Ray does not say that an actor hangs in its start, as on a dead mount, so a request has a time limit.
+        oldest = time.monotonic() - self._cluster.progress_timeout
+        for job in waiting:
+            if not free and not pending and left <= 0:  # a shortcut: with many tasks, actors are seldom free
                 break
             avoided, options = self._avoided(job), self._options(job.task)
-            found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
-            if found:
-                waiting.remove(job)
+            wanted = avoiding(options, avoided)
+            if found := next((each for each in free if each.node not in avoided and each.suits(options)), None):
                 free.remove(found)
                 yield from self._begin(job, [found])
-        is_needed = bool(waiting) or any(job.task.size > 1 and not job.workers for job in self._jobs)
-        kept_since = math.inf if is_needed else time.monotonic() - SHORT_WAIT  # others may need them
-        self._drop(*(each for each in free if each.free_since < kept_since))
-        yield from self._request_workers(waiting)
+            elif same := [each for each in pending if each.options == wanted and each.free_since > oldest]:
+                pending.remove(same[0])
+            elif left > 0:
+                left -= 1
+                if not self._pool:
+                    yield job.task, Phase("starting workers")
+                self._pool.append(PoolWorker.start(wanted))
+        groups = [job for job in self._jobs if job.task.size > 1]
+        is_needed = not all(job.workers for job in [*waiting, *groups])  # others may need what is free
+        kept_since = math.inf if is_needed else time.monotonic() - SHORT_WAIT
+        self._drop(*pending, *(each for each in free if each.free_since < kept_since))
 
     def _free(self) -> list[PoolWorker]:
         used = [worker for job in self._jobs for worker in job.workers]
@@ -480,29 +499,6 @@ class _Stage:
                     yield job.task, Resized(group.size, job.task.size)
                 group.start([each for each in sorted(job.sizes) if group.size < each <= self._limit])
                 yield from self._begin(job, group.workers)
-
-    def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
-        """Request actors for waiting tasks of one worker, in the order of the tasks. Drop outdated requests."""
-        pending = [each for each in self._pool if each.starting is not None]
-        groups = [job for job in self._jobs if job.workers or self._due_since > -math.inf]
-        left = self._limit - sum(job.group.size for job in groups if job.group) - len(self._pool)
-        free = min(left, max(PENDING, len(self._pool) - len(pending)) - len(pending))
-        free = 0 if time.monotonic() < self._request_after else free
-        # Ray does not say that an actor hangs in its start, as on a dead mount, so a request has a time limit.
-        oldest = time.monotonic() - self._cluster.progress_timeout
-        for job in waiting:
-            if not pending and free <= 0:  # a shortcut: with many tasks, few resources are free
-                break
-            options = self._requested_options(job)
-            same = [each for each in pending if each.options == options and each.free_since > oldest]
-            if same:
-                pending.remove(same[0])
-            elif free > 0:
-                free -= 1
-                if not self._pool:
-                    yield job.task, Phase("starting workers")
-                self._pool.append(PoolWorker.start(options))
-        self._drop(*pending)  # no task needs them any more
 
     def _begin(self, job: _Job, workers: list[PoolWorker]) -> Iterator[tuple[Task, Event]]:
         job.workers, job.size, job.saved, job.silence = workers, len(workers), 0, 0.0
