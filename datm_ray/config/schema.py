@@ -223,11 +223,14 @@ class RunConfig(Section):
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
 
     def each_auxiliary(self) -> list[RunConfig]:
-        """One copy of the run for each of MetaDD's auxiliaries, which is the copy's only network; empty without metadd.
+        """One copy of the run for each of MetaDD's auxiliaries, which is the copy's only network.
+
+        The list is empty unless a term of MetaDD has a weight, or images are recovered from auxiliaries' statistics.
 
         In the copies, `metadd.experts` replaces `experts`. If its seed is null, the seed of `experts` is kept.
         """
-        if self.metadd is None:
+        recovers = self.recover.statistics_of != "teacher" and (self.method == "sre2l" or ":" in self.method)
+        if self.metadd is None or not (self.metadd.has_weight or recovers):
             return []
         return [self._with_experts(network, self.metadd.experts) for network in self.metadd.auxiliaries]
 
@@ -293,14 +296,13 @@ class RunConfig(Section):
 
         A role says nothing about classes: the worker may compute them all, or only its shard, a part of the classes.
         """
-        return Role(
-            tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
-        )
+        return Role(tuple(range(len(self.weights))), tuple(range(self.meta_network_count)))
 
     @property
     def meta_network_count(self) -> int:
-        """Number of MetaDD networks: the first backbone and the auxiliaries; 1 without metadd."""
-        return 1 + len(self.each_auxiliary())
+        """Number of MetaDD networks: the first backbone and the auxiliaries; 0 if the run uses no auxiliaries."""
+        auxiliaries = len(self.each_auxiliary())
+        return auxiliaries and 1 + auxiliaries
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -312,7 +314,7 @@ class RunConfig(Section):
         backbones, auxiliaries = range(len(self.weights)), range(1, self.meta_network_count)
         first = Role(
             backbones=(0,) if cluster.backbones_apart else tuple(backbones),
-            meta_networks=() if self.metadd is None else (0,) if cluster.auxiliaries_apart else (0, *auxiliaries),
+            meta_networks=tuple(range(self.meta_network_count))[: 1 if cluster.auxiliaries_apart else None],
         )
         more = [Role((number,), ()) for number in backbones[1:] if cluster.backbones_apart]
         return (first, *more, *(Role((), (number,)) for number in auxiliaries if cluster.auxiliaries_apart))

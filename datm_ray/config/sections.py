@@ -563,7 +563,7 @@ class MetaLossConfig(Section):
 
     @property
     def has_weight(self) -> bool:
-        """True if the loss has a term; False if all weights are 0, so that the networks need not see the images."""
+        """True if the loss has a term; False if all weights are 0, so that the loss needs no networks."""
         return any((self.variance, self.invariance, self.position))
 
 

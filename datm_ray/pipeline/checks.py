@@ -284,7 +284,7 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
 def _check_networks(runs: Runs, config: RunConfig) -> None:
     trained = len(trained_backbones(config))
     for number, backbone in enumerate(config.each_backbone()):
-        looks = config.metadd is not None and number == 0
+        looks = config.meta_network_count > 0 and number == 0
         key = f"backbones.{number - 1}.network" if number else "network"
         built = _check_network(runs, config, backbone.network, key, has_maps=looks)
         if number < trained:

@@ -14,12 +14,14 @@ from datm_ray.pipeline import tasks
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine
+from datm_ray.planning.plan import plan_run
 from datm_ray.planning.work import iterations, weight
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Task
 from datm_ray.shape import KNOWN_SHAPES, DataShape
 from datm_ray.stages.evaluate.rows import scored_rows
 from datm_ray.stages.methods.memory import plans_of
+from datm_ray.stages.methods.registry import trained_networks
 
 IMAGENET = DataShape((3, 224, 224), 1000, 1_281_167, 50_000)
 SETTINGS = {
@@ -71,6 +73,29 @@ def test_an_iteration_has_work_of_metadd_if_a_term_has_weight(share: str) -> Non
     weighed = override(config, [f"metadd.{term}={share}" for term in terms])
     found = [weight(iterations(each, IMAGENET)[0]) for each in (weighed, override(config, ["metadd=null"]))]
     assert (found[0] > found[1]) == (share == "1")
+
+
+@pytest.mark.parametrize("name", ["digits-ipc1", "digits-dm-ipc10", "digits-sre2l-ipc10"])
+def test_metadd_without_weights_costs_nothing_unless_its_networks_are_used_otherwise(name: str) -> None:
+    """With all weights at 0 a run trains, holds and plans what it does without MetaDD, wherever its networks would be.
+
+    Where images are recovered from the statistics of auxiliaries, these are trained all the same.
+    """
+    without = get_recipe(name)
+    auxiliaries = "[{architecture: resnet18, width: 8, norm: batch}, {width: 8, norm: batch}]"
+    weightless = f"metadd={{auxiliaries: {auxiliaries}, variance: 0, invariance: 0, position: 0}}"
+    apart = [] if "sre2l" in name else ["cluster.auxiliaries_apart=true"]
+    also = "recover.statistics_of=all"
+
+    def planned(config: RunConfig) -> Any:
+        found = plan_run(config, "cpus=12,memory=240GiB,gflops=50", "1x8x8,10,1500")
+        trained = [(each.network, each.experts) for each in trained_networks(config.resolved((8, 8)))]
+        return trained, config.roles, [plan.parts for plan in found.plans], found.stages
+
+    assert planned(override(without, [weightless, *apart])) == planned(without)
+    trained, roles, *_ = planned(override(without, [weightless, also]))
+    assert len(trained) == len(trained_networks(without)) + ("sre2l" in name) * 2
+    assert roles[0].meta_networks == ((0, 1, 2) if "sre2l" in name else ())
 
 
 @pytest.mark.parametrize("case", CASES)

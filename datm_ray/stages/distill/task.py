@@ -220,7 +220,7 @@ class DistillWorker:
             save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config), read_computed(folder))
             (folder / COST).write_json(spent.to_json())
         final = state.chosen or state.result
-        if config.metadd is not None and (folder / INITIAL).exists():
+        if config.metadd is not None and config.meta_network_count and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             yield from keep_maps_alone(part, config.metadd, backbone, folder / MAPS, initial, final)
@@ -277,7 +277,7 @@ class Distillation:
         self._next_counted_save = -math.inf
         """Time, in seconds of the monotonic clock, before which a piece (part of a set) writes no checkpoint just
         because `checkpoint_every` iterations are done."""
-        meta = config.metadd
+        meta = config.metadd if config.meta_network_count else None
         if meta is not None and part.piece is not None and not meta.has_weight:
             meta = None  # the task that joins the pieces computes the maps
         self._meta_networks = None if meta is None else MetaNetworks(part, meta, method.experts[0])

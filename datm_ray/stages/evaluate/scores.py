@@ -156,8 +156,8 @@ def _read_all_seeds(
 def _kind(network: NetworkConfig, config: RunConfig) -> str:
     if network == config.network:
         return "same"
-    seen = [backbone.network for backbone in config.backbones]
-    return "seen" if network in (*seen, *(config.metadd.auxiliaries if config.metadd else ())) else "unseen"
+    seen = [*(backbone.network for backbone in config.backbones), *(each.network for each in config.each_auxiliary())]
+    return "seen" if network in seen else "unseen"
 
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:

@@ -119,7 +119,7 @@ class Method:
     """True if the method learns the set's step size, or its paper publishes one. Networks that score the set then train
     with this step size. False if the step size is chosen on validation images, as for the controls."""
     trains: ClassVar[Literal["none", "first", "all"]] = "none"
-    """Backbones whose experts the method needs. With "none", the first one is trained if the recipe has MetaDD."""
+    """Backbones whose experts the method needs. With "none", the first one is trained if MetaDD has auxiliaries."""
     reads_last_epoch: ClassVar[bool] = False
     """True if only the last epoch of each expert is read, False if any stored epoch may be."""
     soft_labels: ClassVar[bool] = False
@@ -145,7 +145,7 @@ class Method:
         """
         if cls.trains == "all":
             return config.each_backbone()
-        return config.each_backbone()[:1] if config.metadd or cls.trains == "first" else []
+        return config.each_backbone()[:1] if config.meta_network_count or cls.trains == "first" else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:

@@ -428,7 +428,10 @@ def test_metadd_may_see_the_images_instead_of_the_views(finished: Path, tmp_path
 def test_images_may_have_the_statistics_of_auxiliaries(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 its networks see no view."""
+    """Auxiliaries give statistics in place of the teacher's; with MetaDD's weights at 0 its networks see no view.
+
+    If nothing else uses the auxiliaries, they are not trained, and there are no maps of what they see.
+    """
     monkeypatch.delattr(MetaDD, "gradient")
     weightless = "metadd={auxiliaries: [{architecture: convnet, width: 4, norm: batch}], experts: {epochs: 1}, "
     weightless += "variance: 0, invariance: 0, position: 0}"
@@ -436,7 +439,9 @@ def test_images_may_have_the_statistics_of_auxiliaries(
     for of in ("teacher", "auxiliaries"):
         run_here(tmp_path / of, config_of(weightless, f"recover.statistics_of={of}", "evaluate.seeds=1"))
         images.append(set_of(tmp_path / of).images)
-        assert (tmp_path / of / "tiny/maps.arrow").exists()
+        is_used = of == "auxiliaries"
+        assert (tmp_path / of / "tiny/maps.arrow").exists() == is_used
+        assert len(list((tmp_path / of / "experts").glob("*/convnet*"))) == is_used
     assert torch.equal(images[0], set_of(finished).images)
     assert not torch.equal(*images)
 
