@@ -366,6 +366,20 @@ def test_coresets_are_planned_beside_a_set(datm_ray: CommandLine, tmp_path: Path
     assert experts in shown
     (sets,) = (line for line in shown if "to distil" in line)
     assert sets.startswith(f"4 sets to distil: digits-ipc1, digits-ipc1-{CORESETS[0]}, digits-ipc1-{CORESETS[1]}")
+    assert not any("left out" in logged for *_, logged in found)
+
+
+def test_a_coreset_that_cannot_be_made_is_named_with_what_to_do(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A line names the coreset for which experts store too few epochs; with its advice, none is left out."""
+    dry = ("run", "digits-sre2l-ipc10", "--coresets", "--dry-run", "--out", str(tmp_path), "--set")
+    _, shown, logged = datm_ray(*dry, "experts.epochs=4")
+    assert "\n3 sets to distil" in shown
+    (line,) = (line for line in logged.splitlines() if "left out" in line)
+    assert line.startswith("digits-sre2l-ipc10-forgetting is left out: select.by is 'forgetting', and experts store")
+    assert "--set experts.keep_epochs=4" in line
+    _, shown, logged = datm_ray(*dry, "experts.epochs=4", "--set", "experts.keep_epochs=4")
+    assert "\n4 sets to distil" in shown
+    assert "left out" not in logged
 
 
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:

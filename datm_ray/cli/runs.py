@@ -350,8 +350,8 @@ def _prepare(
     if coresets:
         from datm_ray.stages.methods.selection import coresets_of
 
-        given = {config.name for config in configs}
-        configs += [each for config in configs for each in coresets_of(config) if each.name not in given]
+        given, say = {config.name for config in configs}, _reporter().message
+        configs += [each for config in configs for each in coresets_of(config, say) if each.name not in given]
     asked: dict[NetworkConfig, str] = {}
     if arch is not None:
         from datm_ray.config import networks_named, scored_on

@@ -181,12 +181,15 @@ CORESETS = ("moderate", "el2n", "forgetting")
 """Values of `select.by` of the coresets that a table needs beside a distilled set."""
 
 
-def coresets_of(config: RunConfig) -> list[RunConfig]:
+def coresets_of(config: RunConfig, say: Callable[[str], object] = lambda _: None) -> list[RunConfig]:
     """Runs that choose as many real images as a run's set has, one for each of `CORESETS`, under the same labels.
 
     They share the run's experts, teacher and controls; beside a run with a prior or several backbones they have random
     images of their own, and no row on all real data. What changes images, or computes them on several workers, is left
     out. A run that is such a choice itself gets the others. Forgetting is left out if too few epochs are stored.
+
+    Args:
+        say: shows a message about a choice that is left out, with what to do.
     """
     from datm_ray.stages.methods.registry import method_of
 
@@ -201,7 +204,10 @@ def coresets_of(config: RunConfig) -> list[RunConfig]:
     chosen = [by for by in CORESETS if config.method != "select" or by != config.select.by]
     named = [{"name": f"{config.name}-{by}", "method": "select", "select.by": by} for by in chosen]
     found = [with_settings(config, left_out | each) for each in named]
-    return [each for each in found if each.select.by != "forgetting" or len(_epochs_of_training(each)) >= LEAST_EPOCHS]
+    for each in found:
+        if lacking := _lacking_epochs(each):
+            say(f"{each.name} is left out: {lacking}")
+    return [each for each in found if not _lacking_epochs(each)]
 
 
 def _check_select(config: RunConfig) -> None:
@@ -215,12 +221,21 @@ def _check_select(config: RunConfig) -> None:
             "experts.keep_epochs and experts.epochs decide which epochs there are",
             f"use a stored epoch, or --set experts.keep_epochs={settings.epoch}",
         )
-    if settings.by == "forgetting" and len(trained := _epochs_of_training(config)) < LEAST_EPOCHS:
-        raise ConfigError(
-            f"select.by is 'forgetting', and experts store {epochs_in_words(trained)} of their training",
-            "an image is forgotten from one stored epoch to the next",
-            f"use --set experts.keep_epochs={max(LEAST_EPOCHS, config.experts.epochs)}, and as many experts.epochs",
-        )
+    if lacking := _lacking_epochs(config):
+        raise lacking
+
+
+def _lacking_epochs(config: RunConfig) -> ConfigError | None:
+    """Error if `select.by` is forgetting and the experts store too few epochs for it; `None` if all is well."""
+    trained = _epochs_of_training(config)
+    if config.select.by != "forgetting" or len(trained) >= LEAST_EPOCHS:
+        return None
+    return ConfigError(
+        f"select.by is 'forgetting', and experts store {epochs_in_words(trained)} of their training",
+        "an image is forgotten from one stored epoch to the next",
+        f"use --set experts.keep_epochs={max(LEAST_EPOCHS, config.experts.epochs)}, and as many experts.epochs, "
+        "before they are trained or with another --store",
+    )
 
 
 def _epochs_of_training(config: RunConfig) -> list[int]:
