@@ -842,7 +842,7 @@ class ClusterConfig(WorkerShape):
     backbones_apart: bool = False
     """Give every network under `backbones` workers of its own."""
     auxiliaries_apart: bool = False
-    """Give every auxiliary of metadd workers of its own."""
+    """Give every auxiliary of metadd workers of its own; not for methods that make a set in pieces, such as sre2l."""
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory that a distilling worker may take, GPU or main, such as 8GiB; null: all that is free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"

@@ -38,7 +38,8 @@ from datm_ray.stages.evaluate.rows import (
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels, missing_epochs
-from datm_ray.stages.methods.memory import ALONE, laid_out, plans_of
+from datm_ray.stages.methods.base import ALONE
+from datm_ray.stages.methods.memory import laid_out, plans_of
 from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
 

@@ -37,6 +37,8 @@ from datm_ray.words import counted
 
 STEP_SIZE = 0.01
 """Step size for training on a set without a learned step size: the value published for DM."""
+ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
+"""Settings of the section `cluster` with which one worker distils a set, see `laid_out` in `memory.py`."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,12 @@ class Method:
                 remedy=f"use --set cluster.precision={cls.precisions[0]}",
             )
         if config.workers_per_set > 1 and cls.pieces(config, 1):
+            asked = {key: value for key, value in ALONE.items() if getattr(config.cluster, key) != value}
+            usual = " ".join(f"--set cluster.{key}={str(value).lower()}" for key, value in asked.items())
             raise ConfigError(
-                "cluster.shards or cluster.auxiliaries_apart asks for several workers a set",
-                f"method {config.method} makes a set in pieces, each by one worker",
-                "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take pieces",
+                f"several workers for a set are asked for by {' and '.join(f'cluster.{key}' for key in asked)}",
+                f"method {config.method} makes a set in pieces, and one worker holds all networks of its piece",
+                f"use {usual}; all workers take pieces",
             )
         if config.metadd is not None and not cls.iterations(config):
             raise ConfigError(

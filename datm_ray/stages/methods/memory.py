@@ -29,7 +29,7 @@ from datm_ray.methods.distribution import even_size
 from datm_ray.methods.trajectory.matching import block_bytes
 from datm_ray.runtime.machine.devices import uses_gpu, workers_here
 from datm_ray.shape import DataShape, network_cost, prior_cost
-from datm_ray.stages.methods.base import Demand
+from datm_ray.stages.methods.base import ALONE, Demand
 from datm_ray.stages.methods.part import Part
 from datm_ray.stages.methods.registry import method_of
 from datm_ray.words import data_size
@@ -60,8 +60,6 @@ MEMORY_PARTS = {
     "meta": ("the networks of metadd", "dataset.resize, or choose smaller metadd.auxiliaries"),
 }
 """Part of a worker's memory -> what it is, and which setting makes it smaller; "" if none does."""
-ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
-"""Settings of the section `cluster` with which one worker distils a set, see `laid_out`."""
 
 
 @dataclass(frozen=True)

@@ -476,7 +476,11 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
         ("distill.initial=crops select.pool=1", r"select\.pool is 1, and 2 crops of each class are wanted"),
         ("distill.initial=crops select.tiles=2 distill.ipc=99", "needs 396 training images of each class"),
         ("distill.initial=crops method=dm network.norm=instance", "method dm starts from whole images or noise"),
-        ("cluster.shards=2", r"Method sre2l makes a set in pieces.*cluster\.shards=1"),
+        ("cluster.shards=2", r"Method sre2l makes a set in pieces.*cluster\.shards=1; all"),
+        (
+            'cluster.auxiliaries_apart=true metadd={"auxiliaries":[lenet]}',
+            r"by cluster\.auxiliaries_apart\. .*one worker holds all networks of its piece.*_apart=false; all",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_recovered_are_refused(setting: str, message: str, tmp_path: Path) -> None:
