@@ -88,7 +88,7 @@ TITLES = [
     *("set", *(f"{label}, %" for label in LABELS)),
     *("bytes of images", *(f"bytes of labels, {label}" for label in LABELS)),
 ]
-PARTS = {"networks": ("experts", "teacher"), "set": ("distillation",), "labels": ("labels",)}
+PARTS = {"networks": ("experts", "teacher", "auxiliaries"), "set": ("distillation",), "labels": ("labels",)}
 """Part of the CPU hours -> titles of the cost lines that it sums, up to their first comma."""
 HEADER = """{description}
 Far from the published sizes: a ResNet-18 of an eighth of the published width, trained for 30 epochs, is the teacher of

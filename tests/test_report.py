@@ -47,7 +47,7 @@ from datm_ray.report import (
     write_summary,
 )
 from datm_ray.report.differences import differences, differing
-from datm_ray.report.results import Maps, shown_rows
+from datm_ray.report.results import Maps, cost_lines, shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import CHECKPOINT
@@ -225,20 +225,26 @@ def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
 
 
 def test_the_time_of_a_runs_parts_stands_below_their_sizes(out: Location) -> None:
-    """Experts of all networks, teacher and distillation have a row with CPU or GPU time, if it is known for a run."""
+    """Experts, teacher, auxiliaries and distillation have a row with CPU and GPU times, if they are known for a run."""
     runs = [finished_run(out, configure(name)) for name in ("one", "two")]
     networks = (("convnet", Spent(9.0, 60.0), "experts"), ("vgg11", Spent(9.0, 240.0), "experts"))
-    costs = [*networks, ("resnet18", Spent(9.0, 1.0, 300.0), "teacher")]
-    write_experts_cost(runs[0].folder, [ExpertsCost(name, 2, spent, role) for name, spent, role in costs])
+    others = (("resnet18", Spent(9.0, 1.0, 300.0), "teacher"), ("lenet", Spent(9.0, 120.0), "auxiliaries"))
+    costs = [ExpertsCost(name, 2, spent, role) for name, spent, role in (*networks, *others)]
+    costs.append(ExpertsCost("mlp", 0, Spent(is_partial=True), "auxiliaries"))  # imported
+    write_experts_cost(runs[0].folder, costs)
     for run in runs:
-        (run.folder / COST).write_json(Spent(9.0, 30.0).to_json())
+        (run.folder / COST).write_json(Spent(9.0, 30.0).partial(run is runs[1]).to_json())
     rows = cells_of_text(accuracy_table(runs))
-    assert [row[0] for row in rows[-5:-3]] == ["size of the set's images", "size of its labels"]
-    assert rows[-3:] == [
+    assert [row[0] for row in rows[-6:-4]] == ["size of the set's images", "size of its labels"]
+    assert rows[-4:] == [
         ["time of the experts", "5 min CPU", "–"],
-        ["time of the teacher", "5 min GPU", "–"],
-        ["time of the distillation", "30 s CPU", "30 s CPU"],
+        ["time of the teacher", "5 min GPU, 1 s CPU", "–"],
+        ["time of the auxiliaries", "at least 2 min CPU", "–"],
+        ["time of the distillation", "30 s CPU", "at least 30 s CPU"],
     ]
+    titles = [line.title for line in cost_lines(runs[0])]
+    assert "auxiliaries, lenet" in titles
+    assert "auxiliaries, mlp" not in titles
     assert rows == cells_of_page(page_of(out, *runs))
 
 

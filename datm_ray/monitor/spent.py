@@ -36,26 +36,34 @@ class Spent:
     """Highest peak memory of a worker, on its GPU if it has one, else of its process; 0 if unknown."""
     read_bytes: float = 0
     write_bytes: float = 0
+    is_partial: bool = False
+    """True if the whole cost is higher, because that of a killed attempt or of another part of the work is unknown."""
 
     def __add__(self, other: Spent) -> Spent:
-        """Sum of two costs, with the higher of the two peaks."""
+        """Sum of two costs, with the higher of the two peaks; partial if one of them is."""
         added = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in dataclasses.fields(self)}
         peak = max(self.peak_memory_bytes, other.peak_memory_bytes)
-        return Spent(**{**added, "peak_memory_bytes": peak})
+        return Spent(**added | {"peak_memory_bytes": peak, "is_partial": self.is_partial or other.is_partial})
 
     def share(self, part: float) -> Spent:
         """Cost multiplied by `part`, from 0 to 1. The peak memory stays."""
         scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
-        return Spent(**{**scaled, "peak_memory_bytes": self.peak_memory_bytes})
+        return Spent(**scaled | {"peak_memory_bytes": self.peak_memory_bytes, "is_partial": self.is_partial})
+
+    def partial(self, is_partial: bool = True) -> Spent:
+        """Copy that counts as partial if `is_partial` is True, or if this cost does."""
+        return dataclasses.replace(self, is_partial=is_partial or self.is_partial)
 
     def to_json(self) -> dict[str, float]:
-        """Cost as plain data, rounded to three decimals, for `from_json`."""
-        return {name: round(value, 3) for name, value in dataclasses.asdict(self).items()}
+        """Cost as plain data, rounded to three decimals, for `from_json`. `is_partial` is there only if it is True."""
+        numbers = {name: round(value, 3) for name, value in dataclasses.asdict(self).items() if name != "is_partial"}
+        return numbers | ({"is_partial": True} if self.is_partial else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Spent:
         """Restore a cost from the data that `to_json` returned."""
-        return cls(**{each.name: float(value[each.name]) for each in dataclasses.fields(cls)})
+        numbers = [each.name for each in dataclasses.fields(cls) if each.name != "is_partial"]
+        return cls(**{name: float(value[name]) for name in numbers}, is_partial=bool(value.get("is_partial")))
 
 
 def total(costs: Iterable[Spent]) -> Spent:

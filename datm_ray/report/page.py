@@ -110,7 +110,7 @@ def _cost_cells(line: CostLine) -> dict[str, str]:
     return {
         "n": f"{line.count:,}",
         "worker time": duration(spent.seconds),
-        "CPU or GPU time": line.device_time,
+        "CPU and GPU time": line.device_time or "–",
         "peak memory": data_size(spent.peak_memory_bytes) if spent.peak_memory_bytes else "–",
         "read": data_size(spent.read_bytes),
     }

@@ -199,22 +199,23 @@ class CostLine:
     spent: Spent
 
     @property
-    def device_seconds(self) -> float:
-        """Seconds of GPU time if this part of the run used a GPU, else of CPU time."""
-        return self.spent.gpu_seconds or self.spent.cpu_seconds
-
-    @property
     def device_time(self) -> str:
-        """GPU or CPU time as text, such as "4.4 min CPU"."""
-        return f"{duration(self.device_seconds)} {'GPU' if self.spent.gpu_seconds else 'CPU'}"
+        """Times of GPUs and of CPUs as text, such as "at least 1.2 h GPU, 4.4 min CPU"; "" if both are 0."""
+        times = {"GPU": self.spent.gpu_seconds, "CPU": self.spent.cpu_seconds}
+        text = ", ".join(f"{duration(seconds)} {kind}" for kind, seconds in times.items() if seconds)
+        return f"at least {text}" if text and self.spent.is_partial else text
 
 
 def cost_lines(summary: RunSummary) -> list[CostLine]:
     """Known costs of the experts, the distillation, the labels, each table row and each other architecture."""
+    return [line for line in _cost_lines(summary) if line.count]
+
+
+def _cost_lines(summary: RunSummary) -> list[CostLine]:
+    """Costs as in `cost_lines`, and lines of networks whose cost is unknown, with the count 0."""
     lines = [
         CostLine(f"{each.role}, {each.architecture}", each.known, each.spent)
         for each in read_experts_cost(summary.folder)
-        if each.known
     ]
     if prior := read_prior_cost(summary.folder):
         lines.append(CostLine("prior", 1, prior))
@@ -385,22 +386,23 @@ def _label_sizes(summaries: Sequence[RunSummary]) -> list[Cell]:
     return found
 
 
-TIMED = ("experts", "teacher", "prior", "distillation", "labels")
-"""Parts of a run whose CPU or GPU time the accuracy table has: titles of `cost_lines`, up to a comma."""
+TIMED = ("experts", "teacher", "auxiliaries", "prior", "distillation", "labels")
+"""Parts of a run whose CPU and GPU times the accuracy table has: titles of `cost_lines`, up to a comma."""
 
 
 def _times(summaries: Sequence[RunSummary]) -> list[Line]:
-    """Rows with the CPU or GPU time of parts of every run; a part without a known time in any run has no row."""
-    known = [dict[str, Spent]() for _ in summaries]
-    for times, summary in zip(known, summaries, strict=True):
-        for line in cost_lines(summary):
-            if (part := line.title.partition(",")[0]) in TIMED and line.device_seconds:
-                times[part] = times.get(part, Spent()) + line.spent
-    cells = {
-        part: [Cell(CostLine(part, 1, each[part]).device_time if part in each else "–") for each in known]
+    """Rows with the CPU and GPU times of parts of every run; a part without a known time in any run has no row."""
+    spent = [dict.fromkeys(TIMED, Spent()) for _ in summaries]
+    for parts, summary in zip(spent, summaries, strict=True):
+        for line in _cost_lines(summary):
+            if (part := line.title.partition(",")[0]) in TIMED:
+                parts[part] += line.spent
+    times = {part: [CostLine(part, 1, each[part]).device_time for each in spent] for part in TIMED}
+    return [
+        Line(f"time of the {part}", [Cell(text or "–") for text in times[part]], "share")
         for part in TIMED
-    }
-    return [Line(f"time of the {part}", cells[part], "share") for part in TIMED if any(part in each for each in known)]
+        if any(times[part])
+    ]
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:

@@ -305,12 +305,14 @@ class LabelWorker:
         yield Progress(0, len(epochs))
         note = store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
         labelled, done = _stored(store, network, images, epochs, LABELLED), 0
+        note.write_json({**Spent(is_partial=True).to_json(), "epochs": []})  # stays if this attempt is killed
         for epoch in with_heartbeats(labelled, interval_in_epochs(self._cluster)):
             if epoch is None:
                 yield Phase("labelling an epoch")
                 continue
             done += 1
-            note.write_json({**account.spent().to_json(), "epochs": list(epochs[:done])})
+            spent = account.spent().partial(done < len(epochs))  # a killed attempt loses the cost of an epoch
+            note.write_json({**spent.to_json(), "epochs": list(epochs[:done])})
             yield Progress(done, len(epochs), saved=True)
         yield Finished()
 

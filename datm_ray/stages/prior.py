@@ -162,7 +162,7 @@ class PriorWorker:
                 if is_saved:
                     began = time.monotonic()
                     spent += account.lap()
-                    _write(folder / PRIOR_PROGRESS, state, spent)
+                    _write(folder / PRIOR_PROGRESS, state, spent.partial(not is_asked()))  # so if it is killed
                     saved_epoch = state.epoch
                     ended = time.monotonic()
                     due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)

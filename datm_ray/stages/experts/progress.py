@@ -66,6 +66,9 @@ STACKS, STACKS_FILE = "stacks", "stacks.json"
 together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
+_RUNNING = "running-"
+"""First part of the name of a file that an attempt writes when it starts and removes when it is stopped or finished. A
+killed attempt leaves the file. Its cost is then known only in part."""
 _NO_ATTEMPT = "0"
 """Placeholder for the resumed attempt in a file's name, if the training starts at the first epoch."""
 
@@ -330,6 +333,18 @@ class ExpertProgress(TrainingProgress):
         self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
         self._group, self.experts, self.wanted = group, list(experts), set(wanted)
         super().__init__(group.progress / self._name, len(experts), account, kept=kept)
+
+    def resume(self, device: torch.device) -> ExpertState | None:
+        """Latest saved state, see `TrainingProgress.resume`. The cost is partial if an earlier attempt was killed."""
+        state, mine = super().resume(device), f"{_RUNNING}{self._attempt}"
+        self.spent = self.spent.partial(any(name.startswith(_RUNNING) and name != mine for name in self._folder.list()))
+        (self._folder / mine).write_json({})
+        return state
+
+    def stop(self) -> None:
+        """Record that this attempt ends with all of its cost written."""
+        with suppress(StoreError):  # another process has removed the folder
+            (self._folder / f"{_RUNNING}{self._attempt}").remove()
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order. Raises CorruptFileError if a progress file is damaged."""

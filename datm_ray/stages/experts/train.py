@@ -281,6 +281,7 @@ class ExpertWorker:
                 if is_asked():
                     for waiting in progress.write(state):
                         yield Note(waiting)
+                    progress.stop()
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
 
@@ -466,7 +467,8 @@ class ExpertsCost:
     """Number of experts whose cost is known. Imported experts, and experts of earlier versions, have unknown costs."""
     spent: Spent
     role: str = "experts"
-    """What the networks are in the run: "experts" or "teacher". Notes of earlier versions call a teacher "experts"."""
+    """What the networks are in the run: "experts", "teacher" or "auxiliaries". Notes of earlier versions may say
+    "experts" for all."""
 
 
 EXPERTS_COST = "experts-cost.json"
@@ -506,7 +508,8 @@ def may_have_experts(folder: Location) -> bool:
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
-    The cost of a stack is divided evenly among those of its experts that are in the store or that this recipe uses.
+    The cost of a stack is divided evenly among those of its experts that are in the store or that this recipe uses. The
+    cost is partial if that of an expert is unknown.
 
     Raises:
         CorruptFileError: the file of a stack's cost is damaged.
@@ -521,7 +524,8 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
                 every = used | (stored & set(cost["experts"]))
                 found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     known = set().union(*(experts for experts, _ in found))
-    return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
+    spent = total(spent for _, spent in found).partial(len(known) < config.experts.count)
+    return ExpertsCost(config.network.architecture, len(known), spent)
 
 
 @contextmanager

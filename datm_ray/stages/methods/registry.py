@@ -69,7 +69,7 @@ def teacher_of(config: RunConfig) -> RunConfig:
 
 
 def role_of(config: RunConfig, network: RunConfig) -> str:
-    """Role of one of a run's `trained_networks` in lists of costs: "teacher" or "experts".
+    """Role of one of a run's `trained_networks` in lists of costs: "teacher", "auxiliaries" (of MetaDD) or "experts".
 
     A teacher is a single trained network: that of `evaluate.teacher`, or the one from which the method makes the set.
 
@@ -77,9 +77,14 @@ def role_of(config: RunConfig, network: RunConfig) -> str:
         network: the trained network, as a run with this network alone.
     """
     wanted = expert_fingerprint(network, "")
+
+    def is_among(networks: list[RunConfig]) -> bool:
+        return any(expert_fingerprint(each, "") == wanted for each in networks)
+
     teachers = config.own_teacher() + (trained_backbones(config) if method_of(config).has_teacher else [])
-    is_alone = network.experts.count == 1
-    return "teacher" if is_alone and any(expert_fingerprint(each, "") == wanted for each in teachers) else "experts"
+    if network.experts.count == 1 and is_among(teachers):
+        return "teacher"
+    return "auxiliaries" if is_among(config.each_auxiliary()) and not is_among(trained_backbones(config)) else "experts"
 
 
 def networks_before_scoring(config: RunConfig) -> list[RunConfig]:

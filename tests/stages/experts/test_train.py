@@ -24,6 +24,7 @@ from datm_ray.core.training.loop import predict_logits
 from datm_ray.core.training.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import TRAINING
@@ -36,6 +37,7 @@ from datm_ray.stages.experts.train import (
     expert_group,
     expert_info,
     experts_at_a_time,
+    experts_cost,
     stacks,
 )
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
@@ -461,6 +463,23 @@ def test_no_expert_joins_parts_of_two_trainings(tmp_path: Path, monkeypatch: pyt
         numbers = [snapshot.params.tolist() for snapshot in found]
         assert [snapshot.epoch for snapshot in found] == list(range(len(found)))
         assert [before for _, before in numbers[1:]] == [number for number, _ in numbers[:-1]]
+
+
+def test_the_cost_of_experts_is_known_in_part_if_an_attempt_was_killed(tmp_path: Path) -> None:
+    """An attempt that was killed, not one that was stopped, makes the cost of the next ones partial."""
+    config, cpu = tiny_config(), torch.device("cpu")
+    group = expert_group(str(tmp_path), config, "digits", "0" * 16)
+    stopped, killed, third, fourth = (ExpertProgress(group, [0, 1], config.kept_epochs, [0, 1]) for _ in range(4))
+    for each in (stopped, killed, third, fourth):
+        assert each.resume(cpu) is None
+        if each is not killed:
+            each.stop()
+    assert [each.spent.is_partial for each in (stopped, killed, third, fourth)] == [False, False, True, True]
+    assert experts_cost(config, group).spent.is_partial, "no expert is known"
+    group.write_cost("both", {"experts": [0, 1], "spent": Spent(9.0).to_json()})
+    assert not experts_cost(config, group).spent.is_partial
+    more = config.model_copy(update={"experts": config.experts.model_copy(update={"count": 3})})
+    assert experts_cost(more, group).spent.is_partial
 
 
 def test_progress_of_an_earlier_version_that_was_resumed_is_kept(tmp_path: Path) -> None:
