@@ -759,8 +759,11 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     assert networks.images_that_fit() == 0
 
 
-def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None:
-    """Maps at a set's end take as many images at a time as an iteration on a GPU, and ten on a CPU."""
+def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps at a set's end take as many images at a time as an iteration on a GPU, and ten on a CPU.
+
+    Images in main memory are copied to a GPU a batch at a time, since a set made in pieces may be larger than a GPU.
+    """
     config = tiny_config("metadd={auxiliaries: [{architecture: lenet}]}")
     assert config.metadd is not None
     sizes: list[list[int]] = []
@@ -770,20 +773,26 @@ def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu() -> None
             sizes[-1] += [len(part) for part in images.split(chunk)]
             return super().evidence(images, *arguments, chunk=chunk, **options)
 
-    class OnGpu(Tensor):
-        device = _Gpu("cpu")  # type: ignore[assignment]
-
     networks = MetaNetworks.__new__(MetaNetworks)
     networks._config, networks._settings, networks._classes, networks.chunk = config, config.metadd, 10, 17
-    networks._part = SimpleNamespace(mesh=Alone())  # type: ignore[assignment]
     specs = [each.for_images(1, (8, 8), 10) for each in (config.network, *config.metadd.auxiliaries)]
     networks._ensembles = [Recorded([build_network(spec, 0) for spec in specs])]
     images, labels = torch.randn(25, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(25) % 10
-    ratios = []
-    for held in (images, images.as_subclass(OnGpu)):
+    ratios, copied = [], list[int]()
+    copy = Tensor.to
+
+    def counted(tensor: Tensor, *where: Any, **options: Any) -> Tensor:
+        if isinstance(where[0], _Gpu) and tensor.dim() == 4:
+            copied.append(len(tensor))
+        return copy(tensor, *(str(each) if isinstance(each, _Gpu) else each for each in where), **options)
+
+    monkeypatch.setattr(Tensor, "to", counted)
+    for device in (torch.device("cpu"), _Gpu("cpu")):
         sizes.append([])
-        ratios.append(float(result_of(networks._ratio(held, labels))))
+        networks._part = SimpleNamespace(mesh=Alone(), device=device)  # type: ignore[assignment]
+        ratios.append(float(result_of(networks._ratio(images, labels))))
     assert sizes == [[10, 10, 5], [17, 8]]
+    assert copied == [17, 8]
     assert ratios[1] == pytest.approx(ratios[0])
 
 

@@ -112,34 +112,35 @@ class MetaNetworks:
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
 
     def _maps(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Class activation maps [m b h w], in [0, 1], of images [b c h w] for their labels [b].
+        """Class activation maps [m b h w] on the device, in [0, 1], of images [b c h w] for their labels [b].
 
-        The m networks are those of the first ensemble, on all workers.
+        The m networks are those of the first ensemble, on all workers. The images may be in main memory.
         """
         seen = self._ensembles[0].evidence(
-            images,
-            labels,
+            images.to(self._part.device),
+            labels.to(self._part.device),
             networks=self._config.meta_network_count,
             classes=self._classes,
-            chunk=self._viewed_at_a_time(images),
+            chunk=self._viewed_at_a_time,
             all_sum=self._part.mesh.sum_over_backbones,
         )
         return scaled_maps(seen.maps)
 
-    def _viewed_at_a_time(self, images: Tensor) -> int:
+    @property
+    def _viewed_at_a_time(self) -> int:
         """Number of images that pass the networks at a time when maps are computed outside of an iteration.
 
         On a GPU the number is `chunk`. On a CPU it is `IMAGES_AT_A_TIME`, as in earlier versions of this package,
         because results with another number would be rounded differently.
         """
-        return self.chunk if images.device.type == "cuda" else IMAGES_AT_A_TIME
+        return self.chunk if self._part.device.type == "cuda" else IMAGES_AT_A_TIME
 
     def _ratio(self, images: Tensor, labels: Tensor) -> Steps[Tensor]:
         """Sum [] of the meta-feature ratios of images [n c h w] with labels [n], see `keep_maps`.
 
         The images are computed in batches. Yields after each batch.
         """
-        size = self._viewed_at_a_time(images)
+        size = self._viewed_at_a_time
         ratios = list[Tensor]()
         for part in zip(images.split(size), labels.split(size), strict=True):
             ratios.append(meta_feature_ratio(self._maps(*part), self._settings.threshold).sum())
@@ -155,7 +156,8 @@ class MetaNetworks:
         Args:
             place: file to write.
             initial: [n c h w] the images of this worker before the first iteration.
-            final: this worker's rows of the final set, maybe that of an earlier iteration, chosen by validation.
+            final: this worker's rows of the final set, maybe that of an earlier iteration, chosen by validation. If
+                `initial` and `final` are in main memory, only a batch at a time is copied to the device.
         """
         mesh, labels, ratios = self._part.mesh, final.labels, []
         arrays: dict[str, NDArray[np.generic]] = {}

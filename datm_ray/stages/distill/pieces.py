@@ -166,7 +166,7 @@ class PieceWorker:
         state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []
         save_checkpoint(attempt, state, part.rows, part.mesh, run_identity(config))
         if config.metadd is not None and config.meta_network_count:
-            initial, final = (held.each(lambda tensor: tensor.to(self._device)) for held in sets.values())
+            initial, final = sets.values()  # in main memory, which a set may need
             yield from keep_maps_alone(part, config.metadd, teacher, folder / MAPS, initial.images, final)
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
