@@ -216,7 +216,8 @@ def _cost_of(note: Location, keep: int) -> Spent:
     content = note.read_json()
     with rejecting_nonsense(note):
         spent, epochs = Spent.from_json(content), list(content.get("epochs", []))
-        return spent.share(sum(int(epoch) < keep for epoch in epochs) / len(epochs)) if epochs else spent
+        counted = sum(int(epoch) < keep for epoch in epochs)
+        return spent if not epochs else spent.share(counted / len(epochs)) if counted else Spent()
 
 
 def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:

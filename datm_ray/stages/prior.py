@@ -213,7 +213,7 @@ class PriorWorker:
                 return saved, Spent.from_json(file.metadata["spent"])
         except CorruptFileError:
             place.remove()
-        return new, Spent()
+        return new, Spent(is_partial=True)
 
 
 def _write(place: Location, state: AutoencoderState, spent: Spent) -> None:

@@ -31,7 +31,7 @@ from datm_ray.shape import KNOWN_SHAPES
 from datm_ray.stages.distill.pieces import PieceWorker
 from datm_ray.stages.distill.task import DistillWorker
 from datm_ray.stages.methods.memory import plans_of
-from datm_ray.stages.prior import PriorWorker, read_autoencoder
+from datm_ray.stages.prior import KIND, PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
@@ -229,6 +229,9 @@ def test_a_stopped_training_resumes_with_the_same_bits(
     before = stored(tmp_path / "parts").read_bytes()
     assert not any(isinstance(event, Progress) for event in trained(config, tmp_path / "parts"))
     assert stored(tmp_path / "parts").read_bytes() == before
+    files = [open_location(str(stored(tmp_path / name))) for name in ("parts", "whole")]
+    costs = [read_tensors(file, kind=KIND).metadata["spent"] for file in files]
+    assert ["is_partial" in cost for cost in costs] == [True, False], "a killed worker loses what it had not saved"
 
 
 def test_whitened_pixels_are_turned_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
