@@ -290,7 +290,7 @@ def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pyte
         finished_run(out, configure(), scores=SCORES),
         networks=[NetworkScores(NetworkConfig(architecture="lenet"), "seen", *SCORES[:3])],
         fair=dict.fromkeys(FAIR_PARTS, (0.3,)),
-        fair_rows=[Score(row, (0.5, 0.6), Spent(1.0)) for row in FAIR_ROWS],
+        fair_rows=[Score(row, (0.5, 0.6), Spent(1.0, is_partial=True)) for row in FAIR_ROWS],
     )
     one = np.zeros((1, 1, 6, 6), np.float32)
     monkeypatch.setattr(RunSummary, "maps", Maps(["convnet"], [0], (one, one), (0.1, 0.2), 0.5))
