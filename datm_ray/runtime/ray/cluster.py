@@ -41,17 +41,17 @@ _log = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
 PROBE_TIMEOUT = 2.0
-"""Seconds to wait for a web server's answer to a test request. Ray's own port never answers such a request."""
+"""Seconds to wait for an answer to a test request by HTTP. A dashboard answers it, and Ray's own port never does."""
 CHECK_INTERVAL = 1.0
-"""Seconds between two checks of the cluster's nodes."""
+"""Shortest time in seconds between two readings of the cluster's nodes from Ray."""
 SHORT_WAIT = 60.0
-"""Seconds to wait for resources that others hold: until a stage ends with an error if `cluster.wait_for_nodes` is null,
-and until a waiting group tries fewer workers. A free worker is kept for this time. Workers that are being stopped free
-their resources sooner."""
+"""Seconds to wait for resources that other commands hold. Then a stage ends with an error if `cluster.wait_for_nodes`
+is null, and a waiting group tries fewer workers. A worker without a task is kept at most as long, for later tasks.
+Workers that are being stopped free their resources sooner."""
 FIRST_WAIT = 1800.0
-"""Value of `cluster.wait_for_nodes` if it is null and no node has a CPU yet: such a cluster starts nodes on demand."""
+"""Seconds for `cluster.wait_for_nodes` if it is null and no node has a CPU: such a cluster starts nodes on demand."""
 LEAST_WAIT = 3.0
-"""Shortest wait for free resources in seconds. Ray needs about one to say that it has given them to a worker."""
+"""Shortest wait for free resources in seconds. Ray needs about one second to say that it has given them to a worker."""
 MODEL_SHARE = 0.001
 """Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
@@ -60,14 +60,18 @@ _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `
 
 
 def connect(address: str | None) -> str:
-    """Connect to the cluster at the address or in RAY_ADDRESS; without either, start one on this machine.
+    """Connect to a running Ray cluster, or start one on this machine.
+
+    Args:
+        address: address of the cluster's head, such as "10.0.0.5:6379". If it is `None`, "" or "auto", RAY_ADDRESS
+            decides. Without that too, "auto" is the cluster that runs on this machine; `None` and "" start a new one.
 
     Returns:
         The dashboard's "host:port", or "" if there is no dashboard.
 
     Raises:
         ClusterError: no cluster answers; or the address is not one to connect to, such as that of a dashboard, which
-            takes jobs only; or this machine does not belong to the cluster.
+            takes jobs only; or this machine does not belong to the cluster; or Ray does not start here.
     """
     variable = os.environ.get("RAY_ADDRESS")
     given = "RAY_ADDRESS" if variable and address in (None, "", "auto") else "--address"  # as in ray.init
@@ -140,10 +144,14 @@ def _outside(address: str) -> ClusterError:
 
 
 def _require_listener(address: str, given: str) -> None:
-    """Raise an error if nothing listens at `address`, or if a web server does. Ray itself would retry for minutes.
+    """Raise an error for an address where no Ray cluster can be. Ray itself would try to connect for minutes.
 
     Args:
         given: option or variable that gave the address, for the message.
+
+    Raises:
+        ClusterError: a web server listens there, or it is an address of Ray Client (ray://).
+        OSError: nothing listens there.
     """
     if address.startswith("ray://"):
         raise ClusterError(
@@ -172,7 +180,10 @@ def _web_server_error(address: str, given: str) -> ClusterError:
 
 
 def first_line(message: BaseException | str) -> str:
-    """First non-empty line of a message, at most 200 characters; the class name of an error without a message."""
+    """First non-empty line of a message, at most 200 characters, without final full stops.
+
+    The result is the class name of an error without a message, and "" for an empty text.
+    """
     lines = [line.strip() for line in str(message).splitlines() if line.strip()]
     if lines:
         return lines[0][:200].rstrip(".")  # Ray may put a whole page on one line
@@ -184,23 +195,25 @@ def _live_nodes() -> list[dict[str, Any]]:
 
 
 def _is_chosen(node: Mapping[str, Any], cluster: ClusterConfig) -> bool:
-    """True if a node has the labels that workers ask for."""
+    """True if a node has the labels of `cluster.labels`, which workers ask for; also if these are empty."""
     return matches(node.get("Labels", {}), cluster.labels)
 
 
 class Nodes:
     """Number of workers of one shape that the cluster's nodes can hold, and how long to wait for more.
 
-    The argument `memory` of its methods is the main memory in bytes that each worker needs, see `reserved`; 0
-    reserves none.
+    The shape is what each worker takes: CPUs, GPUs and other resources, and its node's labels. The argument `memory`
+    of the methods is the main memory in bytes that each worker needs; 0 reserves none. Nodes are given by Ray's
+    identifiers.
     """
 
     def __init__(self, cluster: ClusterConfig, *, light: bool = False) -> None:
-        """Choose the workers to count. Nodes are read from Ray at the first call of another method.
+        """Choose the shape of the workers to count. Nodes are read from Ray at the first call of another method.
 
         Args:
             cluster: section `cluster` of the recipe.
-            light: True for workers with the resources of `cluster.light`, False for workers that distil.
+            light: True for workers with the resources of `cluster.light`, if the recipe has that section. False for
+                workers with the resources of `cluster` itself, which distil.
         """
         self._cluster, self._is_light = cluster.shaped(light=light), light
         self._nodes: dict[str, Any] = {}
@@ -210,7 +223,7 @@ class Nodes:
         self._checked = float("-inf")
 
     def fits(self, memory: int = 0) -> dict[str, int]:
-        """Live node -> number of workers that it could hold if all its CPUs, GPUs and other resources were free.
+        """Identifier of a live node -> number of workers that it could hold if all its resources were free.
 
         A node without the labels that the workers ask for holds none.
         """
@@ -226,8 +239,8 @@ class Nodes:
     def reserved(self, memory: int) -> int:
         """Bytes that Ray reserves for a worker that needs `memory` bytes.
 
-        These are `memory`, but at most the memory of the largest node for workers, because a larger request would
-        wait for ever. If no node can hold a worker yet, all nodes count.
+        This is `memory`, but at most the memory of the largest node, because a larger request would wait for ever.
+        Only nodes that can hold a worker by their other resources count; if there is none yet, all nodes do.
         """
         if not memory:
             return 0
@@ -258,7 +271,7 @@ class Nodes:
         return f"no node has the labels of {key} ({wanted})"
 
     def _held(self, memory: int) -> str:
-        """Text about what the running nodes can hold."""
+        """Text about what the running nodes can hold, such as "2 nodes can hold 4"."""
         held, more = self.capacity(memory), self.capacity()
         short = f" with {self._size(memory)} of memory each ({more} by CPUs and GPUs alone)" if held < more else ""
         return f"{counted(sum(map(bool, self.fits(memory).values())), 'node')} can hold {held}{short}"
@@ -278,17 +291,17 @@ class Nodes:
         return f"the nodes have memory for {held} of {counted(wanted, 'worker')} at a time, {self._size(memory)} each"
 
     def elsewhere(self, nodes: Collection[str], memory: int = 0) -> int:
-        """Number of workers that the running nodes outside of `nodes` can hold."""
+        """Number of workers that the running nodes outside of `nodes` can hold if all their resources are free."""
         return self.capacity(memory) - sum(self.fits(memory).get(node, 0) for node in nodes)
 
     def idle(self, nodes: Collection[str], memory: int = 0) -> int:
-        """Number of workers that fit at present on the running nodes outside of `nodes`; 0 also if it is unknown."""
+        """Number of workers for which the nodes outside of `nodes` have free resources now; 0 also if it is unknown."""
         there, reserved = idle_resources(), self.reserved(memory)
         good = [name for name, held in self.fits(memory).items() if held and name not in nodes]
         return sum(fitting(there.get(name, {}), self._cluster, reserved) for name in good)
 
     def patience(self) -> float:
-        """Seconds to wait for free resources: `cluster.wait_for_nodes`, but at least 3; 60 without it."""
+        """Seconds to wait for free resources: `cluster.wait_for_nodes`, but at least 3; 60 if it is null."""
         return SHORT_WAIT if self._cluster.wait_for_nodes is None else max(LEAST_WAIT, self._cluster.wait_for_nodes)
 
     def planned(self) -> tuple[int, int]:
@@ -300,10 +313,13 @@ class Nodes:
         return workers, min(workers, max([1, *self.fits().values()]))
 
     def require(self, workers: int, what: str = "", memory: int = 0) -> None:
-        """Raise a `ClusterError` if the running nodes cannot hold `workers` workers, unless the recipe waits for more.
+        """Raise a `ClusterError` if the running nodes cannot hold `workers` workers at the same time.
 
-        Ray's autoscalers do not say which nodes they can start, so only `cluster.wait_for_nodes` waits for nodes. See
-        also `with_gpus`.
+        Does nothing if `cluster.wait_for_nodes` is above 0, because nodes may then start on demand. Ray's autoscalers
+        do not say which nodes they can start.
+
+        Args:
+            what: beginning of the error's message, such as "birds: ".
         """
         if not self._cluster.wait_for_nodes and self.capacity(memory) < workers:
             raise self._too_few(workers, what, memory)
@@ -353,7 +369,7 @@ class Nodes:
 def default_gpus(cluster: ClusterConfig) -> float:
     """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has GPUs, else 0.
 
-    Nodes without `cluster.labels` do not count. If `cluster.device` is "cpu", the result is 0.
+    Only nodes with the labels of `cluster.labels` count. If `cluster.device` is "cpu", the result is 0.
     """
     has_gpus = any(node["Resources"].get("GPU", 0) > 0 for node in _live_nodes() if _is_chosen(node, cluster))
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
@@ -362,7 +378,7 @@ def default_gpus(cluster: ClusterConfig) -> float:
 def _wait_for_first_node(cluster: ClusterConfig) -> None:
     """Ask Ray for a worker, and wait for the first node that can hold it, for up to `cluster.wait_for_nodes` seconds.
 
-    There is no wait if `cluster.wait_for_nodes` is not set.
+    There is no wait if `cluster.wait_for_nodes` is null or 0, or if a node can hold a worker already.
 
     Raises:
         ClusterError: no node has started in time.
@@ -393,13 +409,14 @@ def _has_only_a_head() -> bool:
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
-    """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
+    """Copy of the settings with a number for `gpus_per_worker`, here and in `light`: `default_gpus` if it is `None`.
 
-    `wait_for_nodes` is `FIRST_WAIT` if it is `None` and no node has a CPU.
+    A `wait_for_nodes` of `None` becomes `FIRST_WAIT` if no node has a CPU. If it is above 0 and no node can hold a
+    worker yet, the function waits for the first one, to see if it has GPUs.
 
     Raises:
-        ClusterError: the precision or device needs a GPU and workers have none; this version of Ray has no labels; or
-            no node has started in time to show if workers get a GPU.
+        ClusterError: the precision or device needs a GPU and workers have none; or the settings name labels, which this
+            version of Ray does not know; or no node has started within `wait_for_nodes` seconds.
     """
     if cluster.wait_for_nodes is None and not any(node["Resources"].get("CPU") for node in _live_nodes()):
         cluster = cluster.model_copy(update={"wait_for_nodes": FIRST_WAIT})
@@ -468,7 +485,8 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """True if a node with these labels satisfies every condition of a label selector.
 
     Args:
-        selector: name of a label -> value, !value, in(a,b) or !in(a,b). A label that a node lacks has no value.
+        selector: name of a label -> value, !value, in(a,b) or !in(a,b). A node that lacks the label
+            satisfies only conditions with "!".
     """
     for name, condition in selector.items():
         values = re.sub(r"^!?(in\((.*)\))?", r"\2", condition).replace(" ", "").split(",")
@@ -481,6 +499,8 @@ def fitting(resources: dict[str, float], cluster: ClusterConfig, memory: int = 0
     """Number of workers that a node with these resources can hold. A fraction of a GPU must lie on one GPU.
 
     Args:
+        resources: the node's resources as Ray names them, such as {"CPU": 8.0, "GPU": 1.0}.
+        cluster: settings with the resources that one worker takes.
         memory: bytes of main memory that Ray reserves for each worker; 0 reserves none.
     """
     wanted = bundle_of(worker_options(cluster, memory=memory))

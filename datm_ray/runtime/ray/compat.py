@@ -1,7 +1,7 @@
 """Uses of Ray's private interfaces, which may change with any version. Module `dashboard` overrides one more.
 
 Tested with the versions in docs/versions.md, Ray 2.40 to 2.60. If a version lacks one of these interfaces, a
-convenience is lost, but everything works.
+convenience is lost, but runs still work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import ray
 
 
 def use_token() -> None:
-    """Use the user's Ray token if there is one, unless the environment requires or forbids tokens.
+    """Use the user's Ray token if there is one. Where RAY_AUTH_MODE is set, it alone decides if tokens are used.
 
     New versions of Ray require a token by default; old versions know no tokens. Only job commands call this, because a
     driver with a token cannot start actors on a cluster without tokens.
@@ -60,7 +60,7 @@ def _privately(write: Callable[[], None]) -> Callable[[], None]:
 
 
 def hush() -> None:
-    """Silence Ray's log lines about the token and each uploaded file.
+    """Silence Ray's log lines below errors, such as those about the token and each uploaded file.
 
     Every logger is set by itself, because some of Ray's loggers do not follow their parent's level.
     """
@@ -121,9 +121,10 @@ def draining_nodes() -> set[str]:
 
 
 def mark() -> dict[str, float]:
-    """Resource of a command's actors by which `requests_without_place` knows them; empty if Ray has no such names.
+    """Resource that this command's actors request, so that `requests_without_place` can count them: name -> amount.
 
-    Every node, running or planned by an autoscaler, has an amount of 1 of any resource with Ray's prefix in its name.
+    Every node, running or planned by an autoscaler, has an amount of 1 of any resource with a certain prefix in its
+    name. So the request delays no actor. Empty if this version of Ray has no such prefix.
     """
     prefix = getattr(ray._raylet, "IMPLICIT_RESOURCE_PREFIX", "")
     return {f"{prefix}{ray.get_runtime_context().get_job_id()}": 0.0001} if prefix else {}
@@ -144,7 +145,10 @@ def requests_without_place() -> float:
 
 
 def idle_resources() -> dict[str, dict[str, float]]:
-    """Live node -> resources that no actor or task holds, by name; empty if unknown. It may be a second old."""
+    """Resources that no actor or task holds: identifier of a live node -> resource -> amount, as of up to 1 s ago.
+
+    Empty if they are unknown.
+    """
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
         return dict(ray._private.state.available_resources_per_node())
     return {}

@@ -48,10 +48,11 @@ from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, close_un
 from datm_ray.words import counted
 
 PENDING = 64
-"""Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
+"""Largest number of actors that wait for resources at a time, for tasks of one worker. The number of started actors
+replaces it if that is larger."""
 MOST_FAILED_STARTS = 11
-"""Number of failed attempts in a row to start actors, made in about four minutes. After one more, a stage without a
-running task ends."""
+"""Number of failed attempts in a row to start actors that a stage without a running task survives. They take about four
+minutes. One more ends the stage with an error."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
@@ -64,13 +65,13 @@ LONGEST_DRAIN = 600.0
 """Longest time in seconds for which no one-worker task starts, so that a waiting group gets the resources that become
 free."""
 ROOT_CAUSE_TIMEOUT = 3.0
-"""Seconds to wait for the original error after a rank reports that it lost its peers."""
+"""Seconds to wait for another rank's original error after a rank reports that it lost its peers."""
 LONGEST_AVOIDANCE = 600.0
 """Longest time in seconds without a running task for which waiting tasks avoid nodes that failed them. `Nodes.patience`
 replaces it if that is shorter."""
 GROWTH_INTERVAL = 600.0
-"""Seconds that a group works before it is restarted with more workers. A group that can get all the workers it can use
-is restarted without this wait."""
+"""Shortest time in seconds that a group works before it is restarted with more workers. A group that can get all the
+workers it can use is restarted sooner."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -83,6 +84,16 @@ class RayExecutor:
     """Executor whose workers are Ray actors, on a running cluster or on a cluster started here for the run."""
 
     def __init__(self, cluster: ClusterConfig, address: str | None = None) -> None:
+        """Connect to a cluster and check that it can hold the workers.
+
+        Args:
+            cluster: section `cluster` of the recipe.
+            address: the cluster's address, as for `connect`. If it is `None` and this process has connected already,
+                that connection is used, and `close` leaves it open.
+
+        Raises:
+            ClusterError: no cluster answers, it cannot hold the workers, or it lacks what the settings need.
+        """
         if cluster.device == "cuda" and cluster.gpus_per_worker == 0:
             raise ClusterError(
                 "cluster.device is 'cuda', but cluster.gpus_per_worker is 0",
@@ -107,8 +118,8 @@ class RayExecutor:
         self.faults: Counter[str] = Counter()
         """Node -> number of workers lost there in a row by errors."""
         self.set_aside: dict[Gpus, PoolWorker] = {}
-        """Broken GPU -> actor that holds a GPU of its node, the broken one or another. A worker to which Ray
-        gives the broken GPU uses the actor's instead. The actors outlive a stage."""
+        """Broken GPU -> actor that holds the broken GPU itself, or a substitute: another GPU of its node. A worker to
+        which Ray gives the broken GPU uses the substitute. The actors outlive a stage."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {counted(cluster.gpus_per_worker, 'GPU')}" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
@@ -116,7 +127,7 @@ class RayExecutor:
 
     @property
     def workers(self) -> int:
-        """Highest number of workers that run at the same time."""
+        """Highest number of workers at the same time: `cluster.workers`, else what the running nodes can hold."""
         return self.nodes.planned()[0]
 
     @property
@@ -130,13 +141,24 @@ class RayExecutor:
         return self.light_nodes.planned()[0]
 
     def share(self, value: Any) -> Any:
-        """Put a value into Ray's object store. All actors of a node share its arrays without copies."""
+        """Put a value into Ray's object store. Returns its reference. All actors of a node share one copy of arrays."""
         return ray.put(value)
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run every task on Ray actors and yield its events, see `Executor.run`."""
+        """Run every task on Ray actors to its end. Yields each event with its task.
+
+        Args:
+            worker: worker class. Each actor constructs worker(*setup).
+            setup: arguments of the constructor, or references to them from `share`.
+            method: worker's method that runs a task, unless the task names another.
+            tasks: tasks to run. The caller may append to the list meanwhile.
+
+        Raises:
+            DatmError: an error in the user's input; or a task's workers were lost too often, or did not become free.
+            Interrupted: the command was asked to stop.
+        """
         first = dict[tuple[int, bool, int], str]()
         for task in tasks:
             first.setdefault((min((task.size, *task.fewer)), task.is_light, task.memory), task.name)
@@ -174,7 +196,7 @@ class RayExecutor:
             ray.shutdown()
 
     def _report_memory(self, tasks: list[Task]) -> None:
-        """Warn once, for the largest need of memory that leaves CPUs or GPUs idle."""
+        """Log a warning if the tasks' main memory keeps CPUs or GPUs idle, once: for the tasks that need most."""
         workers = Counter[tuple[int, bool]]()
         for task in tasks:
             workers[task.memory, task.is_light] += task.size
@@ -185,10 +207,12 @@ class RayExecutor:
                 return
 
     def require_workers(self, name: str, size: int, *, light: bool = False, memory: int = 0) -> None:
-        """Raise a `ClusterError` if `size` workers can never run at the same time, see `Executor.require_workers`.
+        """Raise a `ClusterError` if a task's `size` workers can never run at the same time.
 
         Args:
-            memory: bytes of main memory that each worker needs.
+            name: name of the task or run, for the message.
+            light: True for workers with the resources of `cluster.light`, False for those of `cluster` itself.
+            memory: bytes of main memory that each worker needs; 0 reserves none.
         """
         if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
@@ -211,9 +235,9 @@ class _Job:
     sizes: list[int] = field(default_factory=list)
     """Numbers of workers that can run the task, the largest first."""
     limit: int = 2**31
-    """Largest number of workers to try, inclusive. Others hold the resources of larger groups."""
+    """Largest number of workers to try, inclusive. It is lowered if other commands hold the resources of more."""
     is_short: bool = False
-    """True if larger groups did not get their resources, until the task runs with more workers."""
+    """True from when a larger group did not get its resources until the task runs with more workers."""
     size: int = 0
     """Number of workers of the current or last attempt; 0 before the first."""
     group: RankGroup | None = None
@@ -228,20 +252,20 @@ class _Job:
     began: float = 0.0
     """Time of the current attempt's start, in seconds of the monotonic clock."""
     heard: float = 0.0
-    """Time of rank 0's last event, in seconds of the monotonic clock. Log records and other ranks' events say nothing
-    about the time that a step takes."""
+    """Time of rank 0's last event, in seconds of the monotonic clock. Log records and other ranks' events do not count,
+    because they say nothing about the time that a step takes."""
     silence: float = 0.0
     """Seconds without an event of rank 0, without time in which this process was suspended, as by Ctrl-Z."""
     patience: Patience = field(default_factory=Patience)
     saved: int = 0
     """Highest `Progress.done` that the current attempt has saved."""
     leaves: bool = False
-    """True if the current attempt was asked to save its work, because its node ends soon."""
+    """True if the current attempt was asked to save its work, because a node of its workers ends soon."""
     peer_lost: tuple[BaseException, float] | None = None
     """First error of a rank that lost its peers, and the time, in seconds of the monotonic clock, until which to wait
     for another rank's original error. `None` if no rank lost its peers."""
     result: Finished | Stopped = field(default_factory=Finished)
-    """Last event of rank 0. It is passed on once all ranks have ended."""
+    """Rank 0's last event, which is passed on once all ranks have ended."""
 
     @property
     def is_waiting(self) -> bool:
@@ -254,16 +278,16 @@ class _Job:
 
     @property
     def unheard(self) -> float:
-        """Seconds since rank 0's last event, without time in which this process was suspended since the last check."""
+        """Seconds from rank 0's last event until now, without time in which this process was suspended."""
         return min(time.monotonic() - self.heard, self.silence + ABSENCE)
 
 
 class _Stage:
     """Run of one stage, from its first to its last task. All its tasks have the same worker class.
 
-    Tasks of several workers come before tasks of one, and each kind is in the order of the list. Workers are requested
-    from Ray for all tasks that may start. A task avoids the nodes that failed it, while other nodes can hold its
-    workers.
+    Tasks of several workers start before tasks of one, and each kind starts in the order of the list. Workers are
+    requested from Ray for all tasks that may start. A task avoids the nodes that failed it, while other nodes can hold
+    its workers.
     """
 
     def __init__(self, executor: RayExecutor, stage: StageSetup, tasks: list[Task]) -> None:
@@ -285,8 +309,8 @@ class _Stage:
         self._failed_starts = 0
         """Number of failed attempts in a row to start actors; actors that were requested together count once."""
         self._failed_at = self._request_after = self._asked_at = 0.0
-        """Three times in seconds of the monotonic clock: of the last failed start of an actor, before which no further
-        actor is requested, and of the last question to Ray about actors that wait."""
+        """Three times in seconds of the monotonic clock: last failed start of an actor; earliest request of another;
+        last question to Ray about actors that wait."""
         self._checked, self._checked_groups = time.monotonic(), 0.0
         """Times of the last check of the workers, and of waiting groups, in seconds of the monotonic clock."""
         self._due_since = math.inf
@@ -299,7 +323,13 @@ class _Stage:
         """Time, in seconds of the monotonic clock, since which no task runs and processes start; infinite if not so."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
-        """Run all tasks to their end and yield their events, each with its task."""
+        """Run all tasks to their end and yield their events, each with its task.
+
+        Raises:
+            DatmError: the first error in the user's input, else the error of the first task that lost its workers too
+                often; or workers cannot be started, or did not become free in time.
+            Interrupted: the command was asked to stop.
+        """
         with saving("Stopping") as is_asked:  # details follow once the workers have answered
             while self._take_tasks():
                 if is_asked():
@@ -316,7 +346,8 @@ class _Stage:
             self._release(job)
 
     def _take_tasks(self) -> list[_Job]:
-        """Take tasks that the caller has added to the list meanwhile. Returns all tasks that have not ended."""
+        """Take tasks that the caller has added to the list. Returns all that have not ended; after an error in the
+        user's input only those that run."""
         new = self._tasks[self._taken :]
         if self._taken and new:
             self._executor.metrics.add(new)
@@ -327,7 +358,7 @@ class _Stage:
         return self._jobs
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
-        """Ask the workers to save their work, wait for those that can save, then raise `Interrupted`."""
+        """Ask the workers to save their work, wait `SAVE_TIMEOUT` s for those that can, then raise `Interrupted`."""
         self._is_stopping = True
         asked = {worker.save(): job for job in self._jobs for worker in job.workers}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_INTERVAL) if asked else ([], [])
@@ -348,7 +379,7 @@ class _Stage:
     # --- from waiting to running ----------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[tuple[Task, Event]]:
-        """Start waiting tasks: those of several workers on groups, those of one on free actors. Request workers."""
+        """Start waiting tasks on workers that Ray has given: groups, or free actors. Request workers for the others."""
         yield from self._start_groups()
         yield from self._request_groups()
         waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
@@ -399,8 +430,8 @@ class _Stage:
     def _nodes_without_substitute(self) -> set[str]:
         """Nodes with a broken GPU whose substitute is not known, because the actor that holds it has not started.
 
-        If Ray has given such an actor another broken GPU, that GPU needs its substitute no longer. The substitute then
-        replaces the first GPU.
+        Once started, such an actor may turn out to hold another broken GPU. No task gets that GPU any more, so its
+        substitute replaces the first broken GPU from then on.
         """
         held = self._executor.set_aside
         for gpu in held:
@@ -411,7 +442,7 @@ class _Stage:
         return {each.node for each in held.values() if not each.gpu}
 
     def _is_apart(self, job: _Job) -> bool:
-        """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
+        """True if the task runs on workers of `cluster.light`, which are assumed to take nothing that groups need."""
         return self._cluster.light is not None and job.task.is_light
 
     def _ranks(self) -> int:
@@ -427,11 +458,12 @@ class _Stage:
         return self._ranks() + len(self._pool) + size <= self._limit
 
     def _groups_are_due(self) -> bool:
-        """True while no task of one worker may start, so that a waiting group gets the resources that become free.
+        """True while tasks of one worker must not start, so that a waiting group gets the resources that become free.
 
         Only groups that the nodes can hold beside running groups are due. Tasks of one worker wait for a due group for
         at most `LONGEST_DRAIN` seconds, or until the group has waited for `SHORT_WAIT` seconds because other commands
-        hold the resources. Then these tasks start again, until no group is due any more.
+        hold the resources. Then these tasks start again, until no group is due any more. Callers let tasks on workers
+        of `cluster.light` start all the same.
         """
         now, waiting = time.monotonic(), [job for job in self._jobs if job.task.size > 1 and job.is_waiting]
         if any(job.is_placed for job in waiting):
@@ -475,6 +507,7 @@ class _Stage:
         """Number of ranks (workers of a group) to request for a task; `None` if `left` is too small for every size.
 
         This is the largest size for which `free` and `left` are enough, else the largest for which `left` is enough.
+        Sizes above `job.limit` are left out, unless all are above it: then the smallest is left.
         After a second loss without progress, a smaller group without the nodes that failed the task is preferred to a
         larger group with them.
 
@@ -489,7 +522,7 @@ class _Stage:
         return size_for(sizes, good) or size_for(sizes, now) or size_for(sizes, left)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups whose resources are reserved. Ray's head is asked once per `EVENT_INTERVAL` for each group."""
+        """Start groups whose resources are reserved. Ray is asked at most once per `EVENT_INTERVAL` seconds."""
         if time.monotonic() - self._checked_groups < EVENT_INTERVAL:
             return
         self._checked_groups = time.monotonic()
@@ -542,14 +575,17 @@ class _Stage:
         return bad if bad and knows_labels() and self._capacity(job, bad) >= size else set()
 
     def _drop(self, *workers: PoolWorker) -> None:
-        """Stop actors of tasks of one worker, except those that hold GPUs."""
+        """Remove actors from the pool and stop them. Actors in `set_aside` are not stopped: they keep their GPUs."""
         for worker in workers:
             if worker not in self._executor.set_aside.values():
                 worker.stop()
             self._pool.remove(worker)
 
     def _release(self, job: _Job) -> None:
-        """Stop the workers of a task's current attempt. The task then waits for workers again."""
+        """Stop the workers of a task's current attempt. The task then waits for workers again.
+
+        Requests of later tasks' groups are withdrawn, so that this task's next one comes before theirs.
+        """
         if job.group:
             for later in self._jobs[self._jobs.index(job) + 1 :] if job.workers else ():
                 if later.group and not later.workers:  # its new request comes after this task's, as in the list
@@ -578,7 +614,10 @@ class _Stage:
                 yield from self._read(job, each)
 
     def _note_start(self, worker: PoolWorker) -> None:
-        """Record that an actor has started, or drop an actor that Ray could not start."""
+        """Record that an actor has started, or drop an actor that Ray could not start.
+
+        Raises a `WorkerLostError` if more than `MOST_FAILED_STARTS` starts in a row have failed and no task runs.
+        """
         try:
             worker.has_started(ray.get(worker.starting))
             self._failed_starts = 0
@@ -596,7 +635,7 @@ class _Stage:
             _log.warning("%s; trying again", why)
 
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
-        """Handle the next item of a stream: an event, log records, or an error."""
+        """Handle the next item of a rank's stream: an event, log records, an error, or the stream's end."""
         rank, task = job.streams[stream], job.task
         try:
             event = ray.get(next(stream))
@@ -625,10 +664,10 @@ class _Stage:
                 yield from self._grow(job)
 
     def _grow(self, job: _Job) -> Iterator[tuple[Task, Event]]:
-        """Restart a group with more workers, for which Ray has reserved resources meanwhile.
+        """Restart a group with more workers, if Ray has reserved resources for more meanwhile.
 
-        A restart takes time, so a group grows at most every `GROWTH_INTERVAL`. It grows earlier if it gets all its
-        workers, or if it has fewer only because others did not become free.
+        A restart takes time, so a group grows at most every `GROWTH_INTERVAL` seconds. It grows earlier if it gets all
+        workers that it can use, or if it was made smaller because workers did not become free.
         """
         size = size_for(job.sizes, job.group.possible) if job.group else None
         is_due = size == size_for(job.sizes, self._limit) or job.is_short
@@ -639,7 +678,10 @@ class _Stage:
             yield job.task, Note("checkpoint saved; restarting with more workers")
 
     def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
-        """Pass on the result of a task whose workers have all ended. The workers are then free for another task."""
+        """Pass on the result of a task whose workers have all ended. The workers are then free for another task.
+
+        If they ended early because a node ends soon, the task waits for other workers instead.
+        """
         if job.leaves and isinstance(job.result, Stopped):
             yield job.task, Note(f"its node ends soon: saved {job.result.saved}, to resume elsewhere")
             self._release(job)
@@ -661,12 +703,13 @@ class _Stage:
                 job.group.stop()
 
     def _lose(self, job: _Job, cause: BaseException, stream: Any = None) -> Iterator[tuple[Task, Event]]:
-        """Handle an error of a task.
+        """Handle an error of a task's attempt: retry the task, give it up, or end the stage.
 
         An error in the user's input ends the stage, unless it may not occur on other nodes. After any other error
-        the task is retried, or given up if it has lost its workers too often. A broken GPU is set aside, see
-        `_set_aside`. The first GPU set aside on a node does not count as a failure of the node, because its other GPUs
-        may work. The second one counts, and so does a GPU that torch cannot use.
+        the task is retried, or given up if it has lost its workers too often. If a rank only lost its peers, another
+        rank's error is awaited first. A GPU that may be broken is set aside, so that no task gets it. The first
+        GPU set aside on a node does not count as a failure of the node, because its other GPUs may work. The second one
+        counts, and so does a GPU that torch cannot use.
 
         Args:
             stream: stream that ended with the error; `None` if no stream did.
@@ -721,13 +764,13 @@ class _Stage:
     def _set_aside(self, job: _Job, cause: BaseException, stream: Any) -> tuple[Gpus | None, bool]:
         """Keep a GPU from other tasks if an error may be its own, because Ray would give it to the next actor.
 
-        The actor that had the error is kept, and with it the GPU. The ranks of a set end together with the set's
-        reservation, so another actor takes any GPU of the node, for use in place of the broken one. If the broken GPU
+        The actor that had the error is kept, and with it the GPU. The ranks of a group end together with the group's
+        reservation, so a new actor takes any GPU of the node, as a substitute for the broken one. If the broken GPU
         is itself a substitute, its own actor holds it already, and the GPU that it replaced gets another substitute.
         The last GPU is not set aside. Nor is a shared one, because Ray would still give its other shares to actors.
 
         Returns:
-            The GPU, `None` if none was set aside; and True if it is the first of its node.
+            The broken GPU, `None` if none was set aside; and True if it is the first set aside on its node.
         """
         held, worker = self._executor.set_aside, job.workers[job.streams.get(stream, 0)]
         worker.find_node()
@@ -776,7 +819,7 @@ class _Stage:
         )
 
     def _fail(self, job: _Job, failure: DatmError) -> Iterator[tuple[Task, Event]]:
-        """End a task that is not retried. Its error is raised after the other tasks have ended."""
+        """End a task that is not retried. `events` raises its error after the other tasks have ended."""
         self._release(job)
         self._jobs.remove(job)
         for each in [each for each in self._jobs if self._failure and not each.workers]:
@@ -786,7 +829,10 @@ class _Stage:
             yield job.task, Failed(str(failure), running, len(others) - running)
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
-        """Fetch logs, end stuck workers that have not ended themselves, and report tasks that wait for long."""
+        """Fetch logs, end stuck workers that have not ended themselves, and report tasks that wait for long.
+
+        Raises a `NoFreeWorkersError` if no task runs and no workers become free in time.
+        """
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:
@@ -799,7 +845,7 @@ class _Stage:
                 yield from self._lose(job, job.peer_lost[0])
 
     def _check_gpus(self, now: float) -> Iterator[tuple[Task, Event]]:
-        """Give up actors that hold GPUs and have died, that others keep waiting, or whose nodes are gone.
+        """Give up actors in `set_aside` that have died, got no GPU within `SHORT_WAIT` seconds, or lost their node.
 
         A worker that uses such an actor's GPU in place of a broken one is lost, because Ray gives that GPU to others.
         """
@@ -841,11 +887,17 @@ class _Stage:
             yield from self._lose(job, WorkerLostError(f"no step for {job.silence:.0f} s, and no answer"))
 
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
-        """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long.
+        """While tasks wait and none runs, report it once a minute.
 
         Before the error, tasks may use nodes and GPUs again that failed them, because no other becomes free. Time in
-        which a worker's process starts is no wait, up to `cluster.progress_timeout`: Ray may need long for its
+        which a worker's process starts is no wait, up to `cluster.progress_timeout` seconds: Ray may need long for its
         environment.
+
+        Args:
+            now: present time, in seconds of the monotonic clock.
+
+        Raises:
+            NoFreeWorkersError: they have waited for longer than `cluster.wait_for_nodes`, or 60 s if it is null.
         """
         waiting = [job for job in self._jobs if job.is_waiting]
         if len(waiting) < len(self._jobs) or not waiting:

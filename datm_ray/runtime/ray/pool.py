@@ -70,7 +70,12 @@ class Worker:
     """Ray actor that holds one of this package's workers and runs its tasks."""
 
     def __init__(self, log_level: int, gpus: float = 0.0) -> None:
-        """Take the actor's GPUs. `gpus`: how many Ray has assigned to the actor, such as 0.5."""
+        """Take the actor's GPUs, and collect log records from now on.
+
+        Args:
+            log_level: lowest level of the records to collect.
+            gpus: number of GPUs that Ray has assigned to the actor, such as 0.5.
+        """
         _take_gpus(ray.get_gpu_ids())
         assigned.cpus, assigned.share = _cpus_beside(gpus), gpus or 1.0
         self._log = Collector(f"Worker/{os.getpid()}", log_level)
@@ -90,7 +95,7 @@ class Worker:
         return self._log.take()
 
     def stop(self) -> bool:
-        """Ask the worker to save its work and to stop.
+        """Ask the worker to save its work and then end. Does not wait for it.
 
         Returns False if the worker has no work that can be saved, or was already asked.
         """
@@ -209,11 +214,12 @@ class PoolWorker:
 
     @classmethod
     def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
-        """Request an actor from Ray, without waiting for its start. On free resources it has the command's `mark`.
+        """Request an actor from Ray, without waiting for its start.
 
         Args:
             options: Ray's options of the actor.
-            bundle: placement group and index of the bundle whose resources the actor takes; `None` for free resources.
+            bundle: placement group and index of the bundle whose resources the actor takes; `None` for free resources,
+                where the actor also requests `mark()`, so that it is counted while it waits.
         """
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
@@ -224,7 +230,7 @@ class PoolWorker:
         return cls(options, actor, actor.place.remote())
 
     def suits(self, options: Mapping[str, Any]) -> bool:
-        """True if the actor has the resources in `options`; the actor may also have more memory and more labels."""
+        """True if the actor has exactly the resources in `options`; its memory and labels may be more."""
         mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
         labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
         is_enough = self.options.get("memory", 0) >= options.get("memory", 0)
@@ -247,7 +253,7 @@ class PoolWorker:
         )
 
     def find_node(self) -> None:
-        """Record the actor's node and process if the actor has started. Does not wait."""
+        """Record the actor's node, process and GPUs if the actor has started. Does not wait."""
         if self.starting is not None and ray.wait([self.starting], timeout=0, fetch_local=False)[0]:
             with suppress(RayError):
                 self.has_started(ray.get(self.starting))
@@ -271,7 +277,7 @@ class PoolWorker:
         return True
 
     def save(self) -> Any:
-        """Ask the worker to save its work and to stop. Returns a reference to the result of `Worker.stop`."""
+        """Ask the worker to save its work and then end. Returns a reference to the result of `Worker.stop`."""
         return self.actor.stop.options(concurrency_group=CONTROL).remote()
 
     def stop(self) -> None:
@@ -279,7 +285,7 @@ class PoolWorker:
         ray.kill(self.actor)
 
     def end_process(self) -> None:
-        """Kill the actor's process by a task on its node, because Ray may wait for ever for a process that hangs."""
+        """Kill the process of a started actor by a task on its node. Ray may wait for ever for a process that hangs."""
         if self.process:
             there = NodeAffinitySchedulingStrategy(self.node, soft=False)
             killer: Any = ray.remote(_kill)
