@@ -91,7 +91,10 @@ class RunSummary:
 
     @cached_property
     def history(self) -> Mapping[str, NDArray[Any]] | None:
-        """Name -> column of the checkpoint's history; `None` if the checkpoint is missing or has no iteration."""
+        """Column name, such as "history.loss" -> values of the checkpoint, one per iteration (of the first backbone).
+
+        `None` if the checkpoint is missing or has no iteration.
+        """
         history = read_curves(self.folder) if (self.folder / CHECKPOINT).exists() else None
         return None if history is None or not len(history["history.iteration"]) else history
 
@@ -102,7 +105,7 @@ class RunSummary:
 
     @property
     def follows_experts(self) -> bool:
-        """True if the set itself was made from trained networks, and not only its labels for scored networks."""
+        """True if the run's method needs trained networks: to make the set or, with method given, to label images."""
         return bool(trained_backbones(self.config))
 
     @cached_property
@@ -153,6 +156,7 @@ class RunSummary:
 
     @property
     def skipped(self) -> int:
+        """Number of iterations so far that were skipped for any reason."""
         return 0 if self.history is None else int(self.history["history.skipped"].sum())
 
     @property
@@ -207,7 +211,7 @@ class CostLine:
 
 
 def cost_lines(summary: RunSummary) -> list[CostLine]:
-    """Known costs of the experts, the distillation, the labels, each table row and each other architecture."""
+    """Known costs of trained networks, prior, distillation, labels, each table row and each other architecture."""
     return [line for line in _cost_lines(summary) if line.count]
 
 
@@ -325,7 +329,7 @@ class Line(NamedTuple):
     title: str
     cells: Sequence[Cell]
     style: str = ""
-    """Class of the row on the page: "distilled", "share" for a row computed from others, or any other name."""
+    """CSS class of the row on the page: "share" for a secondary row such as a size, else the row's key; "" for none."""
 
 
 class Table(NamedTuple):
@@ -482,7 +486,8 @@ NETWORK_COLUMNS = {
     "tuned": "tuned step size",
     "control": f"{ROWS['random-soft']}, tuned",
 }
-"""Columns of the table of architectures -> headings for methods with experts; see `network_columns`."""
+"""Key of a column in the table of architectures -> its heading, for methods with experts. Without experts,
+`network_columns` gives other headings."""
 
 
 def network_columns(summary: RunSummary) -> dict[str, str]:
@@ -511,9 +516,9 @@ def _mean_over(networks: Sequence[NetworkScores], column: str) -> str | None:
 
 
 def network_accuracies(summary: RunSummary) -> Table:
-    """Table of a run's accuracy on every architecture, then the means over seen and unseen ones.
+    """Table of a run's accuracy on every architecture, then the means over seen ones, unseen ones, and both.
 
-    Seen architectures were used to distil the set; unseen ones were not.
+    Seen architectures were used to distil the set beside the recipe's `network`, which is in no mean.
     """
     lines = []
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
@@ -530,7 +535,7 @@ def network_accuracies(summary: RunSummary) -> Table:
 
 
 def networks_table(summary: RunSummary) -> str:
-    """Accuracy on every architecture as text, then the means over seen and unseen architectures."""
+    """Accuracy on every architecture as text, then the means over those seen and unseen while distilling."""
     (title, *headings), lines = network_accuracies(summary)
     n = ", ".join(sorted({str(each.tuned.n) for each in summary.networks}))
     text = as_text(Table([f"{column_name(summary)}: {title}", *headings], lines))
@@ -538,6 +543,7 @@ def networks_table(summary: RunSummary) -> str:
 
 
 def find_score(scores: Sequence[Score], row: str) -> Score | None:
+    """Score of a row, given by its key such as "full"; `None` if it is not among `scores`."""
     return next((score for score in scores if score.row == row), None)
 
 

@@ -38,7 +38,7 @@ from datm_ray.words import counted
 STEP_SIZE = 0.01
 """Step size for training on a set without a learned step size: the value published for DM."""
 ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
-"""Settings of the section `cluster` with which one worker distils a set, see `laid_out` in `memory.py`."""
+"""Key of the section `cluster` -> value with which one worker distils a set by itself."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Demand:
     """Bytes of tensors that stay in memory through the whole iteration, beside parameters and micro-batches: for
     example the student's parameters after each step. 0 for none."""
     steps: int = 0
-    """Number of steps in an iteration, of `at_once` images each, whose images a GPU may augment together if they are
-    few. 0 if the method never augments several micro-batches together."""
+    """Number of steps in an iteration, of `at_once` images each. A GPU may augment the images of several small steps
+    together. 0 if the method never augments several micro-batches together."""
     summed: int = 0
     """Number of bytes that an iteration sums over class shards (workers with different classes)."""
     sums: int = 0
@@ -93,28 +93,30 @@ class Method:
     """One way to make a synthetic set, as one worker computes it. `Method(part)` takes the worker's part in the set.
 
     The work is divided by classes: each worker holds the images of some classes (`part.rows`), and `all_sum` adds over
-    the workers of all classes. A subclass must define `gradient`. By default, descent along this gradient changes the
-    images, labels are hard, and no network is trained before the distillation. A subclass overrides what differs.
+    the workers of all classes. A subclass defines `gradient`, unless it has no iterations or overrides `step`. By
+    default, descent along this gradient changes the images, labels are hard, and no network is trained before the
+    distillation. A subclass overrides what differs.
     """
 
     state: ClassVar[type[State[Any]]] = Descent
     """Class of the state that checkpoints save. It is built from the first set and the section `config.distill`."""
     options: ClassVar[Mapping[str, bool | float | str]] = {}
     """Name of a setting in `distill.options` that the method reads -> default value: a number, a text, True or False.
-    A recipe must give a value of the same kind. See `option`."""
+    A recipe must give a value of the same kind."""
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
     """Which networks the method takes. never: no network may have batch normalisation, for example because gradients
     are matched. always: `network` must have batch normalisation. either: `network` may have it."""
     starts_from_crops: ClassVar[bool] = False
     """True if `choose` can make a set of the crops that a teacher classifies best (`distill.initial` "crops")."""
     reads_backbones: ClassVar[bool] = False
-    """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
+    """True if the method computes every network of `part.role.backbones`, so that a recipe may have `backbones`. False
+    if it computes `config.network` alone."""
     can_continue: ClassVar[bool] = False
     """True if an iteration does not depend on the number of iterations after it. A finished set can then be distilled
     further, see `distill.continue_from`."""
     augments: bool = True
     """True if the method augments its images by `augmented`; MetaDD's networks then see the same augmented images.
-    False if the method does not augment, or if it augments in its own way, which its `augmentations` then returns."""
+    False if it does not augment, or augments in its own way. It may then override `augmentations`."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method supports."""
     gives_step_size: ClassVar[bool] = False
@@ -135,7 +137,7 @@ class Method:
     calibration: str = ""
     """Work of `calibrate` in words for the user; "" if it takes almost no time."""
     notes: Sequence[str] = ()
-    """Messages to the user before the first iteration."""
+    """Messages to show to the user before the first iteration."""
     facts: Mapping[str, Any] = {}
     """Settings and facts that affect rounding, such as precision. Checkpoints store them."""
 
@@ -143,7 +145,8 @@ class Method:
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
-        By default the class attribute `trains` decides: all backbones, the first one, or none.
+        By default the class attribute `trains` decides: all backbones, the first one, or none. With auxiliaries of
+        MetaDD it is at least the first one.
         """
         if cls.trains == "all":
             return config.each_backbone()
@@ -284,7 +287,7 @@ class Method:
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing the set before the first iteration, for plans.
+        """Work of choosing the first set (the images and labels before any iteration), for plans.
 
         Returns kind of work (a key of `Demand.passes`) -> number of images that pass the recipe's `network`. The key
         "reading" has the number of real images that are read.
@@ -325,7 +328,7 @@ class Method:
 
     @property
     def piece(self) -> Piece:
-        """Piece (some images of some classes) that the worker makes, of a method that makes sets in `pieces`."""
+        """Piece (some images of some classes) that this worker makes. Only for methods that make sets in `pieces`."""
         assert self.part.piece is not None
         return self.part.piece
 
@@ -343,27 +346,36 @@ class Method:
         return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Choose and return the set before the first iteration. Yields between steps, to allow heartbeats."""
+        """Choose the first set: this worker's images and labels, before any iteration. Returns the set.
+
+        Yields between steps, so that the caller can send heartbeats.
+        """
         yield
         found = self.first_set()
         return found if isinstance(found, SyntheticSet) else (yield from found)
 
     def first_set(self) -> SyntheticSet | Steps[SyntheticSet]:
-        """Choose the set before the first iteration, at once or in steps."""
+        """Choose the first set, for `choose`. Returns the set, or a generator of steps that returns it."""
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def hard_labelled(self, images: Tensor, labels: Tensor) -> SyntheticSet:
-        """Set of images [n c h w] with hard labels for their classes [n]."""
+        """Set of images [n c h w] with hard labels of their classes [n], and the recipe's step size or `STEP_SIZE`."""
         part = self.part
         step_sizes = torch.full((1,), part.config.distill.initial_step_size or STEP_SIZE, device=part.device)
         hard = hard_logits(labels, part.dataset.classes)
         return SyntheticSet(images.to(part.device), hard, step_sizes, labels)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Do slow work once before the first iteration, such as compiling. By default there is none."""
+        """Do slow work once before the first iteration, such as compiling. By default there is none.
+
+        Args:
+            heartbeat: function to call after each part of the work.
+        """
 
     def calibrate(self, state: Any) -> Iterator[str]:
         """Find values that the recipe leaves open, before the first iteration of a new set. Yields messages.
+
+        By default this is the images' learning rate, which goes into `state`.
 
         Raises:
             DatmError: the set would learn nothing.
@@ -376,7 +388,7 @@ class Method:
             yield rate_found(state)
 
     def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
-        """Euclidean norm of a gradient or a movement of images, divided by the norm of the images.
+        """Euclidean norm of a gradient or a movement of images, divided by the norm of the images, over all workers.
 
         Args:
             gradient: [n c h w] this worker's part of the gradient; the parts of all backbones are added.
@@ -421,9 +433,9 @@ class Method:
     ) -> Sequence[Augmentation]:
         """For each of some images, the augmentation under which the method sees it in an iteration.
 
-        MetaDD's networks see the images under the same augmentation, see `metadd.augmented`. Every worker that holds
-        the images gets the same values. By default, if the method sets `augments`, these are the draws of `augmented`
-        for the images' classes.
+        MetaDD's networks see the images under the same augmentation if `metadd.augmented` is set. Every worker that
+        holds the images gets the same values. By default, if the method sets `augments`, these are the draws of
+        `augmented` for the images' classes.
 
         Args:
             rows: [b] indices of the images among those that the worker holds.
@@ -460,8 +472,7 @@ class Method:
     def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
         """Loss [] of this worker's rows and backbones, and the loss's gradient [n c h w] with respect to the images.
 
-        Both are zeros if the worker computes no backbone.
-        Workers that compute other backbones wait for each other.
+        Both are zeros if the worker computes no backbone. Returns once the workers of other backbones are done, too.
         """
         images = state.synthetic.images
         found = images.new_zeros(()), torch.zeros_like(images)
@@ -480,6 +491,9 @@ class Method:
         Args:
             state: state of the distillation, changed in place.
             meta: MetaDD's term; `None` without MetaDD.
+
+        Raises:
+            DivergenceError: too many updates in a row were skipped because a value was not finite.
         """
         mesh = self.part.mesh
         state.step(

@@ -83,7 +83,7 @@ class DistributionMatching(Method):
         return even_size(settings.ipc, most), even_size(min(settings.real_batch, largest), most)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile the functions. On a GPU, also find by trial how large a micro-batch may be for the GPU's memory."""
+        """Compile the embeddings. On a GPU, also find by trial how large a micro-batch may be for the GPU's memory."""
         for number, plan in self._plans.items():
             functions = self._functions[number]
             values = functions.values_of(self.fresh_network(0, number))
@@ -110,7 +110,7 @@ class DistributionMatching(Method):
         """Compute the loss: weighted distances between mean embeddings of real and synthetic images.
 
         Returns the loss [], summed over this worker's classes and backbones, and the loss's gradient [n c h w] with
-        respect to the synthetic images.
+        respect to the synthetic images. `all_sum` is not called, because the loss is a sum over classes.
         """
         config, settings, images = self.part.config, self.part.config.distill, synthetic.images
         labels = self.part.rows.classes(settings.ipc)
@@ -126,6 +126,9 @@ class DistributionMatching(Method):
 
 
 def embedding_functions(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> EmbeddingFunctions:
-    """Embeddings by networks with the architecture of `network`, as the settings of a run compute them."""
+    """Functions that compute embeddings by networks with the architecture of `network`, on the device.
+
+    The section `cluster` decides if they are compiled, their memory order and their precision.
+    """
     layout, precision = channels_last_on(cluster, device), precision_on(cluster, device)
     return EmbeddingFunctions(network, compiled=cluster.compile, channels_last=layout, precision=precision)

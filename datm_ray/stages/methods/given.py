@@ -38,7 +38,7 @@ class Given(Method):
 
     @classmethod
     def has_soft_labels(cls, config: RunConfig) -> bool:
-        """True, because the labels are those in the file."""
+        """True, because the labels are those in the file, which may be soft."""
         return True
 
     @classmethod
@@ -48,13 +48,16 @@ class Given(Method):
 
     @classmethod
     def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
-        """Copy of a run that states its set's content: digest, absolute path and step size, see `Method.resolved`.
+        """Copy of a run whose section `given` states the set's digest, absolute path and step size.
 
-        Without real images (`raw`), only the step size is filled in, if it can be read.
+        The set is read and checked. It is not read if `made` states the same digest and the same step size, or the same
+        digest while the set's files are gone: the finished run's step size is then kept. A step size that the recipe
+        gives is never replaced.
 
-        The set need not be read if `made`, the configuration of the finished run, states the same digest, and either
-        the same step size or the set's files are gone. The finished run's step size is then kept, unless the recipe
-        gives another one. In all other cases the set is read and checked.
+        Args:
+            config: the run, resolved for its images' size.
+            raw: real images of the run; `None` for a plan, which fills in the step size alone, if it can be read.
+            made: configuration with which the finished set of the run was made; `None` if there is none.
 
         Raises:
             DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
@@ -75,7 +78,7 @@ class Given(Method):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        """Raise a `ConfigError` for a recipe that the method cannot follow, such as one without the section `given`."""
         super().check(config)
         section_of(config)
 
@@ -95,7 +98,11 @@ class Given(Method):
         return f"{images:,} images of a finished set, without iterations"
 
     def first_set(self) -> SyntheticSet:
-        """Read this worker's images and labels of the set. Images are normalised as this run's data set is."""
+        """Read this worker's images and labels of the set. Images are normalised as this run's data set is.
+
+        Raises:
+            DatmError: the set cannot be read, does not fit the run, or has another digest than the recipe states.
+        """
         part, settings = self.part, section_of(self.part.config)
         found = read_set(settings.path, part.dataset.class_names)
         _require_digest(found, settings)

@@ -40,8 +40,9 @@ trained networks before."""
 MARGIN = 1.25
 """Factor on the bytes of all counted tensors, for allocators and workspaces."""
 SET_COPIES, IMAGE_COPIES = 5, 6
-"""SET_COPIES: copies of a set (with momentum, gradient, updated set, and the set kept by validation). IMAGE_COPIES:
-copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
+"""SET_COPIES: number of tensors of a set's size: the set, its momentum, its gradient, the updated set, and the set kept
+by validation. IMAGE_COPIES: number of tensors of the size of a micro-batch's images: raw, augmented, kept for the
+derivative, and a gradient of each."""
 FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
 META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
@@ -67,11 +68,11 @@ class DistillationPlan:
     """Memory plan of a worker for one of its backbones, or of a worker that only computes MetaDD."""
 
     name: str
-    """Phrase that says what the worker does, for messages."""
+    """Phrase that says what the worker does, such as "distils birds", for messages."""
     budget: float
     """Bytes that the worker may take; infinite if this process cannot see its GPU."""
     parts: Mapping[str, int]
-    """Bytes that the worker takes, by part, see `MEMORY_PARTS`."""
+    """Part of the worker's memory, a key of `MEMORY_PARTS` -> bytes that it takes."""
     chunk: int
     """Number of images of a micro-batch: as many as memory and a CPU's cache allow; 0 for a worker of MetaDD alone.
 
@@ -127,7 +128,7 @@ def laid_out(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[DistillationPlan]:
-    """Plans of every network that a recipe works on, in the networks' order, then of workers that only compute MetaDD.
+    """Memory plans for every network that a recipe works on, in order, then for workers that only compute MetaDD.
 
     Args:
         shape: shape of the recipe's data. With 0 training images, the data set counts as taking no memory.
@@ -265,7 +266,7 @@ def _meta_chunk(config: RunConfig, maps: int, most: float, held: int) -> int:
 
 
 def require_whole_classes(shards: int, classes: int, name: str) -> None:
-    """Raise a `ConfigError` if there are more shards than classes."""
+    """Raise a `ConfigError` if there are more shards than classes. `name` is the run's, for the message."""
     if shards > classes:
         raise ConfigError(
             f"cluster.shards is {shards}, but {name} has {classes} classes",
@@ -306,9 +307,10 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
 
 @contextmanager
 def crowded_gpus_lose(cluster: ClusterConfig) -> Iterator[None]:
-    """Turn a `GpuMemoryError` into a `WorkerLostError` if other processes hold memory of this worker's part of its GPU.
+    """Context: a `GpuMemoryError` becomes a `WorkerLostError` if others hold memory of this worker's part of its GPU.
 
-    Such processes may end, as a killed worker that the driver has not released yet, so another attempt may succeed.
+    The others are processes that may end, such as a killed worker that the driver has not released yet. So another
+    attempt may succeed.
     """
     try:
         yield
@@ -325,13 +327,17 @@ def chunk_by_trial(
     device: torch.device,
     forget: Callable[[], None] = lambda: None,
 ) -> int:
-    """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
+    """Number of images of the largest micro-batch whose step fits on a GPU.
+
+    Tries the number in the plan, then half of it, down to one image.
 
     A trial also allocates the plan's parts "trace" and "block", the bytes that stay in memory through an iteration and
     through several steps. A step fits if the trial's peak memory stays within the plan's budget.
 
     Args:
         step: computes one step with the given number of images.
+        plan: plan of the worker, with its budget and the largest micro-batch to try.
+        device: the GPU.
         forget: function that frees what a failed trial has left, such as recorded CUDA graphs with their memory.
 
     Raises:

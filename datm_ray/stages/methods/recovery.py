@@ -53,7 +53,7 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        """Raise a `ConfigError` for a recipe that the method cannot follow, such as one with ZCA whitening."""
         super().check(config)
         if config.dataset.normalisation == "zca":
             raise ConfigError(
@@ -78,7 +78,10 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing and labelling the first images, see `Method.choosing`. Each crop counts once."""
+        """Work of choosing and labelling the first images: kind of work -> images that pass the teacher, or are read.
+
+        Each crop counts as an image that passes.
+        """
         labelled = dict(super().choosing(config, classes, training_images))
         if config.distill.initial == "crops":
             scored = crops_scored(config, classes, training_images)
@@ -218,7 +221,11 @@ class RecoveryFromTeacher(Method):
         """Run one iteration: one step of Adam on the loss of a random view of the block's images.
 
         Args:
+            state: state of the distillation, a `Recovery`, changed in place.
             meta: MetaDD's term, which is added to the loss; `None` without MetaDD.
+
+        Raises:
+            DivergenceError: too many steps in a row were skipped because a value was not finite.
         """
         config, synthetic = self.part.config, state.synthetic
         if config.recover.rounds > 1 and state.first_images is None:

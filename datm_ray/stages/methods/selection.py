@@ -52,13 +52,16 @@ class Selection(Method):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
+        """Raise a `ConfigError` for a recipe that the method cannot follow, such as an unstored `select.epoch`."""
         super().check(config)
         _check_select(config)
 
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
-        """Raise a `DatmError` for too few images, images that do not fit the tiles, or networks without features."""
+        """Raise a `DatmError` for images that cannot be chosen by `select.by`.
+
+        For rded, there are too few images or they do not divide into tiles. For moderate, the network has no features.
+        """
         if config.select.by == "rded":
             check_images_for_crops(config, images)
         if config.select.by == "moderate":
@@ -178,7 +181,7 @@ class Selection(Method):
 
 
 CORESETS = ("moderate", "el2n", "forgetting")
-"""Values of `select.by` of the coresets that a table needs beside a distilled set."""
+"""Values of `select.by` for coresets, the chosen real images with which a table compares a distilled set."""
 
 
 def coresets_of(config: RunConfig, say: Callable[[str], object] = lambda _: None) -> list[RunConfig]:

@@ -54,8 +54,8 @@ COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a compiled and of an uncompiled student step, as a multiple of the bytes that all layers write in one
 forward pass. Measured: 1.8 to 1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 10
-"""Number of vectors as long as the network's parameters in memory, beside the student's stored steps: two networks,
-target, the reverse sweep's v, sums of gradients, and start and target of the next iteration."""
+"""Number of vectors as long as the network's parameters in memory, beside the student's stored steps: 2 networks, the
+target, the reverse sweep's v, 4 gradients and sums of gradients, and the next iteration's start and target."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
@@ -79,7 +79,7 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise a `ConfigError` as the base class does, or if an epoch that may be drawn is not stored."""
+        """Raise a `ConfigError` for a recipe that cannot be matched, such as one whose experts lack a matched epoch."""
         super().check(config)
         config.require_matched_epochs()
 
@@ -143,7 +143,7 @@ class TrajectoryMatching(Method):
         self.facts = {} if first is None else first.facts
 
     def first_set(self) -> Steps[SyntheticSet]:
-        """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
+        """Choose the first set, in steps. A step size that the recipe leaves open gets a likely value."""
         return first_set(self.part, self.experts[0], self.first_step_size)
 
     @property
@@ -177,6 +177,7 @@ class TrajectoryMatching(Method):
         Raises:
             ThresholdError: all measured losses exceed `distill.threshold` (without one: are not finite), start and
                 target are equal in all pairs, or the loss has no gradient in the images.
+            StoreError: an expert has the same parameters in its first and last stored epochs.
         """
         given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.skip_above
         pairs = self._pairs(state.iteration)
@@ -276,7 +277,7 @@ class TrajectoryMatching(Method):
         """Learning rate with which a first update moves the images by `FIRST_MOVE` times their norm.
 
         The movement is a mean over the pairs. Pairs with a loss above `distill.threshold` would update nothing, so they
-        count only if all losses are above the threshold.
+        count only if all losses are above the threshold. Raises a `ThresholdError` if no pair has a gradient.
         """
         for skip_above in (self.part.config.distill.skip_above, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
@@ -363,10 +364,13 @@ class TrajectoryMatching(Method):
         """Run one iteration: match every network once. Meanwhile the inputs of the next iteration are prepared.
 
         Args:
+            state: state of the distillation, changed in place.
             meta: MetaDD's term; `None` without MetaDD.
 
         Raises:
             ThresholdError: the losses of many iterations in a row exceeded `distill.threshold`.
+            DivergenceError: a network's updates were too often skipped because a value was not finite.
+            StoreError: an expert has the same parameters in its first and last stored epochs.
         """
         origins, matches = self._ahead.get(state.iteration)
         state.step(
@@ -387,7 +391,8 @@ class TrajectoryMatching(Method):
     ) -> Sequence[Augmentation]:
         """For each of some images, the augmentation under which the first backbone's student first sees it.
 
-        See `Method.augmentations`, and `first_shown` for images that the student does not see in the iteration.
+        Images that the student does not see in the iteration share one operation, drawn for the iteration. MetaDD's
+        networks see the images under these augmentations if `metadd.augmented` is set.
         """
         settings = self.part.config.distill
         if not settings.augmentation:
@@ -482,12 +487,16 @@ class TrajectoryMatching(Method):
         }
 
     def shown(self, state: MatchingState) -> dict[str, float]:
-        """Loss and step size of the first backbone in the last iteration, and the number of skipped updates so far."""
+        """Loss and step size of the first backbone in the last iteration, and all backbones' skipped updates so far."""
         first = state.history[-state.backbones]
         return {"loss": first.loss, "step_size": first.step_size, "skipped": float(state.skipped)}
 
     def counts(self, state: MatchingState) -> dict[str, int]:
-        """Numbers of skipped, diverged and shortened updates of the finished distillation, by name."""
+        """Counts over all iterations and backbones of the finished distillation, by name.
+
+        "skipped" counts updates that were skipped for any reason, "diverged" those among them that were not skipped for
+        a finite loss above `distill.threshold`, and "shortened" the gradients that exceeded `distill.gradient_limit`.
+        """
         return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
     def images_seen(self) -> float:
@@ -498,7 +507,7 @@ class TrajectoryMatching(Method):
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: MatchingState) -> Iterator[str]:
-        """Messages if more than a quarter of the updates was skipped, or of the gradients shortened."""
+        """Messages for what hit over a quarter of updates: losses above the threshold, divergence, cut gradients."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
@@ -553,7 +562,7 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
         return {"scoring": 0}
 
     def first_set(self) -> Steps[SyntheticSet]:
-        """Choose random real images, or noise, with hard labels, before the first iteration."""
+        """Choose the first set, in steps: random real images, or noise, with hard labels."""
         return first_set(self.part, None, self.first_step_size)
 
 

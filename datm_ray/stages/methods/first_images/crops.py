@@ -31,13 +31,14 @@ class Crops:
     rows: NDArray[np.int64]
     """Indices of the training images that are cropped."""
     boxes: Tensor
-    """Boxes, [n 4], see `crop_boxes`."""
+    """Boxes [n 4] of the crops: top, left, height and width, as shares of the image's sides."""
 
     def images(self, part: Part, numbers: range) -> Tensor:
         """Make some of the class's images, [n c h w], tiled from the crops.
 
         Args:
-            numbers: which images, from 0 to ipc - 1.
+            part: the worker's part, whose data set has the images to crop.
+            numbers: numbers of the images to make, within 0 to ipc - 1.
         """
         tiles = part.config.select.tiles
         of_tiles = np.arange(tiles**2)[:, None] * part.config.distill.ipc
@@ -103,7 +104,7 @@ def crops_scored(config: RunConfig, classes: int, training_images: int) -> int:
 
 
 def check_crops(config: RunConfig) -> None:
-    """Raise a `ConfigError` if `select.pool` has fewer images than crops are wanted."""
+    """Raise a `ConfigError` if `select.pool`, the images tried for a class, is less than its wanted crops."""
     wanted = crops_of_class(config)
     if config.select.pool < wanted:
         raise ConfigError(

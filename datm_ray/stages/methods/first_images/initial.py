@@ -1,4 +1,4 @@
-"""First images and labels of a set: real images, labelled by trained networks."""
+"""First images and labels of a set: real images or noise, labelled by trained networks or by their classes."""
 
 from __future__ import annotations
 
