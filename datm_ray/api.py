@@ -261,7 +261,9 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:
-    """Train the experts that are missing from the store. Returns the store's path or URI.
+    """Train what a distillation needs and the store lacks: experts, a trained prior, and a curriculum's scores.
+
+    Returns the store's path or URI.
 
     The arguments and errors are those of `run`: recipe, output folder, and `Options`.
     """

@@ -270,7 +270,9 @@ class Artifact:
         """Transform from real images to what networks trained on the set expect, and from synthetic images to pixels.
 
         Raises:
-            StoreError: the transform has a file of its own, which is not found, or the set's file leaves it out.
+            StoreError: the file that holds the transform is not found, or the set's file leaves the transform out, see
+                `fitted`.
+            CorruptFileError: the transform's file is damaged, or holds another transform.
         """
         held = self.held_transform
         return held if isinstance(held, Transform) else held.transform

@@ -587,7 +587,7 @@ class PriorConfig(Section):
     halvings: Annotated[int, Field(ge=0, le=6)] = 2
     """Number of halvings from the sides of an image to those of its latent maps, 0 to 6."""
     width: Count = 64
-    """Channels of the decoder's layers."""
+    """Channels of the layers of the decoder, and of the encoder that is trained with it."""
     epochs: Count = 50
     """trained: epochs of the autoencoder."""
     batch_size: Count = 64
@@ -651,7 +651,8 @@ class EvaluateConfig(Section):
     """Add rows with labels that stay the same in all epochs, for the set and for random images: hard labels, and under
     a teacher the set's own soft labels."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """DSA operations during evaluation."""
+    """DSA operations on training images of scored networks, written as in `experts`; '' for none. Stored labels have
+    views of their own."""
     labels: Literal["own", "teacher", "stored"] = "own"
     """Soft labels for training. own: the set's; teacher: a teacher's logits for every augmented batch; stored: such
     logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""

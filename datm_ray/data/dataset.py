@@ -59,7 +59,7 @@ class Dataset:
         return len(self.class_names)
 
     def read_by(self, threads: int) -> Dataset:
-        """Copy whose streamed images are read by `threads` threads, which changes no bit; without any, itself."""
+        """Copy whose streamed images are read by `threads` threads, same bits. Itself if no image is streamed."""
         if not isinstance(self.train_images, StreamedImages):
             return self
         train, validation, test = (

@@ -8,8 +8,9 @@ A file does not say how the images of its training were normalised, nor in which
 must give `dataset.mean` and `dataset.std`, and the classes of its data set must have the same order. The import
 measures the accuracy on test images, which reveals most mistakes; the command line warns if the network only guesses.
 
-`torch.load` reads files with `weights_only=True`, which executes nothing from them. Objects beside the weights, such as
-options of a training program and numbers of numpy, become empty objects. Tests: tests/test_teachers.py.
+`torch.load` reads files with `weights_only=True`, which executes nothing from them. Beside the weights,
+an `argparse.Namespace` and numbers of numpy become empty objects; a file with objects of other classes is refused.
+Tests: tests/test_teachers.py.
 """
 
 from __future__ import annotations

@@ -247,7 +247,8 @@ class RecoveryRecord(LossRecord):
 
     statistics: float
     """Statistics term of the loss, without its weight `recover.statistics`: sum over layers of the distances to the
-    running statistics, as a mean over the networks that `recover.statistics_of` names."""
+    running statistics, the first layer's times `recover.first_layer`. It is a mean over the networks that
+    `recover.statistics_of` names."""
 
 
 @dataclass

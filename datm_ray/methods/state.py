@@ -115,8 +115,8 @@ class State(Generic[Record]):
     history: list[Record] = field(default_factory=list)
     """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records; empty without MetaDD. Each iteration that updated the set has one. If the set is made in pieces
-    (parts), each iteration that updated a piece has one."""
+    """MetaDD's records; empty without MetaDD, and if all its weights are 0. Each iteration that updated the set has
+    one. If the set is made in pieces (parts), each iteration that updated a piece has one."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None

@@ -208,7 +208,9 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 
 
 def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
-    """Raise a `RunDirectoryError` if results in the output folder were made with other expert weights than the store's.
+    """Raise a `RunDirectoryError` if results in the output folder came from other imported experts than the store's.
+
+    Trained experts count as equal to each other, and as different from imported ones.
 
     Args:
         of_all: True to check also other runs of the folder if it has scores that its runs share, such as those of

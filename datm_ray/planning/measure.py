@@ -43,8 +43,9 @@ is never reached."""
 STEPS = 3
 """Number of student steps in one timed repetition of matching."""
 QUICK_FLOP = 1e11
-"""Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer. Much
-smaller steps would be faster than in proportion, because their maps fit into the CPU's cache."""
+"""Number of operations that one step of one network may have in a quick measurement: the step gets as many images as
+this allows, at least two. The time of the run's larger step is taken in proportion to its images. Much smaller steps
+would be faster than in proportion, because their maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
 """Kind of step -> (a, b): in a network with `width` channels, a compiled step is a + b / width times as fast as an
 uncompiled one. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels

@@ -96,7 +96,7 @@ class Distance:
 
     @property
     def advice(self) -> str:
-        """Advice for the user if the ratio is above `TOO_FAR` or below `TOO_NEAR`; otherwise ""."""
+        """Advice on `distill.initial_step_size` if `ratio` is above `TOO_FAR` or below `TOO_NEAR`; otherwise ""."""
         if TOO_NEAR <= self.ratio <= TOO_FAR:
             return ""
         times = f"{self.ratio:.2g} times as far" if self.ratio > 1 else f"{1 / self.ratio:.2g} times less far"

@@ -83,7 +83,10 @@ _began: ContextVar[float | None] = ContextVar("_began", default=None)
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """File system of s3fs that repeats failed requests itself, so that s3fs and botocore do not."""
+    """File system in which s3fs repeats no failed request, and botocore none by default.
+
+    `put` repeats its own requests. Call other methods by `patiently`, which repeats them.
+    """
 
     retries = 1  # attempts by s3fs itself
 
