@@ -10,9 +10,9 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from datm_ray.config import DatasetConfig, NetworkConfig, PriorConfig, RunConfig
+from datm_ray.config import DatasetConfig, PriorConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
-from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import cost_and_stacking
 from datm_ray.core.prior import build_decoder, latent_shape
 from datm_ray.data.reading.decode import require_memory
 from datm_ray.data.sources import load_raw, require_streamable
@@ -153,9 +153,4 @@ def prior_cost(prior: PriorConfig, image: tuple[int, int, int]) -> tuple[ImageCo
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:
     """Memory and operations of one image in a forward pass through the recipe's main network, `config.network`."""
-    return _cost_of(config.network, shape.image, shape.classes)
-
-
-@functools.lru_cache(maxsize=64)
-def _cost_of(network: NetworkConfig, image: tuple[int, int, int], classes: int) -> ImageCost:
-    return image_cost(build_network(network.for_images(image[0], image[1:], classes), seed=0), image)
+    return cost_and_stacking(config.network.for_images(shape.image[0], shape.image[1:], shape.classes))[0]

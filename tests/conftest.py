@@ -33,7 +33,6 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.stages.distill import validation
 from datm_ray.stages.distill.task import Distillation
-from datm_ray.stages.evaluate import rows
 from tests import processes
 from tests.store import proxy
 from tests.tapes import Tape, recorded_tapes
@@ -188,7 +187,6 @@ def stacks_of_any_work(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compilation, "Compiled", lambda graph, *_, **__: graph)
     patch.setattr(loop, "trainer", functools.cache(loop.trainer.__wrapped__))
     patch.setattr(validation, "trainer", loop.trainer)
-    patch.setattr(rows, "_gains_and_stacks", functools.cache(rows._gains_and_stacks.__wrapped__))
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:

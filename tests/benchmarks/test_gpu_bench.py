@@ -24,6 +24,7 @@ from datm_ray.config import ClusterConfig, DistillConfig, NetworkSpec, RunConfig
 from datm_ray.core.compute.gpu import CONTEXT_BYTES
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import cost_and_stacking
 from datm_ray.core.steps import finished
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.loop import would_gain_together
@@ -440,9 +441,9 @@ def test_stage_workers_run_with_the_settings_of_a_recipe(bench: SimpleNamespace)
     assert torch.get_num_threads() == threads
     whole = override(RunConfig(), bench.workers.SETTINGS)
     assert whole.cluster == ClusterConfig()
-    network = build_network(whole.resolved((32, 32)).network.for_images(3, (32, 32), 10), 0)
+    spec = whole.resolved((32, 32)).network.for_images(3, (32, 32), 10)
     schedule = evaluation_schedule(whole, 0.01)
-    arguments = (network, whole.evaluate.seeds, (3, 32, 32), 10, schedule)
+    arguments = (lambda: cost_and_stacking(spec)[0], whole.evaluate.seeds, 10, schedule)
     with bench.workers.short_trainings_together():
         assert would_gain_together(*arguments, on_gpu=True)
     assert not would_gain_together(*arguments, on_gpu=True)

@@ -8,6 +8,7 @@ images, c h w an image or a map of one network, p parameters, q buffers, k class
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import conv2d, group_norm, pad
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.compute.compilation import CompiledForShapes, compiler_problem
 from datm_ray.core.compute.torch_compat import BatchNorm
 from datm_ray.core.networks.architectures import GlobalAverage, SpatialNetwork
-from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.instance_norm import InstanceNorm, instance_norm, set_explicit
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.networks.registry import couples_samples
+from datm_ray.core.networks.registry import build_network, couples_samples
 
 CACHED_MAP_BYTES = 10 * 2**20
 """Limit in bytes, inclusive, of the largest feature map of a call on a CPU, for all its networks and images: the map
@@ -53,6 +55,13 @@ def can_be_stacked(network: nn.Module) -> bool:
     return all(type(part) in (*_LAYERS, InstanceNorm) for part in chain) and all(
         type(part) in linear for part in network.classifier.modules()
     )
+
+
+@functools.lru_cache(maxsize=64)
+def cost_and_stacking(spec: NetworkSpec) -> tuple[ImageCost, bool]:
+    """Cost of one image in a network of `spec`, and what `can_be_stacked` returns for such a network."""
+    network = build_network(spec, seed=0)
+    return image_cost(network, (spec.channels, *spec.size)), can_be_stacked(network)
 
 
 def _logits(network: FlatNetwork, parameters: Tensor, images: Tensor) -> Tensor:

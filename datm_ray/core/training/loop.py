@@ -23,7 +23,7 @@ from datm_ray.config import EvaluateConfig, ExpertConfig, OptimiserName
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.batches import Images, batches, rows_on
-from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.stack_trial import InParts, StackStep, fitting, found_at_a_time, is_tried
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
@@ -469,25 +469,23 @@ def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
 
 
 def would_gain_together(
-    network: nn.Module,
+    cost: Callable[[], ImageCost],
     networks: int,
-    image: tuple[int, int, int],
     count: int,
     schedule: Schedule,
     *,
     on_gpu: bool = False,
     alike: int = 0,
 ) -> bool:
-    """True if training several networks like this one together would be faster than one after another.
+    """True if training several networks of one kind together would be faster than one after another.
 
     Assumes that the network can be stacked, that torch.compile works, and that no teacher gives the labels. `Trainer`
     checks these conditions. False for other optimisers than SGD, and if micro-batches divide the steps. Compiling must
     take less time than it saves in all trainings with the same step.
 
     Args:
-        network: one of the networks; its layers decide.
+        cost: gives the cost of one image in a network; not called where that decides nothing.
         networks: number of networks.
-        image: channels, height and width.
         count: number of images that each network is trained on.
         on_gpu: True if a GPU trains them.
         alike: number of networks in all tasks of the run that the same compiled step can train, including these
@@ -498,10 +496,9 @@ def would_gain_together(
         return False
     if on_gpu:
         return every * schedule.epochs * -(-count // schedule.batch_size) >= COMPILED_STEPS
-    cost = image_cost(network, image)
-    if WIDE_MAP_BYTES < min(schedule.batch_size, count) * cost.largest < CACHED_MAP_BYTES:
+    if WIDE_MAP_BYTES < min(schedule.batch_size, count) * cost().largest < CACHED_MAP_BYTES:
         return False
-    return every * work_of_training(schedule, count, cost.flop) >= COMPILED_WORK
+    return every * work_of_training(schedule, count, cost().flop) >= COMPILED_WORK
 
 
 def stack_sizes(networks: int) -> list[int]:
@@ -550,9 +547,8 @@ class Trainer:
         count, *image = first.images.shape
         may_stack = self._compile and lessons is None and can_be_stacked(first.network)
         if may_stack and would_gain_together(
-            first.network,
+            functools.cache(lambda: image_cost(first.network, tuple(image))),
             len(trainings),
-            (image[0], image[1], image[2]),
             count,
             first.schedule,
             on_gpu=is_tried(device_of(trainings[0].network)),

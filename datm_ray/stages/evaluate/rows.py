@@ -69,7 +69,7 @@ from datm_ray.config import (
 from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import LARGEST_STACK, can_be_stacked
+from datm_ray.core.networks.stacked import LARGEST_STACK, cost_and_stacking
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.synthetic import random_rows
@@ -613,16 +613,9 @@ def _stacking(
     if not config.cluster.compile or is_taught(config, row):
         return seeds * count, False, False
     on_gpu, alike = uses_gpu(config.cluster.shaped(light=True)), networks_alike(config, row, network)
-    return seeds * count, *_gains_and_stacks(spec, seeds * count, images, schedule, on_gpu, alike)
-
-
-@functools.lru_cache(maxsize=64)
-def _gains_and_stacks(
-    spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool, alike: int
-) -> tuple[bool, bool]:
-    built, image = build_network(spec, 0), (spec.channels, *spec.size)
-    gains = would_gain_together(built, networks, image, images, schedule, on_gpu=on_gpu, alike=alike)
-    return gains, can_be_stacked(built)
+    cost, is_stackable = cost_and_stacking(spec)
+    gains = would_gain_together(lambda: cost, seeds * count, images, schedule, on_gpu=on_gpu, alike=alike)
+    return seeds * count, gains, is_stackable
 
 
 class _Trial(NamedTuple):

@@ -27,7 +27,7 @@ from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples
 from datm_ray.core.networks.stack_trial import InParts, StackStep, fitting, found_at_a_time, is_tried
-from datm_ray.core.networks.stacked import LARGEST_STACK, STACKED_MAP_BYTES, StackFunctions, can_be_stacked
+from datm_ray.core.networks.stacked import LARGEST_STACK, STACKED_MAP_BYTES, StackFunctions, cost_and_stacking
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.training.curriculum import Curriculum
@@ -101,11 +101,10 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     if uses_gpu(cluster.shaped(light=True)):
         # If there would be fewer stacks than workers, stacks are made smaller, so that no worker is idle.
         return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
-    network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
-    if not can_be_stacked(network):
+    cost, is_stackable = cost_and_stacking(config.network.for_images(image[0], image[1:], classes))
+    if not is_stackable:
         return 1
-    whole = config.experts.batch_size * image_cost(network, image).largest
-    return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
+    return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // (config.experts.batch_size * cost.largest)))
 
 
 def stored_bytes(config: RunConfig, shape: DataShape) -> int:

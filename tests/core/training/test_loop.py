@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import get_args
 from unittest import mock
@@ -18,6 +19,7 @@ from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec,
 from datm_ray.core.compute import compilation
 from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.networks import stack_trial, stacked
+from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK, StackFunctions
@@ -179,23 +181,23 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
     """
     network = make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
-    long = replace(RICH, epochs=2000)
-    assert would_gain_together(network, 2, (1, 8, 8), 20, long)
-    assert not would_gain_together(network, 2, (1, 8, 8), 20, RICH)
+    long, cost = replace(RICH, epochs=2000), functools.partial(image_cost, network, (1, 8, 8))
+    assert would_gain_together(cost, 2, 20, long)
+    assert not would_gain_together(cost, 2, 20, RICH)
     half = replace(long, epochs=1000)
-    assert not would_gain_together(network, 2, (1, 8, 8), 20, half)
-    assert would_gain_together(network, 2, (1, 8, 8), 20, half, alike=4), "other rows have the same step"
-    assert [would_gain_together(network, 2, (1, 8, 8), 20, half, on_gpu=True, alike=each) for each in (4, 5)] == [
+    assert not would_gain_together(cost, 2, 20, half)
+    assert would_gain_together(cost, 2, 20, half, alike=4), "other rows have the same step"
+    assert [would_gain_together(cost, 2, 20, half, on_gpu=True, alike=each) for each in (4, 5)] == [
         False,
         True,
     ], "a GPU compiles for 15,000 steps, three in an epoch"
-    assert not would_gain_together(network, 1, (1, 8, 8), 20, long)
-    assert not would_gain_together(network, 2, (1, 8, 8), 20, long.with_optimiser("adamw"))
+    assert not would_gain_together(cost, 1, 20, long)
+    assert not would_gain_together(cost, 2, 20, long.with_optimiser("adamw"))
     divided = [
         replace(long, epochs=6000, batch_size=size, micro_batch=micro)
         for size, micro in ((8, 7), (8, 8), (64, 19), (64, 20))
     ]
-    together = [would_gain_together(network, 2, (1, 8, 8), 20, each) for each in divided]
+    together = [would_gain_together(cost, 2, 20, each) for each in divided]
     assert together == [False, True, False, True], "micro-batches that hold a whole batch divide no step"
     images, labels = torch.zeros(20, 1, 8, 8), torch.zeros(20, 3)
     trainer, lessons = Trainer(compile_=True, channels_last=False), mock.Mock()
@@ -207,11 +209,12 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
 def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
     """Networks stay alone if their maps are large but still fit the cache, as measured; a GPU counts steps alone."""
     shapes = [(64, 10), (128, 10), (128, 20), (128, 100)]
-    image, together = (3, 32, 32), []
+    together = []
     for width, images in shapes:
         network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=width), 0)
-        assert would_gain_together(network, 15, image, images, PROTOCOLS["published"], on_gpu=True)
-        together.append(would_gain_together(network, 5, image, images, PROTOCOLS["published"]))
+        cost = functools.partial(image_cost, network, (3, 32, 32))
+        assert would_gain_together(cost, 15, images, PROTOCOLS["published"], on_gpu=True)
+        together.append(would_gain_together(cost, 5, images, PROTOCOLS["published"]))
     assert together == [True, False, True, True]
 
 
