@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -52,6 +53,7 @@ TINY = (
     "distill.checkpoint_every=2",
     "distill.threshold=10",
     "evaluate.protocol=quick",
+    "evaluate.epochs=4",
     "evaluate.seeds=2",
     "evaluate.real_epochs=1",
     "cluster.compile=false",
@@ -66,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.set_threshold(10_000, 10, 10)  # at Python's own threshold, garbage collection takes a quarter of the time
     cache = getattr(config, "cache", None)  # None with -p no:cacheprovider
     if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor"))
@@ -221,7 +224,15 @@ CommandLine = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave charts in reports empty: drawing them takes as long as a tiny run. tests/test_report.py draws them."""
+    monkeypatch.setattr("datm_ray.report.charts._svg", lambda draw: "data:,")
+
+
+@pytest.fixture
+def datm_ray(
+    without_charts: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> CommandLine:
     """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)

@@ -24,6 +24,8 @@ from datm_ray.errors import ConfigError, DatasetError, MissingExpertsError
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import set_of, tiny_config
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 Capture = pytest.CaptureFixture[str]
 SERIAL: Any = {"executor": "serial", "progress": False}
 
@@ -207,7 +209,7 @@ def test_sets_of_several_seeds_share_their_experts(
         assert recipe == "digits-ipc1"
         seeds.append(settings["seed"])
         return run(
-            tiny_config("distill.iterations=1", "distill.validate_every=0", "evaluate.seeds=1"),
+            tiny_config("distill.iterations=1", "distill.validate_every=0", "evaluate.seeds=1", "evaluate.full=false"),
             out=out,
             settings=settings,
             executor="serial",

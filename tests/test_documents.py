@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import pydoc
 import re
 import runpy
@@ -233,6 +234,13 @@ def test_names_in_the_table_of_changes_exist(row: str) -> None:
     assert [name for name in re.findall(r"`(\w+)`", row) if name not in files] == []
 
 
+@functools.cache
+def decorators(path: str) -> dict[str, list[ast.expr]]:
+    """Function of a Python file -> its decorators."""
+    found = ast.walk(ast.parse((ROOT / path).read_text()))
+    return {each.name: each.decorator_list for each in found if isinstance(each, ast.FunctionDef)}
+
+
 def rows_of_faults() -> list[str]:
     """Rows of the tables in docs/faults.md that say what happens after a fault."""
     sections = (ROOT / "docs/faults.md").read_text().partition("## Faults")[2].partition("## Rules")[0]
@@ -265,8 +273,7 @@ def test_each_fault_has_a_test(row: str) -> None:
     assert named or titles
     assert set(titles) <= set(titles_of_faults())
     for path, name, star in named:
-        found = ast.walk(ast.parse((ROOT / path).read_text()))
-        defined = {each.name: each.decorator_list for each in found if isinstance(each, ast.FunctionDef)}
+        defined = decorators(path)
         assert name in defined, f"{path} has no {name}"
         marks = {ast.unparse(mark).removeprefix("pytest.mark.").partition("(")[0] for mark in defined[name]}
         assert bool(star) == bool(marks & {"exhaustive", "skipif"}), name

@@ -344,7 +344,7 @@ def test_a_plan_counts_the_networks_that_a_given_set_needs(made: Path) -> None:
         plan = plan_run(given(made / place), "cpus=2,gflops=100")
         flop, tasks = network_cost(plan.config, plan.shape).flop, plan.tasks["evaluation"]
         passes = [sum(part.operations for part in task if part.kind == "training") / flop for task in tasks]
-        assert sorted(passes) == pytest.approx([20 * 20 * candidates, 20 * 20 * 3])
+        assert sorted(passes) == pytest.approx([4 * 20 * candidates, 4 * 20 * 3])
 
 
 def test_load_says_what_to_do_with_files_of_other_programs(made: Path) -> None:

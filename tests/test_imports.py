@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -73,9 +74,15 @@ ALLOWED = {
 """Folder or file -> parts of this package that it may use: folders and modules, such as `core.randomness`."""
 
 
+@functools.cache
+def nodes(source: str) -> list[ast.AST]:
+    """All nodes of a source file's syntax tree."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def imported(source: str) -> Iterator[str]:
     """Absolute names of the modules that a source file imports, at any place in it."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -126,7 +133,7 @@ def test_part_uses_only(place: str) -> None:
 def needed(file: Path, modules: Set[str]) -> set[str]:
     """Modules of the package that a file of it imports at any place in it, without their packages."""
     found = set[str]()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes(file.read_text()):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -153,10 +160,10 @@ def test_ray_is_imported_in_one_folder() -> None:
 
 def private_parts(source: str) -> list[str]:
     """Dotted names of private parts of torch and Ray that a source file imports or reads."""
-    found = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    found = [ast.unparse(each) for each in nodes(source) if isinstance(each, ast.Attribute) and each.attr[0] == "_"]
     found += [
         f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     ]

@@ -83,7 +83,8 @@ def test_the_documented_network_is_trained_matched_and_scored(tmp_path: Path) ->
     assert {key.architecture for key in keys} == {"my_networks-small"}
     assert len(keys) == 2
     scored = tmp_path / "runs/tiny/evaluation"
-    assert [each.name.rpartition("-")[0] for each in scored.iterdir() if each.is_dir()] == ["my_networks-small"] * 2
+    folders = [each.name.rpartition("-")[0] for each in scored.glob("trained-*/*") if each.is_dir()]
+    assert folders == ["my_networks-small"] * 2
     again = preview.remaining_lines(Pipeline([config], str(tmp_path / "runs")).runs)
     assert again[0] == "0 experts to train"
     assert plan_run(config, "cpus=2,memory=8GiB").stages["experts"][0] > 0

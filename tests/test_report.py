@@ -177,6 +177,7 @@ def test_pictures_are_whole_and_described(out: Location) -> None:
             assert all(link.startswith(("#", "data:")) for link in links)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_table_has_every_row_of_every_run(out: Location) -> None:
     """The table has each row as mean, deviation and n in percent, and the share of full-data accuracy below."""
     page = page_of(out, finished_run(out, configure("one")), finished_run(out, configure("two"), scores=SCORES[:3]))
@@ -188,6 +189,7 @@ def test_table_has_every_row_of_every_run(out: Location) -> None:
     assert "Nothing was chosen on the test set" in text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
     """Sizes are those of the stored types: soft or hard labels, a label store's kept epochs, or none by a teacher."""
     soft, hard = finished_run(out, configure("soft")), finished_run(out, configure("hard"))
@@ -224,6 +226,7 @@ def test_the_table_has_the_sizes_of_images_and_labels(out: Location) -> None:
     assert not any("size" in row[0] for row in cells_of_text(accuracy_table([none])))
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_time_of_a_runs_parts_stands_below_their_sizes(out: Location) -> None:
     """Experts, teacher, auxiliaries and distillation have a row with CPU and GPU times, if they are known for a run."""
     runs = [finished_run(out, configure(name)) for name in ("one", "two")]
@@ -262,6 +265,7 @@ def cells_of_text(table: str) -> list[list[str]]:
     return [[line[start:end].strip() for start, end in columns] for line in lines]
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
     """The page has every row of the terminal's tables with the same cells, also where scores are missing."""
     networks = [
@@ -311,6 +315,7 @@ def keys_below(value: object) -> set[str]:
     return set(value).union(*below)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_run_is_described_in_numbers(out: Location) -> None:
     """The page gives numbers of images, experts, iterations and skipped updates, and the hardware."""
     text = text_of(page_of(out, finished_run(out, configure())))
@@ -322,6 +327,7 @@ def test_run_is_described_in_numbers(out: Location) -> None:
     assert "1 h 7 min" in text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:
     """The recipe on the page is YAML that loads as the run's configuration."""
     config = configure()
@@ -360,6 +366,7 @@ def test_chosen_set_is_marked(out: Location) -> None:
     assert "93.0 kept" in "".join(ElementTree.fromstring(chart["content"]).itertext())
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_gallery_has_a_row_for_each_class(out: Location) -> None:
     """A gallery shows the images' own pixels, one row for each class in order."""
     config = configure()
@@ -370,6 +377,7 @@ def test_gallery_has_a_row_for_each_class(out: Location) -> None:
     assert gallery.shape[0] // 3 == gallery.shape[1] // config.distill.ipc == SIDE + 1
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_large_sets_are_cut_and_the_page_says_so(out: Location) -> None:
     """A gallery shows at most ten images of twenty classes, and the page says of how many."""
     config = configure(ipc=11)
@@ -406,6 +414,7 @@ def test_run_without_checkpoint_is_described(out: Location) -> None:
     assert "Soft labels at the start" in text_of(page)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_unfinished_run_is_described(out: Location) -> None:
     """A run with a checkpoint but no result shows its curves and its progress so far."""
     config = configure()
@@ -418,6 +427,7 @@ def test_unfinished_run_is_described(out: Location) -> None:
     assert "Validation accuracy" not in text
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [("0.75", "1 gradient was shortened"), ("0.3", "2 gradients were shortened"), ("", "")],
@@ -433,6 +443,7 @@ def test_shortened_updates_are_counted(out: Location, limit: str, expected: str)
     assert not expected or f"exceeded {limit} times the loss" in text
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_result_without_its_checkpoint_is_described(out: Location) -> None:
     """A result whose checkpoint was removed is shown without its curves."""
     run = finished_run(out, configure())
@@ -486,6 +497,7 @@ def test_finished_runs_come_first(out: Location) -> None:
     assert headings == ["done", "unscored", "started", "half"]
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_data_set_has_one_name(out: Location) -> None:
     """The page calls a data set by its name, also for a run that has no images yet."""
     new = RunSummary(configure("new"), out / "new", [], dataset="toys")

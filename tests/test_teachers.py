@@ -484,7 +484,7 @@ dataset: {mean: [0.3], std: [0.4]}
 network: {architecture: mobilenet-v2, norm: batch, width: 8}
 experts: {count: 1, epochs: 3, keep_epochs: 1}
 distill: {ipc: 1, iterations: 1, initial: noise, start_epochs: [0, 1], expert_epochs: 1}
-metadd: {auxiliaries: [{architecture: resnet50, width: 4}], experts: {epochs: 1}}
+metadd: {auxiliaries: [{architecture: convnet, width: 4}], experts: {epochs: 1}}
 evaluate: {protocol: quick, epochs: 1, seeds: 1, full: false, labels: stored}
 cluster: {compile: false, workers: 1}
 """

@@ -76,7 +76,7 @@ def test_gradient_is_that_of_autograd_whatever_the_micro_batches(network: Networ
     for iteration in range(12 if network.pooling == "max" else 2):
         arguments = problem(network, iteration)
         expected = obvious(*arguments)
-        for sizes in ((IPC, 8), (1, 1), (2, 3), (IPC, 100)):
+        for sizes in ((IPC, 8), (1, 1), (2, 3), (IPC, 100)) if iteration < 2 else ((2, 3),):
             torch.testing.assert_close(computed(*arguments, sizes=sizes), expected, rtol=1e-9, atol=1e-12)
 
 

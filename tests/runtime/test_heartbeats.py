@@ -114,7 +114,6 @@ class Counting(SerialExecutor):
 DATM = (
     "evaluate.full=true",
     "evaluate.real_epochs=1",
-    "evaluate.epochs=2",
     "experts.test_every=1",
     "distill.validate_every=6",
 )
@@ -131,7 +130,7 @@ PRIOR = ("prior={kind: trained, width: 4, epochs: 2, batch_size: 50}",)
 INVERTED = ("prior={kind: untrained, width: 4, inversion_steps: 20}",)
 METADD = (
     "metadd={auxiliaries: [{architecture: convnet, width: 3}], share: 0.05, experts: {epochs: 1}}",
-    *("distill.ipc=3", "distill.iterations=1", "distill.validate_every=0", "evaluate.epochs=2", "evaluate.full=false"),
+    *("distill.ipc=3", "distill.iterations=1", "distill.validate_every=0"),
 )
 
 
@@ -146,7 +145,7 @@ def test_no_stage_computes_for_long_without_an_event(
     for module in ("core.training.loop", "stages.methods.first_images.initial"):
         monkeypatch.setattr(f"datm_ray.{module}.SCORING_BATCH", 10)
     monkeypatch.setattr("datm_ray.stages.labels.LABELLED", 5)
-    config = tiny_config(*settings, "evaluate.seeds=1")
+    config = tiny_config("evaluate.full=false", "evaluate.epochs=2", *settings, "evaluate.seeds=1")
     most: dict[str, int] = {}
 
     def start() -> SerialExecutor:

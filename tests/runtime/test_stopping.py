@@ -291,7 +291,7 @@ def test_networks_that_are_asked_to_stop_while_they_are_scored_stop_and_are_scor
         return False
 
     pipeline.run_all(lambda: AskedAfter(pipeline.runs.configs[0], note), QUIET)
-    assert done[0] == 20
+    assert done[0] == 4
 
 
 def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(

@@ -26,11 +26,13 @@ EVERY = "color_crop_cutout_flip_scale_rotate_resized+flip"
 AUGMENTED = (
     *(f"experts.augmentation={EVERY}", f"distill.augmentation={EVERY}", "distill.student_steps=8"),
     *("experts.count=1", "experts.epochs=3", "distill.iterations=2", "distill.start_epochs=[0, 2]"),
-    *("distill.validate_every=2", "evaluate.seeds=1"),
+    *("distill.validate_every=2", "evaluate.seeds=1", "evaluate.epochs=2"),
 )
 PIECES = ("network.norm=batch", "experts.keep_epochs=2", "experts.test_every=0", "select.pool=8", "select.crops=3")
 METHODS = {
-    "mtt": ("method=mtt",),
+    "mtt with a prior and a teacher's labels": (
+        *("method=mtt", "prior={epochs: 1, width: 4}", "evaluate.labels=stored", "evaluate.cutmix=1"),
+    ),
     "dm": ("method=dm", "distill.ipc=2", "distill.real_batch=16", "distill.initial_step_size=0.03"),
     "sre2l": ("method=sre2l", "distill.ipc=2", "distill.initial_step_size=0.03", *PIECES),
     "select": ("method=select", "distill.ipc=2", "distill.initial_step_size=0.03", *PIECES),
@@ -38,8 +40,6 @@ METHODS = {
         "metadd={auxiliaries: [{architecture: lenet}, {architecture: resnet18, width: 2, norm: batch}],"
         " experts: {count: 1, epochs: 1}}",
     ),
-    "a teacher's labels": ("evaluate.labels=stored", "evaluate.cutmix=1", "evaluate.epochs=2"),
-    "a prior": ("prior={epochs: 1, width: 4}",),
 }
 """What a run has besides `AUGMENTED` -> its changes."""
 REFUSED = {

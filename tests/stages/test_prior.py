@@ -146,7 +146,7 @@ def test_a_resumed_run_has_the_same_bits(iteration: int, finished: Path, tmp_pat
     assert torch.equal(set_of(tmp_path).images, set_of(finished).images)
 
 
-@pytest.mark.parametrize("iteration", [3, 5])
+@pytest.mark.parametrize("iteration", [3, pytest.param(5, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_a_resumed_run_of_datm_has_the_same_bits(iteration: int, matched: Path, tmp_path: Path) -> None:
     """The images, labels and step sizes of DATM with a prior and two networks do not depend on a stop."""
     stop_at(tiny_config(*DATM, TRAINED, TWO_NETWORKS), with_store_of(matched, tmp_path), iteration)

@@ -80,6 +80,9 @@ def make_snapshots_with_buffers(info: TrajectoryInfo) -> list[Snapshot]:
 
 
 class TrajectoryStoreContract:
+    altered_bytes = 60
+    """About how many bytes of a file are altered, one at a time, to see that a digest covers each."""
+
     @pytest.fixture
     def store(self, uri: str) -> TrajectoryStore:
         return TrajectoryStore(uri)
@@ -497,7 +500,7 @@ class TrajectoryStoreContract:
     def test_every_byte_counts_for_verify(self, group, snapshots, file):
         """The digests of an expert's file cover every byte."""
         content = file.read_bytes()
-        for position in range(0, len(content), max(97, len(content) // 60)):
+        for position in range(0, len(content), max(97, len(content) // self.altered_bytes)):
             altered = bytearray(content)
             altered[position] ^= 1
             file.write_atomic(bytes(altered))

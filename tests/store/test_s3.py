@@ -37,6 +37,8 @@ def first(method: str, fault: str) -> Callable[[str, str], str | None]:
 
 
 class TestS3(TrajectoryStoreContract):
+    altered_bytes = 12
+
     @pytest.fixture
     def uri(self, bucket: str) -> str:
         return f"s3://{bucket}/store"
@@ -187,8 +189,8 @@ def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypa
     monkeypatch.setattr("datm_ray.store.files.s3.LARGEST_PUT", 2**20)
     file = open_location(f"s3://{bucket}/file")
     put_file = file.fs.put_file
-    monkeypatch.setattr(file.fs, "put_file", lambda *given, **named: put_file(*given, chunksize=2**23, **named))
-    content = np.random.default_rng(0).bytes(2**24 + 5)
+    monkeypatch.setattr(file.fs, "put_file", lambda *given, **named: put_file(*given, chunksize=5 * 2**20, **named))
+    content = np.random.default_rng(0).bytes(10 * 2**20 + 5)
 
     def at_the_end(method: str, path: str) -> str | None:
         return fault if method == "POST" and "uploadId" in path and not s3_proxy.faults else None

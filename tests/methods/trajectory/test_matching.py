@@ -267,10 +267,14 @@ def step_by_step(
 
 
 @pytest.mark.parametrize(
-    ("channels", "chunk", "dtype"),
-    [(1, None, torch.float32), (3, None, torch.float32), (3, 2, torch.float32), (1, 3, torch.float64)],
+    ("channels", "chunk", "dtype", "in_order"),
+    [
+        (1, None, torch.float32, True),
+        (3, None, torch.float32, False),
+        (3, 2, torch.float32, True),
+        (1, 3, torch.float64, False),
+    ],
 )
-@pytest.mark.parametrize("in_order", [False, True])
 def test_steps_that_are_augmented_together_have_the_bits_of_each_alone(
     channels: int, chunk: int | None, dtype: torch.dtype, in_order: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,10 +369,10 @@ def test_the_fair_rows_are_asked_for_without_changing_the_run() -> None:
 def test_places_of_results_have_not_moved() -> None:
     """Results that earlier versions have written are found at their places."""
     assert (
-        place(tiny_config("evaluate.protocol=short"), "random-soft")
+        place(tiny_config("evaluate.protocol=short", "evaluate.epochs=null"), "random-soft")
         == "/runs/controls/3a29616d194fe605/random-soft-00.json"
     )
-    given = tiny_config("evaluate.protocol=short", "evaluate.learning_rate=0.1")
+    given = tiny_config("evaluate.protocol=short", "evaluate.epochs=null", "evaluate.learning_rate=0.1")
     assert place(given, "random-soft") == "/runs/controls/3a29616d194fe605/trained-4cd86ac2712f3b68/random-soft-00.json"
 
 
@@ -567,7 +567,7 @@ def scored(folder: str, is_stacked: bool, at: int | None = None, end: Callable[[
     Returns:
         Progress; results without what differs from run to run; parameters of each network after its training.
     """
-    config = tiny_config(f"cluster.compile={is_stacked}".lower())
+    config = tiny_config(f"cluster.compile={is_stacked}".lower(), "evaluate.epochs=20")
     dataset = Pipeline([config], folder).runs.dataset(config.dataset)
     places, seen, networks = (
         [f"{folder}/random-hard-0{seed}.json" for seed in range(2)],

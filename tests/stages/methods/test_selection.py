@@ -132,7 +132,13 @@ SCORES: dict[str, tuple[Callable[[Plain, int], list[float]], float, tuple[str, .
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=(pytest.mark.slow, pytest.mark.exhaustive) if name == "forgetting, hardest" else ())
+        for name in SCORES
+    ],
+)
 def test_whole_images_are_those_of_a_plain_choice(name: str, finished: Path, tmp_path: Path) -> None:
     """Scores in batches, over several classes, keep the images that scoring them one by one keeps."""
     score, sign, settings = SCORES[name]
