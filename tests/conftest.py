@@ -225,7 +225,7 @@ CommandLine = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave charts in reports empty: drawing them takes as long as a tiny run. tests/test_report.py draws them."""
+    """Leave charts in reports empty, because drawing them takes as long as a tiny run."""
     monkeypatch.setattr("datm_ray.report.charts._svg", lambda draw: "data:,")
 
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 for success, 1 for failed work, 2 for bad input, 75 if the cluster of a followed job no longer answers,
 130 for Ctrl-C, 141 if the reader of the output has closed the pipe, 143 for SIGTERM.
-DATM_RAY_DEBUG=1 shows the traceback of a failure. Tests: tests/test_cli.py.
+DATM_RAY_DEBUG=1 shows the traceback of a failure. Tests: tests/cli/test_cli.py.
 """
 
 from __future__ import annotations

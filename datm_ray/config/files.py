@@ -1,6 +1,6 @@
 """A run's configuration as YAML text: reading it, writing it with comments, and overriding single keys.
 
-`datm-ray recipe show NAME` prints a packaged recipe to start from. Tests: tests/test_config.py.
+`datm-ray recipe show NAME` prints a packaged recipe to start from. Tests: tests/config/test_config.py.
 """
 
 from __future__ import annotations

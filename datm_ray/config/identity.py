@@ -1,6 +1,6 @@
 """Identity of a run, equal for two runs whose settings give the same set; fingerprints of experts and priors.
 
-Tests: tests/test_config.py.
+Tests: tests/config/test_config.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Short names of a run's networks, for tables and for `--arch` on the command line. Tests: tests/test_config.py."""
+"""Short names of a run's networks, for tables and for `--arch` on the command line.
+
+Tests: tests/config/test_config.py.
+"""
 
 from __future__ import annotations
 

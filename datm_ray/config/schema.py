@@ -1,4 +1,4 @@
-"""The configuration of one run and its validation, with messages of one line. Tests: tests/test_config.py."""
+"""The configuration of one run and its validation, with messages of one line. Tests: tests/config/test_config.py."""
 
 from __future__ import annotations
 

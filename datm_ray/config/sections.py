@@ -1,7 +1,7 @@
 """Sections of a run's configuration: the data set, networks, stages, and how the work is spread over a cluster.
 
 All sections are frozen and strict: an unknown key, a wrong type or an impossible value is an error. Tests:
-tests/test_config.py.
+tests/config/test_config.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stages of one or more runs, in order. Tests: tests/test_pipeline.py."""
+"""Stages of one or more runs, in order. Tests: tests/pipeline/test_pipeline.py."""
 
 from __future__ import annotations
 

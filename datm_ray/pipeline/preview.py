@@ -1,4 +1,7 @@
-"""What a command will do, before it starts: remaining work, the data, and forecasts. Tests: tests/test_pipeline.py."""
+"""What a command will do, before it starts: remaining work, the data, and forecasts.
+
+Tests: tests/pipeline/test_pipeline.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Keys in which configurations differ, for errors, and for remarks on tables that compare runs.
 
-Tests: tests/test_report.py.
+Tests: tests/report/test_report.py.
 """
 
 from __future__ import annotations

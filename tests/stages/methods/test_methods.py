@@ -40,8 +40,8 @@ from datm_ray.stages.methods.registry import METHODS, method_of
 from datm_ray.stages.methods.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, set_of, tiny_config
+from tests.pipeline.test_pipeline import photos
 from tests.stages.distill.test_task import METADD, assert_equal_but_for_rounding, distil
-from tests.test_pipeline import photos
 
 DM = ("method=dm", "distill.ipc=2", "distill.learning_rate_images=5", "distill.initial_step_size=0.03")
 SCORED = ("evaluate.networks=[lenet]", "evaluate.seeds=1")

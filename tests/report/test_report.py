@@ -301,7 +301,7 @@ def test_the_keys_of_the_summary_are_documented(out: Location, monkeypatch: pyte
     (written,) = write_summary(out, [run]).read_json()
     assert set(written["test_accuracy"]) == {*ROWS, *FAIR_ROWS}
     found = keys_below({**written, "test_accuracy": list(written["test_accuracy"].values())})
-    text = (Path(__file__).parents[1] / "docs/json.md").read_text().partition("## summary.json")[2]
+    text = (Path(__file__).parents[2] / "docs/json.md").read_text().partition("## summary.json")[2]
     assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|.*\|$", text, re.MULTILINE)))) == found
 
 

@@ -933,7 +933,7 @@ def test_a_damaged_store_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
 def test_the_commands_that_print_json_are_documented() -> None:
     """The page on the command line names the commands that have --json, and the page on JSON describes them."""
     having = {name for name, command in all_commands() if any("--json" in each.opts for each in command.params)}
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     section = (docs / "command-line.md").read_text().partition("\n## JSON\n")[2]
     assert set(re.findall(r"`([a-z ]+)`", section.replace("\n", " "))) == having
     assert all(documented_keys(name) for name in having - {"run", "evaluate"})

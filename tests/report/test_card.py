@@ -41,9 +41,9 @@ from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, load_config_text, recorded_steps, scoring_steps
-from tests.test_report import SIDE, configure, finished_run as run_with_scores, save_set
+from tests.report.test_report import SIDE, configure, finished_run as run_with_scores, save_set
 
-SETS = sorted((Path(__file__).parents[1] / "benchmarks/sets").iterdir())
+SETS = sorted((Path(__file__).parents[2] / "benchmarks/sets").iterdir())
 
 
 def card_of(summary: RunSummary) -> str:
@@ -339,7 +339,7 @@ def test_the_code_of_a_card_without_datm_ray_gives_the_same(
     text = sections((tmp_path / "README.md").read_text())["Use it"]
     code = text.split("```python\n")[2].split("```")[0]
     assert "datm_ray" not in code
-    assert f"```python\n{code}```" in (Path(__file__).parents[1] / "docs/using-a-set.md").read_text()
+    assert f"```python\n{code}```" in (Path(__file__).parents[2] / "docs/using-a-set.md").read_text()
     names: dict[str, Any] = {"test_images": torch.rand(5, 1, 6, 6)}
     exec(code, names)
     expected = load("synthetic.safetensors")
