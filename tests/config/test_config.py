@@ -562,7 +562,8 @@ def test_a_teacher_of_evaluation_is_the_same_network_for_every_method() -> None:
     assert [len(trained_networks(run)) for run in runs] == [2, 1, 2]
     roles = [[role_of(run, each) for each in trained_networks(run)] for run in runs]
     assert roles == [["experts", "teacher"], ["teacher"], ["teacher", "teacher"]]
-    beside = [override(run, ["metadd={auxiliaries: [{architecture: lenet}]}"]) for run in runs]
+    more = "metadd={auxiliaries: [{architecture: lenet}]}"
+    beside = [override(run, [more]).resolved((8, 8)) for run in runs]
     roles = [[role_of(run, each) for each in trained_networks(run)] for run in beside]
     assert roles == [[role, "auxiliaries", "teacher"] for role in ("experts", "experts", "teacher")]
     for run in runs:
