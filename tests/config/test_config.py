@@ -578,6 +578,17 @@ def test_a_teacher_of_evaluation_is_the_same_network_for_every_method() -> None:
         override(runs[0], ["evaluate.teacher.experts.count=2"])
 
 
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [("evaluate.labels=teacher", 1), ("evaluate.fair=true", 1), ("evaluate.labels=own", 0)],
+)
+def test_a_run_without_metadds_terms_keeps_the_teacher_that_it_had(change: str, count: int) -> None:
+    """With weights of 0, DM trains its backbone only if the evaluation needs a teacher and the recipe names none."""
+    nothing = "metadd={auxiliaries: [{architecture: mlp}], variance: 0, invariance: 0, position: 0}"
+    run = override(get_recipe("digits-dm-ipc10"), [nothing, change]).resolved((8, 8))
+    assert [each.network for each in trained_networks(run)] == [run.network] * count
+
+
 def test_a_teacher_that_is_a_backbone_is_trained_once() -> None:
     """A teacher with the network and training of the run's experts is expert 0 of them, and no further network."""
     run = get_recipe("digits-sre2l-ipc10").resolved((8, 8))

@@ -146,11 +146,14 @@ class Method:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
         By default the class attribute `trains` decides: all backbones, the first one, or none. With auxiliaries of
-        MetaDD it is at least the first one.
+        MetaDD it is at least the first one; so it is with a section `metadd` whose weights are all 0, if the evaluation
+        needs a teacher and the recipe names none.
         """
         if cls.trains == "all":
             return config.each_backbone()
-        return config.each_backbone()[:1] if config.meta_network_count or cls.trains == "first" else []
+        scored = config.evaluate
+        teaches = config.metadd is not None and scored.teacher is None and (scored.labels != "own" or scored.fair)
+        return config.each_backbone()[:1] if config.meta_network_count or teaches or cls.trains == "first" else []
 
     @classmethod
     def epochs_read(cls, config: RunConfig) -> Sequence[int]:
