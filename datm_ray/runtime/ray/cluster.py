@@ -375,32 +375,42 @@ def default_gpus(cluster: ClusterConfig) -> float:
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 
-def _wait_for_first_node(cluster: ClusterConfig) -> None:
+def _open_key(cluster: ClusterConfig) -> str:
+    """Key of the GPUs of a worker that the user has left open: for workers, else for those of `cluster.light`."""
+    return "cluster.gpus_per_worker" if cluster.gpus_per_worker is None else "cluster.light.gpus_per_worker"
+
+
+def _wait_for_first_node(cluster: ClusterConfig) -> bool:
     """Ask Ray for a worker, and wait for the first node that can hold it, for up to `cluster.wait_for_nodes` seconds.
 
     There is no wait if `cluster.wait_for_nodes` is null or 0, or if a node can hold a worker already.
+
+    Returns:
+        True after a wait, False without one.
 
     Raises:
         ClusterError: no node has started in time.
     """
     shape, seconds = cluster.given_gpus(0.0), cluster.wait_for_nodes or 0.0
-    nodes, key = Nodes(shape), "gpus_per_worker" if cluster.gpus_per_worker is None else "light.gpus_per_worker"
-    remedy = f"set cluster.{key} to 1, or to 0 for CPUs"
+    nodes, remedy = Nodes(shape), f"set {_open_key(cluster)} to 1, or to 0 for CPUs"
     if not seconds or nodes.capacity():
-        return
+        return False
     _log.warning(
         "waiting up to %.0f s for the first node: workers get a GPU each if it has one. Else %s", seconds, remedy
     )
     end, probe = time.monotonic() + seconds, PoolWorker.start(worker_options(shape))  # nodes start for what waits
-    while not nodes.capacity() and time.monotonic() < end:
-        time.sleep(min(CHECK_INTERVAL, seconds))
-    probe.stop()
+    try:
+        while not nodes.capacity() and time.monotonic() < end:
+            time.sleep(min(CHECK_INTERVAL, seconds))
+    finally:
+        probe.stop()  # else the cluster would start a node for it, also after Ctrl-C
     if not nodes.capacity():
         raise ClusterError(
             f"no node that can hold a worker has started within {seconds:g} s",
             "without one it is unknown if workers get a GPU",
             remedy,
         )
+    return True
 
 
 def _has_only_a_head() -> bool:
@@ -418,17 +428,22 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
         ClusterError: the precision or device needs a GPU and workers have none; or the settings name labels, which this
             version of Ray does not know; or no node has started within `wait_for_nodes` seconds.
     """
+    if (cluster.labels or cluster.shaped(light=True).labels) and not knows_labels():  # before any request with labels
+        raise ClusterError(
+            f"cluster.labels needs a newer Ray than {ray.__version__}",
+            remedy="update Ray on all nodes, or use cluster.resources",
+        )
     if cluster.wait_for_nodes is None and not any(node["Resources"].get("CPU") for node in _live_nodes()):
         cluster = cluster.model_copy(update={"wait_for_nodes": FIRST_WAIT})
-    is_open = cluster.device != "cpu" and cluster != cluster.given_gpus(0.0)
-    if is_open:
-        _wait_for_first_node(cluster)
-    cluster = cluster.given_gpus(default_gpus(cluster))
-    if is_open and cluster.wait_for_nodes and not default_gpus(cluster) and _has_only_a_head():
-        _log.warning(
-            "workers get no GPU, because the head has none and no other node runs yet. If nodes that start on demand "
-            "have GPUs, stop this run and set cluster.gpus_per_worker=1"
-        )
+    is_open, key = cluster.device != "cpu" and cluster != cluster.given_gpus(0.0), _open_key(cluster)
+    has_waited = is_open and _wait_for_first_node(cluster)
+    gpus = default_gpus(cluster)
+    cluster = cluster.given_gpus(gpus)
+    if is_open and cluster.wait_for_nodes and not gpus and (has_waited or _has_only_a_head()):
+        first = "the first node that started has none (Ray was asked for CPUs only)"
+        why = first if has_waited else "the head has none and no other node runs yet"
+        remedy = f"If nodes that start on demand have GPUs, stop this run and set {key}=1"
+        _log.warning("workers get no GPU, because %s. %s", why, remedy)
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(
             "cluster.device is 'cuda', but no node of the cluster has a GPU",
@@ -439,11 +454,6 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
         raise ClusterError(
             "cluster.device is 'cuda', but cluster.light.gpus_per_worker is 0",
             remedy="set cluster.light.gpus_per_worker, such as to 0.25, or cluster.device=auto",
-        )
-    if (cluster.labels or cluster.shaped(light=True).labels) and not knows_labels():
-        raise ClusterError(
-            f"cluster.labels needs a newer Ray than {ray.__version__}",
-            remedy="update Ray on all nodes, or use cluster.resources",
         )
     has_gpu = bool(cluster.gpus_per_worker) and cluster.device != "cpu"
     require_precision(cluster, has_gpu, elsewhere=True)

@@ -169,12 +169,16 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[mock.Mock]:
 @pytest.mark.parametrize(("gpus", "expected"), [(2.0, 1.0), (0.0, 0.0)])
 def test_the_first_node_decides_if_workers_get_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     requests: list[mock.Mock],
     gpus: float,
     expected: float,
     settings: dict[str, float],
 ) -> None:
-    """On a head without CPUs, a node starts because a worker is asked for; this first node decides."""
+    """On a head without CPUs, a node starts because a worker is asked for; this first node decides.
+
+    If it has no GPU, a warning says how to ask for GPUs, because the cluster may start nodes with GPUs too.
+    """
     found = [node("head", {}, CPU=0.0)]
     clock = mock.Mock(**{"monotonic.side_effect": itertools.count().__next__})
     clock.sleep.side_effect = lambda _: found.append(node("a", {}, CPU=4.0, GPU=gpus)) if requests else None
@@ -187,6 +191,7 @@ def test_the_first_node_decides_if_workers_get_a_gpu(
     (probe,) = requests
     assert probe.options == {"num_cpus": 1.0}
     assert probe.stop.called
+    assert ("set cluster.gpus_per_worker=1" in caplog.text) == (not gpus)
 
 
 def test_a_cluster_that_starts_from_zero_nodes_needs_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +214,19 @@ def test_a_cluster_that_starts_from_zero_nodes_needs_no_setting(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("others", "settings", "is_logged"),
+    ("others", "settings", "logged"),
     [
-        ((), {"wait_for_nodes": 99.0}, True),
-        ((), {}, False),
-        ((), {"wait_for_nodes": 99.0, "gpus_per_worker": 0.0}, False),
-        ((), {"wait_for_nodes": 99.0, "device": "cpu"}, False),
-        (({"CPU": 4.0},), {"wait_for_nodes": 99.0}, False),
-        (({"CPU": 4.0, "GPU": 1.0},), {"wait_for_nodes": 99.0}, False),
+        ((), {"wait_for_nodes": 99.0}, "set cluster.gpus_per_worker=1"),
+        (
+            (),
+            {"wait_for_nodes": 99.0, "gpus_per_worker": 0.0, "light": WorkerShape()},
+            "set cluster.light.gpus_per_worker=1",
+        ),
+        ((), {}, ""),
+        ((), {"wait_for_nodes": 99.0, "gpus_per_worker": 0.0}, ""),
+        ((), {"wait_for_nodes": 99.0, "device": "cpu"}, ""),
+        (({"CPU": 4.0},), {"wait_for_nodes": 99.0}, ""),
+        (({"CPU": 4.0, "GPU": 1.0},), {"wait_for_nodes": 99.0}, ""),
     ],
 )
 def test_a_head_that_takes_the_work_of_gpus_on_demand_is_logged(
@@ -224,13 +234,14 @@ def test_a_head_that_takes_the_work_of_gpus_on_demand_is_logged(
     caplog: pytest.LogCaptureFixture,
     others: tuple[dict[str, float], ...],
     settings: dict[str, Any],
-    is_logged: bool,
+    logged: str,
 ) -> None:
     """A head with CPUs that runs alone takes all work; a warning says how to ask for GPUs that start on demand."""
     head = node("head", {}, **{"CPU": 4.0, "node:__internal_head__": 1.0})
     monkeypatch.setattr(ray, "nodes", lambda: [head, *(node("other", {}, **each) for each in others)])
     with_gpus(ClusterConfig(**settings))
-    assert ("set cluster.gpus_per_worker=1" in caplog.text) == is_logged
+    assert logged in caplog.text
+    assert bool(logged) == ("gpus_per_worker=1" in caplog.text)
 
 
 def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(
@@ -247,6 +258,17 @@ def test_workers_of_a_cluster_without_nodes_are_not_put_on_cpus_unasked(
     monkeypatch.setattr(ray_cluster.time, "sleep", lambda _: pytest.fail("it waits"))
     for settings in ({"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.0}, {"device": "cpu"}):
         with_gpus(ClusterConfig(wait_for_nodes=0.05, **settings))
+
+
+def test_no_request_for_a_first_node_outlives_its_wait(
+    monkeypatch: pytest.MonkeyPatch, requests: list[mock.Mock]
+) -> None:
+    """After Ctrl-C no actor asks for a node any more: the cluster would start one that nobody uses."""
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray_cluster.time, "sleep", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        with_gpus(ClusterConfig(wait_for_nodes=99.0))
+    assert [probe.stop.called for probe in requests] == [True]
 
 
 def test_plans_count_the_nodes_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +495,9 @@ def _accepts(labels: dict[str, str]) -> bool:
     return True
 
 
-def test_workers_without_a_gpu_and_labels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_without_a_gpu_and_labels_without_support_are_refused(
+    monkeypatch: pytest.MonkeyPatch, requests: list[mock.Mock]
+) -> None:
     """GPUs are chosen for both kinds of workers, and one line refuses what the cluster or its Ray does not have."""
     monkeypatch.setattr(ray, "nodes", lambda: [node("a", {}, CPU=4.0, GPU=2.0)])
     found = with_gpus(ClusterConfig(light=WorkerShape()))
@@ -487,6 +511,10 @@ def test_workers_without_a_gpu_and_labels_without_support_are_refused(monkeypatc
     with pytest.raises(ClusterError, match=rf"cluster\.labels needs a newer Ray than {ray.__version__}"):
         with_gpus(ClusterConfig(light=SMALL))
     assert with_gpus(ClusterConfig(gpus_per_worker=0.0)) == ClusterConfig(gpus_per_worker=0.0)
+    monkeypatch.setattr(ray, "nodes", list)
+    with pytest.raises(ClusterError, match="needs a newer Ray"):
+        with_gpus(ClusterConfig(labels={"zone": "a"}, wait_for_nodes=0.05))
+    assert not requests, "this Ray does not know the labels in a request"
 
 
 PLACED = """
