@@ -793,10 +793,10 @@ class _Stage:
         """Return the nodes that failed the task; empty if unknown. For each node, count the loss and stop free actors.
 
         The death of a node itself is not counted. If no stream ended with the error, the ranks that have not ended are
-        the ones that hang. A rank that lost its peers is not the cause.
+        the ones that hang. A rank that lost its peers is not the cause, and neither is one whose stream has ended.
         """
         streams = list(job.streams) if stream is None else [stream] * (not isinstance(cause, PeerLostError))
-        nodes = {job.workers[job.streams[each]].node for each in streams}
+        nodes = {job.workers[job.streams[each]].node for each in streams if each in job.streams}
         self._executor.faults.update(nodes if not isinstance(cause, NodeDiedError) else ())
         # These actors may be lost too, and new ones are cheap.
         self._drop(*(each for each in self._free() if each.node in nodes))

@@ -280,6 +280,28 @@ def test_a_worker_whose_substitute_is_no_longer_held_is_lost(monkeypatch: pytest
     assert run.places("set")
 
 
+@pytest.mark.parametrize("is_lost", [True, False], ids=["lost its peers", "ended"])
+def test_a_substitute_is_given_up_after_its_rank(monkeypatch: pytest.MonkeyPatch, is_lost: bool) -> None:
+    """If the rank on a substitute has lost its peers or ended, the task is tried again and no node is blamed."""
+    run = Simulation(monkeypatch, {"a": 4}, [Task("set", (), 4, fewer=(3, 2, 1))])
+    run.turn(turns=4)
+    run.lose("set", gpu_error(), rank=1)
+    run.turn(6.0, turns=6)
+    (held,) = run.stage._executor.set_aside.values()
+    job = run.job("set")
+    rank = next(number for number, each in enumerate(job.workers) if each.used == held.gpu)
+    if is_lost:
+        assert run.lose("set", PeerLostError("worker lost its peers"), rank) == []
+    else:
+        job.streams = {each: number for each, number in job.streams.items() if number != rank}
+    held.is_stopped = True
+    run.turn(6.0)
+    assert run.losses("set") == 2
+    assert not run.stage._executor.faults
+    run.turn(6.0, turns=6)
+    assert run.places("set")
+
+
 def test_other_nodes_work_on_while_a_substitute_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Actors of other nodes take further tasks, and none of them is replaced, until the substitute has started."""
     run = Simulation(monkeypatch, {"a": 3, "b": 1}, [Task("set", (), 3), *alone("x", "y")])
