@@ -37,7 +37,8 @@ class Spent:
     read_bytes: float = 0
     write_bytes: float = 0
     is_partial: bool = False
-    """True if the whole cost is higher, because that of a killed attempt or of another part of the work is unknown."""
+    """True if the whole cost is higher, because the record of a part of the work is missing or damaged. What a killed
+    worker had done since it last saved is in no cost, and does not count here."""
 
     def __add__(self, other: Spent) -> Spent:
         """Sum of two costs, with the higher of the two peaks; partial if one of them is."""
@@ -49,10 +50,6 @@ class Spent:
         """Cost multiplied by `part`, from 0 to 1. The peak memory stays."""
         scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
         return Spent(**scaled | {"peak_memory_bytes": self.peak_memory_bytes, "is_partial": self.is_partial})
-
-    def partial(self, is_partial: bool = True) -> Spent:
-        """Copy that counts as partial if `is_partial` is True, or if this cost does."""
-        return dataclasses.replace(self, is_partial=is_partial or self.is_partial)
 
     def to_json(self) -> dict[str, float]:
         """Cost as plain data, rounded to three decimals, for `from_json`. `is_partial` is there only if it is True."""

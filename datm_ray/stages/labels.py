@@ -216,8 +216,7 @@ def _cost_of(note: Location, keep: int) -> Spent:
     content = note.read_json()
     with rejecting_nonsense(note):
         spent, epochs = Spent.from_json(content), list(content.get("epochs", []))
-        counted = sum(int(epoch) < keep for epoch in epochs)
-        return spent if not epochs else spent.share(counted / len(epochs)) if counted else Spent()
+        return spent.share(sum(int(epoch) < keep for epoch in epochs) / len(epochs)) if epochs else spent
 
 
 def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> DrawnLabels:
@@ -306,14 +305,12 @@ class LabelWorker:
         yield Progress(0, len(epochs))
         note = store.location / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
         labelled, done = _stored(store, network, images, epochs, LABELLED), 0
-        note.write_json({**Spent(is_partial=True).to_json(), "epochs": []})  # stays if this attempt is killed
         for epoch in with_heartbeats(labelled, interval_in_epochs(self._cluster)):
             if epoch is None:
                 yield Phase("labelling an epoch")
                 continue
             done += 1
-            spent = account.spent().partial(done < len(epochs))  # a killed attempt loses the cost of an epoch
-            note.write_json({**spent.to_json(), "epochs": list(epochs[:done])})
+            note.write_json({**account.spent().to_json(), "epochs": list(epochs[:done])})
             yield Progress(done, len(epochs), saved=True)
         yield Finished()
 

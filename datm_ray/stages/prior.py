@@ -162,7 +162,7 @@ class PriorWorker:
                 if is_saved:
                     began = time.monotonic()
                     spent += account.lap()
-                    _write(folder / PRIOR_PROGRESS, state, spent.partial(not is_asked()))  # so if it is killed
+                    _write(folder / PRIOR_PROGRESS, state, spent)
                     saved_epoch = state.epoch
                     ended = time.monotonic()
                     due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
@@ -199,7 +199,10 @@ class PriorWorker:
         return lambda rows: to_device(pixels[rows], self._device)
 
     def _resumed(self, place: Location, network: nn.Module) -> tuple[AutoencoderState, Spent]:
-        """State of the last saved epoch, and the cost so far; a new state if the saved one is missing or damaged."""
+        """State of the last saved epoch, and the cost so far; a new state if the saved one is missing or damaged.
+
+        What a damaged state had cost is unknown, so the cost is partial.
+        """
         new = AutoencoderState.initial(network)
         if not place.exists():
             return new, Spent()

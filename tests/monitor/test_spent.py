@@ -48,11 +48,11 @@ def test_costs_add_up_but_for_the_peak() -> None:
 
 def test_a_sum_with_a_cost_that_is_partly_unknown_is_one() -> None:
     """Sums and shares of a partial cost are partial, as is what plain data restores; other data do not name it."""
-    lost = Spent(1, 2).partial()
+    lost = Spent(1, 2, is_partial=True)
     restored = Spent.from_json(json.loads(json.dumps(lost.to_json())))
-    for each in (lost + Spent(1), Spent(1) + lost, lost.share(0.5), restored, lost.partial(False)):
+    for each in (lost + Spent(1), Spent(1) + lost, lost.share(0.5), restored):
         assert each.is_partial
-    assert not (Spent(1) + Spent(2)).partial(False).is_partial
+    assert not (Spent(1) + Spent(2)).is_partial
     assert "is_partial" not in Spent(1).to_json()
 
 
@@ -201,12 +201,9 @@ def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp
     place = open_location(str(tmp_path / "tiny"))
     first = read_cost(place)
     assert first.cpu_seconds > 0
-    assert first.is_partial
     (place / COST).write_json(dataclasses.replace(first, cpu_seconds=1e6, peak_memory_bytes=2.0**50).to_json())
     pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
     assert read_cost(place).cpu_seconds > 1e6
-    assert read_cost(place).is_partial, "what the dead worker did after its last checkpoint is not counted"
-    assert not read_cost(open_location(str(finished_run / "tiny"))).is_partial
     assert read_cost(place).peak_memory_bytes == 2.0**50
     assert read_cost(place).seconds > first.seconds
     both = [(out / "tiny" / "synthetic.arrow").read_bytes() for out in (tmp_path, finished_run)]
@@ -214,7 +211,8 @@ def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp
 
 
 def test_a_distillation_that_is_stopped_loses_no_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cost of an attempt is known in part while it lasts, and whole once it was stopped, or has ended."""
+    """The cost of a distillation that was stopped and resumed is the sum of its attempts, and known as a whole."""
+    monkeypatch.setattr(Account, "spent", lambda _: Spent(9.0, cpu_seconds=7.0))
     config = tiny_config("method=dm", "distill.validate_every=0", "distill.real_batch=8")
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     arguments, place = (config, str(tmp_path), str(tmp_path / "tiny")), open_location(str(tmp_path / "tiny"))
@@ -222,14 +220,13 @@ def test_a_distillation_that_is_stopped_loses_no_cost(tmp_path: Path, monkeypatc
     monkeypatch.setattr("datm_ray.stages.distill.task.saving", lambda: nullcontext(lambda: asked[0]))
     events = DistillWorker(dataset, config.cluster).distill(*arguments)
     assert next(event for event in events if isinstance(event, Progress) and event.done == 2)
-    assert read_cost(place).is_partial
     asked[0] = True
     with pytest.raises(Interrupted):
         list(events)
     asked[0] = False
-    assert not read_cost(place).is_partial
+    assert read_cost(place) == Spent(9.0, cpu_seconds=7.0)
     assert list(DistillWorker(dataset, config.cluster).distill(*arguments))
-    assert not read_cost(place).is_partial
+    assert read_cost(place) == Spent(18.0, cpu_seconds=14.0)
 
 
 class StopsAt(SerialExecutor):
@@ -275,7 +272,7 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     both, half = (experts_cost(each, group).spent.cpu_seconds for each in (config, one))
     assert half == both / 2, "a stack was trained for both of its experts"
     assert cost["spent"]["cpu_seconds"] == 100.0 * laps[0] + 1.0
-    assert experts_cost(one, group).spent.is_partial, "the first attempt was killed"
+    assert "is_partial" not in cost["spent"], "an attempt that ends early leaves no gap in the record"
     for content in (b"[", b"5", b'{"experts": [0]}', b'{"experts": ["x"], "spent": {}}'):
         note.write_atomic(content)
         with pytest.raises(CorruptFileError, match=rf"^{note.uri} .*Move this note away; the experts stay"):

@@ -236,7 +236,7 @@ def test_the_time_of_a_runs_parts_stands_below_their_sizes(out: Location) -> Non
     costs.append(ExpertsCost("mlp", 0, Spent(is_partial=True), "auxiliaries"))  # imported
     write_experts_cost(runs[0].folder, costs)
     for run in runs:
-        (run.folder / COST).write_json(Spent(9.0, 30.0).partial(run is runs[1]).to_json())
+        (run.folder / COST).write_json(Spent(9.0, 30.0, is_partial=run is runs[1]).to_json())
     rows = cells_of_text(accuracy_table(runs))
     assert [row[0] for row in rows[-6:-4]] == ["size of the set's images", "size of its labels"]
     assert rows[-4:] == [

@@ -9,10 +9,9 @@ The files that a distillation writes into the run's folder, each atomically:
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
-    cost.json          the cost so far, over all workers and attempts; replaced after every checkpoint. It counts as
-                       partial until the attempt ends, and for good if the attempt is killed, because the cost after
-                       the last checkpoint is lost then. It is a separate file, because the bytes of the other files
-                       do not depend on how often a run was stopped
+    cost.json          the cost so far, over all workers and attempts; replaced after every checkpoint, so the cost of a
+                       killed attempt after its last checkpoint is not counted. It is a separate file, because the
+                       bytes of the other files do not depend on how often a run was stopped
 A large transform, such as whitening, is stored once for all sets of all runs in ../transforms, see `artifact`.
 """
 
@@ -294,14 +293,6 @@ class Distillation:
             OvertakenError: a newer attempt at the set has started.
             Interrupted: a worker of the set was asked to stop. The state is saved.
         """
-        self._note_cost(is_partial=True)  # stays so if this attempt is killed
-        try:
-            yield from self._events()
-        except (Interrupted, DivergenceError, ThresholdError):
-            self._note_cost()
-            raise
-
-    def _events(self) -> Iterator[Event]:
         settings = self._config.distill
         state = yield from self._start()
         first = self._saved_at = state.iteration
@@ -608,7 +599,7 @@ class Distillation:
             self._join(state)
         began = time.monotonic()
         save_checkpoint(self._attempt, state, self._rows, self._mesh, run_identity(self._config), self._computed)
-        self._note_cost(is_partial=state.iteration < self._iterations)
+        self._note_cost()
         if self._has_joined and self._mesh.is_first:
             self._candidates.forget(last=state.validations[-1][0])
         self._has_joined = False
@@ -617,15 +608,11 @@ class Distillation:
         self._next_save = max(ended + self._config.cluster.checkpoint_seconds, self._next_counted_save)
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
-    def _note_cost(self, *, is_partial: bool = False) -> None:
-        """Write the cost of all workers over all attempts into the run's folder.
-
-        Args:
-            is_partial: True while this attempt lasts.
-        """
+    def _note_cost(self) -> None:
+        """Write the cost of all workers over all attempts into the run's folder."""
         now = over_workers(self._mesh, self._account.spent())
         if self._mesh.is_first:
-            (self._folder / COST).write_json((self._spent_before + now).partial(is_partial).to_json())
+            (self._folder / COST).write_json((self._spent_before + now).to_json())
 
     def _save_set(self, held: SyntheticSet, name: str) -> None:
         whole, mesh = self._whole(held), self._mesh

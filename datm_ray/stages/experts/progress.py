@@ -66,9 +66,6 @@ STACKS, STACKS_FILE = "stacks", "stacks.json"
 together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
-_RUNNING = "running-"
-"""First part of the name of a file that an attempt writes when it starts and removes when it is stopped or finished. A
-killed attempt leaves the file. Its cost is then known only in part."""
 _NO_ATTEMPT = "0"
 """Placeholder for the resumed attempt in a file's name, if the training starts at the first epoch."""
 
@@ -118,9 +115,10 @@ class TrainingProgress:
     def resume(self, device: torch.device) -> ExpertState | None:
         """Latest saved state, on `device`; `None` if there is no progress. Removes damaged files.
 
-        Also restores `spent` and `at_a_time`, the cost so far and the number of networks that one call computes.
+        Also restores `spent` and `at_a_time`, the cost so far and the number of networks that one call computes. The
+        cost is partial if a file was damaged.
         """
-        state, self.spent, self._before = None, Spent(), _NO_ATTEMPT
+        state, self.spent, self._before = None, Spent(is_partial=self.spent.is_partial), _NO_ATTEMPT
         for part in self._chain():
             file = self._readable(part.name)
             if file is None:  # the file is gone; other files may reach a later epoch
@@ -136,6 +134,7 @@ class TrainingProgress:
             return self._read(name)
         except CorruptFileError:
             (self._folder / name).remove()
+            self.spent += Spent(is_partial=True)  # what its epochs had cost is lost
         except MissingFileError:
             pass
         return None
@@ -229,7 +228,7 @@ class TrainingProgress:
         velocity = state.velocity
         if velocity is not None:
             arrays["velocity"] = _to_numpy(velocity)
-        lap = self._account.lap() if self._account else Spent()
+        lap = Spent(is_partial=self.spent.is_partial) + (self._account.lap() if self._account else Spent())
         self.spent, first = self.spent + lap, self._first if self._kept else 0
         name = f"{first:05d}-{state.epoch:05d}-{self._attempt}-{self._before}.arrow"
         metadata: dict[str, Any] = {"spent": (lap if self._kept else self.spent).to_json()}
@@ -334,18 +333,6 @@ class ExpertProgress(TrainingProgress):
         self._group, self.experts, self.wanted = group, list(experts), set(wanted)
         super().__init__(group.progress / self._name, len(experts), account, kept=kept)
 
-    def resume(self, device: torch.device) -> ExpertState | None:
-        """Latest saved state, see `TrainingProgress.resume`. The cost is partial if an earlier attempt was killed."""
-        state, mine = super().resume(device), f"{_RUNNING}{self._attempt}"
-        self.spent = self.spent.partial(any(name.startswith(_RUNNING) and name != mine for name in self._folder.list()))
-        (self._folder / mine).write_json({})
-        return state
-
-    def stop(self) -> None:
-        """Record that this attempt ends with all of its cost written."""
-        with suppress(StoreError):  # another process has removed the folder
-            (self._folder / f"{_RUNNING}{self._attempt}").remove()
-
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order. Raises CorruptFileError if a progress file is damaged."""
         place = self.experts.index(expert)
@@ -440,8 +427,8 @@ def _at_a_time(file: TensorFile, networks: int) -> int:
 
 
 def _spent(file: TensorFile) -> Spent:
-    """Cost recorded in a progress file; zero if an earlier version of this package wrote the file."""
-    return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
+    """Cost recorded in a progress file; unknown if an earlier version of this package wrote the file."""
+    return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent(is_partial=True)
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:

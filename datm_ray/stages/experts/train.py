@@ -280,7 +280,6 @@ class ExpertWorker:
                 if is_asked():
                     for waiting in progress.write(state):
                         yield Note(waiting)
-                    progress.stop()
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
 
@@ -523,7 +522,7 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
                 every = used | (stored & set(cost["experts"]))
                 found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     known = set().union(*(experts for experts, _ in found))
-    spent = total(spent for _, spent in found).partial(len(known) < config.experts.count)
+    spent = total([Spent(is_partial=len(known) < config.experts.count), *(spent for _, spent in found)])
     return ExpertsCost(config.network.architecture, len(known), spent)
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,8 @@ from datm_ray.stages.experts.train import (
     experts_cost,
     stacks,
 )
+from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from tests.conftest import actor_processes, run_here, tiny_config
 from tests.tapes import Tape
@@ -465,21 +467,42 @@ def test_no_expert_joins_parts_of_two_trainings(tmp_path: Path, monkeypatch: pyt
         assert [before for _, before in numbers[1:]] == [number for number, _ in numbers[:-1]]
 
 
-def test_the_cost_of_experts_is_known_in_part_if_an_attempt_was_killed(tmp_path: Path) -> None:
-    """An attempt that was killed, not one that was stopped, makes the cost of the next ones partial."""
-    config, cpu = tiny_config(), torch.device("cpu")
+def test_the_cost_of_experts_without_a_record_is_known_in_part(tmp_path: Path) -> None:
+    """The cost is partial as long as that of an expert is not recorded."""
+    config = tiny_config()
     group = expert_group(str(tmp_path), config, "digits", "0" * 16)
-    stopped, killed, third, fourth = (ExpertProgress(group, [0, 1], config.kept_epochs, [0, 1]) for _ in range(4))
-    for each in (stopped, killed, third, fourth):
-        assert each.resume(cpu) is None
-        if each is not killed:
-            each.stop()
-    assert [each.spent.is_partial for each in (stopped, killed, third, fourth)] == [False, False, True, True]
     assert experts_cost(config, group).spent.is_partial, "no expert is known"
     group.write_cost("both", {"experts": [0, 1], "spent": Spent(9.0).to_json()})
-    assert not experts_cost(config, group).spent.is_partial
+    assert experts_cost(config, group).spent == Spent(9.0)
     more = config.model_copy(update={"experts": config.experts.model_copy(update={"count": 3})})
     assert experts_cost(more, group).spent.is_partial
+
+
+@pytest.mark.parametrize("loss", ["killed", "damaged", "of an earlier version"])
+def test_a_progress_file_without_a_cost_makes_it_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """The cost of a training is partial, also for later attempts, if the record of saved epochs is lost."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    group, cpu = expert_group(str(tmp_path), tiny_config(), "digits", "0" * 16), torch.device("cpu")
+
+    def attempt(epochs: Sequence[int]) -> ExpertProgress:
+        progress = ExpertProgress(group, [0], range(9), [0])
+        progress.resume(cpu)
+        for epoch in epochs:
+            list(progress.add(ExpertState(torch.zeros(1, 2), torch.zeros(1, 0), None, epoch, epoch)))
+        return progress
+
+    attempt(range(3))
+    (file,) = Path(group.progress.uri).rglob("00002-00002-*.arrow")
+    if loss == "damaged":
+        file.write_bytes(file.read_bytes()[:-50])
+    elif loss != "killed":
+        place = open_location(str(file))
+        write_tensors(place, read_tensors(place, kind="expert progress").arrays, kind="expert progress", metadata={})
+    first = attempt(range(2 if loss == "damaged" else 3, 5))
+    assert [first.spent.is_partial, attempt([]).spent.is_partial] == [loss != "killed"] * 2
+    assert attempt([]).last_epoch == 4
 
 
 def test_progress_of_an_earlier_version_that_was_resumed_is_kept(tmp_path: Path) -> None:
