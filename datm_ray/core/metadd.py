@@ -189,7 +189,8 @@ class MetaDD:
         """Compute the maps [m b h w] and logits [m b k] of all m networks in all processes, without derivatives.
 
         Args:
-            images, labels: [b c h w] images of the classes [b].
+            images: [b c h w] images.
+            labels: [b] classes of the images.
             networks: m; `None` for the number held here.
             classes: k; required if no network is held here. With 0 the CPU waits for a GPU to read the labels.
             chunk: number of images that the networks process at a time.

@@ -124,12 +124,13 @@ def label_epochs(
         store: store of the labels, from `create_labels`.
         network: teacher, which is used in evaluation mode; views are made on its device.
         images: [n c h w] images of the set, the images that `create_labels` got; on the same device or in main memory.
-        epochs: numbers of the epochs to label, from 0, such as `store.missing()` or a part of these.
+        epochs: numbers of the epochs to label, from 0 to `store.info.keep` - 1, such as those of `store.missing()`.
         batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
 
     Raises:
         ConfigError: the store is for labels of other images.
         StoreError: an epoch cannot be written, or a logit does not fit into float16.
+        ValueError: an epoch is out of range.
     """
     require_labelled(images, store.info.set_fingerprint, store.location.uri)
     stored = _stored(store, network, images, epochs, batch)

@@ -57,8 +57,8 @@ class StepOptions:
     compiled: bool = True
     """True to compile if the machine can."""
     order: Order | None = None
-    """Order of differentiation; `None` chooses the faster order. A compiled network with a layer norm always gets
-    reverse-over-reverse."""
+    """Order of differentiation; `None` chooses the faster order. Compiled steps always get
+    reverse-over-reverse if torch has no tangent, or a wrong one, for an operation such as layer normalisation."""
     channels_last: bool = True
     """True to keep maps with their channels innermost in memory, which may make convolutions faster."""
     precision: Precision = "float32"

@@ -133,7 +133,7 @@ def selection(draft: Draft) -> Choices:
 
 
 def fitted_selection(draft: Draft) -> Fitted:
-    """Choose the width of the network and the epochs of the teacher of select.
+    """Choose the network's width, the epochs of the teacher's training and the evaluation, for method `select`.
 
     Raises:
         ConfigError: memory is not enough for any width.

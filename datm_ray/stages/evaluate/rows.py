@@ -498,8 +498,9 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
 def fixed_rows(config: RunConfig) -> list[str]:
     """Rows of `FIXED_ROWS` that a run computes; empty without `evaluate.fixed_labels`.
 
-    Without a teacher, the rows "distilled" and "random-soft" already have labels that stay fixed, so their rows with
-    fixed labels are left out.
+    "distilled-hard" is always among them. "distilled-fixed" and "random-fixed" need a teacher and a set with soft
+    labels: without a teacher the labels of the rows "distilled" and "random-soft" are fixed already. "random-fixed"
+    also needs a trained backbone, which labels the random images.
     """
     if not config.evaluate.fixed_labels:
         return []

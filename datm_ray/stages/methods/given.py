@@ -50,9 +50,9 @@ class Given(Method):
     def resolved(cls, config: RunConfig, raw: RawDataset | None = None, made: RunConfig | None = None) -> RunConfig:
         """Copy of a run whose section `given` states the set's digest, absolute path and step size.
 
-        The set is read and checked. It is not read if `made` states the same digest and the same step size, or the same
-        digest while the set's files are gone: the finished run's step size is then kept. A step size that the recipe
-        gives is never replaced.
+        The set is read and checked, unless the run was finished with it: `config` and `made` state the same digest, and
+        either they state the same step size, or the set's files are gone. A step size that `config` states is kept.
+        Otherwise it is that of the set, or of `made` if the set is not read.
 
         Args:
             config: the run, resolved for its images' size.

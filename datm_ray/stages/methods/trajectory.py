@@ -54,8 +54,9 @@ COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a compiled and of an uncompiled student step, as a multiple of the bytes that all layers write in one
 forward pass. Measured: 1.8 to 1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 10
-"""Number of vectors as long as the network's parameters in memory, beside the student's stored steps: 2 networks, the
-target, the reverse sweep's v, 4 gradients and sums of gradients, and the next iteration's start and target."""
+"""Number of vectors, each as long as the network's parameters, that are assumed to be in memory beside the student's
+stored steps: 2 networks, the target, the vector that the reverse sweep carries back through the steps, 4 gradients and
+sums of gradients, and the next iteration's start and target."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."

@@ -1,7 +1,8 @@
 """Files by path or URI: one `Location` type for local paths, file://, memory:// and s3:// URIs.
 
-A file appears under its name whole or not at all, whatever happens to its writer. Every failure is a `StoreError`,
-which names the file without its credentials. This module does not know the content of files, except for the small JSON
+A file appears under its name whole or not at all, whatever happens to its writer. A file that cannot be
+opened, read or written raises a `StoreError`, one without valid JSON a `CorruptFileError`; both name it without
+credentials. This module does not know the content of files, except for the small JSON
 files of `write_json`.
 
 S3 is configured as for s3fs and botocore: by AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and others, and by

@@ -84,9 +84,10 @@ def shared_crops(part: Part, teacher: nn.Module, label: int) -> Generator[None, 
 
 
 def _cropped(part: Part, rows: NDArray[np.int64], boxes: Tensor) -> Tensor:
-    """Crop training images at these indices by boxes [n 4], each to the size of a tile.
+    """Crops [n c h w], as large as a tile, of the training images with indices `rows` [n], on the part's device.
 
-    An image with several crops is read once, because a streamed one is decoded whenever it is read.
+    A box [4] is the crop's top, left, height and width, as shares of the image's sides. An image
+    with several crops is read once, because a streamed one is decoded whenever it is read.
     """
     different, places = np.unique(rows, return_inverse=True)
     images = torch.from_numpy(part.dataset.train_images[different]).to(part.device)[places]
