@@ -54,7 +54,7 @@ COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a compiled and of an uncompiled student step, as a multiple of the bytes that all layers write in one
 forward pass. Measured: 1.8 to 1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 10
-"""Number of vectors, each as long as the network's parameters, that are assumed to be in memory beside the student's
+"""Number of vectors, each as long as the network's parameters, that memory plans count beside the student's
 stored steps: 2 networks, the target, the vector that the reverse sweep carries back through the steps, 4 gradients and
 sums of gradients, and the next iteration's start and target."""
 _AGAIN = (

@@ -448,7 +448,7 @@ def test_images_may_have_the_statistics_of_auxiliaries(
         images.append(set_of(tmp_path / of).images)
         is_used = of == "auxiliaries"
         assert (tmp_path / of / "tiny/maps.arrow").exists() == is_used
-        assert len(list((tmp_path / of / "experts").glob("*/convnet*"))) == is_used
+        assert len(list((tmp_path / "experts").glob("*/convnet*"))) == is_used
     assert torch.equal(images[0], set_of(finished).images)
     assert not torch.equal(*images)
 
