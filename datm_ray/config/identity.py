@@ -14,6 +14,7 @@ from typing import Any
 from datm_ray.config.schema import RunConfig, ScoringRun
 from datm_ray.config.sections import (
     READ_OF_DISTILL,
+    SECTIONS_OF_METHODS,
     UNREAD_BY_MATCHING,
     UNRESOLVED,
     DistillConfig,
@@ -34,9 +35,6 @@ LATER_KEYS_OF_SECTIONS: dict[str, dict[str, Any]] = {
 }
 """Section -> key that earlier versions lacked -> value that their runs used. An identity leaves out a key that has this
 value, so that earlier runs keep their identity."""
-SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
-"""Section that only one packaged method reads -> name of this method. An exception: sre2l reads `select` too if
-`distill.initial` is crops."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "micro_batch", "weight_decay"),

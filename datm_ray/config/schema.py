@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from datm_ray.config.sections import (
+    SECTIONS_OF_METHODS,
     UNREAD_BY_MATCHING,
     BackboneConfig,
     ClusterConfig,
@@ -229,7 +230,8 @@ class RunConfig(Section):
 
         In the copies, `metadd.experts` replaces `experts`. If its seed is null, the seed of `experts` is kept.
         """
-        recovers = self.recover.statistics_of != "teacher" and (self.method == "sre2l" or ":" in self.method)
+        reads = self.method == SECTIONS_OF_METHODS["recover"] or ":" in self.method
+        recovers = reads and self.recover.statistics_of != "teacher"
         if self.metadd is None or not (self.metadd.has_weight or recovers):
             return []
         return [self._with_experts(network, self.metadd.experts) for network in self.metadd.auxiliaries]

@@ -723,6 +723,9 @@ READ_OF_DISTILL = {
 }
 """Packaged method -> keys of `distill` that it reads. Methods that users write may read any key. `select` reads
 `start_epochs` and `expert_epochs`, because they decide which epochs of its networks are stored."""
+SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
+"""Section that only one packaged method reads -> name of this method. An exception: sre2l reads `select` too if
+`distill.initial` is crops."""
 UNREAD_BY_MATCHING = {"datm": {"real_batch"}, "mtt": {"real_batch", "labels", "learning_rate_labels"}}
 """Packaged method that matches trajectories -> keys of `distill` that it does not read."""
 

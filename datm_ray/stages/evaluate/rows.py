@@ -66,7 +66,8 @@ from datm_ray.config import (
     scoring_identity,
     stable_hash,
 )
-from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
+from datm_ray.config.identity import SCORING_KEYS
+from datm_ray.config.sections import SECTIONS_OF_METHODS
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK, cost_and_stacking

@@ -19,7 +19,7 @@ from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.selection import Scores, Work, drawn_order, forgetting_scores, keep, moderate_scores
 from datm_ray.stages.experts.difficulty import mean_el2n
-from datm_ray.stages.methods.base import Demand, Method
+from datm_ray.stages.methods.base import ALONE, Demand, Method
 from datm_ray.stages.methods.first_images.crops import check_crops, check_images_for_crops, chosen_crops, crops_scored
 from datm_ray.stages.methods.part import Piece
 from datm_ray.store.trajectories import epochs_in_words
@@ -197,7 +197,7 @@ def coresets_of(config: RunConfig, say: Callable[[str], object] = lambda _: None
     from datm_ray.stages.methods.registry import method_of
 
     left_out: dict[str, Any] = {"metadd": None, "prior": None, "backbones": [], "distill.options": {}}
-    left_out |= {"cluster.shards": 1, "cluster.backbones_apart": False, "cluster.auxiliaries_apart": False}
+    left_out |= {f"cluster.{key}": value for key, value in ALONE.items()}
     if config.prior is not None or config.backbones:
         left_out |= {"evaluate.full": False, "evaluate.fair": False}
     if not method_of(config).has_soft_labels(config):
@@ -206,11 +206,14 @@ def coresets_of(config: RunConfig, say: Callable[[str], object] = lambda _: None
         left_out["cluster.precision"] = "auto"
     chosen = [by for by in CORESETS if config.method != "select" or by != config.select.by]
     named = [{"name": f"{config.name}-{by}", "method": "select", "select.by": by} for by in chosen]
-    found = [with_settings(config, left_out | each) for each in named]
-    for each in found:
-        if lacking := _lacking_epochs(each):
-            say(f"{each.name} is left out: {lacking}")
-    return [each for each in found if not _lacking_epochs(each)]
+    found = []
+    for each in named:
+        coreset = with_settings(config, left_out | each)
+        if lacking := _lacking_epochs(coreset):
+            say(f"{coreset.name} is left out: {lacking}")
+        else:
+            found.append(coreset)
+    return found
 
 
 def _check_select(config: RunConfig) -> None:
