@@ -259,7 +259,7 @@ class Pipeline:
             local = [folder.local_path for folder in folders if folder.local_path is not None]
             with writing(local, uploaded), noting_the_end(), by_signals(reporter.message):
                 _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
-                where = ", ".join((folder / LOG).uri for folder in folders)
+                where = listed(((folder / LOG).uri for folder in folders), most=2)
                 log = f"{where}, uploaded every minute; -v shows it here" if uploaded else where
                 for line in (f"Running on {executor.description}", *data_lines(self.runs), f"Log: {log}"):
                     reporter.message(line)

@@ -142,9 +142,11 @@ def test_the_log_of_a_run_on_s3_ends_with_its_error(bucket: str, capsys: pytest.
             yield
 
     config, out = tiny_config(), f"s3://{bucket}/runs"
+    configs = [tiny_config(f"name={name}") for name in ("tiny", "second", "third", "fourth")]
     with pytest.raises(ConfigError):
-        Pipeline([config], out).train_experts(lambda: Failing(config.cluster), Reporter())
-    assert f"Log: {out}/tiny/log.txt, uploaded every minute" in capsys.readouterr().err
+        Pipeline(configs, out).train_experts(lambda: Failing(config.cluster), Reporter())
+    line = f"Log: {out}/tiny/log.txt, {out}/second/log.txt and 2 more, uploaded every minute"
+    assert line in capsys.readouterr().err
     found = events(open_location(f"{out}/tiny"))
     assert found[0].startswith("run started version=")
     assert found[-1] == 'run stopped error=ConfigError reason="it does not work. Use another one."'
