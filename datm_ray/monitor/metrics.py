@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Started, Task
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Progress, Started, Task
 
 Kind = Literal["gauge", "counter", "histogram"]
 
@@ -106,7 +106,7 @@ CATALOGUE: dict[str, Metric] = {
     "datm_ray_store_writes_total": _counter("", "Files written"),
     "datm_ray_store_write_bytes_total": _counter("bytes", "Bytes written"),
     "datm_ray_store_write_seconds_total": _counter("seconds", "Duration of writes"),
-    "datm_ray_store_looks_total": _counter("", "Requests without content: exists, list, delete"),
+    "datm_ray_store_looks_total": _counter("", "Requests without content: exists, size, list, delete"),
     "datm_ray_store_look_seconds_total": _counter("seconds", "Duration of requests without content"),
     "datm_ray_store_retries_total": _counter("", "S3 requests sent again after an error"),
     # --- faults ---
@@ -145,12 +145,14 @@ class Sample:
 
 @dataclass
 class _Observed:
-    """State of a task that has sent an event and is not finished."""
+    """State of a task that has sent an event, and has neither finished nor failed."""
 
     task: Task
     workers: int = 0
     """Size of the task's worker group at its last `Progress`; 0 before the first `Progress`."""
-    at_work: bool = True
+    has_started: bool = False
+    """True if the task has started since its last loss. Before that, its events come from the driver."""
+    at_work: bool = False
     sums: dict[tuple[int, str], float] = field(default_factory=dict)
     """Last value of each counter, by rank and name."""
     gauges: dict[str, float] = field(default_factory=dict)
@@ -198,9 +200,10 @@ class Readings:
                 caller passes all events of these ranks before the `Finished` of rank 0.
         """
         self._stage = task.stage
-        if isinstance(event, Started):  # not at work yet: the worker may install packages first
-            return []
         observed = self._observed.setdefault(task.name, _Observed(task))
+        if isinstance(event, Started):  # not at work yet: the worker may install packages first
+            observed.has_started = True
+            return []
         measured = event.metrics if isinstance(event, Progress | Finished) else {}
         known = {name: value for name, value in measured.items() if name in CATALOGUE and math.isfinite(value)}
         samples = list(_increases(observed, known, rank))
@@ -208,17 +211,17 @@ class Readings:
             return samples
         if isinstance(event, Progress):
             samples += _progress(observed, event, known)
-        observed.at_work = True
+        observed.at_work = observed.has_started or isinstance(event, Progress)
         if isinstance(event, Lost):
-            self._observed[task.name] = _Observed(task, observed.workers, at_work=False)
-            samples += [
-                _sample("datm_ray_workers_lost_total", 1.0, task, reason=reason_kind(event.reason)),
-                _sample("datm_ray_task_retries_total", 1.0, task),
-            ]
-        elif isinstance(event, Finished):
+            self._observed[task.name] = _Observed(task, observed.workers)
+            samples.append(_sample("datm_ray_workers_lost_total", 1.0, task, reason=reason_kind(event.reason)))
+            if event.is_retried:
+                samples.append(_sample("datm_ray_task_retries_total", 1.0, task))
+        elif isinstance(event, Finished | Failed):
             del self._observed[task.name]
             self._open -= task.size
-            samples.append(_sample("datm_ray_tasks_finished_total", 1.0, task))
+            if isinstance(event, Finished):
+                samples.append(_sample("datm_ray_tasks_finished_total", 1.0, task))
         return [*samples, *self._worker_counts()]
 
     def gauges(self) -> list[Sample]:

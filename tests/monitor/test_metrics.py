@@ -18,7 +18,18 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.spent import Account
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor, Started, Task
+from datm_ray.runtime.executor import (
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    Note,
+    Phase,
+    Progress,
+    SerialExecutor,
+    Started,
+    Task,
+)
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -96,6 +107,9 @@ def test_a_loss_is_exported_with_its_reason() -> None:
     tags = {"run": "a run", "stage": "distillation"}
     assert Sample("datm_ray_workers_lost_total", 1.0, {**tags, "reason": "node"}) in lost
     assert Sample("datm_ray_task_retries_total", 1.0, tags) in lost
+    final = readings.take(TASK, Lost("killed", 2, is_retried=False))
+    assert values(final, "workers_lost_total") == [1]
+    assert values(final, "task_retries_total") == []
 
 
 @pytest.mark.parametrize(
@@ -127,6 +141,18 @@ def test_workers_wanted_and_at_work_follow_the_tasks() -> None:
     seen += [readings.take(other, Finished()), readings.add([Task("added", ())])]
     assert [values(samples, "workers_wanted") for samples in seen] == [[3], [3], [3], [3], [3], [3], [2], [0], [1]]
     assert [values(samples, "workers_at_work") for samples in seen] == [[0], [1], [2], [4], [2], [3], [2], [0], [0]]
+
+
+def test_a_task_that_waits_or_has_failed_has_no_workers_at_work() -> None:
+    """A waiting task, not started or started before a loss, has no worker at work, whatever the driver reports."""
+    readings = Readings()
+    seen = [readings.begin([TASK], workers=3), readings.take(TASK, Phase("starting workers"))]
+    readings.take(TASK, Started())
+    seen += [readings.take(TASK, event) for event in (Phase("compiling"), Lost("died", 1), Note("no worker is free"))]
+    readings.take(TASK, Started())
+    seen += [readings.take(TASK, event) for event in (Progress(1, 2), Failed("it cannot work", running=1))]
+    assert [values(samples, "workers_at_work") for samples in seen] == [[0], [0], [1], [0], [0], [1], [0]]
+    assert values(seen[-1], "workers_wanted") == [0]
 
 
 def _mesh(workers: int) -> dict[str, float]:
