@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.compiler.config
+from epochs import by_epoch
 from facts import RESULTS, common_facts, head, present, sizes_and_places
 from program import positive, start
 from published_experts import epoch_seconds, evaluation_epochs
@@ -28,14 +29,14 @@ from torch import Tensor
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training.loop import PROTOCOLS, Schedule, Training, train, train_together
+from datm_ray.core.training.loop import PROTOCOLS, Schedule, Training, together_steps, train_steps
 
 HEADER = """Training of networks that are scored, on random tensors of fixed seeds with soft labels; ConvNet, instance
 normalisation, mean pooling, SGD with momentum and weight decay.
 
 - `published loop`: a DataLoader that collects sample by sample, one augmentation and one uncompiled step for each
   network, loss and accuracy read back every step: the evaluation of MTT and DATM. `ours, 1`: `train`, one network after
-  another. `ours, together`: `train_together`, so many networks in one compiled step.
+  another. `ours, together`: `together_steps`, so many networks in one compiled step.
 - ms: of one epoch of one network; median (smallest to largest) of n turns. ratio: the published loop's time to the
   method's in the same turn; median (smallest to largest).
 - networks an hour: of one process, trained for so many epochs.
@@ -73,7 +74,7 @@ def methods_of(shape: Shape, device: str, together: list[int]) -> dict[str, tupl
     images, logits = data_of(shape, device)
     network = build_network(shape.spec, 0).to(device)
     loop = evaluation_epochs(network, images.cpu(), logits.softmax(1).cpu(), schedule.batch_size, shape.augmentation)
-    alone = train(Training(build_network(shape.spec, 0).to(device), images, logits, schedule, 0))
+    alone = by_epoch(train_steps(Training(build_network(shape.spec, 0).to(device), images, logits, schedule, 0)))
     found: dict[str, tuple[int, Iterator[Any]]] = {"published loop": (1, loop), "ours, 1": (1, alone)}
     for size in together:
         found[f"ours, {size} together"] = (size, stack(shape, device, schedule, size))
@@ -85,7 +86,7 @@ def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[
     images, logits = data_of(shape, device)
     networks = [build_network(shape.spec, seed).to(device) for seed in range(size)]
     trainings = [Training(network, images, logits, schedule, seed) for seed, network in enumerate(networks)]
-    return train_together(StackFunctions(networks[0], stacked=size), trainings)
+    return by_epoch(together_steps(StackFunctions(networks[0], stacked=size), trainings))
 
 
 def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[dict[str, Any]]:

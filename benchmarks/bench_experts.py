@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from epochs import expert_epochs
 from facts import common_facts, head, parsed, result_path, save, sizes_and_places
 from published_experts import Epochs, epoch_seconds, loader_epochs
 from tables import spread
@@ -23,14 +24,14 @@ from torch import Tensor
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
 
 - `loader`: torch's DataLoader over a TensorDataset, shuffled, in the training process, then augmentation, forward,
   backward and SGD, uncompiled: the loop of MTT, FTD and DATM. `+ test pass`: with their pass over the test images after
-  every epoch. `ours`: `train_experts`, with so many experts in a stack.
+  every epoch. `ours`: `stack_steps`, with so many experts in a stack.
 - seconds: of one epoch of one expert; median (smallest to largest) of n epochs, the methods taking turns. ratio: the
   loader's seconds to the method's in the same turn; median (smallest to largest).
 - experts an hour: of one process, for so many epochs each.
@@ -77,7 +78,7 @@ def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
 
 
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
-    """Iterator that trains one epoch by `train_experts` at every step, more epochs than any caller takes."""
+    """Iterator that trains one epoch by `stack_steps` at every step, more epochs than any caller takes."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
     functions = StackFunctions(networks[0], stacked=stacked, compile_=compile_)
     optimiser = "gsam" if shape.gsam else "sgd"
@@ -85,7 +86,7 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
     images, labels = images_of(shape, shape.images, device)
     test, _ = images_of(shape, shape.test_images, device)
     state = ExpertState.initial(networks)
-    for _ in train_experts(functions, images, labels, settings, list(range(stacked)), state):
+    for _ in expert_epochs(functions, images, labels, settings, list(range(stacked)), state):
         state.parameters.cpu().clone()
         if test_pass:
             for network in networks:

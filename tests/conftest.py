@@ -37,6 +37,7 @@ from datm_ray.stages.distill.task import Distillation
 from tests import processes
 from tests.store import proxy
 from tests.tapes import Tape, recorded_tapes
+from tests.training import train
 
 TINY = (
     "network.width=4",
@@ -279,7 +280,7 @@ def scoring_steps(artifact: Artifact, schedule: loop.Schedule) -> list[tuple[flo
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(len(artifact.class_names)))
     network(artifact.images[:1])
     with recorded_steps() as steps:
-        loop.train_to_end(loop.Training(network, artifact.images, artifact.soft_labels, schedule, seed=0))
+        train(loop.Training(network, artifact.images, artifact.soft_labels, schedule, seed=0))
     return steps
 
 

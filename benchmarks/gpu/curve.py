@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cifar_part import FILES
+from epochs import expert_epochs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.steps import Steps, result_of
 from datm_ray.core.synthetic import SyntheticSet, correct_rows_in_steps, mean_correct_in_steps, random_rows
-from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy, logits_in_steps, trainer
+from datm_ray.core.training.experts import ExpertState
+from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy_in_steps, logits_in_steps, trainer
 from datm_ray.methods.trajectory.difficulty import draw_origin
 from datm_ray.methods.trajectory.iteration import Match, MatchingState
 from datm_ray.methods.trajectory.matching import draw_student_steps
@@ -109,7 +110,7 @@ def expert_trajectories(machine: Machine, images: Images, recipe: Recipe, clock:
         functions = StackFunctions(networks[0], stacked=len(seeds), **options)
         state = ExpertState.initial(networks)
         kept = [state.parameters]
-        for _ in train_experts(functions, images.train, images.train_labels, recipe.run.experts, seeds, state):
+        for _ in expert_epochs(functions, images.train, images.train_labels, recipe.run.experts, seeds, state):
             kept.append(state.parameters)
             if end.left() < 0 and len(kept) > recipe.run.distill.expert_epochs + 1:
                 break
@@ -171,7 +172,8 @@ def scored(machine: Machine, images: Images, recipe: Recipe, held: SyntheticSet,
     ]
     for _ in trainer(compile_=machine.compiled, channels_last=machine.channels_last).train_all(trainings):
         pass
-    return [100 * accuracy(each.network, images.test, images.test_labels) for each in trainings]
+    every = (accuracy_in_steps(each.network, images.test, images.test_labels) for each in trainings)
+    return [100 * result_of(each) for each in every]
 
 
 def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor, clock: Clock) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from epochs import expert_epochs
 from published_matching import Problem, make_problem, unrolling
 from torch import Tensor
 from torch.nn.functional import group_norm
@@ -22,8 +23,8 @@ from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import Schedule, Training, predict_logits, train_to_end, train_together
+from datm_ray.core.training.experts import ExpertState
+from datm_ray.core.training.loop import Schedule, Training, predict_logits, together_steps, train_steps
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
@@ -266,7 +267,7 @@ def trained_experts(
         optimiser="gsam" if gsam else "sgd",
     )
     state = ExpertState.initial(networks)
-    (losses,) = train_experts(functions, images.to(device, dtype), labels, settings, [0, 1], state)
+    (losses,) = expert_epochs(functions, images.to(device, dtype), labels, settings, [0, 1], state)
     return state.parameters, losses
 
 
@@ -375,7 +376,7 @@ def evaluated(machine: Machine, device: str) -> Tensors:
     labels = torch.randn(20, spec.classes, generator=draw, dtype=torch.float64).to(device)
     network = build_network(spec, 0).to(device, torch.float64)
     schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=PUBLISHED_AUGMENTATION, decay_epoch=2)
-    train_to_end(Training(network, images, labels, schedule, 0))
+    list(train_steps(Training(network, images, labels, schedule, 0)))
     return [predict_logits(network, images, batch_size=7)]
 
 
@@ -388,11 +389,10 @@ def scored_together(machine: Machine, device: str, *, together: bool, compiled: 
     networks = [build_network(spec, seed).to(device, torch.float64) for seed in range(3)]
     stack = [Training(network, images, labels, schedule, seed) for seed, network in enumerate(networks)]
     if together:
-        for _ in train_together(StackFunctions(networks[0], stacked=3, compile_=compiled), stack):
-            pass
+        list(together_steps(StackFunctions(networks[0], stacked=3, compile_=compiled), stack))
     else:
         for each in stack:
-            train_to_end(each)
+            list(train_steps(each))
     return [predict_logits(network, images, batch_size=7) for network in networks]
 
 

@@ -1,4 +1,4 @@
-"""Experts an hour: the published loop, and `train_experts` in stacks."""
+"""Experts an hour: the published loop, and this package's in stacks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from epochs import expert_epochs
 from published_experts import Data, Epochs, loader_epochs
 from turns import timed
 
@@ -16,7 +17,7 @@ from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import InParts, StackStep
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState
 from gpu.machine import Machine, freeing, timed_algorithms
 from gpu.sections import Clock, Row, Section, Work
 
@@ -74,12 +75,12 @@ class Way:
 
 
 def our_epochs(machine: Machine, how: Setting, way: Way, *, gsam: bool) -> Epochs:
-    """Iterator that trains one epoch by `train_experts` at every step, more epochs than any caller takes."""
+    """Iterator that trains one epoch by `stack_steps` at every item, more epochs than any caller takes."""
     networks, stacked = [build_network(how.spec, seed).to(machine.device) for seed in range(way.stacked)], way.stacked
     functions = way.step(networks[0])
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
     state = ExpertState.initial(networks)
-    for _ in train_experts(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):
+    for _ in expert_epochs(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):
         state.parameters.cpu()  # a snapshot, as every epoch leaves
         yield
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from epochs import by_epoch
 from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
@@ -16,7 +17,7 @@ from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stack_trial import InParts
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training.loop import PROTOCOLS, Training, predict_logits, train, train_together
+from datm_ray.core.training.loop import PROTOCOLS, Training, predict_logits, together_steps, train_steps
 from gpu.machine import Machine, free_memory, freeing, measured
 from gpu.sections import Clock, Row, Section, Work
 
@@ -50,10 +51,11 @@ def epochs_of(
     ]
     first = stack[0]
     if networks == 1:
-        return first, train(first)
+        return first, by_epoch(train_steps(first))
     options = {"compile_": machine.compiled, "channels_last": machine.channels_last}
     functions = StackFunctions(first.network, stacked=at_a_time, **options)
-    return first, train_together(InParts(functions, at_a_time) if machine.device == "cuda" else functions, stack)
+    step = InParts(functions, at_a_time) if machine.device == "cuda" else functions
+    return first, by_epoch(together_steps(step, stack))
 
 
 def evaluation_row(machine: Machine, ipc: int, networks: int, at_a_time: int) -> Row:

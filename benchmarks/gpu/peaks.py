@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from epochs import expert_epochs
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.images.augment import parse_strategy
@@ -14,7 +15,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState
 from datm_ray.methods.trajectory.matching import _Block, draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from gpu.experts import Way, setting, ways
@@ -94,7 +95,7 @@ def vectors(machine: Machine) -> dict[str, float]:
     functions: StackFunctions = way.step(networks[0])
 
     def train() -> None:
-        for _ in train_experts(
+        for _ in expert_epochs(
             functions, images, labels.to(machine.device), settings, range(way.stacked), ExpertState.initial(networks)
         ):
             pass

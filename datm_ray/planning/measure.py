@@ -21,8 +21,8 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.experts import ExpertState, train_experts
-from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, train
+from datm_ray.core.training.experts import ExpertState, stack_steps
+from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, train_steps
 from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
@@ -117,15 +117,16 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     data = {kind: (images[:count], labels[:count]) for kind, count in counts.items()}
     endless = replace(schedule, epochs=MANY, decay_epoch=None, warmup_epochs=0)
     experts = config.experts.model_copy(update={"epochs": MANY})
+    x, y = ([each] * stack for each in data["experts"])
     layout = channels_last_on(config.cluster, device)
     functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=layout)
     work = {  # steps of methods come first, so that their times include the first use of new memory, as in a run
         "matching": _matching(config, first, *data["matching"], spec.classes),
         "embedding": _embedding(config, first, data["embedding"][0]),
         "recovery": _recovery(config, first, *data["recovery"]),
-        "experts": train_experts(functions, *data["experts"], experts, range(stack), ExpertState.initial(networks)),
-        "training": train(Training(first, *data["training"], endless, 0)),
-        "real": train(Training(first, *data["real"], endless, 0)),
+        "experts": stack_steps(functions, x, y, experts, range(stack), ExpertState.initial(networks)),
+        "training": train_steps(Training(first, *data["training"], endless, 0)),
+        "real": train_steps(Training(first, *data["real"], endless, 0)),
         "scoring": (predict_logits(first, data["scoring"][0]) for _ in itertools.count()),
     }
     for kind in {"matching", "embedding", "recovery"} - proposal.plans[0].demand.passes.keys():

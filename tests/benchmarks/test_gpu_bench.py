@@ -252,13 +252,13 @@ def test_an_iteration_is_measured_as_in_a_run_and_with_what_it_may_change(
 def test_networks_are_scored_together_as_in_a_run(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation trains a stack of networks together, and one alone beside it."""
     stacks: list[int] = []
-    original = bench.networks.train_together
+    original = bench.networks.together_steps
 
     def together(functions: Any, stack: Any, *more: Any) -> Any:
         stacks.append(len(stack))
         return original(functions, stack, *more)
 
-    monkeypatch.setattr(bench.networks, "train_together", together)
+    monkeypatch.setattr(bench.networks, "together_steps", together)
     machine = bench.machine.Machine("cpu", small=True)
     rows = rows_of(bench, bench.networks.evaluation, machine)
     assert [(row["together"], "failed" in row) for row in rows] == [(2, False), (1, False)]

@@ -20,7 +20,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.steps import finished, result_of
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_in_steps
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.labelling import (
     DrawnLabels,
     apply_views,
@@ -29,7 +29,7 @@ from datm_ray.core.training.labelling import (
     pack_logits,
     teacher_logits,
 )
-from datm_ray.core.training.loop import Schedule, Training, accuracy, train, train_to_end
+from datm_ray.core.training.loop import Schedule, Training
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.methods.recovery import Recovery
 from datm_ray.methods.state import Descent, MetaTerm
@@ -37,6 +37,7 @@ from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
+from tests.training import accuracy, train, train_experts
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
@@ -218,7 +219,7 @@ def test_a_set_in_main_memory_is_labelled_and_trained_on_elsewhere() -> None:
 
     def case(lessons: Lessons | None) -> None:
         schedule = Schedule(1, 4, 0.1, augmentation="resized+flip", micro_batch=3)
-        list(train(Training(there(seed=1), images, classes(7), schedule, 0), lessons))
+        train(Training(there(seed=1), images, classes(7), schedule, 0), lessons)
 
     assert not failures({name: lambda each=each: case(each) for name, each in lessons.items()})  # type: ignore[misc]
 
@@ -260,7 +261,7 @@ def test_evaluation_stays_on_its_device() -> None:
     images, network = tensor(5, 3, 8, 8), there()
 
     def case(schedule: Schedule, targets: Tensor) -> None:
-        train_to_end(Training(network, images, targets, schedule, 0))
+        train(Training(network, images, targets, schedule, 0))
 
     schedule = Schedule(2, 3, 0.1, momentum=0.9, augmentation=STRATEGY, decay_epoch=1)
     cases: dict[str, Callable[[], Any]] = {

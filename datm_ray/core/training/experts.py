@@ -53,32 +53,6 @@ class ExpertState:
         return cls(parameters, torch.stack([flatten_buffers(network) for network in networks]))
 
 
-def train_experts(
-    functions: StackStep,
-    images: Images,
-    labels: Tensor,
-    settings: ExpertConfig,
-    seeds: Sequence[int],
-    state: ExpertState,
-    curriculum: Curriculum | None = None,
-) -> Iterator[Tensor]:
-    """Train s experts together, from their current state to the last epoch. Yields the mean losses [s] of every epoch.
-
-    Args:
-        functions: computes the losses and gradients of the s experts in each step.
-        images: [n c h w] normalised images; they may lie in main memory or in files.
-        labels: [n] int64 classes.
-        settings: section `experts` of the recipe: optimiser, learning rates, epochs, batch size, augmentation.
-        seeds: seed of each expert's order and augmentation.
-        state: changed in place; up to date after every epoch.
-        curriculum: which images an epoch has; `None` for all images in every epoch.
-    """
-    labels = labels.to(state.parameters.device)
-    own = [images] * len(seeds), [labels] * len(seeds)
-    steps = stack_steps(functions, *own, settings, seeds, state, curriculum=curriculum)
-    yield from (losses for losses in steps if losses is not None)
-
-
 def stack_steps(
     functions: StackStep,
     images: Sequence[Images],

@@ -269,18 +269,6 @@ def validation_protocol(evaluation: str) -> str:
     return "short" if evaluation == "published" else evaluation
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """Record of one epoch of training."""
-
-    number: int
-    """Number of the epoch, from 1."""
-    step: int
-    """Number of steps done so far, over all epochs."""
-    loss: float
-    """Mean loss over the epoch's images."""
-
-
 class NetworkState:
     """State of one network in training, with parameters [1 p] and buffers [1 q]. Reading a vector copies it."""
 
@@ -349,40 +337,32 @@ class Training:
     network: nn.Module
     """Network, which is trained in place."""
     images: Images
-    """[n c h w] images, normalised; must be a tensor if a teacher labels them (`lessons` of `train`)."""
+    """[n c h w] images, normalised; must be a tensor if a teacher labels them (`lessons` of `train_steps`)."""
     targets: Tensor
     """[n] int64 classes, or [n k] logits of soft labels; not read if a teacher labels the images (`lessons` of
-    `train`)."""
+    `train_steps`)."""
     schedule: Schedule
     seed: int
     """Seed of order, augmentation and CutMix."""
 
 
-def train(training: Training, lessons: Lessons | None = None, state: NetworkState | None = None) -> Iterator[Epoch]:
-    """Train a network in place, on the targets or, if given, on a teacher's `lessons`. Yields each epoch's record.
-
-    It continues from `state`, which is up to date after every epoch; `None` starts a training.
-    """
-    return (epoch for epoch in train_steps(training, lessons, state) if epoch is not None)
-
-
 def train_steps(
-    training: Training, lessons: Lessons | None = None, state: NetworkState | None = None
-) -> Iterator[Epoch | None]:
-    """Train a network in place, step by step. Yields the record of an epoch after its last step, otherwise `None`.
+    training: Training, lessons: Lessons | None = None, saved: TrainingState | None = None
+) -> Iterator[NetworkState | None]:
+    """Train a network in place, step by step. Yields the state after an epoch's last step, otherwise `None`.
 
     Args:
         training: the network, its images and targets, and how it is trained.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
-        state: state to continue from, which is up to date after every epoch; `None` starts a training.
+        saved: state after an epoch of an earlier, equal training, to resume from; `None` to start.
     """
     network, images, targets, schedule = training.network, training.images, training.targets, training.schedule
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
     steps_per_epoch = -(-len(images) // schedule.batch_size)
-    state = state or NetworkState(network, schedule)
+    state = NetworkState(network, schedule, saved)
+    del saved  # frees up to three vectors as long as the parameters
     network.train()
-    total = torch.zeros((), device=targets.device)
     epochs, size, augmentation = range(state.epoch, schedule.epochs), schedule.batch_size, schedule.augmentation
     if lessons is None:
         steps = batches([images], [targets], [training.seed], epochs, size, augmentation)
@@ -393,23 +373,20 @@ def train_steps(
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.rate(state.step, steps_per_epoch)
         state.optimizer.zero_grad(set_to_none=True)
-        total += _differentiate(network, x[0], y[0], lessons, schedule.micro_batch) * x.shape[1]
+        _differentiate(network, x[0], y[0], lessons, schedule.micro_batch)
         state.optimizer.step()
         state.step += 1
         if is_last:
             state.epoch = epoch + 1
             if state.epoch == schedule.decay_epoch:
                 state.start_anew()
-            yield Epoch(state.epoch, state.step, float(total) / len(images))
-            total.zero_()
-        else:
-            yield None
+        yield state if is_last else None
 
 
 def _differentiate(
     network: nn.Module, images: Tensor, wanted: Tensor, lessons: Lessons | None, micro_batch: int | None
-) -> Tensor:
-    """Add the gradient of a batch's mean loss to that of the parameters. Returns the loss [].
+) -> None:
+    """Add the gradient of a batch's mean loss to that of the parameters.
 
     Args:
         images: [b c h w] images of the batch.
@@ -418,15 +395,13 @@ def _differentiate(
         micro_batch: largest number of images that are computed at a time, in parts that are nearly equal; `None` for
             all.
     """
-    parts, losses = -(-len(images) // (micro_batch or len(images))), list[Tensor]()
+    parts = -(-len(images) // (micro_batch or len(images)))
     for own, targets in zip(images.tensor_split(parts), wanted.tensor_split(parts), strict=True):
         logits = network(own)
         loss = cross_entropy(logits, targets) if lessons is None else divergence(logits, targets, lessons.temperature)
         if len(own) < len(images):
             loss = loss * (len(own) / len(images))
         loss.backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
 
 
 STEP_OVERHEAD = 3e7
@@ -614,16 +589,13 @@ class Trainer:
             saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. The
                 trainer keeps no reference to it.
         """
+        steps: Iterator[TrainingState | None]
         if len(stack) > 1:
-            together = together_steps(self._step_of(stack), stack, saved)
-            del saved
-            yield from together
-            return
-        each = stack[0]
-        state = NetworkState(each.network, each.schedule, saved)
+            steps = together_steps(self._step_of(stack), stack, saved)
+        else:
+            steps = train_steps(stack[0], lessons, saved)
         del saved  # frees up to three vectors as long as the parameters
-        for epoch in train_steps(each, lessons, state):
-            yield None if epoch is None else state
+        yield from steps
 
     def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
         """Train networks of one architecture in place, in the groups of `stacks`.
@@ -693,29 +665,18 @@ def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
     return Trainer(compile_=compile_, channels_last=channels_last)
 
 
-def train_together(
+def together_steps(
     functions: StackStep, stack: Sequence[Training], saved: TrainingState | None = None
-) -> Iterator[ExpertState]:
-    """Train several networks of one architecture in place by SGD, each as `train` would.
+) -> Iterator[ExpertState | None]:
+    """Train several networks of one architecture in place by SGD, each as `train_steps` would alone.
 
-    Yields the state after every epoch. The networks get their new parameters after the last epoch.
+    Yields the state after every epoch's last step, and `None` after every other step. The networks get their new
+    parameters after the last epoch.
 
     Args:
         functions: computes the losses and gradients of all networks in each step.
         stack: networks with equally many images, whose schedules differ in the learning rate alone.
         saved: state after an epoch of an earlier, equal training, to resume from; `None` to start.
-    """
-    steps = together_steps(functions, stack, saved)
-    del saved
-    return (state for state in steps if state is not None)
-
-
-def together_steps(
-    functions: StackStep, stack: Sequence[Training], saved: TrainingState | None = None
-) -> Iterator[ExpertState | None]:
-    """Train several networks in place by SGD, as `train_together` does with the same arguments.
-
-    Yields the state after every epoch's last step, and `None` after every other step.
     """
     state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
     if saved is not None:
@@ -786,20 +747,10 @@ def in_batches(function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[n
     return torch.cat(found)
 
 
-def accuracy(network: nn.Module, images: Images, labels: Tensor) -> float:
-    """Fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n]."""
-    return result_of(accuracy_in_steps(network, images, labels))
-
-
 def accuracy_in_steps(network: nn.Module, images: Images, labels: Tensor) -> Steps[float]:
-    """Compute the fraction of the images that the network classifies as their labels. Yields after each batch."""
+    """Compute the fraction in [0, 1] of the images [n c h w] that the network classifies as their labels [n].
+
+    Yields after each batch.
+    """
     logits = yield from logits_in_steps(network, images)
     return float((logits.argmax(dim=1) == labels).float().mean())
-
-
-def train_to_end(training: Training) -> Epoch:
-    """Train a network in place for the whole schedule. Returns the record of the last epoch."""
-    epoch = Epoch(0, 0, float("nan"))
-    for epoch in train(training):  # noqa: B007
-        pass
-    return epoch

@@ -25,8 +25,9 @@ from datm_ray.core.networks.stack_trial import (
     found_at_a_time,
 )
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training.experts import ExpertState, train_experts
+from datm_ray.core.training.experts import ExpertState
 from tests.tapes import Tape
+from tests.training import train_experts
 
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
 

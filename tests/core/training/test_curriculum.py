@@ -17,9 +17,10 @@ from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.curriculum import Curriculum
-from datm_ray.core.training.experts import ExpertState, steps_of, train_experts
+from datm_ray.core.training.experts import ExpertState, steps_of
 from datm_ray.errors import ConfigError
 from tests.core.training.test_experts import CLASSES, COUNT, data, make_networks, torchs_schedule
+from tests.training import train_experts
 
 GROWING = {"first_share": 0.4, "whole_from": 2, "removals": [{"epoch": 3, "share": 0.3}]}
 SETTINGS = ExpertConfig(epochs=5, batch_size=8, learning_rate=0.05, momentum=0.9, augmentation="crop_flip_color")

@@ -21,7 +21,8 @@ from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training.experts import ExpertState, descent, perturbation, stack_steps, train_experts
+from datm_ray.core.training.experts import ExpertState, descent, perturbation, stack_steps
+from tests.training import train_experts
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
