@@ -3,7 +3,7 @@
 python benchmarks/bench_scaling.py [--quick]         (make bench-scaling)
 
 All numbers of processes take turns, so that other work on the machine affects all of them alike. As in a run, each
-process holds the images of some classes, and sums with the others through `ProcessMesh` (gloo).
+process holds the images of some classes, and sums with the others through `Mesh` (gloo).
 """
 
 from __future__ import annotations

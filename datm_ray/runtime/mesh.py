@@ -58,11 +58,12 @@ _SHARED_MEMORY = re.compile(r"shared memory|/dev/shm|no space left", re.I)
 class Mesh:
     """Position of this worker in a grid of workers, and collective operations with the other workers.
 
-    Workers of a row compute the same networks, workers of a column the same shard of the classes. The methods of this
-    base class are for a worker that is alone: a sum is the tensor itself, and no method waits.
+    Workers of a row compute the same networks, workers of a column the same shard of the classes. A worker without
+    process groups is alone: a sum is the tensor itself, and no method waits.
 
     All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
-    with may get the argument itself as the result.
+    with may get the argument itself as the result. Methods that communicate raise a `PeerLostError` if another worker
+    dies or does not answer within `timeout`, and a `ClusterError` if this machine has too little shared memory.
     """
 
     rank: int = 0
@@ -70,6 +71,14 @@ class Mesh:
     """Number of rows: one per role of `RunConfig.roles`, or 1 for a worker that is alone."""
     columns: int = 1
     """Number of columns: one per shard of the classes, or 1 for a worker that is alone."""
+    row_group: dist.ProcessGroup | None = None
+    """Process group of the ranks in this rank's row; `None` if there is one column."""
+    column_group: dist.ProcessGroup | None = None
+    """Process group of the ranks in this rank's column; `None` if there is one row."""
+    everyone: dist.ProcessGroup | None = None
+    """Process group of all ranks, torch's default group; `None` for a worker that is alone."""
+    timeout: float = 300.0
+    """Seconds to wait for other workers in each sum or transfer."""
 
     @property
     def row(self) -> int:
@@ -91,31 +100,43 @@ class Mesh:
 
         Every worker of the row gets the same bits.
         """
-        return tensor
+        return self._sum(tensor, self.row_group)
 
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over this column: the workers of the same shard of the classes, each with other networks.
 
         Every worker of the column gets the same bits.
         """
-        return tensor
+        return self._sum(tensor, self.column_group)
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all workers. Every worker gets the same bits."""
-        return tensor
+        return self._sum(tensor, self.everyone)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
         """Concatenate the tensors of the first row of workers along dimension 0, in the order of columns.
 
-        The tensors may differ in dimension 0 only. Every worker calls this; tensors of other rows are ignored.
+        The tensors may differ in dimension 0 only. Every worker calls this; tensors of other rows are ignored. Tensors
+        pass through the CPU, so this needs no NCCL.
 
         Returns:
             The whole tensor on rank 0, `None` on other ranks.
         """
-        return tensor
+        if self.columns == 1:
+            return tensor if self.is_first else None
+        own = torch.zeros(self.columns, dtype=torch.int64)
+        own[self.column] = len(tensor)
+        lengths = self.sum_over_classes(own).tolist()
+        if self.is_first:
+            return self._receive_parts(tensor.detach(), lengths)
+        if self.row == 0 and tensor.numel():
+            with self._peers_needed():
+                dist.send(tensor.detach().cpu().contiguous(), 0)
+        return None
 
     def barrier(self) -> None:
         """Wait until all workers have called this method."""
+        self.sum_over_all(torch.zeros(1))
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
         """Do this worker's own work, then wait until every worker has finished its work. Returns the work's result.
@@ -126,7 +147,30 @@ class Mesh:
         Args:
             work: function that does the work and regularly calls its argument, the heartbeat.
         """
-        return work(lambda: None)
+        result = work(self._heartbeat())
+        self._wait_for_others()
+        return result
+
+    def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
+        """Do this worker's own work in steps, then wait until every worker has finished. Returns the work's result.
+
+        Workers exchange heartbeats meanwhile, as in `until_all_are_done`. Yields after each step or exchange.
+        """
+        work, heartbeat = Work(steps), self._heartbeat()
+        for _ in work:
+            heartbeat()
+            yield
+        while self._count_working(False):
+            yield
+        return work.result
+
+    def from_first(self, work: Callable[[], Steps[float]]) -> Steps[float]:
+        """Do the steps of `work()` on rank 0 alone while the other ranks wait.
+
+        Returns, on all ranks, the number that the work returned on rank 0.
+        """
+        number = yield from self.in_steps(work() if self.is_first else finished(0.0))
+        return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
         """Do the work of this row of workers (those of the same networks), then wait until every row has finished.
@@ -138,97 +182,6 @@ class Mesh:
                 other rows. The work must communicate through this argument only. All workers of the row must call it
                 equally often.
         """
-        work(self.sum_over_classes)
-
-    def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
-        """Do this worker's own work in steps, then wait until every worker has finished. Returns the work's result.
-
-        Workers exchange heartbeats meanwhile, as in `until_all_are_done`. Yields after each step or exchange.
-        """
-        return steps
-
-    def from_first(self, work: Callable[[], Steps[float]]) -> Steps[float]:
-        """Do the steps of `work()` on rank 0 alone while the other ranks wait.
-
-        Returns, on all ranks, the number that the work returned on rank 0.
-        """
-        number = yield from self.in_steps(work() if self.is_first else finished(0.0))
-        return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
-
-
-class Alone(Mesh):
-    """Mesh of one worker, which runs the whole task alone."""
-
-
-@dataclass(frozen=True)
-class ProcessMesh(Mesh):
-    """Mesh of several processes, all in torch's default process group.
-
-    Methods that communicate raise a `PeerLostError` if another worker dies or does not answer within `timeout`, and a
-    `ClusterError` if this machine has too little shared memory.
-    """
-
-    row_group: dist.ProcessGroup | None = None
-    """Process group of the ranks in this rank's row; `None` if there is one column."""
-    column_group: dist.ProcessGroup | None = None
-    """Process group of the ranks in this rank's column; `None` if there is one row."""
-    timeout: float = 300.0
-    """Seconds to wait for other workers in each sum or transfer."""
-
-    def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over this worker's row of the grid: workers of the same networks, each with other classes.
-
-        See `Mesh.sum_over_classes`.
-        """
-        return self._sum(tensor, self.row_group) if self.row_group else tensor
-
-    def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over this worker's column of the grid: workers of the same classes, each with other networks.
-
-        See `Mesh.sum_over_backbones`.
-        """
-        return self._sum(tensor, self.column_group) if self.column_group else tensor
-
-    def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all workers. Every worker gets the same bits."""
-        return self._sum(tensor, dist.group.WORLD)
-
-    def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0 along dimension 0 on rank 0; other ranks get `None`, see `Mesh.gather`.
-
-        Tensors pass through the CPU, so this needs no NCCL.
-        """
-        if self.is_first:
-            return self._receive_parts(tensor.detach())
-        if self.row == 0:
-            with self._peers_needed():
-                dist.send(torch.tensor([tensor.shape[0]]), 0)
-                if tensor.numel():
-                    dist.send(tensor.detach().cpu().contiguous(), 0)
-        return None
-
-    def barrier(self) -> None:
-        """Wait until all workers have called this method."""
-        self.sum_over_all(torch.zeros(1))
-
-    def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
-        """Do this worker's own work and wait for the others, see `Mesh.until_all_are_done`."""
-        result = work(self._heartbeat())
-        self._wait_for_others()
-        return result
-
-    def in_steps(self, steps: Steps[Result]) -> Steps[Result]:
-        """Do this worker's own work in steps and wait for the others, see `Mesh.in_steps`."""
-        work, heartbeat = Work(steps), self._heartbeat()
-        for _ in work:
-            heartbeat()
-            yield
-        while self._count_working(False):
-            yield
-        return work.result
-
-    def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Do the work of this row of workers and wait for the other rows, see `Mesh.in_rows`."""
         if self.rows == 1:
             work(self.sum_over_classes)
             return
@@ -273,6 +226,8 @@ class ProcessMesh(Mesh):
         return int(self.sum_over_all(torch.tensor([int(working)])))
 
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        if group is None:
+            return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         with self._peers_needed():
             # The sum is waited for here, and not only where it is used: gloo's sums are used at once, and for NCCL's
@@ -283,17 +238,14 @@ class ProcessMesh(Mesh):
             work.wait()
         return total
 
-    def _receive_parts(self, own: Tensor) -> Tensor:
+    def _receive_parts(self, own: Tensor, lengths: list[int]) -> Tensor:
         """Receive the tensors of row 0's other workers, and concatenate them after `own`, rank 0's tensor.
 
         On a CPU this needs no memory beyond the result; on a GPU, it needs main memory for one received tensor.
+
+        Args:
+            lengths: length of each worker's tensor in dimension 0, by column.
         """
-        lengths = [own.shape[0]]
-        for rank in range(1, self.columns):
-            length = torch.zeros(1, dtype=torch.int64)
-            with self._peers_needed():
-                dist.recv(length, rank)
-            lengths.append(int(length))
         whole = own.new_empty((sum(lengths), *own.shape[1:]))
         mine, *others = whole.split(lengths)
         mine.copy_(own)
@@ -308,6 +260,10 @@ class ProcessMesh(Mesh):
 
     def _peers_needed(self) -> AbstractContextManager[None]:
         return _peers_needed(self.rank, self.rows * self.columns)
+
+
+ALONE = Mesh()
+"""Mesh of one worker, which runs the whole task alone."""
 
 
 @contextmanager
@@ -329,7 +285,7 @@ def open_mesh(
         ValueError: the number of workers is not `rows` x `columns`.
     """
     if worker_rank is None:
-        yield Alone()
+        yield ALONE
         return
     if worker_rank.world_size != rows * columns:
         raise ValueError(f"{worker_rank.world_size} workers do not form a grid of {rows} x {columns}")
@@ -343,7 +299,7 @@ def open_mesh(
                     is_stuck = True  # until the communicators exist
                     within(timeout, lambda: _connect_gpus(groups, device), "connecting the GPUs")
                     is_stuck = False
-            yield ProcessMesh(worker_rank.rank, rows, columns, *groups, timeout)
+            yield Mesh(worker_rank.rank, rows, columns, *groups, dist.group.WORLD, timeout)
         except BaseException:
             # A peer may be in a sum that never ends. NCCL would wait for this peer unless the group is aborted.
             if dist.is_initialized() and "nccl" in backend and not is_stuck:

@@ -21,7 +21,7 @@ from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.machine.devices import peak_memory
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE, Mesh
 from datm_ray.runtime.stopping import Interrupted
 from datm_ray.stages.distill.task import COST, DistillWorker, least_of_workers, over_workers, read_cost
 from datm_ray.stages.experts import progress
@@ -129,7 +129,7 @@ def test_the_peak_of_a_gpu_is_that_of_the_work() -> None:
     del again
 
 
-class WithAnother(Alone):
+class WithAnother(Mesh):
     """A mesh of two whose other worker has costs too."""
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def test_workers_of_a_mesh_are_added_up() -> None:
     """A mesh adds seconds and bytes of all workers, and takes the highest peak."""
     mesh = WithAnother(rank=1, rows=1, columns=2)
     assert over_workers(mesh, Spent(1, 2, 3, 4, 5, 6)) == Spent(11, 22, 33, 99, 45, 56)
-    assert over_workers(Alone(), Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
+    assert over_workers(ALONE, Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
 
 
-class WithAnothersNumber(Alone):
+class WithAnothersNumber(Mesh):
     """A mesh of three whose first worker has the number 7, and the last none."""
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def test_workers_agree_on_the_smallest_number() -> None:
     """Workers of a mesh take the smallest number of any of them, without those that have none."""
     mesh = WithAnothersNumber(rank=1, rows=3, columns=1)
     assert [least_of_workers(mesh, own) for own in (3, 9, 0)] == [3, 7, 7]
-    assert [least_of_workers(Alone(), own) for own in (3, 0)] == [3, 1]
+    assert [least_of_workers(ALONE, own) for own in (3, 0)] == [3, 1]
 
 
 def test_every_part_of_a_run_records_its_cost(finished_run: Path) -> None:

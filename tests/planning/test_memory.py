@@ -37,7 +37,7 @@ from datm_ray.planning.memory import (
 )
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.machine.devices import MOST_READERS
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
 from datm_ray.stages import labels
 from datm_ray.stages.distill.metadd import MetaNetworks
@@ -747,7 +747,7 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     spec = config.network.for_images(1, (8, 8), 10)
     networks._config, networks._classes = config, 10
     networks._ensembles = [MetaDD({1: build_network(spec, 0)})]
-    place = {"config": config, "image": (1, 8, 8), "dataset": SimpleNamespace(classes=10), "mesh": Alone()}
+    place = {"config": config, "image": (1, 8, 8), "dataset": SimpleNamespace(classes=10), "mesh": ALONE}
     part: Any = SimpleNamespace(**place, sharing=1, role=config.whole_role, device=torch.device("cpu"))
     networks._part = part
     assert networks.images_that_fit() == meta_plan_of_part(part).chunk == 10
@@ -789,7 +789,7 @@ def test_maps_at_the_end_have_as_many_images_at_a_time_as_fit_on_a_gpu(monkeypat
     monkeypatch.setattr(Tensor, "to", counted)
     for device in (torch.device("cpu"), _Gpu("cpu")):
         sizes.append([])
-        networks._part = SimpleNamespace(mesh=Alone(), device=device)  # type: ignore[assignment]
+        networks._part = SimpleNamespace(mesh=ALONE, device=device)  # type: ignore[assignment]
         ratios.append(float(result_of(networks._ratio(images, labels))))
     assert sizes == [[10, 10, 5], [17, 8]]
     assert copied == [17, 8]

@@ -48,7 +48,7 @@ from datm_ray.report import (
 )
 from datm_ray.report.differences import differences, differing
 from datm_ray.report.results import Maps, cost_lines, shown_rows
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import CHECKPOINT
 from datm_ray.stages.distill.task import COST, INITIAL, SYNTHETIC
@@ -110,8 +110,8 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
-    attempt = checkpoint.Attempt.start(folder, Alone())
-    checkpoint.save_checkpoint(attempt, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config))
+    attempt = checkpoint.Attempt.start(folder, ALONE)
+    checkpoint.save_checkpoint(attempt, state, Rows(0, len(state.synthetic.images)), ALONE, run_identity(config))
 
 
 def finished_run(
@@ -514,10 +514,10 @@ def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
     noise = float(np.float32(0.03))
     state.history = [IterationRecord(k, 0, 0, 1, 0.5, noise, skipped=False, decrease=0.1) for k in range(9)]
     checkpoint.save_checkpoint(
-        checkpoint.Attempt.start(out / config.name, Alone()),
+        checkpoint.Attempt.start(out / config.name, ALONE),
         state,
         Rows(0, len(state.synthetic.images)),
-        Alone(),
+        ALONE,
         run_identity(config),
     )
     page = page_of(out, RunSummary(config, out / config.name, []))

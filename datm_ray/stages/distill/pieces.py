@@ -31,7 +31,7 @@ from datm_ray.monitor.spent import Account, total
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.machine.devices import images_on, prepare_device, to_device
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.distill.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, save_checkpoint
 from datm_ray.stages.distill.metadd import keep_maps_alone
 from datm_ray.stages.distill.task import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost, save_set
@@ -117,7 +117,7 @@ class PieceWorker:
         unvalidated = config.distill.model_copy(update={"validate_every": 0})
         config = config.model_copy(update={"distill": unvalidated})
         experts = self._experts(config, store_uri)
-        place = (config, self._dataset, store_uri, Alone(), self._device)
+        place = (config, self._dataset, store_uri, ALONE, self._device)
         part = Part(*place, sharing=1, piece=piece, experts=experts, kept=self._made, shared=shared)
         with closing(method_of(config)(part)) as method:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
@@ -147,7 +147,7 @@ class PieceWorker:
     def _joined(
         self, config: RunConfig, store_uri: str, folder: Location, pieces: Sequence[Piece], account: Account
     ) -> Iterator[Event]:
-        attempt, places = Attempt.start(folder, Alone()), [piece_folder(folder, piece) for piece in pieces]
+        attempt, places = Attempt.start(folder, ALONE), [piece_folder(folder, piece) for piece in pieces]
         folder = attempt.folder
         first = config.each_backbone()[0]
         (teacher, *_) = self._experts(config, store_uri) or [
@@ -160,7 +160,7 @@ class PieceWorker:
             yield Progress(len(sets), 2)
         if config.distill.has_soft_labels:
             yield from self._labelled(teacher, sets)
-        part = Part(config, self._dataset, store_uri, Alone(), self._device, 1)
+        part = Part(config, self._dataset, store_uri, ALONE, self._device, 1)
         state = method_of(config).state(sets[SYNTHETIC], config.distill)
         state.history = _mean_records(places, "history", state.record)
         state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []

@@ -52,7 +52,7 @@ from datm_ray.runtime.executor import (
 )
 from datm_ray.runtime.heartbeats import reporting
 from datm_ray.runtime.machine.devices import prepare_device
-from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
+from datm_ray.runtime.mesh import ALONE, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.distill.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.stages.distill.metadd import MetaNetworks, keep_maps_alone
@@ -201,10 +201,10 @@ class DistillWorker:
         """
         if Candidates(folder).open():
             return
-        attempt = Attempt.start(folder, Alone())
+        attempt = Attempt.start(folder, ALONE)
         folder, attempt.resumed_at = attempt.folder, config.distill.iterations
         spent = read_cost(folder)  # before the state, so that no result's cost is counted twice
-        part, kind = Part(config, self._dataset, store_uri, Alone(), self._device, 1), self._method_of(config).state
+        part, kind = Part(config, self._dataset, store_uri, ALONE, self._device, 1), self._method_of(config).state
         state = load_checkpoint(kind, folder, part.rows, config.distill, self._device)
         if state is None:
             return

@@ -29,7 +29,7 @@ from datm_ray.pipeline import Pipeline, preview, report, summaries
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Progress, SerialExecutor
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.distill import task as distill
 from datm_ray.stages.distill.checkpoint import read_curves
 from datm_ray.stages.distill.pieces import PIECES, PieceWorker, remove_pieces, unfinished_pieces
@@ -355,7 +355,7 @@ def test_real_first_images_are_chosen_once_for_all_workers(
     assert chosen == [range(5), range(5, 10)]
     list(workers[0].join_pieces(*arguments))
     dataset, first = workers[0]._dataset, load(str(tmp_path / "tiny/initial.arrow"))
-    part = Part(arguments[0], dataset, arguments[1], Alone(), torch.device("cpu"), 1)
+    part = Part(arguments[0], dataset, arguments[1], ALONE, torch.device("cpu"), 1)
     experts = ExpertNetworks(arguments[0], dataset, arguments[1], torch.device("cpu"))
     assert torch.equal(
         first.images, torch.from_numpy(dataset.train_images[result_of(first_rows(part, experts, Rows(0, 20)))])

@@ -28,7 +28,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, Task, WorkerRank
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import (
@@ -530,7 +530,7 @@ def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(
 
 def start(folder: Path, resumed_at: int = -1) -> Attempt:
     """A new attempt of one worker, whose parts have a number in their names that grows with every attempt."""
-    attempt = Attempt.start(open_location(str(folder)), Alone())
+    attempt = Attempt.start(open_location(str(folder)), ALONE)
     attempt.resumed_at = resumed_at
     return attempt
 
@@ -543,7 +543,7 @@ def save_at(folder: Path, iteration: int, attempt: Attempt | None = None) -> Att
         synthetic=SimpleNamespace(images=torch.zeros(2)),
         to_arrays=lambda: ({"x": np.full(2, iteration)}, {"y": np.zeros(1)}),
     )
-    save_checkpoint(attempt, state, Rows(0, 2), Alone(), {})
+    save_checkpoint(attempt, state, Rows(0, 2), ALONE, {})
     return attempt
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datm_ray.core.steps import result_of
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.methods.part import Arrays, Part, shared_arrays
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import tiny_config
@@ -27,7 +27,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 def part_at(place: Location) -> Part:
     data: Any = None  # what is shared does not depend on it
-    return Part(tiny_config(), data, "", Alone(), torch.device("cpu"), 1, shared=place)
+    return Part(tiny_config(), data, "", ALONE, torch.device("cpu"), 1, shared=place)
 
 
 def test_the_first_stored_arrays_count_for_all_workers(place: Location) -> None:

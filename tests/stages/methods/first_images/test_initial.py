@@ -16,7 +16,7 @@ from datm_ray.core.steps import Steps, finished, result_of
 from datm_ray.core.synthetic import Rows, correct_rows_in_steps, random_rows
 from datm_ray.core.training.loop import logits_in_steps
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.first_images import initial
 from datm_ray.stages.methods.first_images.crops import chosen_crops
@@ -64,7 +64,7 @@ def part_of(out: Path, labels: NDArray[np.int64], *settings: str) -> tuple[Part,
     dataset = dataclasses.replace(
         pipeline.runs.dataset(config.dataset), train_images=cast(Any, watched), train_labels=labels
     )
-    return Part(config, dataset, "", Alone(), torch.device("cpu"), 1), watched
+    return Part(config, dataset, "", ALONE, torch.device("cpu"), 1), watched
 
 
 def test_candidates_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
