@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Collection, Mapping
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,6 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -32,6 +31,17 @@ Epoch = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _required(holds: Callable[[Any], object], words: str) -> AfterValidator:
+    """Validator of a value for which `holds` must return true; `words` say in the error what the value must be."""
+
+    def require(value: Any) -> Any:
+        if not holds(value):
+            raise PydanticCustomError("value", words)
+        return value
+
+    return AfterValidator(require)
 
 
 PUBLISHED_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
@@ -76,13 +86,9 @@ class DatasetConfig(Section):
     resize, and folder, parquet or tiny-imagenet as source."""
 
     @model_validator(mode="after")
-    def _streams_what_can_be_streamed(self) -> DatasetConfig:
+    def _normalisation_fits(self) -> DatasetConfig:
         if self.streamed and self.normalisation == "zca":
             raise ValueError("dataset.streamed and zca do not go together; use dataset.normalisation=standard")
-        return self
-
-    @model_validator(mode="after")
-    def _statistics_fit(self) -> DatasetConfig:
         if len(self.mean or ()) != len(self.std or ()):
             raise ValueError("dataset.mean and dataset.std need one number per channel each; give both, or neither")
         if self.mean is not None and self.normalisation == "zca":
@@ -576,10 +582,19 @@ class MetaConfig(MetaLossConfig, AuxiliariesConfig):
     """MetaDD's networks see images augmented as the method augments them; false: unaugmented."""
 
 
+DecoderKind = Annotated[
+    str,
+    _required(
+        lambda kind: kind in ("trained", "untrained") or ":" in kind,
+        "it must be trained, untrained or package.module:function",
+    ),
+]
+
+
 class PriorConfig(Section):
     """A prior: a decoder makes the images, and its latents are learned in place of pixels."""
 
-    kind: str = "trained"
+    kind: DecoderKind = "trained"
     """trained: a decoder trained on the data set's images; untrained: the same decoder with random
     parameters, as a control; or package.module:function that returns a decoder."""
     channels: Count = 16
@@ -596,13 +611,6 @@ class PriorConfig(Section):
     """trained: learning rate of Adam, falling along a cosine to 0."""
     inversion_steps: Annotated[int, Field(ge=0)] = 300
     """Steps of Adam that find the initial latents if the decoder has no encoder."""
-
-    @field_validator("kind")
-    @classmethod
-    def _kind_exists(cls, kind: str) -> str:
-        if kind not in ("trained", "untrained") and ":" not in kind:
-            raise PydanticCustomError("kind", "it must be trained, untrained or package.module:function")
-        return kind
 
     @property
     def is_packaged(self) -> bool:
@@ -763,56 +771,36 @@ def _require_size(value: object) -> object:
     return value
 
 
-def _amount(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise PydanticCustomError(
-            "amount", "above 1 it must be a whole number, because Ray divides no more than one unit"
-        )
-    return value
-
-
-def _resource(name: str) -> str:
-    if name in ("CPU", "GPU", "memory", "object_store_memory") or name.startswith("accelerator_type:"):
-        raise PydanticCustomError(
-            "resource", "it is Ray's own; use threads_per_worker, gpus_per_worker or accelerator_type"
-        )
-    return name
-
-
-def _at_most_one_gpu(value: float) -> float:
-    if value > 1:
-        raise PydanticCustomError(
-            "gpus", "a worker computes on one GPU; cluster.shards divides a set over several workers"
-        )
-    return value
-
-
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_amount)]
-GpuShare = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_at_most_one_gpu)]
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-
-
-def _matching(pattern: str, words: str) -> AfterValidator:
-    """Validator of text that must match `pattern` as a whole; `words` tell the user what is allowed."""
-
-    def require(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise PydanticCustomError("pattern", words)
-        return value
-
-    return AfterValidator(require)
-
-
-LabelKey = Annotated[
-    str, _matching(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_NAME}", "it must be a label's name, as of Kubernetes")
-]
-LabelValue = Annotated[
-    str,
-    _matching(
-        rf"!?(?:in\({_NAME}(?:, ?{_NAME})*\)|{_NAME})",
-        "it must be a label's value, !value, in(a,b) or !in(a,b), as Ray takes it",
+Amount = Annotated[
+    NonNegative,
+    _required(
+        lambda value: value <= 1 or value == int(value),
+        "above 1 it must be a whole number, because Ray divides no more than one unit",
     ),
 ]
+GpuShare = Annotated[
+    NonNegative,
+    _required(
+        lambda value: value <= 1, "a worker computes on one GPU; cluster.shards divides a set over several workers"
+    ),
+]
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+Resource = Annotated[
+    str,
+    _required(
+        lambda name: name not in _RAYS_OWN and not name.startswith("accelerator_type:"),
+        "it is Ray's own; use threads_per_worker, gpus_per_worker or accelerator_type",
+    ),
+]
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_NAME}")
+_LABEL_VALUE = re.compile(rf"!?(?:in\({_NAME}(?:, ?{_NAME})*\)|{_NAME})")
+LabelKey = Annotated[str, _required(_LABEL_KEY.fullmatch, "it must be a label's name, as of Kubernetes")]
+LabelValue = Annotated[
+    str,
+    _required(_LABEL_VALUE.fullmatch, "it must be a label's value, !value, in(a,b) or !in(a,b), as Ray takes it"),
+]
+Accelerator = Annotated[str, _required(re.compile(_NAME).fullmatch, "it must be a name of Ray's, such as A100")]
 
 
 class WorkerShape(Section):
@@ -822,11 +810,11 @@ class WorkerShape(Section):
     """CPU threads per worker; the number affects rounding."""
     gpus_per_worker: GpuShare | None = None
     """GPUs per worker on Ray, at most 1; a fraction lets several share one. null: 1, or 0 if the cluster has none."""
-    resources: dict[Annotated[str, AfterValidator(_resource)], Amount] = {}
+    resources: dict[Resource, Amount] = {}
     """Custom Ray resources per worker, such as {fast_disk: 1}."""
     labels: dict[LabelKey, LabelValue] = {}
     """Labels of the nodes that may run workers, such as {zone: a}; values may be "!a", "in(a,b)" or "!in(a,b)"."""
-    accelerator_type: Annotated[str, _matching(_NAME, "it must be a name of Ray's, such as A100")] | None = None
+    accelerator_type: Accelerator | None = None
     """GPU model by its name in Ray, such as A100; null: any."""
 
 
