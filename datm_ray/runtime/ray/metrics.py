@@ -15,6 +15,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from datm_ray.monitor.metrics import CATALOGUE, Readings, Sample
 from datm_ray.runtime.executor import Event, Task
 
+Exporter = Callable[[float, dict[str, str]], None]
 REFRESH_INTERVAL = 5.0
 """Seconds between two times at which a thread sets all gauges again, so that Ray does not drop them."""
 
@@ -24,7 +25,8 @@ class RayMetrics:
 
     def __init__(self) -> None:
         self._readings = Readings()
-        self._ours: dict[str, Gauge | Counter | Histogram] = {}
+        self._exporters: dict[str, Exporter] = {}
+        """Name in `CATALOGUE` -> function that exports a value of this metric with its tags."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._refresh_regularly, name="metrics", daemon=True)
@@ -65,23 +67,17 @@ class RayMetrics:
         """Export the samples that `read` returns. One thread at a time reads and exports."""
         with self._lock:
             for sample in read():
-                metric = self._ours.get(sample.name) or self._make(sample.name)
-                tags = dict(sample.tags)
-                if isinstance(metric, Gauge):
-                    metric.set(sample.value, tags)
-                elif isinstance(metric, Counter):
-                    metric.inc(sample.value, tags)
-                else:
-                    metric.observe(sample.value, tags)
+                if sample.name not in self._exporters:
+                    self._exporters[sample.name] = _exporter(sample.name)
+                self._exporters[sample.name](sample.value, dict(sample.tags))
 
-    def _make(self, name: str) -> Gauge | Counter | Histogram:
-        """Create Ray's metric for the entry `name` of `monitor/metrics.py`."""
-        ours = CATALOGUE[name]
-        text = f"{ours.description} ({ours.unit})" if ours.unit else ours.description
-        made: Gauge | Counter | Histogram
-        if ours.kind == "histogram":
-            made = Histogram(name, text, boundaries=list(ours.boundaries), tag_keys=ours.tags)
-        else:
-            made = (Gauge if ours.kind == "gauge" else Counter)(name, text, tag_keys=ours.tags)
-        self._ours[name] = made
-        return made
+
+def _exporter(name: str) -> Exporter:
+    """Create Ray's metric for the entry `name` of `CATALOGUE`. Returns its method that takes a value and tags."""
+    ours = CATALOGUE[name]
+    text = f"{ours.description} ({ours.unit})" if ours.unit else ours.description
+    if ours.kind == "histogram":
+        return Histogram(name, text, boundaries=list(ours.boundaries), tag_keys=ours.tags).observe
+    if ours.kind == "gauge":
+        return Gauge(name, text, tag_keys=ours.tags).set
+    return Counter(name, text, tag_keys=ours.tags).inc
