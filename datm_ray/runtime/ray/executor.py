@@ -635,10 +635,10 @@ class _Stage:
             _log.warning("%s; trying again", why)
 
     def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
-        """Handle the next item of a rank's stream: an event, log records, an error, or the stream's end."""
+        """Handle the next item of a rank's stream: log records and an event, an error, or the stream's end."""
         rank, task = job.streams[stream], job.task
         try:
-            event = ray.get(next(stream))
+            records, event = ray.get(next(stream))
         except StopIteration:
             del job.streams[stream]
             if not job.streams and not job.peer_lost:
@@ -647,8 +647,8 @@ class _Stage:
         except RayError as failure:
             yield from self._lose(job, unwrapped(failure), stream)
             return
-        if isinstance(event, list):
-            accept(event)
+        accept(records)
+        if event is None:
             return
         if rank:
             self._executor.metrics.record(task, event, rank)

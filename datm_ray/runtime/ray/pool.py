@@ -111,8 +111,10 @@ class Worker:
 
     def work(
         self, stage: StageSetup, patience: Patience, method: str, rank: tuple[int, int], address: str, *arguments: Any
-    ) -> Iterator[Any]:
-        """Run this actor's part of a task. Yields its events, each after a list of new log records if there are any.
+    ) -> Iterator[tuple[list[logging.LogRecord], Any]]:
+        """Run this actor's part of a task. Yields the log records since the last event, and the event.
+
+        Before an error is raised, the event is `None`.
 
         Args:
             stage: worker to construct, unless the actor already has it.
@@ -139,19 +141,12 @@ class Worker:
         try:
             with explaining_memory():
                 for event in watched(events(), patience, has_peers=bool(address)):
-                    yield from self._records()
-                    yield event
+                    yield self._log.take(), event
         except stopping.Interrupted as end:
-            yield from self._records()
-            yield Stopped(str(end))
+            yield self._log.take(), Stopped(str(end))
         except Exception:
-            yield from self._records()
+            yield self._log.take(), None
             raise
-
-    def _records(self) -> Iterator[list[logging.LogRecord]]:
-        records = self._log.take()
-        if records:
-            yield records
 
 
 def _take_gpus(gpus: Sequence[object]) -> None:

@@ -254,10 +254,12 @@ class Simulation:
         stream = next(each for each, number in job.streams.items() if number == rank)
         return [event for _, event in self._take(self.stage._lose(job, cause or RayError("lost"), stream))]
 
-    def read(self, name: str, item: object, rank: int = 0) -> None:
-        """Let the next item of a rank's stream arrive: an event, or log records."""
+    def read(self, name: str, event: Event | None, rank: int = 0) -> None:
+        """Let the next item of a rank's stream arrive: log records and an event, or records alone."""
         job = self.job(name)
-        job.streams = {iter([item] * 9) if number == rank else each: number for each, number in job.streams.items()}
+        job.streams = {
+            iter([([], event)] * 9) if number == rank else each: number for each, number in job.streams.items()
+        }
         self._take(self.stage._read(job, next(each for each, number in job.streams.items() if number == rank)))
 
     def grow(self, name: str) -> None:

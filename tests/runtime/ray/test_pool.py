@@ -99,7 +99,7 @@ class DeviceWorker:
 def names(worker: pool.Worker, cluster: ClusterConfig, versions: Versions | None = None) -> list[str]:
     """Events of a task of `DeviceWorker` on this actor, which must have the versions."""
     stage = pool.StageSetup(0, DeviceWorker, (cluster,), "name", versions)
-    return list(worker.work(stage, Patience(300.0, 300.0), "name", (0, 1), ""))
+    return [event for _, event in worker.work(stage, Patience(300.0, 300.0), "name", (0, 1), "")]
 
 
 @pytest.mark.parametrize(("cuda", "cause"), [("13.0", "older than torch's CUDA 13.0"), (None, "built without CUDA")])
@@ -140,5 +140,5 @@ def test_a_worker_uses_a_gpu_in_place_of_a_broken_one(start: Start, monkeypatch:
         worker = start([given])
         for _ in range(2):
             events = worker.work(stage, Patience(300.0, 300.0), "look", (0, 1), "")
-            assert [event.result for event in events] == [used]
+            assert [event.result for _, event in events] == [used]
         assert assigned.gpus == [used]

@@ -904,8 +904,8 @@ def test_time_in_which_the_command_stood_still_is_no_step(monkeypatch: pytest.Mo
     assert job.patience.slowest < 60
 
 
-@pytest.mark.parametrize("other", [Progress(1, 9), []], ids=["event", "log records"])
-def test_steps_are_measured_where_they_are_reported(monkeypatch: pytest.MonkeyPatch, other: object) -> None:
+@pytest.mark.parametrize("other", [Progress(1, 9), None], ids=["event", "log records"])
+def test_steps_are_measured_where_they_are_reported(monkeypatch: pytest.MonkeyPatch, other: Progress | None) -> None:
     """A set whose steps take long is not stuck, though other ranks report before rank 0, or log records come first."""
     run = Simulation(monkeypatch, {"a": 1, "b": 1}, [Task("set", (), 2)])
     run.turn(turns=2)
@@ -913,7 +913,7 @@ def test_steps_are_measured_where_they_are_reported(monkeypatch: pytest.MonkeyPa
     for step in range(1, 8):
         run.turn(6.0, turns=66)
         assert (step, run.losses("set")) == (step, 0)
-        run.read("set", other, rank=0 if other == [] else 1)
+        run.read("set", other, rank=1 if other else 0)
         run.clock.sleep(0.01)
         run.read("set", Progress(step, 9))
     assert job.patience.slowest > 390
