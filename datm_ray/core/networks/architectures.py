@@ -94,31 +94,13 @@ class ConvNet(SpatialNetwork):
         super().__init__(nn.Sequential(*layers[:-1]), layers[-1], nn.Linear(flat, spec.classes))
 
 
-def resnet18(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-18 (arXiv 1512.03385). Images up to 64 pixels a side are not halved at first; below 8x8: `ConfigError`."""
-    return _resnet(spec, (2, 2, 2, 2), _two_convolutions)
-
-
-def resnet50(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-50 (arXiv 1512.03385). Images up to 64 pixels a side are not halved at first; below 8x8: `ConfigError`.
-
-    In a block that halves the map, the 3x3 convolution does so, as in torchvision.
-    """
-    return _resnet(spec, (3, 4, 6, 3), _bottleneck)
-
-
-def resnet101(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-101: a ResNet-50 with 23 instead of 6 blocks in its third stage. Images below 8x8: `ConfigError`."""
-    return _resnet(spec, (3, 4, 23, 3), _bottleneck)
-
-
-def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int], Convolutions]) -> SpatialNetwork:
-    """Residual network of four stages with convolutions initialised as by He et al.
+def resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int], Convolutions]) -> SpatialNetwork:
+    """ResNet (arXiv 1512.03385) of four stages with convolutions initialised as by He et al.
 
     For images up to 64 pixels on the shorter side, the first layers are one 3x3 convolution without pooling, as is
     usual for small images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the
     side by four. All stages but the first halve the map. For images of 8x8 the last stage does not, so the map stays at
-    2x2.
+    2x2. Smaller images raise a `ConfigError`.
 
     Args:
         blocks: number of residual blocks in each of the four stages.
@@ -145,13 +127,13 @@ def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int]
     return _he_initialised(network)
 
 
-def _two_convolutions(width: int, stride: int) -> Convolutions:
+def two_convolutions(width: int, stride: int) -> Convolutions:
     """Two 3x3 convolutions of a block of ResNet-18. The given stride is that of the first; the second has stride 1."""
     return (width, 3, stride), (width, 3, 1)
 
 
-def _bottleneck(width: int, stride: int) -> Convolutions:
-    """Three convolutions (1x1, 3x3, 1x1) of a block of deeper ResNets. The 3x3 convolution has the given stride.
+def bottleneck(width: int, stride: int) -> Convolutions:
+    """Three convolutions (1x1, 3x3, 1x1) of a block of deeper ResNets. As in torchvision, the 3x3 one has the stride.
 
     The first two convolutions have `width` output channels, the last has four times as many.
     """

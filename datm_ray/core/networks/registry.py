@@ -8,6 +8,7 @@ in `architectures.py`, parameters as one vector in `parameters.py`, training in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ _BUILDERS: dict[str, Builder] = {
     "lenet": architectures.lenet,
     "mlp": architectures.mlp,
     "mobilenet-v2": architectures.mobilenet_v2,
-    "resnet18": architectures.resnet18,
-    "resnet50": architectures.resnet50,
-    "resnet101": architectures.resnet101,
+    "resnet18": partial(architectures.resnet, blocks=(2, 2, 2, 2), block=architectures.two_convolutions),
+    "resnet50": partial(architectures.resnet, blocks=(3, 4, 6, 3), block=architectures.bottleneck),
+    "resnet101": partial(architectures.resnet, blocks=(3, 4, 23, 3), block=architectures.bottleneck),
     "vgg11": architectures.vgg11,
     "vit-small": architectures.vit_small,
 }
