@@ -185,11 +185,6 @@ def _in_words(failure: BaseException) -> str:
         )
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"a disk or a quota is full ({shown}). Try: free some space, then run the same command again."
-    if "RuntimeEnvSetupError" in kinds:
-        return (
-            f"Ray cannot prepare its workers' environment ({shown}). It packs the working folder under `uv run`. "
-            "Try: RAY_ENABLE_UV_RUN_RUNTIME_ENV=0, or a smaller working folder."
-        )
     if isinstance(failure, RuntimeError) and "home directory" in words:
         return f"this user has no home folder ({shown}). Try: give dataset.path, or set HOME to a folder of yours."
     return f"unexpected {shown}."

@@ -678,22 +678,16 @@ def make_folders_for_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     Path("there").mkdir()
 
 
-class RuntimeEnvSetupError(Exception):
-    """An error with the name and message of Ray's."""
-
-
 def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An unexpected failure is one line; its traceback is in the output folder, or else in a temporary file."""
     make_folders_for_logs(monkeypatch, tmp_path)
-    environment = RuntimeEnvSetupError("Failed to set up runtime environment.\nThe package is too large.\n  at x\n")
     for failure, expected in (
         (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero. The traceback"),
         (MemoryError(), "there is not enough memory (MemoryError). Try: `datm-ray plan`"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "there is not enough memory"),
         (OSError(12, "Cannot allocate memory"), "there is not enough memory"),
-        (environment, "The package is too large. at x). It packs the working folder under `uv run`"),
         (
             BrokenPipeError(32, "Broken pipe"),
             "unexpected BrokenPipeError: [Errno 32] Broken pipe",
