@@ -28,6 +28,7 @@ import typer
 from typer.core import TyperGroup
 
 from datm_ray.errors import DatmError
+from datm_ray.monitor.logs import masked
 from datm_ray.words import one_line
 
 INTERRUPTED = 130
@@ -176,7 +177,7 @@ def _interrupts(end: KeyboardInterrupt) -> Iterator[KeyboardInterrupt]:
 def _in_words(failure: BaseException) -> str:
     """One line about an unexpected exception, without secrets, and with a remedy for the known kinds."""
     kinds = {each.__name__ for each in type(failure).__mro__}
-    words = one_line(_without_secrets(str(failure))).rstrip(". ")  # masked, then cut: no half of a secret stays
+    words = one_line(masked(str(failure))).rstrip(". ")  # masked, then cut: no half of a secret stays
     shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in words.replace("Cannot", "can't"):
         return (
@@ -199,7 +200,7 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
         out: output folder; `None`, or a folder that does not exist on this machine, for the temporary file.
     """
     lines = [time.strftime("%Y-%m-%d %H:%M:%S "), _command(), "\n", *traceback.format_exception(failure), "\n"]
-    text = _without_secrets("".join(lines)).encode(errors="backslashreplace")
+    text = masked("".join(lines)).encode(errors="backslashreplace")
     with suppress(OSError, ValueError):
         if out is not None and Path(out).is_dir():
             with open(Path(out) / ERROR_LOG, "ab") as file:
@@ -220,12 +221,6 @@ def _command() -> str:
         if option or words[place - 1] == "--env":
             words[place] = f"{option}{word.removeprefix(option).partition('=')[0]}=***"
     return shlex.join(words)
-
-
-def _without_secrets(text: str) -> str:
-    from datm_ray.monitor.logs import masked  # imported here, because most commands never fail
-
-    return masked(text)
 
 
 def say(text: str) -> None:
