@@ -13,12 +13,12 @@ from published_matching import Gradient, Problem, make_problem, step_operations,
 from turns import timed
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.core.compute.gpu import sent
 from datm_ray.core.compute.precision import Precision, tf32_products
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.machine.devices import to_device_ahead
 from gpu.exactness import SETTINGS, Recorded, reproducible
 from gpu.machine import Machine, ceiling, free_memory, measured
 from gpu.sections import Clock, Row, Section, Work, in_a_line
@@ -211,7 +211,7 @@ class _Measurer:
         def inputs(iteration: int) -> Match:
             drawn = draw_student_steps(shape.images, shape.steps, shape.batch, PUBLISHED_AUGMENTATION, 0, iteration)
             steps = place_steps(drawn, shape.chunk, problem.synthetic.images)
-            start, target = (to_device_ahead(each, machine.place) for each in parameters)
+            start, target = (sent(torch.from_numpy(each), machine.place) for each in parameters)
             return Match(functions, start, target, steps)
 
         prepared = Ahead(inputs, count, in_thread=ahead)

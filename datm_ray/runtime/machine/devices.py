@@ -195,16 +195,6 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
         return torch.as_tensor(array, device=device)
 
 
-def to_device_ahead(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Copy an array to the device as `to_device` does. A copy to a GPU is queued, and the caller does not wait for it.
-
-    For a GPU the array is first copied to pinned memory, so it should be small.
-    """
-    if device.type != "cuda":
-        return to_device(array, device)
-    return to_device(array, torch.device("cpu")).pin_memory().to(device, non_blocking=True)
-
-
 def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device, beside: int = 0) -> Images:
     """Images on the device, or in main memory if a GPU has too little memory for them.
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.compute.gpu import sent
 from datm_ray.core.images.augment import Augmentation
 from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
@@ -27,7 +28,7 @@ from datm_ray.methods.trajectory.iteration import MOST_ABOVE, HardLabelled, Matc
 from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, first_shown, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.ahead import Ahead
-from datm_ray.runtime.machine.devices import channels_last_on, precision_on, to_device_ahead
+from datm_ray.runtime.machine.devices import channels_last_on, precision_on, to_device
 from datm_ray.stages.methods.base import Demand, Method, often, rate_found
 from datm_ray.stages.methods.first_images.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
@@ -444,7 +445,7 @@ class TrajectoryMatching(Method):
         matched = first_matched(len(first), settings.unmatched_share)
         if np.array_equal(first[matched:], last[matched:]):
             self._require_motion(backbone, origin, matched)  # no error for a single pair: its iteration is skipped
-        start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
+        start, target = (sent(to_device(each, torch.device("cpu")), self.part.device) for each in (first, last))
         return Match(
             backbone.functions,
             start,
