@@ -12,12 +12,14 @@ import torch
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
+from datm_ray.runtime.executor import Stopped
 from datm_ray.runtime.machine import assigned
 from datm_ray.runtime.machine.devices import prepare_device
 from datm_ray.runtime.machine.versions import Versions, versions_here
 from datm_ray.runtime.ray import pool
 from datm_ray.runtime.ray.losses import may_be_the_nodes
 from datm_ray.runtime.retries import Patience
+from datm_ray.runtime.stopping import Interrupted
 from tests.runtime.workers import Looker
 
 
@@ -114,6 +116,29 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     assert may_be_the_nodes(caught.value)
     assert names(start([0]), ClusterConfig(device="cpu")) == ["cpu"]
     assert names(start([]), ClusterConfig()) == ["cpu"]
+
+
+class EndingWorker:
+    """Worker whose only task makes one step, and ends with an exception."""
+
+    def name(self, end: BaseException) -> Iterator[str]:
+        """Yield a step, then raise the exception."""
+        yield "step"
+        raise end
+
+
+@pytest.mark.parametrize(("end", "last"), [(ValueError("x"), None), (Interrupted("at step 1"), Stopped("at step 1"))])
+def test_the_records_before_an_end_come_before_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch, end: BaseException, last: Stopped | None
+) -> None:
+    """Log records come with the event that follows them, those before an error with no event."""
+    lines = iter(["before the step", "before the end"])
+    monkeypatch.setattr(Records, "take", lambda _: [next(lines)])
+    stage = pool.StageSetup(0, EndingWorker, (), "name")
+    events = start([]).work(stage, Patience(300.0, 300.0), "name", (0, 1), "", end)
+    assert [next(events), next(events)] == [(["before the step"], "step"), (["before the end"], last)]
+    with pytest.raises(StopIteration if last else ValueError):
+        next(events)
 
 
 def test_an_actor_of_another_version_runs_no_task(start: Start) -> None:
