@@ -61,47 +61,49 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-            needs = work.experts(config, shape, len(stack)), experts_memory(config, shape, len(stack))
-            tasks.append(_light_task(runs, f"{name} of {group.key}", config, *needs, stack))
+            needed, memory = work.experts(config, shape, len(stack)), experts_memory(config, shape, len(stack))
+            tasks.append(_task(runs, "experts", f"{name} of {group.key}", config, needed, stack, memory=memory))
     return tasks
 
 
-def _light_task(
-    runs: Runs, name: str, config: RunConfig, needed: work.Work, memory: int, *more: Any, method: str = ""
+def _task(
+    runs: Runs,
+    stage: str,
+    name: str,
+    config: RunConfig,
+    needed: work.Work,
+    *more: Any,
+    memory: int,
+    method: str = "",
+    is_light: bool = True,
 ) -> Task:
-    """Make a task of the stage "experts", which a worker with the resources `cluster.light` runs.
+    """Make a task of a run for one worker.
 
     Args:
         needed: work of the task.
-        memory: bytes of main memory that its worker reserves.
         more: arguments of the worker's method after the configuration and the store.
-        method: name of the worker's method; "" for the stage's own.
+        memory, method, is_light: see `Task`.
     """
     return Task(
         name,
         (config, runs.store_uri, *more),
         run=config.name,
-        stage="experts",
+        stage=stage,
         weight=weight(needed),
         method=method,
         memory=memory,
-        is_light=True,
+        is_light=is_light,
     )
 
 
 def prior_tasks(runs: Runs) -> list[Task]:
     """One task for every trained prior that any of the runs needs and the store does not hold."""
-    return [
-        _light_task(
-            runs,
-            f"prior of {config.name}",
-            config,
-            work.prior(config, runs.shape(config)),
-            prior_memory(config, runs.shape(config)),
-            method="train_prior",
-        )
-        for config in runs.missing_priors()
-    ]
+    tasks = []
+    for config in runs.missing_priors():
+        needed, memory = work.prior(config, runs.shape(config)), prior_memory(config, runs.shape(config))
+        name = f"prior of {config.name}"
+        tasks.append(_task(runs, "experts", name, config, needed, memory=memory, method="train_prior"))
+    return tasks
 
 
 def scoring_runs(runs: Runs) -> list[RunConfig]:
@@ -121,16 +123,12 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
 
 def scoring_tasks(runs: Runs) -> list[Task]:
     """Make one task for each run in `scoring_runs`. The task scores images with the run's networks, once trained."""
-    return [
-        _light_task(
-            runs,
-            f"difficulty of images by {config.experts.count} of {runs.experts(config).key}",
-            config,
-            work.order(config, runs.shape(config)),
-            experts_memory(config, runs.shape(config), 1),
-        )
-        for config in scoring_runs(runs)
-    ]
+    tasks = []
+    for config in scoring_runs(runs):
+        name = f"difficulty of images by {config.experts.count} of {runs.experts(config).key}"
+        needed, memory = work.order(config, runs.shape(config)), experts_memory(config, runs.shape(config), 1)
+        tasks.append(_task(runs, "experts", name, config, needed, memory=memory))
+    return tasks
 
 
 def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
@@ -238,51 +236,32 @@ def _distilling_memory(runs: Runs, config: RunConfig, sharing: int) -> int:
 def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[Task]:
     """Make a task for each of these pieces: parts of the run's set, each made by a single worker."""
     memory = _distilling_memory(runs, laid_out(config, ALONE), 1)
-    each, folder = weight(work.distillation(config, runs.shape(config))), runs.folder(config).uri
-    return [
-        Task(
-            f"{config.name} {piece.number}",
-            (config, runs.store_uri, folder, piece.number),
-            run=config.name,
-            stage="distillation",
-            weight=each,
-            method="make_piece",
-            memory=memory,
+    needed, folder = work.distillation(config, runs.shape(config)), runs.folder(config).uri
+    tasks = []
+    for piece in pieces:
+        name, more = f"{config.name} {piece.number}", (folder, piece.number)
+        tasks.append(
+            _task(runs, "distillation", name, config, needed, *more, memory=memory, method="make_piece", is_light=False)
         )
-        for piece in pieces
-    ]
+    return tasks
 
 
 def join_task(runs: Runs, config: RunConfig) -> Task:
     """Task that joins the pieces of a run's set, which must all be made, and writes the set."""
-    shape = runs.shape(config)
+    shape, name, folder = runs.shape(config), f"{config.name} whole", runs.folder(config).uri
     images = shape.synthetic(config)
-    return Task(
-        f"{config.name} whole",
-        (config, runs.store_uri, runs.folder(config).uri),
-        run=config.name,
-        stage="distillation",
-        weight=weight([work.passes("scoring", config, shape, images)]),
-        method="join_pieces",
-        memory=scoring_memory(config, shape, images, has_teacher=True) + SETS_JOINED * images * shape.row,
-        is_light=True,
-    )
+    needed = [work.passes("scoring", config, shape, images)]
+    memory = scoring_memory(config, shape, images, has_teacher=True) + SETS_JOINED * images * shape.row
+    return _task(runs, "distillation", name, config, needed, folder, memory=memory, method="join_pieces")
 
 
 def validation_task(runs: Runs, config: RunConfig) -> Task:
     """Task that validates a set of the run. The caller adds the set's iteration to the task's name and arguments."""
-    shape, seeds = runs.shape(config), config.distill.validation_seeds
-    schedule = validation_schedule(config, 1.0)
-    return Task(
-        f"{config.name} validation",
-        (config, runs.store_uri, runs.folder(config).uri),
-        run=config.name,
-        stage="distillation",
-        weight=weight(work.validation(config, shape)),
-        method="validate",
-        memory=scoring_memory(config, shape, shape.synthetic(config), together=seeds, schedule=schedule),
-        is_light=True,
-    )
+    shape, name, folder = runs.shape(config), f"{config.name} validation", runs.folder(config).uri
+    needed, schedule = work.validation(config, shape), validation_schedule(config, 1.0)
+    seeds = config.distill.validation_seeds
+    memory = scoring_memory(config, shape, shape.synthetic(config), together=seeds, schedule=schedule)
+    return _task(runs, "distillation", name, config, needed, folder, memory=memory, method="validate")
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
@@ -337,20 +316,11 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
     for config in runs.configs:
         if not config.evaluate.stores_labels or config.name in unfinished:
             continue
-        left = missing_epochs(runs.folder(config), config, runs.raw(config).fingerprint)
-        tasks += [
-            Task(
-                f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
-                (config, runs.store_uri, runs.folder(config).uri, epochs),
-                run=config.name,
-                stage="labels",
-                weight=weight(work.labels(config, runs.shape(config), len(epochs))),
-                method="label",
-                memory=labelling_memory(config, runs.shape(config)),
-                is_light=True,
-            )
-            for epochs in work.divided_epochs(left, workers)
-        ]
+        folder, shape = runs.folder(config), runs.shape(config)
+        for epochs in work.divided_epochs(missing_epochs(folder, config, runs.raw(config).fingerprint), workers):
+            name, more = f"{config.name} epochs {epochs[0]}-{epochs[-1]}", (folder.uri, epochs)
+            needed, memory = work.labels(config, shape, len(epochs)), labelling_memory(config, shape)
+            tasks.append(_task(runs, "labels", name, config, needed, *more, memory=memory, method="label"))
     return tasks
 
 
@@ -437,16 +407,11 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
     is_taught = asks_teacher(config, row.name)
     uris = tuple(place.uri for place in places)
     last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
-    return Task(
-        f"{config.name} {row.name}{_on(config, network)} {numbers[0]}{last}",
-        RowArguments(config, runs.store_uri, runs.folder(config).uri, uris, row.name, numbers, network),
-        run=config.name,
-        stage="evaluation",
-        weight=weight(work.evaluation(row, len(numbers))),
-        method="evaluate",
-        memory=scoring_memory(*scored, held=held, sets=sets, schedule=schedule, has_teacher=is_taught),
-        is_light=True,
-    )
+    name = f"{config.name} {row.name}{_on(config, network)} {numbers[0]}{last}"
+    more = runs.folder(config).uri, uris, row.name, numbers, network  # in the order of `RowArguments`
+    needed = work.evaluation(row, len(numbers))
+    memory = scoring_memory(*scored, held=held, sets=sets, schedule=schedule, has_teacher=is_taught)
+    return _task(runs, "evaluation", name, config, needed, *more, memory=memory, method="evaluate")
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
