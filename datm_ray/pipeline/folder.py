@@ -9,7 +9,9 @@ from datm_ray.config import RunConfig, load_recipe_of_run, unread_keys
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
-from datm_ray.report import CARD, RunSummary, is_card, published_files, write_report, write_summary
+from datm_ray.report.card import CARD, is_card, published_files
+from datm_ray.report.page import write_report
+from datm_ray.report.results import RunSummary, write_summary
 from datm_ray.stages.distill.checkpoint import CHECKPOINT, copy_checkpoint
 from datm_ray.stages.distill.pieces import PIECES
 from datm_ray.stages.distill.task import COST, INITIAL, SYNTHETIC

@@ -33,7 +33,7 @@ from datm_ray.pipeline.folder import (
 from datm_ray.pipeline.preview import data_lines
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import RowArguments
-from datm_ray.report import accuracy_table, facts_of, fair_table, networks_table
+from datm_ray.report.results import accuracy_table, facts_of, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.machine.devices import fix_workspace
 from datm_ray.runtime.stopping import ask, by_signals

@@ -34,9 +34,8 @@ from datm_ray.interop.sets import read_set
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, RECIPE
 from datm_ray.recipes import get_recipe
-from datm_ray.report import RunSummary, published_files
-from datm_ray.report.card import as_markdown, card, is_card
-from datm_ray.report.results import Cell, Line, Table
+from datm_ray.report.card import as_markdown, card, is_card, published_files
+from datm_ray.report.results import Cell, Line, RunSummary, Table
 from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate.scores import NetworkScores, Score
 from datm_ray.store.files.filesystem import open_location

@@ -38,16 +38,18 @@ from datm_ray.methods.trajectory.iteration import IterationRecord, MatchingState
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline import report
 from datm_ray.pipeline.folder import DATA, RECIPE
-from datm_ray.report import (
+from datm_ray.report.differences import differences, differing
+from datm_ray.report.page import write_report
+from datm_ray.report.results import (
+    Maps,
     RunSummary,
     accuracy_table,
+    cost_lines,
     fair_table,
     networks_table,
-    write_report,
+    shown_rows,
     write_summary,
 )
-from datm_ray.report.differences import differences, differing
-from datm_ray.report.results import Maps, cost_lines, shown_rows
 from datm_ray.runtime.mesh import ALONE
 from datm_ray.stages.distill import checkpoint
 from datm_ray.stages.distill.checkpoint import CHECKPOINT

@@ -29,8 +29,8 @@ from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
-from datm_ray.report.results import column_name
+from datm_ray.report.page import write_report
+from datm_ray.report.results import RunSummary, column_name, fair_table, networks_table, write_summary
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
 from datm_ray.runtime.machine.devices import images_on
