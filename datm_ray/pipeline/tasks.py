@@ -27,14 +27,7 @@ from datm_ray.runtime.machine.devices import workers_here
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill.pieces import unfinished_pieces
 from datm_ray.stages.distill.validation import is_apart, only_validations_are_left, validation_schedule
-from datm_ray.stages.evaluate.rows import (
-    ALL_ROWS,
-    DISTILLED,
-    asks_teacher,
-    is_unstackable,
-    largest_stack,
-    result_location,
-)
+from datm_ray.stages.evaluate.rows import ALL_ROWS, DISTILLED, asks_teacher, result_location
 from datm_ray.stages.experts.progress import read_stacks
 from datm_ray.stages.experts.train import divided, experts_at_a_time
 from datm_ray.stages.labels import kept_labels, missing_epochs
@@ -376,7 +369,7 @@ def unstackable(runs: Runs, evaluation: Sequence[Task]) -> list[str]:
     found = dict[str, None]()
     for task in evaluation:
         config, *_, row, _, network = RowArguments(*task.arguments)
-        if is_unstackable(*Row(config, row, network, runs.shape(config)).facts):
+        if Row(config, row, network, runs.shape(config)).is_unstackable:
             found[(network or config.network).architecture] = None
     return list(found)
 
@@ -399,7 +392,7 @@ def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
     places = [result_location(runs.out, config, fingerprint, row.name, number, network) for number in numbers]
     if all(place.exists() for place in places):
         return None
-    together = largest_stack(*row.facts, len(numbers))
+    together = row.largest_stack(len(numbers))
     networks, schedule = row.training(len(numbers))
     held = networks - together
     sets = 0 if row.name == "full" else 1 if row.name in DISTILLED else len(numbers)

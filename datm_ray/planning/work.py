@@ -6,18 +6,21 @@ take. Tests: tests/planning/test_work.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from datm_ray.config import NetworkConfig, NetworkSpec, Role, RunConfig
-from datm_ray.core.training.loop import STEP_OVERHEAD, Schedule, stack_sizes, work_of_training
+from datm_ray.config import NetworkConfig, Role, RunConfig
+from datm_ray.core.networks.stacked import LARGEST_STACK, cost_and_stacking
+from datm_ray.core.training.loop import STEP_OVERHEAD, Schedule, stack_sizes, work_of_training, would_gain_together
 from datm_ray.planning.machines import FORWARD_PASSES, READING_OPERATIONS
+from datm_ray.runtime.machine.devices import uses_gpu
 from datm_ray.shape import DataShape, network_cost, prior_cost
 from datm_ray.stages.distill.validation import validation_schedule
-from datm_ray.stages.evaluate.rows import asks_teacher, fewest_tasks, largest_stack, seeds_of_tasks, training_of
+from datm_ray.stages.evaluate.rows import asks_teacher, is_taught, networks_alike, training_of
 from datm_ray.stages.methods.memory import held_images
 from datm_ray.stages.methods.registry import method_of, teacher_of
 
@@ -161,16 +164,6 @@ class Row:
         """Number of images that each network is trained on."""
         return self.shape.trained(self.run.dataset) if self.name == "full" else self.shape.synthetic(self.run)
 
-    @property
-    def facts(self) -> tuple[RunConfig, str, NetworkConfig | None, NetworkSpec, int]:
-        """Run, name of the row, scored network (`None` for the backbone), the network's spec, and number of images.
-
-        `seeds_of_tasks`, `largest_stack` and `is_unstackable` take these values as their first arguments.
-        """
-        image = self.shape.image
-        spec = self.scored.network.for_images(image[0], image[1:], self.shape.classes)
-        return self.run, self.name, self.network, spec, self.images
-
     def training(self, seeds: int) -> tuple[int, Schedule]:
         """Number of networks that `seeds` seeds of the row train, and the schedule of their training.
 
@@ -179,11 +172,56 @@ class Row:
         each, schedule = training_of(self.run, self.name, self.network)
         return seeds * each, schedule
 
+    def seeds_of_tasks(self, least: int) -> list[tuple[int, ...]]:
+        """Divide the seeds of the row into tasks. Returns the numbers of each task's seeds.
+
+        A task has one seed, or several if their networks can be trained together. The number of tasks is a multiple of
+        `least` if there are enough seeds, so that as many workers get equal work.
+
+        Args:
+            least: fewest tasks to make, if there are as many seeds.
+        """
+        seeds = parts = self.run.evaluate.seeds
+        if self.largest_stack(seeds) > 1:
+            parts = min(seeds, least * -(-seeds // (least * LARGEST_STACK)))
+        return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
+
+    def largest_stack(self, seeds: int) -> int:
+        """Largest number of networks that a task with `seeds` seeds of the row trains at the same time.
+
+        The number is 1 if training them one after another is faster, or the only possibility.
+        """
+        networks, gains, stacks = self._stacking(seeds)
+        return stack_sizes(networks)[0] if gains and stacks else 1
+
+    @property
+    def is_unstackable(self) -> bool:
+        """True if networks are trained one after another only because their architecture cannot be stacked."""
+        _, gains, stacks = self._stacking(self.run.evaluate.seeds)
+        return gains and not stacks
+
+    def _stacking(self, seeds: int) -> tuple[int, bool, bool]:
+        """How a task with `seeds` seeds of the row trains its networks.
+
+        Returns:
+            The number of networks for `seeds` seeds; True if training them together is faster; and True if it is
+            possible. The last two are False without compilation, or if a teacher labels the row's images.
+        """
+        networks, schedule = self.training(seeds)
+        if not self.run.cluster.compile or is_taught(self.run, self.name):
+            return networks, False, False
+        on_gpu = uses_gpu(self.run.cluster.shaped(light=True))
+        alike, image = networks_alike(self.run, self.name, self.network), self.shape.image
+        spec = self.scored.network.for_images(image[0], image[1:], self.shape.classes)
+        cost, is_stackable = cost_and_stacking(spec)
+        gains = would_gain_together(lambda: cost, networks, self.images, schedule, on_gpu=on_gpu, alike=alike)
+        return networks, gains, is_stackable
+
 
 def evaluation(row: Row, seeds: int) -> Work:
     """Work of a task that trains and scores the networks of `seeds` seeds of a row of the accuracy table."""
     (networks, schedule), run, shape = row.training(seeds), row.scored, row.shape
-    is_stacked = largest_stack(*row.facts, seeds) > 1
+    is_stacked = row.largest_stack(seeds) > 1
     kind = "experts" if is_stacked else "real" if row.name == "full" else "training"
     stacks = len(stack_sizes(networks)) if is_stacked else networks
     tested = networks * shape.set_aside(run.dataset) + seeds * shape.test_images
@@ -193,6 +231,20 @@ def evaluation(row: Row, seeds: int) -> Work:
     if asks_teacher(row.run, row.name):
         work.append(passes("scoring", teacher_of(row.run), shape, networks * schedule.epochs * row.images))
     return work
+
+
+def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
+    """Fewest tasks into which to divide each row of the accuracy table, so that all workers get equal work.
+
+    Returns a number for each of `works`. With these numbers no worker is idle, and no task has more than the total work
+    divided by `workers`.
+
+    Args:
+        works: expected work of each row, in any unit.
+        workers: number of workers that score at the same time.
+    """
+    share, each = sum(works) / workers, -(-workers // len(works))
+    return [max(each, math.ceil(work / share - 1e-6)) for work in works]
 
 
 def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]]]:
@@ -207,4 +259,4 @@ def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]
 
     # The division decides which networks share a stack, and so the last bits of accuracies. It counts training alone.
     fewest = fewest_tasks([training(row) for row in rows], workers)
-    return [seeds_of_tasks(*row.facts, least) for row, least in zip(rows, fewest, strict=True)]
+    return [row.seeds_of_tasks(least) for row, least in zip(rows, fewest, strict=True)]

@@ -15,7 +15,7 @@ from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.plan import plan_run
-from datm_ray.planning.work import iterations, weight
+from datm_ray.planning.work import Row, fewest_tasks, iterations, weight
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Task
 from datm_ray.shape import KNOWN_SHAPES, DataShape
@@ -125,3 +125,28 @@ def test_plans_and_runs_count_the_same_work(case: str, monkeypatch: pytest.Monke
         with monkeypatch.context() as finished:
             finished.setattr(Runs, "unfinished", lambda _: [])
             assert weights(tasks.label_tasks(runs, workers)) == planned("labels")
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_workers_get_equal_parts_of_a_row(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds of one row differ by at most one between workers, and no task has more seeds than a stack."""
+    monkeypatch.setattr(Row, "largest_stack", lambda *_: 8)
+    recipe = get_recipe("digits-ipc1")
+    for seeds in range(workers, 50):
+        config = override(recipe, [f"evaluate.seeds={seeds}"])
+        found = Row(config, "random-hard", None, KNOWN_SHAPES["digits"]).seeds_of_tasks(workers)
+        assert [seed for part in found for seed in part] == list(range(seeds))
+        assert max(map(len, found)) <= 8
+        loads = [0] * workers
+        for part in sorted(found, key=len, reverse=True):  # free workers take the longest tasks first
+            loads[loads.index(min(loads))] += len(part)
+        assert max(loads) - min(loads) <= 1, (seeds, found)
+
+
+def test_a_row_that_is_most_of_the_work_is_divided() -> None:
+    """No task exceeds a worker's share of the work, and there are tasks for all workers."""
+    assert fewest_tasks([1, 1, 1, 97], 2) == [1, 1, 1, 2]
+    assert fewest_tasks([1, 1], 2) == [1, 1]
+    assert fewest_tasks([1, 1, 1, 1], 8) == [2, 2, 2, 2]
+    assert fewest_tasks([1, 3], 4) == [2, 3]
+    assert fewest_tasks([5], 1) == [1]

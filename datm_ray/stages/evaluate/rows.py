@@ -45,7 +45,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +58,6 @@ from datm_ray.config import (
     ClusterConfig,
     EvaluateConfig,
     NetworkConfig,
-    NetworkSpec,
     RunConfig,
     expert_fingerprint,
     run_identity,
@@ -70,7 +68,6 @@ from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.sections import SECTIONS_OF_METHODS
 from datm_ray.core.images.batches import ImageReader, Images
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import LARGEST_STACK, cost_and_stacking
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.steps import Steps, all_of
 from datm_ray.core.synthetic import random_rows
@@ -79,8 +76,6 @@ from datm_ray.core.training.loop import (
     Schedule,
     Training,
     accuracy_in_steps,
-    stack_sizes,
-    would_gain_together,
 )
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.data.dataset import Dataset
@@ -90,7 +85,7 @@ from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
 from datm_ray.runtime.executor import Finished, Note, Phase, Progress, explaining_memory
 from datm_ray.runtime.heartbeats import interval_between_epochs, reporting
-from datm_ray.runtime.machine.devices import images_on, network_on, prepare_device, set_on, to_device, uses_gpu
+from datm_ray.runtime.machine.devices import images_on, network_on, prepare_device, set_on, to_device
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.distill.validation import evaluation_schedule, trainer_of
@@ -537,87 +532,6 @@ def networks_alike(config: RunConfig, row: str, network: NetworkConfig | None) -
     rows = [each for each in scored_rows(config) if each[1] == network and not is_taught(config, each[0])]
     same = [each for each in rows if (each[0] == "full") == (row == "full")]
     return config.evaluate.seeds * sum(training_of(config, *each)[0] for each in same)
-
-
-def seeds_of_tasks(
-    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, least: int
-) -> list[tuple[int, ...]]:
-    """Divide the seeds of a row of the accuracy table into tasks. Returns the numbers of each task's seeds.
-
-    A task has one seed, or several if their networks can be trained together. The number of tasks is a multiple of
-    `least` if there are enough seeds, so that as many workers get equal work.
-
-    Args:
-        network: scored network; `None` for the backbone.
-        spec: the scored network, for the data set's images.
-        images: number of training images.
-        least: fewest tasks to make, if there are as many seeds.
-    """
-    seeds = parts = config.evaluate.seeds
-    if largest_stack(config, row, network, spec, images, seeds) > 1:
-        parts = min(seeds, least * -(-seeds // (least * LARGEST_STACK)))
-    return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
-
-
-def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
-    """Fewest tasks into which to divide each row of the accuracy table, so that all workers get equal work.
-
-    Returns a number for each of `works`. With these numbers no worker is idle, and no task has more than the total work
-    divided by `workers`.
-
-    Args:
-        works: expected work of each row, in any unit.
-        workers: number of workers that score at the same time.
-    """
-    share, each = sum(works) / workers, -(-workers // len(works))
-    return [max(each, math.ceil(work / share - 1e-6)) for work in works]
-
-
-def largest_stack(
-    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
-) -> int:
-    """Largest number of networks that one task of a row of the accuracy table trains at the same time.
-
-    The number is 1 if training them one after another is faster, or the only possibility.
-
-    Args:
-        network: scored network; `None` for the backbone.
-        spec: the scored network, for the data set's images.
-        images: number of training images.
-        seeds: number of seeds in the task.
-    """
-    networks, gains, stacks = _stacking(config, row, network, spec, images, seeds)
-    return stack_sizes(networks)[0] if gains and stacks else 1
-
-
-def is_unstackable(config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int) -> bool:
-    """True if a row's networks are trained one after another only because their architecture cannot be stacked.
-
-    Args:
-        network: scored network; `None` for the backbone.
-        spec: the scored network, for the data set's images.
-        images: number of training images.
-    """
-    _, gains, stacks = _stacking(config, row, network, spec, images, config.evaluate.seeds)
-    return gains and not stacks
-
-
-def _stacking(
-    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
-) -> tuple[int, bool, bool]:
-    """How one task trains networks of a row of the accuracy table. Arguments are those of `largest_stack`.
-
-    Returns:
-        The number of networks for `seeds` seeds; True if training them together is faster; and True if it is possible.
-        The last two are False without compilation, or if a teacher labels the row's images.
-    """
-    count, schedule = training_of(config, row, network)
-    if not config.cluster.compile or is_taught(config, row):
-        return seeds * count, False, False
-    on_gpu, alike = uses_gpu(config.cluster.shaped(light=True)), networks_alike(config, row, network)
-    cost, is_stackable = cost_and_stacking(spec)
-    gains = would_gain_together(lambda: cost, seeds * count, images, schedule, on_gpu=on_gpu, alike=alike)
-    return seeds * count, gains, is_stackable
 
 
 class _Trial(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from datm_ray.artifact import SCORING, save_artifact
-from datm_ray.config import NetworkConfig, NetworkSpec, RunConfig, override, run_identity, scored_on
+from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
 from datm_ray.core import steps
 from datm_ray.core.networks import stack_trial
 from datm_ray.core.networks.parameters import flatten
@@ -28,6 +28,7 @@ from datm_ray.core.training.loop import OPTIMISERS, Optimiser, Schedule, Trainer
 from datm_ray.core.training.teacher import Lessons
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
+from datm_ray.planning.work import Row
 from datm_ray.recipes import get_recipe
 from datm_ray.report.page import write_report
 from datm_ray.report.results import RunSummary, column_name, fair_table, networks_table, write_summary
@@ -35,6 +36,7 @@ from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
 from datm_ray.runtime.machine.devices import images_on
 from datm_ray.runtime.stopping import Interrupted
+from datm_ray.shape import KNOWN_SHAPES
 from datm_ray.stages.distill.task import SYNTHETIC
 from datm_ray.stages.evaluate import progress
 from datm_ray.stages.evaluate.progress import remove_progress
@@ -46,14 +48,11 @@ from datm_ray.stages.evaluate.rows import (
     ROWS,
     SOFT,
     EvaluateWorker,
-    fewest_tasks,
     has_learned_step_size,
-    largest_stack,
     networks_alike,
     result_location,
     row_schedule,
     scored_rows,
-    seeds_of_tasks,
     training_of,
 )
 from datm_ray.stages.evaluate.scores import (
@@ -528,31 +527,6 @@ def test_the_scores_are_reported_with_their_parts_and_n(tmp_path: Path) -> None:
 # --- stacks, and tasks that end early ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 5])
-def test_workers_get_equal_parts_of_a_row(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seeds of one row differ by at most one between workers, and no task has more seeds than a stack."""
-    monkeypatch.setattr("datm_ray.stages.evaluate.rows.largest_stack", lambda *_: 8)
-    network = tiny_config().network
-    for seeds in range(workers, 50):
-        config = tiny_config(f"evaluate.seeds={seeds}")
-        found = seeds_of_tasks(config, "random-hard", None, network.for_images(1, (8, 8), 10), 10, workers)
-        assert [seed for part in found for seed in part] == list(range(seeds))
-        assert max(map(len, found)) <= 8
-        loads = [0] * workers
-        for part in sorted(found, key=len, reverse=True):  # free workers take the longest tasks first
-            loads[loads.index(min(loads))] += len(part)
-        assert max(loads) - min(loads) <= 1, (seeds, found)
-
-
-def test_a_row_that_is_most_of_the_work_is_divided() -> None:
-    """No task exceeds a worker's share of the work, and there are tasks for all workers."""
-    assert fewest_tasks([1, 1, 1, 97], 2) == [1, 1, 1, 2]
-    assert fewest_tasks([1, 1], 2) == [1, 1]
-    assert fewest_tasks([1, 1, 1, 1], 8) == [2, 2, 2, 2]
-    assert fewest_tasks([1, 3], 4) == [2, 3]
-    assert fewest_tasks([5], 1) == [1]
-
-
 Scored = tuple[list[Progress], list[dict[str, Any]], list[bytes]]
 
 
@@ -669,20 +643,19 @@ def test_a_trial_on_a_gpu_decides_how_networks_are_computed_until_their_end(
     assert len(asked) == 2, "the resumed attempt had no trial"
 
 
-DIGITS = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
-
-
 def test_networks_are_compiled_where_all_rows_of_a_run_gain_from_it() -> None:
     """The demo's rows share a compiled step, and one small row does not compile. Rows of a teacher do not count."""
-    for recipe, images in (("digits-ipc1", 10), ("digits-ipc10", 100)):
+    for recipe in ("digits-ipc1", "digits-ipc10"):
         config = get_recipe(recipe)
         assert networks_alike(config, "distilled", None) == 5 * (3 + 3 + 1)
         assert networks_alike(config, "full", None) == 5 * 3
-        found = {row: largest_stack(config, row, None, DIGITS, images, 5) for row in ("random-hard", "distilled")}
+        found = {
+            row: Row(config, row, None, KNOWN_SHAPES["digits"]).largest_stack(5) for row in ("random-hard", "distilled")
+        }
         assert found == {"random-hard": 5, "distilled": 5}
     few = override(get_recipe("digits-ipc1"), ["evaluate.seeds=2"])
     assert networks_alike(few, "distilled", None) == 14
-    assert largest_stack(few, "random-hard", None, DIGITS, 10, 2) == 1
+    assert Row(few, "random-hard", None, KNOWN_SHAPES["digits"]).largest_stack(2) == 1
     others = override(get_recipe("digits-ipc1"), ["evaluate.networks=[{architecture: lenet}]"])
     lenet = others.evaluate.networks[0]
     assert networks_alike(others, "distilled", lenet) == 5 * (3 + 4)
