@@ -33,17 +33,14 @@ from datm_ray.stages.methods.base import Demand, Method, often, rate_found
 from datm_ray.stages.methods.first_images.initial import first_set
 from datm_ray.stages.methods.memory import DistillationPlan, chunk_by_trial, plans_of_part
 from datm_ray.stages.methods.part import Part
-from datm_ray.store.trajectories import ExpertGroup
 from datm_ray.words import counted, listed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Backbone:
-    """One backbone that this worker matches, with its experts and memory plan."""
+    """One backbone that this worker matches, with its step functions and memory plan."""
 
     number: int
-    group: ExpertGroup
-    """Folder of the network's experts in the store."""
     functions: StudentStepFunctions
     plan: DistillationPlan
     """Memory plan of the network."""
@@ -129,13 +126,11 @@ class TrajectoryMatching(Method):
         # Uncompiled steps take more memory.
         plans = plans_of_part(part, compiled=cluster.compile and not any(each.note for each in steps.values()))
         self._backbones = [
-            _Backbone(number, group, steps[number], plans[number], plans[number].chunk)
-            for number in role.backbones
-            for group in [self.experts[number].group]
+            _Backbone(number, steps[number], plans[number], plans[number].chunk) for number in role.backbones
         ]
         # A thread prepares inputs during waits for a remote store or a GPU. On a CPU it would only take cores from the
         # iteration.
-        is_remote = any(each.group.location.local_path is None for each in self._backbones)
+        is_remote = any(self.experts[n].group.location.local_path is None for n in role.backbones)
         has_waits = is_remote or part.device.type == "cuda"
         self._ahead = Ahead(self._inputs, config.distill.iterations, in_thread=has_waits)
         self.calibration = "measuring the first matching losses"
@@ -145,14 +140,13 @@ class TrajectoryMatching(Method):
         self.facts = {} if first is None else first.facts
 
     def first_set(self) -> Steps[SyntheticSet]:
-        """Choose the first set, in steps. A step size that the recipe leaves open gets a likely value."""
-        return first_set(self.part, self.experts[0], self.first_step_size)
+        """Choose the first set, in steps. A step size that the recipe leaves open gets a likely value.
 
-    @property
-    def first_step_size(self) -> float:
-        """Step size of the first set: `distill.initial_step_size`, or a likely step size if that is null."""
+        Without soft labels (MTT), these are random real images, or noise, with hard labels.
+        """
         distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
-        return distance.step_size or distance.likely_step_size
+        experts = self.experts[0] if self.soft_labels else None
+        return first_set(self.part, experts, distance.step_size or distance.likely_step_size)
 
     def close(self) -> None:
         """Stop preparing the inputs of the next iteration."""
@@ -396,18 +390,16 @@ class TrajectoryMatching(Method):
         Images that the student does not see in the iteration share one operation, drawn for the iteration. MetaDD's
         networks see the images under these augmentations if `metadd.augmented` is set.
         """
-        settings = self.part.config.distill
-        if not settings.augmentation:
+        if not self.part.config.distill.augmentation:
             return ()
-        return first_shown(
-            rows + self.part.rows.first,
-            settings.ipc * self.part.dataset.classes,
-            settings.student_steps,
-            settings.batch_size,
-            settings.augmentation,
-            self.part.config.seed,
-            iteration,
-        )
+        return first_shown(rows + self.part.rows.first, *self._draws, iteration)
+
+    @property
+    def _draws(self) -> tuple[int, int, int, str, int]:
+        """First arguments of `draw_student_steps`, the same in every iteration."""
+        seed, settings = self.part.config.seed, self.part.config.distill
+        images = settings.ipc * self.part.dataset.classes
+        return images, settings.student_steps, settings.batch_size, settings.augmentation, seed
 
     def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
         """Inputs of an iteration: expert and start epoch of every network of the run, and this worker's matches.
@@ -430,19 +422,10 @@ class TrajectoryMatching(Method):
         return origin.expert, [origin.epoch, origin.epoch + self.part.config.distill.expert_epochs]
 
     def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
-        config, settings = self.part.config, self.part.config.distill
-        steps = draw_student_steps(
-            settings.ipc * self.part.dataset.classes,
-            settings.student_steps,
-            settings.batch_size,
-            settings.augmentation,
-            config.seed,
-            iteration,
-            backbone.number,
-        )
+        steps = draw_student_steps(*self._draws, iteration, backbone.number)
         held = [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps]
-        first, last = backbone.group.read_params(*self._wanted(origin))
-        matched = first_matched(len(first), settings.unmatched_share)
+        first, last = self.experts[backbone.number].group.read_params(*self._wanted(origin))
+        matched = first_matched(len(first), self.part.config.distill.unmatched_share)
         if np.array_equal(first[matched:], last[matched:]):
             self._require_motion(backbone, origin, matched)  # no error for a single pair: its iteration is skipped
         start, target = (sent(to_device(each, torch.device("cpu")), self.part.device) for each in (first, last))
@@ -452,7 +435,7 @@ class TrajectoryMatching(Method):
             target,
             place_steps(held, backbone.chunk, start),
             backbone.number,
-            config.weights[backbone.number],
+            self.part.config.weights[backbone.number],
             backbone.chunk,
             matched,
         )
@@ -463,7 +446,7 @@ class TrajectoryMatching(Method):
         Call this if start and target of an iteration are identical, which by itself is no error.
         """
         expert, (start, target) = self._wanted(origin)
-        group = backbone.group
+        group = self.experts[backbone.number].group
         epochs = group.read_info(expert).epochs
         first, last = group.read_params(expert, [epochs[0], epochs[-1]])
         if not np.array_equal(first[matched:], last[matched:]):
@@ -562,10 +545,6 @@ class MatchingTrainingTrajectories(TrajectoryMatching):
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
         """No work: no network sees the first images before they are matched."""
         return {"scoring": 0}
-
-    def first_set(self) -> Steps[SyntheticSet]:
-        """Choose the first set, in steps: random real images, or noise, with hard labels."""
-        return first_set(self.part, None, self.first_step_size)
 
 
 def step_options(cluster: ClusterConfig, device: torch.device) -> StepOptions:
