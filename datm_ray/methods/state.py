@@ -19,7 +19,7 @@ from torch import Tensor
 from datm_ray.config import DistillConfig
 from datm_ray.core.compute.gpu import sent
 from datm_ray.core.images.augment import Augmentation
-from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD
+from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, MetaLoss
 from datm_ray.core.prior import Prior
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
@@ -71,6 +71,27 @@ class MetaTerm:
     """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees unaugmented images."""
     chunk: int = IMAGES_AT_A_TIME
     """Number of images that pass through the networks at a time; the same in all processes."""
+
+    def gradient(self, shown: Tensor, held: SyntheticSet, all_sum: AllSum = identity) -> tuple[MetaLoss, Tensor]:
+        """Compute MetaDD's loss, and its gradient [n c h w], which is 0 for images that MetaDD does not use.
+
+        Args:
+            shown: [n c h w] images, or views of them, that the networks see.
+            held: rows of the set that this process holds, for the images' classes.
+            all_sum: sum over the processes that hold the same images and work on other networks.
+        """
+        rows = sent(torch.from_numpy(self.rows), shown.device)
+        loss, along = self.metadd.gradient(
+            shown[rows],
+            held.labels[rows],
+            networks=self.networks,
+            classes=held.soft_labels.shape[1],
+            over=self.images,
+            chunk=self.chunk,
+            augmentations=self.augmentations,
+            all_sum=all_sum,
+        )
+        return loss, torch.zeros_like(shown).index_copy_(0, rows, along)
 
 
 @dataclass(frozen=True)
@@ -253,21 +274,10 @@ class State(Generic[Record]):
         """
         if meta is None:
             return {}, self.synthetic.images.new_zeros(6)
-        rows = sent(torch.from_numpy(meta.rows), self.synthetic.images.device)
-        loss, gradient = meta.metadd.gradient(
-            self.synthetic.images[rows],
-            self.synthetic.labels[rows],
-            networks=meta.networks,
-            classes=self.synthetic.soft_labels.shape[1],
-            over=meta.images,
-            chunk=meta.chunk,
-            augmentations=meta.augmentations,
-            all_sum=sum_over_backbones,
-        )
+        loss, gradient = meta.gradient(self.synthetic.images, self.synthetic, sum_over_backbones)
         values = all_sum(torch.stack([*loss.values(), not_finite(gradient)]))
         values[-1] += not_finite(values[0])
-        images = torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)
-        return {"images": self.pulled_back(images)}, values
+        return {"images": self.pulled_back(gradient)}, values
 
     def record_meta(self, meta: MetaTerm | None, values: Sequence[float]) -> None:
         """Append the record of an iteration to the history of MetaDD, if this process holds one of its networks.

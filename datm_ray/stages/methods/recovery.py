@@ -12,7 +12,6 @@ from torch import Tensor
 
 from datm_ray.config import RunConfig
 from datm_ray.core.compute.compilation import compiled_facts
-from datm_ray.core.compute.gpu import sent
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import Rows, SyntheticSet
@@ -238,28 +237,13 @@ class RecoveryFromTeacher(Method):
         sees_view = config.metadd is not None and config.metadd.augmented
         values: tuple[Tensor, ...] = ()
         if meta is not None and sees_view:
-            along, values = self._with_meta(along, meta, state, seen.detach())
+            found, more = meta.gradient(seen.detach(), synthetic)
+            along, values = along + more, found.values().unbind()
         gradient = pulled_back(seen, images, along)
         if meta is not None and not sees_view:
-            gradient, values = self._with_meta(gradient, meta, state, synthetic.images)
+            found, more = meta.gradient(synthetic.images, synthetic)
+            gradient, values = gradient + more, found.values().unbind()
         state.follow(gradient, loss, statistics, config.recover, self._bounds, values)
-
-    def _with_meta(
-        self, gradient: Tensor, meta: MetaTerm, state: Any, shown: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return `gradient` plus the gradient of MetaDD's loss in the images `shown` [n c h w], and the loss's values.
-
-        The values, [] each, are those of MetaDD's record.
-        """
-        rows = sent(torch.from_numpy(meta.rows), shown.device)
-        found, along = meta.metadd.gradient(
-            shown[rows],
-            state.synthetic.labels[rows],
-            networks=meta.networks,
-            classes=self.part.dataset.classes,
-            chunk=meta.chunk,
-        )
-        return gradient.index_add(0, rows, along), found.values().unbind()
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Loss of the last iteration, and the loss's statistics term without weight: name -> value."""
