@@ -50,11 +50,6 @@ ROWS = ("images", "soft_labels")
 _COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float64, "bool": np.bool_}
 
 
-def columns(record: type[Any]) -> dict[str, type[np.generic]]:
-    """Column of a history in a checkpoint -> numpy type: one for each field of the dataclass `record`, in order."""
-    return {each.name: _COLUMN_TYPES[each.type] for each in fields(record)}
-
-
 @dataclass(frozen=True)
 class MetaTerm:
     """Inputs of MetaDD in one iteration."""
@@ -481,7 +476,7 @@ def not_finite(*values: Tensor) -> Tensor:
 
 def _columns(prefix: str, records: Sequence[Any], record: type[Any]) -> dict[str, NDArray[np.generic]]:
     """Convert `records`, all of type `record`, to arrays for a checkpoint, named `<prefix>.<field>`."""
-    named = columns(record).items()
+    named = ((each.name, _COLUMN_TYPES[each.type]) for each in fields(record))
     return {f"{prefix}.{column}": np.array([getattr(each, column) for each in records], kind) for column, kind in named}
 
 
@@ -493,12 +488,9 @@ def records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> 
         prefix: name of the history: "history", or "meta" for MetaDD's history.
         record: dataclass of one record.
     """
-    for each in fields(record):
-        if each.default is not MISSING:
-            unknown = np.full(len(arrays[f"{prefix}.iteration"]), each.default)
-            arrays.setdefault(f"{prefix}.{each.name}", unknown)
-    rows = [arrays[f"{prefix}.{column}"].tolist() for column in columns(record)]
-    return [record(*row) for row in zip(*rows, strict=True)]
+    names = [each.name for each in fields(record) if each.default is MISSING or f"{prefix}.{each.name}" in arrays]
+    rows = zip(*(arrays[f"{prefix}.{name}"].tolist() for name in names), strict=True)
+    return [record(**dict(zip(names, row, strict=True))) for row in rows]
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
