@@ -171,7 +171,7 @@ class PieceWorker:
         spent = total([*(read_cost(place) for place in places), account.spent()])
         (folder / COST).write_json(spent.to_json())
         for name, held in sets.items():
-            save_set(folder, name, held, method_of(config), config, self._dataset, provenance)
+            save_set(part, folder, name, held, method_of(config), provenance)
 
     def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
         """Replace the soft labels of each set by the teacher's logits for its images, in place.

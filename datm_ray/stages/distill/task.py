@@ -224,8 +224,7 @@ class DistillWorker:
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             yield from keep_maps_alone(part, config.metadd, backbone, folder / MAPS, initial, final)
-        method = self._method_of(config)
-        save_set(folder, SYNTHETIC, final, method, config, self._dataset, last.provenance)
+        save_set(part, folder, SYNTHETIC, final, self._method_of(config), last.provenance)
         candidates.remove()
 
 
@@ -635,28 +634,23 @@ class Distillation:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:
             origin["student_steps_before"] = self._computed[:-1]
-        save_set(self._folder, name, whole, type(self._method), self._config, dataset, origin)
+        save_set(self._part, self._folder, name, whole, type(self._method), origin)
 
 
 def save_set(
-    folder: Location,
-    name: str,
-    held: SyntheticSet,
-    method: type[Method],
-    config: RunConfig,
-    dataset: Dataset,
-    provenance: Mapping[str, Any],
+    part: Part, folder: Location, name: str, held: SyntheticSet, method: type[Method], provenance: Mapping[str, Any]
 ) -> None:
     """Write a whole set of a run to the file `name` in the run's folder.
 
     A transform above 64 KiB, such as whitening, is written once for all runs, to a folder beside the run's.
 
     Args:
+        part: part of the run's set; its configuration and data set are those of the whole set.
         held: the whole set.
         method: class of the method, which says whether the set has a step size to train with.
-        dataset: data set, for its transform and class names.
         provenance: facts on the set's origin to store with it: name -> plain data.
     """
+    config, dataset = part.config, part.dataset
     save_artifact(
         folder / name,
         held,
