@@ -22,7 +22,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState, stack_steps
-from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, train_steps
+from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, scoring_schedule, train_steps
 from datm_ray.methods.recovery import RecoveryLoss
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
@@ -30,7 +30,6 @@ from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
 from datm_ray.runtime.machine.devices import channels_last_on, prepare_device, restoring_settings
 from datm_ray.shape import network_cost
-from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.train import experts_at_a_time
 from datm_ray.stages.methods.distribution import embedding_functions
 from datm_ray.stages.methods.memory import laid_out
@@ -100,7 +99,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
         flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.
     """
     config, shape = laid_out(proposal.config.each_backbone()[0], {"compile": compiled}), proposal.shape
-    schedule, real = evaluation_schedule(config, 0.01), shape.training_images
+    schedule, real = scoring_schedule(config.evaluate, 0.01), shape.training_images
     counts = dict.fromkeys(("matching", "embedding", "recovery"), proposal.plans[0].chunk) | {
         "experts": min(config.experts.batch_size, real),
         "training": min(schedule.batch_size, shape.synthetic(config)),

@@ -26,6 +26,7 @@ from datm_ray.core.training.labelling import (
     require_labelled,
     teacher_logits,
 )
+from datm_ray.core.training.loop import scoring_schedule
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.spent import Account, Spent, total
@@ -34,7 +35,6 @@ from datm_ray.runtime.heartbeats import interval_in_epochs, with_heartbeats
 from datm_ray.runtime.machine.devices import network_on, prepare_device, set_on
 from datm_ray.shape import DataShape, network_cost
 from datm_ray.stages.distill.task import SYNTHETIC
-from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.experts.networks import ExpertNetworks
 from datm_ray.stages.methods.memory import MARGIN
 from datm_ray.stages.methods.registry import teacher_of
@@ -181,7 +181,7 @@ def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: st
     facts |= {"temperature": settings.temperature} if settings.top_logits else {}
     facts |= {"teacher": expert_fingerprint(teacher_of(config), dataset_fingerprint)}
     # Earlier versions made a store for each number of epochs. A recipe that made such a store still uses it.
-    before = {"keep_labels": settings.keep_labels, "epochs": evaluation_schedule(config, 1.0).epochs}
+    before = {"keep_labels": settings.keep_labels, "epochs": scoring_schedule(config.evaluate, 1.0).epochs}
     earlier = folder / LABELS / stable_hash(facts | before)
     return earlier if (earlier / INFO_FILE).exists() else folder / LABELS / stable_hash(facts)
 
@@ -194,7 +194,7 @@ def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str
 
 def kept_labels(config: RunConfig) -> int:
     """Number of epochs for which a run stores labels: `evaluate.keep_labels`, or all epochs of the training."""
-    return config.evaluate.keep_labels or evaluation_schedule(config, 1.0).epochs
+    return config.evaluate.keep_labels or scoring_schedule(config.evaluate, 1.0).epochs
 
 
 def labels_cost(place: Location, keep: int) -> Spent:
@@ -258,7 +258,7 @@ def labelling_bytes(config: RunConfig, shape: DataShape, images: int) -> int:
 def planned_labels(config: RunConfig, shape: DataShape) -> LabelInfo:
     """Facts about the label store of a run that stores labels, as they are known before the set is made."""
     images, classes, top = shape.synthetic(config), shape.classes, config.evaluate.top_logits
-    epochs, top = evaluation_schedule(config, 1.0).epochs, None if top is None or top >= classes else top
+    epochs, top = scoring_schedule(config.evaluate, 1.0).epochs, None if top is None or top >= classes else top
     keep = min(kept_labels(config), epochs)
     return LabelInfo("", "", images, classes, shape.image[1:], epochs, keep, config.seed, top)
 
@@ -324,7 +324,7 @@ class LabelWorker:
             images,
             self._dataset.classes,
             teacher.group.key.fingerprint,
-            epochs=evaluation_schedule(config, 1.0).epochs,
+            epochs=scoring_schedule(config.evaluate, 1.0).epochs,
             keep=kept_labels(config),
             **_kept(config.evaluate),
             seed=config.seed,

@@ -27,12 +27,11 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import cost_and_stacking
 from datm_ray.core.steps import finished
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training.loop import would_gain_together
+from datm_ray.core.training.loop import scoring_schedule, would_gain_together
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.step_functions import REPLAYED_FLOP
 from datm_ray.planning.machines import BANDWIDTH, FORWARD_PASSES, LATENCY, SPEED
 from datm_ray.planning.memory import GPU_PROCESS_BYTES
-from datm_ray.stages.distill.validation import evaluation_schedule
 from datm_ray.stages.methods.recovery import GPU_SPEED
 from tests.tapes import Tape
 
@@ -442,7 +441,7 @@ def test_stage_workers_run_with_the_settings_of_a_recipe(bench: SimpleNamespace)
     whole = override(RunConfig(), bench.workers.SETTINGS)
     assert whole.cluster == ClusterConfig()
     spec = whole.resolved((32, 32)).network.for_images(3, (32, 32), 10)
-    schedule = evaluation_schedule(whole, 0.01)
+    schedule = scoring_schedule(whole.evaluate, 0.01)
     arguments = (lambda: cost_and_stacking(spec)[0], whole.evaluate.seeds, 10, schedule)
     with bench.workers.short_trainings_together():
         assert would_gain_together(*arguments, on_gpu=True)

@@ -35,7 +35,6 @@ from datm_ray.core.training.loop import (
     Trainer,
     Training,
     accuracy_in_steps,
-    scoring_schedule,
     trainer,
     validation_protocol,
 )
@@ -243,8 +242,3 @@ def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
     """
     protocol = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
     return dataclasses.replace(protocol, learning_rate=step_size, augmentation=config.evaluate.augmentation)
-
-
-def evaluation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """Training schedule of fresh networks that score a synthetic set, with learning rate `step_size`."""
-    return scoring_schedule(config.evaluate, step_size)

@@ -76,6 +76,7 @@ from datm_ray.core.training.loop import (
     Schedule,
     Training,
     accuracy_in_steps,
+    scoring_schedule,
 )
 from datm_ray.core.training.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.data.dataset import Dataset
@@ -88,7 +89,7 @@ from datm_ray.runtime.heartbeats import interval_between_epochs, reporting
 from datm_ray.runtime.machine.devices import images_on, network_on, prepare_device, set_on, to_device
 from datm_ray.shape import DataShape
 from datm_ray.stages.distill.task import SYNTHETIC
-from datm_ray.stages.distill.validation import evaluation_schedule, trainer_of
+from datm_ray.stages.distill.validation import trainer_of
 from datm_ray.stages.evaluate.memory import memory_remedy, scoring_step_bytes
 from datm_ray.stages.evaluate.progress import SCORING, SavedTraining
 from datm_ray.stages.experts.networks import ExpertNetworks
@@ -317,33 +318,26 @@ class EvaluateWorker:
     ) -> Steps[list[TrainingSet]]:
         """Make the training set of a row of the accuracy table for each of `seeds`, in order. Yields between steps.
 
-        A set that all seeds share is read and copied only once. Other arguments are those of `_training_set`.
-        """
-        alike = row in DISTILLED or row == "full"
-        some = seeds[:1] if alike else seeds
-        works = (self._training_set(config, store_uri, folder, row, seed, network) for seed in some)
-        sets = yield from all_of(works)
-        return sets * len(seeds) if alike else sets
-
-    def _training_set(
-        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
-    ) -> Steps[TrainingSet]:
-        """Make the training set of a row of the accuracy table. Yields between steps.
+        A set that all seeds share is read and copied only once.
 
         Args:
             store_uri: store of the experts that label random images.
             folder: folder of the run, with the distilled set.
-            seed: seed of random images; other rows ignore it.
             network: scored network, which decides the learned step size; `None` for the backbone.
         """
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
             targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
-            return set_on(artifact.images, self._device, self._beside), targets.to(self._device), learned
-        all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
+            images = set_on(artifact.images, self._device, self._beside)
+            return [(images, targets.to(self._device), learned)] * len(seeds)
         if row == "full":
-            return *self._placed(all_images, all_labels), None
+            return [(*self._placed(self._dataset.train_images, self._dataset.train_labels), None)] * len(seeds)
+        return (yield from all_of(self._random_set(config, store_uri, row, seed) for seed in seeds))
+
+    def _random_set(self, config: RunConfig, store_uri: str, row: str, seed: int) -> Steps[TrainingSet]:
+        """Draw real images by `seed`, and label them as the row of the accuracy table asks. Yields between steps."""
+        all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         rows = random_rows(all_labels, config.distill.ipc, seed)
         drawn = to_device(all_images[rows], torch.device("cpu"))
         images, labels = set_on(drawn, self._device, self._beside), to_device(all_labels[rows], self._device)
@@ -461,7 +455,7 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     if row == "full":
         config = _of_all_images(config)
     settings = config.evaluate
-    schedule = evaluation_schedule(config, 0.0).with_optimiser(settings.optimiser, settings.weight_decay)
+    schedule = scoring_schedule(settings, 0.0).with_optimiser(settings.optimiser, settings.weight_decay)
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)

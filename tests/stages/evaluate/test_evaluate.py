@@ -97,7 +97,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     tested = {**TEST, **WITH_ADAMW}
     monkeypatch.setattr(worker, "_test_accuracy", lambda trial: finished(tested[trial.training.schedule.learning_rate]))
     images = torch.zeros(1, 1, 8, 8)
-    monkeypatch.setattr(worker, "_training_set", lambda *_: finished((images, images, LEARNED)))
+    monkeypatch.setattr(worker, "_training_sets", lambda *_: finished([(images, images, LEARNED)]))
     return worker
 
 
@@ -222,7 +222,7 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
     worker = EvaluateWorker(dataset, config.cluster)
 
     def learned(network: NetworkConfig | None) -> float | None:
-        return steps.result_of(worker._training_set(config, "", folder, "distilled", 0, network))[2]
+        return steps.result_of(worker._training_sets(config, "", folder, "distilled", [0], network))[0][2]
 
     assert learned(config.backbones[0].network) == second
     assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.125] * 3
