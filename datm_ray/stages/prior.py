@@ -256,9 +256,9 @@ class PriorOfSet:
         self._part, self._settings = part, config.prior
         self._transform = part.dataset.transform
         self._encoder: Any = None
-        decoder = build_decoder(config.prior, part.image, config.seed)
+        decoder = build_decoder(config.prior, part.dataset.image_shape, config.seed)
         if is_trained(config):
-            network = build_autoencoder(config.prior, part.image, config.seed)
+            network = build_autoencoder(config.prior, part.dataset.image_shape, config.seed)
             self._read(network)
             decoder, self._encoder = network.decoder, network.to(part.device).requires_grad_(False).encode
         elif not config.prior.is_packaged:

@@ -98,7 +98,7 @@ class MetaNetworks:
             return plan.chunk
 
         def step(count: int) -> None:
-            images = torch.zeros(count, *part.image, device=part.device)
+            images = torch.zeros(count, *part.dataset.image_shape, device=part.device)
             labels = torch.zeros(count, dtype=torch.long, device=part.device)
             networks = self._config.meta_network_count
             self._ensembles[0].gradient(images, labels, networks=networks, classes=self._classes, chunk=count)

@@ -91,9 +91,9 @@ class DistributionMatching(Method):
             def step(chunk: int, functions: EmbeddingFunctions = functions, values: Tensor = values) -> None:
                 own, theirs = self._divided(chunk)
                 for size in {own, theirs}:
-                    gap = functions.forward(values, values.new_zeros(size, *self.part.image), size)[0]
+                    gap = functions.forward(values, values.new_zeros(size, *self.part.dataset.image_shape), size)[0]
                     heartbeat()
-                functions.reverse(values, values.new_zeros(own, *self.part.image), gap, own)
+                functions.reverse(values, values.new_zeros(own, *self.part.dataset.image_shape), gap, own)
                 heartbeat()
 
             if self.part.device.type == "cuda":

@@ -106,7 +106,7 @@ class Given(Method):
         part, settings = self.part, section_of(self.part.config)
         found = read_set(settings.path, part.dataset.class_names)
         _require_digest(found, settings)
-        found.require_fitting(part.image, part.dataset.class_names, part.config.distill.ipc)
+        found.require_fitting(part.dataset.image_shape, part.dataset.class_names, part.config.distill.ipc)
         rows = slice(part.rows.first, part.rows.last)
         mine = replace(found, images=found.images[rows])
         labels = torch.tensor(found.labels[rows], device=part.device)

@@ -173,7 +173,7 @@ def plans_of_part(part: Part, *, compiled: bool) -> Mapping[int, DistillationPla
     """
     apart = {} if part.mesh.rows > 1 else ALONE
     config = laid_out(part.config, {**apart, "shards": part.mesh.columns, "compile": compiled})
-    plans = plans_of(config, DataShape(part.image, part.dataset.classes, 0), part.sharing)
+    plans = plans_of(config, DataShape(part.dataset.image_shape, part.dataset.classes, 0), part.sharing)
     return {number: plans[number] for number in part.role.backbones}
 
 
@@ -185,7 +185,7 @@ def meta_plan_of_part(part: Part) -> DistillationPlan:
     apart = {} if part.mesh.rows > 1 else ALONE
     config = laid_out(part.config, {**apart, "shards": part.mesh.columns})
     backbone, budget = next(iter(part.role.backbones), None), worker_budget(config, sharing=part.sharing)
-    plan = _plan(config, DataShape(part.image, part.dataset.classes, 0), part.role, backbone, budget)
+    plan = _plan(config, DataShape(part.dataset.image_shape, part.dataset.classes, 0), part.role, backbone, budget)
     return replace(plan, chunk=plan.meta_chunk, parts={**plan.parts, "trace": 0, "block": 0})
 
 

@@ -73,19 +73,9 @@ class Part:
         return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        """For each row of workers in the mesh, the networks that these workers compute; empty if there is one row."""
-        return self.config.roles if self.mesh.rows > 1 else ()
-
-    @property
     def role(self) -> Role:
         """Backbones and MetaDD networks that this worker computes."""
-        return self.roles[self.mesh.row] if self.roles else self.config.whole_role
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        """Number of channels, height and width of an image, in pixels."""
-        return (self.dataset.channels, *self.dataset.size)
+        return self.config.roles[self.mesh.row] if self.mesh.rows > 1 else self.config.whole_role
 
 
 def shared_arrays(

@@ -127,7 +127,7 @@ class RecoveryFromTeacher(Method):
     def __init__(self, part: Part) -> None:
         super().__init__(part)
         self.calibration = ""  # Adam has its own learning rate, so none is found
-        cost = image_cost(self.experts[0].network, part.image)
+        cost = image_cost(self.experts[0].network, part.dataset.image_shape)
         self._is_compiled = self.is_compiled(part.config, part.dataset.classes, cost)
         few = f"a block has {part.rows.last} images, whose statistics say little: raise recover.block"
         self.notes = list(filter(None, [few if part.rows.last < FEW_IMAGES else "", self._loss.note]))
@@ -143,7 +143,7 @@ class RecoveryFromTeacher(Method):
         if not self.facts["compiled"]:
             return
         labels = torch.zeros(self.part.rows.last, dtype=torch.long, device=self.part.device)
-        self._loss.gradient(torch.zeros(len(labels), *self.part.image, device=self.part.device), labels)
+        self._loss.gradient(torch.zeros(len(labels), *self.part.dataset.image_shape, device=self.part.device), labels)
         heartbeat()
 
     def calibrate(self, state: Any) -> Iterator[str]:
@@ -167,7 +167,7 @@ class RecoveryFromTeacher(Method):
     @cached_property
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """Values [c 1 1] of black and of white pixels in normalised images."""
-        normaliser, shape = self.part.dataset.transform.normaliser(), self.part.image
+        normaliser, shape = self.part.dataset.transform.normaliser(), self.part.dataset.image_shape
         black, white = (normaliser(torch.full((1, *shape), value))[0, :, :1, :1] for value in (0.0, 1.0))
         return black.to(self.part.device), white.to(self.part.device)
 
@@ -181,7 +181,7 @@ class RecoveryFromTeacher(Method):
         yield
         if config.distill.initial == "noise":
             noise = generator(config.seed, Purpose.RECOVERY_NOISE, piece.number)
-            images = torch.from_numpy(noise.standard_normal((len(labels), *self.part.image), np.float32))
+            images = torch.from_numpy(noise.standard_normal((len(labels), *self.part.dataset.image_shape), np.float32))
         elif config.distill.initial == "crops":
             images = yield from self._crops()
         else:

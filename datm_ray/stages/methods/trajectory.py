@@ -157,7 +157,7 @@ class TrajectoryMatching(Method):
         for place, backbone in enumerate(self._backbones):
 
             def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
-                functions.prepare(chunk, self.part.image, self.part.dataset.classes, heartbeat)
+                functions.prepare(chunk, self.part.dataset.image_shape, self.part.dataset.classes, heartbeat)
 
             if self.part.device.type == "cuda":
                 chunk = chunk_by_trial(step, backbone.plan, self.part.device, backbone.functions.forget)

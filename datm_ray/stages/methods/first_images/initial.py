@@ -52,7 +52,7 @@ def _first_images(part: Part, experts: ExpertNetworks | None) -> Steps[NDArray[n
     """Images [n c h w] with which this worker's rows of the set start: real images or noise. Yields between steps."""
     dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
     if settings.initial == "noise":
-        shape = (settings.ipc * dataset.classes, *part.image)
+        shape = (settings.ipc * dataset.classes, *part.dataset.image_shape)
         return generator(part.config.seed, Purpose.INITIAL_NOISE).standard_normal(shape, np.float32)[rows]
     return dataset.train_images[(yield from first_rows(part, experts, part.rows))]
 
