@@ -167,9 +167,7 @@ def expert_stacks(
         noted = () if config.cluster.experts_at_a_time else read_stacks(group)
         kept = [stack for stack in noted if not set(left).isdisjoint(stack)]
         new = sorted(set(left).difference(*kept))
-        # Progress without a record is of an earlier version, whose stacks did not depend on the number of workers.
-        training = workers if noted or not group.progress.list() else 1
-        found.append((config, [*kept, *divided(config, new, stack_size(runs, config), training, max(1, groups))]))
+        found.append((config, [*kept, *divided(config, new, stack_size(runs, config), workers, max(1, groups))]))
     return found
 
 

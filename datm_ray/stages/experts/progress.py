@@ -65,7 +65,7 @@ STACKS, STACKS_FILE = "stacks", "stacks.json"
 """Names of a folder beside the progress folders, and of a file in this folder that lists which experts are trained
 together."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
-_FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
+_FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)-([0-9a-f]+)\.arrow")
 _NO_ATTEMPT = "0"
 """Placeholder for the resumed attempt in a file's name, if the training starts at the first epoch."""
 
@@ -125,7 +125,7 @@ class TrainingProgress:
                 return self.resume(device)
             state, self._before = _state(file.arrays, device), part.attempt
             self.at_a_time = _at_a_time(file, self._networks)
-            self.spent += _spent(file)
+            self.spent += Spent.from_json(file.metadata["spent"])
         return state
 
     def _readable(self, name: str) -> TensorFile | None:
@@ -158,7 +158,7 @@ class TrainingProgress:
             last = _FILE.fullmatch(name)
             if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
                 raise ValueError(f"it does not hold {stack[1]} networks, or its epochs differ from its name")
-            _spent(file)
+            Spent.from_json(file.metadata["spent"])
             _at_a_time(file, self._networks)
         return file
 
@@ -276,9 +276,8 @@ class _Part:
     """Last epoch in the file, inclusive."""
     attempt: str
     """Identifier of the attempt (one worker's training of the networks) that wrote the file."""
-    before: str | None
-    """Identifier of the attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained.
-    `None` in files of earlier versions, whose names do not contain it."""
+    before: str
+    """Identifier of the attempt whose state at epoch `first` - 1 the epochs of this file continue."""
     name: str
 
     def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
@@ -289,12 +288,7 @@ class _Part:
         """
         chain: list[_Part] = [self]
         while chain[-1].first > 0:
-            last, attempt = chain[-1].first - 1, chain[-1].before
-            if attempt is None:  # prefer the same attempt, else take the one that earlier versions took
-                ends = [part for part in by_end.values() if part.last == last]
-                before = max(ends, key=lambda part: (part.attempt == chain[-1].attempt, part.name), default=None)
-            else:
-                before = by_end.get((last, attempt))
+            before = by_end.get((chain[-1].first - 1, chain[-1].before))
             if before is None:
                 return []
             chain.append(before)
@@ -424,11 +418,6 @@ def _at_a_time(file: TensorFile, networks: int) -> int:
     if not 1 <= found <= networks:
         raise ValueError(f"it has calls of {found} networks, and {networks} in all")
     return found
-
-
-def _spent(file: TensorFile) -> Spent:
-    """Cost recorded in a progress file; unknown if an earlier version of this package wrote the file."""
-    return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent(is_partial=True)
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:
