@@ -55,7 +55,8 @@ class Runs:
         self.out = open_location(out)
         # Absolute, because workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
-        self._raw: dict[DatasetConfig, RawDataset] = {}
+        self.datasets: dict[DatasetConfig, RawDataset] = {}
+        """Images of every data set of the runs."""
         self._prepared: dict[DatasetConfig, Dataset] = {}
         self.configs = [self._read(config) for config in configs]
         """Runs in resolved form: no normalisation is "auto" and no depth is null."""
@@ -64,7 +65,7 @@ class Runs:
         """Read a run's images, unless another run has read them. Returns the run, resolved for the images' size."""
         d = config.dataset
         normalised = {name: getattr(d, name) for name in ("normalisation", "mean", "std")}
-        alike = (raw for each, raw in self._raw.items() if each.model_copy(update=normalised) == d)
+        alike = (raw for each, raw in self.datasets.items() if each.model_copy(update=normalised) == d)
         raw = next(alike, None)
         if raw is None:
             copies = 1 if self.alone else 2  # Ray's object store keeps a copy of its own
@@ -73,7 +74,7 @@ class Runs:
             )
         made = read_recipe(self.folder(config)) if (self.folder(config) / SYNTHETIC).exists() else None
         config = method_of(config).resolved(config.resolved(raw.size), raw, made)
-        self._raw[config.dataset] = raw
+        self.datasets[config.dataset] = raw
         return config
 
     def give_gpus(self, amount: float) -> None:
@@ -85,14 +86,9 @@ class Runs:
             config.model_copy(update={"cluster": config.cluster.given_gpus(amount)}) for config in self.configs
         ]
 
-    @property
-    def datasets(self) -> Mapping[DatasetConfig, RawDataset]:
-        """Images of every data set of the runs."""
-        return self._raw
-
     def raw(self, config: RunConfig) -> RawDataset:
         """Images of a run as they were read, without any transform."""
-        return self._raw[config.dataset]
+        return self.datasets[config.dataset]
 
     def shape(self, config: RunConfig) -> DataShape:
         """Shape and number of a run's images, for planning."""
@@ -150,7 +146,7 @@ class Runs:
 
     def fitting_cost(self, dataset: DatasetConfig) -> FitCost:
         """Estimated cost of fitting the data set's transform: bytes of memory and disk, minutes on two CPU cores."""
-        raw = self._raw[dataset]
+        raw = self.datasets[dataset]
         return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 
     def stored_transform(self, dataset: DatasetConfig) -> Location | None:
@@ -169,7 +165,7 @@ class Runs:
 
     def _transform_note(self, dataset: DatasetConfig) -> Location:
         """Location in the output folder of the note that holds the file name of a data set's large transform."""
-        return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
+        return self.out / TRANSFORMS / f"{self.datasets[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:
         """Images, normalised by the transform of the runs' experts. If there is no transform yet, it is fitted.
@@ -188,7 +184,7 @@ class Runs:
                     if keep_transform(transform, self.out / TRANSFORMS):
                         self._transform_note(dataset).write_json({"file": f"{transform.digest}.arrow"})
             transform = transform or self._fit(dataset, say)
-            self._prepared[dataset] = prepare(self._raw[dataset], transform, say=say)
+            self._prepared[dataset] = prepare(self.datasets[dataset], transform, say=say)
         return self._prepared[dataset]
 
     def _read_transform(self, dataset: DatasetConfig) -> Transform | None:
@@ -201,5 +197,5 @@ class Runs:
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
         # On a cluster this process uses no GPU: a worker may use all memory of this machine's first GPU.
         device = "cuda" if torch.cuda.is_available() and not self.elsewhere else "cpu"
-        raw = self._raw[dataset]
+        raw = self.datasets[dataset]
         return transform_of(raw, dataset.kind, dataset.statistics, device=device, say=say)

@@ -229,19 +229,14 @@ def drawn_labels(config: RunConfig, network: nn.Module, images: Tensor) -> Drawn
         network: the teacher, on the device of the training.
         images: [n c h w] the control's images, as many as the set has; on the same device or in main memory.
     """
-    settings = config.evaluate
-    options = {**_kept(settings), "views": _views(settings), "at_once": settings.micro_batch}
+    options = {**_options(config.evaluate), "at_once": config.evaluate.micro_batch}
     return DrawnLabels(network, images, config.seed, kept_labels(config), **options)
 
 
-def _kept(settings: EvaluateConfig) -> dict[str, Any]:
-    """Number of logits to keep of a view, and their temperature, as arguments of `create_labels`."""
-    return {"top": settings.top_logits, "temperature": settings.temperature if settings.top_logits else 1.0}
-
-
-def _views(settings: EvaluateConfig) -> dict[str, float]:
-    """Settings of a run's views, as keyword arguments of `draw_views`: CutMix's is that of section `evaluate`."""
-    return VIEWS | {"mix": settings.cutmix}
+def _options(settings: EvaluateConfig) -> dict[str, Any]:
+    """Keyword arguments of `create_labels` for a run: how images are seen, and which logits are kept of each view."""
+    temperature = settings.temperature if settings.top_logits else 1.0
+    return {"top": settings.top_logits, "temperature": temperature, "views": VIEWS | {"mix": settings.cutmix}}
 
 
 def labelling_bytes(config: RunConfig, shape: DataShape, images: int) -> int:
@@ -326,9 +321,8 @@ class LabelWorker:
             teacher.group.key.fingerprint,
             epochs=scoring_schedule(config.evaluate, 1.0).epochs,
             keep=kept_labels(config),
-            **_kept(config.evaluate),
+            **_options(config.evaluate),
             seed=config.seed,
-            views=_views(config.evaluate),
         )
         network = network_on(teacher.restored(0), self._device, self._cluster)
         shape = DataShape(self._dataset.image_shape, self._dataset.classes, 0)

@@ -14,7 +14,6 @@ import math
 import re
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -223,8 +222,8 @@ class ExpertWorker:
         for expert in progress.wanted - set(group.experts()):
             progress.require_whole(config.experts.epochs)
             info = self._info(config, group, expert)
-            for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
-                yield Note(waiting)
+            size = 4 * info.parameter_count * len(info.epochs)
+            yield from map(Note, wait_for_disk_space(group.location, size))
             group.write_expert(expert, progress.snapshots(expert), info)
             _log.info("expert stored %s", fields(expert=expert, group=group.key, epochs=len(info.epochs)))
         progress.note_cost()
@@ -265,8 +264,8 @@ class ExpertWorker:
                 seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)
                 measured = yield from self._accuracies(networks[0], state, settings, progress)
-                for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
-                    yield Note(waiting)
+                waiting = progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs)
+                yield from map(Note, waiting)
                 shown = {"loss": float(losses.mean())}
                 metrics = account.metrics() | {
                     "datm_ray_expert_epoch": float(state.epoch),
@@ -278,8 +277,7 @@ class ExpertWorker:
                     shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
                 yield Progress(state.epoch, settings.epochs, shown, metrics, saved=progress.is_written)
                 if is_asked():
-                    for waiting in progress.write(state):
-                        yield Note(waiting)
+                    yield from map(Note, progress.write(state))
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
 
@@ -514,30 +512,20 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
-    for place in group.costs():
-        with _losing_only_a_cost(place):
-            cost = place.read_json()
-            used = {expert for expert in cost["experts"] if expert < config.experts.count}
-            if used:
-                every = used | (stored & set(cost["experts"]))
-                found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
-    known = set().union(*(experts for experts, _ in found))
-    spent = total([Spent(is_partial=len(known) < config.experts.count), *(spent for _, spent in found)])
-    return ExpertsCost(config.network.architecture, len(known), spent)
-
-
-@contextmanager
-def _losing_only_a_cost(place: Location) -> Iterator[None]:
-    """Context that changes the remedy of a `CorruptFileError` of a cost file.
-
-    The remedy tells the user that only the cost is lost, not the experts.
-    """
     try:
-        with rejecting_nonsense(place):
-            yield
+        for place in group.costs():
+            with rejecting_nonsense(place):
+                cost = place.read_json()
+                used = {expert for expert in cost["experts"] if expert < config.experts.count}
+                if used:
+                    every = used | (stored & set(cost["experts"]))
+                    found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     except CorruptFileError as error:
         remedy = "Move this note away; the experts stay, and only what it says of their cost is lost"
         raise CorruptFileError(error.fact, error.cause, remedy) from error
+    known = set().union(*(experts for experts, _ in found))
+    spent = total([Spent(is_partial=len(known) < config.experts.count), *(spent for _, spent in found)])
+    return ExpertsCost(config.network.architecture, len(known), spent)
 
 
 def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:

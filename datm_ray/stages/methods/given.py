@@ -125,10 +125,6 @@ class Given(Method):
         """Yields a message if the set's transform was fitted on other images than the run's."""
         yield from filter(None, [self._warning])
 
-    def shown(self, state: Any) -> Mapping[str, float]:
-        """Empty mapping, because there are no iterations."""
-        return {}
-
 
 def section_of(config: RunConfig) -> GivenConfig:
     """Section `given` of a run.
