@@ -43,8 +43,8 @@ def matching(spec: NetworkSpec, images: int, steps: int) -> list[Call]:
     both = [StudentStepFunctions(problem.network, each) for each in (options, replace(options, precision="bfloat16"))]
 
     def call(functions: StudentStepFunctions) -> Tensor:
-        places = (problem.start, problem.target, problem.synthetic, problem.steps)
-        return matching_gradient(functions, *places, chunk=min(images, CHUNK)).images
+        steps = problem.placed(min(images, CHUNK))
+        return matching_gradient(functions, problem.start, problem.target, problem.synthetic, steps).images
 
     return [lambda functions=functions: call(functions) for functions in both]
 

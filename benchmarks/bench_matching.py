@@ -39,7 +39,7 @@ from datm_ray.core.compute.precision import Precision
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
-from datm_ray.methods.trajectory.matching import identity, matching_gradient
+from datm_ray.methods.trajectory.matching import identity, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import multiplies_bfloat16
 
@@ -142,9 +142,8 @@ class Ours:
         part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
         steps = [step.held_by(first, last) for step in problem.steps] if shards > 1 else problem.steps
         all_sum = _summed_over_processes if shards > 1 else identity
-        result = matching_gradient(
-            self.functions, problem.start, problem.target, part, steps, chunk=chunk, all_sum=all_sum
-        )
+        placed = place_steps(steps, chunk, part.images)
+        result = matching_gradient(self.functions, problem.start, problem.target, part, placed, all_sum=all_sum)
         return result.loss, (result.images, result.soft_labels, result.step_size)
 
     def operations(self) -> tuple[Counter[Operation], float]:

@@ -188,7 +188,7 @@ def precision_lines(problems: int) -> Iterator[str]:
                 functions = StudentStepFunctions(problem.network, StepOptions(compiled=False, precision=own))
                 with EmulatedTf32() if precision == "tf32" else nullcontext():
                     found = matching_gradient(
-                        functions, problem.start, problem.target, problem.synthetic, problem.steps
+                        functions, problem.start, problem.target, problem.synthetic, problem.placed()
                     )
                 parts = (found.images, found.soft_labels, found.step_size)
                 row = [relative_error(value, e) for value, e in zip(parts, exact, strict=True)]

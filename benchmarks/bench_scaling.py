@@ -33,6 +33,7 @@ from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import Rows, SyntheticSet
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
+from datm_ray.methods.trajectory.matching import place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
@@ -88,7 +89,12 @@ def first_state(case: Case, mesh: Mesh) -> tuple[MatchingState, Match]:
     problem, held = make_problem(case.spec, case.spec.classes * case.ipc, case.steps), slice(rows.first, rows.last)
     whole, steps = problem.synthetic, [step.held_by(rows.first, rows.last) for step in problem.steps]
     part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
-    match = Match(functions_of(case.spec, case.compiled), problem.start, problem.target, steps, chunk=case.chunk)
+    match = Match(
+        functions_of(case.spec, case.compiled),
+        problem.start,
+        problem.target,
+        place_steps(steps, case.chunk, part.images),
+    )
     return MatchingState(part, DistillConfig(threshold=1e9, learning_rate_images=case.rate)), match
 
 

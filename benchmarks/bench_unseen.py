@@ -24,7 +24,7 @@ from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DatmError
-from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.pipeline.folder import read_recipe
 from datm_ray.store.files.filesystem import open_location
@@ -61,8 +61,9 @@ class Losses:
         sizes = (len(self.synthetic.images), settings.student_steps, settings.batch_size)
         steps = draw_student_steps(*sizes, settings.augmentation, self.config.seed, iteration)
         start_and_target = (torch.from_numpy(np.array(each)) for each in (first, last))
+        placed = place_steps(steps, None, self.synthetic.images)
         gradient = matching_gradient(
-            self.functions, *start_and_target, self.synthetic, steps, skip_above=UNDIFFERENTIATED
+            self.functions, *start_and_target, self.synthetic, placed, skip_above=UNDIFFERENTIATED
         )
         return gradient.loss
 

@@ -29,7 +29,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 TITLE = (
@@ -70,7 +70,7 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
 
     def iterate() -> float:
         drawn = draw_student_steps(100, steps, shape.batch, "", 0, state.iteration)
-        match = Match(functions, start, target, drawn, chunk=shape.chunk)
+        match = Match(functions, start, target, place_steps(drawn, shape.chunk, images))
         rows = torch.arange(round(100 * share)).numpy()
         meta = MetaTerm(metadd, looking, rows, len(rows)) if metadd else None
         before = time.perf_counter()

@@ -14,7 +14,7 @@ from datm_ray.core.images.augment import augment
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.matching import StudentStep, draw_student_steps
+from datm_ray.methods.trajectory.matching import PlacedSteps, StudentStep, draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions, soft_cross_entropy
 
 
@@ -27,6 +27,10 @@ class Problem:
     target: Tensor
     synthetic: SyntheticSet
     steps: list[StudentStep]
+
+    def placed(self, chunk: int | None = None) -> PlacedSteps:
+        """Minibatches as `matching_gradient` takes them, in pieces of at most `chunk` images; `None` for whole ones."""
+        return place_steps(self.steps, chunk, self.synthetic.images)
 
 
 Gradient = tuple[float, tuple[Tensor, Tensor, Tensor]]

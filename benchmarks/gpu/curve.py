@@ -24,7 +24,7 @@ from datm_ray.core.training.experts import ExpertState
 from datm_ray.core.training.loop import PROTOCOLS, Training, accuracy_in_steps, logits_in_steps, trainer
 from datm_ray.methods.trajectory.difficulty import draw_origin
 from datm_ray.methods.trajectory.iteration import Match, MatchingState
-from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.recipes import get_recipe
 from gpu.machine import Machine
@@ -225,7 +225,8 @@ def _iterate(state: MatchingState, functions: StudentStepFunctions, trajectories
     steps = draw_student_steps(images, settings.student_steps, images, settings.augmentation, 0, state.iteration)
     epochs = (origin.epoch, origin.epoch + settings.expert_epochs)
     start, target = (trajectories[origin.expert, epoch] for epoch in epochs)
-    state.step([Match(functions, start, target, steps)], [origin])
+    placed = place_steps(steps, None, state.synthetic.images)
+    state.step([Match(functions, start, target, placed)], [origin])
 
 
 def measure(machine: Machine, clock: Clock) -> Iterator[Row]:

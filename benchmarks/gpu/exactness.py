@@ -88,7 +88,7 @@ def gradient_of(
     functions = how if isinstance(how, StudentStepFunctions) else StudentStepFunctions(problem.network, options)
     if functions.note:
         raise RuntimeError(functions.note)
-    found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
+    found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.placed(chunk))
     return found.images, found.soft_labels, found.step_size
 
 
@@ -237,7 +237,7 @@ def distilled(machine: Machine, device: str) -> Tensors:
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
     state = MatchingState(problem.synthetic, SETTINGS)
     for _ in range(3):
-        state.step([Match(functions, problem.start, problem.target, problem.steps)], [Origin(0, 0)])
+        state.step([Match(functions, problem.start, problem.target, problem.placed())], [Origin(0, 0)])
     held, shared = state.to_arrays()
     names = ("synthetic.images", "momentum.images", "momentum.soft_labels")
     return [*(torch.tensor(held[name]) for name in names), torch.tensor(shared["synthetic.step_sizes"])]

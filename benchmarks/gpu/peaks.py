@@ -34,7 +34,7 @@ def block(machine: Machine, operation: str, size: int) -> Callable[[], None]:
     classes = torch.zeros(BATCH, dtype=torch.int64, device=machine.device)
     synthetic = SyntheticSet(images, labels, torch.full((1,), 0.01, device=machine.device), classes)
     drawn = draw_student_steps(BATCH, max(1, size // images.nbytes), BATCH, operation, 0, 0)
-    pieces = [piece for step in place_steps(drawn, None, images).pieces for piece in step]
+    pieces = [piece for step in place_steps(drawn, None, images) for piece in step]
 
     def call() -> None:
         own = _Block(synthetic, pieces, functions)

@@ -67,7 +67,7 @@ def operations(spec: NetworkSpec) -> int:
 
 def ours(problem: Problem, functions: StudentStepFunctions, chunk: int) -> Gradient:
     """Loss and gradient by `matching_gradient`, in the form in which `unrolling` and `tesla` return them."""
-    found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
+    found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.placed(chunk))
     return found.loss, (found.images, found.soft_labels, found.step_size)
 
 

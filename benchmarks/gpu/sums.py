@@ -24,7 +24,7 @@ from turns import timed
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
-from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.matching import matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
@@ -48,13 +48,13 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
     problem = problem_of(machine)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
     synthetic = problem.synthetic
-    whole = matching_gradient(functions, problem.start, problem.target, synthetic, problem.steps)
+    whole = matching_gradient(functions, problem.start, problem.target, synthetic, problem.placed())
     first, last = (len(synthetic.images) * end // size for end in (rank, rank + 1))
     held = slice(first, last)
     mine = SyntheticSet(
         synthetic.images[held], synthetic.soft_labels[held], synthetic.step_sizes, synthetic.labels[held]
     )
-    steps = [step.held_by(first, last) for step in problem.steps]
+    steps = place_steps([step.held_by(first, last) for step in problem.steps], None, mine.images)
     # Sums run over all processes: a row of a single process has no other to sum with.
     part = matching_gradient(functions, problem.start, problem.target, mine, steps, all_sum=mesh.sum_over_all)
     row = compared(

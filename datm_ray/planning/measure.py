@@ -24,7 +24,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training.experts import ExpertState, stack_steps
 from datm_ray.core.training.loop import SCORING_BATCH, Training, predict_logits, scoring_schedule, train_steps
 from datm_ray.methods.recovery import RecoveryLoss
-from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
@@ -142,7 +142,7 @@ def _matching(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
     synthetic = SyntheticSet(images, soft, torch.full((1,), 0.01, device=images.device), labels)
     steps = draw_student_steps(count, STEPS, count, config.distill.augmentation, 0, 0)
     while True:
-        yield matching_gradient(functions, start, start + 1, synthetic, steps, chunk=count)
+        yield matching_gradient(functions, start, start + 1, synthetic, place_steps(steps, count, images))
 
 
 def _embedding(config: RunConfig, network: nn.Module, images: Tensor) -> Iterator[Any]:

@@ -116,7 +116,7 @@ def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespa
             problem.start,
             problem.target,
             problem.synthetic,
-            problem.steps,
+            problem.placed(),
         )
         for functions in (bench.variants.TeslaStepFunctions, StudentStepFunctions)
     )

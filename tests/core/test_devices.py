@@ -101,9 +101,9 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
     settings = DistillConfig(learning_rate_images=1.0, learning_rate_step_size=0.0, threshold=1e9, gradient_limit=1e-3)
     state = MatchingState(synthetic_set(), settings)
     for _ in range(2):
-        steps = draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration)
+        steps = place_steps(draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration), 3, start)
         meta = MetaTerm(metadd, 2, np.arange(5), 6)
-        state.step([Match(functions, start, torch.rand_like(start), steps, chunk=3)], [Origin(0, 0)], meta=meta)
+        state.step([Match(functions, start, torch.rand_like(start), steps)], [Origin(0, 0)], meta=meta)
         held, shared = state.to_arrays()
         state = MatchingState.from_arrays(held, dict(shared), state.settings, DEVICE)
     assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
@@ -145,7 +145,7 @@ def test_an_iteration_waits_for_its_device_twice(extra: str, monkeypatch: pytest
         placed = place_steps(draw_student_steps(6, steps, 4, STRATEGY, 0, 0), 3, start)
         assert set(waits) <= {"sent"}
         waits.clear()
-        state.step([Match(functions, start, torch.rand_like(start), placed, chunk=3)], [Origin(0, 0)], meta=meta)
+        state.step([Match(functions, start, torch.rand_like(start), placed)], [Origin(0, 0)], meta=meta)
         counts.append([waits.count(each) for each in ("forward", "reverse", "sent")])
     assert counts == [[1, 1, 0]] * 2
     assert len(state.meta_history) == 2 * bool(extra)

@@ -20,7 +20,7 @@ from torch import Tensor
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import LEARNED, MOST_DIVERGED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite, read_all
-from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, StudentStep, matching_gradient
+from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
@@ -42,13 +42,11 @@ class Match:
     """[p] expert parameters at the start epoch, from which the student starts."""
     target: Tensor
     """[p] expert parameters at the target epoch."""
-    steps: Sequence[StudentStep] | PlacedSteps
+    steps: PlacedSteps
     """Minibatches of the student's steps. In a class shard, each contains only the shard's own images."""
     backbone: int = 0
     weight: float = 1.0
     """Weight of this backbone's matching loss in the sum over backbones."""
-    chunk: int | None = None
-    """Number of images per call of the step functions; `None` for a whole minibatch, see `matching_gradient`."""
     first: int = 0
     """Index of the first parameter that is matched; the loss leaves out earlier ones, see `distill.unmatched_share`."""
 
@@ -74,7 +72,6 @@ class Match:
             synthetic,
             self.steps,
             backbone=self.backbone,
-            chunk=self.chunk,
             skip_above=skip_above,
             first=self.first,
             all_sum=all_sum,

@@ -153,10 +153,9 @@ def matching_gradient(
     start: Tensor,
     target: Tensor,
     synthetic: SyntheticSet,
-    steps: Sequence[StudentStep] | PlacedSteps,
+    steps: PlacedSteps,
     *,
     backbone: int = 0,
-    chunk: int | None = None,
     skip_above: float = math.inf,
     first: int = 0,
     all_sum: AllSum = identity,
@@ -169,17 +168,14 @@ def matching_gradient(
     Args:
         start, target: [p] expert parameters at the start epoch and at the target epoch.
         synthetic: the set, or this shard's rows of the set.
-        steps: minibatches from `draw_student_steps`, or this shard's parts of these minibatches, or the result of
-            `place_steps`.
+        steps: minibatches from `draw_student_steps`, or this shard's parts of these minibatches, from `place_steps`.
         backbone: index of the backbone, whose step size the student uses.
-        chunk: number of images per call of `functions`; `None` for whole minibatches. A smaller rest is padded with
-            images of weight 0, so that only one shape is compiled. Not read if `place_steps` has made `steps`.
         skip_above: a loss above this limit, or nan, is not differentiated. The result then has a gradient of zeros.
         first: index of the first parameter in both norms of the loss, which leave out earlier ones.
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
-    sweep = _Sweep(functions, synthetic, steps, chunk)
+    sweep = _Sweep(functions, synthetic, steps)
     trace = [start]
     for step in range(len(steps)):
         trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
@@ -229,26 +225,16 @@ class _Piece:
     """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
 
 
-@dataclass(frozen=True)
-class PlacedSteps:
-    """Minibatches of student steps on the device, each cut into pieces of at most `chunk` images."""
-
-    pieces: Sequence[Sequence[_Piece]]
-
-    def __len__(self) -> int:
-        """Number of student steps."""
-        return len(self.pieces)
-
-    def __getitem__(self, part: slice) -> PlacedSteps:
-        """Part of the student steps: those that the slice `part` selects."""
-        return PlacedSteps(self.pieces[part])
+PlacedSteps = Sequence[Sequence[_Piece]]
+"""Minibatches of student steps on the device, each cut into pieces of at most `chunk` images."""
 
 
 def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> PlacedSteps:
     """Split the minibatch of every step into pieces, on the device of `like`, with three asynchronous copies in all.
 
     Args:
-        chunk: largest number of images of a piece; `None` for whole minibatches.
+        chunk: largest number of images of a piece; `None` for whole minibatches. A smaller rest is padded with images
+            of weight 0, so that only one shape is compiled.
         like: tensor of the type and on the device of the images.
     """
     cut = [list(step.chunks(chunk)) for step in steps]
@@ -268,7 +254,7 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
         _Piece(rows, piece.augmentation.operation, uniform.view(len(rows), -1), weight)
         for piece, rows, uniform, weight in zip(flat, *columns, strict=True)
     )
-    return PlacedSteps([list(islice(made, len(pieces))) for pieces in cut])
+    return [list(islice(made, len(pieces))) for pieces in cut]
 
 
 class _Block:
@@ -403,18 +389,11 @@ def _blocks(steps: Sequence[range], sizes: Sequence[int], most: int) -> list[ran
 class _Sweep:
     """Runner of the student's steps: calls the step functions for each minibatch, at most `chunk` images at a time."""
 
-    def __init__(
-        self,
-        functions: StudentStepFunctions,
-        synthetic: SyntheticSet,
-        steps: Sequence[StudentStep] | PlacedSteps,
-        chunk: int | None,
-    ) -> None:
+    def __init__(self, functions: StudentStepFunctions, synthetic: SyntheticSet, steps: PlacedSteps) -> None:
         self._functions, self._synthetic = functions, synthetic
-        placed = steps if isinstance(steps, PlacedSteps) else place_steps(steps, chunk, synthetic.images)
-        self._pieces = [piece for pieces in placed.pieces for piece in pieces]
-        ends = accumulate(len(pieces) for pieces in placed.pieces)
-        self._of_step = [range(end - len(pieces), end) for end, pieces in zip(ends, placed.pieces, strict=True)]
+        self._pieces = [piece for pieces in steps for piece in pieces]
+        ends = accumulate(map(len, steps))
+        self._of_step = [range(end - len(pieces), end) for end, pieces in zip(ends, steps, strict=True)]
         sizes = [len(piece.rows) for piece in self._pieces]
         self._block_of = _blocks(self._of_step, sizes, _images_of_a_block(synthetic.images))
         self._held: tuple[range, _Block] | None = None

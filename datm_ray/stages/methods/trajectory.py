@@ -436,7 +436,6 @@ class TrajectoryMatching(Method):
             place_steps(held, backbone.chunk, start),
             backbone.number,
             self.part.config.weights[backbone.number],
-            backbone.chunk,
             matched,
         )
 

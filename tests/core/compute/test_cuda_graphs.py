@@ -19,7 +19,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory import step_functions
-from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, matching_gradient, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from datm_ray.stages.methods.memory import chunk_by_trial
 from tests.tapes import Tape
@@ -121,7 +121,7 @@ def test_matching_gradients_of_replayed_steps_have_equal_bits(tapes: list[Tape],
         steps = [draw_student_steps(7, 4, 5, "crop_scale_flip", 1, iteration) for iteration in range(3)]
         chunks = (None, 3, 3)
         return [
-            matching_gradient(functions, start, target, held, each, chunk=chunk)
+            matching_gradient(functions, start, target, held, place_steps(each, chunk, images))
             for each, chunk in zip(steps, chunks, strict=True)
         ]
 

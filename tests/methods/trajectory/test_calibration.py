@@ -16,7 +16,7 @@ from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.methods.trajectory.calibration import MOST_TRIED, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import Match
-from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient, place_steps
 from datm_ray.recipes import get_recipe
 from tests.methods.trajectory.test_matching import Barrier, eager, make_problem
 
@@ -89,7 +89,7 @@ def test_shards_find_the_step_size_of_one_process() -> None:
     def searched(first: int, last: int, all_sum: AllSum) -> Measured:
         rows = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
         functions, held = eager(make_problem()[0]), replace(synthetic, **rows)  # a network for each thread
-        drawn = [[step.held_by(first, last) for step in each] for each in steps]
+        drawn = [place_steps([step.held_by(first, last) for step in each], None, start) for each in steps]
         pairs = [Match(functions, start, end, each) for end, each in zip(ends, drawn, strict=True)]
         return find_step_size(lambda tried: measure(tried, pairs, held, all_sum), 0.2)
 
@@ -104,7 +104,7 @@ def test_shards_find_the_step_size_of_one_process() -> None:
 def test_a_pair_at_rest_is_left_out() -> None:
     """A pair whose start and target are identical has no loss and is not part of the mean."""
     network, start, target, synthetic = make_problem()
-    steps = draw_student_steps(12, 2, 5, "", seed=1, iteration=0)
+    steps = place_steps(draw_student_steps(12, 2, 5, "", seed=1, iteration=0), None, start)
     at_rest, moving = (Match(eager(network), start, end, steps) for end in (start, target))
     found = measure(0.1, [at_rest, moving], synthetic)
     assert math.isnan(found.losses[0])
@@ -115,7 +115,8 @@ def test_a_pair_at_rest_is_left_out() -> None:
 def test_losses_before_the_first_iteration_count_matched_parameters_alone() -> None:
     """The search measures the loss without the parameters that are left out, and a pair at rest in all others."""
     network, start, target, synthetic = make_problem()
-    steps, first = draw_student_steps(12, 2, 5, "", seed=1, iteration=0), len(start) // 3
+    steps = place_steps(draw_student_steps(12, 2, 5, "", seed=1, iteration=0), None, start)
+    first = len(start) // 3
     match = Match(eager(network), start, target, steps, first=first)
     at = float(synthetic.step_size)
     measured = measure(at, [match], synthetic).loss

@@ -22,7 +22,7 @@ from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory import iteration
 from datm_ray.methods.trajectory.iteration import IterationRecord, Match, MatchingState, Origin
-from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
+from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
 RATES = (3.0, 2.0, 1e-3)
@@ -105,7 +105,7 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
         DistillConfig(threshold=9.0),
     )
     start = flatten(module)
-    steps = draw_student_steps(3, 1, 3, "", 0, 0)
+    steps = place_steps(draw_student_steps(3, 1, 3, "", 0, 0), None, start)
     meta = MetaTerm(kind([module, other], MetaLossConfig(variance=variance)), 2, np.arange(3), 3)
     arguments: Any = ([Match(functions, start, start + 1, steps)], [Origin(0, 0)])
     (record,) = state.step(*arguments, meta=meta)
@@ -522,7 +522,7 @@ def run(state: MatchingState, iterations: int) -> None:
     for _ in range(iterations):
         k = state.iteration
         target: Tensor = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(k))
-        steps = draw_student_steps(6, 3, 4, "crop_flip", 1, k)
+        steps = place_steps(draw_student_steps(6, 3, 4, "crop_flip", 1, k), None, start)
         state.step([Match(functions, start, target, steps)], [Origin(k % 2, k)])
         if state.iteration % 3 == 0:
             state.record_validation(float(state.synthetic.images.mean()))

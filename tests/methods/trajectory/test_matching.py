@@ -8,6 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,20 @@ def eager(network: FlatNetwork) -> StudentStepFunctions:
     return StudentStepFunctions(network, StepOptions(compiled=False))
 
 
+def gradient_of(
+    functions: StudentStepFunctions,
+    start: Tensor,
+    target: Tensor,
+    synthetic: SyntheticSet,
+    steps: Sequence[StudentStep],
+    *,
+    chunk: int | None = None,
+    **options: Any,
+) -> MatchingGradient:
+    """Matching gradient of minibatches, which are cut into pieces of at most `chunk` images; `None` for whole ones."""
+    return matching_gradient(functions, start, target, synthetic, place_steps(steps, chunk, start), **options)
+
+
 def unrolled(
     network: FlatNetwork,
     start: Tensor,
@@ -109,7 +124,7 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 7, 5, operation, seed=1, iteration=3)
     functions = eager(network)
-    ours = matching_gradient(functions, start, target, synthetic, steps)
+    ours = gradient_of(functions, start, target, synthetic, steps)
     loss, reference = unrolled(network, start, target, synthetic, steps)
     assert ours.loss == pytest.approx(float(loss), rel=1e-12)
     for value, expected in zip(parts(ours), reference, strict=True):
@@ -147,7 +162,7 @@ def test_gradient_in_latents_equals_full_unrolling_through_a_decoder() -> None:
         dataclasses.replace(synthetic, images=prior.render(latents), latents=latents.clone()), SETTINGS
     )
     state.prior = prior
-    state.step([Match(eager(network), start, target, steps)], [Origin(0, 0)])
+    state.step([Match(eager(network), start, target, place_steps(steps, None, start))], [Origin(0, 0)])
     leaf, soft_labels = latents.clone().requires_grad_(), synthetic.soft_labels.clone().requires_grad_()
     learned = [prior.network(leaf), soft_labels, synthetic.step_size.clone()]
     expected = torch.autograd.grad(unrolled_loss(network, start, target, learned, steps), (leaf, soft_labels))
@@ -164,12 +179,12 @@ def test_gradient_without_shallow_parameters_equals_full_unrolling(share: float)
     first = first_matched(len(start), share)
     assert 0 < first < len(start)
     steps = draw_student_steps(12, 7, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=3)
-    ours = matching_gradient(eager(network), start, target, synthetic, steps, first=first, chunk=2)
+    ours = gradient_of(eager(network), start, target, synthetic, steps, first=first, chunk=2)
     loss, reference = unrolled(network, start, target, synthetic, steps, first)
     assert ours.loss == pytest.approx(float(loss), rel=1e-12)
     for value, expected in zip(parts(ours), reference, strict=True):
         assert relative_error(value, expected) < 1e-10
-    whole = matching_gradient(eager(network), start, target, synthetic, steps)
+    whole = gradient_of(eager(network), start, target, synthetic, steps)
     assert relative_error(ours.images, whole.images) > 0.01  # the parameters left out count in the whole loss
 
 
@@ -178,14 +193,14 @@ def test_shallow_parameters_are_trained_though_they_are_not_matched() -> None:
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 7, 5, "", seed=1, iteration=3)
     first, functions = first_matched(len(start), 0.5), eager(network)
-    whole = matching_gradient(functions, start, target, synthetic, steps, first=first)
+    whole = gradient_of(functions, start, target, synthetic, steps, first=first)
     trained = functions.forward
 
     def held(theta: Tensor, *arguments: Tensor) -> Tensor:
         return trained(theta, *arguments).index_fill(0, torch.arange(first), 0.0)
 
     functions.forward = held  # type: ignore[method-assign]
-    part = matching_gradient(functions, start, target, synthetic, steps, first=first, skip_above=0.0)
+    part = gradient_of(functions, start, target, synthetic, steps, first=first, skip_above=0.0)
     assert part.loss != pytest.approx(whole.loss, rel=1e-3)
 
 
@@ -195,7 +210,7 @@ def test_gradient_equals_finitedifferences(share: float) -> None:
     network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
     steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)
     functions, first = eager(network), first_matched(len(start), share)
-    ours = matching_gradient(functions, start, target, synthetic, steps, first=first)
+    ours = gradient_of(functions, start, target, synthetic, steps, first=first)
     draw = torch.Generator().manual_seed(5)
     for name in ("images", "soft_labels", "step_size"):
         value = getattr(synthetic, name)
@@ -204,7 +219,7 @@ def test_gradient_equals_finitedifferences(share: float) -> None:
         for sign in (1, -1):
             moved = synthetic.clone()
             getattr(moved, name).add_(sign * 1e-5 * direction)
-            losses.append(matching_gradient(functions, start, target, moved, steps, first=first).loss)
+            losses.append(gradient_of(functions, start, target, moved, steps, first=first).loss)
         numeric = (losses[0] - losses[1]) / 2e-5
         assert float((getattr(ours, name) * direction).sum()) == pytest.approx(numeric, rel=1e-5)
 
@@ -216,8 +231,8 @@ def test_chunks_of_any_size_give_the_same_gradient(chunk: int, strategy: str) ->
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 4, 5, strategy, seed=1, iteration=2)
     functions = eager(network)
-    whole = matching_gradient(functions, start, target, synthetic, steps)
-    chunked = matching_gradient(functions, start, target, synthetic, steps, chunk=chunk)
+    whole = gradient_of(functions, start, target, synthetic, steps)
+    chunked = gradient_of(functions, start, target, synthetic, steps, chunk=chunk)
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-13)
     for value, expected in zip(parts(chunked), parts(whole), strict=True):
         assert relative_error(value, expected) < 1e-12
@@ -239,7 +254,7 @@ def step_by_step(
 
     images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
     trace, step_size = [start], synthetic.step_size
-    for pieces in steps.pieces:
+    for pieces in steps:
         g = torch.zeros_like(start)
         for piece in pieces:
             x = apply_operation(synthetic.images[piece.rows], piece.operation, piece.uniform)
@@ -249,7 +264,7 @@ def step_by_step(
     distance, gap = (start - target)[first:].square().sum(), trace.pop() - target
     gap[:first] = 0
     v, d_step_size = 2 * gap / distance, torch.zeros_like(step_size)
-    for pieces in reversed(steps.pieces):
+    for pieces in reversed(steps):
         theta = trace.pop()
         total, d_alpha = torch.zeros_like(start), torch.zeros_like(step_size)
         for piece in pieces:
@@ -350,11 +365,11 @@ def test_steps_are_augmented_once_for_each_operation(monkeypatch: pytest.MonkeyP
         return apply_operation(images, operation, uniform)
 
     monkeypatch.setattr(matching, "apply_operation", counted)
-    matching_gradient(eager(network), start, target, synthetic, steps)
+    gradient_of(eager(network), start, target, synthetic, steps)
     assert sorted(called) == sorted({step.augmentation.operation for step in steps})
     called.clear()
     monkeypatch.setattr(matching, "CPU_BLOCK_BYTES", synthetic.images.nbytes)
-    matching_gradient(eager(network), start, target, synthetic, steps)
+    gradient_of(eager(network), start, target, synthetic, steps)
     assert len(called) == 2 * len(steps) - 1  # the reverse sweep starts with the last step's
 
 
@@ -379,7 +394,7 @@ def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int,
     network, start, target, synthetic = make_problem()
     whole_steps = draw_student_steps(12, 4, batch, "crop", seed=1, iteration=0)
     matched = first_matched(len(start), share)
-    whole = matching_gradient(eager(network), start, target, synthetic, whole_steps, first=matched)
+    whole = gradient_of(eager(network), start, target, synthetic, whole_steps, first=matched)
     ranges = list(itertools.pairwise(bounds))
     barrier = Barrier(len(ranges))
 
@@ -394,7 +409,7 @@ def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int,
         steps = [step.held_by(first, last) for step in whole_steps]
         # A network of its own: a functional call swaps the module's parameters and is not safe across threads.
         functions, all_sum = eager(make_problem()[0]), functools.partial(barrier.all_sum, rank)
-        return matching_gradient(functions, start, target, held, steps, chunk=2, first=matched, all_sum=all_sum)
+        return gradient_of(functions, start, target, held, steps, chunk=2, first=matched, all_sum=all_sum)
 
     with ThreadPoolExecutor(len(ranges)) as pool:
         shards = list(pool.map(shard, range(len(ranges))))
@@ -414,7 +429,7 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
     state = MatchingState(synthetic.clone(), SETTINGS)
     state.step(
         [
-            Match(eager(net), start, target, steps, number, weight)
+            Match(eager(net), start, target, place_steps(steps, None, start), number, weight)
             for number, (net, start, target, weight) in enumerate(problems)
         ],
         [Origin(0, 0), Origin(0, 0)],
@@ -443,7 +458,7 @@ def test_class_shards_shorten_what_one_process_shortens() -> None:
         held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
         settings = SETTINGS.model_copy(update={"gradient_limit": limit})
         state = MatchingState(dataclasses.replace(synthetic.clone(), **held), settings)
-        drawn = [step.held_by(first, last) for step in steps]
+        drawn = place_steps([step.held_by(first, last) for step in steps], None, start)
         state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
         return state
 
@@ -470,7 +485,7 @@ def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> 
     problems = [make_problem(width=6), make_problem(width=4, seed=3)]
     synthetic = problems[0][3]
     synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
-    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    steps = place_steps(draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0), None, synthetic.images)
     origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
 
     def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
@@ -498,7 +513,7 @@ def test_loss_above_the_limit_is_not_differentiated() -> None:
     functions = eager(network)
     functions.reverse = lambda *_: pytest.fail("differentiated")  # type: ignore[method-assign]
     steps = draw_student_steps(12, 2, 5, "", seed=1, iteration=0)
-    gradient = matching_gradient(functions, start, target, synthetic, steps, skip_above=1e-9)
+    gradient = gradient_of(functions, start, target, synthetic, steps, skip_above=1e-9)
     assert gradient.loss > 1e-9
     assert not any(bool(value.any()) for value in parts(gradient))
 
