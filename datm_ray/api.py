@@ -1,8 +1,8 @@
-"""Stages of a run as Python calls. Each call takes one recipe, works like the command of the same name, and returns a
-value.
+"""Commands of the command line as Python calls, which return values.
 
-Repeating a call resumes its run. Recipes with the same `out` share experts and controls, as on the command line. Jobs
-on clusters are not covered. Tests: tests/test_api.py.
+`train_experts` is the command `experts`; the others have the command's name. Each call works on one recipe, and `init`
+makes one. Repeating a call resumes its run. Recipes with the same `out` share experts and controls, as on the command
+line. Jobs on clusters are not covered. Tests: tests/test_api.py.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class Result:
     accuracies: Mapping[str, tuple[float, ...]]
     """Row of the results table -> test accuracies, 0 to 1, one for each seed.
 
-    "random-hard" and "random-soft" are random real images with hard and soft labels, "distilled" is the synthetic set,
-    and "full" all real data. `evaluate.fixed_labels` adds "distilled-hard", "distilled-fixed" and "random-fixed"."""
+    Networks are trained on random real images with hard or soft labels ("random-hard", "random-soft"), on the synthetic
+    set ("distilled") or on all real data ("full"). `evaluate.fixed_labels` adds "distilled-hard",
+    "distilled-fixed" and "random-fixed", with fixed labels."""
     report: str
     """Path or URI of the HTML report over all runs of the output folder."""
     networks: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
@@ -69,10 +70,12 @@ class Result:
     history: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Curve of the distillation -> array. Empty if no checkpoint exists, as for images chosen or recovered in pieces.
 
-    "iteration" (from 0), "loss" and "skipped" have one value for each iteration. Trajectory matching adds "step_size",
-    "expert", "start" and "decrease" of the first backbone. "validation.iteration" and "validation.accuracy" (0 to 1)
-    have one value for each validation. "validation.chosen_at" is the iteration of the set that was kept; 0 means the
-    last. Names that begin with "meta." are MetaDD's terms."""
+    "iteration" (from 0), "loss" and "skipped" (True if nothing was updated) have one value for each iteration.
+    Trajectory matching adds "step_size", "expert", "start" (start epoch) and "decrease" of the first backbone:
+    the first-order decrease of the loss, as a share of it, by one step along the gradient before it is shortened.
+    "validation.iteration" and "validation.accuracy" (0 to 1) have one value for each validation. "validation.chosen_at"
+    is the number of iterations after which the kept set was validated; 0 means that the last set is kept. Names that
+    begin with "meta." are MetaDD's terms."""
 
 
 class Options(TypedDict, total=False):
@@ -81,7 +84,7 @@ class Options(TypedDict, total=False):
     settings: Settings
     """Values of the recipe to replace, by `section.field`; see `Settings`."""
     store: str
-    """Trajectory store, a path or URI. Default: the folder `experts` in the output folder."""
+    """Path or URI of the trajectory store, which keeps experts. Default: the folder `experts` in the output folder."""
     executor: Literal["ray", "serial"]
     """`ray` (default) runs parallel workers; `serial` uses this process alone, with the same results.
 
@@ -89,7 +92,7 @@ class Options(TypedDict, total=False):
     address: str
     """Address of the Ray cluster to run on. Default: RAY_ADDRESS, or else a cluster started on this machine."""
     progress: bool
-    """True (default) to show progress."""
+    """True (default) to show progress on standard error."""
 
 
 Recipe = str | os.PathLike[str] | RunConfig
@@ -128,12 +131,12 @@ def stages_of(
     address: str | None,
     asked: Mapping[NetworkConfig, str] | None = None,
 ) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Check runs. Returns their stages, and a function that starts the executor for `Pipeline.run_all`.
+    """Check recipes. Returns the pipeline of their runs, and a function that starts the executor for it.
 
     Args:
-        configs: the runs; at least one.
+        configs: recipes of the runs; at least one.
         out: output folder of all runs, a path or URI.
-        store: trajectory store, a path or URI; `None` puts it into the output folder.
+        store: path or URI of the trajectory store; `None` puts it into the output folder.
         executor: "ray" or "serial".
         address: address of a Ray cluster; `None` for RAY_ADDRESS, or else a cluster started on this machine.
         asked: network to score on -> command-line option that asked for it, for messages; `None` for no such network.
@@ -261,7 +264,7 @@ def _is_whole(value: object, least: int) -> bool:
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:
-    """Train what a distillation needs and the store lacks: experts, a trained prior, and a curriculum's scores.
+    """Train what a distillation needs and the trajectory store lacks: experts, a prior, a curriculum's image scores.
 
     Returns the store's path or URI.
 
@@ -273,7 +276,7 @@ def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **option
 
 
 def distill(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Artifact:
-    """Distil a set from experts that are trained already, and return it.
+    """Distil a synthetic set from experts that are trained already, and return the set.
 
     The arguments and errors are those of `run`: recipe, output folder, and `Options`. A `MissingExpertsError` is raised
     if an expert or a trained prior is not in the store.
@@ -284,7 +287,7 @@ def distill(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unp
 
 
 def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Result:
-    """Score a distilled set and its controls on the test images, and write the report.
+    """Train networks on a distilled set and on its controls, score them on the test images, and write the report.
 
     The arguments and errors are those of `run`: recipe, output folder, and `Options`. A `RunDirectoryError` is raised
     if the set is not distilled yet, and a `MissingExpertsError` if an expert is not in the store.
@@ -297,7 +300,7 @@ def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Un
 def _prepared(
     recipe: Recipe, out: str | os.PathLike[str], options: Options
 ) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
-    """Return a run's stages, a function that starts its workers, and its progress display.
+    """Return the pipeline of one run, a function that starts its executor, and its progress display.
 
     Raises:
         DatmError: bad input.

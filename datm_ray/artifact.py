@@ -54,13 +54,13 @@ SYNTHETIC, SAFETENSORS = "synthetic.arrow", "synthetic.safetensors"
 """SYNTHETIC: name of a set's file in a run's folder, and of its export "arrow". SAFETENSORS: name of its export
 "safetensors"."""
 OTHERS_IMAGES = "images_best.pt"
-"""Name of the file with the images, in sets that DATM, MTT and programs derived from them write."""
+"""Name of the file of images in the folders of sets that the published programs of DATM, MTT and others write."""
 TRANSFORMS = "transforms"
-"""Name of the folder, beside the runs, of transforms that are too large for their sets' files."""
+"""Name of the folder, beside the runs' folders, of normalising transforms larger than `INLINE_BYTES`."""
 CHECKSUM = "sha256"
 """Metadata key of the checksum in the export "safetensors", whose format has none."""
 INLINE_BYTES = 64 * 1024
-"""Largest size in bytes, inclusive, of a transform that is stored inside a set's file."""
+"""Largest size in bytes, inclusive, of a normalising transform that runs store inside their set's file."""
 _SEARCHED = 50  # most names in a folder that `load` searches for sets, if it is given a folder
 _PARENTS = 3  # number of folders above a set's own folder that are searched for its transform
 _NOT_CHOSEN = (
@@ -72,7 +72,7 @@ _PREFIX = "transform."  # prefix of the names of a transform's arrays in a set's
 
 @dataclass(frozen=True)
 class KeptTransform:
-    """Reference to a set's transform that is stored in a file of its own, and read at its first use."""
+    """Reference to a set's normalising transform that is stored in a file of its own, and read at its first use."""
 
     set_location: Location
     """Location of the set's file."""
@@ -119,7 +119,7 @@ class KeptTransform:
 
 @dataclass(frozen=True)
 class LeftOutTransform:
-    """Description of a transform that a set's file leaves out, because training images can be used to fit it again."""
+    """Description of a normalising transform that a set's file leaves out; training images serve to fit it again."""
 
     place: str
     """Path or URI of the set's file."""
@@ -153,11 +153,11 @@ class Artifact:
     labels: Tensor
     """[n] int64 class that each image was made for."""
     step_size: float
-    """Learning rate of SGD for the recipe's `network`: learned with the images, published or given if `has_step_size`
-    is true, otherwise a default."""
+    """Learning rate of SGD to train the recipe's `network` on this set: learned with the images, published or given if
+    `has_step_size` is true, otherwise a default."""
     step_sizes: tuple[float, ...]
-    """Learning rates for all matched networks, the recipe's `network` first. Files of earlier versions hold the
-    learning rate of `network` alone."""
+    """Learning rates like `step_size`, one for each network whose experts were matched, the recipe's `network` first.
+    Files of earlier versions hold only that of `network`."""
     class_names: tuple[str, ...]
     """Names of the k classes."""
     held_transform: Transform | KeptTransform | LeftOutTransform
@@ -367,7 +367,7 @@ def save_artifact(
     *,
     has_step_size: bool,
 ) -> None:
-    """Write the set as one file, atomically.
+    """Write a synthetic set to a file, atomically.
 
     Args:
         location: file to write; an existing file is replaced.

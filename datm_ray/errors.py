@@ -74,7 +74,7 @@ class TransientStoreError(StoreError):
 
 
 class MissingExpertsError(StoreError):
-    """The store lacks experts, epochs of experts, orders of images or a trained prior that the recipe needs."""
+    """The trajectory store lacks experts, their epochs, scores that order images, or a prior that the recipe needs."""
 
 
 class CorruptFileError(DatmError):

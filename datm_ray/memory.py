@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be allocated without swapping, on the machine or in this process's container.
+    """Bytes of main memory that this process can allocate without swapping: the machine's, or the container's if less.
 
     `root` is the folder that holds `proc` and `sys`.
     """

@@ -1,6 +1,7 @@
-"""Replay of stored labels: a torch data set of views of a set's images, with the teacher's logits for each view.
+"""Replay of stored labels: a torch data set of a synthetic set's augmented images, with a teacher's logits for each.
 
-Views do not depend on each other, so an ordinary `DataLoader` works: any batch size, any order, any number of workers.
+A view is an image as augmented in one epoch. Views do not depend on each other, so an ordinary `DataLoader` works: any
+batch size, any order, any number of workers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from datm_ray.store.labels import LabelRecords, LabelStore
 
 
 class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
-    """Map-style data set of pairs (view [c h w], logits [k]) of one epoch.
+    """Map-style data set of pairs (augmented image [c h w], teacher's logits [k]) of one epoch, one for each image.
 
     >>> labels = datm_ray.ReplayedLabels(datm_ray.load("synthetic.arrow"), "labels")
     >>> loader = torch.utils.data.DataLoader(labels, batch_size=128, shuffle=True)
@@ -42,7 +43,7 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         """Open the label store, and check that it was made for these images.
 
         Args:
-            images: the set, or its images [n c h w] on any device.
+            images: the synthetic set, or its images [n c h w] on any device.
             labels: URI of the label store, or the store.
             keep: number of first epochs to use of a store that is given by its URI; `None` uses all.
             device: device of the views and logits, to which the images of a batch are copied; `None` for the images'
@@ -64,7 +65,7 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the training whose labels are played back, from 0."""
+        """Current epoch of the training, from 0, for which views and logits are returned."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:

@@ -24,7 +24,7 @@ from datm_ray.words import data_size, dimensions
 
 @dataclass(frozen=True)
 class DataShape:
-    """All that planning needs to know of a data set."""
+    """Size of a data set: the shape of its images, and the numbers of its classes and images."""
 
     image: tuple[int, int, int]
     """Channels, height, width."""
@@ -136,13 +136,16 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
-    """Estimated cost of fitting a recipe's normalisation to its training images, without those for validation."""
+    """Estimated memory, minutes and disk space of fitting a recipe's normalisation to its training images.
+
+    Images set aside for validation are not fitted.
+    """
     return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, shape.trained(dataset))
 
 
 @functools.lru_cache(maxsize=64)
 def prior_cost(prior: PriorConfig, image: tuple[int, int, int]) -> tuple[ImageCost, int]:
-    """Memory and operations of one image in a prior's decoder, and the number of latents of an image.
+    """Memory and operations of decoding one image with a prior's decoder, and the number of an image's latents.
 
     Raises:
         ConfigError: a user's function returns no decoder for images of this shape.

@@ -34,7 +34,7 @@ from datm_ray.words import one_line
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by the shell's convention 128 + signal number."""
 READER_GONE = 141
-"""Exit code after a closed pipe, by the shell's convention 128 + signal number."""
+"""Exit code if the reader of the output closed the pipe, by the shell's convention 128 + signal number."""
 ERROR_LOG = "datm-ray-error.log"
 """Name of the file, in the output folder, with tracebacks of unexpected failures."""
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
@@ -268,9 +268,10 @@ def _remove_home() -> None:
 
 
 def note(context: typer.Context, option: typer.CallbackParam, value: Any) -> Any:
-    """Store the value of a command-line option in the context by the option's name. Returns the value.
+    """Store an option's value in the root command's context, under the option's name. Returns the value.
 
-    For use as the callback of an option: `main` reads the output folder there when a command fails.
+    For use as the callback of an option. When a command fails, `main` reads there the output folder, and if it was a
+    dry run.
     """
     context.find_root().ensure_object(dict)[option.name] = value
     return value

@@ -208,7 +208,10 @@ def distill(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Distil synthetic sets from trained experts."""
+    """Distil the synthetic sets that are not finished yet.
+
+    Experts and priors that a method needs must be in the store already.
+    """
     from datm_ray.stages.distill.task import SYNTHETIC
 
     invocation = Invocation(recipes, _with_memory(set_, memory), out, store, executor, address)
@@ -337,11 +340,11 @@ def publish(
 def _prepare(
     invocation: Invocation, arch: str | None = None, *, coresets: bool = False
 ) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Check the recipes. Returns their pipeline, and a function that starts the executor.
+    """Check the recipes. Returns the pipeline of their runs, and a function that starts its executor.
 
     Args:
         arch: architectures to score on in place of `evaluate.networks`, separated by commas; `None` keeps the recipe's.
-        coresets: True to add coresets to each recipe.
+        coresets: True to add runs that choose as many real images as each recipe's set has.
 
     Raises:
         DatmError: a recipe, data set or path cannot be read or used.

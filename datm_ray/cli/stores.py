@@ -50,7 +50,7 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _group_facts(group: ExpertGroup) -> dict[str, Any]:
-    """Facts about a group of experts as plain data.
+    """Group's key, numbers of its experts, epochs and precision that they store, presence of a prior, size in bytes.
 
     Epochs and precision are `None` if the group has no expert, or if its first expert is damaged.
     """
@@ -91,7 +91,7 @@ def store_show(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
-    """Facts about an expert as plain data. For a damaged expert: only its group, its number and the damage."""
+    """What `store show` prints about an expert, by name. For a damaged expert: only group, number and damage."""
     from datm_ray.errors import CorruptFileError
 
     facts: dict[str, Any] = {"group": str(group.key), "expert": number, "damage": None}
@@ -180,7 +180,7 @@ def _name(group: ExpertGroup, file: int | str | None) -> str:
 
 
 def _verified(group: ExpertGroup, file: int | str | None) -> tuple[int, str]:
-    """Verify a file. Returns its size in bytes, and a description of its damage or "".
+    """Check a group's file by its checksums. Returns its size in bytes, and a description of its damage or "".
 
     Args:
         file: number of an expert, or name of another file; `None` for the transform, whose size is given as 0.
@@ -338,7 +338,7 @@ def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
     """Groups of experts of a store.
 
     Args:
-        unfinished: True to include groups without a finished expert, as those of priors.
+        unfinished: True to include groups without a finished expert, such as groups of priors.
 
     Raises:
         MissingExpertsError: the store has no such groups.

@@ -36,10 +36,10 @@ def load_sections(path: str) -> dict[str, Any]:
 
 
 def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
-    """Read a run's YAML file.
+    """Read the YAML file of a run's configuration.
 
     Args:
-        path: the file. If it has no key `name`, the run is named after the file.
+        path: path of the file. If it has no key `name`, the run is named after the file.
         base_of: finds the recipe that the file's key `base` names.
 
     Raises:
@@ -92,7 +92,7 @@ def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dic
 
 
 def plain_name(stem: str) -> str:
-    """Name of a run, made from a file's name without its suffix; "run" if it has no letter or digit.
+    """Name of a run, made from a file's name without its suffix; "run" if the file's name has no letter or digit.
 
     Each group of characters that a run's name must not have is replaced by "-".
     """
@@ -132,9 +132,9 @@ _FORMER_RECOVERY = {
     "rounds",
     "mixed_in",
 }
-"""Keys of `recover` before the key `recover.restarts` existed. Every recipe that a run saved then has all of them."""
+"""Keys of `recover` in versions without the key `recover.restarts`. Recipes saved by their runs have all these keys."""
 _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
-"""Sections that every saved recipe has, whatever its version."""
+"""Sections of every recipe that a run has saved, whatever the version."""
 
 
 def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def _section_lines(section: Section, heading: str, indent: str, without: Collect
 
 
 def _value_lines(section: Section, name: str, indent: str, comment: str | None) -> list[str]:
-    """YAML lines of the field `name`: key, value and comment; a comment of `None` is printed as an empty one."""
+    """YAML lines of the field `name` of a section: key, value and comment; `None` gives an empty comment."""
     value, plain = getattr(section, name), section.model_dump(mode="json", include={name})
     if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
         plain[name] = [value.first, value.bound]

@@ -1,4 +1,4 @@
-"""Identity of a run, equal for two runs whose settings give the same set; fingerprints of experts and priors.
+"""Identity of a run: the settings that decide its synthetic set; fingerprints of experts and priors.
 
 Tests: tests/config/test_config.py.
 """
@@ -39,7 +39,7 @@ SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "micro_batch", "weight_decay"),
 )
-"""Keys of `evaluate` that affect how networks are scored, but not the set."""
+"""Keys of `evaluate` that affect how networks are trained on the set and scored, but not the set itself."""
 
 
 def _is_packaged(config: RunConfig) -> bool:
@@ -63,7 +63,7 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def unread_values(config: RunConfig) -> dict[str, Any]:
-    """Keys that the run's method does not read, and whose values are not the defaults: key -> plain value."""
+    """Values, other than the defaults, that the run's method does not read: key, as in `unread_keys` -> plain value."""
     default, found = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
     paths = {key: key.split(".") for key in unread_keys(config)}
     values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}
@@ -133,7 +133,7 @@ def _meta_networks_see_what_they_saw(config: RunConfig) -> bool:
 
 
 def _without(usual: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Values without those that equal the value of the same key in `usual`."""
+    """Copy of `values` without the keys whose value in `usual` is equal."""
     return {name: value for name, value in values.items() if usual.get(name, ...) != value}
 
 
@@ -153,7 +153,7 @@ def recipe_of_set(config: RunConfig) -> dict[str, Any]:
 
 
 def stable_hash(value: Any) -> str:
-    """Hash of plain data, sixteen hex digits; equal data have equal hashes on every machine."""
+    """Hash, sixteen hex digits, of data that JSON can hold; equal data have equal hashes on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -163,7 +163,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
 
     Args:
         config: a configuration that `RunConfig.resolved` returned; only its `network` counts, not its backbones.
-        dataset_fingerprint: fingerprint of the images.
+        dataset_fingerprint: fingerprint of the data set's images.
 
     Raises:
         ValueError: the configuration is not resolved.

@@ -34,7 +34,7 @@ from datm_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Role:
-    """Networks that one worker computes for a synthetic set: backbones to match, and networks of MetaDD."""
+    """Networks that one worker computes while a synthetic set is made: backbones to match, and networks of MetaDD."""
 
     backbones: tuple[int, ...]
     """Numbers of the backbones that this worker matches: 0 is `RunConfig.network`, then `RunConfig.backbones`."""
@@ -43,7 +43,7 @@ class Role:
 
 
 RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "transforms", "wandb"})
-"""File and folder names beside the runs in an output folder; no run may have one of them."""
+"""Names of files and folders that the program writes beside the runs' folders; no run may have one of them."""
 
 
 class RunConfig(Section):
@@ -116,7 +116,7 @@ class RunConfig(Section):
 
     @property
     def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
-        """Sections with settings for training networks: key, such as `metadd.experts` -> section."""
+        """Sections with settings for training networks: key of the section, such as `metadd.experts` -> section."""
         found: dict[str, ExpertConfig | EvaluateConfig] = {"experts": self.experts, "evaluate": self.evaluate}
         if self.metadd is not None:
             found["metadd.experts"] = self.metadd.experts
@@ -126,7 +126,7 @@ class RunConfig(Section):
 
     @property
     def _unmatched_epochs(self) -> str:
-        """Message if the experts lack an epoch that trajectory matching can match; "" if no epoch is missing."""
+        """Message if experts do not store an expert epoch that trajectory matching can match; "" if they store all."""
         latest, epochs, keep = self.latest_matched, self.experts.epochs, self.experts.keep_epochs
         if latest > epochs:
             return (
@@ -138,7 +138,7 @@ class RunConfig(Section):
         return ""
 
     def require_matched_epochs(self) -> None:
-        """Raise a `ConfigError` if the experts lack an epoch that trajectory matching can match."""
+        """Raise a `ConfigError` if the recipe's experts do not store an epoch that trajectory matching can match."""
         if self._unmatched_epochs:
             raise ConfigError(self._unmatched_epochs)
 
@@ -278,7 +278,7 @@ class RunConfig(Section):
 
     @property
     def weights(self) -> list[float]:
-        """Weights of the backbones' matching losses, in the order of `each_backbone`."""
+        """Weights of the backbones' matching losses, in the order of `each_backbone`; the first is 1."""
         return [1.0, *(backbone.weight for backbone in self.backbones)]
 
     @property
@@ -288,7 +288,7 @@ class RunConfig(Section):
 
     @property
     def scored_networks(self) -> tuple[NetworkConfig, ...]:
-        """Networks of the table of architectures, the first backbone included; empty if the run has no such table."""
+        """Networks of the table of architectures, the first backbone first; empty if the run has no such table."""
         others = [network for network in self.evaluate.networks if network != self.network]
         return (self.network, *others) if self.evaluate.networks else ()
 
@@ -407,7 +407,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def fields_at(path: Sequence[str]) -> dict[str, FieldInfo]:
-    """Fields of the section at a path of keys and indices; empty if no section is there."""
+    """Fields, by name, of the section at a path of keys and indices in a recipe; empty if no section is there."""
     fields = dict(RunConfig.model_fields)
     for part in path:
         if not part.isdigit():  # index in a list of sections

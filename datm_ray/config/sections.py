@@ -45,11 +45,11 @@ def _required(holds: Callable[[Any], object], words: str) -> AfterValidator:
 
 
 PUBLISHED_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
-"""DSA operations of MTT, FTD, TESLA and DATM: the default for experts, students and evaluation."""
+"""DSA augmentation of MTT, FTD, TESLA and DATM: the default for experts, students and evaluation."""
 
 
 class Section(BaseModel):
-    """Base class of all sections: immutable, without unknown keys, without silent conversion of types."""
+    """Base class of all sections of a recipe: immutable, without unknown keys or silent conversion of types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -128,11 +128,11 @@ class DatasetConfig(Section):
 
 UNRESOLVED = "the configuration still has values that depend on the size of the images; call RunConfig.resolved first"
 MOST_WHITENED = 64 * 64
-"""Largest number of pixels in an image for which normalisation "auto" means zca, inclusive."""
+"""Largest number of pixels (height x width) of an image for which normalisation "auto" means zca, inclusive."""
 SMALLEST_MAP = 3
-"""Smallest side in pixels of convnet's last feature maps if `depth` is null. It limits the number of blocks.
+"""Smallest side in pixels of convnet's last feature maps if `depth` is null, which limits the number of blocks.
 
-There are always at least two blocks, even if the side gets smaller."""
+The network always has at least two blocks, even if the side gets smaller."""
 PUBLISHED_DEPTH = 3
 """Depth of mlp in the literature; every architecture but convnet gets this value where depth is null."""
 
@@ -311,7 +311,7 @@ class ExpertConfig(Section):
     keep_epochs: Count | None = None
     """Store epochs 0 to this one, inclusive, and the final one; null: those that the method may read."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type of stored parameters; 16 bits halve the store but round."""
+    """Type of stored parameters; 16 bits halve the files, but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: layers compute in 16 bits on GPUs and CPUs that can; parameters, gradients, losses have 32 bits."""
     test_every: Annotated[int, Field(ge=0)] = 0
@@ -424,7 +424,7 @@ class DistillConfig(Section):
     """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
     null: no limit, as published."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """DSA operations of the images in an iteration."""
+    """DSA operations on the synthetic images in an iteration, written as in `experts`; dm: on real images too."""
     unmatched_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the parameters, from the first layer on, that the matching loss leaves out (PAD); 0: none."""
     average_decay: Fraction | None = None
@@ -436,7 +436,7 @@ class DistillConfig(Section):
     validation_seeds: Count = 1
     """Number of networks trained at each validation."""
     checkpoint_every: Count = 100
-    """Iterations between checkpoints (sre2l: more if checkpoints would take over 5 % of the time)."""
+    """Largest number of iterations between checkpoints (sre2l: larger if they would take over 5 % of the time)."""
 
     @property
     def has_soft_labels(self) -> bool:
@@ -559,7 +559,7 @@ class MetaLossConfig(Section):
     invariance: NonNegative = 0.01
     """Weight of a sum: the auxiliaries' cross-entropy, and `divergence` times their KL from the backbone."""
     position: NonNegative = 0.1
-    """Weight of the mean negative part of the maps, which is evidence against the class."""
+    """Weight of the mean negative part of the class activation maps, which is evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Weight, within invariance, of the auxiliaries' divergence from `network`; negative pushes them apart."""
     variance_of: Literal["maps", "logits"] = "maps"
@@ -569,7 +569,7 @@ class MetaLossConfig(Section):
 
     @property
     def has_weight(self) -> bool:
-        """True if the loss has a term; False if all weights are 0, so that the loss needs no networks."""
+        """True if a term of the loss has a weight; False if all weights are 0, so that the loss needs no networks."""
         return any((self.variance, self.invariance, self.position))
 
 
@@ -720,7 +720,8 @@ SELDOM = {
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",
 }
-"""Section -> names of its fields that few recipes change. `recipe show` prints these fields last in their section."""
+"""Section -> names, with blanks between them, of its fields that few recipes change. `recipe show` prints these fields
+last in their section."""
 
 READ_OF_DISTILL = {
     "dm": "ipc iterations learning_rate_images real_batch initial initial_step_size augmentation average_decay "
@@ -729,8 +730,8 @@ READ_OF_DISTILL = {
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
     "given": "ipc",
 }
-"""Packaged method -> keys of `distill` that it reads. Methods that users write may read any key. `select` reads
-`start_epochs` and `expert_epochs`, because they decide which epochs of its networks are stored."""
+"""Packaged method -> keys of `distill` that it reads, with blanks between them. Users' methods may read any key.
+`select` reads `start_epochs` and `expert_epochs`, because they decide which epochs of its networks are stored."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select", "given": "given"}
 """Section that only one packaged method reads -> name of this method. An exception: sre2l reads `select` too if
 `distill.initial` is crops."""
@@ -840,7 +841,7 @@ class ClusterConfig(WorkerShape):
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     """Precision of products; auto: tf32 on GPUs that have it, as published. bfloat16: datm, mtt, dm; on CPUs too."""
     channels_last: bool | None = None
-    """Store maps channels-last: faster on CPUs, coarser rounding. null: true except on GPUs in float32."""
+    """Keep feature maps channels-last: faster on CPUs, coarser rounding. null: true except on GPUs in float32."""
     cuda_graphs: bool | None = None
     """Launch all kernels of a student step on a GPU together; null: if a call has little work. Untried on GPUs."""
     deterministic: bool = False
@@ -877,7 +878,7 @@ class ClusterConfig(WorkerShape):
         return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})
 
     def given_gpus(self, amount: float) -> ClusterConfig:
-        """Copy in which `gpus_per_worker`, here and in `light`, is `amount` where it is null."""
+        """Copy in which `gpus_per_worker`, in this section and in `light`, is `amount` if it was null."""
         light = self.light
         if light is not None and light.gpus_per_worker is None:
             light = light.model_copy(update={"gpus_per_worker": amount})

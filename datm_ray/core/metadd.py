@@ -36,11 +36,12 @@ from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
 
 IMAGES_AT_A_TIME = 10
-"""Default number of images that MetaDD's networks process at a time, which bounds the memory of their graphs."""
+"""Default number of images that MetaDD's networks process at a time. It bounds the memory of the autograd graphs."""
 
 
 ROUNDING = 16
-"""A map is constant if its values differ by at most this many machine epsilons times its largest magnitude."""
+"""A class activation map counts as constant if its values differ by at most this many machine epsilons times its
+largest magnitude."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class MetaLoss:
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio in [0, 1], reported only: number of pixels where the maps of all networks reach
-    `metadd.threshold`, divided by the number where any map does."""
+    """Meta-feature ratio in [0, 1], a mean over images, for reports only: the number of pixels where the scaled maps of
+    all networks reach `metadd.threshold`, divided by the number where any map does."""
 
     def values(self) -> Tensor:
         """Loss, its three terms and the ratio as one vector [5] without derivatives, in the order of the fields."""
@@ -113,8 +114,8 @@ class MetaDD:
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
         """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
 
-        This object must hold all networks. Their graphs are kept for all images; `gradient` needs less memory, because
-        it keeps them for one part of the images only.
+        This object must hold all networks. Their autograd graphs are kept for all images. `gradient` needs less memory,
+        because it keeps graphs for one part of the images at a time.
 
         Raises:
             ConfigError: a network has no logits, no feature maps of more than one position, or too few classes for a
@@ -140,7 +141,7 @@ class MetaDD:
     ) -> tuple[MetaLoss, Tensor]:
         """Compute the loss and its gradient with respect to the images [b c h w], one part of the images at a time.
 
-        Each network processes each part once. The graphs of all networks held here are kept for one part only.
+        Each network processes each part once. Autograd graphs of the networks held here are kept for one part only.
 
         Args:
             images: [b c h w]; b may be 0.
@@ -148,11 +149,11 @@ class MetaDD:
             networks: number of networks in all processes; `None` for the number held here.
             classes: number of classes of the networks; every label must be smaller. Required if no network is held
                 here. With 0 the largest label is read instead, for which the CPU waits for a GPU.
-            over: number by which sums over images are divided, if `images` are only some of them; `None` for b.
+            over: number of images over which each mean is taken, if `images` are only some of these; `None` for b.
             chunk: number of images per part.
-            augmentations: [b] augmentation of one sample for each image. The networks see the augmented images. The
-                gradient is with respect to the images before augmentation. Empty for none.
-            all_sum: sum over the processes that hold the other networks.
+            augmentations: [b] augmentation of each image. The networks see the augmented images. The gradient is with
+                respect to the images before augmentation. Empty for none.
+            all_sum: adds a tensor over all processes that take part, this one included.
 
         Returns:
             The loss without derivatives, the same in each process, and the part [b c h w] of the gradient that goes
@@ -186,7 +187,9 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> Evidence:
-        """Compute the maps [m b h w] and logits [m b k] of all m networks in all processes, without derivatives.
+        """Compute the class activation maps [m b h w] and logits [m b k] of all m networks, without derivatives.
+
+        Each process computes those of the networks that it holds, and gets those of all.
 
         Args:
             images: [b c h w] images.
@@ -194,7 +197,7 @@ class MetaDD:
             networks: m; `None` for the number held here.
             classes: k; required if no network is held here. With 0 the CPU waits for a GPU to read the labels.
             chunk: number of images that the networks process at a time.
-            all_sum: sum over the processes that hold the other networks.
+            all_sum: adds a tensor over all processes that take part, this one included.
 
         Raises:
             ConfigError: a network held here lacks logits, feature maps of more than one position, or enough classes.
@@ -208,16 +211,16 @@ class MetaDD:
 
 
 def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-    """Gather the maps [m b h w] and logits [m b k] of all m networks from all processes.
+    """Gather the class activation maps [m b h w] and logits [m b k] of all m networks from all processes.
 
     Only the entries of networks that this process holds keep derivatives.
 
     Args:
         here: index of a network that this process holds -> maps and logits of this network.
-        images: [b c h w] the images.
+        images: [b c h w] images that the networks have processed.
         networks: m, the number of networks in all processes.
         classes: k; 0 reads k from the networks held here.
-        all_sum: sum over the processes that hold the other networks.
+        all_sum: adds a tensor over all processes that take part, this one included.
     """
     _require_one_label_set([one.logits for one in here.values()])
     classes = classes or next(iter(here.values())).logits.shape[1]
@@ -264,7 +267,7 @@ def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> Meta
     """Compute MetaDD's loss for images of the classes `labels` [b].
 
     Args:
-        shared: maps [m b h w] and logits [m b k] of all m networks for the images, the backbone first.
+        shared: class activation maps [m b h w] and logits [m b k] of all m networks, the backbone first.
         options: section `metadd` of a recipe.
     """
     scaled = scaled_maps(shared.maps)
@@ -277,7 +280,7 @@ def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> Meta
 
 
 def scaled_maps(maps: Tensor) -> Tensor:
-    """Scale each of the maps [.. h w] so that its lowest value is 0 and its highest 1. A constant map becomes 0."""
+    """Scale class activation maps [.. h w], each to lowest value 0 and highest 1. A constant map becomes 0."""
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     # Resizing a constant map leaves rounding errors, which are no evidence.
     varies = highest - lowest > ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
@@ -292,7 +295,7 @@ def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
 
     Args:
         scaled: [m b h w] class activation maps, scaled to [0, 1].
-        threshold: value from which a map counts as reaching it.
+        threshold: smallest scaled value, inclusive, at which a pixel shows the class.
     """
     reached = scaled >= threshold
     shared, any_ = reached.all(dim=0), reached.any(dim=0)
@@ -318,7 +321,7 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 def _standardised(logits: Tensor) -> Tensor:
     """Shift and scale the logits [m b k] of m networks to mean 0 and variance 1 over the classes.
 
-    So all networks count equally, whatever the scale of their logits is.
+    So the variance over the networks does not depend on the scale of each network's logits.
     """
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
@@ -329,12 +332,12 @@ def _values_of(one: Evidence) -> Evidence:
 
 
 def _with(values: Tensor, index: int, own: Tensor) -> Tensor:
-    """Copy `values` [m ..], with the entry of one network replaced by `own`, which keeps its derivatives."""
+    """Copy `values` [m ..] of m networks, with entry `index` replaced by `own`, which keeps its derivatives."""
     return torch.cat([values[:index], own[None], values[index + 1 :]])
 
 
 def _largest(labels: Tensor) -> int:
-    """Largest label; -1 if there are no labels. If the labels are on a GPU, the CPU waits for it."""
+    """Largest of the labels, or -1 without any. If the labels are on a GPU, the CPU waits for the GPU."""
     return int(labels.max()) if len(labels) else -1
 
 

@@ -44,14 +44,14 @@ KEPT_MAPS = 2
 """Peak memory of a micro-batch in a decoder's forward and backward pass, as a multiple of the bytes that its layers
 write in one forward pass."""
 INVERSION_RATE = 0.1
-"""Learning rate of Adam at the start of an inversion, which searches latents for given images. It falls along a cosine
-to 0."""
+"""Learning rate of Adam at the start of an inversion, which searches latents for given images. The rate falls along a
+cosine to 0."""
 MIDDLE = 0.5
 """Value of a pixel halfway between black (0) and white (1), which decoders add to their output."""
 
 
 def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) of halvings + 1 maps: `size`, then each half of the one before, rounded up."""
+    """Sizes (height, width): `size`, then `halvings` more, each half of the size before, rounded up."""
     sizes = [size]
     for _ in range(halvings):
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -68,7 +68,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Decoder(nn.Module):
-    """Convolutional decoder from latents [n l a b] to pixels [n c h w], 0 for black and 1 for white, unbounded."""
+    """Convolutional decoder from latents [n l a b] to pixels [n c h w], 0 for black and 1 for white, not clamped."""
 
     def __init__(self, image: tuple[int, int, int], settings: PriorConfig) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Autoencoder(nn.Module):
 
 @contextmanager
 def _drawn_from(seed: int) -> Iterator[None]:
-    """Context in which new modules draw their parameters from the seed of a run alone."""
+    """Context in which the parameters that new modules draw depend on the seed of a run alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Purpose.PRIOR))
         yield
@@ -164,14 +164,16 @@ def micro_batch(cost: ImageCost) -> int:
     The number is the same on every machine.
 
     Args:
-        cost: cost of one image in the decoder.
+        cost: cost of the forward pass of one image's latents through the decoder.
     """
     return max(1, MICRO_BATCH_BYTES // (KEPT_MAPS * cost.maps))
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Decoder as a distillation uses it: maps latents to normalised images, and differentiates this map."""
+    """Decoder as a distillation uses it: makes normalised images from latents, and turns their gradients into gradients
+    with respect to the latents.
+    """
 
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
@@ -183,8 +185,8 @@ class Prior:
         """Make a prior from two modules, which are frozen and put into evaluation mode.
 
         Args:
-            decoder: maps latents to pixels, 0 for black and 1 for white.
-            normaliser: maps pixels to normalised images.
+            decoder: makes pixels, 0 for black and 1 for white, from latents.
+            normaliser: makes normalised images from pixels.
             chunk: number of images in a micro-batch: images that pass through the decoder together.
         """
         return cls(nn.Sequential(decoder, normaliser).eval().requires_grad_(False), chunk)
@@ -211,7 +213,7 @@ class Prior:
         return torch.cat(found)
 
     def push_forward(self, latents: Tensor, direction: Tensor) -> Tensor:
-        """First-order change [n c h w] of the images if the latents move by `direction` [n l a b]."""
+        """First-order change [n c h w] of the normalised images if the latents change by `direction` [n l a b]."""
         found = []
         for part, along in zip(latents.split(self.chunk), direction.split(self.chunk), strict=True):
             inner = part.detach().requires_grad_()
@@ -224,7 +226,7 @@ class Prior:
     def invert(self, images: Tensor, latents: Tensor, steps: int) -> Steps[Tensor]:
         """Find latents [n l a b] whose images are near the given images, by Adam on the squared error of the images.
 
-        Yields after each step of each micro-batch, and returns the latents.
+        Yields `None` after each of Adam's steps, and returns the latents at the end.
 
         Args:
             images: [n c h w] normalised images.
@@ -245,9 +247,9 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw random latents of a whole set: independent standard normal numbers.
+    """Draw random latents of a whole synthetic set: independent standard normal numbers of the shape (n, l, a, b).
 
-    An inversion, which searches latents for given images, starts from them. `shape` is (n, l, a, b).
+    An inversion, which searches latents for given images, starts from them. `seed` is the run's.
     """
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
@@ -282,7 +284,7 @@ def train_autoencoder(
     """Train an autoencoder from `state.epoch` to the last epoch, and update `state` in place.
 
     Yields the epoch's mean squared error of pixels after its last step, and `None` after every other step. The learning
-    rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
+    rate falls along a cosine to 0. A training resumed after any epoch gives the same numbers.
 
     Args:
         network: architecture; its own parameters are not read.

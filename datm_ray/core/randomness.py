@@ -19,7 +19,7 @@ Drawn = TypeVar("Drawn")
 
 
 class Purpose(IntEnum):
-    """Purposes of random streams. The values decide a run's results: append new ones, never change old ones."""
+    """Purposes of random streams. The values decide the random numbers: append new purposes, never change old ones."""
 
     INITIAL_PARAMETERS = 1
     TRAINING_ORDER = 2
@@ -49,7 +49,7 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
-    """Make a new generator for one purpose and one set of counters.
+    """Make a new random generator whose numbers depend on the seed, the purpose and the counters alone.
 
     Args:
         seed: seed of the run, the expert or the evaluation, in [0, 2**64).
@@ -66,14 +66,14 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
 
 
 def _words(counters: tuple[int, ...]) -> list[int]:
-    """Philox's counter of four words: word 0 numbers a stream's blocks, words 1 to 3 are `counters`, last first."""
+    """Philox's initial counter, four 64-bit words: 0, then `counters`, the last one first, filled up with zeros."""
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
     return [0, *reversed(counters)] + [0] * (3 - len(counters))
 
 
 class _Kept(threading.local):
-    """Generator that a thread keeps for its next call of `drawn`. `None` before the first call and during a call."""
+    """Random generator that a thread keeps between calls of `drawn`; `None` before the first and during each call."""
 
     random: np.random.Generator | None = None
 
@@ -82,9 +82,9 @@ _kept = _Kept()
 
 
 def drawn(draw: Callable[[np.random.Generator], Drawn], seed: int, purpose: Purpose, *counters: int) -> Drawn:
-    """Call `draw` with the generator for one purpose and set of counters, and return its result.
+    """Call `draw` with a random generator for this seed, purpose and counters, and return the result of `draw`.
 
-    The numbers are those that `generator` would give for the same arguments. To save time, each thread keeps a
+    The random numbers are those that `generator` would give for the same arguments. To save time, each thread keeps a
     generator and sets its state anew in every call. So `draw` must not keep the generator after it returns. It may
     itself call `drawn`. More than three counters raise a `ValueError`.
     """
@@ -104,5 +104,8 @@ def drawn(draw: Callable[[np.random.Generator], Drawn], seed: int, purpose: Purp
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
-    """Derive a seed in [0, 2**63), such as that of expert 7. More than three counters raise a `ValueError`."""
+    """Derive a seed in [0, 2**63), such as expert 7's, from another seed, a purpose and up to three counters.
+
+    More than three counters raise a `ValueError`.
+    """
     return drawn(lambda random: int(random.integers(2**63)), seed, purpose, *counters)

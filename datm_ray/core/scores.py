@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 
 WEIGHT = 0.5
-"""DD-Ranking's weight of its scores' first parts: of IOR in LRS (w), and of augmented accuracies in ARS (g)."""
+"""DD-Ranking's weight w of the improvement over random (IOR) in the label-robust score, and weight g of accuracies with
+augmentation in the augmentation-robust score."""
 
 
 def label_robust(*, real_hard: float, distilled_hard: float, distilled: float, random_soft: float) -> dict[str, float]:
@@ -48,8 +49,8 @@ def augmentation_robust(
     """Compute the augmentation-robust score from accuracies with soft labels.
 
     Returns two numbers by name. "ARS" is the score in [0, 1]; higher is better. "beta" is the number in [-1, 1] from
-    which the score follows: the accuracy of the set minus that of random images, as a weighted mean with and without
-    augmentation.
+    which the score follows: the accuracy of the set minus that of random images, averaged over training with and
+    without augmentation.
 
     Args:
         distilled, random: accuracies of distilled and of random real images with augmentation, in [0, 1].

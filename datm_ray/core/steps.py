@@ -14,10 +14,10 @@ Steps: TypeAlias = Generator[None, None, Result]
 
 
 class Work(Generic[Result]):
-    """Iterable that does a work in steps: one item, `None`, for each pause. It can be iterated over once.
+    """Iterable over a `Steps` generator that keeps what the generator returns. It can be iterated over once.
 
     Attributes:
-        result: the work's result; exists only after the last item.
+        result: value that the generator returned; exists only after the last item.
     """
 
     result: Result
@@ -26,12 +26,12 @@ class Work(Generic[Result]):
         self._steps = steps
 
     def __iter__(self) -> Iterator[None]:
-        """Do the work, and yield `None` at each of its pauses."""
+        """Run the generator to its end, and yield `None` at each of its pauses."""
         self.result = yield from self._steps
 
 
 def result_of(steps: Steps[Result]) -> Result:
-    """Do a work in steps without pausing, and return its result."""
+    """Run a `Steps` generator to its end without pausing, and return its result."""
     work = Work(steps)
     for _ in work:
         pass
@@ -39,7 +39,7 @@ def result_of(steps: Steps[Result]) -> Result:
 
 
 def all_of(works: Iterable[Steps[Result]]) -> Steps[list[Result]]:
-    """Join several works into one that does them in turn, with all their pauses. Its result is the list of results."""
+    """Join `Steps` generators into one that runs them in turn, with all their pauses, and returns their results."""
     found: list[Result] = []
     for work in works:
         found += [(yield from work)]
@@ -47,6 +47,6 @@ def all_of(works: Iterable[Steps[Result]]) -> Steps[list[Result]]:
 
 
 def finished(result: Result) -> Steps[Result]:
-    """Make a work in steps whose result is already known. It pauses once, before it returns `result`."""
+    """Make a `Steps` generator whose result is already known. It pauses once, then returns `result`."""
     yield
     return result

@@ -18,11 +18,12 @@ from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.steps import Steps
 
 AllSum = Callable[[Tensor], Tensor]
-"""Function that adds a tensor over all class shards (workers with some of the classes). Every shard gets the sum."""
+"""Function that adds a tensor over all workers that share a computation, such as the class shards (workers with some of
+the classes). Every worker gets the sum."""
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """Return the tensor: the `AllSum` of a process that holds every class."""
+    """Return the tensor itself: the `AllSum` of a process that shares its computation with no other."""
     return tensor
 
 
@@ -38,7 +39,7 @@ class Rows:
 
     @classmethod
     def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Rows of the classes of shard number `shard`, from 0, in a set with `ipc` images per class.
+        """Images of class shard number `shard`, from 0, in a set with `ipc` images per class.
 
         The classes 0 to `classes` - 1 are divided among `shards` shards in order. If they cannot be divided equally,
         the first shards have one class more.
@@ -47,7 +48,7 @@ class Rows:
         return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
 
     def classes(self, ipc: int) -> range:
-        """Classes of the images in the rows, in a set with `ipc` images per class."""
+        """Classes of the images that `Rows` covers, in a set with `ipc` images per class."""
         return range(self.first // ipc, self.last // ipc)
 
 
@@ -60,7 +61,8 @@ class SyntheticSet:
     soft_labels: Tensor
     """[n k] soft labels of the images as logits; a student is trained towards their softmax."""
     step_sizes: Tensor
-    """[a] step size of the student's SGD for each backbone (network whose experts are matched)."""
+    """[a] step size of SGD for each backbone. Trajectory methods learn one for each network whose experts are matched;
+    other methods hold a given one."""
     labels: Tensor
     """[n] int64 class of each image; not learned."""
     latents: Tensor | None = None
@@ -69,7 +71,7 @@ class SyntheticSet:
 
     @property
     def step_size(self) -> Tensor:
-        """[] step size of the first backbone. Scored networks that are no backbone try this step size first."""
+        """[] step size of the first backbone, also used to train networks of other architectures than the backbones."""
         return self.step_sizes[0]
 
     def variable(self, name: str) -> Tensor:
@@ -96,7 +98,7 @@ class SyntheticSet:
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
-    """Draw `ipc` images of each class, without repetition. Returns their indices in the order of the classes.
+    """Draw `ipc` real images of each class, without repetition. Returns their indices in the order of the classes.
 
     `labels` are the classes [n] of the real training images, at least `ipc` of each class.
     """
@@ -122,17 +124,17 @@ def correct_rows_in_steps(
     predict: Callable[[int, NDArray[np.int64]], Steps[NDArray[np.int64]]],
     classes: range,
 ) -> Steps[NDArray[np.int64]]:
-    """Choose `ipc` images of each class that an expert classifies correctly. Returns indices in the order of classes.
+    """Choose `ipc` real images of each class that experts classify correctly. Returns indices in the order of classes.
 
-    Images are taken in shuffled order, as published. The first ones are images that expert 0 classifies correctly. A
-    class with too few of them gets images that expert 1 classifies correctly, and so on. A class with too few after all
-    experts is filled with its other images.
+    Images are taken in shuffled order, as published, first those that expert 0 classifies correctly. A class with too
+    few of them gets images that expert 1 classifies correctly, and so on. A class with too few after all experts is
+    filled with its other images.
 
     Args:
         labels: [n] classes of the real training images, at least `ipc` of each class.
         experts: number of experts to use at most.
-        predict: function (expert, indices) -> work that finds the classes which the expert predicts for these images.
-            It is called for at most 2 `ipc` images of a class at a time, until the class has enough.
+        predict: function (expert, indices) -> `Steps` generator that returns the classes which the expert predicts for
+            these images. It is called for at most 2 `ipc` images of a class at a time, until the class has enough.
         classes: classes to choose images for.
     """
     shuffled = _shuffled_by_class(labels, seed)
@@ -168,10 +170,10 @@ def hard_logits(labels: Tensor, classes: int) -> Tensor:
 def mean_correct_in_steps(logits: Iterable[Steps[Tensor]], labels: Tensor) -> Steps[Tensor]:
     """Compute soft labels [n k] as logits: for each image, the mean logits of the experts that classify it correctly.
 
-    An image that no expert classifies correctly gets the mean over all experts. Randomly chosen images may need this.
+    An image that no expert classifies correctly, as a randomly chosen one may be, gets the mean over all experts.
 
     Args:
-        logits: for each expert, the work that computes its logits [n k].
+        logits: for each expert, a `Steps` generator that computes the expert's logits [n k].
         labels: [n] true classes.
     """
     zero = torch.zeros((), device=labels.device)

@@ -1,8 +1,8 @@
 """Real images: their sources, how they are split, and how their pixels are normalised.
 
-`load_raw` turns a named source into three sets of uint8 images, and `prepare` normalises them. Every distilled set is
-stored with the `Transform` of its images, because whitened images mean nothing without it. No module here trains,
-distributes or keeps state.
+`load_raw` reads a named source as training, validation and test images in uint8, and `prepare` normalises them. Every
+distilled set is stored with its images' `Transform` or that transform's fingerprint, because whitened images mean
+nothing without the transform. No module here trains, distributes or keeps state.
 """
 
 import datm_ray.data.reading.readers  # noqa: F401 -- registers the built-in sources

@@ -20,7 +20,7 @@ from datm_ray.data.transform import Kind, Statistics, Transform, fit_transform
 _CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
 _CHUNK_BYTES = 1 << 27
 FITTED = 2000
-"""Largest number of streamed images that a transform is fitted on."""
+"""Largest number of images that a transform is fitted on, if the images are streamed: decoded again at each use."""
 _LARGE = 1 << 27  # bytes of a transform that takes more than some seconds to apply
 
 
@@ -38,7 +38,7 @@ class Dataset:
     test_labels: NDArray[np.int64]
     transform: Transform
     fingerprint: str
-    """Fingerprint of the raw data set. The transform has another fingerprint."""
+    """`RawDataset.fingerprint` of the data set before normalisation. The transform's fingerprint is not part of it."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -59,7 +59,7 @@ class Dataset:
         return len(self.class_names)
 
     def read_by(self, threads: int) -> Dataset:
-        """Copy whose streamed images are read by `threads` threads, same bits. Itself if no image is streamed."""
+        """Copy that decodes streamed images in `threads` threads, bit-identically; `self` if no image is streamed."""
         if not isinstance(self.train_images, StreamedImages):
             return self
         train, validation, test = (
@@ -73,8 +73,8 @@ def prepare(raw: RawDataset, transform: Transform, *, say: Say = silent) -> Data
     """Normalise the training, validation and test images.
 
     To use stored experts or a distilled set, pass their transform: images whitened by two transforms cannot be
-    compared. The result holds one float32 copy of each set; little other memory is used. Streamed images are normalised
-    whenever they are read.
+    compared. The result holds float32 copies of all images; little other memory is used. Streamed images are not
+    copied: they are normalised whenever they are read.
 
     Args:
         raw: images before normalisation.
@@ -112,7 +112,7 @@ def transform_of(
         raw: images before normalisation.
         kind: kind of normalisation, "zca" or "standard".
         given: means and standard deviations of the channels for "standard"; `None` computes them.
-        device: torch device that fits.
+        device: torch device that decomposes the covariance, for "zca".
         say: shows lines about work that takes more than some seconds.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Computations that take minutes: a line every 30 seconds reports progress, and Ctrl-C ends them at once.
+"""Computations that take minutes: a line every 30 seconds reports progress, and Ctrl-C ends them in about a second.
 
 Tests: tests/data/test_patience.py.
 """
@@ -57,7 +57,7 @@ for each in found or numpy.linalg.eigh(matrix):
 
 
 def silent(text: str) -> None:
-    """Show nothing."""
+    """Ignore the text: a `Say` for callers that want no lines."""
 
 
 class Lines:
@@ -74,7 +74,7 @@ class Lines:
 
 
 def slabs(rows: int, multiplications: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix product. Each is computed in at most a second, so that Ctrl-C is answered soon.
+    """Divide the rows of a matrix product into slices that take at most a second each, so that Ctrl-C works soon.
 
     Args:
         rows: number of rows of the product.
@@ -97,7 +97,7 @@ def eigenpairs(matrix: Matrix, note: Say = silent, device: str = "cpu") -> tuple
         note: called about every second with a progress note.
 
     Raises:
-        DatasetError: the process has died.
+        DatasetError: the process that decomposes a large matrix has died.
     """
     size = len(matrix)
     if size <= _HERE:  # also for a GPU, where starting a process would take longer

@@ -36,14 +36,14 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """Set of copies of the images at these indices. Streamed images stay in their files."""
+        """Copy the images and labels at these indices to another `ImageSet`. Streamed images stay in their files."""
         images = self.images.take(indices) if isinstance(self.images, StreamedPixels) else self.images[indices]
         return ImageSet(images, self.labels[indices])
 
 
 @dataclass(frozen=True)
 class Request:
-    """Options for reading a source."""
+    """Options for reading a data source: where its images are, and how they are decoded."""
 
     path: str | None
     """File or folder of the images, as the source defines it; `None` for the source's default."""
@@ -92,7 +92,7 @@ class RawDataset(Loaded):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return self.train.images.shape[2], self.train.images.shape[3]
 
     @property
@@ -150,8 +150,8 @@ def load_raw(
 
     Raises:
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.
-        MissingImagesError: this DatasetError means that `folder`, `parquet` or `tiny-imagenet` has no files at `path`,
-            or that `path` is an address such as s3://bucket/birds.
+        MissingImagesError: this DatasetError means that `path` is an address such as s3://bucket/birds; that nothing
+            exists there, for `folder`, `parquet` and `tiny-imagenet`; or that `folder` or `parquet` has no `path`.
     """
     _check_options(source, resize, validation, streamed)
     require_disk(path)

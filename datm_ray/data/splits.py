@@ -55,7 +55,7 @@ def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str])
 
 
 class Stream(IntEnum):
-    """Seed of the random keys by which a split chooses the images to hold out. Changing it would change data sets."""
+    """Seed of the random keys by which a split chooses test or validation images; other seeds would split otherwise."""
 
     TEST = 1
     VALIDATION = 2

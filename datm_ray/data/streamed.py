@@ -16,7 +16,7 @@ from datm_ray.data.reading.decode import Encoded, decode_rows, in_parallel
 from datm_ray.data.transform import Transform
 
 Rows = NDArray[np.int64] | slice
-"""Row numbers, in any order, or a slice of them."""
+"""What streamed images are indexed by: numbers of images, in any order, or a slice."""
 NORMALISED = 4
 """Number of images that are normalised in one call, small enough for a CPU's cache. On one core, with images of
 224x224 pixels, calls with 4 images took a third of the time per image that calls with 184 images took
@@ -67,7 +67,7 @@ class StreamedImages:
 
     pixels: StreamedPixels
     levels: int
-    """Pixel value that means 1.0."""
+    """Value of a uint8 pixel that means 1.0, such as 255."""
     transform: Transform
 
     @property

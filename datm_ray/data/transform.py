@@ -132,8 +132,9 @@ class Transform:
     mean: Floats
     """Mean [d], d = c * h * w, for `zca`; [c] for `standard`; in units of [0, 1] pixels."""
     fingerprint: str
-    """16 hex digits that depend on the kind, eps and the exact statistics of the images that were fitted; or on the
-    image shape and the statistics, if these were given."""
+    """16 hex digits that depend on the kind, `eps` (for `zca`) and exact statistics of the images that were fitted.
+
+    If the statistics were given, the digits depend on them and the image shape."""
     std: Floats | None = None
     """Standard deviations [c] for `standard`; `None` for `zca`."""
     vectors: Floats | None = None
@@ -141,9 +142,9 @@ class Transform:
 
     r is d, or the number of directions in which the images differ, if there are fewer images than values."""
     values: Doubles | None = None
-    """Eigenvalues [r], all >= 0; `None` if there are no vectors."""
+    """Eigenvalues [r] of the covariance, all >= 0; `None` if `vectors` is `None`."""
     eps: float = PUBLISHED_EPS
-    """Number added to every eigenvalue; unused if there are no vectors."""
+    """Number above 0 that is added to every eigenvalue before whitening; unused if `vectors` is `None`."""
     stored_matrix: Floats | None = None
     """Whitening matrix [d d] from a file of an earlier version, which has no eigenvectors; otherwise `None`."""
 
@@ -184,7 +185,7 @@ class Transform:
 
     @cached_property
     def matrix(self) -> Floats:
-        """Symmetric whitening matrix [d d] of `zca`; `standard` has none."""
+        """Symmetric whitening matrix [d d] of `zca`. Raises AssertionError for `standard`, which has none."""
         if self.stored_matrix is not None:
             return self.stored_matrix
         if not self._spans_less:
@@ -225,7 +226,7 @@ class Transform:
             place: name of the file or object that holds the arrays, for messages.
 
         Raises:
-            CorruptFileError: a part is missing, has a wrong shape or is no number.
+            CorruptFileError: an array or a metadata entry is missing, or has an impossible shape or value.
         """
         unusable = partial(_unusable, place)
         try:
@@ -309,7 +310,7 @@ class Transform:
         return self.vectors is not None and self.vectors.shape[0] > self.vectors.shape[1]
 
     def _factor(self, *, inverse: bool) -> tuple[Matrix, float]:
-        """F [d r] and b of the whitening matrix W = b I - F F^T; with `inverse`, of its inverse b I + F F^T."""
+        """F [d r] and b of the whitening matrix W = b I - F F^T; with `inverse`, those of W^-1 = b I + F F^T."""
         assert self.vectors is not None
         rest = math.sqrt(self.eps) if inverse else 1 / math.sqrt(self.eps)
         lengths = self._deviations - rest if inverse else rest - 1 / self._deviations
@@ -415,7 +416,7 @@ def _shared(array: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class FitCost:
-    """Memory, time and disk space for fitting a transform, besides the images."""
+    """Estimated memory, time and disk space for fitting a transform, without the memory of the images."""
 
     kind: Kind
     shape: tuple[int, int, int]
@@ -423,7 +424,7 @@ class FitCost:
     size: int = 0
     """Peak memory in bytes; 0 for `standard`, which takes almost nothing."""
     minutes: float = 0.0
-    """Minutes on two CPU cores. A GPU is faster."""
+    """Estimated minutes on two CPU cores; a GPU is faster. 0 for `standard`."""
     stored: int = 0
     """Size of the fitted transform on disk, in bytes."""
 
@@ -474,10 +475,10 @@ def _is_smaller(images: int, values: int) -> bool:
 
 
 def fitted_elsewhere(name: str, images: str) -> str:
-    """Text of a warning: a set was made with a transform that was fitted on other images than the one now in use.
+    """Text of a warning: a distilled set's transform was fitted on other images than the transform now in use.
 
     Args:
-        name: name of the set.
+        name: name of the distilled set.
         images: images that the transform in use was fitted on, such as "these 100 images".
     """
     return (

@@ -1,1 +1,1 @@
-"""Files of other programs: expert trajectories (MTT's replay buffers), trained classifiers, sets, and torch files."""
+"""Files of other programs: MTT's expert trajectories, trained classifiers, synthetic sets, and torch files."""

@@ -1,4 +1,4 @@
-"""Accuracy of an imported network on test images. If it is low, normalisation or order of classes may be wrong."""
+"""Accuracy of an imported network on test images; if low, its normalisation or order of classes may be wrong."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Accuracy:
     """Accuracy of a network on some test images."""
 
     share: float
-    """Share of the `images` test images that are classified correctly, in [0, 1]."""
+    """Share of the measured test images that are classified correctly, in [0, 1]; their number is `images`."""
     images: int
     classes: int
 
     @property
     def is_guessing(self) -> bool:
-        """True if the accuracy is at most two standard deviations above that of random guessing."""
+        """True if the accuracy is at most two standard deviations above that of random guessing, 1 / `classes`."""
         chance = 1 / self.classes
         return self.share <= chance + 2 * math.sqrt(chance * (1 - chance) / self.images)
 
@@ -38,10 +38,10 @@ def accuracy_of(network: nn.Module, raw: RawDataset, transform: Transform, uri: 
     """Accuracy of a network on evenly spaced test images, at most `MEASURED_IMAGES`.
 
     Args:
-        network: the network.
+        network: the imported network.
         raw: data set with the test images.
-        transform: normalisation of the network's images.
-        uri: file of the network, for the error's message.
+        transform: normalisation that the network's images need.
+        uri: file that the network was imported from, for the error's message.
 
     Raises:
         CorruptFileError: a logit is not finite.

@@ -1,4 +1,4 @@
-"""Exports of synthetic sets: one file that `datm_ray.load` reads from any place, or files of other programs."""
+"""Exports of synthetic sets: to one file that `datm_ray.load` reads from anywhere, or to files of other programs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems
 
 
 def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
-    """Write the set in one of the formats of `EXPORTS`. Returns the names of the files written, within `out`.
+    """Write a synthetic set in one of the formats of `EXPORTS`. Returns the written files' paths relative to `out`.
 
     Args:
-        artifact: the set.
+        artifact: the synthetic set.
         kind: "png" (one folder per class), "parquet" (Hugging Face layout, soft labels as probabilities), "pt" (the
             three files that DATM's evaluation script reads, soft labels as logits), "arrow" or "safetensors" (one file
             with everything, which `load` reads; the transform is included, unless the set leaves it out).
@@ -186,7 +186,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def class_folders(class_names: tuple[str, ...]) -> list[str]:
-    """Folder name of each class, in the order of the classes.
+    """Name of the folder that an export makes for each class's images, in the order of the classes.
 
     Characters other than letters, digits, "-", "_" and blanks become "_", and long names are cut. Names that would then
     be equal, ignoring upper and lower case, get the number of their class as an ending.

@@ -22,7 +22,7 @@ from datm_ray.core.networks.parameters import float_buffers
 _IN_INVERTED = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
 """Name of a module in the branch of an `InvertedResidual` -> its name in a block of timm's MobileNetV2."""
 _IN_FIRST_INVERTED = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
-"""Table like `_IN_INVERTED` for the network's first `InvertedResidual`, which does not widen its maps."""
+"""Table like `_IN_INVERTED` for the network's first `InvertedResidual`, which has no widening 1x1 convolution."""
 _IN_TRANSFORMER = {
     **{"attention.0": "norm1", "attention.1.projection": "attn.qkv", "attention.1.output": "attn.proj"},
     **{"perceptron.0": "norm2", "perceptron.1": "mlp.fc1", "perceptron.3": "mlp.fc2"},
@@ -31,9 +31,9 @@ _IN_TRANSFORMER = {
 
 
 def torchvision_names(network: nn.Module) -> dict[str, str]:
-    """Name of every parameter and float buffer in this package -> in torchvision, for ResNets and MobileNetV2.
+    """Name of every parameter and float buffer of a network -> its name in torchvision, for ResNets and MobileNetV2.
 
-    Names of other networks are mapped to themselves.
+    Names in other networks are mapped to themselves.
     """
     layers = _layers(network)
     parts = _resnet_parts(layers)
@@ -44,9 +44,9 @@ def torchvision_names(network: nn.Module) -> dict[str, str]:
 
 
 def timm_names(network: nn.Module) -> dict[str, str]:
-    """Name of every parameter and float buffer in this package -> in timm, for ResNets, MobileNetV2 and vit-small.
+    """Name of every parameter and float buffer of a network -> its name in timm, for ResNets, MobileNetV2, vit-small.
 
-    Names of other networks are mapped to themselves. ResNets have the same names in timm as in torchvision. In timm,
+    Names in other networks are mapped to themselves. ResNets have the same names in timm as in torchvision. In timm,
     vit-small is the variant without a class token.
     """
     layers = _layers(network)

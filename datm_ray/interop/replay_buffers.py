@@ -10,8 +10,8 @@ here by 1.
 A buffer does not name its data set, network or number of epochs; a recipe gives them. Nor does it hold the transform of
 its experts' images. Imported experts are stored with the transform of the recipe's data set. If they were trained under
 another transform (other whitening, or fitted on images that are validation data here), synthetic images match them less
-well. So the last epoch of the first trajectory is measured on test images. An expert's info records that it was
-imported, and from which file.
+well. So the first trajectory is measured on test images, after the recipe's last epoch. An expert's info records
+that it was imported, and from which file.
 
 Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
 exported without the statistics. Files are read as data (see `interop.torch_files`): nothing in them is executed.
@@ -49,20 +49,20 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
-"""Number of experts in each published file."""
+"""Number of experts in each replay buffer that MTT's authors have published; the default of exports."""
 
 PUBLISHED_PADDING = 3
-"""Padding in pixels of the published ConvNet's first convolution for one channel; the ConvNet here pads by 1."""
+"""Padding in pixels of the first convolution of MTT's ConvNet for images of one channel; the ConvNet here pads by 1."""
 
 _Trajectory = list[list[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """Result of the import of one trajectory of a replay buffer. The store now has the trajectory."""
+    """Result of importing one trajectory of a replay buffer, which is now an expert in the store."""
 
     group: str
-    """Key of the expert group that holds the trajectory."""
+    """Key, as text, of the group of experts in which the trajectory is stored."""
 
     expert: int
     """Number, within the group, of the expert that holds the trajectory."""
@@ -71,7 +71,7 @@ class Imported:
     """True if this import stored the trajectory; False if an earlier import had stored it."""
 
     accuracy: Accuracy | None
-    """Accuracy of the last epoch on test images. Only the first trajectory is measured; `None` for the others.
+    """Accuracy on test images after the recipe's last epoch, for the first trajectory only; `None` for the others.
 
     A low accuracy means that the recipe normalises images in another way, or has another order of classes, than the
     program that trained the experts."""
@@ -82,7 +82,7 @@ class Exported:
     """Result of an export to replay buffers."""
 
     files: tuple[str, ...]
-    """Names of the written files."""
+    """Names of the written replay buffers, in the folder of the export."""
     left_out: tuple[int, ...]
     """Stored epochs that were not exported, because an earlier epoch is not stored: a buffer has no gaps.
 
@@ -95,17 +95,17 @@ class Exported:
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
-    """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
+    """Store every trajectory of the replay buffers as an expert of the recipe, under the next free numbers.
 
-    Nothing is done before the result is iterated over: each item stores a trajectory. One that was imported before is
-    recognised by its content and not stored again, so an import can be repeated. Only the epochs that the recipe keeps
-    are stored, in the format of `experts.storage`. Each file is read twice, and each time whole, so that nothing is
-    stored unless all files fit.
+    Nothing is done before the result is iterated over: each item stores a trajectory. A trajectory that was imported
+    before is recognised by its content and not stored again, so an import can be repeated. Only the epochs that the
+    recipe keeps are stored, in the format of `experts.storage`. Each file is read twice, and each time whole, so that
+    nothing is stored unless all files fit the recipe.
 
     Args:
-        files: paths or URIs of the files.
+        files: paths or URIs of the replay buffers.
         config: recipe of the experts. With several backbones, a trajectory is an expert of the first that it fits.
-        store_uri: store to write to.
+        store_uri: path or URI of the trajectory store to write to.
 
     Raises:
         CorruptFileError: a file is not a replay buffer, or its network gives logits that are not finite.
@@ -154,7 +154,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
     Args:
         group: experts to export.
         out: folder to write to.
-        per_file: experts per file.
+        per_file: number of experts in each file; the last file may have fewer.
 
     Raises:
         StoreError: the group has no experts, or the epoch 0 of an expert is not stored.
@@ -176,7 +176,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """True if the published network pads images otherwise than this package's network, so that the outputs differ.
+    """True if MTT's published network pads images otherwise than this package's, so that their outputs differ.
 
     Args:
         architecture: name of the network's architecture.
@@ -240,9 +240,9 @@ class _Network:
         return changes if other.difference(trajectory) is None else []
 
     def accuracy(self, trajectory: _Trajectory, uri: str) -> Accuracy:
-        """Accuracy of the last epoch on test images, under the transform stored for the group's experts.
+        """Accuracy on test images after the recipe's last epoch, under the transform stored for the group's experts.
 
-        If the group has no transform yet, the one of the recipe's data set is stored.
+        If the group has no transform yet, the transform of the recipe's data set is stored first.
 
         Args:
             trajectory: snapshots by epoch.
@@ -259,7 +259,7 @@ class _Network:
 
         Args:
             trajectory: snapshots by epoch.
-            origin: facts on the trajectory's file, for the expert's info.
+            origin: name of the trajectory's file and its position in it, for the expert's info.
             accuracy: accuracy on test images, for the result; `None` if it was not measured.
 
         Raises:
@@ -379,7 +379,7 @@ def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bo
 
 
 def _is_same_view(one: object, other: object) -> bool:
-    """True if both are arrays in the same memory. Their values are not compared."""
+    """True if both values are arrays that share memory, shape and type. Their numbers are not compared."""
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         return False
     return one is other or bool(one.__array_interface__ == other.__array_interface__)

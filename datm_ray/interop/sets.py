@@ -40,15 +40,15 @@ SMALLEST_PROBABILITY = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class GivenSet:
-    """A synthetic set as its files hold it, with images sorted by class."""
+    """Synthetic set that was read from files, with its images sorted by class."""
 
     uri: str
     images: NDArray[Any]
-    """[n c h w] normalised float32, or pixels in uint8."""
+    """Images [n c h w] of the set: normalised, in float32; or pixels, in uint8."""
     labels: NDArray[np.int64]
-    """[n] class of each image, ascending."""
+    """Class [n] of each image, from 0, ascending."""
     soft_labels: NDArray[np.float32] | None
-    """[n k] logits; `None` if the files give the classes of the images only."""
+    """Soft labels [n k] of the images, as logits; `None` if the files give classes only."""
     step_size: float | None
     """Learning rate learned with the set; `None` if the files hold none."""
     transform: Transform | None = None
@@ -58,7 +58,7 @@ class GivenSet:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over images, labels, step size and transform. The names of the files have no effect."""
+        """16 hex digits over images, classes, soft labels, step size and transform. Names of files have no effect."""
         digest = sha256(repr((self.step_size, self.transform and self.transform.digest)).encode())
         for array in (self.images, self.labels, *([] if self.soft_labels is None else [self.soft_labels])):
             digest.update(repr((array.dtype.str, array.shape)).encode())
@@ -66,7 +66,7 @@ class GivenSet:
         return digest.hexdigest()[:16]
 
     def images_for(self, transform: Transform) -> NDArray[np.float32]:
-        """Images [n c h w], normalised by `transform`.
+        """Images [n c h w] of the set, normalised by `transform`.
 
         Normalised images without a transform of their own, as those of other programs, are returned unchanged.
         """
@@ -119,10 +119,10 @@ class GivenSet:
 
 
 def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
-    """Read a set in any layout that this module knows.
+    """Read a synthetic set in any layout that this module lists: .pt, .arrow or .safetensors files, or image folders.
 
     Args:
-        uri: a folder or a file, as a path or URI. Folders of image files must lie on a local disk.
+        uri: a folder, a file, or a zip archive of image files, as a path or URI. Image files must lie on a local disk.
         class_names: names of the run's classes. A set of this program must have the same; in a folder of image files,
             folders are recognised by them.
 
@@ -140,7 +140,7 @@ def read_set(uri: str, class_names: Sequence[str]) -> GivenSet:
 
 
 def read_step_size(uri: str) -> float | None:
-    """Step size of a set in any layout that this module knows; `None` if the set has none.
+    """Read the step size (learning rate for training on the set) from a set's files; `None` if they hold none.
 
     Images are not read if the step size has a file of its own.
 
@@ -191,7 +191,7 @@ def _is_own(place: Location) -> bool:
 
 
 def _of_tensors(place: Location) -> GivenSet:
-    """Read a set from tensors: images<rest> at `place`, labels<rest> beside it and, for a step size, lr<rest>.
+    """Read a set from .pt files: images<rest> at `place`, labels<rest> beside it and, for a step size, lr<rest>.
 
     <rest> is the common part of the three names, such as "_best.pt".
 
@@ -244,7 +244,7 @@ def _rate_of(place: Location) -> float | None:
 
 
 def _tensor(place: Location) -> NDArray[Any]:
-    """Array of the tensor or number that `torch.save` wrote; 0-d for a number.
+    """Read the tensor or number that `torch.save` wrote to `place`, as an array; 0-d for a number.
 
     Raises:
         CorruptFileError: the file holds something else.
@@ -345,7 +345,7 @@ def _labels_and_pixels(root: Path, uri: str, class_names: Sequence[str]) -> tupl
 
     Args:
         root: the folder or archive.
-        uri: its name in messages.
+        uri: name of the folder or archive in messages.
         class_names: names of the run's classes.
 
     Raises:
@@ -367,7 +367,7 @@ def _labels_and_pixels(root: Path, uri: str, class_names: Sequence[str]) -> tupl
 
 
 def _about_the_set(failure: DatasetError) -> DatasetError:
-    """Error about a given set, made from one about a data set. Advice on `dataset` is replaced: it would not help."""
+    """Error about a given set, from an error about a data set, whose advice on keys of `dataset` would not help."""
     fact, remedy = failure.fact.replace("data set path", "given.path"), failure.remedy
     if "dataset.resize" in remedy:
         remedy = "Give images that are all as large as those of the data set, or a smaller set"
@@ -377,7 +377,7 @@ def _about_the_set(failure: DatasetError) -> DatasetError:
 
 
 def _labels_of(folders: Sequence[str], class_names: Sequence[str], uri: str) -> dict[str, int]:
-    """Folder -> label: by the names of the classes, or else by numbers from 0 on in the names of the folders.
+    """Folder -> label, found by the class's name or else by the number, from 0 on, in the folder's name.
 
     Raises:
         DatasetError: neither the names nor the numbers of the folders are those of the classes.

@@ -64,7 +64,7 @@ class _Discarded:
 
 
 _DISCARDED = ("argparse.Namespace", *(f"numpy.{core}.multiarray.scalar" for core in ("_core", "core")), "numpy.dtype")
-"""Classes and functions that a file of torch may name. `torch.load` then makes a `_Discarded` instead."""
+"""Classes and functions that a torch file may name beside tensors. `torch.load` makes a `_Discarded` for each."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class ImportedTeacher:
     group: str
     """Key (folder) of the expert group in which the network was stored."""
     expert: int
-    """Number of the expert in its group."""
+    """Number, within the group, of the expert that the network was stored as."""
     accuracy: Accuracy
-    """Accuracy on test images."""
+    """Accuracy of the classifier on test images of the recipe's data set."""
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
@@ -88,7 +88,7 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
     Args:
         file: path or URI of a state_dict, in safetensors format if the name ends in .safetensors, else torch's.
         config: recipe of the experts, with the normalisation that the classifier was trained with.
-        store_uri: store to write to.
+        store_uri: path or URI of the trajectory store to write to.
 
     Raises:
         ConfigError: the recipe trains no network, or does not give the normalisation.
@@ -128,7 +128,7 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
 
 
 def read_weights(place: Location) -> dict[str, Tensor]:
-    """Tensors of a state_dict by name, without the prefixes of torch's data parallelism and compiler.
+    """Read the tensors of a state_dict by name, without the prefixes that torch's data parallelism and compiler add.
 
     Raises:
         StoreError: the file is missing, cannot be read, or does not fit into memory.
@@ -168,7 +168,7 @@ def read_weights(place: Location) -> dict[str, Tensor]:
 
 
 def _content(content: memoryview, *, is_safetensors: bool) -> Any:
-    """Value in a file of torch or safetensors, given as bytes. Other content raises errors of many classes."""
+    """Decode `content`, the bytes of a torch or safetensors file. Other bytes raise errors of many classes."""
     if is_safetensors:
         return load_safetensors(bytes(content))
     with warnings.catch_warnings(), torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]):
@@ -219,7 +219,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 
 def _named(what: str, names: Collection[str]) -> str:
-    """Text that starts with `what` and lists a few of the names; "" if there are none."""
+    """Text that starts with `what` and lists the first three names; "" if there are none."""
     return f"{what} {listed(sorted(names), 3)}" if names else ""
 
 

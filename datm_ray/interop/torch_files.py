@@ -39,7 +39,7 @@ _MAX_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class _Global:
-    """Class or function that the pickle names. It is never looked up."""
+    """Class or function that a pickle names. It is never imported or called."""
 
     module: str
     name: str
@@ -51,7 +51,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values [count] of a storage, which several tensors may share.
+    """Values [count] of a torch storage: flat memory that several tensors may share.
 
     The class is separate from arrays, so that a damaged file cannot use a tensor as a storage.
     """
@@ -66,7 +66,7 @@ def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
 
     Args:
         location: the file.
-        integers: True to accept tensors of integers and Booleans, which become 0 and 1, besides those of floats.
+        integers: True to accept tensors of integers and of Booleans (as 0 and 1) too; False for floats alone.
 
     Raises:
         StoreError: the file is missing or cannot be read.
@@ -79,7 +79,7 @@ def read_torch_file(location: Location, *, integers: bool = False) -> Tensors:
 
 
 class _Reader:
-    """Reader of one archive. It raises ValueError if the members together have more bytes than the file."""
+    """Reader of the zip archive of `torch.save`. Raises ValueError if its members have more bytes than the file."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int, dtypes: Mapping[str, str]) -> None:
         self._archive, self._left, self._dtypes = archive, size, dtypes

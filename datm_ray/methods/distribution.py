@@ -3,9 +3,10 @@
     L = sum over classes c of | mean psi(A_c(real images of c)) - mean psi(A_c(synthetic images of c)) |^2
 
 psi, the embedding, is the classifier's input in a network with random parameters, drawn anew in every iteration. A_c is
-one operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has its own
-loss, so classes can be divided over workers without sums between them. Means are sums over images, so micro-batches are
-exact. Nearly all time goes into the embeddings of real images, which need no derivative.
+one augmentation operation of DSA, with the same parameters for all real and synthetic images of a class. Every class
+has its own loss, so classes can be divided over workers without sums between them. A mean may be added up over
+micro-batches, which changes nothing but rounding. Nearly all time goes into the embeddings of real images, which need
+no derivative.
 
 Shapes: n synthetic images of this process, m real images of a class, b images of a micro-batch, c h w image, d numbers
 of an embedding, p parameters of a network.
@@ -35,23 +36,23 @@ from datm_ray.errors import ConfigError
 
 
 def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
-    """Draw the augmentation that an iteration applies to all images of one class, with parameters for one sample.
+    """Draw the augmentation of one class in one iteration: one operation, with the same parameters for all its images.
 
     Args:
-        strategy: operations, such as "crop_flip", from which one is drawn; "" for none.
+        strategy: augmentation operations, such as "crop_flip", from which one is drawn; "" for none.
         seed: seed of the run.
         iteration: number of iterations done before this one.
-        label: the class.
+        label: number of the class.
     """
     return draw_augmentation(strategy, 1, generator(seed, Purpose.SHARED_AUGMENTATION, iteration, label))
 
 
 class EmbeddingFunctions:
-    """Embeddings of images by networks of one architecture, and their derivatives; compiled if the machine can.
+    """Functions that compute embeddings of images by networks of one architecture, and derivatives of the embeddings.
 
     Attributes:
         note: one line on why the functions are not compiled although this was asked for; "" otherwise.
-        is_compiled: True if they are compiled.
+        is_compiled: True if the functions are compiled.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class EmbeddingFunctions:
         """Prepare the functions for networks with the architecture and on the device of `network`.
 
         Args:
-            network: gives the architecture, the device and the buffers of whole numbers. Its parameters are not read.
+            network: gives the architecture, the device, and the values of its integer and boolean buffers. Its
+                parameters are not read.
             compiled: True to compile if the machine can. Only a call with new shapes compiles.
-            channels_last: True to keep maps with their channels innermost in memory.
-            precision: precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16
-                computes layers and their derivatives in bfloat16. Sums over images are in the parameters' type.
+            channels_last: True to keep images and feature maps in the memory format `torch.channels_last`.
+            precision: precision of matrix products and convolutions. tf32 rounds their factors to 10 bits, on GPUs that
+                support it. bfloat16 computes layers and their derivatives in bfloat16. Embeddings are returned in the
+                parameters' type.
         """
         self.note = compiler_problem(next(network.parameters()).device.type) if compiled else ""
         self.is_compiled = compiled and not self.note
@@ -87,14 +90,14 @@ class EmbeddingFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options in use, as plain data: precision, whether functions are compiled and, if compiling failed, why."""
+        """Options in use, as plain data: "precision", "compiled" and, if it cannot compile, "not_compiled_because"."""
         return {"precision": self._precision} | compiled_facts(self.is_compiled, self.note)
 
     def values_of(self, network: nn.Module) -> Tensor:
         """Parameters of a network, then its floating-point buffers, as one vector [p] for `forward` and `reverse`.
 
         Raises:
-            ConfigError: a buffer of whole numbers differs from that of the network given to `__init__`.
+            ConfigError: an integer or boolean buffer differs from that of the network given to `__init__`.
         """
         theirs = _whole_numbers(network)
         if any(not torch.equal(theirs[name], own) for name, own in self._fixed.items()):
@@ -117,10 +120,10 @@ class EmbeddingFunctions:
             return self._forward(values, self._arranged(images, size))[: len(images)]
 
     def reverse(self, values: Tensor, images: Tensor, direction: Tensor, size: int) -> Tensor:
-        """Derivative [b c h w], with respect to the images, of the sum over images of <direction, embedding>.
+        """Derivative [b c h w] of the sum of scalar products of embeddings and `direction` with respect to the images.
 
         Args:
-            direction: [d] vector that each embedding is multiplied by.
+            direction: [d] vector. Its scalar product with each embedding is differentiated.
             values, images, size: as for `forward`: the network, at most `size` images, and the padded size.
         """
         with tf32_products(self._precision == "tf32", values.device):
@@ -158,7 +161,7 @@ class _Embedding(nn.Module):
 
 
 def even_size(count: int, most: int) -> int:
-    """Images in a micro-batch if `count` images are divided as evenly as possible, with at most `most` in each."""
+    """Size of the largest micro-batch if `count` images are split as evenly as possible, at most `most` in each."""
     return math.ceil(count / math.ceil(count / most))
 
 
@@ -170,16 +173,16 @@ def distance_and_gradient(
     augmentations: Sequence[Augmentation],
     sizes: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss [] with one network, and its exact gradient [n c h w] with respect to the synthetic images.
+    """Compute DM's loss [] with one network, and its exact gradient [n c h w] with respect to the synthetic images.
 
-    Only one class's real images and the graph of one micro-batch are kept.
+    At any time, memory holds the real images of one class only, and the graph of one micro-batch only.
 
     Args:
         functions: functions for the network's architecture.
         values: [p] parameters and buffers of the network, from `EmbeddingFunctions.values_of`.
         synthetic: [n c h w] images, class by class, the same number of each class.
         real: for each class, its real images [m c h w].
-        augmentations: for each class, an augmentation with parameters for one sample.
+        augmentations: for each class, the augmentation of `draw_shared` that is applied to all its images.
         sizes: largest number of synthetic images, and of real images, in a micro-batch.
     """
     gradient, loss, (own, theirs) = torch.zeros_like(synthetic), synthetic.new_zeros(()), sizes
@@ -200,14 +203,14 @@ def distance_and_gradient(
 def _mean(
     functions: EmbeddingFunctions, values: Tensor, images: Tensor, augmentation: Augmentation, size: int
 ) -> Tensor:
-    """Mean embedding [d] of the images after augmentation, `size` images at a time.
+    """Mean embedding [d] of the augmented images, computed `size` images at a time.
 
-    The augmentation has parameters for one sample, and is applied to every image.
+    The augmentation has parameters for one image, and is applied with these to every image.
     """
     shown = (augment(part, repeated(augmentation, len(part))) for part in images.split(size))
     return torch.stack([functions.forward(values, part, size).sum(dim=0) for part in shown]).sum(dim=0) / len(images)
 
 
 def repeated(augmentation: Augmentation, count: int) -> Augmentation:
-    """Repeat an augmentation with parameters for one sample, so that `count` images get equal parameters."""
+    """Augmentation of `count` images that all get the parameters of `augmentation`, which has them for one image."""
     return augmentation.take(np.zeros(count, np.int64))

@@ -2,12 +2,13 @@
 
     L = CE(f(x'), y) + statistics * sum over layers l of w_l (|mean_l - m_l| + |var_l - v_l|),   x' = view(x)
 
-f is the teacher in evaluation mode. mean_l and var_l are the mean and the biased variance, over the images of a block
-and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
-squared, and w_l is 1 except in layer 1, where it is `recover.first_layer`. A view is one resized crop, flip and shift,
-the same for all images of a block. Adam follows the gradient, with a learning rate that falls along a cosine to 0.
-Pixels are kept between black and white after each step. The statistics of other networks may be used too, or in place
-of the teacher's (as in PRISM). The term is then the mean over networks of each network's sum over layers.
+f is the teacher in evaluation mode. mean_l and var_l are the mean and the biased variance of the inputs of the l-th
+batch normalisation, over pixels and the images of a block (those recovered together); m_l and v_l are its running
+statistics. Norms are not squared, and w_l is 1 except in layer 1, where it is `recover.first_layer`. A view is one
+resized crop, flip and shift, the same for all images of a block. Adam follows the gradient, with a learning rate that
+falls along a cosine to 0. Pixels are kept between black and white after each step. The statistics of other networks may
+be used too, or in place of the teacher's (as in PRISM). The term is then the mean over networks of each network's sum
+over layers.
 
 The statistics couple only the images of one block, so blocks are independent. Two options come from other papers. Crops
 may start as the whole image and shrink (CDA, arXiv 2311.18838). A recovery may have rounds: between two rounds the
@@ -43,27 +44,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DECAYS = (0.5, 0.9)
-"""Adam's decay rates of the first and of the second moment, as published."""
+"""Adam's decay rates of the first and of the second moment, as published for SRe2L."""
 TRIES = 10
-"""Number of boxes drawn for a crop if `recover.crops` is "falling", as in torchvision.
+"""Number of boxes drawn for each crop if `recover.crops` is "falling", as in torchvision's RandomResizedCrop.
 
-The first box that fits into the image is used; the whole image if none fits."""
+The crop is the first of the boxes that fits into the image, or the whole image if none fits."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Part of the images that an iteration sees: one crop, flip and shift for all images of a block."""
+    """Crop, flip and shift of one iteration, the same for all images of a block (images recovered together)."""
 
     box: tuple[float, float, float, float]
-    """Top, left, height and width of the crop, as shares of the image's sides."""
+    """Top, left, height and width of the crop, from 0 to 1: shares of the image's height or width."""
     is_flipped: bool
     shift: tuple[int, int]
-    """Pixels by which the images move down and to the right. Pixels that leave one side enter at the other."""
+    """Number of pixels by which images move down, and to the right. Pixels that leave one side enter at the other."""
 
     def of(self, images: Tensor) -> Tensor:
-        """View of images [n c h w]; differentiable in the images.
+        """Crop images [n c h w], enlarge the crops to h w, flip and shift them; differentiable in the images.
 
-        All images share one box, so the crop is a product with two matrices. This makes gradients reproducible on GPUs.
+        All images share one box, so the crop is a product with two matrices, whose gradient is reproducible on GPUs.
         """
         top, left, height, width = self.box
         rows, columns = (
@@ -76,12 +77,12 @@ class View:
 
 
 def pulled_back(seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
-    """Turn a gradient with respect to a view of images into a gradient with respect to the images.
+    """Turn a gradient with respect to views of images (see `View`) into a gradient with respect to the images.
 
     Args:
-        seen: [n c h w] the view, computed from `images`.
-        images: [n c h w] the images.
-        gradient: [n c h w] gradient with respect to the view.
+        seen: [n c h w] views, computed from `images`.
+        images: [n c h w] whole images, which require gradients.
+        gradient: [n c h w] gradient with respect to the views.
     """
     with tf32_products(False, gradient.device):
         (found,) = torch.autograd.grad(seen, images, gradient)
@@ -89,13 +90,13 @@ def pulled_back(seen: Tensor, images: Tensor, gradient: Tensor) -> Tensor:
 
 
 def crop_matrix(first: float, share: float, side: int) -> Tensor:
-    """Matrix [s s] in float64 that enlarges part of an image's side of s pixels to the whole side, bilinearly.
+    """Matrix [s s] in float64 that crops an image along one side of s pixels and enlarges the crop to s, bilinearly.
 
     The product with an image equals `resized_crop` along this side.
 
     Args:
-        first: start of the part, as a share of the side.
-        share: length of the part, as a share of the side.
+        first: start of the crop, as a share of the side.
+        share: length of the crop, as a share of the side.
         side: s, the image's height or width in pixels.
     """
     places = first * side + (torch.arange(side, dtype=torch.float64) + 0.5) * share - 0.5
@@ -128,7 +129,9 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
 
 class RecoveryLoss:
-    """Loss of images: a teacher's cross-entropy for their classes, plus the distance to networks' running statistics.
+    """SRe2L's loss of images: the teacher's cross-entropy for their classes, plus a weighted statistics term.
+
+    The term is the distance of the images' batch statistics to the running statistics of the teacher or other networks.
 
     Attributes:
         note: one line on why the gradient is not compiled although this was asked for; "" otherwise.
@@ -148,9 +151,10 @@ class RecoveryLoss:
         Args:
             network: the teacher.
             options: weights of the loss, and which networks' statistics the loss uses.
-            others: networks beside the teacher, for `statistics_of` "auxiliaries" and "all".
+            others: the run's auxiliary networks; used if `recover.statistics_of` is "auxiliaries" or "all".
             compiled: True to compile `gradient` if the machine can. The first call with new shapes compiles.
-            channels_last: True to keep maps with their channels innermost: faster on CPUs, with different rounding.
+            channels_last: True to keep images and feature maps in the memory format `torch.channels_last`, which is
+                faster on CPUs and rounds differently.
 
         Raises:
             ConfigError: a network whose statistics the loss uses has no batch normalisation with running statistics.
@@ -166,7 +170,7 @@ class RecoveryLoss:
         )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss [] of images [n c h w] of classes [n].
+        """Compute the loss [] of images [n c h w] whose class numbers are `labels` [n].
 
         Returns the loss, and its statistics term [] without the weight `recover.statistics`. Both are differentiable in
         the images.
@@ -174,9 +178,9 @@ class RecoveryLoss:
         return self._loss(images, labels, self._named)
 
     def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Differentiate the loss with respect to the images [n c h w] of classes [n].
+        """Differentiate the loss with respect to the images [n c h w], whose class numbers are `labels` [n].
 
-        Returns the gradient [n c h w], the loss [], and the loss's statistics term [] without its weight.
+        Returns the gradient [n c h w], the loss [], and its statistics term [] without the weight `recover.statistics`.
         """
         return self._function(images.contiguous(memory_format=self._format), labels, *self._named.values())
 
@@ -189,7 +193,7 @@ class RecoveryLoss:
         return gradient, *found
 
     def _loss(self, images: Tensor, labels: Tensor, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the loss as `__call__` does, with the parameters `named`: name -> values."""
+        """Compute the loss as `__call__` does, with `named`, the networks' parameters by name."""
         seen = images.contiguous(memory_format=self._format)
         logits, statistics = functional_call(self._networks, dict(named), (seen,))
         return cross_entropy(logits, labels) + self._weight * statistics, statistics
@@ -227,7 +231,8 @@ class _Networks(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the teacher's logits [n k] for images [n c h w], and the statistics term [] of the loss.
 
-        The term is the mean over networks of how far the batch's statistics are from the running ones, over all layers.
+        The term, without its weight, is the mean over networks of a sum over batch normalisations: the distance of the
+        batch's statistics to the running ones, the first layer's times `recover.first_layer`.
         """
         logits, statistics = images.new_zeros(()), list[Tensor]()
         for number, network in enumerate(self.networks):
@@ -278,9 +283,9 @@ class Recovery(Descent):
         Args:
             gradient: gradient [n c h w] with respect to the images, of the loss and of MetaDD's loss if there is one.
             loss: loss [] before the update, without MetaDD's loss; for the record.
-            statistics: term [] of statistics in the loss, without its weight; for the record.
+            statistics: statistics term [] of the loss, without its weight; for the record.
             options: learning rate, rounds, and what happens between rounds.
-            bounds: values of black and white pixels, [c 1 1] each.
+            bounds: values of a black and of a white pixel after normalisation, [c 1 1] each.
             meta: the five numbers [] of a `MetaRecord`, which is appended to MetaDD's history unless the step is
                 skipped; empty without MetaDD.
 
@@ -326,7 +331,7 @@ class Recovery(Descent):
         Args:
             gradient: gradient with respect to the pixels or latents.
             rate: learning rate of the step.
-            done: steps done in the round.
+            done: number of steps taken since Adam's moments were last reset, at the start of the round.
         """
         zero = torch.zeros_like(gradient)
         before = self.moments.get("first", zero), self.moments.get("second", zero)
@@ -334,7 +339,7 @@ class Recovery(Descent):
         return moved, dict(zip(("first", "second"), after, strict=True))
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
-        """First iteration of the current round, and first iteration after this round.
+        """Number of the first iteration of the current round, and of the first iteration after this round.
 
         The iterations are divided into `options.rounds` rounds, whose lengths differ by at most one. Each round starts
         with new moments of Adam.
@@ -343,7 +348,7 @@ class Recovery(Descent):
         return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Convert the state to named arrays for a checkpoint. Returns arrays with one row per image, and all others."""
+        """Convert the state to arrays by name, for a checkpoint: those with one row per image, then all others."""
         held, shared = super().to_arrays()
         own = {f"adam.{name}": moment for name, moment in self.moments.items()}
         own |= {} if self.first_images is None else {"first_images": self.first_images}

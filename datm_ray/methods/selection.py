@@ -1,4 +1,4 @@
-"""Scores by which real images are chosen for a set, without optimisation.
+"""Scores by which the method `select` chooses real images for a synthetic set, without optimisation.
 
     RDED (arXiv 2312.03526)          a teacher's cross-entropy for random crops; one crop per image, the lowest first
     moderate (Xia et al., 2023)      distance of an image's features to the class centre; nearest to the median first
@@ -6,7 +6,7 @@
     forgetting (Toneva et al., 2019) times that a network forgets an image, mean over networks; lowest or highest first
 
 Images are chosen class by class, so any division of the classes over workers gives the same set. A class's images are
-first put into a random order, which images with equal scores keep. No code here runs a network.
+first put into a random order, which decides between equal scores. No code here runs a network.
 
 Shapes: n real images of a class, m crops of each, k classes, d features, c h w an image, e epochs, t tiles in each
 direction. Tests: tests/methods/test_selection.py.
@@ -27,16 +27,16 @@ from datm_ray.core.randomness import Purpose, generator
 
 Scores = NDArray[np.float64]
 Work = Generator[None, None, dict[int, Scores]]
-"""Generator that pauses between scoring steps, and returns class -> scores of its images."""
+"""Type of a generator that scores images step by step, yields `None` after steps, and returns class -> scores [n]."""
 
 
 def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.int64]:
-    """Shuffle `rows`, the indices of a class's images in the data set. Draws depend on seed and class alone."""
+    """Shuffle `rows`, the indices of a class's images in the data set. The order depends on seed and class alone."""
     return generator(seed, Purpose.SELECTION_ORDER, label).permutation(rows)
 
 
 def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int64]:
-    """Positions of the `count` lowest scores [n], lowest first; of the highest scores, highest first, if `hardest`.
+    """Indices of the `count` lowest of the scores [n], lowest first; with `hardest`, of the highest, highest first.
 
     Equal scores keep their order, and scores that are not finite come last.
     """
@@ -46,12 +46,12 @@ def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int
 
 
 def moderate_scores(features: NDArray[np.floating]) -> Scores:
-    """Score [n]: how far an image's distance to the class centre lies from the median distance.
+    """Score [n] of "moderate": difference of an image's distance to the class centre and the median of all distances.
 
-    The centre is the median of every feature, as in the authors' program.
+    The centre is the median of every feature over the class's images, as in the authors' program.
 
     Args:
-        features: [n d] of the images of one class.
+        features: [n d] features of the images of one class.
     """
     exact = features.astype(np.float64)
     distances = np.linalg.norm(exact - np.median(exact, axis=0), axis=1)
@@ -60,11 +60,11 @@ def moderate_scores(features: NDArray[np.floating]) -> Scores:
 
 
 def el2n_scores(logits: Tensor, labels: Tensor) -> Scores:
-    """Score [n]: norm of the difference of softmax and one-hot class, between 0 and the root of 2.
+    """Score [n] of EL2N: norm of the difference of softmax and one-hot class, between 0 and the root of 2.
 
     Args:
-        logits: [n k] of one network.
-        labels: [n] classes.
+        logits: [n k] logits of one network for the images.
+        labels: [n] numbers of the images' classes.
     """
     error = logits.double().softmax(dim=1) - one_hot(labels, logits.shape[1])
     scores: Scores = error.norm(dim=1).cpu().numpy()
@@ -72,7 +72,7 @@ def el2n_scores(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
-    """Score [n]: number of times that an image is classified correctly at one epoch and wrongly at the next.
+    """Score [n] of "forgetting": how often an image is classified correctly after one epoch and wrongly after the next.
 
     An image that is never classified correctly scores e, the number of epochs. This is more than any other image, as in
     the paper.
@@ -107,7 +107,7 @@ def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
 
 
 def padded(crops: Tensor, height: int, width: int) -> Tensor:
-    """Put crops [b c ..] in the middle of images [b c height width] of zeros (the mean colour), for the teacher."""
+    """Pad crops [b c ..] evenly with zeros, the mean colour, to images [b c height width] for the teacher."""
     free = [side - own for side, own in zip((height, width), crops.shape[2:], strict=True)]
     top, left = free[0] // 2, free[1] // 2
     return pad(crops, (left, free[1] - left, top, free[0] - top))
@@ -124,7 +124,7 @@ def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
 
 
 def tiled(crops: Tensor, tiles: int) -> Tensor:
-    """Put t*t crops [n*t*t c h/t w/t] side by side into each of n images [n c h w].
+    """Arrange crops [n*t*t c h/t w/t] as n images [n c h w], each a grid of t rows with t crops, where t is `tiles`.
 
     The first n crops become the upper left tiles, the next n the tiles beside them. So if crops come best first, every
     image gets good and less good crops.

@@ -1,7 +1,8 @@
-"""The state of a distillation that all methods share: the set, momenta, curves, and the set chosen on validation data.
+"""State of a distillation for all methods: the set, SGD's momenta, histories, and the set chosen on validation data.
 
-The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the images and soft
-labels of its own classes, and a copy of everything else. All shards make the same updates, so these copies stay equal.
+The state holds everything that a checkpoint needs. No code here reads the disk. Each class shard, a worker with some of
+the classes, holds the images and soft labels of its own classes, and a copy of everything else. All shards make the
+same updates, so these copies stay equal.
 Shapes: n images that this shard holds, a backbones. Tests: tests/methods/trajectory/test_iteration.py.
 """
 
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
-"""Momenta of SGD on the images, the soft labels and the step sizes, as published."""
+"""Momenta of SGD on the images, the soft labels and the step sizes, as published for DATM."""
 
 FIRST_MOVE = 0.05
 """Root mean square of the images' first update, as a share of the pixels' root mean square, if
 `distill.learning_rate_images` is null. In the recipes for digits, tuned on validation data, the share is 0.07 at 1
 image per class and 0.025 at 10."""
 MOST_DIVERGED = 100
-"""Number of diverged iterations without an update after which a distillation stops. Trajectory matching counts diverged
-iterations for each backbone. Every iteration has other random draws, so a hundred divergences come from the set, not
+"""Number of diverged iterations since the last update after which a distillation stops. Trajectory matching counts them
+for each backbone. Every iteration has other random draws, so a hundred divergences come from the set, not
 from a draw."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
@@ -44,7 +45,7 @@ LEARNED = ("images", "soft_labels", "step_sizes")
 Arrays = Mapping[str, NDArray[np.generic]]
 
 ROWS = ("images", "soft_labels")
-"""Learned variables with one row per image."""
+"""Names of the learned variables that have one row per synthetic image."""
 
 
 _COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float64, "bool": np.bool_}
@@ -52,20 +53,20 @@ _COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float
 
 @dataclass(frozen=True)
 class MetaTerm:
-    """Inputs of MetaDD in one iteration."""
+    """Networks and images with which this process computes MetaDD's loss in one iteration."""
 
     metadd: MetaDD
     """MetaDD with the networks that this process holds."""
     networks: int
     """Number of MetaDD networks in all processes together."""
     rows: NDArray[np.int64]
-    """[b] indices, within this shard's images, of the images that MetaDD uses."""
+    """[b] indices, among the images of this class shard, of those that MetaDD uses in this iteration."""
     images: int
-    """Number of images that MetaDD uses in all shards together."""
+    """Number of images that MetaDD uses in this iteration, in all class shards together."""
     augmentations: Sequence[Augmentation] = ()
-    """[b] augmentation of one sample for each of the images in `rows`; empty if MetaDD sees unaugmented images."""
+    """Augmentation of each of the b images in `rows`; empty if MetaDD sees unaugmented images."""
     chunk: int = IMAGES_AT_A_TIME
-    """Number of images that pass through the networks at a time; the same in all processes."""
+    """Number of images that pass through MetaDD's networks at a time; the same in all processes."""
 
     def gradient(self, shown: Tensor, held: SyntheticSet, all_sum: AllSum = identity) -> tuple[MetaLoss, Tensor]:
         """Compute MetaDD's loss, and its gradient [n c h w], which is 0 for images that MetaDD does not use.
@@ -91,7 +92,7 @@ class MetaTerm:
 
 @dataclass(frozen=True)
 class MetaRecord:
-    """MetaDD's values in one iteration: the loss `total`, its terms without weights, and the meta-feature ratio."""
+    """Values of MetaDD in one iteration: the loss `total`, its terms without weights, and the meta-feature ratio."""
 
     iteration: int
     total: float
@@ -103,12 +104,12 @@ class MetaRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """An update of the set that is computed and not yet taken, see `State.moved`."""
+    """Update of the synthetic set that `State.moved` has computed; `State.take` applies it."""
 
     synthetic: SyntheticSet
     """The set after the update."""
     momenta: dict[str, Tensor]
-    """SGD's momenta after the update."""
+    """Learned variable -> SGD's momentum after the update."""
     is_invalid: Tensor
     """[1] not 0 if the update makes a value not finite, or a step size not positive, in any shard."""
 
@@ -131,24 +132,24 @@ class State(Generic[Record]):
     history: list[Record] = field(default_factory=list)
     """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records; empty without MetaDD, and if all its weights are 0. Each iteration that updated the set has
-    one. If the set is made in pieces (parts), each iteration that updated a piece has one."""
+    """MetaDD's records, one for each iteration that updated the set; empty without MetaDD or if all its weights are 0.
+    A set that single workers make in pieces has one for each update of a piece."""
     validations: list[tuple[int, float]] = field(default_factory=list)
-    """Pairs (iterations done, validation accuracy in [0, 1])."""
+    """Pair for each validation: number of iterations that made the validated set, and its accuracy in [0, 1]."""
     chosen: SyntheticSet | None = None
-    """Set chosen on validation data so far; `None` before the first validation."""
+    """Set to keep as the result, chosen by the validations so far; `None` before the first validation."""
     chosen_at: int = 0
     """Number of iterations after which the set was `chosen`; 0 before the first validation."""
     averaged: Tensor | None = None
     """Moving average [n c h w] of the images; `None` if `distill.average_decay` is null, or before the first update.
 
-    With a prior, this is the average [n l a b] of the images' latents."""
+    With a prior, this is the moving average of the images' latents, [n l a b] with l channels of a x b values."""
     image_rate: float | None = None
-    """Learning rate of the images, found before the first iteration; `None` if the recipe gives it, or until then."""
+    """Learning rate of the images, found before the first iteration; `None` if the recipe gives one, or until found."""
     prior: Prior | None = None
     """Decoder that makes the images from latents; `None` if pixels are learned. Checkpoints do not hold the decoder."""
     _counts: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Name of a count -> number of records that are counted already, and the count, see `count`."""
+    """Results of `count` so far: name of a count -> (number of records that were read, their count)."""
 
     @property
     def iteration(self) -> int:
@@ -185,13 +186,13 @@ class State(Generic[Record]):
         return replace(self.synthetic, images=self.prior.render(self.averaged), latents=self.averaged)
 
     def count(self, name: str, count_in: Callable[[Sequence[Record]], int]) -> int:
-        """Count records in the whole history.
+        """Count records of some kind in the whole history.
 
         The history grows at its end only. So the count is kept, and the next call reads only the records added since.
 
         Args:
             name: name under which the count is kept.
-            count_in: function that counts in some consecutive records.
+            count_in: function that returns the number of these records among some consecutive ones.
         """
         known, found = self._counts.get(name, (0, 0))
         found += count_in(self.history[known:])
@@ -255,13 +256,14 @@ class State(Generic[Record]):
         """Compute the part of MetaDD's gradient that goes through the networks of this process.
 
         The gradient is with respect to pixels, or to a prior's latents. The networks see augmented images if `meta` has
-        augmentations, but the gradient is with respect to the images before augmentation. Reads no number from the
-        device.
+        augmentations, but the gradient is with respect to the images before augmentation. Reads no number from
+        a GPU, for which the CPU would wait.
 
         Args:
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
-            all_sum: sum over class shards.
-            sum_over_backbones: sum over the processes that hold the same images and work on other networks.
+            all_sum: function that sums a tensor over class shards (workers with different classes).
+            sum_over_backbones: function that sums a tensor over the processes that hold the same images for different
+                networks, this one included.
 
         Returns:
             {"images": gradient}, and [6] the five numbers of a `MetaRecord`, then one that is not 0 if the loss or the
@@ -279,18 +281,18 @@ class State(Generic[Record]):
 
         Args:
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network, which appends nothing.
-            values: numbers from `meta_gradient`, read from the device.
+            values: the six numbers from `meta_gradient`, copied to the CPU.
         """
         if meta is not None:
             self.meta_history.append(MetaRecord(self.iteration, *values[:5]))
 
     def moved(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> Move:
-        """Compute an update of the set along the gradients, without taking it. Reads no number from the device.
+        """Compute one SGD update of the set, without applying it. Reads no number from a GPU: the CPU would wait.
 
         Args:
             gradient: learned variable -> its gradient; changed in place.
             moved: [a] True for backbones whose step size has a gradient. Other step sizes stay as they are.
-            all_sum: sum over class shards, so that all shards find the update valid, or none.
+            all_sum: function that sums a tensor over class shards, so that the update is valid in all shards or none.
         """
         updated, rates = self.synthetic.clone(), self.rates
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
@@ -307,14 +309,14 @@ class State(Generic[Record]):
         return Move(updated, gradient, all_sum(is_bad.float().reshape(1)))
 
     def take(self, move: Move) -> None:
-        """Replace the set and its momenta by those of the update, and update the images' moving average, if any."""
+        """Apply an update: replace the set and SGD's momenta, and update the images' moving average, if any."""
         if self.settings.average_decay is not None:
             before = self.synthetic.variable("images") if self.averaged is None else self.averaged
             self.averaged = before.lerp(move.synthetic.variable("images"), 1 - self.settings.average_decay)
         self.synthetic, self.momenta = move.synthetic, move.momenta
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Convert the state to named arrays for a checkpoint. Returns arrays with one row per image, and all others."""
+        """Convert the state to arrays by name, for a checkpoint: those with one row per image, then all others."""
         held: dict[str, Tensor] = {}
         shared: dict[str, Tensor] = {}
         sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
@@ -370,7 +372,7 @@ class State(Generic[Record]):
 
 @dataclass(frozen=True)
 class LossRecord:
-    """Row of the history for one iteration of a method that learns the images by the gradient of one loss."""
+    """Record of one iteration, for methods that learn the images by the gradient of one loss."""
 
     iteration: int
     loss: float
@@ -389,7 +391,7 @@ class Descent(State[LossRecord]):
 
     @property
     def skipped(self) -> int:
-        """Number of iterations that updated nothing."""
+        """Number of iterations so far that updated nothing, because a value was not finite."""
         return self.count("skipped", lambda new: sum(record.skipped for record in new))
 
     def step(
@@ -408,8 +410,9 @@ class Descent(State[LossRecord]):
             gradient: function that computes this process's part of the loss [], then its part of the gradient [n c h w]
                 of the loss with respect to the images. The gradient may be changed in place.
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
-            all_sum: sum over class shards.
-            sum_over_backbones: sum over the processes that hold the same images and work on other networks.
+            all_sum: function that sums a tensor over class shards (workers with different classes).
+            sum_over_backbones: function that sums a tensor over the processes that hold the same images for different
+                networks, this one included.
 
         Raises:
             DivergenceError: the number of iterations skipped in a row reached `MOST_DIVERGED` or a multiple of it, so
@@ -463,7 +466,7 @@ def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
 
 
 def read_all(*tensors: Tensor) -> list[Tensor]:
-    """Copy tensors to the CPU as float64, all in one copy, for which the CPU waits for a GPU."""
+    """Copy tensors to the CPU as float64, all in one copy, so that the CPU waits for a GPU only once."""
     whole = torch.cat([each.double().flatten() for each in tensors]).cpu()
     parts = whole.split([each.numel() for each in tensors])
     return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]

@@ -184,7 +184,7 @@ class _WeightsAndBiases:
 
 
 def _safe_name(name: str) -> str:
-    """Task name in which every character but letters, digits and ._+=- is replaced by a hyphen."""
+    """Task name in which a hyphen replaces each sequence of characters other than letters, digits and ._+=-."""
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", name)
 
 

@@ -32,13 +32,13 @@ LARGEST = 8 * 2**20
 KEPT = 1000
 """Number of records that a worker keeps for the driver. Older ones are dropped."""
 REPEAT_AFTER = 20.0
-"""Seconds for which a terminal suppresses a repeated warning, for example one that every worker sends."""
+"""Seconds after a message on standard error within which it is not repeated, for example if every worker sends it."""
 
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
 _log = logging.getLogger(__name__)
 _hidden: set[str] = set()
-"""Values given to `hide`, in each form in which an error may show them."""
+"""Secret values given to `hide`, in each form in which an error's text may quote them."""
 _SECRET = re.compile(
     r"(?i)(?<=://)[^/\s]+(?=@)"  # user and password of an address
     r"|(?<=bearer )\S+|(?<=basic )\S+"
@@ -62,7 +62,7 @@ def _shown(value: object) -> str:
 
 
 def hide(values: Iterable[str]) -> None:
-    """Have `masked` replace these values too, in each form in which an error may show them.
+    """Have `masked` replace these secret values too, in each form in which an error's text may quote them.
 
     Values of at most 5 characters, such as "true", are not replaced, because they may be ordinary words.
     """
@@ -184,7 +184,8 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the whole line if `verbosity` is above 0, else only the message, of warnings and errors.
 
-        Below 0, messages of warnings are left out too. A message printed within `REPEAT_AFTER` seconds is not repeated.
+        Below 0, messages of warnings are left out too. At both levels, messages that the progress display shows itself
+        are left out, and those that were printed within the last `REPEAT_AFTER` seconds.
         """
         if self.verbosity > 0:
             print(self.format(record), file=sys.stderr, flush=True)
@@ -225,7 +226,10 @@ _terminal = _Terminal()
 
 @contextmanager
 def noting_the_end() -> Iterator[None]:
-    """Log how the block ended. An error that is not a `DatmError` is logged with its traceback."""
+    """Log how the run in the block ended: finished, interrupted or stopped by an error.
+
+    An error that is not a `DatmError` is logged with its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:

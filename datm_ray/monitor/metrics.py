@@ -29,7 +29,7 @@ class Metric:
 
     kind: Kind
     unit: str
-    """Base unit as in Prometheus: "seconds", "bytes", "ratio"; "" for counts and numbers without a unit."""
+    """Base unit as in Prometheus, such as "seconds", "bytes" or "ratio"; "" for counts and numbers without a unit."""
     description: str
     tags: tuple[str, ...] = TASK
     boundaries: tuple[float, ...] = ()
@@ -154,7 +154,7 @@ class _Observed:
     """True if the task has started since its last loss. Before that, its events come from the driver."""
     at_work: bool = False
     sums: dict[tuple[int, str], float] = field(default_factory=dict)
-    """Last value of each counter, by rank and name."""
+    """(rank of a worker, name of a counter) -> last value that the worker sent."""
     gauges: dict[str, float] = field(default_factory=dict)
 
 
@@ -172,12 +172,12 @@ class Readings:
         self._observed: dict[str, _Observed] = {}
 
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
-        """Start a stage, or a part of a stage. Returns samples of the numbers of wanted and of busy workers.
+        """Start a call of `Executor.run`. Returns samples of the numbers of wanted and of busy workers.
 
-        Tasks that have not finished are forgotten.
+        Tasks of earlier calls that have not finished are forgotten.
 
         Args:
-            tasks: tasks of the stage or part.
+            tasks: tasks of the call, all of one stage.
             workers: highest number of workers that run at the same time.
         """
         self._stage = tasks[0].stage if tasks else self._stage
@@ -234,7 +234,7 @@ class Readings:
         return [*of_tasks, *self._worker_counts()]
 
     def _worker_counts(self) -> Iterator[Sample]:
-        """Yield two samples: numbers of workers that unfinished tasks can use, and of workers of running tasks."""
+        """Yield the numbers of workers that unfinished tasks can use (at most all workers), and of those at work."""
         working = sum(observed.workers or 1 for observed in self._observed.values() if observed.at_work)
         tags = {"stage": self._stage}
         yield Sample("datm_ray_workers_wanted", float(max(0, min(self._workers, self._open))), tags)

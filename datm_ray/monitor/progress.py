@@ -36,7 +36,7 @@ LINE_INTERVAL = 30.0
 TICK = 1.0
 """Seconds between two checks whether a line is due, even while no event arrives."""
 SILENCE = 30.0
-"""Seconds without a step of the slowest task after which a progress line states how long there has been none."""
+"""Seconds after a step of the slowest task from which a progress line says for how long no step has followed."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 """Time over which a stage's speed is averaged: at least SHORTEST_MEMORY seconds, and MEMORY times the stage's time so
 far if that is longer."""
@@ -47,7 +47,7 @@ _SHOWN = {"is_shown": True}
 
 
 class Reporter:
-    """Display of messages and stages on standard error. Standard output is reserved for results."""
+    """Display of messages and of stages' progress on standard error. Standard output is reserved for results."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -64,7 +64,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
-        """Show the progress of these tasks, below a title, while the context lasts. Their events go to the `Stage`."""
+        """Show the progress of tasks, below a title, in a block. It must pass their events to the yielded `Stage`."""
         if not self._quiet and verbosity() < 1 and sys.stderr.isatty():
             with _bars() as bars, _ticking(_BarStage(self, title, tasks, bars)) as stage:
                 yield stage
@@ -117,7 +117,7 @@ class _Running:
     """Time of the task's last `Progress`, or of the start of a later phase, in seconds of the monotonic clock."""
 
     def doing(self, now: float) -> str:
-        """Text on the current phase, or on a long time without a step; "" if there is neither."""
+        """Text with the phase, or "no step" once none has come for `SILENCE` seconds, and its duration; else ""."""
         seconds = now - self.changed
         return f", {self.phase or 'no step'} for {duration(seconds)}" if self.phase or seconds > SILENCE else ""
 
@@ -134,9 +134,9 @@ def _seconds_left(left: float, done: float, seconds: float, due: float, silent: 
     """Estimated seconds for the remaining work. The estimate counts down, and grows while the next step is overdue.
 
     Args:
-        left: remaining work.
-        done: work that took `seconds`.
-        due: work of the next step.
+        left: remaining work, in any unit.
+        done: work that took `seconds`, in the unit of `left`.
+        due: work of the next step, in the unit of `left`.
         silent: seconds since the last step.
     """
     return max(left * seconds / done - silent, (left - due) * (seconds + silent) / (done + due))
@@ -164,7 +164,7 @@ class Tracker:
         self._left += task.weight
 
     def take(self, task: Task, event: Event, now: float) -> None:
-        """Update the state of a task by its event. `now` is its time, in seconds of the monotonic clock."""
+        """Update the state of a task by an event that came at the time `now`, in seconds of the monotonic clock."""
         if isinstance(event, Lost | Failed | Stopped):
             self.running.pop(task.name, None)
             return
@@ -230,12 +230,12 @@ class Stage:
         _log.info("task added %s", fields(task=task.name), extra=_SHOWN)
 
     def event(self, task: Task, event: Event) -> None:
-        """Log an event, and show it."""
+        """Log an event of a task, and show it or count it in the next progress line."""
         with self._lock:
             self._take(task, event, time.monotonic())
 
     def tick(self) -> None:
-        """Show a line if one is due, even if no event has arrived."""
+        """Show a progress line if the last one is `LINE_INTERVAL` seconds old, even if no event has arrived."""
         with self._lock:
             self._show_if_due(time.monotonic())
 
@@ -262,17 +262,16 @@ class Stage:
             self._show_state(f"{self._summary(now)}{measured}")
 
     def _show_phase(self, task: Task, event: Phase) -> None:
-        """Show a phase of a task, unless an earlier task of the stage has shown it."""
+        """Show what a task does before or between steps, unless the stage has shown the same text already."""
         if event.text not in self._phases:
             self._phases.add(event.text)
             self._show(f"{task.name}: {event.text} ...")
 
     def _show(self, text: str) -> None:
-        """Show a line."""
         self._reporter.show(text)
 
     def _show_state(self, text: str) -> None:
-        """Show a line about the stage. A display that can replace lines puts it in place of the last such line."""
+        """Show a line about the whole stage. A display with bars replaces the stage's earlier line."""
         self._show(text)
 
     def _log_progress(self, now: float) -> None:
@@ -357,7 +356,7 @@ def _bars() -> Bars:
             return Text(f"{speed:.1f}/s" if speed else "", style="dim")
 
     class Headed(Bars):
-        """Bars below a line of text."""
+        """Progress bars below one line of text, `headline`."""
 
         headline = ""
 

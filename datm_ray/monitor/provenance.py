@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DESCRIPTION_BYTES = 128
-"""Longest description of one worker, in bytes. Longer ones are cut."""
+"""Largest size in bytes of one worker's description in `workers_in_words`. Longer descriptions are cut."""
 
 PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 

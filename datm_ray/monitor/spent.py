@@ -2,8 +2,8 @@
 
 CPU seconds are summed over all threads of the worker's process and over finished child processes, such as compilers.
 GPU seconds are wall-clock seconds times the worker's share of a GPU, busy or not. Bytes are counted by
-`store.files.traffic`: experts, checkpoints and results, but not images, which are in memory. The start of a worker
-(imports, transfer of images) is not counted.
+`store.files.traffic`: experts, checkpoints and results, but not images of data sets. The start of a worker (imports,
+transfer of images) is not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from datm_ray.store.files.traffic import traffic
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost of some work. For several workers or attempts, all but the peak of memory are sums."""
+    """Cost of some work: seconds, memory and bytes of files. For several workers, all but the peak memory are sums."""
 
     seconds: float = 0.0
     """Wall-clock seconds, summed over workers."""
@@ -37,8 +37,8 @@ class Spent:
     read_bytes: float = 0
     write_bytes: float = 0
     is_partial: bool = False
-    """True if the whole cost is higher, because the record of a part of the work is missing or damaged. What a killed
-    worker had done since it last saved is in no cost, and does not count here."""
+    """True if the true cost is higher, because a file with the cost of some of the work is missing or damaged. Work
+    that a killed worker had not saved is in no cost, and does not make a cost partial."""
 
     def __add__(self, other: Spent) -> Spent:
         """Sum of two costs, with the higher of the two peaks; partial if one of them is."""
@@ -47,7 +47,7 @@ class Spent:
         return Spent(**added | {"peak_memory_bytes": peak, "is_partial": self.is_partial or other.is_partial})
 
     def share(self, part: float) -> Spent:
-        """Cost multiplied by `part`, from 0 to 1. The peak memory stays."""
+        """Cost with all sums multiplied by `part`, from 0 to 1. The peak memory stays."""
         scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
         return Spent(**scaled | {"peak_memory_bytes": self.peak_memory_bytes, "is_partial": self.is_partial})
 
@@ -69,7 +69,7 @@ def total(costs: Iterable[Spent]) -> Spent:
 
 
 class Account:
-    """Measures what this process spends from the construction of the object on."""
+    """Measures the cost of this process's work, as a `Spent`, from the construction of the object on."""
 
     def __init__(self, device: torch.device, cluster: ClusterConfig) -> None:
         self._device = device

@@ -35,7 +35,7 @@ class UploadedLog(logging.Handler):
         self._text, self._older = bytearray(), b""
         """_text: content of `log.txt`. _older: content of `log.txt.1` that is not uploaded yet."""
         self._logged, self._uploaded = 0, 0
-        """Numbers of lines of this process: logged, and uploaded."""
+        """Numbers of lines that this process has logged, and of these, uploaded."""
         self._has_read_earlier, self._has_failed, self._ended = False, False, threading.Event()
         self._thread = threading.Thread(target=self._upload_regularly, name="log upload", daemon=True)
         self._thread.start()
@@ -77,7 +77,7 @@ class UploadedLog(logging.Handler):
             self._report(str(error))
 
     def _read_earlier(self) -> None:
-        """Put the lines of earlier commands before those of this one, once."""
+        """Insert the lines that earlier commands have uploaded before those of this command, at the first call only."""
         if self._has_read_earlier:
             return
         earlier = self._place.read_bytes() if self._place.exists() else b""

@@ -1,17 +1,17 @@
 """A run from recipe to report: which stages there are, what each needs, and what is already done.
 
-An output folder holds any number of runs that share experts and controls:
+An output folder holds any number of runs that share experts and controls (scores of real images). Among its files are:
 
     <out>/experts/                the trajectory store, unless another one is given
     <out>/<run>/recipe.yaml       the run's configuration
     <out>/<run>/log.txt           log of its commands, see `monitor/logs.py`
-    <out>/<run>/dataset.json      fingerprint and size of its data set
+    <out>/<run>/dataset.json      fingerprint and size of its data set, origin of its experts
     <out>/<run>/experts-cost.json cost of its experts, copied from the store
     <out>/<run>/*.arrow           the set and its checkpoint, see `stages/distill/task.py`
-    <out>/<run>/evaluation/       one JSON file per row and seed
+    <out>/<run>/evaluation/       scores of its set, one JSON file per row of the accuracy table and seed
     <out>/<run>/scoring.json      how networks of the row "distilled" were trained, see `artifact.py`
     <out>/transforms/             large transforms, such as whitening, once for all runs; see `artifact.py`
-    <out>/controls/               training on real images, shared by runs
+    <out>/controls/               scores of training on real images, shared by runs
     <out>/report.html             the report over all runs
     <out>/summary.json            the numbers of the report
 

@@ -57,7 +57,7 @@ def require_together(configs: Sequence[RunConfig]) -> None:
 
 
 def check(runs: Runs) -> None:
-    """Raise a `DatmError` if a run's configuration does not fit its images, its folder or its store."""
+    """Raise a `DatmError` if a run's configuration does not fit its images, its folder or the trajectory store."""
     require_logger(runs.configs[0].cluster.log_to, runs.out)
     for config in runs.configs:
         _check_scoring(config)
@@ -68,7 +68,7 @@ def check(runs: Runs) -> None:
 
 
 def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
-    """Raise a `DatmError` for equal names, different cluster sections, or a precision that workers cannot compute in.
+    """Raise a `DatmError` if run names are equal, cluster sections differ, or workers cannot use the precision.
 
     Args:
         configs: the runs of one command; at least one.
@@ -124,9 +124,8 @@ def require_names(runs: Runs) -> None:
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` if scored networks cannot be trained as the section `evaluate` says.
 
-    The error comes from `row_schedule` for a warm-up that lasts for all epochs, from `teacher_of` if labels are a
-    teacher's and the run trains no network that could be one, or from here if more epochs are to be labelled than are
-    trained.
+    Causes are a warm-up that lasts for all epochs, labels of a teacher in a run that trains no network that could be
+    one, and labels to store for more epochs than are trained.
     """
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.has_teacher:
@@ -192,7 +191,8 @@ def _check_continued(runs: Runs, config: RunConfig) -> None:
 
 
 def _but_its_length(config: RunConfig) -> dict[str, Any]:
-    """Settings that a run must share with the run that it continues: all but the name and number of iterations."""
+    """Settings that a run must share with the run that it continues: those that decide the result, without the name and
+    the number of iterations."""
     identity = run_identity(config)
     del identity["name"], identity["distill"]["iterations"]
     return identity
@@ -208,12 +208,12 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 
 
 def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
-    """Raise a `RunDirectoryError` if results in the output folder came from other imported experts than the store's.
+    """Raise a `RunDirectoryError` if results in the output folder came from other experts than the store's.
 
-    Trained experts count as equal to each other, and as different from imported ones.
+    Experts differ if their imported weights differ, or if only one of them was imported. Trained ones count as equal.
 
     Args:
-        of_all: True to check also other runs of the folder if it has scores that its runs share, such as those of
+        of_all: True to check also the output folder's other runs if it has scores that runs share, such as those of
             networks trained on random real images (`stages.evaluate.rows.result_location`). False to check only the
             runs in `runs`.
     """
@@ -233,7 +233,7 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
 
 
 def _noted_experts(folder: Location) -> Mapping[str, str]:
-    """Experts that a run's results were made from, as in `DataNote.experts`; empty without results or a sound note."""
+    """Experts that a run's results were made from, as in `DataNote.experts`; empty without results or a valid note."""
     with suppress(CorruptFileError):
         if (folder / RECIPE).exists() and has_results(folder):
             note = DataNote.read(folder)
@@ -242,7 +242,7 @@ def _noted_experts(folder: Location) -> Mapping[str, str]:
 
 
 def _origin(digest: str) -> str:
-    """Origin of an expert's weights, in words."""
+    """Phrase on the origin of an expert's weights: imported with this digest, or trained if the digest is ""."""
     return f"was imported with weights {digest[:8]}" if digest else "was trained"
 
 
@@ -315,7 +315,7 @@ def _check_network(
     """Build a network for the images of the run `config`.
 
     Args:
-        key: setting or option that gives the network, for errors.
+        key: setting or option with which the user gave the network, named in errors.
         has_maps: True to require class activation maps.
         states_norm: True to require that a user's own network has the normalisation layers that `norm` names.
 
@@ -340,7 +340,7 @@ def _check_network(
 def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Sequence[int]) -> None:
     """Raise an error if stored experts do not fit `network`, or lack any of `epochs`, the epochs that a recipe reads.
 
-    Only the first stored expert is checked.
+    Only the first expert in the store is checked; none if the store has none.
 
     Args:
         config: a run with one network, whose experts are checked.
@@ -376,9 +376,9 @@ def require_distillable(runs: Runs) -> None:
 
 
 def require_memory(runs: Runs, executor: Executor | None = None) -> None:
-    """Raise a `ConfigError` for a set that does not fit into memory, before its experts are trained.
+    """Raise a `ConfigError` if distilling one of the unfinished sets takes more memory than its workers may take.
 
-    A run whose workers' memory is unknown here is left out. Workers check their memory again.
+    A run whose workers' memory is unknown here is not checked. Workers check their own memory again.
 
     Args:
         executor: where the workers run; `None` if it is not started yet, to assume this machine's CPUs.
@@ -438,6 +438,6 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
 
 
 def unequal_keys(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys at which two configurations differ, each with both values: "experts.epochs (50 there, 30 here)"."""
+    """Keys whose values differ, with those in `earlier` and in `now`: "experts.epochs (50 there, 30 here)"."""
     found = differing([earlier, now])
     return [f"{RENAMED.get(key, key)} ({there} there, {here} here)" for key, (there, here) in found]

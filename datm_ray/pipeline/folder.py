@@ -1,4 +1,4 @@
-"""Files about the runs in an output folder: recipes and notes on data and experts, and the report over all runs."""
+"""Files about the runs in an output folder: each run's recipe and its note on data and experts; reports and cards."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from datm_ray.store.sealed import rejecting_nonsense
 
 RECIPE, DATA, LEASE = "recipe.yaml", "dataset.json", "lease.json"
 RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, PIECES, "evaluation"}
-"""Names in a run's folder that show that the folder has results. Experts do not count, because the store has them."""
+"""Names of files and folders that each mark a run's folder as one with results. Experts are in the store."""
 
 
 @dataclass(frozen=True)
 class DataNote:
-    """Note in a run's folder about the data set and the experts that the run was made from."""
+    """Content of dataset.json in a run's folder: the data set and the experts that the run's results were made from."""
 
     fingerprint: str
     training_images: int
     name: str | None = None
     """Name of the data set; `None` in notes of earlier versions."""
     experts: Mapping[str, str] = field(default_factory=dict)
-    """KEY/NUMBER of an expert -> digest of the weights it was imported with; "" if it was trained. Trained experts
-    after a group's first may be left out. Empty in notes of earlier versions."""
+    """Expert, as KEY/NUMBER of its group and its number there -> digest of its imported weights; "" if it was trained.
+    Trained experts after a group's first may be left out. Empty in notes of earlier versions."""
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
-        """Read a run's note; `None` if its folder has none.
+        """Read dataset.json in a run's folder; `None` if the file does not exist.
 
         Raises:
-            CorruptFileError: the file's content is not a note.
+            CorruptFileError: the file's content is not a `DataNote`.
         """
         place = folder / DATA
         if not place.exists():
@@ -55,14 +55,14 @@ class DataNote:
 
 
 def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) -> None:
-    """Write the note about a run's data set and experts into the run's folder.
+    """Write dataset.json, the note about a run's data set and experts, into the run's folder.
 
-    Experts that the folder's results were made from stay noted after they are deleted from the store.
+    If the folder has results, experts in its earlier note stay in the note, even if the store has lost them.
 
     Args:
         folder: the run's folder.
         raw: the run's images.
-        experts: KEY/NUMBER of each expert -> digest of its imported weights; "" if it was trained.
+        experts: the run's experts, as in `DataNote.experts`.
     """
     earlier = DataNote.read(folder) if has_results(folder) else None
     counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
@@ -83,10 +83,10 @@ def continued_run(config: RunConfig, folder: Location) -> Location | None:
 
 
 def continue_set(config: RunConfig, folder: Location) -> int | None:
-    """Copy the state of the run that `distill.continue_from` names into the run's `folder`.
+    """Copy first set, checkpoint and cost of the run that `distill.continue_from` names into the run's `folder`.
 
-    Returns the number of iterations of the copied state. Returns `None` if nothing was copied, because the recipe
-    continues no run, or `folder` has a checkpoint or a finished set already.
+    Returns the number of iterations done in the copied checkpoint. Returns `None` if nothing was copied, because the
+    recipe continues no run, or `folder` has a checkpoint or a finished set already.
     """
     source = continued_run(config, folder)
     if source is None:
@@ -200,7 +200,7 @@ def publish(run: str, out: str, *, transform: bool = True) -> list[str]:
 
 
 def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
-    """Scores and other facts for the report: one summary for each of these runs of the output folder.
+    """Read scores and other facts for the report: one summary for each of these runs of the output folder.
 
     Raises:
         RunDirectoryError: a run's folder lacks its note, dataset.json.

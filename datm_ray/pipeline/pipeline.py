@@ -1,4 +1,4 @@
-"""Stages of one or more runs, in order. Tests: tests/pipeline/test_pipeline.py."""
+"""Running the stages of one or more runs, in order. Tests: tests/pipeline/test_pipeline.py."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """Stages of one or more runs that share an output folder.
+    """Runner of all stages, from experts to evaluation, of one or more runs that share an output folder.
 
     The constructor reads the runs' images and checks the runs. A method such as `run_all` starts the work.
     """
@@ -81,8 +81,8 @@ class Pipeline:
             configs: the runs; at least one.
             out: output folder, a path or URI.
             store: trajectory store, a path or URI; `None` puts it into the output folder.
-            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
-            alone: True if one process will do all the work.
+            elsewhere: True if workers may run on other nodes, whose memory and GPUs are not known here.
+            alone: True if this process will do all the work, without Ray.
             asked: network to score on -> command-line option that asked for it, for messages; `None` for none.
 
         Raises:
@@ -97,13 +97,13 @@ class Pipeline:
         self._unstackable = set[str]()
         """Architectures that a message has already named as trained one after another."""
         self._shares_out = True
-        """True if workers of the present command use the output folder."""
+        """True if workers of the present command read or write in the output folder."""
         self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
-        """Data set -> arguments of the workers' constructor, with the data set as the executor shares it."""
+        """Data set -> arguments of `StageWorker`; the first is the result of `Executor.share` for the data set."""
 
     @property
     def configs(self) -> Sequence[RunConfig]:
-        """Runs in resolved form: no normalisation is "auto" and no depth is null."""
+        """Recipes of the runs, resolved for their images: no normalisation is "auto" and no depth is null."""
         return self.runs.configs
 
     @property
@@ -113,7 +113,7 @@ class Pipeline:
 
     @property
     def store_uri(self) -> str:
-        """Trajectory store, an absolute path or a URI."""
+        """Location of the trajectory store, an absolute path or a URI."""
         return self.runs.store_uri
 
     @property
@@ -126,10 +126,10 @@ class Pipeline:
         return True
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Run all stages: experts, distillation and evaluation.
+        """Run all stages: train experts, distil sets, store labels if asked for, and evaluate the sets.
 
         Args:
-            start: starts the executor, which runs the tasks.
+            start: function that starts the executor, which runs the tasks.
             reporter: shows messages and progress.
 
         Raises:
@@ -169,8 +169,8 @@ class Pipeline:
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Train and score the networks that the runs' accuracy tables still lack.
 
-        `start` starts the executor, and `reporter` shows progress. If the recipe stores labels, missing ones are stored
-        first.
+        `start` starts the executor, and `reporter` shows progress. If a recipe stores labels, those that are missing
+        are made first.
 
         Raises:
             MissingExpertsError: experts are not in the store.
@@ -212,14 +212,14 @@ class Pipeline:
         has_light: bool = True,
         shares_out: bool = True,
     ) -> Iterator[Executor]:
-        """Lease the folders of all runs, start the executor and yield it. Leases and executor end with the block.
+        """Lease the runs' folders, start the executor and yield it. Leases and executor end with the `with` block.
 
-        No other command can write into a leased folder. Experts under `--out` are not leased: other commands can use
-        them.
+        Until then no other command can write into these folders. Experts under `--out` are not leased: other commands
+        can use them.
 
         Args:
-            distils: True to check workers and memory for distilling too.
-            has_light: False if the command needs no workers with the resources of `cluster.light`.
+            distils: True to check also if there are enough workers and memory to distil.
+            has_light: True to check also if a worker with the resources of `cluster.light` can run.
             shares_out: False if the command's workers use the store alone, and not the output folder.
         """
         checks.require_writable(self.runs)
@@ -276,7 +276,7 @@ class Pipeline:
         write_note(self.runs.folder(config), self.runs.raw(config), self.runs.origins(config))
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
-        """Copy of the recipe that also asks for the rows and architectures that an earlier command evaluated."""
+        """Copy of the recipe that also asks for the rows and networks that the run's earlier recipe asked for."""
         folder = self.runs.folder(config)
         earlier = read_recipe(folder) if has_results(folder) else None
         before = earlier.evaluate.networks if earlier else ()
@@ -316,7 +316,7 @@ class Pipeline:
         self._note_experts_cost()
 
     def _note_stacks(self, executor: Executor, networks: Sequence[RunConfig] | None = None) -> None:
-        """Record which experts are trained together as a stack, so that any number of workers resumes these stacks.
+        """Record in the store which experts are trained together (stacks), so that any number of workers resumes these.
 
         Args:
             networks: networks with experts, as runs with one network each; `None` for all but those that score images
@@ -326,7 +326,7 @@ class Pipeline:
             note_stacks(self.runs.experts(config), open_stacks)
 
     def _note_experts_cost(self) -> None:
-        """Write the experts' cost and origin into the runs' folders, where they are found without the store."""
+        """Write the cost and origin of experts and priors into the runs' folders, for reports without the store."""
         for config in self.configs:
             self._write_note(config)
             costs = [replace(self._experts_cost(each), role=role_of(config, each)) for each in trained_networks(config)]
@@ -335,7 +335,7 @@ class Pipeline:
                 note_prior_cost(self.runs.folder(config), self.runs.prior(config))
 
     def _experts_cost(self, config: RunConfig) -> ExpertsCost:
-        """Cost of the experts of a run with one network, and of the networks that order the experts' images, if any."""
+        """Cost of the experts of a run with one network, including networks that order their images, if any."""
         cost, scoring = experts_cost(config, self.runs.experts(config)), config.scoring_run
         if scoring is None:
             return cost
@@ -359,7 +359,7 @@ class Pipeline:
                         progress_of(config, group, stack).remove()
 
     def _distill(self, executor: Executor, reporter: Reporter, *, evaluates: bool = False) -> None:
-        """Distil the sets. With `evaluates`, workers that are free score finished sets while others are distilled."""
+        """Distil unfinished sets. With `evaluates`, free workers score finished sets while others still distil."""
         checks.require_names(self.runs)
         for config in self.runs.unfinished():
             if (done := continue_set(config, self.runs.folder(config))) is not None:
@@ -370,10 +370,10 @@ class Pipeline:
                         "another set may be kept than by one long run"
                     )
         scored, given = set[str](), set[str]()
-        """Names of sets that have evaluation tasks, and URIs of these tasks' results. Sets may share results."""
+        """Names of runs that have evaluation tasks already, and URIs of these tasks' results, which runs may share."""
 
         pieces: dict[str, set[str]] = {}
-        """Name of each set made in pieces -> names of the tasks whose pieces are missing."""
+        """Name of each run whose set is made in pieces -> names of the tasks whose pieces are not made yet."""
 
         def open_tasks(runs: Runs) -> list[Task]:
             found = tasks.distill_tasks(runs, executor)
@@ -445,7 +445,7 @@ class Pipeline:
             note_scoring(self.out, config, self.runs.raw(config).fingerprint)
 
     def _tell_unstackable(self, evaluation: Sequence[Task], reporter: Reporter) -> None:
-        """Show a line with the architectures of these tasks that cannot be stacked, unless a line named them before."""
+        """Show which architectures of these tasks cannot be trained in stacks, unless a line named them before."""
         if new := [name for name in tasks.unstackable(self.runs, evaluation) if name not in self._unstackable]:
             self._unstackable.update(new)
             reporter.message(f"networks of {listed(new)} cannot be stacked, and are trained one after another")
@@ -461,9 +461,9 @@ class Pipeline:
                 reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
     def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:
-        """Arguments of the workers' constructor for a data set.
+        """Arguments of the workers' constructor `StageWorker` for a data set.
 
-        A data set is shared with workers once, and so all stages can use the same workers.
+        They are made once for each data set, and so all stages of a command can use the same workers.
         """
         if dataset not in self._setups:
             shared = executor.share(self.runs.dataset(dataset, reporter.message))
@@ -471,7 +471,7 @@ class Pipeline:
         return self._setups[dataset]
 
     def _landmarks(self) -> tuple[str, ...]:
-        """Files on this machine's disks, in the output folder and the store, that workers look for when they start.
+        """URIs of files on this machine's disks, in output folder and store, that workers look for when they start.
 
         A worker that does not find them does not share these disks. Without this check, missing results would be
         noticed only at the end of a stage. A command that only trains experts has no file in the output folder here:
@@ -493,13 +493,14 @@ class Pipeline:
         reporter: Reporter,
         following: Callable[[Task], Iterable[Task]] = lambda task: (),
     ) -> None:
-        """Run the open tasks of one stage and the tasks that they make, one data set after the other.
+        """Run the unfinished tasks of one stage and the tasks that they create, one data set after the other.
 
         Args:
             title: title of the stage in messages.
             method: name of the worker's method that runs a task, unless the task names another.
-            open_tasks: returns the tasks of the stage that are left to do.
-            following: called for each finished task before its end is shown. Returns tasks to run after all others.
+            open_tasks: function that returns the stage's tasks without a result.
+            following: function called for each finished task before its end is shown. Returns further tasks, to run
+                after those of the same data set.
 
         Raises:
             ClusterError: the workers have ended, and this process does not see their results.

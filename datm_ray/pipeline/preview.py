@@ -21,7 +21,7 @@ Rows = Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]]
 
 
 def remaining_lines(runs: Runs, rows: Rows = scored_rows) -> list[str]:
-    """Remaining work in words, one line for each stage, such as "2 sets to distil: birds, cars".
+    """Remaining work of a command in words, one line for each kind, such as "2 sets to distil: birds, cars".
 
     Args:
         rows: returns the rows of a run's accuracy table that are scored, each with its network.
@@ -38,7 +38,9 @@ def remaining_lines(runs: Runs, rows: Rows = scored_rows) -> list[str]:
 
 
 def remaining(runs: Runs, rows: Rows = scored_rows) -> dict[str, tuple[int, list[str]]]:
-    """Title of each stage -> number of experts, sets or networks left to make, and names of their tasks or runs.
+    """What is left to make, such as "experts to train" -> its number, and the names of the tasks or runs that make it.
+
+    Experts, sets and networks for evaluation are in the result even if their number is 0, other things are not.
 
     Args:
         rows: returns the rows of a run's accuracy table that are scored, each with its network.
@@ -80,7 +82,8 @@ def _missing_experts(runs: Runs, networks: Sequence[RunConfig] | None = None) ->
 
 
 def data(runs: Runs) -> list[dict[str, Any]]:
-    """Facts of each data set: name, number of classes, images of each part, an image's [c, h, w], and notes."""
+    """Facts of each data set: "name"; number of "classes", and of "training", "validation" and "test" images; "image",
+    [channels, height, width] of an image; and "notes", lines on how its files were read."""
     return [
         {
             "name": raw.name,
@@ -96,7 +99,7 @@ def data(runs: Runs) -> list[dict[str, Any]]:
 
 
 def data_lines(runs: Runs) -> list[str]:
-    """Lines about each data set: number of classes and images, notes on its files, and the cost of fitting zca."""
+    """Lines about each data set: number of classes and images, notes on its files, and cost of zca if still to fit."""
     lines = []
     for facts in data(runs):
         counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
@@ -111,9 +114,9 @@ def data_lines(runs: Runs) -> list[str]:
 
 
 def distances(runs: Runs) -> dict[str, Outlook]:
-    """Forecasts for the sets that are not distilled yet, such as how far experts will move: run's name -> forecast.
+    """Name of each run whose set is unfinished -> its method's forecast, such as how far experts will move.
 
-    Forecasts are made by the runs' methods and need no work. A run whose method makes none is left out.
+    Forecasts are computed from recipes and numbers of images. A run whose method makes none is left out.
     """
     each = {config.name: method_of(config).outlook(config, len(runs.raw(config).train)) for config in runs.unfinished()}
     return {name: outlook for name, outlook in each.items() if outlook}

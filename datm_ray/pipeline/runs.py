@@ -1,4 +1,4 @@
-"""Some runs that share an output folder: their configurations, images and experts, and where everything is kept."""
+"""Runs of one command, which share an output folder: their configurations, images and experts, and their locations."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Runs:
             configs: the runs; at least one.
             out: output folder, a path or URI.
             store: trajectory store, a path or URI; `None` puts it into the output folder.
-            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
-            alone: True if one process will do all the work.
+            elsewhere: True if workers may run on other nodes, whose memory and GPUs are not known here.
+            alone: True if this process will do all the work, without Ray.
             asked: network to score on -> command-line option that asked for it, for messages; `None` for none.
 
         Raises:
@@ -56,13 +56,13 @@ class Runs:
         # Absolute, because workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
         self.datasets: dict[DatasetConfig, RawDataset] = {}
-        """Images of every data set of the runs."""
+        """Data set in the runs' recipes -> its images as they were read, before normalisation."""
         self._prepared: dict[DatasetConfig, Dataset] = {}
         self.configs = [self._read(config) for config in configs]
-        """Runs in resolved form: no normalisation is "auto" and no depth is null."""
+        """Recipes of the runs, resolved for their images: no normalisation is "auto" and no depth is null."""
 
     def _read(self, config: RunConfig) -> RunConfig:
-        """Read a run's images, unless another run has read them. Returns the run, resolved for the images' size."""
+        """Read a run's images, unless another run has read them. Returns the recipe, resolved for the images' size."""
         d = config.dataset
         normalised = {name: getattr(d, name) for name in ("normalisation", "mean", "std")}
         alike = (raw for each, raw in self.datasets.items() if each.model_copy(update=normalised) == d)
@@ -87,37 +87,37 @@ class Runs:
         ]
 
     def raw(self, config: RunConfig) -> RawDataset:
-        """Images of a run as they were read, without any transform."""
+        """Images of a run as they were read, before normalisation."""
         return self.datasets[config.dataset]
 
     def shape(self, config: RunConfig) -> DataShape:
-        """Shape and number of a run's images, for planning."""
+        """Shape and number of a run's real images, for estimates of memory and time."""
         raw, streamed = self.raw(config), config.dataset.streamed
         images, held_out = len(raw.train) + len(raw.validation), len(raw.validation)
         return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed, held_out)
 
     def folder(self, config: RunConfig) -> Location:
-        """Folder of a run in the output folder."""
+        """Folder of a run in the output folder; it may not exist yet."""
         return self.out / config.name
 
     def unfinished(self) -> list[RunConfig]:
-        """Runs whose set is not distilled yet."""
+        """Runs whose folder has no final synthetic set yet."""
         return [config for config in self.configs if not (self.folder(config) / SYNTHETIC).exists()]
 
     def networks(self) -> list[RunConfig]:
-        """Runs with one network each: all networks of all runs whose experts are needed."""
+        """All networks whose experts the runs need, each as a run with this network alone. Some may share experts."""
         return [each for config in self.configs for each in trained_networks(config)]
 
     def experts(self, config: RunConfig) -> ExpertGroup:
-        """Group in the store for the experts of a run with one network; it may be empty."""
+        """Group of the trajectory store for the experts of a run with one network; it may have no experts yet."""
         raw = self.raw(config)
         return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
 
     def origins(self, config: RunConfig) -> dict[str, str]:
         """KEY/NUMBER of a run's stored experts -> digest of the weights they were imported with; "" if trained.
 
-        KEY is that of the group of experts, NUMBER the expert's number in the group. Experts of a group after the first
-        trained one that has several stored epochs are left out: they are taken for trained too.
+        KEY is that of the group of experts, NUMBER the expert's number in the group. To read few files, experts of a
+        group after its first trained one with several stored epochs are left out: they are assumed to be trained too.
         """
         found = dict[str, str]()
         for each in trained_networks(config):
@@ -126,7 +126,7 @@ class Runs:
         return found
 
     def missing_experts(self, config: RunConfig) -> list[int]:
-        """Numbers of the experts that a run with one network needs and the store does not hold."""
+        """Numbers, from 0, of the experts that a run with one network needs and that are missing in the store."""
         done = set(self.experts(config).experts())
         return [expert for expert in range(config.experts.count) if expert not in done]
 
@@ -136,7 +136,7 @@ class Runs:
         return prior_folder(self.store_uri, config, raw.name, raw.fingerprint)
 
     def missing_priors(self) -> list[RunConfig]:
-        """One run for each trained prior that the store does not hold. Several runs may share a prior."""
+        """Runs that need a trained prior that is missing in the store; only the first of those that share a prior."""
         found = dict[str, RunConfig]()
         for config in filter(is_trained, self.configs):
             place = self.prior(config) / PRIOR_FILE
@@ -145,12 +145,12 @@ class Runs:
         return list(found.values())
 
     def fitting_cost(self, dataset: DatasetConfig) -> FitCost:
-        """Estimated cost of fitting the data set's transform: bytes of memory and disk, minutes on two CPU cores."""
+        """Estimated cost of fitting a data set's transform: bytes of memory and disk, and minutes on two CPU cores."""
         raw = self.datasets[dataset]
         return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 
     def stored_transform(self, dataset: DatasetConfig) -> Location | None:
-        """File of the data set's transform; `None` if there is no transform yet.
+        """File of the data set's normalising transform; `None` if none is stored yet.
 
         The file beside the runs' experts in the store is preferred to the one in the output folder.
         """
@@ -168,7 +168,7 @@ class Runs:
         return self.out / TRANSFORMS / f"{self.datasets[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:
-        """Images, normalised by the transform of the runs' experts. If there is no transform yet, it is fitted.
+        """Data set, normalised by the transform of the runs' experts. The transform is fitted if none is stored yet.
 
         A large transform is fitted once for an output folder, even if several commands start at the same time.
 

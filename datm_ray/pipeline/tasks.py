@@ -1,6 +1,6 @@
-"""Tasks left to do in each stage: experts to train, sets to distil, networks to score.
+"""Tasks left to do in each stage: experts to train, sets to distil, labels to store, networks to score.
 
-The first argument of every task is its run, whose data set the task's worker must hold.
+The first argument of every task is its run's recipe. The task's worker must hold the data set of this recipe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from datm_ray.stages.methods.part import Piece
 from datm_ray.stages.methods.registry import method_of
 
 SETS_JOINED = 4
-"""Number of copies of a set that a worker holds while it joins pieces: first set, final set, and two to write files."""
+"""Number of copies of a synthetic set that a worker holds while it joins the set's pieces: first and final set, and two
+to write files."""
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[Task]:
@@ -45,8 +46,8 @@ def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | N
 
     Args:
         workers: number of workers that train at the same time.
-        networks: networks to train, as runs with one network each; `None` for all but
-            those that score images for a curriculum.
+        networks: networks to train, as runs with one network each; `None` for all of `runs` but those that score
+            images for a curriculum.
     """
     tasks = []
     for config, open_stacks in expert_stacks(runs, workers, networks):
@@ -90,7 +91,7 @@ def _task(
 
 
 def prior_tasks(runs: Runs) -> list[Task]:
-    """One task for every trained prior that any of the runs needs and the store does not hold."""
+    """Make a task for every trained prior that a run needs and that is missing in the store."""
     tasks = []
     for config in runs.missing_priors():
         needed, memory = work.prior(config, runs.shape(config)), prior_memory(config, runs.shape(config))
@@ -100,9 +101,9 @@ def prior_tasks(runs: Runs) -> list[Task]:
 
 
 def scoring_runs(runs: Runs) -> list[RunConfig]:
-    """Runs of the networks that order images for `experts.curriculum`, if missing experts need the order.
+    """Runs whose networks score images by difficulty for `experts.curriculum`, if missing experts need the order.
 
-    There is one run for each order that the store does not hold.
+    There is one run for each order of images that is missing in the store.
     """
     found: dict[str, RunConfig] = {}
     for config in expert_recipes(runs):
@@ -115,7 +116,7 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
 
 
 def scoring_tasks(runs: Runs) -> list[Task]:
-    """Make one task for each run in `scoring_runs`. The task scores images with the run's networks, once trained."""
+    """Make one task for each of `scoring_runs`: score all training images with that run's networks, once trained."""
     tasks = []
     for config in scoring_runs(runs):
         name = f"difficulty of images by {config.experts.count} of {runs.experts(config).key}"
@@ -125,13 +126,13 @@ def scoring_tasks(runs: Runs) -> list[Task]:
 
 
 def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
-    """One configuration for each group of experts. Several runs may share a group.
+    """Configurations to train experts by, one for each group of experts in the store, which several runs may share.
 
-    The configuration has the largest `count` and `keep_epochs` of these runs.
+    Each has the largest `experts.count` and `experts.keep_epochs` of the runs that share the group.
 
     Args:
-        networks: networks with experts, as runs with one network each; `None` for all but
-            those that score images for a curriculum.
+        networks: networks with experts, as runs with one network each; `None` for all of `runs` but those that score
+            images for a curriculum.
     """
     recipes: dict[str, RunConfig] = {}
     for config in runs.networks() if networks is None else networks:
@@ -178,9 +179,9 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[Task]:
-    """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
+    """Make a task for every unfinished set, or for each unfinished piece of a set that single workers make in pieces.
 
-    If free workers can validate sets, the task that distils a set creates its validation tasks while it runs.
+    If workers are free to validate sets, a task that distils a set creates validation tasks while it runs.
 
     Args:
         executor: where the workers run; `None` if it is not started yet. Then no task creates validation tasks.
@@ -238,7 +239,7 @@ def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list
 
 
 def join_task(runs: Runs, config: RunConfig) -> Task:
-    """Task that joins the pieces of a run's set, which must all be made, and writes the set."""
+    """Make the task that joins the pieces of a run's set, which must all be finished, and writes the set."""
     shape, name, folder = runs.shape(config), f"{config.name} whole", runs.folder(config).uri
     images = shape.synthetic(config)
     needed = [work.passes("scoring", config, shape, images)]
@@ -247,7 +248,7 @@ def join_task(runs: Runs, config: RunConfig) -> Task:
 
 
 def validation_task(runs: Runs, config: RunConfig) -> Task:
-    """Task that validates a set of the run. The caller adds the set's iteration to the task's name and arguments."""
+    """Make a task that validates a run's set. The caller adds the set's iteration to the task's name and arguments."""
     shape, name, folder = runs.shape(config), f"{config.name} validation", runs.folder(config).uri
     needed, schedule = work.validation(config, shape), validation_schedule(config, 1.0)
     seeds = config.distill.validation_seeds
@@ -256,9 +257,9 @@ def validation_task(runs: Runs, config: RunConfig) -> Task:
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
-    """Numbers of workers below `workers_per_set` that can resume the run's set, the largest first.
+    """Numbers of workers below `workers_per_set` that have enough memory to distil the run's set, the largest first.
 
-    If the workers' memory is unknown, it counts as sufficient.
+    If the workers' memory is unknown, it counts as enough.
     """
     rows, fewer = len(config.roles), range(1, config.cluster.shards)
     # A set that fits n shards also fits n + 1, because then no shard holds more images.
@@ -280,7 +281,7 @@ def _would_fit(runs: Runs, config: RunConfig, settings: Mapping[str, Any]) -> bo
 
 
 def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[RunConfig, int]:
-    """Layout in which a run's set is distilled, that is, how the work is divided among workers.
+    """Choose the layout in which a run's set is distilled: how classes and networks are divided among workers.
 
     One worker distils the whole set if the command has one process, or if the executor has too few workers.
 
@@ -297,7 +298,7 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[Ru
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
-    """Make tasks that label finished sets. They cover the epochs whose labels the recipe stores and that have none yet.
+    """Make tasks that store a teacher's labels of finished sets, for those epochs whose labels are wanted and missing.
 
     Args:
         workers: number of workers that label at the same time, among which each set's epochs are divided.
@@ -316,7 +317,7 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[Task]:
 
 
 def epochs_to_label(runs: Runs) -> dict[str, int]:
-    """Name of each run that stores labels -> number of epochs without labels; runs with unfinished sets count too."""
+    """Name of each run that lacks stored labels -> number of epochs that lack them, all for an unfinished set."""
     found = {}
     unfinished = {config.name for config in runs.unfinished()}
     for config in runs.configs:
@@ -336,14 +337,15 @@ def evaluate_tasks(
 ) -> list[Task]:
     """Make tasks for every row of the accuracy tables, such as "distilled", and every seed without a result.
 
-    Runs that share a result share its task. Seeds whose networks are trained together are one task. The seeds of a row
-    are divided evenly if workers would be idle otherwise, or if the row is more than a worker's share of the work.
+    Runs that share a result share its task. Seeds whose networks are trained together are one task. A row's seeds are
+    divided evenly into more tasks if workers would be idle otherwise, or if the row is more than an equal share of all
+    work.
 
     Args:
         scored_rows: returns a run's rows, each with its network, `None` for the backbone.
         workers: number of workers. A single worker gets the row on all real data last, so that users see other rows
             early. Several workers get the longest rows first, so that none waits at the end.
-        of: runs to score; `None` for all.
+        of: runs whose rows are wanted; `None` for all of `runs`.
     """
     tasks: list[Task] = []
     shared: dict[str, list[Row]] = {}
@@ -373,7 +375,8 @@ def unstackable(runs: Runs, evaluation: Sequence[Task]) -> list[str]:
 
 
 class RowArguments(NamedTuple):
-    """Arguments of an evaluation task: the run, its store and folder, files of results, row, seeds and network."""
+    """Arguments of an evaluation task: recipe, trajectory store, the run's folder, a result file for each seed, row of
+    the accuracy table, numbers of the seeds, and scored network, `None` for the backbone."""
 
     config: RunConfig
     store_uri: str
@@ -385,7 +388,7 @@ class RowArguments(NamedTuple):
 
 
 def _evaluate_task(runs: Runs, row: Row, numbers: Sequence[int]) -> Task | None:
-    """Task that scores a row of the accuracy table with seeds `numbers`; `None` if all results exist."""
+    """Make a task that trains and scores the networks of a row with seeds `numbers`; `None` if all results exist."""
     config, network, fingerprint = row.run, row.network, runs.raw(row.run).fingerprint
     places = [result_location(runs.out, config, fingerprint, row.name, number, network) for number in numbers]
     if all(place.exists() for place in places):

@@ -1,7 +1,7 @@
-"""Time that a run takes on a machine, and bytes that it stores.
+"""Estimates of the time that a run takes on a machine, and of the bytes that it stores.
 
-All work is in one table: the tasks of every stage, with their work (`work.py`). A machine needs some seconds for each
-operation (`machines.py`, `measure.py`), and some to compile steps. Faults are not counted.
+Times come from one table: the tasks of every stage, with the work of each (`work.py`). A machine needs some seconds for
+each operation (`machines.py`, `measure.py`), and some to compile steps. Time lost to faults is not counted.
 Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
 """
 
@@ -36,11 +36,11 @@ from datm_ray.store.labels import LabelInfo
 from datm_ray.words import counted, data_size, duration
 
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
-"""RUN_SECONDS: seconds to start Ray, read images and write the report. WORKER_SECONDS: seconds to start a worker for a
-stage. Both are measured CPU times."""
+"""RUN_SECONDS: seconds that a run takes to start Ray, read images and write the report. WORKER_SECONDS: seconds to
+start one worker for a stage. Both are CPU times, as measured, and count as time on the clock too."""
 SET_FILES = 8
-"""Size of the files of a set, in copies of the set: the first set and the final one; in the checkpoint, the set, its
-momentum, its moving average and the set chosen so far; and two copies' size for curves and the latents of a prior."""
+"""Estimated size of all files of a synthetic set, as a multiple of the set's size: the first and the final set; in the
+checkpoint, the set, its momentum, its moving average and the set chosen so far; and two for histories and latents."""
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
 
 
@@ -55,15 +55,15 @@ class Proposal:
     """The recipe, whose `cluster` section has the layout."""
     shape: DataShape
     plans: list[DistillationPlan]
-    """Memory plans of the workers: one for each network, in the networks' order, then those of workers that compute
+    """Memory plans of the workers: one for each backbone, in the recipe's order, then those of workers that compute
     MetaDD alone."""
     machine: Machine
     replaced: Sequence[str] | None = None
-    """Settings of the recipe that a suggested layout replaces; `None` if the layout is the recipe's own."""
+    """Recipe settings, such as "cluster.shards=4", that a suggested layout replaces; `None` if none is suggested."""
 
     @functools.cached_property
     def tasks(self) -> dict[str, list[Work]]:
-        """Stage -> its tasks, each with its work."""
+        """Stage, such as "experts" -> the work of each of its tasks."""
         config, shape, is_in_pieces = self.config, self.shape, self._pieces > 0
         has_validations = not is_in_pieces and method_of(config).iterations(config) > 0
         validated = validations(config.distill) if has_validations else 0
@@ -80,7 +80,7 @@ class Proposal:
         return tasks | {"evaluation": [work.evaluation(row, len(part)) for row, parts in shares for part in parts]}
 
     def _experts(self) -> list[Work]:
-        """Work of the run's tasks that train scoring networks, train experts, order the images, and train a prior."""
+        """Work of each task of the stage "experts": train scoring networks and experts, order images, train a prior."""
         tasks, shape, trained = list[Work](), self.shape, trained_networks(self.config)
         scoring: list[RunConfig] = [run for each in trained if (run := each.scoring_run)]
         for networks in (scoring, trained):
@@ -92,7 +92,7 @@ class Proposal:
         return [*tasks, work.prior(self.config, shape)] if is_trained(self.config) else tasks
 
     def seconds(self, task: Work) -> float:
-        """Seconds that one worker takes for a task, without compiling.
+        """Estimated seconds that one worker takes for a task, without compiling.
 
         A GPU computes while the CPUs beside it read streamed images; a core does one after the other.
         """
@@ -102,16 +102,16 @@ class Proposal:
         return max(read, rest) if self.machine.device == "GPU" else read + rest
 
     def compiling(self, kind: str, network: RunConfig) -> float:
-        """Seconds in which one worker compiles a network's steps of a kind of work; 0 if they are not compiled."""
+        """Estimated seconds in which a worker compiles a network's steps of a kind of work; 0 if uncompiled."""
         is_compiled = self.config.cluster.compile and (kind == "recovery" or network.network.norm != "batch")
         each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
 
     def _scheduled(self, tasks: Sequence[Work], together: int = 1) -> tuple[float, float]:
-        """Sum of the seconds that all workers work, and seconds on the clock until the last task ends.
+        """Estimated seconds that workers work, summed over all, and seconds on the clock until the last task ends.
 
-        A group of `together` workers runs a task. A free group takes the longest task that is left. It compiles the
-        steps of a network before its first task with these steps.
+        Each task is run by a group of `together` workers. A free group takes the longest task that is left. It compiles
+        the steps of a network before its first task with these steps.
         """
         groups = [(0.0, number, frozenset[Any]()) for number in range(max(1, self.machine.workers // together))]
         for task in sorted(tasks, key=self.seconds, reverse=True):
@@ -123,7 +123,7 @@ class Proposal:
 
     @property
     def iteration(self) -> tuple[float, float]:
-        """Seconds of one iteration on the slowest worker: computing, and sums over workers."""
+        """Estimated seconds of one distillation iteration on the slowest worker: computing, and sums over workers."""
         shards, roles, machine = self.config.cluster.shards, self.config.roles, self.machine
         demands = [self.plans[number].demand for number in roles[0].backbones]
         sums = sum(machine.sum_seconds(each.summed, each.sums, shards) for each in demands)
@@ -133,7 +133,7 @@ class Proposal:
 
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:
-        """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
+        """Stage -> estimated hours that GPUs or cores work for it, summed over all, and hours on the clock."""
         tasks, workers, together = self.tasks, self.machine.workers, self.config.workers_per_set
         started = min(workers, len(tasks["experts"])) + together + min(workers, len(tasks["evaluation"]))
         seconds = {"start": (RUN_SECONDS + WORKER_SECONDS * started, RUN_SECONDS + 3 * WORKER_SECONDS)}
@@ -149,7 +149,7 @@ class Proposal:
 
     @property
     def clock(self) -> dict[str, float]:
-        """Stage -> seconds on the clock."""
+        """Stage, such as "experts" -> estimated seconds on the clock."""
         return {stage: 3600 * clock for stage, (_, clock) in self.stages.items()}
 
     @property
@@ -159,12 +159,12 @@ class Proposal:
 
     @functools.cached_property
     def _labels(self) -> LabelInfo | None:
-        """Facts about the set's label store; `None` if the recipe stores no labels."""
+        """Settings and planned size of the store of the set's labels; `None` if the recipe stores no labels."""
         return planned_labels(self.config, self.shape) if self.config.evaluate.stores_labels else None
 
     @property
     def _reading(self) -> str:
-        """Text on the streamed images that the run reads from their files; "" if it reads none."""
+        """Text on the streamed images that the run reads from files: how many, and seconds for each; "" for none."""
         together = {"distillation": self.config.workers_per_set}
         read = sum(
             together.get(stage, 1) * operations / READING_OPERATIONS
@@ -179,7 +179,10 @@ class Proposal:
 
     @property
     def storage(self) -> dict[str, int]:
-        """Bytes that a finished run stores, by part: store, labels if any, and set, without reports."""
+        """Estimated bytes of a finished run's files, without reports.
+
+        "store" counts experts, scoring networks and their transforms; "labels" stored labels, if any; "set" all files
+        of the synthetic set."""
         config, shape = self.config, self.shape
         transform, store = fitting_cost(config.dataset, shape).stored, 0
         for each in trained_networks(config):
@@ -194,7 +197,7 @@ class Proposal:
         return method_of(self.config).outlook(self.config, self.shape.trained(self.config.dataset))
 
     def to_json(self) -> dict[str, Any]:
-        """Estimates as plain data. Hours are `None` if no speed is known."""
+        """Estimates as plain data for JSON. "hours" and "clock_hours" are `None` if no speed is known."""
         config, machine, outlook = self.config, self.machine, self.outlook
         held, clock = ({name: hours[place] for name, hours in self.stages.items()} for place in (0, 1))
         return {
@@ -255,12 +258,12 @@ class Proposal:
 
     @property
     def evaluation_bytes(self) -> int | None:
-        """Bytes of GPU memory of a step that trains a scored network on the set; `None` if CPUs train it."""
+        """Estimated bytes of GPU memory in a step that trains a scored network on the set; `None` if CPUs train it."""
         return gpu_bytes(self.config, self.shape)
 
     @property
     def _layout(self) -> str:
-        """Options that ask for a suggested layout on the command line; "" if the layout is the recipe's own."""
+        """Text with the command-line options that choose the suggested layout; "" if the layout is the recipe's own."""
         if self.replaced is None:
             return ""
         names, cluster = ("shards", "gpus_per_worker", "experts_at_a_time", "memory"), self.config.cluster

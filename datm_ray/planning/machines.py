@@ -28,14 +28,14 @@ FORWARD_PASSES = {
     "steps": 5.0,
     "reading": 1.0,
 }
-"""Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
+"""Kind of work -> time to process one image once, as a multiple of its forward pass at the speed of student steps.
 
-"matching", "embedding" and "recovery" are compiled steps of DATM, DM and SRe2L. "experts" is training in compiled
-stacks, "training" training one by one on a synthetic set, "real" the same on real data. "scoring" is computing logits.
-"steps" is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; speeds that `measure` finds include it.
-"reading" is reading a streamed image, see `READING_OPERATIONS`. All but "steps" and "reading" were measured on one core
-with 32x32 images: "recovery" with a ResNet-18 of half the published width, the others with a ConvNet of depth 3 and
-width 128."""
+"matching", "embedding" and "recovery" are compiled steps of DATM, DM and SRe2L. "experts" is training
+networks together in compiled stacks, "training" one by one on a synthetic set, "real" one by one on real data.
+"scoring" is computing logits. "steps" is the fixed cost of a step of scored networks, see `STEP_OVERHEAD`; speeds that
+`measure` finds include it. "reading" is reading a streamed image, see `READING_OPERATIONS`. All but "steps" and
+"reading" were measured on one core with 32x32 images: "recovery" with a ResNet-18 of half the published width, the
+others with a ConvNet of depth 3 and width 128."""
 COMPILING = {"matching": 1.7, "experts": 0.8, "embedding": 0.8, "recovery": 0.4}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
@@ -47,17 +47,18 @@ READING_OPERATIONS = 3.5e8
 `SPEED`. There, `benchmarks/bench_reading.py` took 1.6 to 2.0 ms to decode and resize a JPEG file of 500x375 pixels and
 79 KB, and 0.2 ms to normalise it. Files of other sizes take other times."""
 READERS = 8
-"""Threads in which a GPU's worker reads images, if its machine is only described. Assumed: nodes in clouds have 6 to 24
-CPUs for each GPU."""
+"""Number of threads in which a GPU's worker reads streamed images, if `--cluster` describes the machines. Assumed:
+nodes in clouds have 6 to 24 CPUs for each GPU."""
 SPEED = {"core": 150e9, "GPU": 7e12}
 """FLOP/s of student steps on one core and on one GPU, used to choose a layout if no speed is given. The GPU's value is
 assumed: a tenth of an H200's float32 peak."""
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
-"""Bytes per second that a worker sends in a sum. Measured between two processes of one machine: 0.7 to 1.0 GB/s.
-Assumed for GPUs: 25 Gbps."""
+"""Bytes per second that a worker sends while tensors are summed over workers. Measured between two processes of one
+machine: 0.7 to 1.0 GB/s. Assumed for GPUs: 25 Gbps."""
 LATENCY = {"core": 0.003, "GPU": 0.0002}
-"""Seconds of one round of messages in a sum. A message alone takes 0.16 ms between two processes of one machine, but
-two workers there take 0.7 to 4.6 ms more CPU time for each sum (benchmarks/LOG.md, 2026-11-29). Assumed for GPUs."""
+"""Seconds of one round of messages while tensors are summed over workers. A message alone takes 0.16 ms between two
+processes of one machine, but two workers there take 0.7 to 4.6 ms more CPU time for each sum (benchmarks/LOG.md,
+2026-11-29). Assumed for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ class Machine:
     seconds: Mapping[str, float]
     """Kind of work -> one worker's seconds to process one image once, per FLOP of the image's forward pass."""
     compiling: Mapping[str, float]
-    """Kind of work -> one worker's seconds to compile it, per torch function as in `COMPILING`."""
+    """Kind of work -> one worker's seconds to compile its steps, per torch function of the network's forward pass."""
     bandwidth: float
-    """Bytes per second that one worker sends in a sum."""
+    """Bytes per second that one worker sends while tensors are summed over workers."""
     memory: int | None = None
-    """Bytes that one worker may take; `None` if unknown."""
+    """Bytes that one worker may take: of GPU memory on a GPU, else of main memory; `None` if unknown."""
     basis: str = ""
     """Source of `seconds`, in words; "" for an assumed speed, which serves to compare layouts and gives no times."""
     network: str = ""
-    """What is assumed of a described cluster's network, in words; "" if its speed is given."""
+    """Assumed speed and latency of a described cluster's network, in words; "" if the user gives the speed."""
 
     @classmethod
     def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0, readers: int = READERS) -> Machine:
@@ -101,11 +102,11 @@ class Machine:
         return cls(device, workers, cores, seconds, COMPILING, BANDWIDTH[device], basis="as given" if speed else "")
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
-        """Seconds of `sums` sums over `members` workers; 0 for one worker.
+        """Estimated seconds in which `members` workers sum tensors over all of them; 0 for one worker.
 
         Args:
-            size: bytes of the tensors of all sums together.
-            sums: number of sums.
+            size: bytes of one worker's tensors in all sums together.
+            sums: number of sums. Each costs some rounds of messages.
             members: number of workers that take part in a sum.
         """
         if members == 1:
@@ -115,7 +116,7 @@ class Machine:
 
 
 def machine_here(config: RunConfig) -> Machine:
-    """Machine to plan for if the user describes no cluster, with assumed speeds.
+    """This machine, with assumed speeds, to plan for if the user describes no cluster.
 
     It has `cluster.workers` workers, or else one for each GPU here, or as many as the CPUs allow. If GPUs are asked for
     and none is here, it has as many workers as make one set.
@@ -136,8 +137,8 @@ KEYS: dict[str, tuple[dict[str, float], str]] = {
     "gflops": ({"": 1e9}, _SPEED),
     "network": ({"kbps": 125.0, "mbps": 125e3, "gbps": 125e6, "tbps": 125e9}, "a speed with its unit, such as 25Gbps"),
 }
-"""Key of a cluster's description -> its units with their factors to FLOP/s or bytes per second, and what its value must
-be, in words. Memory has the units of `parse_bytes`."""
+"""Key of a cluster's description -> (units of its values -> factors, what a value must be in words). Factors convert
+to a count, FLOP/s or bytes per second. Values of "memory" have the units of `parse_bytes`."""
 
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
@@ -172,7 +173,7 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
 
 
 def _faults(entries: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Yield the faults of a description in words: of single entries, then of all together. `entries`: (key, value)."""
+    """Yield the faults of a cluster's description in words: of each entry (key, value), then of all together."""
     keys = [key for key, _ in entries]
     for place, (key, value) in enumerate(entries):
         if key not in KEYS:
@@ -189,7 +190,7 @@ def _faults(entries: Sequence[tuple[str, str]]) -> Iterator[str]:
 
 
 def _value(key: str, text: str) -> float:
-    """Value of a key in base units; 0 if it cannot be read or is out of range, such as memory without a unit."""
+    """Number that the text `text` of a key means: a count, bytes, FLOP/s or bytes per second; 0 if it is invalid."""
     if key == "memory":
         with suppress(ConfigError):
             return float(size) if 2**20 <= (size := parse_bytes(text)) < 2**60 else 0.0

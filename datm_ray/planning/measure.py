@@ -42,17 +42,17 @@ is never reached."""
 STEPS = 3
 """Number of student steps in one timed repetition of matching."""
 QUICK_FLOP = 1e11
-"""Number of operations that one step of one network may have in a quick measurement: the step gets as many images as
-this allows, at least two. The time of the run's larger step is taken in proportion to its images. Much smaller steps
-would be faster than in proportion, because their maps fit into the CPU's cache."""
+"""Largest number of operations of one network's step in a quick measurement: the step gets as many images as this
+allows, at least two. The time of the run's larger step is taken in proportion to its images. Much smaller steps would
+be faster than in proportion, because their feature maps fit into the CPU's cache."""
 COMPILED_GAIN = {"matching": (1.4, 56.0), "experts": (0.95, 30.0), "embedding": (2.5, 0.0), "recovery": (2.0, 0.0)}
 """Kind of step -> (a, b): in a network with `width` channels, a compiled step is a + b / width times as fast as an
 uncompiled one. Of ten gains measured on one core for widths 32 to 128 and images of 32 and 64 pixels
-(benchmarks/LOG.md, 2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so that their
-plan is too long. The gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
+(benchmarks/LOG.md, 2026-11-29), nine are within 18 %. Images of 8 pixels gain up to 2.6 times as much, so their plans
+are too long. The gains of embedding and recovery were measured once each, for the networks of `FORWARD_PASSES`."""
 GRAPHS = {"embedding": 4.0}
-"""Kind of step -> time to compile all its graphs, as a multiple of the time for the graph that is timed. DM compiles
-embeddings for two sizes of micro-batches, and their derivative, which takes twice as long."""
+"""Kind of step -> time to compile all its graphs, as a multiple of that for the one graph that is timed; 1 for
+others. DM compiles embeddings for two sizes of micro-batches, and their derivative, which takes twice as long."""
 
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
@@ -90,9 +90,9 @@ def compiled_gain(kind: str, width: int) -> float:
 
 
 def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, tuple[int, Iterator[Any]]]:
-    """Kind of work -> number of passes of images through networks in one repetition, and iterator over repetitions.
+    """Kind of work -> number of images through networks in one timed repetition, and iterator over repetitions.
 
-    The number is a sum over all images and networks. The iterator is endless: each call of `next` runs one
+    An image counts once for each pass through each network. The iterator is endless: each call of `next` runs one
     repetition.
 
     Args:
@@ -162,10 +162,10 @@ def _recovery(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
 
 
 def _seconds(work: Iterator[Any], *, by_cpu: bool) -> tuple[float, float]:
-    """Seconds of the first repetition, and median seconds of the following ones.
+    """Seconds of the first repetition of some work, and median seconds of the following ones.
 
     Args:
-        work: runs one repetition per item.
+        work: iterator that runs one repetition for each item.
         by_cpu: True to measure CPU seconds, False to measure wall-clock seconds.
     """
     found: list[float] = []
@@ -179,6 +179,6 @@ def _seconds(work: Iterator[Any], *, by_cpu: bool) -> tuple[float, float]:
 
 
 def _now(by_cpu: bool) -> float:
-    """Current time in seconds: of the clock, or CPU time of this process and of compilers that it started."""
+    """Current time in seconds: of a clock or, if `by_cpu`, CPU time of this process and its ended children."""
     children = os.times()
     return time.process_time() + children.children_user + children.children_system if by_cpu else time.perf_counter()

@@ -1,4 +1,4 @@
-"""Main memory that Ray reserves for the workers of each stage: a process, and tensors with a margin.
+"""Estimates of the main memory that Ray reserves for each worker of a stage: its process, and tensors with a margin.
 
 A distilling worker's memory is planned in `stages/methods/memory.py`, with the same accuracy. Images of the data set
 are left out, because the workers of a node share them. Accuracy: benchmarks/README.md. Tests:
@@ -21,32 +21,32 @@ from datm_ray.stages.labels import labelling_bytes, records_bytes
 from datm_ray.stages.methods.memory import MARGIN, PROCESS_BYTES, plans_of
 
 TRAINING_PROCESS_BYTES = 900 * 2**20
-"""Bytes of a CPU worker that trains networks, without its tensors. Measured: 790 to 830 MiB, and 940 MiB with compiled
-steps of experts on small tensors."""
+"""Bytes of main memory of a CPU worker that trains networks, without its tensors. Measured: 790 to 830 MiB, and 940 MiB
+with compiled steps of experts on small tensors."""
 GPU_PROCESS_BYTES = 4 * 2**30
-"""Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
+"""Bytes of main memory of a worker that computes on a GPU. Assumed: CUDA's libraries and context take 2 to 3 GiB."""
 STACKED_MAPS, ALONE_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass.
 
-STACKED_MAPS: networks in a stack, which a CPU computes in small parts; measured up to 3.4. ALONE_MAPS: one network;
-measured 1.3 to 1.5. `MARGIN` comes on top.
+STACKED_MAPS: networks trained together, which a CPU computes in small parts; measured up to 3.4. ALONE_MAPS: one
+network; measured 1.3 to 1.5. The factor `MARGIN` comes on top.
 """
 VECTORS = 8
-"""Number of vectors as long as the parameters that a network in training takes, estimated: parameters, gradient,
-velocity, updated parameters, and four for GSAM."""
+"""Memory of a network in training beside its feature maps, as a multiple of its parameters. Estimated: parameters,
+gradient, velocity, updated parameters, and four more vectors for GSAM."""
 SET_COPIES_READ = 2
 """Number of copies of a synthetic set that main memory holds while the set is read: parts of its file, and the images.
 Counted in the program, not measured."""
 STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
-"""Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
-megapixels at full size. Assumed."""
+"""Bytes of main memory to read streamed images: for encoded row groups of a Parquet file, and in each thread for one
+photograph of 20 megapixels at full size. Assumed."""
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:
     """Bytes of main memory to reserve for each worker that distils a set: what the largest of them needs.
 
     Args:
-        sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
+        sharing: number of distilling workers that share one machine's memory; 0 to count those of this set alone.
 
     Raises:
         ConfigError: workers compute on CPUs, and one would need more memory than it may take, or there are more shards
@@ -68,7 +68,7 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
 
 
 def prior_memory(config: RunConfig, shape: DataShape) -> int:
-    """Bytes of main memory of a worker that trains the run's prior, which the run must have."""
+    """Bytes of main memory to reserve for a worker that trains the run's prior. The run must have a prior."""
     assert config.prior is not None
     if uses_gpu(config.cluster.shaped(light=True)):
         return _gpu_worker_bytes(shape)
@@ -98,7 +98,7 @@ def scoring_memory(
     Args:
         network: scored network; `None` for the backbone.
         together: number of networks that are trained together.
-        held: number of other networks that the worker holds at the same time, trained or to be trained.
+        held: number of other networks in the worker's memory at the same time, trained already or still to be trained.
         sets: number of different sets of `images` images that the worker holds; 0 if the images are the data set's,
             which the workers of a node share.
         schedule: schedule of the training; `None` for that of the distilled set's row.
@@ -119,7 +119,7 @@ def scoring_memory(
 
 
 def labelling_memory(config: RunConfig, shape: DataShape) -> int:
-    """Bytes of main memory to reserve for a worker that labels a set by a teacher."""
+    """Bytes of main memory to reserve for a worker that labels the run's synthetic set with its teacher."""
     images = shape.synthetic(config)
     held, records = SET_COPIES_READ * images * shape.row, records_bytes(config, shape)
     if uses_gpu(config.cluster.shaped(light=True)):
@@ -152,10 +152,10 @@ def _training_memory(
     is_stack: bool,
     at_once: int | None = None,
 ) -> int:
-    """Bytes of main memory to reserve for a worker that trains networks, each on `rows` images in a step.
+    """Bytes of main memory to reserve for a worker that trains `networks` networks, each on `rows` images in a step.
 
-    The worker holds further tensors of `held` bytes. Between steps, a network scores `scored` images at the same time.
-    A step computes `at_once` images at a time; `None` for all. If the networks are a stack (`is_stack`), steps are
+    The worker holds other tensors of `held` bytes. Between steps, a network classifies `scored` images in one batch. A
+    step computes `at_once` images at a time; `None` for all. If the networks are a stack (`is_stack`), steps are
     computed in parts that fit the cache of a CPU.
     """
     if uses_gpu(config.cluster.shaped(light=True)):

@@ -30,8 +30,8 @@ def plan_run(
     Args:
         cluster: description of a cluster, for which a layout is suggested; `None` for this machine and the recipe's own
             layout.
-        shape: shape of data that is not here, as channels x height x width, classes, training images, such as
-            "3x64x64,200,100000"; `None` for that of the recipe's data.
+        shape: shape of a data set that is not on this machine, as channels x height x width, number of classes, and
+            number of training images, such as "3x64x64,200,100000"; `None` for that of the recipe's data.
         measure: True to time the run's own compiled steps here. False times small steps, if CPUs compute and their
             speed is not given.
         wanted: number of workers that all runs of the command together use to distil; 0 if this run is alone.
@@ -66,12 +66,12 @@ def plan_run(
 
 
 def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
-    """Proposal with the fewest shards that distils and validates at most 5 % longer than the fastest proposal.
+    """Plan with the fewest shards whose distillation and validation take at most 5 % longer than the fastest plan's.
 
-    Powers of two and the largest possible number are tried as numbers of shards.
+    Tried numbers of shards are powers of two and the largest possible number.
 
     Raises:
-        ConfigError: no proposal fits into memory, or the machine has fewer workers than the recipe needs.
+        ConfigError: no layout fits into memory, or the machine has fewer workers than the recipe needs.
     """
     rows, gpu, found = len(config.roles), machine.device == "GPU", list[Proposal]()
     apart = [name for name in ("backbones_apart", "auxiliaries_apart") if getattr(config.cluster, name)]

@@ -1,4 +1,4 @@
-"""Work of every kind of task. Plans estimate times from it, and runs take the weights of their tasks from it.
+"""Amount of work of every kind of task, from which plans estimate times, and runs take the weights of their tasks.
 
 A task's work is a list of parts. Each part counts operations of forward passes; `FORWARD_PASSES` says how long they
 take. Tests: tests/planning/test_work.py.
@@ -26,21 +26,21 @@ from datm_ray.stages.methods.registry import method_of, teacher_of
 
 
 class WorkPart(NamedTuple):
-    """Part of a task's work, of one kind."""
+    """Part of a task's work: operations of one kind."""
 
     kind: str
     """Kind of work, a key of `FORWARD_PASSES`."""
     run: RunConfig
     """Run whose `network` computes this part."""
     operations: float
-    """Floating-point operations of all forward passes, or operations that take as long."""
+    """Floating-point operations of all forward passes; for other work, as many as would take its time."""
 
 
 Work = list[WorkPart]
 
 
 def weight(work: Sequence[WorkPart]) -> float:
-    """Relative time of a task's work; at least 1. The unit is the time of one operation in a student step."""
+    """Estimated time of a task's work, at least 1, in a relative unit: the time of one operation in a student step."""
     return max(1.0, sum(FORWARD_PASSES[kind] * operations for kind, _, operations in work))
 
 
@@ -75,9 +75,9 @@ def prior(run: RunConfig, shape: DataShape) -> Work:
 
 
 def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
-    """Work of one iteration, one entry for each role (the networks that one worker computes).
+    """Work of one worker in one iteration, for each role: the backbones and MetaDD networks that the worker computes.
 
-    Workers of a role have different shards (classes). The entry is the work of the worker with most classes.
+    Workers of a role have different classes. The work is that of the worker with the most classes.
     """
     networks, method, shards = run.each_backbone(), method_of(run), run.cluster.shards
     demands = [method.demand(run, shape.classes, shards, network_cost(each, shape)) for each in networks]
@@ -98,7 +98,7 @@ def iterations(run: RunConfig, shape: DataShape) -> list[Work]:
 
 
 def distillation(run: RunConfig, shape: DataShape, time: Callable[[Work], float] = weight) -> Work:
-    """Work of distilling a set: choosing images, and all iterations.
+    """Work of one worker to distil a set: choosing the first images, and all iterations.
 
     If single workers make pieces of the set, this is the work of one piece. If workers make the set together, it is
     the work of the slowest worker, the one with the largest `time` of an iteration.
@@ -124,7 +124,7 @@ def _training(
 
 
 def validation(run: RunConfig, shape: DataShape) -> Work:
-    """Work of one validation of a run's set."""
+    """Work of one validation of a run's set: to train networks on the set and score them."""
     first, seeds = run.each_backbone()[0], run.distill.validation_seeds
     training = _training("training", first, shape, validation_schedule(run, 1.0), shape.synthetic(run), seeds, seeds)
     scored = seeds * shape.set_aside(run.dataset)
@@ -132,23 +132,23 @@ def validation(run: RunConfig, shape: DataShape) -> Work:
 
 
 def labels(run: RunConfig, shape: DataShape, epochs: int) -> Work:
-    """Work of labelling a run's set for `epochs` epochs."""
+    """Work of labelling a run's set by its teacher, with new labels for each of `epochs` epochs."""
     return [passes("scoring", teacher_of(run), shape, epochs * shape.synthetic(run))]
 
 
 def divided_epochs(epochs: Sequence[int], workers: int) -> list[tuple[int, ...]]:
-    """Divide the epochs to label evenly among 4 * `workers` tasks. If there are fewer epochs, each epoch is a task."""
+    """Divide the epochs to label into 4 * `workers` nearly equal tasks, or one task per epoch if there are fewer."""
     parts = np.array_split(epochs, min(len(epochs), 4 * workers)) if epochs else []
     return [tuple(part.tolist()) for part in parts]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a run's accuracy table."""
+    """Row of a run's accuracy table: networks that are trained on the same images and scored."""
 
     run: RunConfig
     name: str
-    """Key of `ALL_ROWS`."""
+    """Key of the row in `ALL_ROWS`, such as "distilled"."""
     network: NetworkConfig | None
     """Scored network; `None` for the backbone."""
     shape: DataShape
@@ -156,7 +156,7 @@ class Row:
 
     @property
     def scored(self) -> RunConfig:
-        """Run with the scored network in place of the backbone."""
+        """The run's recipe with the scored network in place of the backbone."""
         return self.run.model_copy(update={"network": self.network or self.run.network})
 
     @property
@@ -196,7 +196,7 @@ class Row:
 
     @property
     def is_unstackable(self) -> bool:
-        """True if networks are trained one after another only because their architecture cannot be stacked."""
+        """True if the row's networks are trained one by one only because their architecture cannot be stacked."""
         _, gains, stacks = self._stacking(self.run.evaluate.seeds)
         return gains and not stacks
 
@@ -236,8 +236,8 @@ def evaluation(row: Row, seeds: int) -> Work:
 def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
     """Fewest tasks into which to divide each row of the accuracy table, so that all workers get equal work.
 
-    Returns a number for each of `works`. With these numbers no worker is idle, and no task has more than the total work
-    divided by `workers`.
+    Returns a number of tasks for each of `works`. With these numbers no worker is idle, and no task has more than the
+    total work divided by `workers`.
 
     Args:
         works: expected work of each row, in any unit.
@@ -248,7 +248,7 @@ def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
 
 
 def divided_rows(rows: Sequence[Row], workers: int) -> list[list[tuple[int, ...]]]:
-    """Divide the seeds of each row into tasks, so that all workers get equal work.
+    """Divide the seeds of each row of the accuracy table into tasks, so that all workers get about equal work.
 
     Returns one list for each row. Each tuple in the list has the numbers of the seeds of one task.
     """

@@ -1,11 +1,11 @@
 """Packaged recipes: one function per named run; its docstring gives the source and the expected result.
 
 The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 2310.05773, the authors' configuration
-files of 2024-04-26), GSAM experts included, or of the method in the recipe's name. There are two differences. The
-evaluation's step size and the kept iteration are never chosen on the test set. A gradient whose first-order decrease
-exceeds ten times the loss is shortened (`distill.gradient_limit`). MTT's recipes have two more: an update that
-would make the step size negative is skipped, and evaluation has batches of 128 (docs/methods/mtt.md). Figures of our
-own are given only where they were measured.
+files of 2024-04-26), GSAM experts included, or of the method in the recipe's name. Recipes differ from the published
+runs in two points. The evaluation's step size and the kept iteration are never chosen on the test set. A gradient whose
+first-order decrease exceeds ten times the loss is shortened (`distill.gradient_limit`). MTT's recipes differ in two
+more points: an update that would make the step size negative is skipped, and evaluation has batches of 128
+(docs/methods/mtt.md). Accuracies of this package are given only where they were measured.
 
 A public function of a module listed in `_MODULES` is a recipe, under its name with dashes.
 """
@@ -49,7 +49,7 @@ def get_recipe(name: str) -> RunConfig:
 
 
 def _find(name: str, below: tuple[str, ...]) -> RunConfig:
-    """Recipe of this name or file. `below` are the files that have it as a base, directly or through other files.
+    """Recipe of this name or file. `below` are the files whose key `base` led here, directly or through other files.
 
     Raises:
         ConfigError: the recipe or a base does not exist, a file is its own base, or it holds no recipe.
@@ -63,7 +63,7 @@ def _find(name: str, below: tuple[str, ...]) -> RunConfig:
 
 
 def is_file(name: str) -> bool:
-    """True if a recipe is given as a file, False for the name of a packaged one."""
+    """True if `name` is the path of a recipe's file, False if it is the name of a packaged recipe."""
     return name.endswith((".yaml", ".yml")) or os.sep in name
 
 

@@ -1,4 +1,4 @@
-"""Recipes of DATM, MTT, DM, SRe2L and MetaDD for CIFAR-10. Accuracies of the paper are of ConvNet, mean ± std."""
+"""Recipes of DATM, MTT, DM, SRe2L and MetaDD for CIFAR-10. Papers' accuracies are of ConvNet, mean ± std."""
 
 from __future__ import annotations
 
@@ -171,9 +171,8 @@ def cifar10_dm_ipc10() -> RunConfig:
     20,000 iterations has 256 real images of each class. The set's learning rate is 1. Labels are hard, and networks
     train at learning rate 0.01.
 
-    With 5,000 iterations in bfloat16 on JPEG copies of the images, the set reached 48.0±0.6 % (one set, five
-    networks) in 1.7 hours of a CPU core. `datm-ray plan cifar10-dm-ipc10` says what `datm-ray run cifar10-dm-ipc10`
-    takes.
+    With 5,000 iterations in bfloat16 on JPEG copies of the images, the set reached 48.0±0.6 % (one set, five networks)
+    in 1.7 hours of a CPU core. `datm-ray plan cifar10-dm-ipc10` estimates the time and memory of a run.
     """
     return RunConfig(
         method="dm",
@@ -210,9 +209,10 @@ def cifar10_sre2l_ipc50() -> RunConfig:
 def cifar10_metadd_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class, DATM as in cifar10-ipc10 and MetaDD with three auxiliaries.
 
-    No figure is published for DATM with MetaDD; MTT with MetaDD has 53.1 % over its unseen networks. Three of those
-    are in the table: AlexNet, ResNet-50 and VGG. Not run at this size yet. On a fifth of the data, with 200 iterations,
-    narrow networks and other auxiliaries, the meta-feature ratio rose from 0.11 to 0.41 and accuracy on other
-    architectures did not (docs/results.md). MetaDD uses a fifth of the images in each iteration.
+    No figure is published for DATM with MetaDD. The paper reports 53.1 % for MTT with MetaDD, a mean over networks that
+    MetaDD has not seen; the run scores three of those: AlexNet, ResNet-50 and VGG. Not run at this size yet. On a fifth
+    of the data, with 200 iterations, narrow networks and other auxiliaries, the meta-feature ratio rose from 0.11 to
+    0.41, but accuracy on other architectures did not rise (docs/results.md). MetaDD uses a fifth of the synthetic
+    images in each iteration.
     """
     return with_auxiliaries(cifar10_ipc10(), share=0.2)

@@ -1,4 +1,4 @@
-"""Recipes of DATM, MTT and SRe2L for CIFAR-100. Accuracies of the paper are of ConvNet, mean ± std."""
+"""Recipes of DATM, MTT and SRe2L for CIFAR-100. Papers' accuracies are of ConvNet unless stated, mean ± std."""
 
 from __future__ import annotations
 

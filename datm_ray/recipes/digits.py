@@ -22,13 +22,13 @@ from datm_ray.config import (
 )
 
 DIGITS_AUGMENTATION = "crop_scale_rotate"
-"""Operations for evaluation on digits: no flip (mirrored digits do not exist), no cutout (it blanks digits), no colour.
-Experts and students use no augmentation: at 8x8 pixels that gave better sets on validation data."""
+"""Augmentation for evaluation on digits: no flip (mirrored digits do not exist), no cutout (it blanks digits), no
+colour. Experts and students use no augmentation: without it, sets of 8x8 pixels were better on validation data."""
 DIGITS_REAL_EPOCHS = 150
-"""Epochs of the networks that train on all real digits. With 40 epochs, these networks would have had a quarter of the
-updates of networks that train on 300 synthetic images."""
+"""Epochs of the networks that train on all real digits. With only 40, these networks would have a quarter of the
+updates of networks that train on 300 synthetic images, and the comparison would not be fair."""
 FIXED_STEP_SIZE = {"distill.learning_rate_step_size": 0.0, "distill.initial_step_size": 0.1}
-"""Settings for methods that learn no step size: it stays 0.1."""
+"""Settings for methods that learn no step size: networks train on the set with step size 0.1."""
 
 
 def _digits(
@@ -61,8 +61,8 @@ def _digits(
 def digits_smoke() -> RunConfig:
     """Real digits, 1 image per class, cut to half a minute on two cores: to see that everything works.
 
-    Two networks reached 79.4±7.1 % with the set, and 57.5±0.2 % with random real images. digits-ipc1 takes minutes
-    and reaches 92 %.
+    Two networks reached 79.4±7.1 % when trained on the set, and 57.5±0.2 % on random real images. digits-ipc1 takes
+    minutes and reaches 92 %.
     """
     experts = {"experts.count": 4, "experts.epochs": 10, "experts.keep_epochs": 10}
     student = {"distill.student_steps": 10, "distill.expert_epochs": 1, "distill.start_epochs": [0, 4]}
@@ -72,19 +72,19 @@ def digits_smoke() -> RunConfig:
 
 
 def digits_ipc1() -> RunConfig:
-    """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3 %."""
+    """Real digits, 1 image per class: early start epochs 0-9. Accuracy 92.1±1.1 %, with all real data 98.9±0.3 %."""
     return _digits(1, iterations=500, starts=StartEpochs(bound=10), expert_epochs=3, learning_rate_images=20.0)
 
 
 def digits_ipc10() -> RunConfig:
-    """Real digits, 10 images per class: start epochs 5-29. Measured 98.0±0.7 %, all real data 98.9±0.3 %."""
+    """Real digits, 10 images per class: start epochs 5-29. Accuracy 98.0±0.7 %, with all real data 98.9±0.3 %."""
     return _digits(
         10, iterations=200, starts=StartEpochs(first=5, bound=30), expert_epochs=4, learning_rate_images=30.0
     )
 
 
 def digits_ipc30() -> RunConfig:
-    """Real digits, 30 images per class: start epochs 10-34, late. Measured 99.0±0.3 %, all real data 98.9±0.3 %."""
+    """Real digits, 30 images per class: late start epochs 10-34. Accuracy 99.0±0.3 %, with all real data 98.9±0.3 %."""
     return _digits(
         30, iterations=250, starts=StartEpochs(first=10, bound=35), expert_epochs=4, learning_rate_images=30.0
     )
@@ -93,8 +93,9 @@ def digits_ipc30() -> RunConfig:
 def digits_mtt_ipc10() -> RunConfig:
     """Real digits, 10 images per class, by MTT: start epochs 0-34, hard labels, and random images at first.
 
-    With start epochs 0-35, MTT reached 96.5±1.3 % and DATM 97.3±0.9 %: three distillations, each scored by five
-    networks, before gradients had a limit (benchmarks/results/fidelity-digits-3-distillations_2-core-cpu_202611.md).
+    With start epochs 0-35, MTT reached 96.5±1.3 % and DATM 97.3±0.9 %: three distillations each, every set scored by
+    five networks, without `distill.gradient_limit`
+    (benchmarks/results/fidelity-digits-3-distillations_2-core-cpu_202611.md).
     """
     mtt = {"method": "mtt", "distill.start_epochs": [0, 35], "distill.initial": "random"}
     return with_settings(digits_ipc10(), mtt)
@@ -105,7 +106,7 @@ def digits_dm_ipc10() -> RunConfig:
 
     The set reached 97.6±0.5 %, random real images with hard labels 94.9±0.5 %, digits-ipc10 97.8±0.4 % and all real
     data 98.9±0.2 %: one distillation each, scored by five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). The
-    distillation took 43 seconds of a busy CPU core, that of digits-ipc10 184 seconds and its experts 89 seconds.
+    distillation took 43 seconds of a CPU core; that of digits-ipc10 took 184 seconds, and its experts 89 seconds.
     Learning rates and iterations were chosen on validation images.
     """
     return with_settings(
@@ -124,11 +125,12 @@ def digits_dm_ipc10() -> RunConfig:
 
 
 def digits_sre2l_ipc10() -> RunConfig:
-    """Real digits, 10 images per class, recovered from a small ResNet-18 (SRe2L), and scored under its labels.
+    """Real digits, 10 images per class, recovered from a small ResNet-18 (SRe2L), which also labels them in scoring.
 
-    On that network the set reached 94.7±0.4 %, random real images with labels of the same teacher 96.6±0.7 %, and with
-    hard labels 94.0±0.5 %: one set, scored by five networks (`datm-ray run digits-sre2l-ipc10 --skip-full`). The values
-    of `recover` were chosen on validation images. At 8x8 pixels views are whole images, neither mirrored nor shifted.
+    On that network the set reached 94.7±0.4 %, random real images with the teacher's labels 96.6±0.7 %, and random real
+    images with hard labels 94.0±0.5 %: one set, scored by five networks (`datm-ray run digits-sre2l-ipc10
+    --skip-full`). The values of `recover` were chosen on validation images. At 8x8 pixels views are whole images,
+    neither mirrored nor shifted.
     """
     base = digits_ipc10()
     teacher = ExpertConfig(
@@ -167,9 +169,9 @@ def digits_select_ipc10() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD, for sets that work on other networks too.
 
-    The set reached 90.0±1.4 % on the backbone's architecture; docs/results.md has other architectures. At 8x8 the last
-    maps would have two pixels a side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says
-    how MetaDD's weights were found.
+    The set reached 90.0±1.4 % with ConvNet, the backbone; docs/results.md has other architectures. Images are enlarged,
+    because at 8x8 the last feature maps would have two pixels a side. The auxiliaries have an eighth of their published
+    width; benchmarks/LOG.md says how MetaDD's weights were found.
     Score the set with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """

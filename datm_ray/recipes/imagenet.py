@@ -1,4 +1,4 @@
-"""Recipe of SRe2L for ImageNet-1K, whose images stay in their files. The paper's accuracy is that of a ResNet-18."""
+"""Recipe of SRe2L for ImageNet-1K. Images are decoded from their files whenever they are needed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from datm_ray.recipes.published import recovered
 def imagenet_sre2l_ipc10() -> RunConfig:
     """ImageNet-1K, 10 images per class, by SRe2L. The paper reports 21.3 % with ResNet-18.
 
-    Not run yet. Give `--set dataset.path=FOLDER` with train/CLASS and val/CLASS in it. The teacher is torchvision's
+    Not run yet. Give `--set dataset.path=FOLDER`, a folder with train/CLASS and val/CLASS. The teacher is torchvision's
     ResNet-18: `datm-ray store import-teacher resnet18.pth --recipe imagenet-sre2l-ipc10` puts its file into the store.
-    Without it the run trains one. Images are stretched to 224x224 pixels, while the authors cut the centre of test
-    images. Labels of all 300 epochs take 6 GB; `--set evaluate.keep_labels=30` keeps a tenth.
+    Without this file the run trains a teacher. Images are stretched to 224x224 pixels, while the authors cut the centre
+    of test images. The teacher's labels of all 300 epochs take 6 GB; `--set evaluate.keep_labels=30` keeps a tenth.
     """
     base = recovered(
         "folder",

@@ -1,7 +1,7 @@
-"""Values that the published recipes of DATM share, and those of MTT and SRe2L.
+"""Values that the packaged recipes of DATM share; functions for recipes of MTT and SRe2L; MetaDD's networks.
 
-Source for DATM: arXiv 2310.05773 and the authors' files of 2024-04-26. The functions for MTT and SRe2L name their
-sources.
+Source for DATM: arXiv 2310.05773 and the authors' configuration files of 2024-04-26. The functions for MTT and SRe2L
+name their sources.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from datm_ray.config import (
 )
 
 LATEST_MATCHED = {"cifar10": 61, "cifar100": 71, "tiny-imagenet": 71}
-"""Last epoch that any published recipe of DATM matches, by data set, inclusive."""
+"""Data set -> last expert epoch, inclusive, that any of DATM's published recipes for it matches. Experts store the
+epochs up to this one, so that the recipes can share experts."""
 LATEST_MATCHED_BY_MTT = 41
-"""Last epoch that any recipe of MTT matches, inclusive. Experts of every recipe of MTT store the epochs up to this one,
-so that the recipes can share experts."""
+"""Last expert epoch, inclusive, that any packaged recipe of MTT matches. Experts of every recipe of MTT store the
+epochs up to this one, so that the recipes can share experts."""
 
 
 def published(source: str, *, depth: int, **distill: Any) -> RunConfig:
-    """Make a recipe of DATM from the values in which the paper's recipes differ. Values that all share are added.
+    """Make a recipe of DATM from the values in which the paper's recipes differ, and the values that all of them share.
 
     Args:
         source: data set, a key of `LATEST_MATCHED`.
-        depth: blocks of the ConvNet.
+        depth: number of blocks of the ConvNet.
         distill: values of the section `distill`: key of `DistillConfig` -> value.
     """
     return RunConfig(
@@ -70,8 +71,8 @@ def recovered(
 ) -> RunConfig:
     """Make a recipe of SRe2L (arXiv 2306.13092): images from noise, recovered from a ResNet-18 that also labels them.
 
-    The table has no row on all real data, which would take half to nine tenths of a run's GPU time. The teacher's
-    accuracy on validation images, which the run logs, is the ceiling. `--set evaluate.full=true` adds the row.
+    The accuracy table has no row for all real data, which would take half to nine tenths of a run's GPU time. In its
+    place, the run logs the teacher's accuracy on validation images. `--set evaluate.full=true` adds the row.
 
     Args:
         source: data set, such as "cifar100".
@@ -105,8 +106,8 @@ def small_recovery(source: str, ipc: int) -> RunConfig:
 
     While images are recovered, they are shifted, neither cropped nor mirrored, as in the authors' program. The
     authors' program differs from this package in four points. It shifts images only down and to the right. While
-    networks train on a set, it mixes images, its teacher is in training mode, and its loss lacks the factor T^2 (T:
-    temperature).
+    networks train on a set, it also mixes images, its teacher is in training mode, and its loss lacks the factor T^2
+    (T: temperature).
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
     recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0, flip=False)
@@ -129,8 +130,8 @@ UNSEEN = ("alexnet", "resnet50", "vgg11")
 """Networks that score sets in MetaDD's paper and take no part in making them: AlexNet, ResNet-50 and VGG (VGG-19 in the
 paper, VGG-11 here). The paper's fourth, Swin-S, is not in this package."""
 RECOVERY_WEIGHTS = {"variance": 100.0, "invariance": 1.0, "position": 10.0}
-"""Weights of MetaDD's terms in SRe2L, chosen on digits alone, as the default weights were for DATM. With the default
-weights the meta-feature ratio hardly moves in SRe2L."""
+"""Weights of MetaDD's terms in recipes of SRe2L, chosen on the digits data set alone, as the default weights were for
+DATM. With the default weights, SRe2L hardly raises the meta-feature ratio."""
 
 
 def with_auxiliaries(
@@ -139,7 +140,7 @@ def with_auxiliaries(
     names: Sequence[str] = AUXILIARIES,
     weights: Mapping[str, float] | None = None,
 ) -> RunConfig:
-    """Copy of a recipe with MetaDD and auxiliaries of their published sizes, scored on the `UNSEEN` networks too.
+    """Copy of a recipe with MetaDD and auxiliaries of published width; the `UNSEEN` networks score its set too.
 
     Args:
         share: share of the synthetic images that MetaDD uses in an iteration, in (0, 1].

@@ -1,4 +1,4 @@
-"""Recipes of DATM, SRe2L and MetaDD for Tiny-ImageNet. Accuracies of the paper are of ConvNet, mean ± std."""
+"""Recipes of DATM, SRe2L and MetaDD for Tiny-ImageNet. Papers' accuracies are of ConvNet unless stated, mean ± std."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def tiny_imagenet_ipc100() -> RunConfig:
 def tiny_imagenet_metadd_ipc10() -> RunConfig:
     """Tiny-ImageNet, 10 images per class, DATM as in tiny-imagenet-ipc10 and MetaDD with three auxiliaries.
 
-    No figure is published for DATM with MetaDD. Not run yet. MetaDD uses a fifth of the images, 400, in each iteration.
+    No figure is published for DATM with MetaDD. Not run yet. MetaDD uses a fifth of the set's images, 400, in each
+    iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc10(), share=0.2)
 
@@ -67,8 +68,8 @@ def tiny_imagenet_metadd_ipc10() -> RunConfig:
 def tiny_imagenet_metadd_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, DATM as in tiny-imagenet-ipc50 and MetaDD with three auxiliaries.
 
-    No figure is published for DATM with MetaDD; SRe2L with MetaDD has 30.1 % on other networks. Not run yet.
-    MetaDD uses a twentieth of the images, 500, in each iteration.
+    No figure is published for DATM with MetaDD. The paper reports 30.1 % for SRe2L with MetaDD on networks that MetaDD
+    has not seen. Not run yet. MetaDD uses a twentieth of the set's images, 500, in each iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc50(), share=0.05)
 
@@ -76,7 +77,7 @@ def tiny_imagenet_metadd_ipc50() -> RunConfig:
 def tiny_imagenet_metadd_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class, the values of tiny-imagenet-ipc100 and MetaDD with three auxiliaries.
 
-    No figure is published. Not run yet. MetaDD uses 500 of the 20,000 images in each iteration.
+    No figure is published. Not run yet. MetaDD uses 500 of the set's 20,000 images in each iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc100(), share=0.025)
 
@@ -85,10 +86,10 @@ def tiny_imagenet_sre2l_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, by SRe2L. The paper reports 41.1±0.4 % with ResNet-18.
 
     The teacher is a ResNet-18 trained for 50 epochs. In evaluation it labels every batch. The reported accuracy is of a
-    set of 4000 iterations; the set that the authors released has 1000. Not run yet.
+    set of 4000 iterations, as here; the set that the authors released has 1000. Not run yet.
 
     The ceiling is the teacher's accuracy on validation images, which the run logs. `--set evaluate.full=true` adds a
-    row on all real data, which would take 61 GPU hours beside 19 (planned, 8 GPUs at 20 TFLOPS).
+    row for all real data, which would add 61 GPU hours to a run's 19 (estimates for 8 GPUs at 20 TFLOPS).
     """
     return recovered(
         "tiny-imagenet",
@@ -118,10 +119,10 @@ def tiny_imagenet_sre2l_ipc100() -> RunConfig:
 def tiny_imagenet_sre2l_metadd_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, SRe2L as in tiny-imagenet-sre2l-ipc50 and MetaDD with three auxiliaries.
 
-    MetaDD's paper reports 30.1 % on average over networks that it has not seen (GLaD 28.4). The table has three of
-    those: AlexNet, ResNet-50 and VGG. The teacher is a ResNet-18; ConvNet, MobileNetV2 and a transformer see the images
-    too, where the paper has ResNet-34, GoogLeNet and ViT-B/16. The weights of MetaDD's terms were tried on digits only.
-    Not run yet.
+    MetaDD's paper reports 30.1 % on average over networks that MetaDD has not seen (28.4 % with GLaD). The run scores
+    three of those: AlexNet, ResNet-50 and VGG. The teacher is a ResNet-18; ConvNet, MobileNetV2 and a transformer see
+    the images too, where the paper has ResNet-34, GoogLeNet and ViT-B/16. The weights of MetaDD's terms were tried on
+    digits only. Not run yet.
     """
     names = ("convnet", "mobilenet-v2", "vit-small")
     return with_auxiliaries(tiny_imagenet_sre2l_ipc50(), share=1.0, names=names, weights=RECOVERY_WEIGHTS)

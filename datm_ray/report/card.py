@@ -21,7 +21,7 @@ from datm_ray.report.results import RunSummary, Table, accuracies, cost_lines, n
 from datm_ray.words import one_line
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
-"""Exclusive upper bound of the number of images -> Hugging Face's name for the size."""
+"""Exclusive upper bound of the number of images -> size category in the cards of Hugging Face's data sets."""
 CARD = "README.md"
 """Name of the card's file, which hubs show."""
 _LICENCE = re.compile(r"^(#+ .*licen[cs].*|.*licen[cs].*\n *[-=]+ *)$", re.MULTILINE | re.IGNORECASE)
@@ -113,7 +113,7 @@ def _source(config: RunConfig) -> str:
 
 
 def _whole_training_in_words(artifact: Artifact) -> str:
-    """Settings of the training that scored the set, without those that change nothing, such as no momentum."""
+    """Settings with which the networks that scored the set were trained, as text. Defaults are left out."""
     training, _ = artifact.scored_training()
     unused = {name for each in OPTIMISERS.values() for name in each.settings}
     unused -= set(OPTIMISERS[training.optimiser].settings)
@@ -123,7 +123,7 @@ def _whole_training_in_words(artifact: Artifact) -> str:
 
 
 def _in_words(artifact: Artifact, names: list[str]) -> str:
-    """Fields `names` of the training that scored the set, in words.
+    """Fields `names` of the schedule with which the networks that scored the set were trained, as text.
 
     The text adds a remark if the learning rate was neither learned nor chosen.
     """
@@ -187,8 +187,8 @@ def is_card(text: str) -> bool:
 def _with_licence_of(earlier: str, text: str) -> str:
     """New card `text` with the licence of the card `earlier`; `text` unchanged if `earlier` is "".
 
-    The licence is the keys that begin with "license", and all from the licence's heading on. Users fill in both. A
-    licence section that a user has removed stays removed.
+    The licence is the keys of the card's front matter that begin with "license", and all text from the licence's
+    heading on. Users fill in both. A licence section that a user has removed stays removed.
 
     Raises:
         RunDirectoryError: the front matter of the earlier card cannot be read.
@@ -209,7 +209,7 @@ def _with_licence_of(earlier: str, text: str) -> str:
 
 
 def _parted(card: str) -> tuple[str, str]:
-    """Two parts of a card: before the heading of its licence, and from there on. Without one, the second part is ""."""
+    """Two parts of a card: before the heading of its licence, and from there on. Without licence, the second is ""."""
     found = _LICENCE.search(card, max(0, card.find(_MADE)))
     at = found.start() if found else len(card)
     return card[:at], card[at:]

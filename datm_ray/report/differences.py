@@ -14,9 +14,9 @@ from datm_ray.config import RunConfig
 MISSING = "not set"
 """Text in place of the value of a key that a configuration lacks."""
 UNSCORED = {"seeds", "networks", "full", "fair", "fixed_labels"}
-"""Keys of `evaluate` that decide which networks are scored, and not how each is."""
+"""Keys of `evaluate` that decide which networks are scored, and not how each one is trained or scored."""
 OF_TEACHERS, OF_STORED_LABELS = {"teacher", "temperature", "cutmix"}, {"keep_labels", "top_logits"}
-"""Keys of `evaluate` that are read with a teacher's labels only, and with stored ones only."""
+"""Keys of `evaluate` that are read only with a teacher's labels, and keys that are read only with stored labels."""
 
 
 def differences(configs: Sequence[RunConfig]) -> list[str]:

@@ -29,7 +29,7 @@ class Gallery:
     class_names: Sequence[str]
     """Names of the classes, one for each row of the picture."""
     width: int
-    """Width in CSS pixels, a multiple of the picture's width."""
+    """Width at which the page shows the picture, in CSS pixels: the picture's own width times a whole number."""
     enlarged: bool
     """True if one pixel of an image covers several on the screen; it is then drawn as a sharp square."""
 
@@ -83,7 +83,7 @@ def _shown_rows(artifact: Artifact) -> list[list[int]]:
 
 
 def left_out(run: RunSummary) -> str:
-    """Sentence on what the galleries leave out; "" if they show everything."""
+    """Sentence on which images of the set the galleries show; "" if they show all."""
     if run.latest is None:
         return ""
     ipc, classes = run.config.distill.ipc, len(run.latest.class_names)

@@ -26,7 +26,7 @@ OPACITY = 0.55
 
 
 def map_pictures(run: RunSummary) -> list[Picture]:
-    """One picture before and one after distillation; empty without MetaDD or before distillation is finished."""
+    """Pictures of class activation maps before and after distillation; empty without MetaDD or until it is finished."""
     if run.maps is None:
         return []
     stages = ((run.before, run.initial, 0), ("After: synthetic images", run.synthetic, 1))

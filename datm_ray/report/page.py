@@ -50,7 +50,7 @@ def write_report(out: Location, runs: Sequence[RunSummary]) -> Location:
 
 
 def template(name: str) -> jinja2.Template:
-    """Template of this package, by its file's name. Values are escaped in HTML templates only."""
+    """Jinja template in `datm_ray/report`, by its file's name. Values are escaped in HTML templates only."""
     text = importlib.resources.files("datm_ray.report").joinpath(name).read_text(encoding="utf-8")
     is_page = name.endswith(".html.j2")
     environment = jinja2.Environment(
@@ -98,7 +98,7 @@ def _run_view(run: RunSummary) -> dict[str, Any]:
 
 
 def costs_of(lines: Sequence[CostLine]) -> Table | None:
-    """Table of a run's costs, one row for each line; `None` without lines."""
+    """Table of a run's costs, one row for each of `lines`; `None` if there are none."""
     cells = [_cost_cells(line) for line in lines]
     rows = [Line(line.title, [*map(Cell, each.values())]) for line, each in zip(lines, cells, strict=True)]
     return Table(["part", *cells[0]], rows) if cells else None
@@ -117,7 +117,7 @@ def _cost_cells(line: CostLine) -> dict[str, str]:
 
 
 def what_was_done(run: RunSummary) -> str:
-    """Description of one run in one sentence."""
+    """Description of one run in one sentence, with a second one if validation chose an earlier iteration's set."""
     config, real = run.config, run.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
     origin = f"{counted(real, 'real image')} of {run.dataset_name}" if real else f"The images of {run.dataset_name}"
@@ -150,7 +150,7 @@ def _size(run: RunSummary) -> str:
 
 
 def _key_figures(run: RunSummary) -> list[tuple[str, str]]:
-    """Pairs (value, meaning) for the strip below a run's name."""
+    """Pairs (value, meaning) of figures, such as the test accuracy, that the page shows below a run's name."""
     figures = []
     real, scores = run.training_images, run.scores
     if run.synthetic is not None:

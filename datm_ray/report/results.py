@@ -91,7 +91,7 @@ class RunSummary:
 
     @cached_property
     def history(self) -> Mapping[str, NDArray[Any]] | None:
-        """Column name, such as "history.loss" -> values of the checkpoint, one per iteration (of the first backbone).
+        """Curves in the checkpoint: column name, such as "history.loss" -> array of values, see `read_curves`.
 
         `None` if the checkpoint is missing or has no iteration.
         """
@@ -100,7 +100,7 @@ class RunSummary:
 
     @cached_property
     def maps(self) -> Maps | None:
-        """Maps of MetaDD's networks; `None` without MetaDD, or before the distillation is finished."""
+        """Class activation maps of MetaDD's networks; `None` without MetaDD, or before the distillation is finished."""
         return _maps(self.folder / MAPS)
 
     @property
@@ -156,12 +156,12 @@ class RunSummary:
 
     @property
     def skipped(self) -> int:
-        """Number of iterations so far that were skipped for any reason."""
+        """Number of iterations so far that were skipped for any reason; of the first backbone if there are several."""
         return 0 if self.history is None else int(self.history["history.skipped"].sum())
 
     @property
     def diverged(self) -> int:
-        """Number of iterations skipped for any reason except a finite loss above `distill.threshold`."""
+        """Number of iterations in `skipped`, without those with a finite loss above `distill.threshold`."""
         if self.history is None:
             return 0
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]
@@ -171,7 +171,7 @@ class RunSummary:
 
     @property
     def shortened(self) -> int:
-        """Number of gradients that were scaled down to `distill.gradient_limit`, so far."""
+        """Number of the first backbone's gradients that were scaled down to `distill.gradient_limit`, so far."""
         limit = self.config.distill.gradient_limit
         if self.history is None or limit is None or "history.decrease" not in self.history:
             return 0
@@ -187,9 +187,9 @@ class Maps:
     rows: Sequence[int]
     """Indices in the set of the images whose maps are drawn."""
     scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """Maps [m b h w] in [0, 1] of the initial images, then of the distilled images."""
+    """Maps [m b h w] by m networks of the b initial images, then of the distilled images, in [0, 1]."""
     ratios: tuple[float, float]
-    """Meta-feature ratio in [0, 1] over all initial images, then over all distilled images."""
+    """Mean meta-feature ratio (share of an image's features that all networks have), in [0, 1]: initial, distilled."""
     threshold: float
 
 
@@ -362,7 +362,7 @@ def _computed(title: str, values: Sequence[str | None], *before: Cell) -> list[L
 
 
 def accuracies(summaries: Sequence[RunSummary]) -> Table:
-    """Table of the test accuracy of every run and row, one column per run."""
+    """Table with a column per run, and rows for test accuracies by training set, sizes, and CPU and GPU times."""
     lines = [
         Line(title, [_cell(find_score(each.scores, row), _absent(each, row)) for each in summaries], row)
         for row, title in shown_rows(summaries).items()
@@ -410,7 +410,7 @@ def _times(summaries: Sequence[RunSummary]) -> list[Line]:
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
-    """Test accuracy of every run and row as text. Lines below explain the cells and say in what the runs differ."""
+    """Table of `accuracies` as text, with lines below it that explain the cells and say in what the runs differ."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
     skipped = [SKIPPED] if "full" not in shown_rows(summaries) else []
@@ -509,7 +509,7 @@ def names_of(networks: Sequence[NetworkScores]) -> list[str]:
 
 
 def _mean_over(networks: Sequence[NetworkScores], column: str) -> str | None:
-    """Mean accuracy in percent over the architectures; `None` without any, or if a score is missing."""
+    """Mean accuracy in percent of a table's `column` over the architectures; `None` without any, or if one lacks it."""
     found = [scores_by_name(each).get(column) for each in networks]
     means = [score.mean for score in found if score is not None]
     return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None

@@ -1,4 +1,4 @@
-"""Execution of work: executors that place workers, sums over workers, retries of lost ones, heartbeats, stopping.
+"""Execution of tasks: executors that start workers, sums over a task's workers, retries, heartbeats, stopping.
 
 The serial executor is the reference. `runtime/ray/` is the only folder that imports Ray.
 """

@@ -32,7 +32,7 @@ class Ahead(Generic[Value]):
         self._following: tuple[int, Future[Value]] | None = None
 
     def get(self, number: int) -> Value:
-        """Return the value of `number`, and start to compute that of `number` + 1 in the thread.
+        """Return the value of `number`, and start to compute that of `number` + 1, if below `end`, in the thread.
 
         If the last call was for `number` - 1, the thread has computed the value, or is still at work; otherwise it is
         computed now. An error of `compute` is raised by the call for its number; without such a call it is lost.

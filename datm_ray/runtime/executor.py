@@ -39,7 +39,7 @@ class Progress:
     values: Mapping[str, float] = field(default_factory=dict)
     """Values to show beside the progress bar, such as {"loss": 0.41}."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Measurements, by the names in `monitor/metrics.py`. Counters are totals since the task's last start."""
+    """Measurements of this worker, by the names in `monitor/metrics.py`. Counters count from the task's last start."""
     saved: bool = False
     """True if the work so far is saved, so that other workers can resume without loss."""
 
@@ -62,11 +62,11 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Finished:
-    """Event: a task has ended, with its result (`None` if its files are the result)."""
+    """Event: a task has ended, with its result (`None` if the task has written its result to files)."""
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Last measurements, as in `Progress.metrics`: counters are totals since the task's last start."""
+    """Last measurements of this worker, as in `Progress.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class Lost:
     attempt: int
     """Number of lost attempts of the task so far, with this one."""
     is_retried: bool = True
-    """False if no task starts any more: the command was asked to stop, or the user's input has an error."""
+    """False if no task of the stage starts any more: the command was asked to stop, or another task found an error in
+    the user's input."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Event: a task failed and is not retried, while others run or wait. An error is raised once those have ended."""
+    """Event: a task failed and is not retried, but others run or wait. The executor raises an error after those."""
 
     reason: str
     running: int
@@ -164,8 +165,8 @@ class Executor(Protocol):
     description: str
     """Text for the user about where tasks run."""
     gpus_per_worker: float | None
-    """GPUs per worker where `cluster.gpus_per_worker` is null: 1 if the cluster has GPUs, else 0. `None` if the worker
-    runs in this process, which takes a GPU if this machine has one."""
+    """GPUs per worker where `cluster.gpus_per_worker` is null: 1 if nodes that workers may use have GPUs and
+    `cluster.device` is not "cpu", else 0. `None` if the worker is this process, which takes a GPU if there is one."""
 
     @property
     def workers(self) -> int:
@@ -188,7 +189,7 @@ class Executor(Protocol):
         """
 
     def share(self, value: Any) -> Any:
-        """Make a large read-only value available to all workers. Returns what to put into `run`'s `setup` for it."""
+        """Make a large read-only value available to all workers. Returns what to pass for it in `setup` of `run`."""
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]

@@ -127,8 +127,8 @@ def watched(events: Iterable[Event], patience: Patience, *, has_peers: bool = Fa
     """Pass on the events of this process's worker. If the next one is overdue, dump all stacks and end the process.
 
     The dump goes to standard error, which on Ray is the worker's log. The timer works without running Python code, so
-    it also ends a process that is stuck in a system call or in a library. Requests to storage get shorter time limits,
-    so that the worker can report their error.
+    it also ends a process that is stuck in a system call or in a library. Requests to storage time out before the timer
+    ends it, so that the worker can report their error.
 
     Args:
         patience: time limit for each event. Its field `shortest` is the time for which peers wait.

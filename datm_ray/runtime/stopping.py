@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 SAVE_TIMEOUT = 60.0
-"""Seconds that a driver waits for its workers to save their work."""
+"""Longest time in seconds that a driver waits, after a request to stop, for its workers to save their work."""
 LONGEST_EPOCH = 45.0
 """Seconds after a request to stop within which an epoch may end and be saved. A longer epoch is given up.
 
@@ -37,12 +37,12 @@ class Interrupted(KeyboardInterrupt):
 SAVES = "Stopping after the present iteration or epoch, which is saved if it ends soon"
 
 _savers: list[str] = []
-"""Messages of the work in progress that can save itself, outermost first; empty if there is none."""
+"""Messages to show on a request to stop, one for each block of `saving` in progress, outermost first."""
 _is_asked = False
 _asked_at = 0.0
 """Time of the last request to stop, in seconds of the monotonic clock."""
 _closing = threading.Lock()
-"""Lock that the thread of `close_unless_interrupted` holds while something is closed."""
+"""Lock that the thread of `close_unless_interrupted` holds while it runs `close`."""
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def ask() -> bool:
 
 
 def is_overdue() -> bool:
-    """True if the work was asked to stop more than `LONGEST_EPOCH` seconds ago. It must not finish its epoch."""
+    """True if the work was asked to stop more than `LONGEST_EPOCH` seconds ago, so must end before its epoch does."""
     return _is_asked and time.monotonic() - _asked_at > LONGEST_EPOCH
 
 

@@ -47,10 +47,10 @@ LABELLED, VIEW_COPIES = 256, 6
 CutMix make. `labelling_bytes` counts them, and twice the teacher's largest feature map. In one measurement it estimated
 585 MiB, and a CPU took 553 MiB."""
 DRAWN_BYTES = 184
-"""Bytes of main memory for each image of a set while the views of an epoch are drawn. Measured for 2,000,000 images."""
+"""Peak bytes of main memory per image of a set to draw the views of an epoch. Measured for 2,000,000 images."""
 VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
-"""Published settings of the views (crops mixed by CutMix): smallest share of an image that a crop keeps, and CutMix's
-parameter, as keyword arguments of `draw_views`."""
+"""Default settings of the views (crops mixed by CutMix): smallest share of an image's area that a crop keeps, and
+CutMix's parameter, as keyword arguments of `draw_views`."""
 
 
 def create_labels(
@@ -66,7 +66,7 @@ def create_labels(
     seed: int = 0,
     views: Mapping[str, float] = VIEWS,
 ) -> LabelStore:
-    """Open the store for the labels of a set. Creates the store if it is missing.
+    """Open the label store of a set, for a teacher's logits of every epoch. Creates the store if it is missing.
 
     A store that differs only in `epochs` or `keep` is used again, so only missing epochs have to be labelled.
 
@@ -78,7 +78,7 @@ def create_labels(
         epochs: number of epochs of the training.
         keep: number of epochs to label and store, which the training repeats in turn; `None` labels all.
         top: number of largest logits to keep; `None` keeps all.
-        temperature: divisor of the logits in the softmax; with `top`, the kept probabilities are exact for it alone.
+        temperature: divisor of logits in the softmax. With `top`, probabilities are exact at this temperature alone.
         seed: seed of the views (crops mixed by CutMix).
         views: settings of the views, as keyword arguments of `draw_views`.
 
@@ -142,7 +142,7 @@ def _stored(
 ) -> Iterator[int | None]:
     """Label as `label_epochs` does, for images that the caller knows to be those of the store.
 
-    Yields `None` after each batch. Holds the records of one epoch in memory.
+    Also yields `None` after each batch. Holds the views and logits of one epoch in memory.
     """
     for epoch in epochs:
         if not store.holds(epoch):
@@ -207,13 +207,13 @@ def labels_cost(place: Location, keep: int) -> Spent:
         place: folder of the label store.
 
     Raises:
-        CorruptFileError: the note of an attempt is damaged.
+        CorruptFileError: the cost file of an attempt is damaged.
     """
     return total(_cost_of(place / COSTS / name, keep) for name in (place / COSTS).list())
 
 
 def _cost_of(note: Location, keep: int) -> Spent:
-    """Cost in the note of one attempt at labelling, for the first `keep` epochs."""
+    """Part of one attempt's cost, read from its cost file `note`, that counts for the first `keep` epochs."""
     content = note.read_json()
     with rejecting_nonsense(note):
         spent, epochs = Spent.from_json(content), list(content.get("epochs", []))
@@ -240,7 +240,7 @@ def _options(settings: EvaluateConfig) -> dict[str, Any]:
 
 
 def labelling_bytes(config: RunConfig, shape: DataShape, images: int) -> int:
-    """Bytes that labelling takes in the memory of its device, beside the set's images and the process.
+    """Estimated peak bytes that labelling takes in its device's memory, beside the set's images and the process.
 
     Args:
         images: number of images of the set.
@@ -259,7 +259,7 @@ def planned_labels(config: RunConfig, shape: DataShape) -> LabelInfo:
 
 
 def records_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Bytes of main memory for the records of one epoch (views and logits), which a worker holds until it stores them.
+    """Estimated bytes of main memory for one epoch's views and logits, which a worker holds until it stores them.
 
     Views are drawn for all images of the set at once.
     """
@@ -268,7 +268,7 @@ def records_bytes(config: RunConfig, shape: DataShape) -> int:
 
 
 _Labelling = tuple[LabelStore, Tensor, nn.Module]
-"""Store of a set's labels, the set's images [n c h w], and the teacher."""
+"""Label store of a set, the set's images [n c h w], and the teacher that labels them."""
 
 
 class LabelWorker:
@@ -277,7 +277,8 @@ class LabelWorker:
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device, self._cluster, self._dataset = prepare_device(cluster), cluster, dataset
         self._kept: tuple[tuple[RunConfig, str, str], _Labelling] | None = None
-        """The last set with its teacher, for the next task: (run, store of the teacher, folder of the run) -> set."""
+        """Label store, images and teacher of the last task, after a key (run, store of the teacher, folder of the run);
+        `None` before the first task."""
 
     def label(self, config: RunConfig, store_uri: str, folder_uri: str, epochs: Sequence[int]) -> Iterator[Event]:
         """Store a teacher's labels of a finished set for some epochs. Stored epochs stay unchanged.

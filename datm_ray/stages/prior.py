@@ -89,7 +89,7 @@ def note_prior_cost(folder: Location, prior: Location) -> None:
 
 
 def read_prior_cost(folder: Location) -> Spent | None:
-    """Cost of a run's trained prior, from the run's folder; `None` if none was noted.
+    """Cost of a run's trained prior, from the run's folder; `None` without the file.
 
     Raises:
         CorruptFileError: the file of the cost is damaged.
@@ -321,7 +321,7 @@ class PriorOfSet:
         return (yield from self.prior.invert(images, drawn, self._settings.inversion_steps))
 
     def _drawn(self) -> Tensor:
-        """Random latents of this worker's rows, cut from latents that are drawn for the whole set."""
+        """Random latents for this worker's images, cut from latents that are drawn for the whole set."""
         part, ipc = self._part, self._part.config.distill.ipc
         whole = torch.from_numpy(draw_latents((ipc * part.dataset.classes, *self._shape), part.config.seed))
         if part.piece is not None:

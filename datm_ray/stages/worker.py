@@ -25,7 +25,8 @@ from datm_ray.store.files.patience import expect_rights
 class StageWorker:
     """Runs tasks of all stages on one data set: experts, priors, distillation, validation, labels and evaluation.
 
-    Each stage has a worker of its own, made at the stage's first task. A method passes its arguments on to it.
+    Each stage has a worker of its own, made at the stage's first task. Functions of this class pass their arguments on
+    to the stage's worker.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class StageWorker:
             yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def join_pieces(self, *arguments: Any) -> Iterator[Event]:
-        """Join the pieces of a set. Arguments and errors are those of `PieceWorker.join_pieces`."""
+        """Join the pieces (parts) of a set. Arguments and errors are those of `PieceWorker.join_pieces`."""
         yield from self._worker(PieceWorker, light=False).join_pieces(*arguments)
 
     def label(self, *arguments: Any) -> Iterator[Event]:
@@ -98,7 +99,7 @@ class StageWorker:
         yield from self._worker(self._distill_worker, light=True).validate(*arguments)
 
     def evaluate(self, *arguments: Any) -> Iterator[Event]:
-        """Train and score networks of one row of the table. Arguments and errors as in `EvaluateWorker.evaluate`."""
+        """Score networks of one row of the accuracy table. Arguments and errors: `EvaluateWorker.evaluate`."""
         yield from self._worker(EvaluateWorker, light=True).evaluate(*arguments)
 
     def _worker(self, kind: type[Any], *, light: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Local disk cache for parts of remote files, so that each part is fetched only once.
+"""Local disk cache for byte ranges of remote files (record batches), so that each is fetched only once.
 
 The cache is off by default. DATM_RAY_CACHE=/local/folder turns it on. DATM_RAY_CACHE_GIB=20 sets its size in GiB; the
 default is 10. An entry is named by the sha256 of its content, which the remote file states. So an entry is never stale,
@@ -25,12 +25,12 @@ _ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # other files in the fo
 
 
 class Cache:
-    """Local folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
+    """Local folder that caches byte ranges of remote files, within a limited size; the least recently used go first."""
 
     def __init__(self, folder: str, size: int) -> None:
         """Open a cache of `size` bytes, more than 0, in a folder, which need not exist.
 
-        A process deletes the excess after every twentieth of `size` that it writes, so the folder may be larger.
+        A process deletes the excess each time it has written a twentieth of `size`; until then the folder is larger.
         """
         self._folder, self._size = folder, size
         self._unseen: float = size  # bytes written since the last sweep; starts large, so that the first write sweeps
@@ -50,7 +50,7 @@ class Cache:
     def put(self, digest: str, content: memoryview) -> None:
         """Store content under `digest`, which must be its sha256 in hex digits. Disk errors are ignored.
 
-        Now and then this also deletes the least recently used entries beyond the cache size.
+        Whenever a twentieth of the cache size was written, the least recently used entries beyond it are deleted.
         """
         temporary = os.path.join(self._folder, f".tmp-{uuid.uuid4().hex}")
         with suppress(OSError):  # a full disk, for example: a run works without the cache
@@ -66,7 +66,7 @@ class Cache:
                 self._sweep()
 
     def _sweep(self) -> None:
-        """Delete the least recently used entries until the rest fits. Several processes may do this at once."""
+        """Delete the least recently used entries beyond the cache size. Several processes may do this at once."""
         self._unseen = 0
         entries = []
         for entry in os.scandir(self._folder):

@@ -28,15 +28,15 @@ from datm_ray.store.files.filesystem import AlreadyExistsError, Location, Missin
 from datm_ray.store.sealed import rejecting_nonsense
 
 HEARTBEAT, DEAD_AFTER = 10.0, 60.0
-"""HEARTBEAT: seconds between two heartbeats. DEAD_AFTER: seconds without a heartbeat until a command on another machine
-counts as dead."""
+"""HEARTBEAT: seconds between two heartbeats of a lease. DEAD_AFTER: seconds without a heartbeat until a command on
+another machine counts as dead."""
 POLL, SETTLE = 1.0, 0.5
 """POLL: seconds between two reads of another command's lease. SETTLE: seconds to wait after taking a lease over. If
 several commands do so at the same moment, all then see that the last one owns it."""
 
 
 class Claim:
-    """Candidate for owning a folder, known by a random token. The file `place` names the owner."""
+    """Candidate for owning a folder, known by a random token. The file `place` holds the token of the owner."""
 
     def __init__(self, place: Location) -> None:
         self.place, self.token = place, secrets.randbits(48)
@@ -44,13 +44,13 @@ class Claim:
         self.owner: dict[str, Any] = {"token": self.token, "host": host, "process": os.getpid(), "since": since}
 
     def take(self, guard: Callable[[], None] = unguarded) -> None:
-        """Become the owner, in place of any other. `guard` is called just before; if it raises, the owner stays."""
+        """Become the owner, in place of any other. `guard` is called just before; if it raises, the old owner stays."""
         replace(self.place, guard=guard).write_json(self.owner)
 
     def read(self) -> dict[str, Any]:
-        """Owner as stored in the file: keys token, host, process and since; `{}` if the file does not exist.
+        """Owner as stored in the file; `{}` if the file does not exist. Raises CorruptFileError for other content.
 
-        The file of a lease also has the keys machine, started and heartbeats. Other content raises CorruptFileError.
+        Keys: token, host, process (id) and since (time, in UTC); for a lease also machine, started and heartbeats.
         """
         try:
             found = self.place.read_json()
@@ -79,18 +79,18 @@ class Claim:
 
 
 def in_words(owner: dict[str, Any]) -> str:
-    """Text that describes an owner: process, host and start time."""
+    """Text that describes an owner: process id, host and time of the claim."""
     return f"process {owner.get('process')} on {owner.get('host')}, since {owner.get('since')}"
 
 
 @contextmanager
 def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: Callable[[], object]) -> Iterator[None]:
-    """Hold the lease of a folder while the block runs, so that no other command uses the folder.
+    """Own a folder while the block runs, by a lease (a claim with a heartbeat), so that no other command uses it.
 
     Args:
         place: file of the lease, in that folder. Missing folders are made, and removed at the end if they are empty.
-        wait: seconds to wait while another command holds the lease. If that command runs on another machine, up to
-            `DEAD_AFTER` seconds are spent in any case to see whether it is alive.
+        wait: longest time in seconds to wait while another command holds the lease. If that command runs on another
+            machine, up to `DEAD_AFTER` seconds are spent in any case to find out whether it is alive.
         say: shows a message to the user.
         on_loss: called once the file names another owner or is missing, from another thread, and again every
             `HEARTBEAT` seconds until the block ends. It should make the block end, with a `KeyboardInterrupt`.

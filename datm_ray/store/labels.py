@@ -100,22 +100,22 @@ class LabelInfo:
     """Height and width in pixels, of the images and of their views."""
 
     epochs: int
-    """Number of epochs of the longest training for which the store was made."""
+    """Number of epochs of the longest training on the set for which the store was made."""
 
     keep: int
-    """Number of epochs that are labelled and stored, from 1 to `epochs`. A longer training repeats them in order."""
+    """Number of epochs to label and store, from 1 to `epochs`. A longer training repeats their labels in order."""
 
     seed: int
     """Seed of the random views."""
 
     top: int | None = None
-    """Number t of largest logits that are kept of each view; `None` keeps all."""
+    """Number t of the largest logits that are stored for each view; `None` stores all k."""
 
     temperature: float = 1.0
-    """Temperature at which the kept logits give exact probabilities. It has no effect if `top` is `None`."""
+    """Softmax temperature at which the `top` stored logits give exact probabilities; no effect if `top` is `None`."""
 
     augmentation: Mapping[str, float] = field(default_factory=dict)
-    """Settings of the random views, by name."""
+    """Settings of the random views (crop, mirroring and CutMix), by name."""
 
     def __post_init__(self) -> None:
         if min(self.images, self.classes, *self.size) < 1 or not 1 <= self.keep <= self.epochs:
@@ -140,7 +140,7 @@ class LabelInfo:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of values in one record, by column."""
+        """Column name -> number of its values in one record, which is one view and its logits."""
         top = self.top or 0
         values = self.classes if self.top is None else top + 1
         return {**_VIEW_WIDTHS, "values": values, "indices": top}
@@ -152,32 +152,32 @@ class LabelInfo:
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of the records of all epochs to be stored. Files are 2 to 3 % larger, small files more."""
+        """Total bytes of the records of all `keep` epochs. The files are 2 to 3 % larger, small files more."""
         return math.ceil(self.keep * self.images * self.record_bits / 8)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelRecords:
-    """Records of some images in one epoch, in the requested order."""
+    """Labels of b images in one epoch: for each image a view of it, and the teacher's logits for that view."""
 
     boxes: NDArray[np.float32]
-    """Crops [b 4]: top, left, height and width as shares of the image's sides."""
+    """Crop [b 4] of each image for its view: top, left, height and width as shares of the image's sides."""
 
     flips: NDArray[np.bool_]
     """[b], True for views that are mirrored left and right."""
 
     partners: NDArray[np.int32]
-    """Index [b] of the image that is pasted into each view."""
+    """Index [b], in the set, of each view's partner: the image that CutMix pastes a rectangle from, into the view."""
 
     lambdas: NDArray[np.float32]
-    """Share [b] of a view's area that shows its own image, in [0, 1]."""
+    """Share [b] of each view's area that shows its own image, not its partner, in [0, 1]."""
 
     mix_boxes: NDArray[np.uint16]
-    """Rectangle [b 4] of the view that shows the partner: top, left, height and width in pixels."""
+    """Rectangle [b 4] of each view that shows the partner image: top, left, height and width in pixels."""
 
     values: NDArray[np.float16]
-    """Logits [b k] of all classes. With `top`: [b t+1], the largest in descending order, then one that stands
-    for all other classes."""
+    """Teacher's logits [b k] of all classes. With `LabelInfo.top`: [b t+1], the t largest in descending order, then one
+    that stands for each of the other classes."""
 
     indices: NDArray[np.uint16]
     """Classes [b t] of the t largest logits of each view; [b 0] if all logits are stored."""
@@ -190,7 +190,7 @@ class LabelRecords:
         return sum(getattr(self, name).nbytes for name in _COLUMNS)
 
     def take(self, places: slice | NDArray[np.int64]) -> LabelRecords:
-        """Records at these positions, counted from 0."""
+        """Select the records at these positions, counted from 0."""
         return LabelRecords(**{name: getattr(self, name)[places] for name in _COLUMNS})
 
     def require(self, info: LabelInfo) -> None:
@@ -217,7 +217,7 @@ class LabelRecords:
 
 
 class LabelStore:
-    """Store of the labels of one set by one teacher. Picklable, and usable after a fork; nothing is read at first."""
+    """Folder with one teacher's labels for one synthetic set. Picklable, usable after a fork; opening reads nothing."""
 
     def __init__(self, place: str | Location, *, keep: int | None = None, memory: int = MEMORY) -> None:
         """Open the store in a folder, which need not exist.
@@ -225,7 +225,7 @@ class LabelStore:
         Args:
             place: local path, or a file://, memory:// or s3:// URI, or a `Location`, whose `guard` is called before
                 each file that is written.
-            keep: number of first epochs to use, as if the store had no others; `None` uses all.
+            keep: number of epochs to use, the first ones, as if the store had no others; `None` uses all.
             memory: limit in bytes on the blocks kept in memory for later reads. Blocks of local files are mapped, so
                 they lie mostly in the page cache.
         """
@@ -340,7 +340,7 @@ class LabelStore:
         return sum(sizes[name] for name in used) + sizes.get(INFO_FILE, 0)
 
     def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
-        """Store one epoch atomically; never replace a stored one. Returns True if this call stored it.
+        """Store the labels of one epoch atomically; never replace stored ones. Returns True if this call stored them.
 
         Returns False if the epoch is stored already. If it was stored before the call, `records` is not read. Records
         are written as they arrive, so memory holds no more than one block and one element of `records`.
@@ -357,7 +357,7 @@ class LabelStore:
         return place.write_once(lambda file: _write(place, file, records, self.info, epoch))
 
     def read(self, epoch: int, images: Sequence[int] | NDArray[np.int64]) -> LabelRecords:
-        """Records of some images in a stored epoch, in the order of `images`; the caller may change the arrays.
+        """Read the labels of some images in a stored epoch, in the order of `images`; the caller may change the arrays.
 
         Only the blocks of these images are read, and each is checked against its digest. Blocks in memory are not read
         again.
@@ -381,7 +381,7 @@ class LabelStore:
             ) from error
 
     def verify(self, epoch: int) -> None:
-        """Read an epoch again, and check every byte and record. Raises CorruptFileError; StoreError if not stored."""
+        """Check all bytes and records of a stored epoch. Raises CorruptFileError, or StoreError if it is not stored."""
 
         def verify() -> None:
             opened = _open_epoch(self._file(epoch), self.info, epoch)
@@ -407,7 +407,7 @@ class LabelStore:
         return found or _empty(0, self.info)
 
     def _read_blocks(self, epoch: int, numbers: Sequence[int]) -> list[LabelRecords]:
-        """Blocks of an epoch by number. Blocks that are not in memory are fetched together."""
+        """Blocks (consecutive records) of an epoch, by number. Blocks that are not in memory are fetched together."""
         kept = {number: self._blocks.get((epoch, number)) for number in numbers}
         found = {number: block for number, block in kept.items() if block is not None}
         absent = [number for number in numbers if number not in found]
@@ -423,7 +423,7 @@ class LabelStore:
 
 
 class _RecentBlocks:
-    """Cache of blocks, by epoch and number.
+    """Cache in memory of blocks of label records, by epoch and number of the block.
 
     Beyond `limit` bytes it drops the least recently used blocks, but keeps at least one.
     """

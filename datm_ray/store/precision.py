@@ -20,14 +20,14 @@ _WIDER = {"float16": "bfloat16 (the same range as float32) or float32", "bfloat1
 
 
 def storage_type(storage: str) -> pa.DataType:
-    """Arrow type of one stored value. Raises ValueError if the storage format is unknown."""
+    """Arrow type of one value in the storage format `storage`. Raises ValueError if the format is unknown."""
     if storage not in _ARROW_TYPES:
         raise ValueError(f"{storage!r} is not a storage format; there are {', '.join(_ARROW_TYPES)}")
     return _ARROW_TYPES[storage]
 
 
 def to_storage(values: NDArray[np.float32], storage: str) -> NDArray[Any]:
-    """Vector [p] in its storage format: float32 [p], float16 [p], or uint16 [p] for bfloat16.
+    """Convert a vector [p] to the format `storage`: float32 [p], float16 [p], or uint16 [p] for bfloat16.
 
     Raises:
         StoreError: a finite value is beyond the range of the storage format.

@@ -70,7 +70,8 @@ class SealedWriter:
         Args:
             file: empty binary file, open for reading and writing.
             schema: columns of the batches.
-            format_name, format_version: name and version of the file's format, stored in the schema's metadata.
+            format_name: name of the file's format, stored in the schema's metadata.
+            format_version: version of this format, stored there too.
             header: further metadata of the schema.
         """
         metadata = {"format": format_name, "format_version": str(format_version), **header}
@@ -80,7 +81,7 @@ class SealedWriter:
         self._cuts = [0, _ARROW_HEAD + schema.serialize().size]  # where the parts of the stream begin
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append one batch, which has the schema's columns and one row."""
+        """Append one batch, which must have the schema's columns and exactly one row."""
         self._arrow.write_batch(batch)
         self._cuts.append(self._file.tell())
 
@@ -134,7 +135,7 @@ class SealedFile:
     summary: Mapping[str, Any]
 
     whole: bytes | None = None
-    """Content of a small remote file, fetched whole on opening; `None` for local files and for larger ones."""
+    """Content of a remote file that was fetched whole on opening, because it is small; `None` for other files."""
 
     @property
     def n_batches(self) -> int:
@@ -155,7 +156,7 @@ class SealedFile:
             return [_record_batch(chunk, self.schema) for chunk in chunks]
 
     def verify(self) -> None:
-        """Read every part and compare it with its digest. Raises CorruptFileError."""
+        """Read the whole Arrow stream, and raise a CorruptFileError if a part of it does not have its digest."""
         for number in range(len(self.parts)):
             self._read([number])
 
@@ -219,15 +220,15 @@ def reading_again(
     failures: tuple[type[DatmError], ...] = (CorruptFileError,),
     forget: Callable[[], object] = unguarded,
 ) -> T:
-    """Return the result of `read`. If `read` finds the file damaged, try again while the file keeps changing.
+    """Return the result of `read`. If `read` finds the file damaged, repeat it as long as the file keeps changing.
 
-    A file that is replaced during a read looks damaged too.
+    The reason: a file that is replaced during a read looks damaged too.
 
     Args:
         location: file that another process may replace.
         read: opens the file anew at each call.
         failures: errors after which `read` may be repeated.
-        forget: drops what `read` keeps between calls; called after every error, so that the next access reads anew.
+        forget: drops what `read` keeps in memory; called after every error, so that the next call reads anew.
 
     Raises:
         CorruptFileError: the file is damaged and no longer changes.

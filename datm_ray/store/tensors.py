@@ -1,7 +1,7 @@
 """Tensor files: a few named arrays and their metadata in one self-describing Arrow file.
 
-They hold synthetic sets, checkpoints and whitening transforms. Each array is one row, in a record batch of its own,
-with the columns
+Synthetic sets, checkpoints and transforms, among others, are tensor files. Each array is one row, in a record batch
+of its own, with the columns
 
     name string | dtype string | shape list<int64> | data large_binary (C order, little-endian)
 
@@ -41,7 +41,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Content of a tensor file."""
+    """Content of a tensor file: named arrays, metadata and the kind of file."""
 
     arrays: dict[str, NDArray[Any]]
     """Arrays by name, in the order written; writable and independent of the file."""
@@ -61,11 +61,11 @@ def write_tensors(
     metadata: Mapping[str, object],
     replace: bool = True,
 ) -> None:
-    """Write named arrays of any shape to a file, atomically.
+    """Write named arrays of any shape, and metadata, to a file, atomically.
 
     Args:
-        kind: purpose of the file, such as "synthetic-set". Readers must give the same.
-        metadata: values for JSON.
+        kind: purpose of the file, such as "synthetic-set". Readers must give the same text.
+        metadata: any facts about the arrays that JSON can hold.
         replace: True to replace an existing file.
 
     Raises:
@@ -81,9 +81,9 @@ def write_tensors(
 def dump_tensors(
     file: BinaryIO, arrays: Mapping[str, NDArray[Any]], *, kind: str, metadata: Mapping[str, object]
 ) -> None:
-    """Write named arrays into an empty binary file that is open for reading and writing.
+    """Write what `write_tensors` writes into an empty binary file, which is open for reading and writing.
 
-    The content equals that of a file of `write_tensors`. Raises TypeError if it cannot hold an array or the metadata.
+    Raises TypeError if an array has a dtype that is not in DTYPES, or the metadata is not JSON-able.
     """
     _write(file, *_encoded(arrays, kind, metadata), list(arrays))
 

@@ -51,8 +51,8 @@ _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
 _DIFFICULTY_FILE = re.compile(r"difficulty-\d{5}\.arrow")
 PRIOR_FILE, PRIOR_PROGRESS = "prior.arrow", "progress.arrow"
-"""PRIOR_FILE: name of a trained prior's file. PRIOR_PROGRESS: name of the file with a prior's unfinished training. A
-folder with such a file holds no experts."""
+"""PRIOR_FILE: name of the file of a prior, a trained autoencoder. PRIOR_PROGRESS: name of the file with its unfinished
+training. A folder with such a file holds no experts."""
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
@@ -62,16 +62,16 @@ _SCALARS = ("epoch", "step", "train_loss", "test_accuracy")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of one expert after one epoch."""
+    """State of one expert (a network trained on real images) after one epoch: parameters, buffers, measurements."""
 
     epoch: int
-    """Number of finished epochs; 0 is the initialisation."""
+    """Number of epochs trained so far; 0 is the initialisation."""
 
     step: int
     """SGD steps taken so far; -1 if unknown."""
 
     train_loss: float
-    """Mean training loss over the epoch's samples; nan if not measured."""
+    """Mean training loss over the samples of this epoch alone; nan if not measured."""
 
     test_accuracy: float
     """Accuracy on the test set, from 0 to 1; nan if not measured."""
@@ -85,7 +85,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class TrajectoryInfo:
-    """Origin of an expert, and the layout of its vectors."""
+    """Origin of a stored expert, and the layout of its vectors of parameters and buffers."""
 
     dataset: str
     dataset_fingerprint: str
@@ -93,14 +93,14 @@ class TrajectoryInfo:
 
     architecture: str
     recipe: dict[str, Any]
-    """Settings of the expert's network and training, and where it came from; JSON-able. Tuples come back as lists."""
+    """Settings of the expert's network and training, and its origin if imported. JSON-able, so tuples become lists."""
 
     fingerprint: str
-    """Digest of data set, normalisation, network and training, see `config.expert_fingerprint`. It names the folder of
-    all experts for which these are equal."""
+    """Digest of data set, normalisation, network and training, see `config.expert_fingerprint`. It is the name of the
+    folder of all experts with this digest."""
 
     seed: int
-    """Seed of the initialisation and the batches; -1 if unknown."""
+    """Seed of the expert's initialisation and batches; -1 if unknown."""
 
     expert: int
     """Number of the expert within its group (folder), from 0."""
@@ -110,7 +110,7 @@ class TrajectoryInfo:
     """Shapes of the network's parameters, in their order in the flat vector."""
 
     epochs: tuple[int, ...]
-    """Stored epochs, ascending; 0 is the initialisation. Some epochs of the training may be left out."""
+    """Epochs whose snapshots are stored, ascending; 0 is the initialisation. Some epochs may be left out."""
 
     buffer_names: tuple[str, ...] = ()
     buffer_shapes: tuple[tuple[int, ...], ...] = ()
@@ -139,7 +139,7 @@ class TrajectoryInfo:
 
 @dataclass(frozen=True, order=True)
 class GroupKey:
-    """Key of a group of experts that differ only in their random numbers: the three last parts of its folder's path."""
+    """Key of a group of experts that differ only in their seeds: the last three parts of its folder's path."""
 
     dataset: str
     architecture: str
@@ -150,7 +150,7 @@ class GroupKey:
 
 
 class StoredEpochs(NamedTuple):
-    """Stored epochs of one expert, and for each epoch the mean training loss and the test accuracy, in [0, 1].
+    """Stored epochs of one expert, and for each its mean training loss and its test accuracy, which is in [0, 1].
 
     The three fields have the same length. A loss or accuracy that was not measured is nan.
     """
@@ -161,7 +161,7 @@ class StoredEpochs(NamedTuple):
 
 
 class TrajectoryStore:
-    """All groups of experts under one URI. Nothing is read or written before the first use."""
+    """Store of experts under one path or URI, with a folder for each group. Opening it reads and writes nothing."""
 
     def __init__(self, uri: str) -> None:
         """Open the store at a local path, or a file://, memory:// or s3:// URI, which need not exist."""
@@ -171,8 +171,8 @@ class TrajectoryStore:
         """Keys of the groups with at least one finished expert, sorted.
 
         Args:
-            unfinished: True to include groups without a finished expert, if they hold something else: a prior, scores
-                of images, or unfinished training.
+            unfinished: True to include groups without a finished expert that hold something else: a prior (trained
+                autoencoder), difficulty scores of images, or unfinished training.
         """
         keys = [
             GroupKey(dataset, architecture, fingerprint)
@@ -210,11 +210,11 @@ class ExpertGroup:
         return [int(match[1]) for match in matches if match]
 
     def other_files(self) -> list[str]:
-        """Names of the folder's files that hold difficulty scores or a trained prior, not an expert."""
+        """Names of the files in the group's folder that hold difficulty scores of images or a trained prior."""
         return [name for name in self.location.list() if name == PRIOR_FILE or _DIFFICULTY_FILE.fullmatch(name)]
 
     def holds_more(self) -> bool:
-        """True if the folder holds a prior or scores, or unfinished training of experts or a prior."""
+        """True if the group's folder holds a prior, difficulty scores, or unfinished training of experts or a prior."""
         return bool(self.other_files() or self.progress.list() or PRIOR_PROGRESS in self.location.list())
 
     def write_expert(self, expert: int, snapshots: Iterable[Snapshot], info: TrajectoryInfo) -> bool:
@@ -238,7 +238,7 @@ class ExpertGroup:
         return is_new
 
     def read_info(self, expert: int) -> TrajectoryInfo:
-        """Origin of an expert and the layout of its vectors, without its parameters.
+        """Read the origin of an expert and the layout of its vectors, but not its parameters.
 
         Raises (as all methods that read an expert):
             StoreError: the expert is not stored.
@@ -261,7 +261,7 @@ class ExpertGroup:
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
-        """Store a record of what training some of the experts has cost, as JSON; replace an earlier record `name`."""
+        """Write what training some experts took (time, memory) to the JSON file `name`; replace an earlier file."""
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
     def costs(self) -> list[Location]:
@@ -270,7 +270,7 @@ class ExpertGroup:
         return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
-        """Delete all files of the group: experts (damaged ones too), transform, costs, scores, prior and progress."""
+        """Delete the group's experts (damaged ones too), transform, costs, scores, prior and unfinished training."""
         for expert in self.experts():
             self.remove_expert(expert)
         folders = [self.location / _COSTS, *(self.progress / name for name in self.progress.list())]
@@ -295,18 +295,18 @@ class ExpertGroup:
         return [snapshot.params for snapshot in self._read(expert, epochs)]
 
     def read_snapshot(self, expert: int, epoch: int) -> Snapshot:
-        """Parameters, buffers and measurements after one epoch.
+        """Parameters, buffers, loss and accuracy of an expert after one stored epoch.
 
         Raises StoreError if the expert or epoch is not stored, and CorruptFileError if the file is damaged.
         """
         return self._read(expert, [epoch])[0]
 
     def read_progress(self, expert: int) -> StoredEpochs:
-        """Loss and accuracy of a stored expert after each stored epoch. Only the end of its file is read."""
+        """Training loss and test accuracy of an expert in each stored epoch. Only the end of its file is read."""
         return self._open(expert).progress
 
     def verify(self, expert: int) -> TrajectoryInfo:
-        """Read every byte of an expert's file again, check it, and return its info. Raises CorruptFileError."""
+        """Check every byte of an expert's file, and return its info. Raises CorruptFileError if a byte is wrong."""
 
         def verify() -> TrajectoryInfo:
             opened = _open_expert(self.expert_file(expert), self.key, expert)
@@ -316,13 +316,13 @@ class ExpertGroup:
         return reading_again(self.expert_file(expert), verify)
 
     def verify_other(self, name: str) -> None:
-        """Read and check every byte of the file `name`, one of `other_files`. Raises CorruptFileError."""
+        """Check every byte of the file `name`, one of `other_files`. Raises CorruptFileError if a byte is wrong."""
         read_tensors(self.location / name, kind=name.removesuffix(".arrow").partition("-")[0])
 
     def write_transform(
         self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None
     ) -> bool:
-        """Store the transform of the experts' data; never replace a stored one. Returns True if this call stored it.
+        """Store the normalisation of the experts' images, unless one is stored. Returns True if this call stored it.
 
         Args:
             arrays: arrays of the transform, as `Transform.to_arrays` returns them.
@@ -340,19 +340,19 @@ class ExpertGroup:
 
     @property
     def transform_file(self) -> Location:
-        """File of the transform of the experts' data, which may be missing."""
+        """File of the transform that normalises the experts' images; the file may be missing."""
         return self.location / _TRANSFORM_FILE
 
     def difficulty_file(self, experts: int) -> Location:
-        """File of the training images' difficulty scores by the first `experts` experts; it may be missing."""
+        """File of the training images' difficulty scores by the first `experts` experts; the file may be missing."""
         return self.location / f"difficulty-{experts:05d}.arrow"
 
     def has_transform(self) -> bool:
-        """True if the transform of the experts' data is stored."""
+        """True if the transform that normalises the experts' images is stored."""
         return self.transform_file.exists()
 
     def read_transform(self) -> TensorFile:
-        """Read the stored transform. Raises StoreError if it is missing, CorruptFileError if it is damaged."""
+        """Read the transform of the experts' images. Raises StoreError if missing, CorruptFileError if damaged."""
         return read_tensors(self.transform_file, kind=TRANSFORM_KIND)
 
     def expert_file(self, expert: int) -> Location:
@@ -362,7 +362,7 @@ class ExpertGroup:
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """Opened file of an expert. It is kept, because a stored expert never changes until it is deleted."""
+        """Open the file of an expert. The object is kept, because a stored expert never changes until it is deleted."""
         if expert not in self._opened:
             file = self.expert_file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
@@ -484,7 +484,7 @@ def _snapshot(batch: pa.RecordBatch, info: TrajectoryInfo) -> Snapshot:
 
 
 def _info_from_json(text: str) -> TrajectoryInfo:
-    """Make an info from `json.dumps(asdict(info))`, with lists as tuples. Other text raises TypeError or ValueError."""
+    """Restore an info from its fields as JSON, with lists as tuples. Other text raises TypeError or ValueError."""
     fields = json.loads(text)
     for name in ("parameter_names", "buffer_names", "epochs"):
         fields[name] = tuple(fields.get(name, ()))

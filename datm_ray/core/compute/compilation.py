@@ -1,7 +1,7 @@
 """Trace functions of tensors into flat graphs of tensor operations, and compile these graphs.
 
 A function is traced once for each shape of its arguments. So the compiled code runs no Python of the network, and has
-no graph breaks. Tracing removes terms known to be zero. A machine without a compiler runs the functions uncompiled, and
+no graph breaks. Tracing removes additions of zeros. A machine without a compiler runs the functions uncompiled, and
 `compiler_problem` says why in one line.
 
 The result of a graph does not depend on the strides of its intermediate values. These strides may differ between
@@ -34,7 +34,8 @@ class Compiled:
     """A graph as compiled code, for tensors of the shapes and memory orders it was traced with.
 
     The graph is given to the compiler directly. `torch.compile` would capture the graph again, and check at every call
-    that the arguments still fit. On the digits data set, these checks took 5 % of an expert's step (benchmarks/LOG.md).
+    that the arguments still fit. On the digits data set, the checks took 5 % of the time of an expert's step
+    (benchmarks/LOG.md).
     """
 
     def __init__(self, graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> None:
@@ -114,7 +115,7 @@ class CompiledForShapes:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Shape of a tensor, strides of its dimensions that have more than one entry, and type of its numbers."""
+    """Memory layout that compiled code relies on: shape, strides of dimensions longer than 1, and type of numbers."""
     strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     return tuple(tensor.shape), strides, tensor.dtype
 
@@ -222,7 +223,7 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 
 def _writes(node: fx.Node) -> bool:
-    """True if the node changes a value in place, so that the node is needed even if nothing uses its result."""
+    """True if the node changes a tensor in place, so that the node is needed even if no other node reads its result."""
     schema = schema_of(node)
     return schema is not None and bool(schema.is_mutable)
 
@@ -232,7 +233,7 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
 
     A student step is differentiated along a direction of the parameters, so the images' tangent is zero. Automatic
     differentiation writes this tangent as a map of zeros and convolves the zeros. In the first layer, which has the
-    largest maps, the convolution took 7 % of a reverse step.
+    largest maps, this convolution took 7 % of the time in which a student step is differentiated.
     """
     for node in list(graph.nodes):
         if _is_needless_copy(node):

@@ -24,13 +24,13 @@ _log = logging.getLogger(__name__)
 class Replayed:
     """A function of tensors that is recorded as a CUDA graph at the first call. Every call replays the graph.
 
-    All calls must have arguments of the same shapes. The results have the same bits as without a graph. If the function
-    cannot be recorded, one line is logged, and each call runs the function itself. The function must launch kernels
-    only: it must not read a tensor's value.
+    All calls must have arguments of the same shapes. The results have the same bits as without a graph. The function
+    must launch kernels only: its Python code must not read a tensor's value. If the function cannot be recorded, one
+    line is logged, and every call runs the function without a graph.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Store the function, whose tensors are on a GPU. The first call records it."""
+        """Store the function. The first call, whose tensors must be on a GPU, records it."""
         self._function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GPU_SHARE = 0.9
-"""Share of a GPU's free memory, or of a worker's part of the GPU, that tensors may fill. The rest is a margin for
-workspaces of libraries, and for memory that lies in pieces too small to be used."""
+"""Largest share of a GPU's free memory, or of a worker's part of the GPU's memory, that tensors may fill. The rest is a
+margin for workspaces of libraries and for fragmented memory."""
 CONTEXT_BYTES = 2**29
 """Bytes of GPU memory that a process's CUDA context takes beside its tensors. Assumed, not measured."""
 
 DRIVER = "libcuda.so.1"
-"""File name of the library of CUDA's driver, which `gpu_size` asks."""
+"""File name of the library of CUDA's driver, from which `gpu_size` reads how much memory a GPU has."""
 
 
 def free_gpu_memory() -> int:
@@ -40,10 +40,10 @@ def free_gpu_memory() -> int:
 
 
 def gpu_size() -> int | None:
-    """Bytes of all memory of the first GPU that this process sees; `None` if CUDA's driver does not say.
+    """Total memory, in bytes, of the first GPU that this process can use; `None` if CUDA's driver gives none.
 
-    The process gets no CUDA context, as it would if torch were asked. A context takes memory, stays until the process
-    ends, and keeps all other processes from a GPU in exclusive mode.
+    The size comes from the driver, because asking torch would create a CUDA context. A context takes memory until the
+    process ends, and keeps all other processes from a GPU in exclusive mode.
     """
     try:
         driver = ctypes.CDLL(DRIVER)
@@ -59,16 +59,16 @@ def gpu_size() -> int | None:
 
 
 def tensor_share() -> float:
-    """Largest share, in [0, 1], of its GPU that tensors of this process may fill; 1 before CUDA starts in it."""
+    """Largest share, in [0, 1], of the GPU's memory for tensors of this process: 1 without `limit_tensors`."""
     return torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_initialized() else 1.0
 
 
 def limit_tensors(share: float) -> None:
-    """Limit this process to a share of its GPU, so that a process that exceeds its share runs out of memory itself.
+    """Limit the GPU memory that torch takes in this process: tensors, CUDA graphs, and memory that it keeps unused.
 
-    Without a limit, another process on the GPU might run out of memory although its tensors fit into its own share.
-    The limit is `share`, in (0, 1] of the whole GPU's memory, less `CONTEXT_BYTES`. It covers tensors, CUDA graphs, and
-    memory that torch keeps unused.
+    The limit is `share`, in (0, 1], of the GPU's total memory, less `CONTEXT_BYTES`. If this process needs more, it
+    runs out of memory itself. Without a limit, another process on the GPU might, although its tensors fit into its own
+    share.
     """
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(max(0.0, share - CONTEXT_BYTES / total))
@@ -77,7 +77,7 @@ def limit_tensors(share: float) -> None:
 def reusable(segments: Iterable[Mapping[str, Any]], device: int) -> int:
     """Bytes that torch has reserved on a GPU, that no tensor uses, and that any new tensor may take.
 
-    A CUDA graph has a private pool. No other tensor gets the pool's memory, even where the graph's tensors are freed.
+    Private pools of CUDA graphs do not count: only their graph gets a pool's memory, even after its tensors are freed.
 
     Args:
         segments: reserved segments of all GPUs, see `torch.cuda.memory_snapshot`.

@@ -1,7 +1,7 @@
 """Rounding of products on GPUs.
 
-TF32 rounds the factors of float32 products to 10 bits, and is several times as fast as float32. The published results
-used TF32, because TF32 was torch's default at the time.
+TF32 rounds the factors of float32 products to mantissas of 10 bits, and is several times as fast as float32. The
+published results used TF32, because TF32 was torch's default at the time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-"""Precision of products. "float32" rounds nothing more. "tf32" rounds the factors of products to 10 bits on GPUs that
-have TF32, and nothing elsewhere. "bfloat16" computes layers and their derivatives in bfloat16, and sums in float32."""
+"""Precision of products. "float32" rounds as usual. "tf32" rounds the factors of products to mantissas of 10 bits on
+GPUs that have TF32; elsewhere it means "float32". "bfloat16" computes layers and their derivatives in bfloat16, and
+adds products up in float32."""
 
 
 def has_tf32(device: torch.device) -> bool:

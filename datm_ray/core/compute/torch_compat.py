@@ -17,10 +17,11 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of every batch normalisation."""
 
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-"""Operation in graphs: a view of a value that nothing else uses."""
+"""Torch operation in traced graphs: a view of a tensor that no other operation uses."""
 
 ZEROS_LIKE_VALUE = torch.ops.aten._new_zeros_with_same_feature_meta.default
-"""Operation in graphs: zeros in the memory order of a given value. Forward differentiation copies a tangent there."""
+"""Torch operation in traced graphs: zeros in a given tensor's memory order. Forward differentiation copies a tangent
+into them."""
 
 
 def shapes_only() -> AbstractContextManager[Any]:
@@ -39,7 +40,7 @@ def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 
 
 def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph directly, without the capture and the guards of `torch.compile`. The graph may be changed.
+    """Compile a graph directly, without the capture and guards of `torch.compile`. The graph may be changed in place.
 
     Args:
         graph: graph from `trace`.
@@ -58,7 +59,7 @@ def add_biases_apart(graph: fx.GraphModule) -> None:
     """Replace each convolution with a bias, in the graph, by one without bias and an addition.
 
     Torch below 2.14 cannot compile a bias that is a view of a computed value, as in stacks of experts. Observed with
-    2.8, 2.9 and 2.11 on CPUs. On GPUs the compiler itself makes the addition separate.
+    torch 2.8, 2.9 and 2.11 on CPUs. On GPUs torch's compiler itself makes the addition separate.
     """
     aten = torch.ops.aten
     for node in graph.graph.find_nodes(op="call_function", target=aten.convolution.default):

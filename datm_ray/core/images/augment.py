@@ -1,10 +1,10 @@
 """Differentiable siamese augmentation (DSA) with the published values, driven by explicit parameters.
 
-An `Augmentation` is a value: an operation and its parameters for every sample of a batch. Drawing and applying are
-separate. So an augmentation can be drawn for a global batch and applied to one shard's slice, and applied again in the
-reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per sample, as
-published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are normalised, so
-they are not clamped. Shapes: b samples, c h w image, p parameters of an operation for one sample.
+An `Augmentation` is an image operation, such as "crop", and its parameters for every sample of a batch. Drawing and
+applying are separate. So an augmentation can be drawn for a global batch and applied to one shard's slice, and applied
+again in the reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters
+per sample, as published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are
+normalised, so they are not clamped. Shapes: b samples, c h w image, p parameters of an operation for one sample.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -34,11 +34,11 @@ SCALE_RATIO = 1.2
 ROTATE_DEGREES = 15.0
 """Largest angle of `rotate` in degrees, in either direction."""
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
-"""Ranges of the operation `color`: brightness moves by up to half of `BRIGHTNESS` in either direction, saturation is
-multiplied by a factor in [0, `SATURATION`), and contrast by a factor in [`CONTRAST`, 1 + `CONTRAST`)."""
+"""Ranges of the operation `color`: it adds a number in [-`BRIGHTNESS`/2, `BRIGHTNESS`/2) to normalised pixels, and
+multiplies saturation by a factor in [0, `SATURATION`) and contrast by one in [`CONTRAST`, 1 + `CONTRAST`)."""
 
 NO_AUGMENTATION = ""
-"""Name of the operation that changes nothing."""
+"""Name of the augmentation operation that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 @functools.cache
 def width(operation: str) -> int:
-    """Number p of an operation's parameters for one sample, added up over the parts that "+" joins; 3 for ""."""
+    """Number p of an augmentation operation's parameters for one sample: 3 for "" or "flip", 7 for "flip+resized"."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 
@@ -133,7 +133,7 @@ def augment_each(images: Tensor, augmentations: Sequence[Augmentation]) -> Tenso
     """Apply to each of the images [b c h w] an augmentation of its own; differentiable in the images.
 
     Args:
-        augmentations: [b] augmentations of one sample.
+        augmentations: [b] one for each image, with parameters for one sample.
     """
     return torch.cat(augment_batches(images.split(1), augmentations))
 
@@ -149,7 +149,7 @@ def _color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift each image both ways by random whole pixels, at most `CROP_RATIO` of the side. Zeros fill the border."""
+    """Shift each image along both axes by random whole pixels, at most `CROP_RATIO` of the side; zeros fill the gap."""
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
         reach = int(side * CROP_RATIO + 0.5)
@@ -209,9 +209,9 @@ def _matrix(rows: list[list[Tensor]]) -> Tensor:
 
 
 LEAST_SHARE = 0.08
-"""Usual smallest share of an image's area that a resized crop keeps, as published."""
+"""Default of the smallest share of an image's area that a resized crop keeps, as published."""
 LARGEST_RATIO = 4 / 3
-"""Usual largest ratio of a resized crop's width to its height, and of its height to its width."""
+"""Default of the largest ratio of a resized crop's longer to its shorter side, as shares of the image's sides."""
 
 
 def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio: float = LARGEST_RATIO) -> Tensor:
@@ -222,7 +222,7 @@ def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio:
 
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
-        least_share: smallest share of the image's area, in (0, 1], before a box is shortened.
+        least_share: smallest share of the image's area that a box covers, in (0, 1], before it is shortened.
         largest_ratio: largest ratio of width to height and of height to width, as shares of the image's sides, at
             least 1; 1 keeps the image's ratio.
     """
@@ -231,7 +231,7 @@ def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio:
 
 
 def _drawn_sides(uniform: Tensor, least_share: float, largest_ratio: float) -> tuple[Tensor, Tensor]:
-    """Heights [b] and widths [b] of crop boxes, as shares of the image's sides, before they are shortened to it.
+    """Heights [b] and widths [b] of crop boxes, as shares of the image's sides, before long ones are shortened to 1.
 
     Only the first two columns of `uniform` [b ..] are read, for area and ratio. Other arguments: as in `crop_boxes`.
     """
@@ -247,12 +247,12 @@ WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 def fitting_box(uniform: Tensor, least_share: float) -> Tensor:
     """Choose the first of t drawn boxes that fits into the image. Returns its top, left, height and width [4].
 
-    They are shares of the image's sides. If no box fits, the result is the whole image; if `least_share` is near 1,
-    almost none fits. torchvision's `RandomResizedCrop` draws t = 10 boxes.
+    The four numbers are shares of the image's sides. If no box fits, the result is the whole image; if `least_share` is
+    near 1, almost none fits. torchvision's `RandomResizedCrop` draws t = 10 boxes.
 
     Args:
         uniform: [t 4] numbers in [0, 1) for area, ratio, top and left of each box.
-        least_share: smallest share of the image's area, in (0, 1].
+        least_share: smallest share of the image's area that a box covers, in (0, 1].
     """
     height, width = _drawn_sides(uniform, least_share, LARGEST_RATIO)
     fitting = ((height <= 1) & (width <= 1)).nonzero()[:, 0]
@@ -272,7 +272,7 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _resized(images: Tensor, uniform: Tensor) -> Tensor:
-    """Enlarge a random box of each image to the image's size."""
+    """Enlarge a random box of each image, from `crop_boxes`, to the image's size."""
     return resized_crop(images, crop_boxes(uniform))
 
 
@@ -286,5 +286,5 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "resized": _resized,
 }
 USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
-"""USUAL_WIDTH: number of parameters that most operations have for one sample. _WIDTHS: name of an operation with
-another number -> this number."""
+"""USUAL_WIDTH: number of parameters of an augmentation operation for one sample. _WIDTHS: name of an operation with
+another number of parameters -> this number."""

@@ -23,11 +23,11 @@ from datm_ray.core.images.augment import Augmentation, apply_operation, draw_aug
 from datm_ray.core.randomness import Purpose, drawn
 
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**24, 2**28
-"""Largest size in bytes of the images of a block (steps that are prepared together), on CPUs and on GPUs. A block has
-at least one step, even a larger one. Larger blocks let a GPU work while the host prepares the next one."""
+"""Largest size in bytes of the images of a block (steps that are prepared together), on CPUs and on GPUs. The images of
+a single step may be larger. Larger blocks let a GPU work while the host prepares the next block."""
 GPU_BLOCK_SHARE = 1 / 16
-"""Largest share of a GPU's free memory for the images of a block (steps that are prepared together), beside the limit
-`GPU_BLOCK_BYTES`. The share is small because augmentation makes several copies of these images."""
+"""Largest share of a GPU's free memory for the images of a block (steps that are prepared together); `GPU_BLOCK_BYTES`
+is a second limit. The share is small because augmentation makes several copies of these images."""
 
 
 class ImageReader(Protocol):
@@ -48,7 +48,7 @@ Images = Tensor | ImageReader
 
 
 class Batch(NamedTuple):
-    """One minibatch of each of s networks, for one training step."""
+    """Minibatches of s networks, one for each, for one training step."""
 
     epoch: int
     """Number of the epoch, from 0."""
@@ -69,9 +69,9 @@ def batches(
     augmentation: str,
     seen: Callable[[int], NDArray[np.int64]] | None = None,
 ) -> Iterator[Batch]:
-    """Yield the minibatches of several networks, step by step.
+    """Yield the minibatches of several networks that are trained together, step by step.
 
-    Every epoch shows each of its images once. The last batch of an epoch may be smaller.
+    Every epoch shows each image that it has (see `seen`) once. The last batch of an epoch may be smaller.
 
     Args:
         images: images [n c h w] of each network, the same n for all. They may lie in main memory or in files.
@@ -137,9 +137,10 @@ _Placed = dict[tuple[int, int], Tensor]
 def _placed(
     minibatches: Sequence[_Minibatch], images: Sequence[Images], targets: Sequence[Tensor]
 ) -> tuple[_Placed, _Placed]:
-    """Prepare all minibatches of a block, the steps that are prepared together, on the device.
+    """Gather and augment, on the device, all minibatches of a block, the steps that are prepared together.
 
-    Minibatches with the same operation lie side by side, so that each operation is one call. No operation mixes images.
+    Minibatches with the same augmentation operation lie side by side, so that each of these operations is called once.
+    No augmentation mixes images.
 
     Args:
         minibatches: minibatches of all networks in all steps of the block.
@@ -147,7 +148,7 @@ def _placed(
         targets: classes [n] or probabilities [n k] of each network's images, on the device.
 
     Returns:
-        The augmented images, then the targets. Each is a dictionary (network, step) -> tensor of the minibatch.
+        The augmented images, then the targets: for each, (network, step of the block) -> tensor of the minibatch.
     """
     operations = list(dict.fromkeys(batch.augmentation.operation for batch in minibatches))
     minibatches = sorted(minibatches, key=lambda batch: operations.index(batch.augmentation.operation))
@@ -200,7 +201,7 @@ def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:
 
     Args:
         rows: indices of the images, in main memory.
-        device: device of the result. A GPU may come without its index.
+        device: device of the result. A GPU may be named without its index, as "cuda".
     """
     if not isinstance(images, Tensor):
         return sent(torch.from_numpy(images[rows.numpy()]), device)

@@ -1,10 +1,10 @@
 """Bilinear sampling of images at affinely transformed positions, with a derivative whose sums have a fixed order.
 
-On a GPU, torch's derivative adds the gradients of a pixel in an order that differs from run to run, so the last bits of
-the sum differ too. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic` sets, torch refuses to
-compute its derivative. This module then computes the derivative by products with interpolation matrices, or by a
-scatter in a fixed order. The sampled images have the same bits either way. Shapes: b images, c h w image. Tests:
-tests/core/images/test_resampling.py.
+On a GPU, the derivative of torch's `grid_sample` adds the gradients of a pixel in an order that differs from run to
+run, so the last bits of the sum differ too. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic`
+sets, torch refuses to compute this derivative. This module then computes the derivative by products with interpolation
+matrices, or by a scatter in a fixed order. The sampled images have the same bits either way. Shapes: b images, c h w
+image. Tests: tests/core/images/test_resampling.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import grid_sample
 from datm_ray.core.compute.precision import tf32_products
 
 MOST_SAMPLED = 65_535
-"""Largest number of images in a call of `grid_sample`. cuDNN refuses more (github.com/pytorch/pytorch/issues/88380)."""
+"""Largest number of images in a call of `grid_sample`; cuDNN refuses more (github.com/pytorch/pytorch/issues/88380)."""
 
 
 def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
@@ -27,7 +27,7 @@ def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned:
     The result has the images' shape. Positions are (x, y), each from -1 to 1 within the image.
 
     Args:
-        matrix: [b 2 3] maps (x, y, 1) of a pixel of the result to the position (x, y) of the image that it shows.
+        matrix: [b 2 3] times (x, y, 1) of a pixel of the result is the position (x, y) in the image that it shows.
         align_corners: True if -1 and 1 are the centres of the outermost pixels, with zeros beyond them. False if -1 and
             1 are the image's borders, with the outermost pixels repeated beyond them.
         is_turned: False if `matrix` is diagonal but for its last column, so that rows and columns are independent, and

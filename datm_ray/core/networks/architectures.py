@@ -27,21 +27,22 @@ from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.errors import ConfigError
 
 LEAST_SIDE = 8
-"""Smallest image side in pixels, inclusive, of all architectures but `convnet` and `mlp`, which take smaller ones."""
+"""Smallest image side in pixels, inclusive, that all architectures accept; `convnet` and `mlp` also accept less."""
 MOST_SMALL_SIDE = 64
-"""Largest shorter side in pixels, inclusive, of images whose first maps ResNets and MobileNetV2 do not halve."""
+"""Largest shorter side in pixels, inclusive, of small images, which the first layers of ResNets and MobileNetV2 do not
+halve."""
 
 Convolutions = Sequence[tuple[int, int, int]]
-"""Output channels, kernel side in pixels and stride of each of several successive convolutions."""
+"""Successive convolutions, each as (output channels, side of the kernel in pixels, stride)."""
 
 
 class SpatialNetwork(nn.Module):
     """Network in named parts, which give access to its last feature maps: features -> pooling -> flatten -> classifier.
 
     Attributes:
-        features: maps images [b c h w] to the last feature maps, before pooling.
+        features: computes the last feature maps, before pooling, of images [b c h w].
         pooling: reduces the feature maps to smaller maps, or each map to one number; may be the identity.
-        classifier: maps the flattened pooled feature maps to logits.
+        classifier: computes logits from the pooled feature maps, flattened.
     """
 
     def __init__(self, features: nn.Module, pooling: nn.Module, classifier: nn.Module) -> None:
@@ -99,12 +100,12 @@ def resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int],
 
     For images up to 64 pixels on the shorter side, the first layers are one 3x3 convolution without pooling, as is
     usual for small images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the
-    side by four. All stages but the first halve the map. For images of 8x8 the last stage does not, so the map stays at
-    2x2. Smaller images raise a `ConfigError`.
+    side by four. All stages but the first halve the feature map. For images of 8x8 the last stage does not, so the map
+    stays at 2x2. Smaller images raise a `ConfigError`.
 
     Args:
         blocks: number of residual blocks in each of the four stages.
-        block: maps a stage's width and a block's stride to the block's convolutions.
+        block: function from a stage's channels and a block's stride to the block's convolutions.
     """
     _require_least_side(spec)
     side, first = min(spec.size), _scaled(64, spec)
@@ -128,7 +129,7 @@ def resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int],
 
 
 def two_convolutions(width: int, stride: int) -> Convolutions:
-    """Two 3x3 convolutions of a block of ResNet-18. The given stride is that of the first; the second has stride 1."""
+    """Two 3x3 convolutions of a ResNet-18 block, with `width` output channels; `stride` is that of the first."""
     return (width, 3, stride), (width, 3, 1)
 
 
@@ -224,7 +225,7 @@ class InvertedResidual(nn.Module):
 
 
 def _activated(inputs: int, outputs: int, side: int, norm: Norm, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Make a convolution with kernels of side x side pixels, followed by normalisation and ReLU6."""
+    """Make a convolution with kernels of side x side pixels, a normalisation and ReLU6, as in MobileNetV2."""
     convolution = nn.Conv2d(inputs, outputs, side, stride=stride, padding=side // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, _normalisation(norm, outputs), nn.ReLU6())
 
@@ -354,7 +355,7 @@ def _patch(height: int, width: int) -> int:
 
 
 class _PatchTokens(nn.Module):
-    """Map images [b c h w] to tokens [b t d]: a linear map of each patch plus a learned position embedding."""
+    """Turn images [b c h w] into tokens [b t d]: a linear layer on each patch plus a learned position embedding."""
 
     def __init__(self, channels: int, patch: int, tokens: int, hidden: int) -> None:
         super().__init__()

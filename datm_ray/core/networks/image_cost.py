@@ -1,7 +1,7 @@
-"""Memory and operations that one image takes in a network, counted function by function in one forward pass.
+"""Bytes and floating-point operations of one image's forward pass through a network, counted call by call.
 
 For small images the pass is computed. For larger images it runs on torch's meta device, which only tracks shapes. The
-meta device's first use takes seconds, because it loads the compiler.
+meta device's first use takes seconds, because it loads torch's compiler.
 Tests: tests/core/networks/test_image_cost.py.
 """
 
@@ -32,19 +32,19 @@ class ImageCost:
     """Cost of one image's forward pass through a network, in evaluation mode and float32."""
 
     maps: int
-    """Bytes that all torch functions of the forward pass write. Views write nothing."""
+    """Bytes per image that torch functions write in the forward pass, in total. Views write nothing."""
     largest: int
-    """Bytes of the largest tensor in the pass: the image, or a written result."""
+    """Bytes per image of the largest tensor in the forward pass: the image, or a written result."""
     flop: int
-    """Floating-point operations of an image in convolutions and matrix products, >= 1. A multiply-add counts as two."""
+    """Floating-point operations per image in convolutions and matrix products, at least 1. A multiply-add is two."""
     functions: int
-    """Number of calls of torch functions, in one forward pass, that write a result."""
+    """Number of calls of torch functions that write a result, in one forward pass of any number of images."""
     parameters: int
-    """Number of the network's parameters."""
+    """Number of parameters of the network."""
 
 
 def image_cost(network: nn.Module, image: tuple[int, ...]) -> ImageCost:
-    """Count the cost of one input in the network, which is left as it is.
+    """Count the cost of one image in a network, which is left as it is.
 
     Args:
         network: network on any device; a copy of it is run.
@@ -65,7 +65,7 @@ def image_cost(network: nn.Module, image: tuple[int, ...]) -> ImageCost:
 
 
 class _Counter(TorchFunctionMode):
-    """Mode that records, while it is active, the bytes that torch functions write and the operations that they take."""
+    """Context that records the bytes of each result that torch functions write, and the sum of their operations."""
 
     def __init__(self) -> None:
         self.sizes, self.flop = list[int](), 0

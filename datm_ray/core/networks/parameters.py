@@ -1,7 +1,8 @@
 """A network as a pure function of one flat parameter vector.
 
-Expert snapshots, students and gradients are vectors [p]. They are split into layers only inside a forward pass. Buffers
-(running statistics) are a separate vector [q], which is empty for most networks.
+Expert snapshots, students and gradients are vectors [p]. Computations split them into layers inside the forward pass
+only; `unflatten_into` fills a module for other uses. Buffers (running statistics) are a separate vector [q], which is
+empty for most networks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch.func import functional_call
 class FlatNetwork:
     """Network as a function of parameters [p] and images [b c h w] that returns logits [b k].
 
-    The function is differentiable in both arguments and can be compiled. Buffers are the module's own.
+    The function is differentiable in both arguments and can be compiled. A call uses the module's buffers;
+    `with_buffers` gets them as a vector.
 
     Attributes:
         module: the network; its own parameters are not read.
@@ -69,13 +71,13 @@ class FlatNetwork:
 def flatten(module: nn.Module) -> Tensor:
     """Copy the module's parameters into one vector [p].
 
-    Without a copy, later training would change the vector, and all epochs of a trajectory would equal the last.
+    Without a copy, later training would change the vector, and all stored epochs of an expert would equal the last.
     """
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Floating-point buffers of the module itself, by name: running statistics, but no counters."""
+    """Floating-point buffers of the module and its submodules, not copied, by name: running statistics, no counters."""
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
@@ -93,7 +95,7 @@ def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
 
 
 def unflatten_into(module: nn.Module, parameters: Tensor) -> None:
-    """Write the vector [p] into the module's parameters, which keep their layout, such as channels-last.
+    """Write the vector [p] into the module's parameters, which keep their memory order, such as channels-last.
 
     Contiguous parameters become views of the vector, so they share its memory; others are copied.
 

@@ -41,7 +41,8 @@ _BUILDERS: dict[str, Builder] = {
 def register_network(name: str) -> Callable[[Builder], Builder]:
     """Return a decorator that registers a class or function as the builder of the architecture `name`.
 
-    The builder maps a `NetworkSpec` to a module. It replaces an earlier one of this name, in this process only.
+    The builder takes a `NetworkSpec` and returns a module. It replaces an earlier builder of this name, in this process
+    only.
     """
 
     def register(builder: Builder) -> Builder:
@@ -169,8 +170,8 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
     The logits are computed from the maps. So one call of `torch.autograd.grad` differentiates the logits with respect
     to the maps. Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its
-    patch's position. For convolutional networks that are no `SpatialNetwork`, such as torchvision's, the network is
-    run, and the maps are the last output of one of its parts with more than one position.
+    patch's position. A convolutional network that is no `SpatialNetwork`, such as torchvision's, is run, and the maps
+    are the last output of a submodule that has more than one position.
 
     Raises:
         ConfigError: the network has no feature maps, such as an mlp, or they cannot be found, as in a transformer that
@@ -190,7 +191,7 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
 
 def embedding(network: nn.Module, images: Tensor) -> Tensor:
-    """Compute the embedding [b d] of images [b c h w]: the input of the classifier.
+    """Compute a network's embedding [b d] of images [b c h w]: the input of its classifier.
 
     The classifier of an mlp, and of any other `nn.Sequential`, is its last layer.
 
@@ -226,9 +227,10 @@ def _has_attention(network: nn.Module) -> bool:
 
 
 def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Run the network. Returns the outputs of its parts that are feature maps, in order, then the logits.
+    """Run the network. Returns the outputs of its submodules that are feature maps, in order, then the logits.
 
-    Feature maps are [b c h w] with more than one position, from the first convolution on, but not of adaptive pooling.
+    Feature maps are [b c h w] with more than one position. Outputs before the first convolution, and outputs of
+    adaptive pooling, do not count.
     """
     found: list[Tensor] = []
     convolved = False

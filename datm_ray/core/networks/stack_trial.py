@@ -24,14 +24,15 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.stacked import StackFunctions, StackResults
 
 TURNS = 3
-"""Number of timed calls of each function that a trial compares. They are called in turn; the fastest call counts."""
+"""Number of timed calls of each function that a trial compares. Functions take turns; their fastest calls count."""
 KEPT_MAPS, KEPT_VECTORS = 2, 4
-"""Factors of a call's peak memory on a GPU: KEPT_MAPS times the bytes that all layers write in one forward pass, for
-maps and their gradients, plus KEPT_VECTORS times the bytes of the parameters of the call's networks. Assumed. If a call
-does not fit nevertheless, the trial halves the number of its networks."""
+"""Assumed factors of a training step's peak memory on a GPU. The peak is KEPT_MAPS times the bytes that all layers
+write in a forward pass, for feature maps and their gradients, plus KEPT_VECTORS times the bytes of the parameters of
+the networks that are computed together. If they do not fit nevertheless, the trial halves their number."""
 STATE_VECTORS = 4
-"""Number of vectors as long as the parameters of the whole stack that training holds beside a call, such as momenta,
-their update and new parameters. Assumed. The stack has them however few networks a call computes."""
+"""Assumed number of vectors, each as long as all parameters of a stack (networks that are trained together), that
+training holds while a call computes: momenta, their update, new parameters. Calls that compute fewer networks at a time
+do not lower it."""
 
 
 class InParts:
@@ -91,7 +92,7 @@ StackStep = StackFunctions | InParts
 
 
 def is_tried(device: torch.device) -> bool:
-    """True for GPUs: a trial there finds how many networks one call computes. On CPUs, one call computes all."""
+    """True for GPUs, where a trial finds how many networks of a stack a call computes. On CPUs a call computes all."""
     return device.type == "cuda"
 
 
@@ -103,9 +104,9 @@ def now_on(device: torch.device) -> float:
 
 
 def fitting(networks: int, rows: int, cost: ImageCost) -> int:
-    """Number of networks of a stack, at least 1, for which a call should fit into the GPU's free memory.
+    """Estimate how many networks of a stack, at least 1, one call can compute in the GPU's free memory.
 
-    The number of all networks is halved, rounded up, until a call should fit into the share `GPU_SHARE` of free memory,
+    The number of all networks is halved, rounded up, until the estimate fits into the share `GPU_SHARE` of free memory,
     beside `STATE_VECTORS` vectors as long as the parameters of the whole stack.
 
     Args:
@@ -122,9 +123,10 @@ def fitting(networks: int, rows: int, cost: ImageCost) -> int:
 
 
 def beside_state(call: Callable[[], Any], parameters: Tensor) -> Callable[[], Any]:
-    """Wrap a trial's call so that the memory of training's other vectors is taken while it runs.
+    """Wrap a trial's call so that it takes as much more memory as training needs beside such a call.
 
-    These are `STATE_VECTORS` vectors as long as all parameters. So the call fits into memory only if training does.
+    The additional memory is of `STATE_VECTORS` vectors as long as all parameters. So the call fits only if training
+    does.
 
     Args:
         call: computes a step of the whole stack.
@@ -181,7 +183,7 @@ def fastest(ways: Mapping[int, Callable[[], Any]], now: Callable[[], float]) -> 
     GPU memory is left out.
 
     Args:
-        ways: key -> function.
+        ways: key, such as a number of networks -> function.
         now: function that waits until the device is idle, and returns the time in seconds.
 
     Raises:

@@ -29,10 +29,11 @@ from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network, couples_samples
 
 CACHED_MAP_BYTES = 10 * 2**20
-"""Limit in bytes, inclusive, of the largest feature map of a call on a CPU, for all its networks and images: the map
-then stays in the cache. Twenty images of 32x32 with 128 channels take as many bytes."""
+"""Largest size in bytes, inclusive, of a call's largest feature map on a CPU, for all its networks and images: the map
+then stays in the CPU's cache. Twenty images of 32x32 with 128 channels take as many bytes."""
 STACKED_MAP_BYTES = 3 * 2**19
-"""Limit in bytes, inclusive, on a CPU for the largest feature map of all experts trained together, for a whole batch.
+"""Largest size in bytes, inclusive, on a CPU, of the largest feature map of all experts that are trained together, for
+a whole batch, unless `cluster.experts_at_a_time` gives the number of experts.
 
 Up to this size the map fits the second-level cache. Measured with experts of digits at batch 32: six experts trained
 together ran 1.9 times as fast as one at a time; eight, above this size, only 1.2 times."""
@@ -268,16 +269,16 @@ class StackFunctions:
         return torch.stack(losses), torch.stack(gradients), after
 
     def _lowered(self, images: Tensor) -> AbstractContextManager[Any]:
-        """Context in which layers compute in bfloat16 if `in_bfloat16` was given; otherwise it changes nothing."""
+        """Context in which layers compute in bfloat16 if `in_bfloat16` was given; without effect otherwise."""
         if not self._in_bfloat16:
             return nullcontext()
         return torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False)  # a cache would leak into graphs
 
 
 def _gains_from_order(device: torch.device) -> bool:
-    """True if networks with batch statistics gain from maps with their channels innermost: on GPUs.
+    """True for GPUs: networks with batch statistics are faster there if feature maps have their channels innermost.
 
-    There cuDNN would reorder the maps at every convolution, for the tensor cores. CPUs were not measured.
+    Otherwise cuDNN reorders the maps at every convolution, for the tensor cores. CPUs were not measured.
     """
     return device.type == "cuda"
 
@@ -320,7 +321,7 @@ def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def _without_counters(network: nn.Module) -> nn.Module:
-    """Copy a network without the batch counters of its batch normalisations, which no code here reads."""
+    """Copy a network without its batch normalisations' counters of batches, which no code here reads."""
     network = copy.deepcopy(network)
     for part in network.modules():
         if isinstance(part, BatchNorm):

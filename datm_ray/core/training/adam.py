@@ -1,4 +1,4 @@
-"""Adam as a function, for trainings whose moments are saved with the rest of their state.
+"""Adam as a function, for trainings that save Adam's moments with the rest of their state.
 
 Tests: tests/methods/test_recovery.py, tests/core/test_prior.py, against `torch.optim.Adam`.
 """
@@ -10,7 +10,7 @@ import math
 from torch import Tensor
 
 EPS = 1e-8
-"""Constant added to the denominator of the update, so that the division stays finite."""
+"""Constant in Adam's update that is added to the denominator, so that the division stays finite."""
 
 
 def adam_step(

@@ -1,8 +1,8 @@
 """Which real images experts see in an epoch, if they are trained from easy images to hard ones (PAD, arXiv 2408.03360).
 
-In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
-easiest images may be left out. What is easy comes from scores (`stages/experts/difficulty.py`). An epoch's images
-depend only on the scores and the epoch's number; the training shows them in random order. Tests:
+In the first epochs experts see only the easiest images of each class; their share grows until they see all images.
+Later the easiest images may be left out. What is easy comes from scores (`stages/experts/difficulty.py`). An epoch's
+images depend only on the scores and the epoch's number; the training shows them in random order. Tests:
 tests/core/training/test_curriculum.py.
 """
 
@@ -19,7 +19,7 @@ from datm_ray.config import CurriculumConfig
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Real images of each class ordered from easy to hard, and which share of them experts see in an epoch."""
+    """Real training images of each class ordered from easy to hard, and which of them experts see in an epoch."""
 
     settings: CurriculumConfig
     by_class: Sequence[NDArray[np.int64]]
@@ -32,6 +32,9 @@ class Curriculum:
 
 
 def _part(count: int, first: float, last: float) -> slice:
-    """Slice from share `first` to share `last` of `count` images, rounded down as published; never empty."""
+    """Slice of the images from share `first` to share `last`, in [0, 1], of `count` images; at least one image.
+
+    Both ends are rounded down, as published.
+    """
     start = min(int(first * count), count - 1)
     return slice(start, max(int(last * count), start + 1))

@@ -1,8 +1,8 @@
 """Training experts on the real data by SGD, or GSAM on top of SGD; several experts at a time.
 
-Experts that are trained together (a stack) share every call, but nothing else. Each expert has its own initialisation,
-order of images and augmentation, and its values do not depend on the other experts. This module stores nothing. Shapes:
-s experts, n images, b images of a batch, p parameters, q buffers.
+Experts that are trained together (a stack) are computed by common calls, and share nothing else. Each expert has its
+own initialisation, order of images and augmentation, and its values do not depend on the other experts. This module
+stores nothing. Shapes: s experts, n images, b images of a batch, p parameters, q buffers.
 
 GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600). Let g be the
 gradient at the parameters w, and g' the gradient at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM
@@ -112,10 +112,10 @@ def stack_steps(
 
 
 def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curriculum | None = None) -> int:
-    """Number of steps in the first `epochs` epochs of a training on `count` images.
+    """Number of steps in the first `epochs` epochs of one expert's training on `count` images.
 
     Args:
-        settings: gives the batch size.
+        settings: section `experts` of the recipe, which gives the batch size.
         curriculum: which images an epoch has; `None` for all images in every epoch.
     """
     if curriculum is None:
@@ -132,7 +132,7 @@ def _step(
     labels: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """Update `state` in place by one step of every expert. Returns the losses [s] before the step.
+    """Update `state` in place by one step of every expert. Returns each expert's loss [s] before the step.
 
     Args:
         rates: learning rate of each expert in this step.
@@ -172,9 +172,11 @@ def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> 
 
 
 def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -> Tensor:
-    """Compute SAM's step [s p] from the parameters [s p], where the gradient is [s p], to the worst point nearby.
+    """Compute SAM's step [s p] from the parameters [s p], at which `gradient` [s p] is taken, to the worst point
+    nearby.
 
-    The point is the worst to first order. `settings` give the step's length `rho`, and whether it is `adaptive`.
+    The point has the largest loss to first order. `settings` give the step's length `rho`, and whether it is
+    `adaptive`.
     """
     if not settings.adaptive:
         return gradient * (settings.rho / (_norm(gradient) + SMALLEST_NORM))

@@ -32,25 +32,24 @@ from datm_ray.core.training.loop import device_of, predict_logits
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
-"""Both parameters of the beta distribution of a view's kept share, as published.
-
-The kept share is the share of the view's area that shows its own image."""
+"""Default of both parameters of the beta distribution from which CutMix draws the share of a view's area that keeps the
+view's own image, as published."""
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """Augmented views of some images in one epoch."""
+    """Augmented views of images in one epoch: how to make each view, not its pixels."""
 
     rows: NDArray[np.int64]
-    """[n] index of each view's own image."""
+    """[n] index, among the set's images, of each view's own image, the one that is cropped."""
     boxes: NDArray[np.float32]
     """[n 4] crop of each view: top, left, height and width as shares of the image's sides."""
     flips: NDArray[np.bool_]
     """[n] True for views mirrored left to right."""
     partners: NDArray[np.int32]
-    """[n] index of each view's partner: the image that CutMix pastes a box from, into the view."""
+    """[n] index of each view's partner: the image from which CutMix pastes a box into the view."""
     lambdas: NDArray[np.float32]
-    """[n] share of each view's area that shows its own image, in [0, 1]."""
+    """[n] share, in [0, 1], of each view's area that shows the view's own image, not the partner."""
     mix_boxes: NDArray[np.uint16]
     """[n 4] box of the partner in the view: top, left, height and width in pixels; nothing is pasted if a side is 0."""
 
@@ -58,7 +57,7 @@ class Views:
         return len(self.rows)
 
     def take(self, places: slice | NDArray[np.int64]) -> Views:
-        """Copy with only the views at these positions."""
+        """Copy with only the views at these positions in the vectors."""
         return Views(*(getattr(self, each.name)[places] for each in fields(self)))
 
 
@@ -204,8 +203,8 @@ def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], clas
 class DrawnLabels:
     """Views of images, and a teacher's logits for the views. Both are computed when needed, and not stored.
 
-    Networks train on these labels for controls, such as random real images, and on stored labels for a distilled set.
-    Both kinds of labels are made in the same way, so that only the images differ. The logits equal stored logits up to
+    Controls, such as random real images, are scored with these labels, and distilled sets with stored labels. Both
+    kinds of labels are made in the same way, so that only the images differ. The logits equal stored logits up to
     rounding, because the teacher reads the views in other batches.
     """
 
@@ -240,7 +239,7 @@ class DrawnLabels:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the views of an epoch of the training, from 0. They repeat after `keep` epochs."""
+        """Draw the views of an epoch of the training, from 0. The same views come again every `keep` epochs."""
         size = (self._images.shape[2], self._images.shape[3])
         self._views = draw_views(self._seed, epoch % self._keep, len(self._images), size, **self._settings)
 
@@ -256,7 +255,7 @@ class DrawnLabels:
 
 
 def _as_stored(logits: Tensor, top: int | None, temperature: float) -> Tensor:
-    """Round logits [n k] as `pack_logits` and unpacking do. The result is on the logits' device."""
+    """Logits [n k] as `unpack_logits` would restore them from `pack_logits`, on their own device."""
     if top is None:
         return logits.half().float()  # on the device, so that the CPU does not wait for a GPU
     return unpack_logits(*pack_logits(logits, top, temperature), logits.shape[1]).to(logits.device)

@@ -1,4 +1,4 @@
-"""Training of networks that are scored, and their accuracy.
+"""Training of the networks whose test accuracies score a set of images, and their accuracy.
 
 Whole batches are augmented on the network's device; there is no per-sample loader. Shapes: n images, k classes.
 """
@@ -38,7 +38,7 @@ Heartbeat = Callable[[], None]
 
 
 SCORING_BATCH = 250
-"""Number of images scored at a time. A thousand images of 64x64 at a time would take 4 GB of memory."""
+"""Default number of images that a network classifies at a time. A thousand of 64x64 would take 4 GB of memory."""
 
 
 def no_heartbeat() -> None:
@@ -47,7 +47,7 @@ def no_heartbeat() -> None:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """An optimiser that can train scored networks. Step sizes of sets are learned for SGD alone."""
+    """An optimiser that can train scored networks. The step size that a synthetic set learns is only for SGD."""
 
     title: str
     """Name in reports; "" for SGD, the usual one, which reports do not name."""
@@ -58,7 +58,7 @@ class Optimiser:
     vectors: tuple[str, ...]
     """Names of the tensors that torch's optimizer keeps for a parameter, in the parameter's shape, such as momentum."""
     step_sizes: tuple[float, ...]
-    """Learning rates among which validation chooses if neither the recipe nor the set gives one."""
+    """Learning rates to try if neither the recipe nor the set gives one; accuracy on validation images decides."""
     weight_decay: float | None = None
     """Weight decay if the recipe gives none; `None` for that of the schedule."""
 
@@ -109,8 +109,8 @@ class Schedule:
     warmup_epochs: int = 0
     """Number of first epochs in which the learning rate grows linearly from a hundredth, step by step; 0 for none."""
     temperature: float | None = None
-    """Temperature that divides all logits if a teacher's replace the set's labels; `None` without a teacher. A record
-    only: training reads the temperature of its `lessons`."""
+    """Divisor of all logits if a teacher's logits replace the set's labels; `None` without a teacher. Only recorded
+    here: training reads the temperature of its `lessons`."""
     micro_batch: int | None = None
     """Largest number of images in one forward and backward pass of a step; `None` for all images of the step.
 
@@ -159,14 +159,14 @@ class Schedule:
     def with_optimiser(self, name: OptimiserName, weight_decay: float | None = None) -> Schedule:
         """Copy of the schedule with the optimiser `name` and a weight decay.
 
-        If `weight_decay` is `None`, it is the optimiser's usual one, or else that of this schedule.
+        If `weight_decay` is `None`, it is that of `OPTIMISERS` or, if that is `None` too, that of this schedule.
         """
         decays = (weight_decay, OPTIMISERS[name].weight_decay, self.weight_decay)
         decay = next(each for each in decays if each is not None)
         return dataclasses.replace(self, optimiser=name, weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
-        """Learning rate of step `step`, counted from 0 over all epochs; with `steps_per_epoch` 1, of epoch `step`."""
+        """Learning rate of step number `step`, from 0, over all epochs; of epoch `step` if `steps_per_epoch` is 1."""
         is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
         rate = self.learning_rate / 10 if is_late else self.learning_rate
         steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
@@ -212,7 +212,7 @@ PROTOCOLS: dict[str, Schedule] = {
     "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
-"""Value of `evaluate.protocol` -> training schedule, in which other keys of `evaluate` then replace values."""
+"""Value of `evaluate.protocol` -> training schedule. Other keys of `evaluate` then replace values of the schedule."""
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
@@ -265,12 +265,12 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
 
 
 def validation_protocol(evaluation: str) -> str:
-    """Protocol by which sets are validated that are scored by `evaluation`: the same, or "short" for "published"."""
+    """Protocol for validating sets that are scored by protocol `evaluation`: "short" for "published", else the same."""
     return "short" if evaluation == "published" else evaluation
 
 
 class NetworkState:
-    """State of one network in training, with parameters [1 p] and buffers [1 q]. Reading a vector copies it."""
+    """State of one network in training: parameters [1 p], buffers [1 q], optimizer. Reading a vector copies it."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, saved: TrainingState | None = None) -> None:
         """Start a training, or resume it.
@@ -309,7 +309,7 @@ class NetworkState:
 
     @property
     def velocity(self) -> Tensor | None:
-        """Copy of momentum [1 p], or of AdamW's two moments [1 2p]; `None` without momentum or before a step."""
+        """Copy of momentum [1 p], or AdamW's two moments [1 2p]; `None` without momentum or before the first step."""
         states = [self.optimizer.state[each] for each in self.network.parameters()]
         pieces = [state[name] for name in self._rule.vectors for state in states if state.get(name) is not None]
         return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
@@ -386,14 +386,14 @@ def train_steps(
 def _differentiate(
     network: nn.Module, images: Tensor, wanted: Tensor, lessons: Lessons | None, micro_batch: int | None
 ) -> None:
-    """Add the gradient of a batch's mean loss to that of the parameters.
+    """Add the gradient of a batch's mean loss to the parameters' `grad`.
 
     Args:
         images: [b c h w] images of the batch.
         wanted: [b] classes, or [b k] probabilities; a teacher's logits [b k] if there are lessons.
         lessons: give the temperature of the loss against a teacher; `None` for the cross-entropy.
-        micro_batch: largest number of images that are computed at a time, in parts that are nearly equal; `None` for
-            all.
+        micro_batch: largest number of images that are computed at a time; all parts of the batch are nearly equal.
+            `None` for the whole batch.
     """
     parts = -(-len(images) // (micro_batch or len(images)))
     for own, targets in zip(images.tensor_split(parts), wanted.tensor_split(parts), strict=True):
@@ -405,35 +405,35 @@ def _differentiate(
 
 
 STEP_OVERHEAD = 3e7
-"""Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long.
+"""Fixed cost of a training step on a CPU core, in floating-point operations of a forward pass that take equally long.
 
 The cost is one millisecond, at 3e10 operations a second. Measured with `make bench-evaluate`: 1.0 ms a step for 10
 digits, and 3.7e10 operations a second and core for 10 images of 32x32."""
 COMPILED_WORK = 3e11
-"""Smallest work, in operations of forward passes, for which a CPU trains networks together. It counts all trainings
-that can use the same compiled step.
+"""Smallest total of floating-point operations of forward passes for which a CPU trains networks together. The total is
+over all trainings of a run that can use the same compiled step.
 
 One CPU core takes about ten seconds for this work if networks are trained one after another. Training five networks
 together saves six to seven of these seconds, and compiling takes as long. `make bench-evaluate` found both ways equally
 fast at 3.1e11 operations (digits, 1 image per class) and at 2.6e11 (10 images per class)."""
 COMPILED_STEPS = 15_000
-"""Smallest number of steps for which a GPU trains networks together. It counts the steps of all trainings that can use
-the same compiled step.
+"""Smallest total of steps for which a GPU trains networks together. The total is over all trainings of a run that can
+use the same compiled step.
 
 On a GPU a step of one network takes as long as launching its kernels. Assumed: two milliseconds saved in each step, and
 half a minute to compile. `make gpu` measures from how many steps this pays."""
 WIDE_MAP_BYTES = 3 * 2**20
-"""Size in bytes of a batch's largest map above which one network keeps a CPU busy. Networks are then trained one after
-another, unless the map reaches `CACHED_MAP_BYTES`.
+"""Size in bytes of a network's largest feature map, for a batch, above which one network keeps a CPU busy. Networks are
+then trained one after another, unless the map reaches `CACHED_MAP_BYTES`.
 
 Measured for images of 32x32 on two cores, as time of five networks one after another divided by their time together
 (benchmarks/LOG.md): map of 2.6 MB: 1.7; 5.2 MB: 0.86; 10.5 MB: 0.9 to 1.2; 52 MB, far beyond the cache: 1.8."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
-    """Expected work of training one network: the floating-point operations of its forward passes.
+    """Expected work of training one network: floating-point operations of all its forward passes.
 
-    Backward passes are not counted. Each step adds `STEP_OVERHEAD` operations.
+    Backward passes are not counted. Each step adds `STEP_OVERHEAD` operations for its fixed cost.
 
     Args:
         schedule: schedule of the training.
@@ -459,7 +459,7 @@ def would_gain_together(
     take less time than it saves in all trainings with the same step.
 
     Args:
-        cost: gives the cost of one image in a network; not called where that decides nothing.
+        cost: function that returns the cost of one image in a network; not called if the other arguments decide.
         networks: number of networks.
         count: number of images that each network is trained on.
         on_gpu: True if a GPU trains them.
@@ -479,8 +479,8 @@ def would_gain_together(
 def stack_sizes(networks: int) -> list[int]:
     """Divide `networks` networks into groups (stacks) that are trained together. Returns the groups' sizes.
 
-    Sizes are equal if possible, because each size is compiled. Each size is at most `LARGEST_STACK`, and at least two
-    unless there is only one network.
+    Sizes are equal, because each size is compiled, if a size from 3 to `LARGEST_STACK` divides `networks`; otherwise
+    they differ by at most 1. Each is at most `LARGEST_STACK`, and at least 2 unless there is only one network.
     """
     for size in range(min(networks, LARGEST_STACK), 2, -1):
         if networks % size == 0:
@@ -489,7 +489,7 @@ def stack_sizes(networks: int) -> list[int]:
 
 
 class Trainer:
-    """Trains several networks of one architecture, together if this is faster, otherwise one after another.
+    """Trainer of several networks of one architecture, together if that is faster, otherwise one after another.
 
     Together means one compiled call for all networks of a group (stack) in every step. Each network has the same
     images, order and augmentation as in a training alone, and does not depend on the other networks. Only rounding
@@ -565,9 +565,9 @@ class Trainer:
         return found_at_a_time(step_of, batch, most, device_of(stack[0].network))
 
     def _step_of(self, stack: Sequence[Training]) -> StackStep:
-        """Training step of all networks of a stack.
+        """Function that computes losses and gradients of all networks of a stack in a training step.
 
-        On a GPU the step owns CUDA graphs, which are freed with the step.
+        On a GPU the function owns CUDA graphs, which are freed with it.
         """
         if not is_tried(device_of(stack[0].network)):
             return self._functions_for(stack[0], len(stack))
@@ -600,7 +600,7 @@ class Trainer:
     def train_all(self, trainings: Sequence[Training], alike: int = 0) -> Iterator[int]:
         """Train networks of one architecture in place, in the groups of `stacks`.
 
-        Yields the epochs done so far, summed over all networks, after every step.
+        Yields, after every step, the number of epochs done so far, summed over all networks.
 
         Args:
             trainings: networks with equally many images, whose schedules differ in the learning rate alone.
@@ -660,7 +660,8 @@ def _probabilities(stack: Sequence[Training]) -> list[Tensor]:
 def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
     """Return the process's only trainer with these settings, which keeps its compiled functions between calls.
 
-    With `compile_` networks may be trained together; with `channels_last` compiled maps have their channels innermost.
+    With `compile_` networks may be trained together. With `channels_last` the compiled functions keep feature maps with
+    their channels innermost.
     """
     return Trainer(compile_=compile_, channels_last=channels_last)
 
@@ -735,9 +736,9 @@ def logits_in_steps(network: nn.Module, images: Images, *, batch_size: int = SCO
 
 
 def in_batches(function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]) -> Steps[Tensor]:
-    """Compute `function`, which maps b items to values [b ..], for `SCORING_BATCH` of the items at a time.
+    """Apply `function`, which maps b items to values [b ..], to all items, `SCORING_BATCH` of them at a time.
 
-    Returns the values of all items [n ..] in main memory, without derivatives. Yields before each batch.
+    Returns the values [n ..] of all n items in main memory, without derivatives. Yields before each batch.
     """
     found = []
     for first in range(0, len(items), SCORING_BATCH):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 FIRST_SHARE = 0.01
-"""Learning rate in the first step of a warm-up, as a share of the full learning rate; published for SRe2L."""
+"""Learning rate in the first step of a warm-up, as a share of the full learning rate, as published for SRe2L."""
 
 
 def share_of_rate(step: int, steps: int, warmup: int = 0, *, cosine: bool = False) -> float:

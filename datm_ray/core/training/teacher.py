@@ -62,7 +62,7 @@ class Teacher:
             number = 0 if is_last else number + 1
 
     def mixed(self, images: Tensor, seed: int, epoch: int, batch: int) -> Tensor:
-        """Images [b c h w] after CutMix, or unchanged without it. `batch` is the number in the epoch, from 0."""
+        """Images [b c h w] after CutMix; unchanged if `cutmix` is 0. `batch` is the batch's number in the epoch."""
         if not self.cutmix:
             return images
         size = (images.shape[2], images.shape[3])
@@ -126,7 +126,7 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class CutMix:
-    """Box (`rows` and `columns`) that CutMix replaces in every image of a batch, and images it is copied from."""
+    """Box (`rows` and `columns`) that CutMix replaces in every image of a batch, and images that give its content."""
 
     rows: slice
     columns: slice
@@ -159,7 +159,7 @@ def box_side(length: int, kept: float, centre: int) -> slice:
 
 
 def mix(images: Tensor, drawn: CutMix) -> Tensor:
-    """Copy of images [b c h w] in which each box shows the same place of the image's partner."""
+    """Copy of images [b c h w] in which the box of `drawn` has the content of the same box of each image's partner."""
     mixed, box = images.clone(), (slice(None), slice(None), drawn.rows, drawn.columns)
     mixed[box] = images[box][torch.from_numpy(drawn.partners).to(images.device)]
     return mixed

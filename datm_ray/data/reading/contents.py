@@ -20,7 +20,7 @@ class Content(NamedTuple):
     name: str
     remedy: str
     suffix: str = ""
-    """File suffix of this content if the package can use it, else ""."""
+    """File suffix, such as ".zip", of content that this package can read; "" for other content."""
 
 
 _AGAIN = "Fetch it again"
@@ -64,8 +64,8 @@ def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str
     """Reason in a few words, likely cause ("" if unknown) and remedy for a file that cannot be read.
 
     Args:
-        error: error that reading the file raised. An error of the operating system is the reason itself.
-        content: kind of content found in the file, which is the reason otherwise; `None` to describe the error.
+        error: error that reading the file raised. If the operating system raised it, the reason is its text.
+        content: kind of content found in the file, which is otherwise the reason; `None` takes the error's text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()

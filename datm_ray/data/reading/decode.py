@@ -89,7 +89,7 @@ class Encoded:
         return len(self.labels)
 
     def take(self, rows: NDArray[np.int64]) -> Encoded:
-        """Select the files at these rows, in this order."""
+        """Select the files (and labels) with these indices, in this order."""
         mark = self.mark
         return Encoded(
             self.labels[rows],
@@ -101,11 +101,10 @@ class Encoded:
 
 class _Header(NamedTuple):
     mode: str
-    """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
+    """Pillow's mode of the image, such as "RGB"; "I;16" for every kind of 16-bit grayscale."""
     width: int
     height: int
-    """Height in pixels of the image as it is displayed. `width` and `height` are those after the turn that the EXIF
-    data asks for."""
+    """Height of the image in pixels. `width` and `height` are sizes after the turn that its EXIF data asks for."""
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False
@@ -118,8 +117,8 @@ def decode(
 ) -> tuple[list[NDArray[np.uint8]], tuple[str, ...]]:
     """Decode image files to arrays of one shape.
 
-    Returns the images [n c h w] of each set, in which c, h and w are common to all sets; and lines on conversions, with
-    numbers of images, and on very dark 16-bit images.
+    Returns the images [n c h w] of each set, in which c, h and w are common to all sets. Also returns lines for the
+    user: how many images were converted, and in which way; and a warning if 16-bit images are very dark.
 
     Every file is opened twice, for its header and for its pixels, so that the array is allocated only once.
 
@@ -159,10 +158,10 @@ def decode(
 
 
 def marks(files: Encoded) -> list[str]:
-    """One text per file, with its name and size. Workers whose texts are equal read the same files.
+    """For each image a text with the name and size of its file. Workers whose texts are equal read the same files.
 
     Raises:
-        DatasetError: the files can only be read by this process, or a file is missing.
+        DatasetError: only this process can read the files, as those in an archive; or a file is missing.
     """
     if files.mark is None:
         raise DatasetError(
@@ -177,7 +176,7 @@ def marks(files: Encoded) -> list[str]:
 
 
 def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tuple[str, ...]]:
-    """Shape (channels, height, width) for images that become squares of `side` pixels, and lines for the user.
+    """Shape (channels, height, width) of images once resized to `side`, and lines for the user on conversions.
 
     Only the headers of about `SURVEYED` files are read, spread evenly. The shape has one channel if all these images
     are grayscale.
@@ -199,9 +198,9 @@ def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tu
 def decode_rows(
     files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, int], threads: int
 ) -> NDArray[np.uint8]:
-    """Decode the images at `rows` to [n c h w], each resized to `shape`.
+    """Decode the images with the indices `rows` to [n c h w], each resized to `shape`.
 
-    Files are opened in their own order, so that neighbours in one file are read together.
+    Images are read in ascending order of `rows`, so that neighbours in one Parquet file are read together.
 
     Args:
         threads: number of threads, which changes no pixel.
@@ -260,18 +259,18 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 _SIDES = (128, 64, 32, 16, 8)
-"""Sizes in pixels that an error may suggest for `dataset.resize`."""
+"""Sides in pixels of square images that an error may suggest for `dataset.resize`."""
 _STREAMED = "a recipe with dataset.streamed=true, which leaves the images in their folder or Parquet files"
 
 
 def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
-    """Raise a `DatasetError` if the images do not fit into free memory.
+    """Raise a `DatasetError` if this number of images and their float32 copies do not fit into free memory.
 
     The images take one byte per value, and each float32 copy takes four bytes per value.
 
     Args:
         shape: channels, height and width.
-        copies: float32 copies of all images: one if a single process does everything; two with Ray, whose object store
+        copies: number of float32 copies: one if a single process does everything; two with Ray, whose object store
             has its own.
         example: text behind "images of 3x64x64" in the message, such as ", such as a.png,".
     """
@@ -494,7 +493,7 @@ def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None,
 
 
 def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]]) -> tuple[str, ...]:
-    """One line of warning if no pixel of all 16-bit grey images, cut to 8 bits, reaches 64; otherwise empty."""
+    """One line of warning if no pixel of any 16-bit grey image, cut to 8 bits (0..255), reaches 64; otherwise empty."""
     headers = [header for of_set in sets for header in of_set]
     images = (image for of_set in pixels for image in of_set)
     brightest = max(

@@ -45,14 +45,14 @@ with "."."""
 
 @dataclass(frozen=True)
 class Listing:
-    """Data files below one root, and numbers of left-out files."""
+    """Data files found below one root, which is a folder or an archive, and how many other files were left out."""
 
     files: tuple[str, ...]
     """Paths relative to the root, sorted, with "/" between the parts on every system."""
     folders: tuple[str, ...]
-    """All folders that are not hidden, even without files; sorted."""
+    """Paths of all folders that are not hidden, even without files; relative to the root, sorted."""
     passed_over: Counter[str]
-    """Number of files and folders left out, by reason: a suffix such as ".heic", "hidden", ..."""
+    """Reason -> number of files and folders left out for it. A reason is a suffix such as ".heic", "hidden", ..."""
 
     def subfolders(self, folder: str) -> list[str]:
         """Names of the direct subfolders of a folder; "" is the root."""
@@ -60,7 +60,7 @@ class Listing:
         return [name for parent, _, name in parts if parent == folder]
 
     def notes(self) -> tuple[str, ...]:
-        """One line that counts the left-out files and folders; empty if there are none."""
+        """One line for the user that counts the left-out files and folders by reason; empty if there are none."""
         reasons = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
         shown = ", ".join(f"{reason} {count}" for reason, count in reasons[:6])
         more = sum(count for _, count in reasons[6:])
@@ -193,7 +193,7 @@ def _suffix(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
-    """Some files of a folder, by number from 0. Can be sent to workers, unlike functions that open an archive."""
+    """Some files of a folder, numbered from 0. Picklable, so that workers can read them, unlike files of an archive."""
 
     root: Path
     names: NDArray[np.bytes_]
@@ -201,7 +201,7 @@ class FolderFiles:
 
     @classmethod
     def of(cls, root: Path, names: Sequence[str]) -> FolderFiles:
-        """Make from a folder and paths of files relative to it, in the order of their numbers."""
+        """Number the files of a folder, given by paths relative to it, in this order from 0."""
         return cls(root.absolute(), np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
 
     def path(self, index: int) -> Path:
@@ -217,7 +217,7 @@ class FolderFiles:
         return str(self.path(index))
 
     def mark(self, index: int) -> str:
-        """Relative path and size in bytes of the file with this number."""
+        """Text with the relative path and the size in bytes of the file with this number."""
         return f"{os.fsdecode(bytes(self.names[index]))}:{self.path(index).stat().st_size}"
 
 
@@ -232,7 +232,7 @@ class FileTree:
     """True for a folder, whose files stay readable after the `with` block of `file_tree`; False for an archive."""
 
     def lines(self, name: str) -> list[str]:
-        """Non-empty lines of a UTF-8 text file.
+        """Non-empty lines of the UTF-8 text file `name`.
 
         Raises:
             DatasetError: the file does not exist or cannot be read.
@@ -250,7 +250,7 @@ class FileTree:
             raise _damaged(self.root / name, error) from error
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
-        """Make an `Encoded` of files, given by name and label. Those of an archive need the tree to stay open."""
+        """Image files, given as (name, label), as an `Encoded`; those of an archive are readable while it is open."""
         labels = np.array([label for _, label in files], dtype=np.int64)
         if self.is_folder:
             found = FolderFiles.of(self.root, [name for name, _ in files])
@@ -260,7 +260,7 @@ class FileTree:
 
 @contextmanager
 def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
-    """Data files below a folder, or in a zip archive that stays open inside the `with` block.
+    """Files with one of the `suffixes` below a folder, or in a zip archive that stays open inside the `with` block.
 
     If everything in an archive lies in one folder, the names of files do not include this folder.
 

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face writes image data sets.
+"""Read images and labels from Parquet files, in the layout in which Hugging Face writes image data sets.
 
 A row is one image and its label. The image is an encoded JPEG or PNG: a column of bytes, or a struct with a field
 `bytes`. An integer label is a class's number; the class's name comes from the schema's `huggingface` metadata if it
@@ -32,8 +32,8 @@ from datm_ray.errors import DatasetError, MissingImagesError
 from datm_ray.words import counted
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
-"""Most bytes of memory that the columns read from one file may take: 64 MiB plus 20 times the file's size. Images are
-still encoded then."""
+"""Limit on the memory that the columns read from one Parquet file take: 64 MiB plus 20 times the file's size. Images in
+these columns are still encoded."""
 
 _ROWS = 16  # rows read at a time
 _IMAGE_COLUMNS = ("image", "img")
@@ -42,14 +42,14 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Files of the training and of the test images, each sorted by name."""
+    """Parquet files with the training images, and those with the test images, each sorted by path."""
 
     name: str
     train: tuple[Path, ...]
     test: tuple[Path, ...]
-    """Test files; empty if the test set is split off the training files."""
+    """Parquet files with the test images; empty if the test set is to be split off the training images."""
     notes: tuple[str, ...] = ()
-    """Lines on left-out files and on the use of files."""
+    """Lines for the user: which files were left out, and which are used for training and for test images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class ParquetRows:
 
     @cached_property
     def _starts(self) -> list[tuple[int, int, int]]:
-        """For each row group that has rows: first row, counted over all files; index of the file; index in the file."""
+        """For each row group with rows: first row, counted over all files; index of the file; group's index in it."""
         found, first = [], 0
         for file, groups in enumerate(self.groups):
             for number, rows in enumerate(groups):
@@ -100,7 +100,7 @@ class ParquetRows:
         return f"{self.files[file]} row {index - sum(map(sum, self.groups[:file]))}"
 
     def mark(self, index: int) -> str:
-        """Name and size in bytes of the file, number of the row group, and number of the row in the group."""
+        """Text with the file's name and size in bytes, and the numbers of the row group and of the row in it."""
         file, group, row = self._place(index)
         return f"{self.files[file].name}:{self.sizes[file]}:{group}:{row}"
 
@@ -152,7 +152,7 @@ def find_files(path: str) -> ParquetFiles:
 
 
 def parts_of(path: str) -> list[Path]:
-    """Paths in "TRAIN.parquet,TEST.parquet"; one path if it exists as a whole, or has no comma."""
+    """Paths in a text such as "TRAIN.parquet,TEST.parquet"; one path if the whole text is an existing path."""
     whole = Path(path).expanduser()
     if os.path.exists(whole):
         return [whole]
@@ -263,7 +263,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
 
 
 def _is_labelled(file: Path) -> bool:
-    """True if any row has a label other than -1. The labels of test images are often -1 or missing."""
+    """True if any row of a Parquet file has a label other than -1. Labels of test images are often -1 or missing."""
     import pyarrow as pa
 
     with _reading(file) as parquet:
@@ -277,7 +277,7 @@ def _is_labelled(file: Path) -> bool:
 def read_parquet(
     files: Sequence[Path], class_names: tuple[str, ...] | None = None, *, streamed: bool = False
 ) -> tuple[Encoded, tuple[str, ...] | None]:
-    """Read Parquet files in order. The encoded images are kept in memory, not their pixels.
+    """Read images and labels from Parquet files, in order. Images stay encoded (such as JPEG) in memory.
 
     Returns the images with their labels, and the names of the classes. The names are `None` if labels are integers and
     the schema names no classes.
@@ -285,7 +285,7 @@ def read_parquet(
     Args:
         class_names: the classes of the training files in the order of their numbers, for files with text labels.
             `None` takes the distinct texts of these files in alphabetical order.
-        streamed: True to read only the labels now, and each image whenever it is needed.
+        streamed: True to read only the labels now, and each image whenever it is needed: none stays in memory.
 
     Raises:
         DatasetError: a file cannot be read, lacks a column, has other classes than the first file, or has a class that

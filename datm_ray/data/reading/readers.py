@@ -130,22 +130,23 @@ def _tiny_root(path: str | None) -> Path:
 
 
 def _tiny_prefix(tree: FileTree) -> str:
-    """Path of the folder with `wnids.txt`, "" or ending in "/": the data set may lie in a folder below the root."""
+    """Path of the folder with `wnids.txt`, relative to the root: "", or ending in "/" if the data set lies below it."""
     lists = [name for name in tree.listing.files if name.split("/")[-1] == "wnids.txt"]
     return min(lists, key=len, default="").removesuffix("wnids.txt")
 
 
 def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Name and label of each image in the class folders (keys of `label_of`) of `folder`, or in their `images`."""
+    """Name and label of each image in the class folders (keys of `label_of`) of `folder`, or in `images` below them."""
     layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
     matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
 
 
 def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Name and label of each validation image, in the order of image numbers.
+    """File name and label of each validation image.
 
-    The images lie in one folder with a list of labels, as published, or in class folders.
+    As published, the images lie in one folder, and the order is that of `val_annotations.txt`. In class folders they
+    are sorted by image number, which is the same order for the published files.
     """
     by_class = _tiny_sorted(tree, f"{prefix}val", label_of)
     if by_class and not any(name.startswith(f"{prefix}val/images/") for name in tree.listing.files):
@@ -228,7 +229,7 @@ def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | No
 
 
 def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
-    """Class name and path of each image in the class folders of `folder`; empty if it is `None`."""
+    """Class name and path of each image in the class folders of `folder`; empty if `folder` is `None`."""
     return [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
 
 
@@ -335,7 +336,7 @@ def _decoded(
 
 
 def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Decode images, or prepare to decode them later if they are streamed. Returns sets and lines on conversions."""
+    """Image sets that are decoded now, or at each use if streamed; and lines for the user on conversions."""
     if request.streamed and request.resize:
         image, notes = survey(encoded, request.resize)
         return [ImageSet(StreamedPixels(files, np.arange(len(files)), image), files.labels) for files in encoded], notes

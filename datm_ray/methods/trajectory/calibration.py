@@ -19,9 +19,11 @@ from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.iteration import Match
 
 PAIRS = 4
-"""Number of pairs of start and target whose losses are measured, spread over the range of start epochs."""
+"""Number of pairs (start, target) of expert parameters whose matching losses are measured for each backbone.
+
+The start epochs of the pairs are spread over the range from which the first iteration draws."""
 MOST_TRIED = 12
-"""Largest number of step sizes that `find_step_size` tries. By halving it reaches 1/2048 of the first step size."""
+"""Largest number of step sizes that `find_step_size` tries. Halving each time reaches 1/2048 of the first step size."""
 LEAST_FALL = 0.005
 """Smallest amount by which a step size must lower the mean loss below 1 to count as the best one, inclusive.
 
@@ -35,7 +37,7 @@ class Measured:
 
     step_size: float
     losses: tuple[float, ...]
-    """Loss of each pair: inf if the student overflows, nan if start and target are identical."""
+    """Matching loss of each pair (start, target): inf if it overflows, nan if start and target are identical."""
     least_tried: float = math.nan
     """Smallest step size that `find_step_size` tried; nan if the losses were measured at one given step size."""
     most_tried: float = math.nan
@@ -50,7 +52,7 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """Mean loss over the pairs whose start and target differ; nan if there are none."""
+        """Mean of `losses` over the pairs whose start and target differ; nan if there are none."""
         found = [loss for loss in self.losses if not math.isnan(loss)]
         return statistics.fmean(found) if found else math.nan
 
@@ -58,13 +60,13 @@ class Measured:
 def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, all_sum: AllSum = identity) -> Measured:
     """Compute one backbone's matching loss at a step size for every pair of start and target.
 
-    The step sizes of the set are not read. All class shards get equal losses.
+    The step sizes in `synthetic` are not read. All class shards get equal losses.
 
     Args:
         step_size: the student's step size.
         pairs: the backbone's matches, each with a start and a target.
-        synthetic: the set, or this shard's rows of the set.
-        all_sum: sum over class shards.
+        synthetic: the synthetic set, or this class shard's part of it.
+        all_sum: function that sums a tensor over class shards (workers with different classes).
     """
     tried = replace(synthetic, step_sizes=torch.full_like(synthetic.step_sizes, step_size))
     losses = []
@@ -75,7 +77,7 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
 
 
 def find_step_size(measured_at: Callable[[float], Measured], near: float, bound: float = 1.0) -> Measured:
-    """Search for the step size with the smallest mean loss. Returns the losses at the step size that was found.
+    """Search for the student's step size with the smallest mean matching loss. Returns the losses at that step size.
 
     At most `MOST_TRIED` step sizes are tried.
 

@@ -11,10 +11,10 @@ from datm_ray.methods.trajectory.iteration import Origin
 
 
 def draw_origin(starts: range, experts: int, seed: int, iteration: int, backbone: int = 0) -> Origin:
-    """Draw the expert and the start epoch that one iteration matches.
+    """Draw the expert and the start epoch that one backbone matches in one iteration.
 
     Start epochs are uniform in `starts`. Experts come in shuffled order: every expert is drawn once before any expert
-    is drawn twice, as published.
+    is drawn twice, as in MTT's program.
 
     Args:
         starts: start epochs to draw from.

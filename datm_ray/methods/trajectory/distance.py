@@ -1,4 +1,4 @@
-"""How far experts and the student go between a start and its target: the arithmetic behind `initial_step_size`.
+"""How far experts and the student go from a start epoch to its target: the basis of `distill.initial_step_size`.
 
     expert     learning rate * steps in an epoch * distill.expert_epochs / (1 - momentum)
     student    step size * distill.student_steps
@@ -20,14 +20,14 @@ from datm_ray.words import counted
 BEST = 0.5
 """Ratio of the student's distance to the experts' distance at which a search for the step size starts.
 
-The ratio with the smallest first loss was measured: 0.3 to 0.5 on digits with 1, 10 and 30 images per class, and 1/100
-to 1/16 on 32x32 photos with 1. BEST is the largest of these."""
+The first matching loss was measured to be smallest at ratios of 0.3 to 0.5 on digits with 1, 10 and 30 images per
+class, and of 1/100 to 1/16 on 32x32 photos with 1 image per class. BEST is the largest of these ratios."""
 TOO_FAR, TOO_NEAR = 2.0, 1 / 256
 """Ratios of the student's distance to the experts' distance, exclusive: a plan gives advice above TOO_FAR or below
 TOO_NEAR.
 
-First losses measured at ratio 2: 1.4 to 73. On photos with 1 image per class: 0.95, the smallest, at 1/16, and 0.99 at
-1/256. On digits: 0.9 at 1/16."""
+Measured first matching losses at ratio 2: 1.4 to 73. On photos with 1 image per class: 0.95, the smallest, at ratio
+1/16, and 0.99 at 1/256. On digits: 0.9 at 1/16."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Distance:
     title: ClassVar[str] = "step sizes"
 
     steps_per_epoch: int
-    """Number of an expert's SGD steps in one epoch; with `experts.curriculum`, the mean over the matched epochs."""
+    """Number of an expert's SGD steps in an epoch; with `experts.curriculum`, the mean over epochs to match."""
     expert_epochs: int
-    """Number of epochs from start to target."""
+    """Number of an expert's epochs from start to target."""
     learning_rate: float
     """The experts' learning rate."""
     momentum: float
@@ -68,14 +68,14 @@ class Distance:
 
     @property
     def expert(self) -> float:
-        """Distance of an expert: learning rate times steps. Momentum m makes each step count 1 / (1 - m) times."""
+        """Distance of an expert from start to target: learning rate * number of steps / (1 - momentum)."""
         return self.learning_rate * self.steps_per_epoch * self.expert_epochs / (1 - self.momentum)
 
     @property
     def likely_step_size(self) -> float:
-        """Step size at which a search starts, for which `ratio` is `BEST`.
+        """Step size at which `find_step_size` starts: the one with which `ratio` is `BEST`.
 
-        The best step size is near this step size or smaller.
+        In measurements the best step size was near this one or smaller.
         """
         return BEST * self.expert / self.student_steps
 

@@ -24,13 +24,13 @@ from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, 
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
-"""Number of iterations since the last update after which a distillation stops, see `MatchingState.stuck`.
+"""Number of vain iterations since the set's last update after which a distillation stops, see `MatchingState.stuck`.
 
-Only iterations count in which all losses are finite and exceed `distill.threshold`."""
+An iteration is vain if the matching losses of all backbones are finite and exceed `distill.threshold`."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
-"""Function that takes some work, calls it with a sum over the class shards of one backbone, and then waits until other
-workers have computed their backbones. See `Mesh.in_rows`."""
+"""Type of a function that takes a function f, which matches backbones. It calls f with the sum over the class shards of
+one backbone, and then waits until other workers have matched their backbones. See `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Match:
         """Compute the matching loss and its gradient by `matching_gradient`.
 
         Args:
-            synthetic: the set, or this shard's rows of the set.
-            all_sum: sum over class shards.
+            synthetic: the synthetic set, or this class shard's part of it.
+            all_sum: function that sums a tensor over class shards (workers with different classes).
             skip_above: a loss above this limit is not differentiated. The result then has a gradient of zeros.
         """
         return matching_gradient(
@@ -80,7 +80,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Origin:
-    """Expert and start epoch whose parameters a backbone matched, for the history."""
+    """Expert and start epoch from which a backbone's student starts in one iteration, for the history."""
 
     expert: int
     epoch: int
@@ -89,7 +89,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """Row of the run's history for one backbone in one iteration."""
+    """Record of one backbone's matching in one iteration, for the history."""
 
     iteration: int
     backbone: int
@@ -102,15 +102,15 @@ class IterationRecord:
     skipped: bool
     """True if this backbone updated nothing: its loss exceeded `distill.threshold`, or it diverged, see `diverged`."""
     decrease: float = math.nan
-    """First-order decrease of the loss before the gradient was shortened, as a multiple of the loss. nan if the
-    backbone was skipped, or in records of earlier versions."""
+    """How much a step along the full gradient, before `distill.gradient_limit` shortens it, lowers the loss to first
+    order: a multiple of the loss. nan if the backbone was skipped, or in records of earlier versions."""
 
 
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
-    """Mask [n] of the updates that were skipped because of a divergence, not because of a finite loss above `limit`.
+    """Mask [n]: True for updates that were skipped because of a divergence, not of a finite loss above `limit`.
 
-    An update diverges if the loss, the gradient, MetaDD's part or an updated value is not finite, or if a step size
-    would not stay positive.
+    An update is that of one backbone in one iteration. It diverges if the loss, the gradient, MetaDD's loss or
+    gradient, or an updated value is not finite, or if a step size would not stay positive.
 
     Args:
         loss: [n] matching loss of each update.
@@ -121,7 +121,7 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
 
 
 def _since_update(records: Sequence[IterationRecord]) -> Sequence[IterationRecord]:
-    """Records after the last update: the skipped records at the end."""
+    """Records after the last one that was not skipped."""
     count = next((back for back, record in enumerate(reversed(records)) if not record.skipped), len(records))
     return records[len(records) - count :]
 
@@ -144,17 +144,17 @@ class MatchingState(State[IterationRecord]):
 
     @property
     def skipped(self) -> int:
-        """Number of backbones' updates skipped so far, for any reason."""
+        """Number of updates, one per backbone and iteration, skipped so far for any reason."""
         return self.count("skipped", lambda new: sum(record.skipped for record in new))
 
     @property
     def diverged(self) -> int:
-        """Number of backbones' updates skipped so far because of a divergence, see the function `diverged`."""
+        """Number of updates, one per backbone and iteration, skipped so far by divergence, see function `diverged`."""
         return self.count("diverged", lambda new: int(self._diverged(new).sum()))
 
     @property
     def shortened(self) -> int:
-        """Number of backbones' gradients shortened so far, because they exceeded `distill.gradient_limit`."""
+        """Number of gradients, one per backbone and iteration, shortened so far to `distill.gradient_limit`."""
         limit = self.settings.gradient_limit or math.inf
         return self.count("shortened", lambda new: sum(record.decrease > limit for record in new))
 
@@ -188,13 +188,14 @@ class MatchingState(State[IterationRecord]):
         If MetaDD's part or an updated value is not finite, all backbones are skipped. All processes decide alike.
 
         Args:
-            matches: one for each backbone that this process computes, computed one after another.
-            origins: one for each backbone of the run, in order.
+            matches: inputs of each backbone that this process matches; they are matched one after another.
+            origins: expert and start epoch of each backbone of the run, in order, for the records.
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
-            all_sum: sum over the class shards of a backbone.
-            sum_over_backbones: sum over the processes that hold the same images and match other networks.
-            in_rows: function that takes a function f, calls f with the sum over the class shards of a backbone, and
-                then waits until other processes have computed their backbones; `None` if no other process computes one.
+            all_sum: function that sums a tensor over a backbone's class shards (workers with different classes).
+            sum_over_backbones: function that sums a tensor over the processes that hold the same images for different
+                networks, this one included.
+            in_rows: function that takes a function f, calls f with a sum like `all_sum`, and then waits until other
+                processes have matched their backbones; `None` if no other process matches one.
 
         Raises:
             DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of this
@@ -233,8 +234,8 @@ class MatchingState(State[IterationRecord]):
         caller replaces the last row by MetaDD's. Backbones of other processes have zeros in all rows.
 
         Args:
-            total: learned variable -> sum of gradients, to which this method adds.
-            matches: one for each backbone that this process computes.
+            total: learned variable -> sum of gradients, to which this method adds in place.
+            matches: inputs of each backbone that this process matches.
             all_sum, in_rows: as for `step`.
         """
         outcome = torch.zeros(4, self.backbones, dtype=torch.float64, device=self.synthetic.images.device)
@@ -287,7 +288,7 @@ class MatchingState(State[IterationRecord]):
         return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.settings.skip_above)
 
     def _require_progress(self, is_lost: bool) -> None:
-        """Raise a `DivergenceError` if a backbone has diverged too often since its last update.
+        """Raise a `DivergenceError` if a backbone diverged k * `MOST_DIVERGED` times (k >= 1) since its last update.
 
         Args:
             is_lost: True if MetaDD's loss or gradient was not finite in this iteration, for the message.

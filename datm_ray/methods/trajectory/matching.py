@@ -16,8 +16,8 @@ their gradients pass back together (see `_Block`). This saves launches of kernel
 augmentation of a small step itself.
 
 The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The images are computed in chunks
-(micro-batches), so that memory does not grow with the batch. Class shards, which each hold some rows of the set, add
-their sums.
+(micro-batches), so that memory does not grow with the batch. Class shards, workers that each hold the images of some
+classes, add their sums.
 
 Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. The code is written for one process; a
 class shard passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests:
@@ -44,15 +44,15 @@ from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 2**26, 2**18
-"""Largest size in bytes of the augmented images of a `_Block` of several student steps, which are augmented together:
-on a GPU, and on a CPU.
+"""Largest size in bytes of the images of several student steps that are augmented together (a `_Block`): on a GPU, and
+on a CPU.
 
-A larger step shares no block, because its kernels take longer than their launches; sharing would save nothing. The
-GPU's limit is assumed. On a CPU, digits need no larger blocks, and larger images in larger blocks were sometimes slower
-(benchmarks/LOG.md)."""
+A larger step is augmented alone, because its kernels take longer than their launches, so that sharing saves nothing.
+The GPU's limit is assumed. On a CPU, digits need no larger blocks, and larger images in larger blocks were sometimes
+slower (benchmarks/LOG.md)."""
 BLOCK_COPIES = 8
-"""Memory of a block (student steps that are augmented together), as a multiple of its augmented images. It holds raw
-images, augmented images, what the derivative keeps, and gradients. Assumed."""
+"""Memory of a block (student steps that are augmented together), as a multiple of the size of its images: raw images,
+augmented images, what the derivative keeps, and gradients. Assumed."""
 CPU_DIVIDED_SUM = 2**15
 """Smallest number of values in a tensor whose sum torch divides among a CPU's threads, if the call computes no other
 sum. An image with at least this number of values may get other bits in a batch than alone. So on a CPU, pieces (parts
@@ -71,7 +71,7 @@ class StudentStep:
     """Number of images in the whole minibatch, over all shards; the loss is a mean over them."""
 
     def held_by(self, first: int, last: int) -> StudentStep:
-        """Part of the minibatch for a shard that holds images [first, last) of the set. Image `first` has index 0."""
+        """Part of the minibatch for a shard that holds images [first, last) of the set and numbers them from 0."""
         held = np.flatnonzero((self.rows >= first) & (self.rows < last))
         return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
 
@@ -87,7 +87,7 @@ def draw_student_steps(
 ) -> list[StudentStep]:
     """Draw one backbone's minibatches for one iteration: shuffled passes over the set, cut into batches.
 
-    If the batch size does not divide the size of the set, the smaller batch comes first in each pass, as published.
+    If the batch size does not divide the size of the set, each pass starts with the smaller batch, as in MTT's program.
 
     Args:
         images: number of images in the set.
@@ -115,10 +115,10 @@ def draw_student_steps(
 def first_shown(
     rows: NDArray[np.int64], images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int
 ) -> list[Augmentation]:
-    """For each image, the augmentation under which the first backbone's student first sees it in an iteration.
+    """Augmentation of each of the images `rows` when the first backbone's student first sees it in an iteration.
 
-    Each augmentation has parameters for one sample. Images that the student does not see in the iteration share one
-    operation, drawn for the iteration.
+    Images that the student does not see in the iteration get one operation, drawn for the iteration, each with own
+    parameters.
 
     Args:
         rows: [b] indices of the images in the whole set.
@@ -141,11 +141,11 @@ class MatchingGradient:
     loss: float
     """Normalised matching loss; 1 means that the student came no closer to the target."""
     images: Tensor
-    """[n c h w] gradient of the loss in the images."""
+    """[n c h w] gradient of the loss with respect to the images."""
     soft_labels: Tensor
-    """[n k] gradient of the loss in the soft labels' logits."""
+    """[n k] gradient of the loss with respect to the soft labels' logits."""
     step_size: Tensor
-    """[] gradient of the loss in the student's step size."""
+    """[] gradient of the loss with respect to the student's step size."""
 
 
 def matching_gradient(
@@ -167,12 +167,12 @@ def matching_gradient(
 
     Args:
         start, target: [p] expert parameters at the start epoch and at the target epoch.
-        synthetic: the set, or this shard's rows of the set.
+        synthetic: the synthetic set, or this class shard's part of it.
         steps: minibatches from `draw_student_steps`, or this shard's parts of these minibatches, from `place_steps`.
         backbone: index of the backbone, whose step size the student uses.
         skip_above: a loss above this limit, or nan, is not differentiated. The result then has a gradient of zeros.
-        first: index of the first parameter in both norms of the loss, which leave out earlier ones.
-        all_sum: sum over class shards.
+        first: index of the first parameter that counts in the loss; both its norms leave out earlier parameters.
+        all_sum: function that sums a tensor over class shards (workers with different classes).
     """
     step_size = synthetic.step_sizes[backbone]
     sweep = _Sweep(functions, synthetic, steps)
@@ -204,7 +204,7 @@ def first_matched(parameters: int, unmatched_share: float) -> int:
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:
-    """Mean of the shards' losses. Machines may round the loss differently, but the mean is equal in all shards.
+    """Mean of the class shards' values of one loss, which machines may round differently; equal in all shards.
 
     With this mean, either all shards skip an iteration, or none.
     """
@@ -214,23 +214,25 @@ def _agreed(loss: Tensor, all_sum: AllSum) -> float:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a minibatch for one call of the step functions, on the device."""
+    """Part of a minibatch that one call of the step functions computes, with its tensors on the device."""
 
     rows: Tensor
-    """[b] indices of the images among the images that this shard holds."""
+    """[b] indices of the images, among those that this class shard (a worker with some classes) holds."""
     operation: str
     uniform: Tensor
     """[b u] parameters of the augmentation in [0, 1): u numbers for each image, see `Augmentation.parameters`."""
     weights: Tensor
-    """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
+    """[b] weights of the images in the loss; if a chunk size is set, [chunk] with zeros at the end for the padding."""
 
 
 PlacedSteps = Sequence[Sequence[_Piece]]
-"""Minibatches of student steps on the device, each cut into pieces of at most `chunk` images."""
+"""Minibatches of student steps, which `place_steps` has cut into pieces (parts) and copied to the device."""
 
 
 def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> PlacedSteps:
-    """Split the minibatch of every step into pieces, on the device of `like`, with three asynchronous copies in all.
+    """Split each step's minibatch into pieces (parts of at most `chunk` images) and copy them to the device of `like`.
+
+    There are three asynchronous copies in all.
 
     Args:
         chunk: largest number of images of a piece; `None` for whole minibatches. A smaller rest is padded with images
@@ -299,9 +301,13 @@ class _Block:
         return len(self._gradients) == len(self._pieces)
 
     def add_to(self, images: Tensor, soft_labels: Tensor) -> None:
-        """Pass all gradients back through the augmentation, and add them to `images` and `soft_labels` of the shard.
+        """Pass the collected gradients back through the augmentation, and add them to the class shard's, in place.
 
         They are added in the order in which they were collected.
+
+        Args:
+            images: [n c h w] gradient with respect to the shard's images.
+            soft_labels: [n k] gradient with respect to the shard's soft labels.
         """
         along = [_joined([self._gradients[number][0] for number in group]) for group in self._groups]
         d_images = self._split(torch.autograd.grad(self._augmented, self._raw, along))
@@ -324,7 +330,7 @@ class _Block:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Concatenate tensors along dimension 0; a single one is not copied."""
+    """Concatenate tensors along dimension 0; a single tensor is returned as it is."""
     return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
@@ -337,10 +343,9 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
 
 
 def _images_of_a_block(images: Tensor) -> int:
-    """Largest number of images in a block of several pieces; 0 if each piece is augmented alone.
+    """Largest number of images in pieces (parts of minibatches) augmented together; 0 if each piece is augmented alone.
 
-    A block is a group of pieces (parts of minibatches) that are augmented together. Of the tensor `images` [n c h w],
-    only the size of an image, the type and the device are read.
+    Of the tensor `images` [n c h w], only the size of an image, the type and the device are read.
     """
     numbers = images.shape[1:].numel()
     if images.device.type != "cpu":
@@ -349,10 +354,10 @@ def _images_of_a_block(images: Tensor) -> int:
 
 
 def block_bytes(images: int, steps: int, size: int) -> int:
-    """Bytes of GPU memory that the largest block of student steps takes; 0 if every step is augmented by itself.
+    """Estimated bytes of GPU memory for the student steps that are augmented together; 0 if each is augmented alone.
 
     Args:
-        images: number of images of a step.
+        images: number of images of a step's minibatch.
         steps: number of student steps.
         size: bytes of an image.
     """
@@ -399,7 +404,7 @@ class _Sweep:
         self._held: tuple[range, _Block] | None = None
 
     def student_gradient(self, theta: Tensor, step: int) -> Tensor:
-        """Compute this shard's part [p] of the student's gradient g_i in step i, see the module's docstring."""
+        """Compute the part [p] of the student's gradient in step `step` that comes from this class shard's images."""
         total = torch.zeros_like(theta)
         for number in self._of_step[step]:
             total += self._functions.forward(theta, *self._filled_up(number))
@@ -408,8 +413,9 @@ class _Sweep:
     def reverse(self, theta: Tensor, step: int, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
         """Differentiate s_i = <v, g_i> for student step i on this shard's images; g_i is the student's gradient.
 
-        Returns one vector [p + 1]: ds_i/dtheta_i, then s_i. The derivatives ds_i/dX and ds_i/dY are kept until those of
-        all pieces of a block are there. Then they are added to `images` and `soft_labels`.
+        Returns one vector [p + 1]: the derivative of s_i with respect to `theta`, then s_i. Derivatives with respect to
+        images and soft labels are kept until those of a whole block (steps augmented together) are complete. They are
+        then added to `images` [n c h w] and `soft_labels` [n k] in place.
         """
         total = theta.new_zeros(len(theta) + 1)
         for number in self._of_step[step]:

@@ -38,16 +38,15 @@ from datm_ray.errors import ConfigError
 
 Order = Literal["reverse-over-forward", "reverse-over-reverse"]
 Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Result of `reverse`: s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
+"""Result of `StudentStepFunctions.reverse`: s [], then its derivatives ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
 
 
 REPLAYED_FLOP = 11 * 10**9
-"""Largest work of a call that is replayed as CUDA graphs if `StepOptions.graphs` is `None`.
+"""Largest number of operations of a call that is replayed as CUDA graphs if `StepOptions.graphs` is `None`.
 
-The work is counted in operations of the forward passes of the call's images.
-
-Beyond this work, kernels take longer than their launches. A call with 100 images of 32x32 in the published ConvNet has
-this work. The limit is assumed, not measured."""
+Counted are operations of one forward pass of the call's images: 100 images of 32x32 in the published ConvNet have this
+number. In larger calls kernels take longer than their launches, which replaying saves. The limit is assumed, not
+measured."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,24 @@ class StepOptions:
     """Options for computing a student step. Apart from rounding, no option changes the result of the step."""
 
     compiled: bool = True
-    """True to compile if the machine can."""
+    """True to compile both functions if the machine can."""
     order: Order | None = None
-    """Order of differentiation; `None` chooses the faster order. Compiled steps always get
+    """Order of differentiation in `reverse`; `None` chooses the faster order. Compiled steps always get
     reverse-over-reverse if torch has no tangent, or a wrong one, for an operation such as layer normalisation."""
     channels_last: bool = True
-    """True to keep maps with their channels innermost in memory, which may make convolutions faster."""
+    """True to keep images and feature maps in `torch.channels_last` format, which may make convolutions faster."""
     precision: Precision = "float32"
-    """Precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16 computes layers
-    and their derivatives in bfloat16, with parameters and sums in float32."""
+    """Precision of matrix products and convolutions. tf32 rounds their factors to 10 bits, on GPUs that support it.
+    bfloat16 computes layers and their derivatives in bfloat16, with parameters and sums in float32."""
     graphs: bool | None = False
     """True to replay both functions as CUDA graphs, see `core/compute/cuda_graphs.py`, which needs a GPU. `None`: on a
     GPU, for calls of at most `REPLAYED_FLOP`."""
 
 
 class StudentStepFunctions:
-    """The functions `forward` and `reverse` for one network, compiled if the options ask for it and the machine can.
+    """The functions of a student step: `forward` computes its gradient, `reverse` the derivative of this gradient.
+
+    They are compiled if the options ask for it and the machine can.
 
     Attributes:
         network: copy of the given network, prepared for matching.
@@ -102,9 +103,10 @@ class StudentStepFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """Options that student steps use, as plain data.
+        """Options in use: "precision", "tf32", "order", "channels_last", "compiled" and "not_compiled_because".
 
-        The first trace may change the order of differentiation. Later traces do not.
+        The last is there only if compiling was asked for and is impossible. The first trace may change "order"; later
+        traces do not.
         """
         precision = self._options.precision
         return {
@@ -126,7 +128,7 @@ class StudentStepFunctions:
         self._built.clear()
 
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """Compute the student's gradient g [p].
+        """Compute the student's gradient g [p]: that of the weighted cross-entropy with respect to the parameters.
 
         Args:
             theta: [p] parameters.
@@ -140,7 +142,7 @@ class StudentStepFunctions:
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
         """Differentiate s = <v, g> for a given v [p], where g is the result of `forward`.
 
-        Returns s [] and its derivatives with respect to theta [p], x [b c h w] and y [b k].
+        Returns s [] and its derivatives in the parameters theta [p], images x [b c h w] and soft labels y [b k].
         """
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
@@ -148,7 +150,7 @@ class StudentStepFunctions:
     def prepare(
         self, batch: int, image: tuple[int, int, int], classes: int, heartbeat: Heartbeat = no_heartbeat
     ) -> None:
-        """Compile and run both functions once for `batch` images, which takes seconds to minutes.
+        """Compile and run `forward` and `reverse` once for `batch` images, which takes seconds to minutes.
 
         On a GPU they are run even if they are not compiled, so that too little memory is found early. On a CPU nothing
         is done if they are not compiled.
@@ -169,7 +171,7 @@ class StudentStepFunctions:
         heartbeat()
 
     def layout(self, x: Tensor) -> Tensor:
-        """Bring images into the memory order that the functions use. Copies them if needed."""
+        """Bring images into the functions' memory format, `torch.channels_last` or contiguous; copied if needed."""
         return x.contiguous(memory_format=torch.channels_last if self._is_channels_last else torch.contiguous_format)
 
     @functools.cached_property
@@ -180,7 +182,7 @@ class StudentStepFunctions:
         return self._options.channels_last and not (self._order == "reverse-over-forward" and has_own)
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Trace `forward` and `reverse`, with tensors without memory. Returns the two graphs.
+        """Trace `forward` and `reverse` with tensors that take no memory. Returns the graphs of the two functions.
 
         Args:
             batch: number of images.

@@ -1,4 +1,4 @@
-"""A recipe in the making: a user's wish, the values chosen so far with their reasons, and rules that all methods share.
+"""Draft of a recipe for `datm-ray init`: the user's wish, values chosen so far with reasons, and rules of all methods.
 
 Tests: tests/planning/test_suggest.py.
 """
@@ -22,9 +22,9 @@ from datm_ray.planning.machines import machine_here
 from datm_ray.words import duration
 
 EPOCH_STEPS = 25
-"""Smallest number of steps in an epoch of the experts, unless the batch would become smaller than `SMALLEST_BATCH`."""
+"""Smallest number of SGD steps in an expert's epoch, unless batches would have fewer than `SMALLEST_BATCH` images."""
 SMALLEST_BATCH, PUBLISHED_BATCH = 16, 256
-"""Smallest and largest batch size of experts, inclusive. The largest is the published batch size."""
+"""Smallest and largest batch size of experts, inclusive. The largest is the one published for DATM's experts."""
 PUBLISHED_RATE, RATE = 0.01, 0.02
 """Experts' learning rates: the published one, for batches of `PUBLISHED_BATCH` images, and that of the recipe
 digits-ipc10, for smaller batches."""
@@ -34,29 +34,29 @@ TRAINED = 35.0
 Experts also label the first images, which may need more training than the matched epochs. The experts of the recipe
 digits-ipc10 have distance 31: learning rate 0.02, 40 epochs of 39 steps."""
 VALIDATION, MOST_VALIDATION = 0.1, 5000
-"""Share of the images for validation, and largest number of validation images."""
+"""Share of the training images that is held out for validation, and largest number of these images."""
 WIDTHS = (128, 64, 32, 16)
-"""Widths of the network, in channels, in the order of trying them."""
+"""Widths of the network (channels of its layers), in the order of trying them."""
 MOST_ITERATIONS, LEAST_ITERATIONS = 10_000, 20
-"""Largest number of iterations, as published, and smallest, even if the time is too short for it."""
+"""Largest number of suggested iterations, as published for DATM, and smallest, even if it takes too long."""
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
-"""Largest shares of the planned time: for experts, for evaluation, and for the evaluation's networks on all real
-images. Distillation gets the rest."""
+"""Largest shares of the planned time: for experts, for evaluation, and in addition for the evaluation's networks on all
+real images. Distillation gets the rest."""
 PLANNED_SHARE = 0.7
-"""Share of the wished time that a plan fills. The rest is a reserve: runs took 1.1 to 1.6 times as long as planned."""
+"""Share of the user's time that a plan fills. The rest is a reserve: runs took 1.1 to 1.6 times as long as planned."""
 EXACT_FROM = 900.0
-"""Smallest wished time of a run, in seconds, inclusive, for which compiled steps are timed.
+"""Seconds that a user must give a run, at least, so that compiled steps are timed for its plan.
 
 Compiling and timing take about a minute, and the run reuses the compiled steps. For a shorter run, uncompiled steps are
 timed within seconds."""
 SMALLEST_PICTURE = 24
-"""Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
+"""Smallest side in pixels, inclusive, of images that get the published augmentation; smaller ones get less or none."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
-"""Pairs (evaluation protocol, networks for each row of the accuracy table), in the order of trying them."""
+"""Pairs (evaluation protocol, number of networks in each row of the accuracy table), in the order of trying them."""
 VALIDATIONS, CHECKPOINTS = 5, 20
-"""Largest number of validations and largest number of checkpoints in a distillation."""
+"""Numbers of validations and of checkpoints in a distillation, at most, from which `saved` computes their intervals."""
 TOO_LARGE = "ask for fewer images per class, smaller ones (--resize) or fewer classes, or free memory"
-"""Remedy, in options of `init`, for a set that does not fit into memory with any recipe."""
+"""Advice in error messages, with options of `init`, for a set that fits into memory with no recipe."""
 AS_ASKED, FOUND = "as asked for", "found by trial before the first iteration"
 
 
@@ -69,7 +69,7 @@ class Wish:
     ipc: int
     """Synthetic images per class."""
     seconds: float
-    """Seconds on the clock for the whole run, from the first expert to the report."""
+    """Seconds on the clock that the whole run may take, from the first expert to the report."""
     method: str = "datm"
     """Method of the recipe, a key of `RULES` in suggest.py."""
     disk: float = math.inf
@@ -94,13 +94,13 @@ class Draft:
     raw: RawDataset
     planner: Planner
     exactly: bool = False
-    """True to plan with the times of compiled steps."""
+    """True to plan with times of the run's own compiled steps; False: on CPUs, of small uncompiled steps."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Key, such as `experts.batch_size` -> value."""
+    """Key of the recipe, such as `experts.batch_size` -> value chosen for it."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     def set(self, key: str, value: Any, reason: str) -> None:
-        """Choose a value for a key, for a reason."""
+        """Set a key of the recipe, such as `experts.batch_size`, to a value, and keep the reason for it."""
         self.values[key], self.reasons[key] = value, reason
 
     def config(self, values: dict[str, Any] | None = None) -> RunConfig:
@@ -112,7 +112,7 @@ class Draft:
         return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
 
     def plan(self, config: RunConfig) -> Proposal:
-        """Plan a recipe on this machine.
+        """Estimate the memory, time and storage that a recipe takes on this machine.
 
         Raises:
             ConfigError: workers lack memory.
@@ -120,7 +120,7 @@ class Draft:
         return self.planner(config, self.exactly)
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
-        """Stage -> seconds on the clock, for the recipe that `config` makes from these values.
+        """Stage -> estimated seconds on the clock, for the recipe that `config` makes from these values.
 
         Raises:
             ConfigError: workers lack memory.
@@ -128,7 +128,7 @@ class Draft:
         return self.plan(self.config(values)).clock
 
     def stored(self, values: dict[str, Any]) -> int:
-        """Bytes of the experts' files, for the recipe that `config` makes from these values.
+        """Estimated bytes of experts, scoring networks and transforms of the recipe that `config` makes from `values`.
 
         Raises:
             ConfigError: workers lack memory.
@@ -143,7 +143,7 @@ class Draft:
         return bool(self._fitting(values, [values["cluster.shards"]]))
 
     def _fitting(self, values: dict[str, Any], shards: Iterable[int]) -> dict[int, Proposal]:
-        """Number of shards -> plan, for the given numbers whose workers have enough memory."""
+        """Number of shards -> plan, for those of the given numbers for which workers have enough memory."""
         found = {}
         for number in dict.fromkeys(shards):
             with suppress(ConfigError):
@@ -173,45 +173,45 @@ class Draft:
 
     @property
     def planned_seconds(self) -> float:
-        """Seconds of the wished time that a plan fills; the rest is a reserve."""
+        """Seconds that a plan may take: the time that the user gives the run, without a reserve."""
         return PLANNED_SHARE * self.wish.seconds
 
     @property
     def asked(self) -> str:
-        """Wished time of the run as text."""
+        """Time that the user gives the run, as text, such as "30 min"."""
         return duration(self.wish.seconds)
 
     @property
     def too_short(self) -> str:
-        """Text of the reason for choosing the smallest allowed number: the wished time is too short for more."""
+        """Reason, as text, for choosing the smallest allowed number: the user's time is too short for more."""
         return f"the least; {self.asked} would be too short for more"
 
     @property
     def images(self) -> int:
-        """Number of synthetic images."""
+        """Number of images of the whole synthetic set."""
         return self.wish.ipc * self.raw.classes
 
     @property
     def side(self) -> int:
-        """Smaller side of the images in pixels."""
+        """Height or width of the images in pixels, whichever is smaller."""
         return min(self.raw.size)
 
     @property
     def counts(self) -> list[int]:
-        """Number of images of each class for training and validation together."""
+        """Number of real images of each class for training and validation together."""
         parts = (self.raw.train, self.raw.validation)
         labels = np.concatenate([part.labels for part in parts])
         return [int(count) for count in np.bincount(labels, minlength=self.raw.classes)]
 
     @property
     def training_counts(self) -> list[int]:
-        """Number of images of each class that networks are trained on, without validation images."""
+        """Number of real images of each class that networks are trained on, without validation images."""
         share = self.values["dataset.validation"]
         return [count - held_out(count, share) for count in self.counts]
 
     @property
     def training_images(self) -> int:
-        """Number of images that experts are trained on, without validation images."""
+        """Number of real images that experts are trained on, without validation images."""
         return sum(self.training_counts)
 
     @property
@@ -226,12 +226,12 @@ class Draft:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of plain SGD on batches of `batch_size`."""
+        """Experts' learning rate, for plain SGD on batches of `batch_size`."""
         return PUBLISHED_RATE if self.batch_size == PUBLISHED_BATCH else RATE
 
     @property
     def epoch_distance(self) -> float:
-        """Measure of how far weights move in one epoch of plain SGD: learning rate times number of steps."""
+        """Measure of how far an expert's weights move in one epoch: learning rate times number of SGD steps."""
         return self.learning_rate * math.ceil(self.training_images / self.batch_size)
 
     def augmentation(self, *sections: str) -> Choices:
@@ -250,7 +250,7 @@ class Draft:
                 yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
 
     def evaluation(self, values: dict[str, Any], real_epochs: int) -> dict[str, Any]:
-        """Values for the longest evaluation that takes at most `EVALUATION_SHARE` of the planned time.
+        """Values of section `evaluate` for the longest evaluation within `EVALUATION_SHARE` of the planned time.
 
         If every evaluation takes longer, the shortest is chosen.
         Networks on all real images are added if they take at most `REAL_SHARE` of the planned time.
@@ -280,7 +280,7 @@ class Draft:
         least: int = LEAST_ITERATIONS,
         most: int = MOST_ITERATIONS,
     ) -> dict[str, str]:
-        """Key -> reason for values that the rules of several methods choose, such as those of `evaluation` and `saved`.
+        """Key of the recipe -> reason for its value, for keys that several methods share, such as `network.width`.
 
         Args:
             values: the chosen values.
@@ -314,13 +314,13 @@ class Draft:
         }
 
     def widest(self, of_width: Callable[[Draft, int], tuple[dict[str, Any], bool]]) -> dict[str, Any]:
-        """Values for the largest width of the network for which time and memory are enough.
+        """Recipe values for the largest width of the network for which time and memory are enough.
 
         If the time is enough for no width, the values are those for the smallest.
 
         Args:
-            of_width: returns the values for a width, and True if the time is enough. Raises a `ConfigError` if memory
-                is not.
+            of_width: function that returns the values for a width, and True if the time is enough. Raises a
+                `ConfigError` if memory is not.
 
         Raises:
             ConfigError: memory is not enough for any width.
@@ -384,9 +384,10 @@ def data(draft: Draft) -> Choices:
 
 
 def saved(iterations: int) -> dict[str, int]:
-    """Values for the numbers of iterations between two validations, and between two checkpoints.
+    """Values of `distill.validate_every` and `distill.checkpoint_every`, in iterations.
 
-    With these, a distillation has at most `VALIDATIONS` validations and `CHECKPOINTS` checkpoints.
+    At these intervals a distillation has at most `VALIDATIONS` validations and `CHECKPOINTS` checkpoints. Further
+    checkpoints are written before validations, and by time.
     """
     return {
         "distill.validate_every": -(-iterations // VALIDATIONS),

@@ -45,27 +45,26 @@ STEP_DISTANCE = 0.06
 
 DATM's CIFAR-10 recipes have 0.048 at IPC 1 to 50, the recipes for digits 0.06 to 0.08."""
 STUDENT_BATCH = 50
-"""Number of images in a student step. If two per class are more, it is two per class; it is never more than the whole
-set."""
+"""Number of images in a student step; two per class if those are more. All images of the set if it has fewer."""
 THRESHOLD = 1.1
-"""Matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
+"""Suggested `distill.threshold`, the matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
 
-If a set hardly moves the student, losses scatter around 1."""
+While a set hardly moves the student, losses scatter around 1."""
 STEPS = (80, 40, 20, 10)
-"""Numbers of student steps, in the order of trying them. The first is the published number. It is chosen only if there
-is time for it together with the published number of iterations, `MOST_ITERATIONS`."""
+"""Numbers of student steps in an iteration, in the order of trying them. The first, as published, is chosen only if
+there is time for it together with the published number of iterations, `MOST_ITERATIONS`."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
-"""A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
+"""Numbers of experts and of iterations. The network gets the largest width that allows both."""
 LEAST_EXPERTS, MOST_EXPERTS = 2, 100
-"""Smallest number of experts, even if the time is too short for it, and largest, as published."""
+"""Smallest number of experts of a suggested recipe, even if it takes too long, and largest, as published for DATM."""
 MOST_SHARED = 8 * 2**30
-"""Largest size in bytes of experts that keep all epochs, so that other recipes can share them."""
+"""Largest total size in bytes of experts' files with all epochs; larger ones keep only the epochs that are needed."""
 DISK_SHARE = 0.1
 """Largest share of the free disk that the experts of a suggested recipe may take."""
 
 
 def experts(draft: Draft) -> Choices:
-    """Choose the training of experts, and the augmentation of all networks."""
+    """Choose the experts' batch size and learning rate, and the augmentation for all networks."""
     batch, published = draft.batch_size, draft.batch_size == PUBLISHED_BATCH
     steps = counted(math.ceil(draft.training_images / batch), "step")
     yield "experts.batch_size", batch, f"an epoch of {draft.training_images:,} images then has {steps}"
@@ -102,9 +101,9 @@ def matching(draft: Draft) -> Choices:
 
 
 def _lengths(draft: Draft, steps: int) -> dict[str, Any]:
-    """Values that follow from the number of student steps.
+    """Recipe values that follow from the number of student steps.
 
-    Those are the number of an expert's epochs that the student must cover, and the length of the experts' training.
+    They are the number of an expert's epochs that the student must cover, and how many epochs experts train and keep.
     """
     span = max(1, round(STEP_DISTANCE * steps / draft.epoch_distance))
     epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch_distance))
@@ -130,9 +129,9 @@ def fitted(draft: Draft) -> Fitted:
 
 
 def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
-    """Values for a width of the network, and True if they have `ENOUGH_EXPERTS` and `ENOUGH_ITERATIONS`.
+    """Recipe values for a width, and True if they reach `ENOUGH_EXPERTS` and `ENOUGH_ITERATIONS`.
 
-    The run then takes about the planned time. The smallest allowed numbers may take longer.
+    A run with these values takes about the planned time, or longer with the smallest allowed numbers.
     """
     values = {"network.width": width, **_lengths(draft, STEPS[-1])}
     workers, values["cluster.shards"] = draft.layout(values)
@@ -157,7 +156,7 @@ def _of_width(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 
 
 def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) -> dict[str, Any]:
-    """Values with which the experts' files are not too large; empty if the files are small enough already.
+    """Recipe values to change so that the experts' files are not too large; empty if they are small enough already.
 
     With few images, epochs are short and many, so the files may exceed `MOST_SHARED` bytes or the share `DISK_SHARE`
     of the free disk. First, fewer epochs are kept. If that is not enough, fewer experts are trained.
@@ -180,9 +179,10 @@ def _storable(draft: Draft, values: dict[str, Any], workers: int, stack: int) ->
 def _numbers(
     draft: Draft, values: dict[str, Any], workers: int, stack: int, most: int = MOST_EXPERTS
 ) -> dict[str, int]:
-    """Setting -> number, for `experts.count` and `distill.iterations`, so that the run fills the planned time.
+    """Values of `experts.count` and `distill.iterations` with which the run fills the planned time.
 
-    If the time is short, experts are cut before iterations. Least numbers hold even if the time is then too short.
+    If the time is short, experts are cut before iterations. `LEAST_EXPERTS` and `LEAST_ITERATIONS` are kept even if
+    they take too long.
 
     Args:
         values: the other settings, chosen before.
@@ -208,7 +208,7 @@ def _numbers(
 
 
 def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
-    """Key -> reason for the values that `fitted` returns."""
+    """Key of the recipe -> reason for its value, for the values that `fitted` returns."""
     count, steps = values["experts.count"], values["distill.student_steps"]
     span, reached = (draft.epoch_distance * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
     is_full = draft.stored(values | {"experts.count": count + 1}) > DISK_SHARE * draft.wish.disk
@@ -240,7 +240,7 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
 
 
 def _is_short_of_disk(draft: Draft, values: dict[str, Any]) -> bool:
-    """True if the free disk holds too few experts of the next wider network."""
+    """True if the share `DISK_SHARE` of the free disk cannot hold `ENOUGH_EXPERTS` experts of the next larger width."""
     if values["network.width"] == WIDTHS[0]:
         return False
     wider = WIDTHS[WIDTHS.index(values["network.width"]) - 1]

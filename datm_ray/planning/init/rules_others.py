@@ -30,13 +30,13 @@ from datm_ray.stages.methods.recovery import FEW_IMAGES
 from datm_ray.words import counted
 
 REAL_IMAGES = (256, 128, 64, 32)
-"""Numbers of real images of a class in an iteration of dm, in the order of trying them. The first is published."""
+"""Numbers of real images of each class in an iteration of dm, in the order of trying them. The first is published."""
 ENOUGH_UPDATES, MOST_UPDATES = 600, 20_000
 """ENOUGH_UPDATES: number of iterations of dm, that of the recipe digits-dm-ipc10. The network gets the largest width
 for which there is time for this number. MOST_UPDATES: largest number of iterations of dm, as published."""
 PUBLISHED_STEP_SIZE = 0.01
-"""Step size published for dm, for the number of epochs of the protocol "published". It grows in proportion with fewer
-epochs."""
+"""Learning rate published for training networks on dm's set, for the epochs of the protocol "published". With half
+as many epochs, the rate is twice as large."""
 TEACHER_BATCH, TEACHER_RATE = 128, 0.1
 """Largest batch size of a teacher, and the learning rate for it: both as in SRe2L's recipe for CIFAR-100. Smaller
 batches get a rate in proportion, such as 0.05 for batches of 64 in the recipe digits-sre2l-ipc10."""
@@ -47,7 +47,7 @@ largest number, that of SRe2L for CIFAR-100."""
 LARGE_PICTURE = 48
 """Smallest side in pixels, inclusive, of images that get the values published for Tiny-ImageNet, not for CIFAR."""
 POOL = 300
-"""Published number of images of a class that rded crops."""
+"""Number of real images of each class that rded crops, as published; larger if the set has more per class."""
 ENOUGH_RECOVERY, LEAST_RECOVERY, MOST_RECOVERY, MOST_OF_SMALL = 300, 100, 4000, 1000
 """Numbers of iterations of sre2l. ENOUGH_RECOVERY, that of the recipe digits-sre2l-ipc10: the network gets the largest
 width for which there is time for it. LEAST_RECOVERY: smallest number; with fewer, images stay noisy, and iterations are
@@ -56,7 +56,7 @@ CIFAR-100."""
 
 
 def embeddings(draft: Draft) -> Choices:
-    """Choose the first images and the augmentation of dm."""
+    """Choose the first images and the augmentation for method dm."""
     yield "distill.ipc", draft.wish.ipc, AS_ASKED
     yield "distill.initial", "random", "real images, as published"
     yield "distill.learning_rate_images", None, FOUND
@@ -64,7 +64,7 @@ def embeddings(draft: Draft) -> Choices:
 
 
 def fitted_embeddings(draft: Draft) -> Fitted:
-    """Choose the width of the network and the numbers of real images and iterations of dm.
+    """Choose the width of the network, and the numbers of real images and of iterations, for method dm.
 
     Raises:
         ConfigError: memory is not enough for any width.
@@ -100,7 +100,7 @@ def _embeddings_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 
 
 def teacher(draft: Draft) -> Choices:
-    """Choose the training of the one network that select and sre2l read."""
+    """Choose how the teacher is trained, the one network that methods select and sre2l need."""
     batch = min(draft.batch_size, TEACHER_BATCH)
     steps = counted(math.ceil(draft.training_images / batch), "step")
     yield "experts.count", 1, "the teacher"
@@ -121,7 +121,7 @@ def _teacher_augmentation(draft: Draft) -> tuple[str, str]:
 
 
 def selection(draft: Draft) -> Choices:
-    """Choose how images are chosen, and the augmentation of scored networks."""
+    """Choose how method select picks real images, and the augmentation of scored networks."""
     yield "distill.ipc", draft.wish.ipc, AS_ASKED
     yield "distill.labels", "soft", "the teacher's logits; hard gives the classes"
     if draft.side >= SMALLEST_PICTURE:
@@ -149,14 +149,14 @@ def _selection_of(draft: Draft, width: int) -> tuple[dict[str, Any], bool]:
 
 
 def _scored_teacher(draft: Draft, width: int, share: float) -> dict[str, Any]:
-    """Values of a teacher whose training takes at most `share` of the planned time, and values of the evaluation."""
+    """Recipe values for a teacher whose training takes at most `share` of the planned time, and for the evaluation."""
     values: dict[str, Any] = {"network.width": width}
     values["experts.epochs"] = _epochs(draft, values, share)
     return values | draft.evaluation(values, values["experts.epochs"])
 
 
 def statistics(draft: Draft) -> Choices:
-    """Choose the network of sre2l, from whose batch statistics the images are recovered.
+    """Choose the teacher's architecture and normalisation for sre2l, which recovers images from batch statistics.
 
     Raises:
         ConfigError: the set has too few images for statistics.
@@ -172,7 +172,7 @@ def statistics(draft: Draft) -> Choices:
 
 
 def recovery(draft: Draft) -> Choices:
-    """Choose how images are recovered, and the teacher's part in the training of scored networks."""
+    """Choose how sre2l recovers images, and how scored networks are trained on the teacher's labels."""
     yield "distill.ipc", draft.wish.ipc, AS_ASKED
     yield "distill.initial", "noise", "as published"
     yield "distill.labels", "soft", "the teacher's logits"
@@ -242,7 +242,7 @@ def _epochs(draft: Draft, values: dict[str, Any], share: float) -> int:
 
 
 def _iterations(draft: Draft, values: dict[str, Any], most: int, least: int = LEAST_ITERATIONS) -> dict[str, int]:
-    """Number of iterations that fill the time, from `least` to `most`, and when the set is validated and saved."""
+    """Values of `distill.iterations`, from `least` to `most`, to fill the planned time, and of the keys of `saved`."""
     count = VALIDATIONS
 
     def clock(count: int) -> dict[str, float]:

@@ -35,13 +35,15 @@ from datm_ray.stages.methods.memory import plans_of
 from datm_ray.words import counted, data_size, duration
 
 LIGHTER = ("sre2l", "mtt", "datm", "dm", "select")
-"""Methods, each followed by those that take less time."""
+"""Methods, from the one that takes the most time to the one that takes the least."""
 FEW_SCORED = 100
 """Number of test or validation images below which a recipe is written with a warning.
 
 For n images and an accuracy of one half, twice the standard error is 1 / sqrt(n): 10 points for 100 images."""
 LARGEST_SIDE = 64
-"""Side in pixels to which larger images are resized if the user gives none. Larger ones have no published results."""
+"""Largest side in pixels of images that keep their size if the user gives none; larger ones are resized to it.
+
+The rules follow published recipes, which are for images of at most this size."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,16 @@ class Suggestion:
 
     config: RunConfig
     reasons: dict[str, str]
-    """Key, such as `experts.batch_size` -> reason for its value."""
+    """Key of the recipe, such as `experts.batch_size` -> reason for its value."""
     plan: Proposal
-    """Memory, time and storage that the recipe takes on this machine."""
+    """Estimated memory, time and storage that the recipe takes on this machine."""
     wish: Wish
     notes: tuple[str, ...] = ()
     """Lines on how the images were read: the use of files and folders, left-out files, and changes of pixels."""
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences on too few images to score, and on time and disk space that the recipe takes beyond the wish."""
+        """Warnings in sentences: of too few images to score, and of more time or disk space than the user wished."""
         found, stored, clock = list(self._few_scored()), sum(self.plan.storage.values()), self.plan.clock
         if sum(clock.values()) > self.wish.seconds:
             longest = max(clock, key=lambda stage: clock[stage])
@@ -76,7 +78,7 @@ class Suggestion:
         return found
 
     def _lighter(self, longest: str) -> str:
-        """Text that names what shortens the stage `longest`: fewer scored networks, or methods that take less time."""
+        """Options that shorten the stage `longest`, as text: fewer scored networks, or methods that take less time."""
         lighter = LIGHTER[LIGHTER.index(self.config.method) + 1 :]
         if longest == "evaluation" or not lighter:
             return "run it with --set evaluate.seeds=1, which scores one network a row"
@@ -114,13 +116,13 @@ RULES: dict[str, tuple[Sequence[Rule], Fit]] = {
         rules_others.fitted_recovery,
     ),
 }
-"""Method -> (its rules in the order of their use, its last rule, which fills the time)."""
+"""Method -> (its rules in the order of their use, its last rule, which fills the time that the user gives)."""
 
 
 def default_name(path: str, ipc: int, method: str = "datm") -> str:
     """Default name of a run, from the path of its images, the method unless it is datm, and the images per class.
 
-    Of "TRAIN.parquet,TEST.parquet", the first path is in the name.
+    Of two paths, as in "TRAIN.parquet,TEST.parquet", the first gives the name.
     """
     kind = "" if method == "datm" else f"-{method}"
     return plain_name(f"{parts_of(path)[0].absolute().stem}{kind}-ipc{ipc}")
@@ -129,8 +131,8 @@ def default_name(path: str, ipc: int, method: str = "datm") -> str:
 def source_of(path: str) -> str:
     """Choose the `dataset.source` for the files at a path.
 
-    Returns "folder", "parquet", or the name of a data set whose official layout the path has. The name of a known data
-    set is returned as it is, unless a file or folder has that name.
+    Returns "folder", "parquet", or the name of a known data set, such as "cifar10", if the path has its official files.
+    If `path` itself is such a name, it is returned, unless a file or folder has that name.
     """
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
@@ -144,8 +146,8 @@ def source_of(path: str) -> str:
 def _is_of_tables(folder: Path) -> bool:
     """True if a folder has Parquet files and no class folders of images. False if it cannot be read.
 
-    Images beside the Parquet files, such as a repository's banner, are no class. Neither is a single folder of images,
-    such as `assets`, if a Parquet file is named as training data.
+    Images beside the Parquet files, such as a repository's banner, do not count as a class. If a Parquet file is named
+    as training data, a single folder of images, such as `assets`, does not either.
     """
     tables = [file for file in _files(folder, {".parquet"}) if not file.is_dir()]
     if not tables:
@@ -176,11 +178,12 @@ def _has(path: Path) -> bool:
 
 
 def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDataset]:
-    """Read the images at a path. Returns them with the section `dataset` of a recipe that reads them.
+    """Read the images at a path. Returns the section `dataset` of a recipe that reads them, and the images.
 
     Args:
-        resize: side in pixels of the images. `None` keeps the size of images that all have one size of at most 64
-            pixels, and resizes others to 64x64.
+        path: file, folder, or name of a known data set; two Parquet files are separated by a comma.
+        resize: side in pixels to which all images are resized. `None` keeps the size of images that all have one
+            size of at most 64 pixels, and resizes others to 64x64.
 
     Raises:
         DatasetError: the path has no images that can be read.
@@ -230,7 +233,7 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Planner) 
 
 
 def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
-    """Rules of a method, in the order of their use, and its last rule, which fills the time.
+    """Rules that choose a recipe of a method, in the order of their use, and the last one, which fills the user's time.
 
     Raises:
         ConfigError: there are no rules for this method.
@@ -244,11 +247,11 @@ def rules_of(method: str) -> tuple[Sequence[Rule], Fit]:
 
 
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Planner:
-    """Make a planner of recipes for these images on this machine.
+    """Make a `Planner`, a function that plans recipes for these images with measured speeds of this machine.
 
     The planner takes a recipe and `exactly`. On a GPU, or if `exactly` is True, it measures the speed by the compiled
-    steps of a run; otherwise by small uncompiled steps. Each of the two is measured once for each width of the network.
-    The planner raises a `ConfigError` if workers lack memory.
+    steps of a run; otherwise by small uncompiled steps. Both speeds are measured at most once for each width of the
+    network. The planner raises a `ConfigError` if workers lack memory.
 
     Args:
         say: shows a line to the user before each measurement.

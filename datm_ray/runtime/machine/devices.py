@@ -72,8 +72,8 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
 def fix_workspace() -> bool:
     """Fix the workspace of cuBLAS by CUBLAS_WORKSPACE_CONFIG, so that cuBLAS always chooses the same kernels.
 
-    A workspace that the user has chosen stays. Call this function before anything uses the GPU. Returns False, and sets
-    nothing, if CUDA runs in this process already: torch reads the variable only once, at its first product on a GPU.
+    Returns True if the variable is set, or was set by the user, whose value stays. Returns False, and sets nothing, if
+    CUDA runs in this process already: torch reads the variable only once, at its first product on a GPU.
     """
     if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         if torch.cuda.is_initialized():
@@ -116,7 +116,7 @@ def restoring_settings() -> Iterator[None]:
 
 
 def _set_filling(fills: bool) -> None:
-    """Choose whether torch fills new memory while algorithms are deterministic."""
+    """Choose whether torch fills the memory of new tensors, in its mode of deterministic algorithms."""
     torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
@@ -147,7 +147,7 @@ def network_on(network: nn.Module, device: torch.device, cluster: ClusterConfig)
     """Move a network to the device, and return it. On a GPU, store it channels-last if `channels_last_on` is True.
 
     On CPUs the layout stays, so that rounding does not change. The layout also stays for a network of the user's own,
-    unless `cluster.channels_last` is true: views of maps that are common in such networks need the usual layout.
+    unless `cluster.channels_last` is true: `Tensor.view` of feature maps, common there, needs the usual layout.
     """
     is_packaged = type(network).__module__.partition(".")[0] == __name__.partition(".")[0]
     suits = device.type != "cpu" and channels_last_on(cluster, device) and (is_packaged or cluster.channels_last)
@@ -163,7 +163,7 @@ def uses_gpu(cluster: ClusterConfig) -> bool:
 
 
 def workers_here(cluster: ClusterConfig) -> int:
-    """Number of CPU workers on this machine: `cluster.workers`; if null, as many as its CPUs allow, at least 1."""
+    """Number of CPU workers on this machine: `cluster.workers`; if null, the CPUs divided by `threads_per_worker`."""
     return cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
 
 
@@ -196,11 +196,13 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device, beside: int = 0) -> Images:
-    """Images on the device, or in main memory if a GPU has too little memory for them.
+    """Move a data set's images to the device, or keep them in main memory if a GPU has too little free memory.
+
+    On a GPU, images may take up to half of the free memory.
 
     Args:
-        images: images in main memory. Streamed images, an `ImageReader`, are returned unchanged.
-        beside: bytes that stay free on the GPU, for other work.
+        images: array in main memory. Streamed images, an `ImageReader`, are returned unchanged.
+        beside: bytes that must stay free on the GPU beside the images.
     """
     if not isinstance(images, np.ndarray):
         return images
@@ -208,13 +210,13 @@ def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device, b
 
 
 def set_on(images: Tensor, device: torch.device, beside: int = 0) -> Tensor:
-    """Images [n c h w] of a set on the device, or in main memory if a GPU has too little memory for them.
+    """Move images to train on, such as a synthetic set's, to the device or keep them, as `images_on` does.
 
-    Whoever reads a set in main memory copies the images of each batch, see `core.images.batches.rows_on`.
+    Training on images in main memory copies those of each batch, see `core.images.batches.rows_on`.
 
     Args:
-        images: images in main memory.
-        beside: bytes that stay free on the GPU, for the work on the images.
+        images: [n c h w] in main memory.
+        beside: bytes that must stay free on the GPU beside the images.
     """
     return images.to(device) if _fits(images.nbytes, device, beside) else images
 

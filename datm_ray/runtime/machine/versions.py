@@ -21,7 +21,7 @@ from datm_ray.errors import ClusterError
 
 
 class Versions(NamedTuple):
-    """Versions of one process, and the machine on which it runs."""
+    """Versions of the packages that one process has imported, and the host name of its machine."""
 
     machine: str
     packages: Mapping[str, str]
@@ -30,7 +30,7 @@ class Versions(NamedTuple):
 
 @cache
 def versions_here() -> Versions:
-    """Versions of this process, as at its first call. Builds of torch for different devices count as one version."""
+    """Versions of datm_ray and torch in this process, as at the first call. Torch's builds for devices count as one."""
     ours = f"{__version__} (source {source_digest(Path(__file__).parents[1])})"
     return Versions(socket.gethostname(), {"datm_ray": ours, "torch": version("torch").partition("+")[0]})
 

@@ -45,15 +45,16 @@ PROBE_TIMEOUT = 2.0
 CHECK_INTERVAL = 1.0
 """Shortest time in seconds between two readings of the cluster's nodes from Ray."""
 SHORT_WAIT = 60.0
-"""Seconds to wait for resources that other commands hold. Then a stage ends with an error if `cluster.wait_for_nodes`
-is null, and a waiting group tries fewer workers. A worker without a task is kept at most as long, for later tasks.
-Workers that are being stopped free their resources sooner."""
+"""Seconds to wait for resources that other commands hold. After that, a task of several workers tries fewer, and a
+stage without a running task ends with an error if `cluster.wait_for_nodes` is null. An idle worker is kept for later
+tasks at most as long. The resources of workers that are being stopped become free sooner."""
 FIRST_WAIT = 1800.0
-"""Seconds for `cluster.wait_for_nodes` if it is null and no node has a CPU: such a cluster starts nodes on demand."""
+"""Seconds to wait for nodes if `cluster.wait_for_nodes` is null and no node has a CPU: nodes then start on demand."""
 LEAST_WAIT = 3.0
 """Shortest wait for free resources in seconds. Ray needs about one second to say that it has given them to a worker."""
 MODEL_SHARE = 0.001
-"""Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
+"""Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes. A node with this model has 1, so
+1000 workers can share it. Ray itself takes the same amount for an actor."""
 _NO_START, _SLOW_START = "Ray does not start on this machine", "timed out during startup"
 _MEMORY_REMEDY = "lower cluster.shards, or add nodes or memory"
 _LABEL_REMEDY = "correct the labels, or start nodes that have them, such as by `ray start --labels`"
@@ -195,7 +196,7 @@ def _live_nodes() -> list[dict[str, Any]]:
 
 
 def _is_chosen(node: Mapping[str, Any], cluster: ClusterConfig) -> bool:
-    """True if a node has the labels of `cluster.labels`, which workers ask for; also if these are empty."""
+    """True if a node satisfies the label selector `cluster.labels`; an empty selector accepts every node."""
     return matches(node.get("Labels", {}), cluster.labels)
 
 
@@ -258,7 +259,7 @@ class Nodes:
         return self._nodes
 
     def _chosen(self) -> dict[str, Any]:
-        """Live nodes that have the labels of the workers' selector."""
+        """Identifier -> Ray's description of each live node, as last read, whose labels satisfy `cluster.labels`."""
         return {name: node for name, node in self._nodes.items() if _is_chosen(node, self._cluster)}
 
     def _lacking(self) -> str:
@@ -271,7 +272,7 @@ class Nodes:
         return f"no node has the labels of {key} ({wanted})"
 
     def _held(self, memory: int) -> str:
-        """Text about what the running nodes can hold, such as "2 nodes can hold 4"."""
+        """Text about how many workers the running nodes can hold, such as "2 nodes can hold 4"."""
         held, more = self.capacity(memory), self.capacity()
         short = f" with {self._size(memory)} of memory each ({more} by CPUs and GPUs alone)" if held < more else ""
         return f"{counted(sum(map(bool, self.fits(memory).values())), 'node')} can hold {held}{short}"
@@ -305,9 +306,9 @@ class Nodes:
         return SHORT_WAIT if self._cluster.wait_for_nodes is None else max(LEAST_WAIT, self._cluster.wait_for_nodes)
 
     def planned(self) -> tuple[int, int]:
-        """Number of workers to expect, and how many of them the largest node holds; at least 1 each.
+        """Largest number of workers at the same time, and how many of them the largest node holds; at least 1 each.
 
-        The number to expect is `cluster.workers`, else the number of workers that the running nodes can hold.
+        The first number is `cluster.workers`, else the number of workers that the running nodes can hold.
         """
         workers = self._cluster.workers or max(1, self.capacity())
         return workers, min(workers, max([1, *self.fits().values()]))
@@ -376,7 +377,7 @@ def default_gpus(cluster: ClusterConfig) -> float:
 
 
 def _open_key(cluster: ClusterConfig) -> str:
-    """Key of the GPUs of a worker that the user has left open: for workers, else for those of `cluster.light`."""
+    """Name of the first key for a worker's GPUs that is null: of `cluster` itself, else of `cluster.light`."""
     return "cluster.gpus_per_worker" if cluster.gpus_per_worker is None else "cluster.light.gpus_per_worker"
 
 
@@ -414,12 +415,12 @@ def _wait_for_first_node(cluster: ClusterConfig) -> bool:
 
 
 def _has_only_a_head() -> bool:
-    """True if the cluster's only node that runs is its head."""
+    """True if no node of the cluster runs but its head."""
     return all("node:__internal_head__" in node["Resources"] for node in _live_nodes())
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
-    """Copy of the settings with a number for `gpus_per_worker`, here and in `light`: `default_gpus` if it is `None`.
+    """Copy of the section `cluster` in which `gpus_per_worker`, also in `light`, is `default_gpus` if it was `None`.
 
     A `wait_for_nodes` of `None` becomes `FIRST_WAIT` if no node has a CPU. If it is above 0 and no node can hold a
     worker yet, the function waits for the first one, to see if it has GPUs.

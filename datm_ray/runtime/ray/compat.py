@@ -121,10 +121,10 @@ def draining_nodes() -> set[str]:
 
 
 def mark() -> dict[str, float]:
-    """Resource that this command's actors request, so that `requests_without_place` can count them: name -> amount.
+    """Extra resource (name -> amount) that this command's actors request, to be counted by `requests_without_place`.
 
-    Every node, running or planned by an autoscaler, has an amount of 1 of any resource with a certain prefix in its
-    name. So the request delays no actor. Empty if this version of Ray has no such prefix.
+    Its name has a prefix by which Ray assumes an amount of 1 on every node, also one that an autoscaler may start. So
+    the request delays no actor. Empty if this version of Ray has no such prefix.
     """
     prefix = getattr(ray._raylet, "IMPLICIT_RESOURCE_PREFIX", "")
     return {f"{prefix}{ray.get_runtime_context().get_job_id()}": 0.0001} if prefix else {}

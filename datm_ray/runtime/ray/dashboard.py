@@ -41,7 +41,7 @@ _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
 
 def masked(text: str) -> str:
-    """Text without secrets: passwords, tokens and values given to `logs.hide` are ***, logins in URLs USER:PASSWORD."""
+    """Text with *** for passwords, tokens and values given to `logs.hide`, and USER:PASSWORD for logins in URLs."""
     return _CREDENTIALS.sub(r"\1USER:PASSWORD@", logs.masked(text))
 
 

@@ -70,8 +70,8 @@ LONGEST_AVOIDANCE = 600.0
 """Longest time in seconds without a running task for which waiting tasks avoid nodes that failed them. `Nodes.patience`
 replaces it if that is shorter."""
 GROWTH_INTERVAL = 600.0
-"""Shortest time in seconds that a group works before it is restarted with more workers. A group that can get all the
-workers it can use is restarted sooner."""
+"""Shortest time in seconds that a group works before it is restarted with more workers. A group is restarted sooner if
+it then has all the workers it can use, or had been made smaller because workers did not become free."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -235,7 +235,8 @@ class _Job:
     sizes: list[int] = field(default_factory=list)
     """Numbers of workers that can run the task, the largest first."""
     limit: int = 2**31
-    """Largest number of workers to try, inclusive. It is lowered if other commands hold the resources of more."""
+    """Largest number of workers to request for the task, inclusive. Lowered while other commands hold the resources of
+    more; 2**31 is no limit."""
     is_short: bool = False
     """True from when a larger group did not get its resources until the task runs with more workers."""
     size: int = 0
@@ -260,12 +261,12 @@ class _Job:
     saved: int = 0
     """Highest `Progress.done` that the current attempt has saved."""
     leaves: bool = False
-    """True if the current attempt was asked to save its work, because a node of its workers ends soon."""
+    """True if the current attempt was asked to save its work and end, because a node of its workers ends soon."""
     peer_lost: tuple[BaseException, float] | None = None
     """First error of a rank that lost its peers, and the time, in seconds of the monotonic clock, until which to wait
     for another rank's original error. `None` if no rank lost its peers."""
     result: Finished | Stopped = field(default_factory=Finished)
-    """Rank 0's last event, which is passed on once all ranks have ended."""
+    """Final event of rank 0, which is passed on once all ranks have ended."""
 
     @property
     def is_waiting(self) -> bool:
@@ -285,7 +286,7 @@ class _Job:
 class _Stage:
     """Run of one stage, from its first to its last task. All its tasks have the same worker class.
 
-    Tasks of several workers start before tasks of one, and each kind starts in the order of the list. Workers are
+    Tasks of several workers start before tasks of one, and each kind starts in the caller's order. Workers are
     requested from Ray for all tasks that may start. A task avoids the nodes that failed it, while other nodes can hold
     its workers.
     """
@@ -295,9 +296,9 @@ class _Stage:
         self._pool, self._stage, self._tasks = executor.pool, stage, tasks
         self._limit = executor.cluster.workers or sys.maxsize
         self._taken = 0
-        """Number of tasks taken from the list so far."""
+        """Number of tasks taken from the caller's list so far."""
         self._jobs: list[_Job] = []
-        """Tasks that have not ended, in the order of the list."""
+        """Tasks that have not ended, in the order of the caller's list."""
         self._failure: DatmError | None = None
         """First error in the user's input; `None` without one. After an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
@@ -320,7 +321,8 @@ class _Stage:
         """Two times in seconds of the monotonic clock: since which no task runs (infinite if one runs), and of the last
         message about waiting."""
         self._starting_since = math.inf
-        """Time, in seconds of the monotonic clock, since which no task runs and processes start; infinite if not so."""
+        """Time, in seconds of the monotonic clock, since which workers' processes start and no task runs; infinite if a
+        task runs, or none starts."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task.
@@ -358,7 +360,7 @@ class _Stage:
         return self._jobs
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
-        """Ask the workers to save their work, wait `SAVE_TIMEOUT` s for those that can, then raise `Interrupted`."""
+        """Ask the workers to save their work, wait up to `SAVE_TIMEOUT` s for it, then raise `Interrupted`."""
         self._is_stopping = True
         asked = {worker.save(): job for job in self._jobs for worker in job.workers}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_INTERVAL) if asked else ([], [])
@@ -390,9 +392,10 @@ class _Stage:
         yield from self._start_alone(waiting)
 
     def _start_alone(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
-        """Start waiting tasks of one worker on free actors, in their order, and request actors for the others.
+        """Start waiting tasks that need a single worker on free actors, in order, and request actors for the rest.
 
-        Actors that no task needs are dropped, and so are outdated requests.
+        Free actors that suit none of these tasks are stopped: at once if any task still waits, otherwise after
+        `SHORT_WAIT` seconds. Requests that suit no waiting task, or are too old, are withdrawn.
         """
         blocked = self._nodes_without_substitute()
         self._drop(*(each for each in self._free() if each.node in blocked))  # the substitute may take its GPU
@@ -476,7 +479,10 @@ class _Stage:
         return bool(due) and self._due_since > -math.inf
 
     def _request_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Request the ranks of tasks of several workers, in the order of the tasks, and renew outdated requests."""
+        """Request the ranks of tasks of several workers, in the order of the tasks.
+
+        An earlier request is replaced if the task should now have another size or avoid other nodes.
+        """
         now, ranks, alone = time.monotonic(), self._ranks(), self._alone()
         taken = ranks
         for job in [job for job in self._jobs if job.task.size > 1 and job.is_waiting]:
@@ -742,8 +748,8 @@ class _Stage:
     def _refuse(self, job: _Job, cause: DatmError) -> Iterator[tuple[Task, Event]]:
         """End the stage after an error in the user's input.
 
-        Exception: if the task ran with fewer workers than it can use, a larger group may not have the error, such as
-        too little memory. Then the task waits until added nodes allow a larger group.
+        The stage does not end if the task ran with fewer workers than it can use: a larger group may not have the
+        error, such as too little memory. The task then waits until added nodes allow a larger group.
         """
         if isinstance(cause, ConfigError) and not isinstance(cause, PluginError) and job.size < job.task.size:
             self._release(job)
@@ -864,8 +870,8 @@ class _Stage:
     def _check_workers(self, job: _Job, passed: float) -> Iterator[tuple[Task, Event]]:
         """Fetch logs of a task's workers, and end workers that are silent for too long.
 
-        If a worker's node ends soon, all are asked to save their work, so that other workers can resume it. They are
-        asked again at every check, because a worker has nothing to save yet while it compiles, for example.
+        If a worker's node ends soon, all workers of the task are asked to save their work and end, so that others can
+        resume it. They are asked again at every check: while a worker compiles, for example, it has nothing to save.
 
         Args:
             passed: seconds since the last check, without time in which this process was suspended.
@@ -897,7 +903,7 @@ class _Stage:
             now: present time, in seconds of the monotonic clock.
 
         Raises:
-            NoFreeWorkersError: they have waited for longer than `cluster.wait_for_nodes`, or 60 s if it is null.
+            NoFreeWorkersError: the tasks have waited for longer than `Nodes.patience` for workers.
         """
         waiting = [job for job in self._jobs if job.is_waiting]
         if len(waiting) < len(self._jobs) or not waiting:

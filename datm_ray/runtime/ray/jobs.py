@@ -38,8 +38,8 @@ AGENT_TIMEOUT = 60.0
 FOLLOW_INTERVAL = (1.0, 5.0)
 """Seconds between two requests for a log: the first number while it grows, up to the second while it does not."""
 FOLLOW_SHARE = 0.1
-"""Largest share of the time that may go into fetching a log. Every request fetches the whole log, which takes seconds
-for 100 MiB."""
+"""Largest share of the time of `Jobs.follow` that fetching the log may take. Every request fetches the whole log,
+which takes seconds for 100 MiB."""
 FOLLOW_TIMEOUT = 600.0
 """Seconds without an answer after which `Jobs.follow` gives up. The job keeps running."""
 PENDING_REPORTED = 15.0
@@ -115,7 +115,7 @@ class Jobs:
         Args:
             configs: recipes of the runs.
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
-            store: store of the experts; `None` means a folder in `out`.
+            store: path or URI of the trajectory store, where experts are kept; `None` means a folder in `out`.
             environment: result of `job_environment`; `None` for an environment with this package alone.
             verbosity: what the job's log holds: 0 messages and warnings, 1 also every log line, 2 also the raw output
                 of Ray and its workers.
@@ -368,7 +368,7 @@ def _message(text: str) -> str:
 
 
 def _read(config: RunConfig) -> Iterator[tuple[str, str | None]]:
-    """Yield (key, value) for each key of a recipe that names results to read; the value is `None` if it is unset."""
+    """Yield (key, path) for each key of a recipe that names results of earlier runs to read; `None` if it is unset."""
     yield "distill.continue_from", config.distill.continue_from
     yield "given.path", config.given.path if config.given else None
 

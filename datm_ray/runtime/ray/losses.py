@@ -49,7 +49,7 @@ def unwrapped(failure: BaseException) -> BaseException:
 
 
 def is_final(failure: BaseException) -> TypeGuard[DatmError]:
-    """True for an error in the user's input: another attempt would end the same way. All other errors are losses."""
+    """True for an error in the user's input: another attempt would fail too. Tasks are retried after other errors."""
     return isinstance(failure, DatmError) and not isinstance(failure, WorkerLostError | TransientStoreError)
 
 
@@ -60,7 +60,7 @@ def may_be_the_nodes(failure: DatmError) -> bool:
 
 
 def may_be_the_gpu(failure: BaseException) -> bool:
-    """True for an error that may be the fault of one GPU. Faults of memory, software or the work itself are not."""
+    """True for an error that a broken GPU may cause. False for too little memory and faults of programs."""
     text = first_line(failure.cause) if isinstance(failure, RayTaskError) else ""  # advice follows in all of them
     return isinstance(failure, UnusableGpuError) or bool(_BROKEN_GPU.search(text))
 

@@ -55,7 +55,7 @@ class StageSetup(NamedTuple):
     """Worker class, setup and method that the tasks of a stage share."""
 
     number: int
-    """Number of this pair of worker class and setup. An actor keeps its worker while the number stays the same."""
+    """Number that identifies this pair of worker class and setup. An actor keeps its worker while it stays the same."""
     worker: Callable[..., Any]
     setup: tuple[Any, ...]
     """Arguments of the worker's constructor. The actor resolves Ray's references among them."""
@@ -205,7 +205,7 @@ class PoolWorker:
     free_since: float = field(default_factory=time.monotonic)
     """Time since which the actor is free or starting, in seconds of the monotonic clock."""
     unread: list[Any] = field(default_factory=list)
-    """Reference to requested log records that were not fetched yet; empty if none are requested."""
+    """Ray's reference to the log records last requested from the actor, until they arrive; otherwise empty."""
 
     @classmethod
     def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
@@ -225,7 +225,7 @@ class PoolWorker:
         return cls(options, actor, actor.place.remote())
 
     def suits(self, options: Mapping[str, Any]) -> bool:
-        """True if the actor has exactly the resources in `options`; its memory and labels may be more."""
+        """True if the actor has the resources and label conditions in `options`; more memory or conditions are fine."""
         mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
         labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
         is_enough = self.options.get("memory", 0) >= options.get("memory", 0)

@@ -1,4 +1,4 @@
-"""Distillation of one set: the task, its checkpoints, its validation, and MetaDD's networks.
+"""Distillation of one synthetic set: the task, its checkpoints, its validation, and MetaDD's networks.
 
 Some methods make a set in pieces: parts that workers make independently, see `pieces`.
 """

@@ -3,11 +3,12 @@
 A class shard is the images of some classes, which a worker holds.
 
     checkpoint.arrow    data that all shards share: step sizes, curves, counters, and the names of the parts
-    checkpoint/<iteration>-<first row>-<last row>-<attempt>.arrow   rows [first, last) of one shard
+    checkpoint/<iteration>-<first>-<last>-<attempt>.arrow   images [first, last) of the set, those of one shard
     attempt.json        the attempt that may write, see `Attempt`
 
-Every shard writes its part. After all parts are written, the first worker replaces checkpoint.arrow. Only then is the
-new checkpoint valid. A run killed at any moment finds the old file with its parts, or the new file with its parts.
+Every shard writes its images as a part of the checkpoint. After all parts are written, the first worker replaces
+checkpoint.arrow. Only then is the new checkpoint valid. A run killed at any moment finds the old file with its parts,
+or the new file with its parts.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Attempt:
     folder: Location
     """Folder of the set. On the first worker, every write first checks that the attempt still owns the folder."""
     token: int
-    """Number that no other attempt has. File names of parts contain it."""
+    """Number that no other attempt has. Names of a checkpoint's part files contain the number."""
     resumed_at: int = -1
-    """Iteration of the checkpoint from which the attempt resumes; -1 if there was no checkpoint."""
+    """Number of iterations done at the checkpoint from which the attempt resumes; -1 if there was no checkpoint."""
 
     @classmethod
     def start(cls, folder: Location, mesh: Mesh) -> Attempt:
-        """Claim a set's folder for a new attempt. All workers call this together.
+        """Claim a set's folder for a new attempt. All workers that distil the set call this together.
 
         From then on, a write by the first worker of an earlier attempt raises an `OvertakenError`.
         """
@@ -88,11 +89,11 @@ def save_checkpoint(
 
     Args:
         attempt: attempt at the set, which must still own the folder.
-        state: state of the distillation, with the images of this worker's rows.
-        rows: rows of the set that this worker holds.
+        state: state of the distillation, with the images that this worker holds.
+        rows: range of the set's images that this worker holds.
         mesh: workers of the distillation.
         recipe: settings that decide the result, to store in checkpoint.arrow.
-        computed: how student steps were computed, such as their precision: an entry for every change.
+        computed: how iterations were computed: for each change, a mapping as in the result of `read_computed`.
 
     Raises:
         OvertakenError: on the first worker, if a newer attempt owns the folder.
@@ -113,14 +114,14 @@ def save_checkpoint(
 def load_checkpoint(
     kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
 ) -> AnyState | None:
-    """Read the state of the last checkpoint for some rows of the set; `None` if there is no checkpoint.
+    """Read the state of the last checkpoint for some images of the set; `None` if there is no checkpoint.
 
-    The rows may differ from the rows of the workers that wrote the checkpoint.
+    The images may be divided otherwise than among the workers that wrote the checkpoint.
 
     Args:
         kind: class of the state.
         folder: folder of the set.
-        rows: rows of the set that this worker holds.
+        rows: range of the set's images that this worker holds.
         settings: section `distill` of the recipe.
         device: device that gets the tensors.
 
@@ -154,9 +155,9 @@ def _load(
 
 
 def copy_checkpoint(source: Location, folder: Location) -> int:
-    """Copy the checkpoint of a finished distillation from folder `source` to `folder`. Returns its iterations done.
+    """Copy the checkpoint of a finished distillation from folder `source` to `folder`. Returns the iterations done.
 
-    checkpoint.arrow is copied last, so a copy that was cut short is no checkpoint.
+    checkpoint.arrow is copied last. Without this file, an interrupted copy does not count as a checkpoint.
 
     Raises:
         MissingFileError: `source` has no checkpoint, or lacks one of its parts.
@@ -171,10 +172,10 @@ def copy_checkpoint(source: Location, folder: Location) -> int:
 
 
 def read_computed(folder: Location) -> list[dict[str, Any]]:
-    """How student steps were computed up to the checkpoint, such as their precision.
+    """How iterations were computed up to the checkpoint: one mapping for the start, and one for every change.
 
-    The list has one entry for every change, with the first iteration after the change. The list is empty if there is no
-    checkpoint, or if an earlier version of this package wrote the checkpoint.
+    A mapping has facts such as "precision", and as "from_iteration" the number of iterations done before. The list is
+    empty if there is no checkpoint, or if an earlier version of this package wrote the checkpoint.
 
     Raises:
         CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
@@ -197,10 +198,10 @@ def read_iteration(folder: Location) -> int:
 
 
 def read_curves(folder: Location) -> dict[str, Any]:
-    """Curves of a distillation from its checkpoint: column name -> values, such as "history.loss".
+    """Curves of a distillation from its checkpoint: column name, such as "history.loss" -> array of values.
 
-    The columns describe iterations ("history."), validations ("validation.") and MetaDD ("meta."). If several
-    backbones are matched, "history." holds the first backbone only.
+    Columns named "history." have one value per iteration, of the first backbone if several are matched. Columns named
+    "validation." describe validations, columns named "meta." describe MetaDD.
 
     Raises:
         MissingFileError: there is no checkpoint.
@@ -216,7 +217,7 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
-    """Read the arrays of some rows (images) of the set from the part files. Returns array name -> joined array."""
+    """Read the arrays of a range of the set's images from the part files. Returns array name -> joined array."""
     pieces: list[dict[str, NDArray[Any]]] = []
     found = rows.first
     for part, name in sorted((_part_rows(folder, name), name) for name in names):
@@ -277,11 +278,11 @@ def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
 
 
 def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
-    """Delete part files (one worker's rows of a checkpoint) that no checkpoint needs.
+    """Delete part files (one worker's images of a checkpoint) that no checkpoint needs.
 
     These are this attempt's parts of iterations before `iteration`, and other attempts' parts up to the iteration from
-    which this attempt resumed. Later parts of another attempt stay, because a delayed checkpoint of that attempt may
-    name them. A later attempt deletes them.
+    which this attempt resumed, inclusive. Later parts of another attempt stay, because a delayed checkpoint of that
+    attempt may name them. A later attempt deletes them.
     """
     parts = attempt.folder / PARTS
     for name in parts.list():

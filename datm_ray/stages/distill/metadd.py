@@ -1,4 +1,4 @@
-"""MetaDD in a distillation: its networks, the images of each iteration, and the maps that are written at the end."""
+"""MetaDD in a distillation: its networks, its images in an iteration, and class activation maps written at the end."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class MetaNetworks:
     turn. Ensemble i has expert i of each architecture, or expert i % n of an architecture with n experts.
 
     Attributes:
-        chunk: number of images that pass the networks at a time in an iteration. On GPUs, also for the maps written at
-            the end of a distillation. All workers of a set must have the same number.
+        chunk: largest number of images that pass through the networks at a time in an iteration. On GPUs, also for the
+            maps written at the end of a distillation. All workers of a set must have the same number.
     """
 
     def __init__(self, part: Part, settings: MetaConfig, backbone: ExpertNetworks) -> None:
-        """Restore the networks.
+        """Restore the MetaDD networks of this worker from experts in the store.
 
         Args:
-            part: the worker's part in the distillation. If it is a piece (some images of some classes), images are
-                drawn from this piece.
+            part: the worker's part in the distillation. If the worker makes a piece (some images of some classes), the
+                images that MetaDD uses are drawn from this piece.
             settings: section `metadd` of the recipe.
             backbone: experts of the first backbone.
 
@@ -89,9 +89,10 @@ class MetaNetworks:
         return MetaTerm(metadd, self._config.meta_network_count, held, count, chunk=self.chunk)
 
     def images_that_fit(self) -> int:
-        """Number of images that may pass this worker's networks at a time; 0 if the worker has no MetaDD network.
+        """Largest number of images to pass through this worker's MetaDD networks at a time; 0 if it has none.
 
-        Memory limits the number, and on CPUs speed does too. On a GPU, trials find how many images fit.
+        Memory limits the number. On a CPU the number is also kept so small that computing is fast. On a GPU, trials
+        find how many images fit.
         """
         part, plan = self._part, meta_plan_of_part(self._part)
         if part.device.type != "cuda" or not plan.chunk:
@@ -106,7 +107,7 @@ class MetaNetworks:
         return chunk_by_trial(step, plan, part.device)
 
     def _draws(self, iteration: int) -> np.random.Generator:
-        """Generator for the draws of an iteration. Pieces of a set, made by different workers, have different draws."""
+        """Random generator that draws the images for MetaDD in an iteration. Each piece of a set has other draws."""
         if self._piece is None:
             return generator(self._config.seed, Purpose.META_IMAGES, iteration)
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
@@ -114,7 +115,7 @@ class MetaNetworks:
     def _maps(self, images: Tensor, labels: Tensor) -> Tensor:
         """Class activation maps [m b h w] on the device, in [0, 1], of images [b c h w] for their labels [b].
 
-        The m networks are those of the first ensemble, on all workers. The images may be in main memory.
+        The m networks are those of the first ensemble, also those on other workers. The images may be in main memory.
         """
         seen = self._ensembles[0].evidence(
             images.to(self._part.device),
@@ -150,14 +151,15 @@ class MetaNetworks:
     def keep_maps(self, place: Location, initial: Tensor, final: SyntheticSet) -> Iterator[Phase]:
         """Write class activation maps of some images, and the mean meta-feature ratio of all images.
 
-        An image's ratio is the number of pixels that are a feature of all networks, as a share of the pixels that are a
-        feature of any. Both are written for the images before and after the distillation. Yields phases as a heartbeat.
+        A pixel is a feature of a network if the network's map is at least `metadd.threshold` there. An image's ratio is
+        the number of pixels that are a feature of all networks, divided by the number that are a feature of any. Maps
+        and ratio are written for the images before and after the distillation. Yields phases as a heartbeat.
 
         Args:
             place: file to write.
             initial: [n c h w] the images of this worker before the first iteration.
-            final: this worker's rows of the final set, maybe that of an earlier iteration, chosen by validation. If
-                `initial` and `final` are in main memory, only a batch at a time is copied to the device.
+            final: this worker's images and labels of the final set, which validation may have chosen from an earlier
+                iteration. If `initial` and `final` are in main memory, a batch at a time is copied to the device.
         """
         mesh, labels, ratios = self._part.mesh, final.labels, []
         arrays: dict[str, NDArray[np.generic]] = {}
@@ -179,7 +181,9 @@ class MetaNetworks:
 def keep_maps_alone(
     part: Part, settings: MetaConfig, backbone: ExpertNetworks, place: Location, initial: Tensor, final: SyntheticSet
 ) -> Iterator[Phase]:
-    """Write class activation maps of a whole set on one worker. Yields phases as a heartbeat.
+    """Write class activation maps and the mean meta-feature ratio of a whole set on one worker.
+
+    Does for the whole set what `MetaNetworks.keep_maps` does. Yields phases as a heartbeat.
 
     Args:
         part: part of this worker, which holds the whole set.

@@ -76,9 +76,9 @@ class PieceWorker:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
         self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
-        """Two lists, one entry per trained network: (URI of its experts, their number), and its `ExpertNetworks`."""
+        """Two lists, one entry per trained network: (URI of its experts, number of experts), and `ExpertNetworks`."""
         self._made: dict[Any, Any] = {}
-        """Objects that methods made from the kept networks, see `Part.kept`."""
+        """Objects that methods made from the kept networks, such as compiled code, see `Part.kept`."""
 
     def _experts(self, config: RunConfig, store_uri: str) -> list[ExpertNetworks]:
         """Trained networks of a run's method: the kept ones if they are the same, otherwise read from the store."""
@@ -125,7 +125,7 @@ class PieceWorker:
     def join_pieces(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
         """Join the pieces (parts of a set), which must be finished, and write the set and its other files.
 
-        Does nothing if the set exists. The teacher makes the soft labels anew, if the set has any.
+        Does nothing if the set exists. The teacher (expert 0 of the first network) makes soft labels anew.
 
         Args:
             config: recipe of the run.
@@ -218,10 +218,10 @@ def remove_pieces(folder: Location) -> None:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """One record of each iteration, in order, with mean values over the pieces that have a record of the iteration.
+    """Means over the pieces of what each iteration recorded: a record (a row of the curves) per iteration, in order.
 
-    The list is empty if a piece has no checkpoint. A record counts as skipped if the iteration was skipped in any
-    piece.
+    Pieces without a record of an iteration are left out of its means. The list is empty if a piece has no checkpoint.
+    An iteration counts as skipped if it was skipped in any piece.
 
     Args:
         places: folders of the pieces.
@@ -242,7 +242,7 @@ def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) ->
 
 
 def _mean(rows: Sequence[Any]) -> Any:
-    """Record with the mean of each number. A boolean value is True if it is True in any record."""
+    """Record whose numbers are the means over the records `rows`; a boolean value is True if any of theirs is."""
     means: dict[str, Any] = {}
     for each in dataclasses.fields(rows[0]):
         values = [getattr(row, each.name) for row in rows]

@@ -3,8 +3,9 @@
 The files that a distillation writes into the run's folder, each atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, kept at the end; the images are in checkpoint/, see `checkpoint`. It is replaced
-                       every `checkpoint_every` iterations or `checkpoint_seconds`, before a validation, and when the
-                       command is stopped. A piece (part of a set) spends at most `WRITE_SHARE` of its time on this
+                       every `checkpoint_every` iterations or `checkpoint_seconds`, before a validation, at the end, and
+                       when the command is stopped. A piece (part of a set) spends at most about `WRITE_SHARE` of its
+                       time on checkpoints
     maps.arrow         with MetaDD: class activation maps of some images, before and after the distillation
     synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
@@ -84,7 +85,8 @@ LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
 FOUND = "found"
-"""Key in a set's provenance, with a mapping: setting of `distill` that the recipe leaves open -> value found."""
+"""Key in a set's provenance. Its value maps each setting of `distill` that is null in the recipe to the value that
+the run found before the first iteration."""
 VALIDATING = "validating the set"
 CHOOSING = "choosing the first images"
 
@@ -240,7 +242,7 @@ def _record(
     """Record in the state the validation accuracy of the set after `iteration` iterations.
 
     The set becomes the one chosen so far, unless its accuracy is more than one standard error below the best. If the
-    state has passed `iteration`, these `rows` of the set are read from its file in `candidates`.
+    state has passed `iteration`, this worker's images, the range `rows`, are read from the set's file in `candidates`.
     """
     device = state.synthetic.images.device
     earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
@@ -260,17 +262,17 @@ class Distillation:
         self._prior = None if config.prior is None else PriorOfSet(part)
         self._validation, self._candidates = validation, Candidates(self._attempt.folder)
         self._has_joined = False
-        """True if validation results were recorded in the state since the last checkpoint."""
+        """True if results of validation tasks were recorded in the state since the last checkpoint."""
         self._spent_before = read_cost(folder)
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
         self._found: dict[str, Any] = {}
         """Setting that the recipe leaves open -> value that was found before the first iteration."""
         self._labels: NDArray[np.int64] | None = None
-        """[n] classes of this worker's images; `None` until MetaDD needs them, since reading them waits for a GPU."""
+        """[n] classes of this worker's images; `None` until MetaDD needs them, since copying them waits for the GPU."""
         self._saved_at = -1
-        """Iteration of the last checkpoint; 0 for a new set; -1 before `events` starts, and while the state has a
-        validation result that is not saved."""
+        """Number of iterations done at the last checkpoint; 0 for a new set; -1 before `events` starts, and while the
+        state has a validation result that is not saved."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._next_counted_save = -math.inf
@@ -282,7 +284,7 @@ class Distillation:
         self._meta_networks = None if meta is None else MetaNetworks(part, meta, method.experts[0])
 
     def events(self) -> Iterator[Event]:
-        """Run the remaining iterations and yield progress. All workers of the set yield the same but for phases.
+        """Run the remaining iterations and yield progress. All workers of the set yield the same events except phases.
 
         Raises:
             DivergenceError: too many iterations in a row diverged. The set of the last update is saved.
@@ -327,9 +329,10 @@ class Distillation:
         yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, self._account.metrics())
 
     def _start(self) -> Generator[Event, None, State[Any]]:
-        """Return the state of the last checkpoint; without one, that of a first set, which is made here.
+        """Return the state of the last checkpoint; without a checkpoint, make the first set and return its state.
 
-        Settings that the recipe leaves open, such as the step size, are found for a first set, and the set is written.
+        The first set is the one before any iteration. For it, settings that the recipe leaves open, such as the step
+        size, are found. Then it is written to initial.arrow.
         """
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
@@ -365,7 +368,7 @@ class Distillation:
     def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
         """Make the first set, which the first iteration will change, and return it. Yields phases as a heartbeat.
 
-        The method chooses its images and labels. With a prior, the images become those that the prior makes.
+        The method chooses images and labels. With a prior, images that the prior renders near them replace the images.
         """
 
         def choose() -> Steps[SyntheticSet]:
@@ -408,7 +411,7 @@ class Distillation:
 
         Args:
             state: present state.
-            iterations: numbers of iterations, at most the state's own; earlier sets are read from their candidates.
+            iterations: numbers of iterations, at most the state's own; sets of earlier ones are read from candidates/.
             is_asked: returns True once this worker was asked to stop.
 
         Raises:
@@ -531,7 +534,7 @@ class Distillation:
         return values
 
     def _saved_state(self) -> State[Any] | None:
-        """State of the last checkpoint; `None` for a new distillation."""
+        """State of the last checkpoint; `None` for a new distillation. Checks that all workers read the same one."""
         settings, kind = self._config.distill, self._method.state
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
@@ -560,7 +563,7 @@ class Distillation:
         as a heartbeat. Workers with peers also exchange heartbeats in the mesh.
 
         Args:
-            held: this worker's rows of the set.
+            held: this worker's images and labels of the set.
             is_asked: returns True once this worker was asked to stop.
         """
         whole = self._whole(held)
@@ -578,10 +581,10 @@ class Distillation:
         return (yield from reporting(self._mesh.from_first(work), VALIDATING, REPORT_INTERVAL, at_once=False))
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
-        """Set joined from the rows of all workers, on the first worker; `None` on other workers.
+        """Whole set, joined from the images and labels of all workers, on the first worker; `None` on other workers.
 
         Args:
-            held: this worker's rows of the set.
+            held: this worker's images and labels of the set.
         """
         images, soft_labels, labels = (self._mesh.gather(part) for part in (held.images, held.soft_labels, held.labels))
         if images is None or soft_labels is None or labels is None:
@@ -608,7 +611,7 @@ class Distillation:
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
     def _note_cost(self) -> None:
-        """Write the cost of all workers over all attempts into the run's folder."""
+        """Write the cost so far, of all workers and all attempts together, to cost.json in the run's folder."""
         now = over_workers(self._mesh, self._account.spent())
         if self._mesh.is_first:
             (self._folder / COST).write_json((self._spent_before + now).to_json())
@@ -675,7 +678,7 @@ def of_workers(mesh: Mesh, own: float) -> list[float]:
 
 
 def least_of_workers(mesh: Mesh, own: int) -> int:
-    """Smallest value that any worker gives, without zeros; 1 if all values are 0.
+    """Smallest of the workers' values that are not 0; 1 if all are 0.
 
     All workers call this together and get the same value.
 
@@ -686,7 +689,7 @@ def least_of_workers(mesh: Mesh, own: int) -> int:
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:
-    """Cost summed over all workers, with the largest peak of memory. All workers call this and get the same value."""
+    """Cost of all workers: sums, and their largest peak of memory. All workers call this and get the same value."""
     sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
     seconds, cpu_seconds, gpu_seconds, *bytes_ = mesh.sum_over_all(torch.tensor(sums, dtype=torch.float64)).tolist()
     return Spent(seconds, cpu_seconds, gpu_seconds, max(of_workers(mesh, mine.peak_memory_bytes)), *bytes_)

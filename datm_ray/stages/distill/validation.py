@@ -1,7 +1,7 @@
 """Validation of the sets of a distillation, by its own workers or as separate tasks for any worker.
 
-Workers that distil wait while one of them validates. If other workers are free, the set is written to a file instead.
-Any worker validates this candidate while the distillation continues.
+Workers that distil wait while one of them validates. If other workers are free, the set is instead written to a file,
+a candidate. Any worker validates the candidate while the distillation continues.
 
     candidates/<iteration>.arrow   the set after this number of iterations, in the format of the result
     candidates/<iteration>.json    the set's validation accuracy, its standard error, and the cost
@@ -138,7 +138,7 @@ class Candidates:
         (self._folder / f"{_stem(iteration)}.json").write_json(content)
 
     def read(self, iteration: int, rows: Rows, device: torch.device) -> SyntheticSet:
-        """Read some rows of the set after `iteration` iterations onto `device`.
+        """Read a range of images, with labels, of the set after `iteration` iterations onto `device`.
 
         Raises:
             MissingFileError: the set's file is gone.
@@ -150,7 +150,7 @@ class Candidates:
         return SyntheticSet(images, soft_labels, torch.tensor(whole.step_sizes, device=device), labels)
 
     def forget(self, first: int = 0, last: float = math.inf) -> None:
-        """Remove the sets and results of iterations from `first` to `last`, inclusive."""
+        """Remove the sets written after `first` to `last` iterations, inclusive, and their validation results."""
         for name in self._folder.list():
             stem = name.partition(".")[0]
             if stem.isdecimal() and first <= int(stem) <= last:
@@ -158,7 +158,7 @@ class Candidates:
                     (self._folder / name).remove()
 
     def remove(self) -> None:
-        """Remove the folder with all waiting sets and results."""
+        """Remove the folder with all candidates and validation results."""
         remove_folder(self._folder)
 
 
@@ -177,7 +177,7 @@ def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
 
 
 def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool:
-    """True if all iterations are done and the last set waits for its validation, so that only validations are left."""
+    """True if the checkpoint has all iterations and the last set's candidate exists: only validations are left."""
     last = settings.iterations
     return Candidates(folder).file(last).exists() and read_iteration(folder) == last
 
@@ -231,7 +231,7 @@ def validating(config: RunConfig, dataset: Dataset, whole: SyntheticSet, device:
 
 
 def trainer_of(cluster: ClusterConfig, device: torch.device) -> Trainer:
-    """This process's only trainer for networks on `device` with the compilation settings of section `cluster`."""
+    """Trainer, shared by this whole process, of networks on `device`, with compilation as section `cluster` says."""
     return trainer(compile_=cluster.compile, channels_last=channels_last_on(cluster, device))
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: training of the networks of each row of the table, their saved progress, and their scores."""
+"""Evaluation: training of the networks of each row of the accuracy table, their saved progress, and their scores."""

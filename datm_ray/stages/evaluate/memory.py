@@ -1,4 +1,4 @@
-"""GPU memory of a worker that scores networks: what a step takes beside the images, and what to do if it is too much.
+"""GPU memory of a worker that scores networks: what a training step takes beside the images, and how to lower it.
 
 Tests: tests/stages/evaluate/test_memory.py.
 """
@@ -19,20 +19,22 @@ from datm_ray.words import data_size
 KEPT_MAPS = 0.8
 """Bytes kept for the backward pass, as a share of all bytes that the layers write in a forward pass. Counted by torch's
 hooks on saved tensors: 0.58 to 0.70 for ResNets, ConvNets and ViT, 0.83 for VGG-11, 0.98 for MobileNetV2. The factor
-`MARGIN` comes on top."""
+`MARGIN`, which comes on top, covers the higher ones."""
 NETWORK_VECTORS = 3 + max(len(each.vectors) for each in OPTIMISERS.values())
 """Number of vectors of parameter size that a network in training takes on a GPU: parameters, gradient, updated values,
 and those of the optimiser that keeps most."""
 BLOCK_COPIES = 3
-"""Number of copies of a block's images: before, during and after augmentation. A block is the steps whose images are
-augmented in one call."""
+"""Number of copies of the images of a block: before, during and after augmentation. A block is some training steps
+whose images are augmented in one call."""
 HELPS = 0.9
-"""Largest memory of a step in micro-batches, as a share of the memory of the whole step, for which micro-batches are
-recommended."""
+"""Micro-batches are recommended if a training step in micro-batches takes at most this share of the memory of an
+undivided step."""
 
 
 def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
-    """Bytes of GPU memory that training and scoring one network takes, beside the images that it is trained on.
+    """Estimated peak bytes of GPU memory for training and scoring one network, beside the images of its training set.
+
+    If the recipe has a teacher that labels images, the teacher's memory is included.
 
     Args:
         images: number of images that the network is trained on.
@@ -50,7 +52,7 @@ def scoring_step_bytes(config: RunConfig, shape: DataShape, images: int, network
 
 
 def teacher_bytes(config: RunConfig, shape: DataShape, at_once: int) -> int:
-    """Bytes of GPU memory that a run's teacher takes to label `at_once` images at a time."""
+    """Estimated bytes of GPU memory that a run's teacher takes, to label `at_once` images at a time."""
     teacher = network_cost(teacher_of(config), shape)
     return 2 * at_once * teacher.largest + 4 * teacher.parameters
 
@@ -62,7 +64,7 @@ def largest_scored(config: RunConfig, shape: DataShape) -> NetworkConfig | None:
 
 
 def gpu_bytes(config: RunConfig, shape: DataShape) -> int | None:
-    """Bytes of GPU memory of a step that trains a scored network on the run's set; `None` if CPUs train it.
+    """Estimated peak bytes of GPU memory for the run's scored network that needs most; `None` if CPUs train it.
 
     The bytes of the set are not counted: the set stays in main memory where a GPU has too little.
     """
@@ -72,12 +74,12 @@ def gpu_bytes(config: RunConfig, shape: DataShape) -> int | None:
 
 
 def described_step(config: RunConfig, shape: DataShape, size: float | None) -> str:
-    """Text for plans: GPU memory that a training step of a scored network takes, and a remedy if it is too much.
+    """Text for plans: GPU memory for training the scored network that takes most, and a remedy if it is too much.
 
     Returns "" if CPUs train it.
 
     Args:
-        size: bytes of a whole GPU of the workers, infinite if unknown; `None` for a GPU of this machine.
+        size: memory in bytes of a worker's whole GPU, infinite if unknown; `None` if it is a GPU of this machine.
     """
     if (needed := gpu_bytes(config, shape)) is None:
         return ""

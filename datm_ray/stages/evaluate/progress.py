@@ -1,8 +1,9 @@
 """Training of the networks of one evaluation task, saved so that a task that is stopped or killed resumes.
 
-    progress-<first result>-<hash of the trainings>-<stack>/    state of one stack, beside the task's results
+    progress-<first result>-<hash of the trainings>-<stack>/    state of one stack (networks trained together)
 
-The folders are removed when the task is done. `TrainingProgress` of `stages.experts.progress` reads and writes them.
+The folders lie beside the task's result files and are removed when the task is done. `TrainingProgress` of
+`stages.experts.progress` reads and writes them.
 Tests: tests/stages/evaluate/test_evaluate.py.
 """
 
@@ -66,7 +67,7 @@ class SavedTraining:
             trainings: networks of one architecture. Their schedules differ in the learning rate alone.
             lessons: a teacher's images and logits for every step; `None` trains on the set's own labels.
             result: file of the task's first result, beside which the progress folders lie.
-            account: meter of the task's cost.
+            account: measures the task's cost.
             alike: number of networks in all tasks of the run whose training steps are the same as those of
                 `trainings`; 0 if unknown. Compiling the step once serves all of them, so it pays off sooner.
         """
@@ -85,7 +86,7 @@ class SavedTraining:
 
     @property
     def spent(self) -> Spent:
-        """Cost up to the last saved files, over all attempts at the task."""
+        """Cost of the training up to the last saved states, summed over all attempts at the task."""
         return total(progress.spent for _, progress in self._stacks)
 
     def run(
@@ -167,7 +168,7 @@ class SavedTraining:
     def _after_epoch(
         self, stack: Sequence[Training], progress: TrainingProgress, state: TrainingState
     ) -> Iterator[Progress | Note]:
-        """Save the state of a stack if due. Report it if it is saved, or `REPORT_INTERVAL` seconds after a report."""
+        """Save a stack's state if due. Yield progress if it is saved, or `REPORT_INTERVAL` seconds after the last."""
         self._done += len(stack)
         yield from map(Note, progress.add(state, last=state.epoch == self._epochs))
         if progress.is_written or time.monotonic() - self._reported > REPORT_INTERVAL:
@@ -190,7 +191,7 @@ class SavedTraining:
 
 
 def remove_progress(folder: Location) -> None:
-    """Remove progress folders of tasks whose results are written; workers that died at the end leave them behind."""
+    """Remove progress folders in `folder` of tasks whose results are written; workers killed at the end leave them."""
     names = set(folder.list())
     for name in names:
         match = _FOLDER.fullmatch(name)

@@ -1,9 +1,9 @@
 """Evaluation: each task trains fresh networks on a set, one for every seed, and scores them on the test set.
 
-The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
-the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
-each seed. The distilled set uses its own step size if its method gives one (`Method.gives_step_size`); otherwise the
-step size is chosen on validation data too. Each row uses the test set once per seed, and never to choose anything.
+Rows of the accuracy table are the distilled set and three controls. Random real images with hard labels, and with soft
+labels, show what the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on
+validation data for each seed. The distilled set uses its own step size if its method gives one
+(`Method.gives_step_size`); otherwise the step size is chosen on validation data too. Nothing is chosen on the test set.
 
 A set is also scored on other architectures (`ON_OTHERS`). A learned step size belongs to the backbone, so two
 accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
@@ -107,33 +107,33 @@ TABLE_ROWS = {
     "distilled": "distilled",
     "full": "all real data",
 }
-"""Rows that the accuracy table may have -> titles, in the order shown."""
+"""Key of each row (a training set) that the accuracy table may have -> its title, in the order shown."""
 
 ROWS = {row: TABLE_ROWS[row] for row in ("random-hard", "random-soft", "distilled", "full")}
-"""Rows that the accuracy table always has, unless a run leaves them out -> titles."""
+"""Keys of the usual rows of the accuracy table -> titles. A run may leave out some of them, see `scored_rows`."""
 
 FIXED_ROWS = {row: TABLE_ROWS[row] for row in ("distilled-hard", "random-fixed", "distilled-fixed")}
-"""Further rows for `evaluate.fixed_labels`, whose labels are the same in all epochs -> titles. The first one is also a
-row of `FAIR_ROWS`."""
+"""Keys of the rows that `evaluate.fixed_labels` adds, with labels that are the same in all epochs -> titles. The first
+one is also a row of `FAIR_ROWS`."""
 
 FAIR_ROWS = {
     "distilled-hard": TABLE_ROWS["distilled-hard"],
     "distilled-plain": "distilled, not augmented",
     "random-plain": "random real images, soft labels, not augmented",
 }
-"""Further rows for DD-Ranking's scores -> titles."""
+"""Keys of the rows that `evaluate.fair` adds, to compute DD-Ranking's scores -> titles."""
 
 ALL_ROWS = TABLE_ROWS | FAIR_ROWS
 """Keys of all rows, of the accuracy table and of DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-fixed", "distilled-plain")
-"""Keys of the rows whose networks are trained on distilled images."""
+"""Keys of the rows of `ALL_ROWS` whose networks are trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
 """Keys of the rows of `FAIR_ROWS` whose networks are trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
-"""Keys of the rows with soft labels that a teacher's labels may replace."""
+"""Keys of the rows of `ALL_ROWS` whose soft labels are replaced by a teacher's if the recipe asks for a teacher."""
 
 ON_OTHERS = ("random-soft", "distilled")
 """Keys of the rows of the accuracy table that are scored on every network of `evaluate.networks`."""
@@ -149,8 +149,8 @@ _log = logging.getLogger(__name__)
 
 
 TrainingSet = tuple[Images, Tensor, float | None]
-"""Images, labels, and the step size learned with them; `None` if none was learned, so that it must be chosen on
-validation data."""
+"""Training set of a row: images, labels, and the step size learned with them. The step size is `None` if none was
+learned, so that it must be chosen on validation data."""
 
 
 class EvaluateWorker:
@@ -163,7 +163,7 @@ class EvaluateWorker:
         self._experts: dict[str, ExpertNetworks] = {}
         self._teachers: dict[str, nn.Module] = {}
         self._beside = 0
-        """Bytes of a GPU that images leave free: the largest step of the networks that were scored so far."""
+        """Bytes of GPU memory that images leave free: the most that a training step here has needed so far."""
         self._has_noted = False
         """True once the worker has yielded its note on compilation, which it yields only once."""
 
@@ -179,7 +179,7 @@ class EvaluateWorker:
     ) -> Iterator[Progress | Phase | Note | Finished]:
         """Train and test the networks of one row of the accuracy table, for some seeds.
 
-        A result's file is written last, so an existing file is complete.
+        The file of a result is written after all else, so an existing file is complete.
 
         Args:
             config: recipe of the run.
@@ -238,9 +238,9 @@ class EvaluateWorker:
         return DataShape(self._dataset.image_shape, self._dataset.classes, 0)
 
     def _keep_free(self, config: RunConfig, row: str, network: NetworkConfig | None) -> None:
-        """Keep as much memory of a GPU free of images as a step of a row's networks takes.
+        """Keep as much memory of a GPU free of images as a training step of a row's networks takes.
 
-        Validation and test images are placed anew if earlier rows needed less.
+        If earlier rows needed less, validation and test images are dropped, and placed again when they are needed.
         """
         if self._device.type == "cpu":
             return
@@ -260,7 +260,7 @@ class EvaluateWorker:
             chosen: trial with the best validation accuracy.
             of_test: test accuracy of this trial, in [0, 1].
             with_learned: test accuracy with the learned step size, in [0, 1]; `None` if no step size was learned.
-            spent: cost of the result.
+            spent: cost of training and testing the networks of this seed.
         """
         return {
             "test_accuracy": of_test,
@@ -299,12 +299,12 @@ class EvaluateWorker:
         return accuracy_in_steps(trial.training.network, *self._test_set)
 
     def _placed(self, images: NDArray[np.float32] | ImageReader, labels: NDArray[np.int64]) -> tuple[Images, Tensor]:
-        """Images on the device if they fit beside a step, and labels on the device."""
+        """Images, on the device if they fit beside a training step, else in main memory; and labels on the device."""
         return images_on(images, self._device, self._beside), to_device(labels, self._device)
 
     @functools.cached_property
     def _test_set(self) -> tuple[Images, Tensor]:
-        """Test images and labels, copied to the device once for all networks."""
+        """Test images and labels, placed once for all networks, see `_placed`."""
         return self._placed(self._dataset.test_images, self._dataset.test_labels)
 
     def _training_sets(
@@ -383,12 +383,12 @@ class EvaluateWorker:
 
     @functools.cached_property
     def _validation_set(self) -> tuple[Images, Tensor]:
-        """Validation images and labels, copied to the device once for all networks."""
+        """Validation images and labels, placed once for all networks, see `_placed`."""
         return self._placed(self._dataset.validation_images, self._dataset.validation_labels)
 
 
 def is_taught(config: RunConfig, row: str) -> bool:
-    """True if a teacher labels the images of this row of the accuracy table; False if the set has its own labels."""
+    """True if networks of this row of the accuracy table learn a teacher's labels, not the labels of its set."""
     return config.evaluate.has_teacher and row in SOFT
 
 
@@ -408,8 +408,8 @@ def asks_teacher(config: RunConfig, row: str) -> bool:
 def has_stored_views(config: RunConfig, row: str) -> bool:
     """True if networks of this row train on views (augmented images) and logits as a label store holds them.
 
-    The views and logits of the distilled set are stored. Views and logits of random images are made by the same rule
-    when they are needed. So the two rows differ in their images alone.
+    The views and logits of the row "distilled" are stored. Views and logits of the row "random-soft" are made by the
+    same rule when they are needed. So the two rows differ in their images alone.
     """
     return config.evaluate.stores_labels and row in ("distilled", "random-soft")
 
@@ -465,7 +465,7 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 
 def _of_all_images(config: RunConfig) -> RunConfig:
-    """Copy of a run in which the keys in `SCORING_KEYS` have their defaults, as in the row on all real data.
+    """Copy of a run's configuration for the row on all real data: the keys in `SCORING_KEYS` have their defaults.
 
     With these defaults, networks are trained as `evaluate.protocol` says.
     """
@@ -488,7 +488,7 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
 def fixed_rows(config: RunConfig) -> list[str]:
     """Rows of `FIXED_ROWS` that a run computes; empty without `evaluate.fixed_labels`.
 
-    "distilled-hard" is always among them. "distilled-fixed" and "random-fixed" need a teacher and a set with soft
+    With this key, "distilled-hard" is computed. "distilled-fixed" and "random-fixed" need a teacher and a set with soft
     labels: without a teacher the labels of the rows "distilled" and "random-soft" are fixed already. "random-fixed"
     also needs a trained backbone, which labels the random images.
     """

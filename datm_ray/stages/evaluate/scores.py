@@ -47,7 +47,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean accuracy, in [0, 1]."""
+        """Mean test accuracy over seeds, in [0, 1]."""
         return statistics.fmean(self.accuracies)
 
     @property
@@ -128,8 +128,8 @@ class _Result:
 def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> None:
     """Write into the run's folder how the networks of the row "distilled" were trained, for users who load the set.
 
-    The note has the step size that most seeds chose; of equally frequent ones, the one chosen first. Nothing is written
-    while a seed has no result in the output folder `out`.
+    The file has the step size that most seeds chose; of equally frequent ones, that of the lowest seed number. Nothing
+    is written while a seed has no result in the output folder `out`.
 
     Raises:
         CorruptFileError: the file of a result is damaged.
@@ -147,7 +147,7 @@ def note_scoring(out: Location, config: RunConfig, dataset_fingerprint: str) -> 
 def _read_all_seeds(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> list[_Result]:
-    """Results of all seeds of a row of the accuracy table; empty if one is missing."""
+    """Results of all seeds of a row of the accuracy table; empty if the result of any seed is missing."""
     seeds = range(config.evaluate.seeds)
     places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
     return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
@@ -179,7 +179,7 @@ FAIR_PARTS = {
     "ARS": "augmentation-robust score",
     "beta": "distilled − random real images, mean of augmented and not",
 }
-"""DD-Ranking's two scores and their parts -> meaning."""
+"""Name of each of DD-Ranking's two scores (LRS, ARS) and of the differences that they combine -> meaning."""
 
 FairScores = Mapping[str, tuple[float, ...]]
 """DD-Ranking's scores of a set and their parts: key of `FAIR_PARTS` -> one value per seed."""

@@ -1,4 +1,4 @@
-"""Images from easy to hard for experts with `experts.curriculum`, by the scores that `difficulty` has stored."""
+"""Order of the training images from easy to hard (`experts.curriculum`), by the scores that `difficulty` has stored."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from datm_ray.stages.experts.train import expert_group
 class ExpertNetworks:
     """Experts of one backbone as networks, with the parameters after their last or another stored epoch.
 
-    Making one raises a `MissingExpertsError` if the store lacks one of the recipe's experts.
+    The constructor raises a `MissingExpertsError` if the store lacks any of the recipe's experts.
     """
 
     def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:

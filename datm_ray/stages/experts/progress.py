@@ -1,4 +1,4 @@
-"""Saved progress of networks in training, so that a lost worker costs only its last seconds of training.
+"""Saved progress of networks in training, so that a lost worker costs only the training since its last file.
 
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs and of the experts to store>/
         <first epoch>-<last epoch>-<attempt>-<attempt before>.arrow
@@ -48,11 +48,12 @@ from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from datm_ray.words import data_size, duration
 
 WRITE_SHARE = 0.05
-"""Largest share of a worker's time for writing progress. A lost worker then costs the time of about 20 writes."""
+"""Largest share of a worker's time for writing progress. A lost worker then loses training of at most about 20
+times the duration of a write, or of one epoch if that is longer."""
 REPORT_INTERVAL = 1.0
 """Smallest number of seconds between two reports of progress, or heartbeats, of long work."""
 LARGEST_WRITE = 256 * 2**20
-"""Largest size in bytes of networks' parameters that are kept in memory before a write; one epoch may be larger."""
+"""Bytes of epochs' parameters that may wait in memory. After the epoch that exceeds them, a file is written."""
 DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
 """Seconds between two checks of whether a full disk has free space again, and the largest number of checks."""
 CHECKS_OF_A_MESSAGE = 6
@@ -90,15 +91,15 @@ class TrainingProgress:
         Args:
             folder: folder that belongs to the stack alone.
             networks: number of networks in the stack.
-            account: meter of the worker that trains the stack; `None` for a reader.
-            kept: epochs that the files keep. If empty, each file replaces the file before.
+            account: measures the cost of the worker that trains the stack; `None` for a reader.
+            kept: epochs whose parameters the files keep. If empty, each file replaces the file before.
             interval: smallest number of seconds between two files, and before the first file.
         """
         self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
         self._account, self.spent = account, Spent()
         self._attempt, self._before, self._latest = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self.at_a_time = networks
-        """Number of networks that one call computes. This number affects rounding, so it is saved with the state."""
+        """Number of networks that one call of the training step computes. Saved, because it affects rounding."""
         self._pending: list[dict[str, NDArray[Any]]] = []
         """For each kept epoch that is not in a file yet, its arrays by name, see `_epoch`."""
         self._first: int | None = None
@@ -115,8 +116,8 @@ class TrainingProgress:
     def resume(self, device: torch.device) -> ExpertState | None:
         """Latest saved state, on `device`; `None` if there is no progress. Removes damaged files.
 
-        Also restores `spent` and `at_a_time`, the cost so far and the number of networks that one call computes. The
-        cost is partial if a file was damaged.
+        Also restores `spent`, the cost so far, and `at_a_time`, the number of networks that one call of the training
+        step computes. The cost is partial if a file was damaged.
         """
         state, self.spent, self._before = None, Spent(is_partial=self.spent.is_partial), _NO_ATTEMPT
         for part in self._chain():
@@ -176,11 +177,12 @@ class TrainingProgress:
 
         Args:
             state: state of all networks of the stack after the epoch.
-            losses, accuracies: [s] mean losses, and test accuracies in [0, 1], of the epoch; `None` if unknown.
+            losses: [s] mean loss of each network in the epoch; `None` if unknown.
+            accuracies: [s] test accuracy of each network after the epoch, in [0, 1]; `None` if unknown.
             last: True if the training ends with this epoch.
 
-        Raises (while iterating):
-            StoreError: the disk stays full, or the file cannot be written.
+        Raises:
+            StoreError: while iterating: the disk stays full, or the file cannot be written.
         """
         unknown = torch.full((self._networks,), float("nan"))
         self._measured = (unknown if losses is None else losses, unknown if accuracies is None else accuracies)
@@ -192,7 +194,7 @@ class TrainingProgress:
         return self.write(state) if is_due else iter(())
 
     def _epoch(self, state: TrainingState) -> dict[str, NDArray[Any]]:
-        """Arrays of a file for the epoch that `state` has finished, without the file's axis of epochs."""
+        """Arrays, by name, that a file holds of the last epoch of `state`, without the file's axis of epochs."""
         losses, accuracies = self._measured
         return {
             "epoch": np.array(state.epoch, np.int64),
@@ -281,7 +283,7 @@ class _Part:
     name: str
 
     def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
-        """Files from epoch 0 to this one, each the continuation of the one before; empty if one is missing.
+        """Files from epoch 0 up to this file, each the continuation of the file before; empty if a file is missing.
 
         Args:
             by_end: (last epoch, attempt) -> file, for all files of the folder.
@@ -320,7 +322,7 @@ class ExpertProgress(TrainingProgress):
             experts: numbers of the experts that are trained together.
             kept: epochs that the trajectories keep.
             wanted: those of `experts` that will be stored.
-            account: meter of the worker that trains the stack; `None` for a reader.
+            account: measures the cost of the worker that trains the stack; `None` for a reader.
         """
         what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
         self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
@@ -346,7 +348,7 @@ class ExpertProgress(TrainingProgress):
     def require_whole(self, epochs: int) -> None:
         """Raise a `StoreError` unless the files reach the last epoch, number `epochs`.
 
-        They do not if another process has finished the stack, or deleted files.
+        Files are missing if another process has finished the stack, or deleted them.
         """
         if [part.last for part in self._chain()][-1:] != [epochs]:
             raise StoreError(
@@ -371,10 +373,10 @@ class ExpertProgress(TrainingProgress):
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
-    """Numbers of the experts in each stack (experts trained together), as recorded; empty without a record.
+    """Numbers of the experts in each stack (experts trained together), from `note_stacks`' file; empty without it.
 
     Raises:
-        CorruptFileError: the record is damaged.
+        CorruptFileError: the file is damaged.
     """
     place = group.progress / STACKS / STACKS_FILE
     if not place.exists():
@@ -384,9 +386,9 @@ def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
 
 
 def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
-    """Record which missing experts are trained together, so that a resumed command trains the same stacks.
+    """Record in a file which missing experts are trained together, so that a resumed command trains the same stacks.
 
-    An empty sequence deletes the record. Stacks of different sizes round differently, so a stack resumes only from
+    An empty sequence deletes the file. Stacks of different sizes round differently, so a stack resumes only from
     progress of the same stack.
 
     Args:

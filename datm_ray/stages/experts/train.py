@@ -107,13 +107,13 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
 
 
 def stored_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Bytes that all experts of `config.network` take in the store. Other networks of the run are not counted."""
+    """Bytes of the parameters that all experts of `config.network` store; other networks of the run do not count."""
     snapshot = getattr(torch, config.experts.storage).itemsize * network_cost(config, shape).parameters
     return config.experts.count * len(config.kept_epochs) * int(snapshot)
 
 
 def described_experts(config: RunConfig) -> str:
-    """Text for plans: number, architecture and epochs of the experts of `config.network`, without the run's others."""
+    """Text for plans: number, architecture and epochs of the experts of `config.network`, not of other networks."""
     settings, order = config.experts, ", easy images first" if config.experts.curriculum else ""
     epochs = counted(settings.epochs, "epoch")
     return f"{settings.count:,} {config.network.architecture}, {epochs}{order}"
@@ -157,7 +157,7 @@ def divided(
         missing: numbers of the experts that are not stored, sorted.
         size: largest number of experts in a stack.
         workers: number of workers that train at the same time, for all networks.
-        groups: number of networks whose experts are trained at the same time. Each gets an equal share of the workers.
+        groups: number of networks whose experts are trained at the same time, each by equally many workers.
     """
     share = 1 if config.cluster.experts_at_a_time else -(-workers // groups)
     least = 1 if uses_gpu(config.cluster.shaped(light=True)) else 2
@@ -183,9 +183,9 @@ class ExpertWorker:
         self._labels = to_device(dataset.train_labels, self.device)
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
         self._in_parts: dict[tuple[NetworkSpec, int, str, int], InParts] = {}
-        """(network, number of networks in a call, precision, images in a step) -> training step by CUDA graphs."""
+        """(network, number of networks in a call, precision, images in a step) -> step of a stack, in several calls."""
         self._at_a_time: dict[tuple[NetworkSpec, int, str, int], int] = {}
-        """(network, size of the stack, precision, images in a step) -> number of networks per call that was found."""
+        """(network, size of the stack, precision, images in a step) -> number of networks per call, found by trial."""
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train experts together, and store the trajectories of those whose numbers are below the recipe's count.
@@ -305,10 +305,11 @@ class ExpertWorker:
     def _found_at_a_time(
         self, spec: NetworkSpec, networks: Sequence[nn.Module], settings: ExpertConfig, saved: int | None
     ) -> int:
-        """Number of networks that one call computes: all, or on a GPU the number that a trial on the first batch finds.
+        """Number of networks of a stack that one call of the training step computes: all, or fewer if a trial says so.
 
-        The trial takes as many networks as fit into the GPU's memory, or one if this is faster. There is no trial if
-        the recipe gives `cluster.experts_at_a_time`, or for networks with batch normalisation: one call computes all.
+        The trial, on a GPU with the first batch, takes as many networks as fit into the GPU's memory, or one if this is
+        faster. There is no trial if the recipe gives `cluster.experts_at_a_time`, or for networks with batch
+        normalisation: one call computes all.
 
         Args:
             saved: number with which an earlier part of this training was computed, maybe on another device. A GPU takes
@@ -370,7 +371,7 @@ class ExpertWorker:
 
     @functools.cached_property
     def _test_set(self) -> tuple[Images, torch.Tensor]:
-        """Test images and labels, copied to the device once for all epochs."""
+        """Test images, on the device if they fit there, and labels on the device; placed once for all epochs."""
         return images_on(self.dataset.test_images, self.device), to_device(self.dataset.test_labels, self.device)
 
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
@@ -390,7 +391,7 @@ def expert_info(
     epochs: tuple[int, ...],
     imported: Mapping[str, object] | None = None,
 ) -> TrajectoryInfo:
-    """Describe an expert for its file: where it comes from, and the layout of its vectors.
+    """Describe an expert for its file: where it comes from, and the names and shapes of its parameters and buffers.
 
     Args:
         config: recipe of the expert, with its network alone.
@@ -448,7 +449,7 @@ def progress_of(
 
     Args:
         experts: numbers of these experts.
-        account: meter of the worker that trains them; `None` for a reader.
+        account: measures the cost of the worker that trains them; `None` for a reader.
     """
     wanted = {expert for expert in experts if expert < config.experts.count}
     return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
@@ -463,8 +464,8 @@ class ExpertsCost:
     """Number of experts whose cost is known. Imported experts, and experts of earlier versions, have unknown costs."""
     spent: Spent
     role: str = "experts"
-    """What the networks are in the run: "experts", "teacher" or "auxiliaries". Notes of earlier versions may say
-    "experts" for all."""
+    """What the networks are in the run: "experts", "teacher" or "auxiliaries" (of MetaDD). Files of earlier versions
+    may have "experts" for all."""
 
 
 EXPERTS_COST = "experts-cost.json"
@@ -477,7 +478,7 @@ def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
 
 
 def read_experts_cost(folder: Location) -> list[ExpertsCost]:
-    """Costs of a run's experts, one per network in the recipe's order, from the run's folder; empty if none were noted.
+    """Costs of a run's experts, one per network in the recipe's order, from the run's folder; empty without the file.
 
     Raises:
         CorruptFileError: the file of the costs is damaged.
@@ -504,8 +505,8 @@ def may_have_experts(folder: Location) -> bool:
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
-    The cost of a stack is divided evenly among those of its experts that are in the store or that this recipe uses. The
-    cost is partial if that of an expert is unknown.
+    The cost of a stack (experts trained together) is divided evenly among those of its experts that are in the store or
+    that this recipe uses. The result is marked as partial if the cost of an expert is unknown.
 
     Raises:
         CorruptFileError: the file of a stack's cost is damaged.

@@ -36,7 +36,7 @@ from datm_ray.stages.methods.part import Part, Piece
 from datm_ray.words import counted
 
 STEP_SIZE = 0.01
-"""Step size for training on a set without a learned step size: the value published for DM."""
+"""Step size for training on a set without a learned one: the value published with DM (distribution matching)."""
 ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
 """Key of the section `cluster` -> value with which one worker distils a set by itself."""
 
@@ -123,13 +123,14 @@ class Method:
     """True if the method learns the set's step size, or its paper publishes one. Networks that score the set then train
     with this step size. False if the step size is chosen on validation images, as for the controls."""
     trains: ClassVar[Literal["none", "first", "all"]] = "none"
-    """Backbones whose experts the method needs. With "none", the first one is trained if MetaDD has auxiliaries."""
+    """Backbones whose experts the method needs. With "none", the first one is trained if MetaDD or a teacher needs it,
+    see `trained_backbones`."""
     reads_last_epoch: ClassVar[bool] = False
     """True if only the last epoch of each expert is read, False if any stored epoch may be."""
     soft_labels: ClassVar[bool] = False
     """True if the set's labels are soft unless `distill.labels` asks for hard ones, False if they are the classes."""
     has_iterations: ClassVar[bool] = True
-    """False if the set before the first iteration is the result."""
+    """True if iterations change the set; False if the set that `choose` makes is the result."""
     has_teacher: ClassVar[bool] = False
     """True if the set is made from one trained network, which lists of costs then call teacher, not experts."""
     preparation: str = ""
@@ -145,9 +146,9 @@ class Method:
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
         """Backbones that must be trained before the distillation, each as a run with that network alone.
 
-        By default the class attribute `trains` decides: all backbones, the first one, or none. With auxiliaries of
-        MetaDD it is at least the first one; so it is with a section `metadd` whose weights are all 0, if the evaluation
-        needs a teacher and the recipe names none.
+        By default the class attribute `trains` decides: all backbones, the first one, or none. In two cases it is at
+        least the first one: if the run uses auxiliaries of MetaDD; or if the recipe has a section `metadd`, and the
+        evaluation needs labels of experts but the recipe names no teacher.
         """
         if cls.trains == "all":
             return config.each_backbone()
@@ -277,7 +278,9 @@ class Method:
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Work and memory of an iteration, for the worker with the most classes. By default, each image passes once.
+        """Work and memory of an iteration, for the worker with the most classes.
+
+        By default, each of the worker's synthetic images passes the network once, forward and back.
 
         Args:
             config: the recipe.
@@ -358,7 +361,7 @@ class Method:
         return found if isinstance(found, SyntheticSet) else (yield from found)
 
     def first_set(self) -> SyntheticSet | Steps[SyntheticSet]:
-        """Choose the first set, for `choose`. Returns the set, or a generator of steps that returns it."""
+        """Make the set before any iteration, for `choose`. Returns the set, or a generator that returns it."""
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def hard_labelled(self, images: Tensor, labels: Tensor) -> SyntheticSet:
@@ -418,15 +421,15 @@ class Method:
         return build_network(spec, seed).to(part.device)
 
     def real_images(self, label: int, count: int, iteration: int) -> Tensor:
-        """Draw `count` images [m c h w] of a class for an iteration, without repetition; all if there are fewer."""
+        """Draw `count` training images [m c h w] of a class for an iteration, each at most once; all if fewer exist."""
         drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
         return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
 
     def augmented(self, label: int, iteration: int, *batches: Tensor) -> list[Tensor]:
         """Augment batches [b c h w], such as real and synthetic images of a class, by one and the same draw.
 
-        The operation of `distill.augmentation` and its parameters are drawn for the class and the iteration, and are
-        equal for all images of all batches (siamese). Differentiable in the images.
+        One of the augmentations in `distill.augmentation`, and its parameters, are drawn for the class and iteration.
+        Both are equal for all images of all batches (siamese). Differentiable in the images.
         """
         drawn = draw_shared(self.part.config.distill.augmentation, self.part.config.seed, iteration, label)
         return [augment(batch, repeated(drawn, len(batch))) for batch in batches]
@@ -462,18 +465,18 @@ class Method:
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
         """Compute this worker's part of the loss, and the gradient of this part with respect to the worker's images.
 
-        The loss [] is that of the worker's classes and networks. The gradient is [n c h w]. The caller adds both over
-        workers.
+        The loss [] is that of the worker's classes and networks. The caller adds it over all workers. It adds the
+        gradient [n c h w] over workers that hold the same images and compute other networks.
 
         Args:
-            synthetic: rows of the set that the worker holds, class by class.
+            synthetic: images and labels of the set that the worker holds, class by class.
             iteration: number of iterations done; random draws depend on it and on `config.seed` alone.
             all_sum: adds a tensor over the workers of all classes.
         """
         raise NotImplementedError
 
     def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
-        """Loss [] of this worker's rows and backbones, and the loss's gradient [n c h w] with respect to the images.
+        """Loss [] of this worker's images and backbones, and the loss's gradient [n c h w] with respect to the images.
 
         Both are zeros if the worker computes no backbone. Returns once the workers of other backbones are done, too.
         """
@@ -507,7 +510,7 @@ class Method:
         )
 
     def measured(self, state: Any) -> Mapping[str, float]:
-        """Measurements of the last iteration: suffix of a metric name, such as `matching_loss` -> value."""
+        """Measurements of the last iteration, and counts so far: suffix of a metric name, `matching_loss` -> value."""
         return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
 
     def shown(self, state: Any) -> Mapping[str, float]:
@@ -553,7 +556,6 @@ def rate_found(state: Any) -> str:
 
 
 def _kind_of(value: bool | float | str) -> str:
-    """Kind of an option's value, in words."""
     if isinstance(value, bool):
         return "true or false"
     return "a text" if isinstance(value, str) else "a number"

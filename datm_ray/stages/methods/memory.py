@@ -46,9 +46,10 @@ derivative, and a gradient of each."""
 FROZEN_VECTORS = 2
 """Number of vectors as long as the parameters of a MetaDD network: the restored network and its frozen copy."""
 META_BYTES, META_IMAGES = 200 * 2**20, (10, 50)
-"""Size of MetaDD's micro-batches on a CPU. META_BYTES: largest size of all MetaDD networks' maps for a micro-batch.
-META_IMAGES: smallest and largest number of images in it, inclusive, whatever META_BYTES allows. Chosen by hand: small
-networks took about half as long with micro-batches of 50 images as with 10."""
+"""Limits of MetaDD's micro-batches on a CPU. META_BYTES: bytes that all layers of the worker's MetaDD networks may
+write for one micro-batch. META_IMAGES: range, inclusive, of the limit on images that follows from META_BYTES. Less
+memory, or an even division, gives smaller micro-batches. Chosen by hand: small networks took about half as long with 50
+images as with 10."""
 MEMORY_PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
@@ -80,10 +81,10 @@ class DistillationPlan:
     demand: Demand
     """Work and memory of an iteration of the method."""
     meta_chunk: int = 0
-    """Number of images in MetaDD's networks at a time: as many as memory allows, on CPUs also no more than make MetaDD
-    faster; 0 without MetaDD networks."""
+    """Number of images in MetaDD's networks at a time: as many as memory allows, and on CPUs only as many as compute
+    fast; 0 without MetaDD networks."""
     error: type[ConfigError] = ConfigError
-    """Error of a worker that needs more than the budget: a `GpuMemoryError` if the budget is what a GPU has."""
+    """Class of the error to raise if memory is short: `GpuMemoryError` if the budget is what a GPU has."""
 
     @property
     def total(self) -> int:
@@ -103,7 +104,7 @@ class DistillationPlan:
         return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data. The limit is `None` if this process cannot see the worker's GPU."""
+        """The plan as plain data. The value "limit_bytes" is `None` if this process cannot see the worker's GPU."""
         limit = None if math.isinf(self.budget) else self.budget
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
@@ -123,12 +124,12 @@ class DistillationPlan:
 
 
 def laid_out(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """Copy of a run's configuration with these values in its section `cluster`; other keys of the section stay."""
+    """Copy of a run's configuration with `settings` (key -> value) in its section `cluster`; other keys stay."""
     return config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
 
 
 def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[DistillationPlan]:
-    """Memory plans for every network that a recipe works on, in order, then for workers that only compute MetaDD.
+    """Memory plans for every backbone of a recipe, in order, then for workers that only compute MetaDD.
 
     Args:
         shape: shape of the recipe's data. With 0 training images, the data set counts as taking no memory.
@@ -236,11 +237,11 @@ def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -
     """Number of images in a micro-batch, at least 1, so that all micro-batches of a step are nearly equal.
 
     If the images must not be divided, it is the number of all images of the step, even above `most`. On CPUs it is also
-    limited so that maps fit the cache.
+    limited so that feature maps fit the cache.
 
     Args:
         most: largest number of images that memory allows.
-        largest: bytes of one image's largest map.
+        largest: bytes of one image's largest feature map.
     """
     if not demand.is_divisible:
         return demand.at_once
@@ -251,12 +252,12 @@ def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -
 
 
 def _meta_chunk(config: RunConfig, maps: int, most: float, held: int) -> int:
-    """Number of images in MetaDD's networks at a time, at least 1, so that all parts are nearly equal.
+    """Number of images in MetaDD's networks at a time, at least 1, so that all micro-batches are nearly equal.
 
     Args:
-        maps: bytes that all layers of all networks of the worker write for one image.
-        most: upper limit by memory.
-        held: images of the set that the worker holds.
+        maps: bytes that all layers of the worker's MetaDD networks write for one image.
+        most: largest number of images that memory allows.
+        held: number of the set's images that the worker holds.
     """
     assert config.metadd is not None
     images = max(1, math.ceil(config.metadd.share * held))
@@ -307,10 +308,10 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
 
 @contextmanager
 def crowded_gpus_lose(cluster: ClusterConfig) -> Iterator[None]:
-    """Context: a `GpuMemoryError` becomes a `WorkerLostError` if others hold memory of this worker's part of its GPU.
+    """Context in which a `GpuMemoryError` becomes a `WorkerLostError` if other processes hold this worker's GPU memory.
 
-    The others are processes that may end, such as a killed worker that the driver has not released yet. So another
-    attempt may succeed.
+    The other processes may end, such as a killed worker that the driver has not released yet. So another attempt may
+    succeed.
     """
     try:
         yield

@@ -64,9 +64,9 @@ class Part:
 
     @cached_property
     def rows(self) -> Rows:
-        """Rows of the synthetic set that the worker holds.
+        """Range of the synthetic set's images that the worker holds.
 
-        If the worker makes a piece (some images of some classes), rows are counted within the piece.
+        If the worker makes a piece (some images of some classes), images are counted within the piece.
         """
         if self.piece is not None:
             return Rows(0, len(self.piece.classes) * len(self.piece.images))

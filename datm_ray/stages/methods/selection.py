@@ -60,7 +60,8 @@ class Selection(Method):
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
         """Raise a `DatmError` for images that cannot be chosen by `select.by`.
 
-        For rded, there are too few images or they do not divide into tiles. For moderate, the network has no features.
+        rded rejects too few images per class, and images that do not divide into tiles. moderate rejects a network that
+        gives no features.
         """
         if config.select.by == "rded":
             check_images_for_crops(config, images)
@@ -185,11 +186,11 @@ CORESETS = ("moderate", "el2n", "forgetting")
 
 
 def coresets_of(config: RunConfig, say: Callable[[str], object] = lambda _: None) -> list[RunConfig]:
-    """Runs that choose as many real images as a run's set has, one for each of `CORESETS`, under the same labels.
+    """Runs that choose real images, one for each of `CORESETS`: as many as the run's set has, with the same labels.
 
-    They share the run's experts, teacher and controls; beside a run with a prior or several backbones they have random
-    images of their own, and no row on all real data. What changes images, or computes them on several workers, is left
-    out. A run that is such a choice itself gets the others. Forgetting is left out if too few epochs are stored.
+    The new runs share the run's experts, teacher and controls. If the run has a prior or several backbones, they have
+    random images of their own, and no row on all real data. Their recipes omit what changes images or uses several
+    workers per set. A run of a coreset gets the other ones. Forgetting is left out if too few epochs are stored.
 
     Args:
         say: shows a message about a choice that is left out, with what to do.

@@ -43,7 +43,7 @@ class _Backbone:
     number: int
     functions: StudentStepFunctions
     plan: DistillationPlan
-    """Memory plan of the network."""
+    """Memory plan of this worker for the backbone."""
     chunk: int
     """Number of images in a micro-batch."""
 
@@ -140,7 +140,7 @@ class TrajectoryMatching(Method):
         self.facts = {} if first is None else first.facts
 
     def first_set(self) -> Steps[SyntheticSet]:
-        """Choose the first set, in steps. A step size that the recipe leaves open gets a likely value.
+        """Make the set before any iteration, in steps. A step size that is null in the recipe gets a likely value.
 
         Without soft labels (MTT), these are random real images, or noise, with hard labels.
         """
@@ -252,7 +252,7 @@ class TrajectoryMatching(Method):
         return self._measured(search)
 
     def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
-        """Measure every network of the run, each on the workers that match it. All workers get the same results.
+        """Measure step size and losses of every backbone of the run, on the workers that match it, for all workers.
 
         Args:
             of_backbone: function (index of a backbone, sum over the workers with other classes) -> measurement.
@@ -387,7 +387,7 @@ class TrajectoryMatching(Method):
     ) -> Sequence[Augmentation]:
         """For each of some images, the augmentation under which the first backbone's student first sees it.
 
-        Images that the student does not see in the iteration share one operation, drawn for the iteration. MetaDD's
+        Images that the student does not see in the iteration share one augmentation, drawn for the iteration. MetaDD's
         networks see the images under these augmentations if `metadd.augmented` is set.
         """
         if not self.part.config.distill.augmentation:
@@ -402,9 +402,9 @@ class TrajectoryMatching(Method):
         return images, settings.student_steps, settings.batch_size, settings.augmentation, seed
 
     def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
-        """Inputs of an iteration: expert and start epoch of every network of the run, and this worker's matches.
+        """Inputs of an iteration: expert and start epoch of every backbone, and a `Match` for each one of this worker.
 
-        The matches are on the device. Their bits depend on the iteration's number alone.
+        A `Match` has start, target and minibatches on the device. Its bits depend on the iteration's number alone.
         """
         origins = self._origins(iteration)
         return origins, [self._match(each, origins[each.number], iteration) for each in self._backbones]
@@ -459,7 +459,7 @@ class TrajectoryMatching(Method):
         )
 
     def measured(self, state: MatchingState) -> dict[str, float]:
-        """Measurements of the last iteration for the first backbone: suffix of a metric name -> value."""
+        """Measurements of the first backbone's last iteration, and counts so far: suffix of a metric name -> value."""
         first = state.history[-state.backbones]
         return {
             "matching_loss": first.loss,
@@ -484,7 +484,7 @@ class TrajectoryMatching(Method):
         return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
     def images_seen(self) -> float:
-        """Number of images in all student steps of one iteration, over all backbones."""
+        """Average number of images in all student steps of one iteration, summed over all backbones."""
         config, settings = self.part.config, self.part.config.distill
         images = settings.ipc * self.part.dataset.classes
         batches = -(-images // min(images, settings.batch_size))  # batches of one pass; the first may be smaller
@@ -560,9 +560,9 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
     steps would need a second call for a few images.
 
     Args:
-        images: images of the whole set.
-        held: images that the worker holds.
-        batch: images of a minibatch, over all workers.
+        images: number of images of the whole set.
+        held: number of the set's images that the worker holds.
+        batch: number of images of a minibatch, over all workers.
     """
     share = held / images
     spread = math.sqrt(batch * share * (1 - share) * (images - batch) / max(1, images - 1))
@@ -570,5 +570,5 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
 
 
 def _numbers(numbers: Iterable[float], digits: int = 3) -> str:
-    """Numbers as a list, with `digits` significant digits."""
+    """Text that lists the numbers, with `digits` significant digits."""
     return listed(f"{number:.{digits}g}" for number in numbers)

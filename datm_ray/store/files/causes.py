@@ -30,7 +30,7 @@ _CODES: dict[str, tuple[str, str]] = {
     "EntityTooLarge": ("The server takes no file of this size", "Raise its limit, or give a local --store"),
     "NotImplemented": ("The server does not support a part of this request", "Update it, or give another server"),
 }
-"""Cause and remedy, by S3 error code."""
+"""S3 error code -> cause and remedy, as texts for messages."""
 
 for _code, _same in {
     "404": "NoSuchBucket",

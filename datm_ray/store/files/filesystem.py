@@ -1,9 +1,8 @@
 """Files by path or URI: one `Location` type for local paths, file://, memory:// and s3:// URIs.
 
-A file appears under its name whole or not at all, whatever happens to its writer. A file that cannot be
-opened, read or written raises a `StoreError`, one without valid JSON a `CorruptFileError`; both name it without
-credentials. This module does not know the content of files, except for the small JSON
-files of `write_json`.
+A file appears under its name whole or not at all, whatever happens to its writer. A file that cannot be opened, read
+or written raises a `StoreError`, a file without valid JSON a `CorruptFileError`; both name the file without
+credentials. This module does not know the content of files, except for the small JSON files of `write_json`.
 
 S3 is configured as for s3fs and botocore: by AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and others, and by
 FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. The module `s3` holds what only S3 needs, and `local` what
@@ -49,7 +48,7 @@ _MISSING = (FileNotFoundError, NotADirectoryError)
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
 
 LAG = 60
-"""Longest normal time in seconds until a file that one machine has written on a shared disk appears on all others."""
+"""Seconds within which a file that one machine has written on a shared disk normally appears on all others."""
 
 
 class AlreadyExistsError(StoreError):
@@ -72,10 +71,10 @@ class Location:
     """Filesystem, connected with the credentials of the environment or of the URI."""
 
     path: str = field(repr=False)
-    """Name of the file or folder within `fs`."""
+    """Path of the file or folder within `fs`."""
 
     uri: str
-    """Name shown in messages and records, without credentials."""
+    """Path or URI that messages and results show, without credentials."""
 
     guard: Callable[[], None] = field(default=unguarded, repr=False, compare=False)
     """Called just before a written file gets its name. If the call raises, an existing file stays as it is.
@@ -99,7 +98,7 @@ class Location:
         return self.path if isinstance(self.fs, LocalFileSystem) else None
 
     def exists(self) -> bool:
-        """True if a file or folder exists. Raises StoreError if this cannot be found out.
+        """True if a file or folder exists here. Raises StoreError if the filesystem or server does not tell.
 
         A file that another machine has just written on a shared disk may seem missing for up to `LAG` seconds.
         """
@@ -107,9 +106,9 @@ class Location:
         return self._unless_missing("look for", lambda: self.fs.info(self.path)) is not None
 
     def require_writable(self) -> None:
-        """Raise StoreError if a local folder cannot be made or written, or if S3 does not answer.
+        """Raise StoreError if this local folder cannot be made or written, or if the object store does not answer.
 
-        On S3 nothing is written: only reading is tested, so a missing write permission shows later.
+        Nothing is written. In an object store only reading is tested, so a missing write permission shows later.
         """
         if self.local_path is None:
             self.exists()
@@ -131,7 +130,7 @@ class Location:
             return int(found["size"])
 
     def stamp(self) -> str:
-        """Text made of the file's metadata, which changes when the file is replaced. Raises StoreError if missing."""
+        """Text that changes when the file is replaced, made of the file's metadata. Raises StoreError if missing."""
         with self._asking("read"):
             return str(self._ask(lambda: self.fs.ukey(self.path)))
 
@@ -143,7 +142,7 @@ class Location:
         return sorted(self._children(self._listed(detail=False)))
 
     def sizes(self) -> dict[str, int]:
-        """Sizes in bytes of this folder's files, by name; empty if it does not exist. Leaves temporary files out."""
+        """Name -> size in bytes of each file in this folder but temporary ones; empty if the folder does not exist."""
         entries = {entry["name"]: entry for entry in self._listed(detail=True) if entry["type"] == "file"}
         return {name: int(entries[path]["size"]) for name, path in sorted(self._children(entries).items())}
 
@@ -165,7 +164,7 @@ class Location:
             return content
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
-        """Bytes [start, end) of each range; fewer if the file ends sooner. Raises StoreError if it cannot be read.
+        """Bytes [start, end) of this file for each range; fewer if it ends sooner. Raises StoreError if unreadable.
 
         A local file is memory-mapped: nothing is copied, and each returned view keeps the file mapped. From a remote
         file only these ranges are fetched, all at once.
@@ -200,7 +199,7 @@ class Location:
         return [found[each] for each in ranges]
 
     def read_json(self) -> Any:
-        """Value written by `write_json`. Raises MissingFileError without a file, CorruptFileError if it is not JSON."""
+        """Value in this JSON file. Raises MissingFileError if there is no file, CorruptFileError if it is not JSON."""
         try:
             return json.loads(self.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -251,9 +250,10 @@ class Location:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Lock this folder while the block runs, so that other processes that lock it wait. A missing one is made.
+        """Lock this folder while the block runs, so that other processes that lock it wait. A missing folder is made.
 
-        A process that dies unlocks the folder. Only local folders are locked; for others this has no effect.
+        A process that dies unlocks the folder. This has no effect for folders that are not local, or whose filesystem
+        has no locks.
 
         Args:
             on_wait: called once, if another process holds the lock, before waiting for it.
@@ -262,9 +262,9 @@ class Location:
             yield
 
     def link(self, source: Location) -> bool:
-        """Hard-link the finished file `source` under this name, so that both share their bytes.
+        """Make this location a hard link to the finished file `source`, so that both share their bytes on disk.
 
-        Returns False if a link is impossible: for example, this name exists, or the two are not on one local disk.
+        Returns False if that is impossible: for example, this file exists, or the two are not on one local disk.
         """
         if self.local_path is None or source.local_path is None:
             return False
@@ -312,7 +312,7 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """Turn errors in the block into StoreErrors "Cannot ACTION URI". The block counts as one look in `traffic`."""
+        """Turn errors in the block into StoreErrors "Cannot ACTION URI". Counts the block as one "look" request."""
         with self.explaining(action), request("look", self.uri):
             yield
 
@@ -331,7 +331,7 @@ class Location:
             return None
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """Return the result of `call`, a request. Requests to S3 are repeated after a temporary failure."""
+        """Return the result of `call`, which sends a request. For S3, `call` is repeated after a temporary failure."""
         if not _is_s3(self.fs):
             return call()
         found: T = self.fs.patiently(self.path, call)
@@ -360,11 +360,11 @@ class Location:
 
 
 def seconds_to_look(place: Location, limit: float) -> int:
-    """Seconds for which a worker should look for a file of another machine; 0 on S3, which shows files at once.
+    """Seconds for which a worker waits for a file that another machine wrote; 0 on S3, which shows files at once.
 
     Args:
         place: the file, or a folder on the same disk.
-        limit: seconds without a step after which the worker counts as stuck. The result is a third of them, rounded
+        limit: seconds without a step after which the worker counts as stuck. The result is a third of `limit`, rounded
             down, but at most `LAG`.
     """
     return int(min(LAG, limit / 3)) if place.local_path is not None else 0
@@ -483,7 +483,7 @@ def _local(path: str) -> Location:
 
 
 class _Upload:
-    """Temporary local file, which is uploaded whole at the end. Object stores show an upload whole or not at all."""
+    """Temporary local file, which `commit` uploads whole. Object stores show an upload whole or not at all."""
 
     def __init__(self, location: Location) -> None:
         self._location = location

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
-"""Prefix of the names of unfinished files."""
+"""Prefix of the names of temporary files, which are being written or whose writer was killed."""
 
 _ABANDONED_AFTER = 24 * 3600.0  # seconds until a temporary file of another machine counts as abandoned
 _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of unsupported calls
@@ -204,7 +204,7 @@ def content(path: str) -> memoryview:
 
 
 def nearest(path: str) -> Path:
-    """Path itself if it exists, otherwise its nearest parent that exists."""
+    """The path itself if it exists, otherwise its nearest parent folder that exists."""
     return next(each for each in (Path(path), *Path(path).parents) if each.exists())
 
 

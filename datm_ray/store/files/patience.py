@@ -19,15 +19,15 @@ from __future__ import annotations
 import math
 
 LONGEST = 300.0
-"""Longest time for which a failed request is repeated, in seconds."""
+"""Largest number of seconds for which a process repeats a failed request to storage."""
 SHARE = 1 / 3
 """Share of a worker's deadline within which the last attempt at a request starts. The deadline is the time after which
 the worker counts as lost."""
 REQUESTS = 5
-"""Largest number of requests to the server in one attempt to write a file."""
+"""Largest number of requests to an S3 server in one attempt to write a file."""
 LONGEST_CONNECT, LONGEST_ANSWER = 5.0, 60.0
-"""Longest times in seconds to connect, and to wait for an answer. A gateway may be silent while it passes a large file
-on."""
+"""Largest time limits of one request in seconds: to connect, and to wait for the answer. The answer gets more time,
+because a gateway may be silent while it passes a large file on."""
 CONNECT_SHARE, ANSWER_SHARE = 1 / 60, 3 / 40
 """Time limits of one request, as shares of a worker's deadline: to connect, and to wait for the answer."""
 SHORTEST_DEADLINE = 60.0
@@ -53,7 +53,7 @@ def rights_expected() -> bool:
 
 
 def end_within(deadline: float = math.inf, least: float | None = None) -> None:
-    """Limit the time of requests in all threads of this process, from now on.
+    """Limit the time of requests to storage in all threads of this process, from now on.
 
     Args:
         deadline: seconds after which this worker counts as lost; infinite for a process that nobody waits for.
@@ -65,15 +65,15 @@ def end_within(deadline: float = math.inf, least: float | None = None) -> None:
 
 
 def patience() -> float:
-    """Seconds for which this process repeats a failed request, from its first attempt on."""
+    """Seconds, from the first attempt on, for which this process repeats a failed request to storage."""
     return min(LONGEST, SHARE * _deadline)
 
 
 def connect_timeout() -> float:
-    """Seconds to wait for a connection to a server."""
+    """Time limit in seconds for connecting to a storage server."""
     return min(LONGEST_CONNECT, CONNECT_SHARE * max(_least, SHORTEST_DEADLINE))
 
 
 def answer_timeout() -> float:
-    """Seconds to wait for a server's answer to one request."""
+    """Time limit in seconds for a storage server's answer to one request."""
     return min(LONGEST_ANSWER, ANSWER_SHARE * max(_least, SHORTEST_DEADLINE))

@@ -53,9 +53,9 @@ T = TypeVar("T")
 FIRST_PATIENCE = 5.0
 """Seconds for which a failed request is repeated while no S3 server has answered yet."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
-"""First and longest pause between two attempts, in seconds."""
+"""First and longest pause in seconds between two attempts at a request; each is shortened at random, by up to half."""
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
-"""LINE_AFTER: seconds without an answer until a log line reports it. LINE_EVERY: seconds between two such lines."""
+"""LINE_AFTER: seconds of failed attempts until a log line reports them. LINE_EVERY: seconds between two such lines."""
 LARGEST_PUT = 5 * 2**30
 """Largest size in bytes, inclusive, of a file that is sent in one piece. Larger files are sent in parts."""
 PARTS_AT_A_TIME = 2
@@ -83,7 +83,7 @@ _began: ContextVar[float | None] = ContextVar("_began", default=None)
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """File system in which s3fs repeats no failed request, and botocore none by default.
+    """Filesystem of s3fs for S3, in which s3fs repeats no failed request, and botocore none by default.
 
     `put` repeats its own requests. Call other methods by `patiently`, which repeats them.
     """
@@ -100,16 +100,16 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     @property
     def connect_timeout(self) -> float:
-        """Seconds to wait for a connection. s3fs reads this when it makes a client."""
+        """Time limit in seconds for connecting to the server. s3fs reads it when it makes a client."""
         return connect_timeout()
 
     @property
     def read_timeout(self) -> float:
-        """Seconds to wait for an answer. s3fs reads this when it makes a client."""
+        """Time limit in seconds for the server's answer. s3fs reads it when it makes a client."""
         return answer_timeout()
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """Return the client. Make it if there is none, if its time limits have changed, or if `refresh` is True.
+        """Return the S3 client. Make one if there is none, if its time limits have changed, or if `refresh` is True.
 
         s3fs calls this before every request. `kwargs` belongs to s3fs and is not read.
         """
@@ -179,7 +179,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             self.connect(refresh=True)
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
-        """Seconds until the next attempt; `None` to give up. Logs a warning now and then in a long wait.
+        """Seconds until the next attempt; `None` to give up. Long waits are logged, at most every `LINE_EVERY` seconds.
 
         Args:
             path: path in the failed request, whose bucket the warning names.
@@ -217,10 +217,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
 
     def put(self, path: str, content: BinaryIO, *, replace: bool, guard: Callable[[], None]) -> None:
-        """Write a whole file.
+        """Write `content` to the file `path` as a whole, and repeat this after a temporary failure.
 
         Args:
-            content: the file to send; only a few parts of it are in memory at a time.
+            content: open file to send; only a few parts of it are in memory at a time.
             replace: True to replace an existing file; False to keep it.
             guard: called before each attempt. If it raises, this attempt uploads nothing, and the error is passed on.
 
@@ -263,7 +263,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
         Returns:
             True if the file has been written as asked; False if another writer may have replaced it at the same
-            moment, so that the caller must look whose file is stored.
+            moment, so that the caller must read the writer id of the stored file.
         """
         size = content.seek(0, os.SEEK_END)
         content.seek(0)

@@ -1,4 +1,4 @@
-"""Totals of this process's file access: requests, bytes, seconds and retries; counted by `filesystem`.
+"""Totals of a process's file access by `Location`: requests, bytes, seconds, and retries of requests to S3.
 
 A request is one call of a `Location`, however many messages it needs. Reads that the local cache answers are no
 requests. A retry is a request to S3 that failed temporarily and was sent again; connections that broke while idle are
@@ -27,29 +27,29 @@ class Traffic:
     reads: int = 0
     """Number of requests that read content."""
     read_bytes: int = 0
-    """Bytes given to readers. Local files are mapped, so the disk may have read fewer bytes."""
+    """Total bytes of content that reads returned. Local files are mapped, so the disk may have read fewer bytes."""
     read_seconds: float = 0.0
-    """Seconds of the requests that read content."""
+    """Total seconds that the requests that read content took."""
     writes: int = 0
     """Number of requests that write content."""
     write_bytes: int = 0
-    """Bytes written."""
+    """Total bytes of the files that were written successfully."""
     write_seconds: float = 0.0
-    """Seconds from the moment when the content is complete until the file has its name."""
+    """Total seconds that writes took to flush or upload complete content and to give the files their names."""
     looks: int = 0
-    """Number of requests without content: exists, size, stamp, list and delete."""
+    """Number of requests that move no content: existence, size and stamp of a file, listing, and deletion."""
     look_seconds: float = 0.0
-    """Seconds of the requests without content."""
+    """Total seconds that the requests that move no content took."""
     retries: int = 0
     """Number of requests to S3 that were sent again after a temporary failure."""
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        """Traffic between an earlier total and this one, field by field."""
+        """Traffic since the total `earlier` of the same process: the difference of each field."""
         return Traffic(**{each.name: getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)})
 
 
 class Size:
-    """Size of one request. Code in a block of `request` sets `bytes` to the number of bytes read or written."""
+    """Size of one request: `bytes` is 0 until the block of `request` sets it to the number of bytes read or written."""
 
     bytes = 0
 
@@ -61,15 +61,15 @@ _sums = Traffic()
 
 
 def traffic() -> Traffic:
-    """Requests, bytes, seconds and retries of this process's file access since its start."""
+    """Total requests, bytes, seconds and retries of this process's file access since the process started."""
     return _sums
 
 
 @contextmanager
 def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
-    """Count the block as one request, even if it fails. The block sets `bytes` of the yielded `Size`.
+    """Count the block as one request of this process, even if it fails. The block sets `bytes` of the yielded `Size`.
 
-    `kind` chooses the totals; "look" moves no content. `uri` is only logged.
+    `kind` chooses the totals to add to; "look" is a request that moves no content. `uri` is only logged.
     """
     size, started = Size(), time.monotonic()
     try:

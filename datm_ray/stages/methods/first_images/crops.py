@@ -1,4 +1,4 @@
-"""Crops of real images that a teacher classifies best (RDED): the set of `select`, or the first images of `sre2l`.
+"""Crops of real images that a teacher classifies best (RDED), for method select, or as first images of method sre2l.
 
 The section `select` of the recipe sets which crops are tried. Crops are chosen class by class, so any division of the
 classes over workers gives the same crops.
@@ -29,7 +29,7 @@ class Crops:
     """Chosen crops of a class, the best first: t*t crops for each of its images in the set, with t = `select.tiles`."""
 
     rows: NDArray[np.int64]
-    """Indices of the training images that are cropped."""
+    """[n] index of the training image of each crop."""
     boxes: Tensor
     """Boxes [n 4] of the crops: top, left, height and width, as shares of the image's sides."""
 
@@ -105,7 +105,10 @@ def crops_scored(config: RunConfig, classes: int, training_images: int) -> int:
 
 
 def check_crops(config: RunConfig) -> None:
-    """Raise a `ConfigError` if `select.pool`, the images tried for a class, is less than its wanted crops."""
+    """Raise a `ConfigError` if `select.pool`, the number of images tried per class, is too small for the set's crops.
+
+    At most one crop of each image is used.
+    """
     wanted = crops_of_class(config)
     if config.select.pool < wanted:
         raise ConfigError(

@@ -49,7 +49,7 @@ def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> S
 
 
 def _first_images(part: Part, experts: ExpertNetworks | None) -> Steps[NDArray[np.float32]]:
-    """Images [n c h w] with which this worker's rows of the set start: real images or noise. Yields between steps."""
+    """Images [n c h w] with which this worker's part of the set starts: real images or noise. Yields between steps."""
     dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
     if settings.initial == "noise":
         shape = (settings.ipc * dataset.classes, *part.dataset.image_shape)
@@ -58,7 +58,7 @@ def _first_images(part: Part, experts: ExpertNetworks | None) -> Steps[NDArray[n
 
 
 def first_rows(part: Part, experts: ExpertNetworks | None, rows: Rows) -> Steps[NDArray[np.int64]]:
-    """Choose the training images from which some rows of the set start, and return their indices.
+    """Choose the training images from which a range of the set's images starts, and return their indices.
 
     Yields after each batch that an expert classifies. The images are correctly classified ones or random ones, see
     `distill.initial`.
@@ -66,7 +66,7 @@ def first_rows(part: Part, experts: ExpertNetworks | None, rows: Rows) -> Steps[
     Args:
         part: this worker's part in the distillation.
         experts: networks that decide which images are classified correctly; `None` chooses random images.
-        rows: rows of the set, which must be those of whole classes.
+        rows: range of the set's images, which must be those of whole classes.
     """
     dataset, settings = part.dataset, part.config.distill
     if settings.initial == "random" or experts is None:
