@@ -417,7 +417,8 @@ class DistillConfig(Section):
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's logits); hard: the classes."""
     initial_step_size: Positive | None = None
-    """The student's step size at the start; null: found by a line search (dm: 0.01)."""
+    """The student's step size at the start; null: found by a line search (dm, sre2l, select: 0.01). sre2l and
+    select only state it in the set's file; networks that score their sets have one chosen on validation images."""
     threshold: Positive | None = 1.0
     """Iterations with a larger matching loss are skipped; null: none is, as published for mtt."""
     gradient_limit: Positive | None = 10.0

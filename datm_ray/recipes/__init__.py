@@ -1,11 +1,9 @@
 """Packaged recipes: one function per named run; its docstring gives the source and the expected result.
 
 The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 2310.05773, the authors' configuration
-files of 2024-04-26), GSAM experts included, or of the method in the recipe's name. Recipes differ from the published
-runs in two points. The evaluation's step size and the kept iteration are never chosen on the test set. A gradient whose
-first-order decrease exceeds ten times the loss is shortened (`distill.gradient_limit`). MTT's recipes differ in two
-more points: an update that would make the step size negative is skipped, and evaluation has batches of 128
-(docs/methods/mtt.md). Accuracies of this package are given only where they were measured.
+files of 2024-04-26), GSAM experts included, or of the method in the recipe's name. The section "What differs" of
+docs/methods/datm.md, or of that method's page, lists the differences. Figures of our own are given only where they were
+measured.
 
 A public function of a module listed in `_MODULES` is a recipe, under its name with dashes.
 """

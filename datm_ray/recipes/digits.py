@@ -28,7 +28,8 @@ DIGITS_REAL_EPOCHS = 150
 """Epochs of the networks that train on all real digits. With only 40, these networks would have a quarter of the
 updates of networks that train on 300 synthetic images, and the comparison would not be fair."""
 FIXED_STEP_SIZE = {"distill.learning_rate_step_size": 0.0, "distill.initial_step_size": 0.1}
-"""Settings for methods that learn no step size: networks train on the set with step size 0.1."""
+"""Settings for methods that learn no step size. Networks train on sets of dm with 0.1. sre2l and select only state it
+in the set's file; networks that score their sets have one chosen on validation images."""
 
 
 def _digits(
@@ -61,8 +62,8 @@ def _digits(
 def digits_smoke() -> RunConfig:
     """Real digits, 1 image per class, cut to half a minute on two cores: to see that everything works.
 
-    Two networks reached 79.4±7.1 % when trained on the set, and 57.5±0.2 % on random real images. digits-ipc1 takes
-    minutes and reaches 92 %.
+    Two networks reached 79.4±7.1 % when trained on the set, and 57.5±0.2 % on random real images (run once, no page
+    kept). digits-ipc1 takes minutes and reaches 92 %.
     """
     experts = {"experts.count": 4, "experts.epochs": 10, "experts.keep_epochs": 10}
     student = {"distill.student_steps": 10, "distill.expert_epochs": 1, "distill.start_epochs": [0, 4]}
@@ -105,9 +106,8 @@ def digits_dm_ipc10() -> RunConfig:
     """Real digits, 10 images per class, by distribution matching (DM). It trains no experts.
 
     The set reached 97.6±0.5 %, random real images with hard labels 94.9±0.5 %, digits-ipc10 97.8±0.4 % and all real
-    data 98.9±0.2 %: one distillation each, scored by five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`). The
-    distillation took 43 seconds of a CPU core; that of digits-ipc10 took 184 seconds, and its experts 89 seconds.
-    Learning rates and iterations were chosen on validation images.
+    data 98.9±0.2 %: one distillation each, scored by five networks (`datm-ray run digits-dm-ipc10 digits-ipc10`, run
+    once, no page kept). Learning rates and iterations were chosen on validation images.
     """
     return with_settings(
         digits_ipc10(),

@@ -130,8 +130,8 @@ UNSEEN = ("alexnet", "resnet50", "vgg11")
 """Networks that score sets in MetaDD's paper and take no part in making them: AlexNet, ResNet-50 and VGG (VGG-19 in the
 paper, VGG-11 here). The paper's fourth, Swin-S, is not in this package."""
 RECOVERY_WEIGHTS = {"variance": 100.0, "invariance": 1.0, "position": 10.0}
-"""Weights of MetaDD's terms in recipes of SRe2L, chosen on the digits data set alone, as the default weights were for
-DATM. With the default weights, SRe2L hardly raises the meta-feature ratio."""
+"""Weights of MetaDD's terms in SRe2L, chosen on digits alone, as the default weights were for DATM. With the default
+weights the meta-feature ratio hardly moved in SRe2L on digits (run once, no page kept)."""
 
 
 def with_auxiliaries(

@@ -295,6 +295,13 @@ def scores_without_learned_ones(out: Location, config: RunConfig) -> list[Networ
     return scores
 
 
+@pytest.mark.parametrize(("method", "trains_with_it"), [("dm", True), ("select", False), ("sre2l", False)])
+def test_the_first_step_size_trains_scored_networks_of_dm_alone(method: str, trains_with_it: bool) -> None:
+    """Networks train on sets of dm with the given step size; on those of select and sre2l with a chosen one."""
+    config = override(get_recipe(f"digits-{method}-ipc10"), ["distill.initial_step_size=0.05"])
+    assert has_learned_step_size(config, "distilled") is trains_with_it
+
+
 def test_the_learned_step_size_is_not_reported_under_a_teacher(tmp_path: Path) -> None:
     """No step size was learned for a teacher's labels, which the heading names, nor counts where one is given."""
     given = (["evaluate.labels=teacher"], ["evaluate.learning_rate=0.1"])
