@@ -127,7 +127,7 @@ class LeftOutTransform:
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
     fingerprint: str
-    """Fingerprint of the transform, see `Transform.fingerprint`."""
+    """16 hex digits that identify the transform that was left out, as in `Transform.fingerprint`."""
     eps: float
 
     @property

@@ -44,7 +44,7 @@ def _capital(text: str) -> str:
 
 
 class ConfigError(DatmError):
-    """A recipe or override cannot be run: unknown key, wrong type, impossible range."""
+    """What the user asks for cannot be done: for example an unknown key, a value out of range, or too little memory."""
 
 
 class PluginError(ConfigError):

@@ -1,4 +1,4 @@
-"""Commands that inspect, check, import and export stored experts."""
+"""Commands that list, check, delete, import and export what a store holds: experts, teachers and priors."""
 
 from __future__ import annotations
 

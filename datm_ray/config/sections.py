@@ -178,7 +178,7 @@ class NetworkConfig(Section):
     width: Count = PUBLISHED_WIDTH
     """Channels of convnet's layers. Other networks get width / 128 times their published numbers of channels."""
     depth: Count | None = None
-    """Blocks of convnet (each halves the image) or layers of mlp. null: 2 or more by image size; mlp 3."""
+    """Number of convnet's blocks or mlp's layers. null (default): 3 layers; 2 or more blocks by image size."""
     norm: Norm = "instance"
     """Normalisation layers: instance, batch, group or none. sre2l needs batch; datm, mtt and dm refuse it."""
     pooling: Pooling = "avg"
@@ -855,7 +855,8 @@ class ClusterConfig(WorkerShape):
     wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
     """Seconds to wait for free resources (at least 3) and for nodes on demand; null: 60, 1800 if no node has a CPU."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
-    """Seconds to wait for another command that works on the same run; 0 refuses at once."""
+    """Seconds to wait for each run that another command works on; 0 does not wait. To see if a command on another
+    machine is alive takes up to 60 s more."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Most seconds between two checkpoints; longer if checkpoints would take over 5 % of the time."""
     retries: Annotated[int, Field(ge=0)] = 3

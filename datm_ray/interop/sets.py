@@ -50,9 +50,11 @@ class GivenSet:
     soft_labels: NDArray[np.float32] | None
     """Soft labels [n k] of the images, as logits; `None` if the files give classes only."""
     step_size: float | None
-    """Learning rate learned with the set; `None` if the files hold none."""
+    """Learning rate to train with: learned, published or given with the set. `None` if the files hold none, or only a
+    default."""
     transform: Transform | None = None
-    """Transform of a set of this program; `None` if the file leaves it out, and for sets of other programs."""
+    """Normalisation of the images, if datm_ray wrote the set. `None` if its file leaves it out, or if another program
+    wrote the set."""
     fitted: str = ""
     """Fingerprint of the transform that normalised the images, if the file leaves the transform out; "" otherwise."""
 

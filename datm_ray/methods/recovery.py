@@ -229,10 +229,11 @@ class _Networks(nn.Module):
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the teacher's logits [n k] for images [n c h w], and the statistics term [] of the loss.
+        """Compute the teacher's logits [n k] for images [n c h w], and the statistics term [] of the loss, unweighted.
 
-        The term, without its weight, is the mean over networks of a sum over batch normalisations: the distance of the
-        batch's statistics to the running ones, the first layer's times `recover.first_layer`.
+        The term of one network is a sum over its batch normalisations: the L2 distances of the batch's mean and of its
+        variance to the running ones, the first layer's times `recover.first_layer`. The result is the mean over the
+        networks that `recover.statistics_of` names, which may leave out the teacher.
         """
         logits, statistics = images.new_zeros(()), list[Tensor]()
         for number, network in enumerate(self.networks):

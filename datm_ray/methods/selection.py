@@ -46,9 +46,10 @@ def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int
 
 
 def moderate_scores(features: NDArray[np.floating]) -> Scores:
-    """Score [n] of "moderate": difference of an image's distance to the class centre and the median of all distances.
+    """Score [n] of "moderate": how far an image's distance to the class centre is from the class's median distance.
 
-    The centre is the median of every feature over the class's images, as in the authors' program.
+    Scores are absolute differences, at least 0. The centre is the median of every feature over the class's images, as
+    in the authors' program.
 
     Args:
         features: [n d] features of the images of one class.

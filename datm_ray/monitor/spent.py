@@ -91,9 +91,9 @@ class Account:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Requests, bytes and seconds of file access, and peak memory in bytes, since the construction.
+        """Requests, retries, bytes and seconds of file access, and peak memory in bytes, since the construction.
 
-        The result is for `Progress.metrics`: name in the catalogue -> value.
+        The result is for `Progress.metrics`: name in `monitor.metrics.CATALOGUE` -> value. Memory is nan if unknown.
         """
         moved = dataclasses.asdict(traffic() - self._moved)
         sums = {f"datm_ray_store_{name}_total": float(value) for name, value in moved.items()}

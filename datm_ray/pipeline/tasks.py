@@ -150,10 +150,11 @@ def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> l
 def expert_stacks(
     runs: Runs, workers: int, networks: Sequence[RunConfig] | None = None
 ) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
-    """Pairs (configuration of an expert group, its stacks with missing experts).
+    """Pairs (configuration, stacks) for all groups of experts that are wanted.
 
-    A stack is a tuple of the numbers of experts that are trained together. Stacks that an earlier command recorded come
-    first, then new ones.
+    A stack is a tuple of expert numbers, from 0, that one worker trains together. Listed are the stacks in which at
+    least one expert is missing; none if all are stored. Stacks that an earlier command recorded come first, unless
+    `cluster.experts_at_a_time` is set.
 
     Args:
         workers: number of workers that train at the same time.

@@ -144,7 +144,10 @@ def divided_epochs(epochs: Sequence[int], workers: int) -> list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Row:
-    """Row of a run's accuracy table: networks that are trained on the same images and scored."""
+    """Row of a run's accuracy table: networks that are trained on one kind of set and scored, such as on random images.
+
+    Rows of random images draw other images for every seed.
+    """
 
     run: RunConfig
     name: str

@@ -324,7 +324,7 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Row of a table, below its headings."""
+    """Row of a `Table`: a title, then one cell for each column. The headings are not a `Line`."""
 
     title: str
     cells: Sequence[Cell]
@@ -333,7 +333,7 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Table that the terminal and the page show."""
+    """Table of a report: headings and rows of cells, shown as text in the terminal and as HTML in the report."""
 
     headings: Sequence[str]
     """Headings: that of the row titles, then one for each column of cells."""

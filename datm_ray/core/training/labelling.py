@@ -41,7 +41,7 @@ class Views:
     """Augmented views of images in one epoch: how to make each view, not its pixels."""
 
     rows: NDArray[np.int64]
-    """[n] index, among the set's images, of each view's own image, the one that is cropped."""
+    """[n] index, in the set, of the image that each view crops (its own image, not CutMix's partner)."""
     boxes: NDArray[np.float32]
     """[n 4] crop of each view: top, left, height and width as shares of the image's sides."""
     flips: NDArray[np.bool_]

@@ -636,7 +636,10 @@ def _rows_of(stack: Sequence[Training]) -> int:
 
 
 def _first_batch(stack: Sequence[Training]) -> tuple[Tensor, ...]:
-    """Parameters, buffers, images, labels and image weights of a stack's networks, for a step on the first images."""
+    """Parameters [s p], buffers [s q], images [s b c h w], probabilities [s b k] and image weights [b] of s networks.
+
+    They are the arguments of a step on each network's first b images.
+    """
     state, rows = ExpertState.initial([each.network for each in stack]), torch.arange(_rows_of(stack))
     device = state.parameters.device
     images = torch.stack([rows_on(each.images, rows, device) for each in stack])

@@ -3,12 +3,14 @@
     forward(theta, x, y, weights)     -> g = grad_theta l
     reverse(theta, x, y, weights, v)  -> s = <v, g> and its derivatives in theta, x and y
 
+theta [p]: parameters. x [b c h w]: images. y [b k]: soft labels as logits. weights [b]: weights of the images in the
+loss l, a weighted cross-entropy. v [p]: a given direction.
+
 s is the derivative of the loss along v, so `reverse` can be computed in two ways. Reverse over forward differentiates
 the loss along v, then backwards. Reverse over reverse differentiates the gradient backwards. Both are exact. Compiled,
 reverse over forward was faster; uncompiled, reverse over reverse (benchmarks/LOG.md; CPUs only so far).
 
 A function to compile is traced once for each number of images (`compilation.py`).
-Shapes: b images of one call, c h w image, k classes, p parameters.
 """
 
 from __future__ import annotations

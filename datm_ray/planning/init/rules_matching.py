@@ -240,7 +240,10 @@ def _reasons(draft: Draft, values: dict[str, Any]) -> dict[str, str]:
 
 
 def _is_short_of_disk(draft: Draft, values: dict[str, Any]) -> bool:
-    """True if the share `DISK_SHARE` of the free disk cannot hold `ENOUGH_EXPERTS` experts of the next larger width."""
+    """True if the share `DISK_SHARE` of the free disk cannot hold `ENOUGH_EXPERTS` experts of the next larger width.
+
+    False if the width is already the largest, or if the next larger network does not fit into memory.
+    """
     if values["network.width"] == WIDTHS[0]:
         return False
     wider = WIDTHS[WIDTHS.index(values["network.width"]) - 1]

@@ -147,7 +147,9 @@ class RayExecutor:
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run every task on Ray actors to its end. Yields each event with its task.
+        """Run the tasks on Ray actors. Yields pairs (task, event).
+
+        After an error in the user's input, running tasks finish and no other starts.
 
         Args:
             worker: worker class. Each actor constructs worker(*setup).
@@ -156,7 +158,8 @@ class RayExecutor:
             tasks: tasks to run. The caller may append to the list meanwhile.
 
         Raises:
-            DatmError: an error in the user's input; or a task's workers were lost too often, or did not become free.
+            DatmError: an error in the user's input; a task needs more workers than the cluster can hold; or workers
+                could not be started, were lost too often, or did not become free.
             Interrupted: the command was asked to stop.
         """
         first = dict[tuple[int, bool, int], str]()

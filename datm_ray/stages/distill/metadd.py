@@ -42,13 +42,13 @@ class MetaNetworks:
     """
 
     def __init__(self, part: Part, settings: MetaConfig, backbone: ExpertNetworks) -> None:
-        """Restore the MetaDD networks of this worker from experts in the store.
+        """Load the MetaDD networks that this worker computes: the run's first backbone, auxiliaries, or both.
 
         Args:
             part: the worker's part in the distillation. If the worker makes a piece (some images of some classes), the
                 images that MetaDD uses are drawn from this piece.
             settings: section `metadd` of the recipe.
-            backbone: experts of the first backbone.
+            backbone: experts of the first backbone, opened already. Auxiliaries are read from the store here.
 
         Raises:
             MissingExpertsError: the store lacks experts of an auxiliary (another architecture of MetaDD).
@@ -113,9 +113,10 @@ class MetaNetworks:
         return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
 
     def _maps(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Class activation maps [m b h w] on the device, in [0, 1], of images [b c h w] for their labels [b].
+        """Class activation maps [m b h w] of images [b c h w] for their labels [b], scaled to [0, 1], on the device.
 
-        The m networks are those of the first ensemble, also those on other workers. The images may be in main memory.
+        m counts the networks of ensemble 0, one for each architecture, on all workers, which call this together. The
+        images may be in main memory.
         """
         seen = self._ensembles[0].evidence(
             images.to(self._part.device),

@@ -76,7 +76,8 @@ class PieceWorker:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
         self._kept: tuple[list[tuple[str, int]], list[ExpertNetworks]] = [], []
-        """Two lists, one entry per trained network: (URI of its experts, number of experts), and `ExpertNetworks`."""
+        """Networks of the last piece, for the next one: keys (URI of the group of experts, number of experts) and,
+        in the same order, the `ExpertNetworks`. Both lists are empty before the first piece."""
         self._made: dict[Any, Any] = {}
         """Objects that methods made from the kept networks, such as compiled code, see `Part.kept`."""
 

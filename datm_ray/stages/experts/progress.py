@@ -458,7 +458,7 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
 
 
 def _stacked(epochs: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Stack the arrays of e epochs into one array, with e as its first axis. The array of one epoch is not copied."""
+    """Stack the arrays of e epochs into one array, with e as its first axis. A single array is not copied."""
     return epochs[0][None] if len(epochs) == 1 else np.stack(epochs)
 
 

@@ -143,9 +143,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 setattr(client.meta.config, name, "when_required")
 
     def patiently(self, path: str, call: Callable[[], T]) -> T:
-        """Return the result of `call`, which is repeated after a temporary failure and must be safe to repeat.
+        """Return the result of `call`, which is repeated after temporary failures and must be safe to repeat.
 
-        Nested calls share the time limit of the outermost one. The bucket of `path` is named in the log.
+        Repeating ends at a time limit, which nested calls share with the outermost one, or after the AWS setting
+        max_attempts if there is one. The last error is then raised. Long waits are logged with the bucket of `path`.
         """
         began = _began.get() or time.monotonic()
         outermost = _began.set(began)
