@@ -747,7 +747,8 @@ def test_a_trial_finds_how_many_images_fit_into_metadds_networks(monkeypatch: py
     spec = config.network.for_images(1, (8, 8), 10)
     networks._config, networks._classes = config, 10
     networks._ensembles = [MetaDD({1: build_network(spec, 0)})]
-    place = {"config": config, "image": (1, 8, 8), "dataset": SimpleNamespace(classes=10), "mesh": ALONE}
+    dataset = SimpleNamespace(classes=10, image_shape=(1, 8, 8))
+    place = {"config": config, "dataset": dataset, "mesh": ALONE}
     part: Any = SimpleNamespace(**place, sharing=1, role=config.whole_role, device=torch.device("cpu"))
     networks._part = part
     assert networks.images_that_fit() == meta_plan_of_part(part).chunk == 10

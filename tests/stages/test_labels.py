@@ -18,7 +18,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.steps import result_of
 from datm_ray.core.training import labelling
 from datm_ray.core.training.labelling import images_fingerprint
-from datm_ray.core.training.loop import Schedule, Training, train
+from datm_ray.core.training.loop import Schedule, Training
 from datm_ray.core.training.teacher import StoredLessons, Teacher
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
@@ -42,6 +42,7 @@ from datm_ray.stages.labels import (
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.labels import LabelStore
 from tests.conftest import set_of, tiny_config
+from tests.training import train
 
 SCORED = ("evaluate.epochs=4", "evaluate.learning_rate=0.05", "evaluate.seeds=1")
 STORED = (*SCORED, "evaluate.labels=stored", "evaluate.cutmix=1", "evaluate.full=false")
@@ -116,7 +117,7 @@ def test_stored_labels_train_as_a_live_teacher_does_on_the_same_views(finished_r
     for labels in (stored, Live()):
         network = build_network(spec, 3)
         own = Training(network, images, torch.zeros(len(images), dtype=torch.int64), schedule, 5)
-        list(train(own, StoredLessons(labels)))
+        train(own, StoredLessons(labels))
         found.append(torch.cat([each.detach().flatten() for each in network.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
     assert float((found[0] - found[1]).abs().max()) > 0
