@@ -35,8 +35,8 @@ HEADER = """Training of networks that are scored, on random tensors of fixed see
 normalisation, mean pooling, SGD with momentum and weight decay.
 
 - `published loop`: a DataLoader that collects sample by sample, one augmentation and one uncompiled step for each
-  network, loss and accuracy read back every step: the evaluation of MTT and DATM. `ours, 1`: `train`, one network after
-  another. `ours, together`: `together_steps`, so many networks in one compiled step.
+  network, loss and accuracy read back every step: the evaluation of MTT and DATM. `ours, 1`: `train_steps`, one network
+  after another. `ours, together`: `together_steps`, so many networks in one compiled step.
 - ms: of one epoch of one network; median (smallest to largest) of n turns. ratio: the published loop's time to the
   method's in the same turn; median (smallest to largest).
 - networks an hour: of one process, trained for so many epochs.

@@ -151,7 +151,7 @@ class _Observed:
     workers: int = 0
     """Size of the task's worker group at its last `Progress`; 0 before the first `Progress`."""
     has_started: bool = False
-    """True if the task has started since its last loss. Before that, its events come from the driver."""
+    """True if the task has workers, which have started. Without them, its events come from the driver."""
     at_work: bool = False
     sums: dict[tuple[int, str], float] = field(default_factory=dict)
     """(rank of a worker, name of a counter) -> last value that the worker sent."""
@@ -223,6 +223,13 @@ class Readings:
             if isinstance(event, Finished):
                 samples.append(_sample("datm_ray_tasks_finished_total", 1.0, task))
         return [*samples, *self._worker_counts()]
+
+    def release(self, task: Task) -> list[Sample]:
+        """Count a task as waiting again, because its workers are stopped. Returns samples of the numbers of workers."""
+        if task.name in self._observed:
+            observed = self._observed[task.name]
+            observed.has_started = observed.at_work = False
+        return list(self._worker_counts())
 
     def gauges(self) -> list[Sample]:
         """Current values of all gauges of unfinished tasks, and numbers of wanted and of busy workers."""

@@ -153,6 +153,10 @@ def test_a_task_that_waits_or_has_failed_has_no_workers_at_work() -> None:
     seen += [readings.take(TASK, event) for event in (Progress(1, 2), Failed("it cannot work", running=1))]
     assert [values(samples, "workers_at_work") for samples in seen] == [[0], [0], [1], [0], [0], [1], [0]]
     assert values(seen[-1], "workers_wanted") == [0]
+    readings.take(TASK, Started())
+    readings.take(TASK, Progress(1, 2))
+    assert values(readings.release(TASK), "workers_at_work") == [0]
+    assert values(readings.take(TASK, Note("waiting for nodes")), "workers_at_work") == [0]
 
 
 def _mesh(workers: int) -> dict[str, float]:

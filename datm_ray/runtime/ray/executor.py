@@ -604,6 +604,7 @@ class _Stage:
         else:
             self._drop(*job.workers)
         job.group, job.workers, job.streams, job.waits_since = None, [], {}, time.monotonic()
+        self._executor.metrics.release(job.task)
 
     # --- while they run -------------------------------------------------------------------------------------------
 

@@ -50,6 +50,10 @@ class RayMetrics:
         """
         self._export(lambda: self._readings.take(task, event, rank))
 
+    def release(self, task: Task) -> None:
+        """Count a task as waiting again, because its workers are stopped."""
+        self._export(lambda: self._readings.release(task))
+
     def close(self) -> None:
         """Stop the thread that refreshes the gauges. Must be called before Ray disconnects."""
         self._closed.set()
