@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.epochs import expert_epochs
 from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec, RecoverConfig
 from datm_ray.core.images.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.images.batches import rows_on
@@ -37,7 +38,7 @@ from datm_ray.methods.trajectory.iteration import Match, MatchingState, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
-from tests.training import accuracy, train, train_experts
+from tests.training import accuracy, train
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
@@ -243,7 +244,7 @@ def test_experts_stay_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
             rho=0.1,
         )
         state = ExpertState.initial(networks)
-        for losses in train_experts(functions, images, classes(5), settings, range(stacked), state):
+        for losses in expert_epochs(functions, images, classes(5), settings, range(stacked), state):
             assert losses.device == state.parameters.device == state.buffers.device == DEVICE
 
     cases: dict[str, Callable[[], Any]] = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.epochs import expert_epochs
 from datm_ray.config import ExpertConfig, NetworkSpec
 from datm_ray.core.compute.gpu import GPU_SHARE
 from datm_ray.core.networks.image_cost import ImageCost
@@ -27,7 +28,6 @@ from datm_ray.core.networks.stack_trial import (
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training.experts import ExpertState
 from tests.tapes import Tape
-from tests.training import train_experts
 
 SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
 
@@ -38,7 +38,7 @@ def trained(make: Callable[[], StackStep], optimiser: str) -> tuple[Tensor, list
     images, labels = torch.randn(20, 3, 8, 8, generator=draw).double(), torch.arange(20) % 4
     state = ExpertState.initial([build_network(SPEC, seed).double() for seed in range(3)])
     settings = ExpertConfig(epochs=2, batch_size=8, optimiser=optimiser, momentum=0.9)
-    losses = [each.clone() for each in train_experts(make(), images, labels, settings, [5, 6, 7], state)]
+    losses = [each.clone() for each in expert_epochs(make(), images, labels, settings, [5, 6, 7], state)]
     return state.parameters, losses
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from benchmarks.epochs import expert_epochs
 from datm_ray.config import CurriculumConfig, ExpertConfig, parse_config
 from datm_ray.core.images.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
@@ -20,7 +21,6 @@ from datm_ray.core.training.curriculum import Curriculum
 from datm_ray.core.training.experts import ExpertState, steps_of
 from datm_ray.errors import ConfigError
 from tests.core.training.test_experts import CLASSES, COUNT, data, make_networks, torchs_schedule
-from tests.training import train_experts
 
 GROWING = {"first_share": 0.4, "whole_from": 2, "removals": [{"epoch": 3, "share": 0.3}]}
 SETTINGS = ExpertConfig(epochs=5, batch_size=8, learning_rate=0.05, momentum=0.9, augmentation="crop_flip_color")
@@ -76,7 +76,7 @@ def test_training_equals_plain_torch_on_the_images_of_each_epoch(schedule: dict[
     images, labels = data()
     state = ExpertState.initial([network])
     functions = StackFunctions(network, stacked=1, compile_=False)
-    losses = list(train_experts(functions, images, labels, settings, [7], state, order))
+    losses = list(expert_epochs(functions, images, labels, settings, [7], state, order))
     plain, expected = copy.deepcopy(network), []
     optimiser = torch.optim.SGD(plain.parameters(), settings.learning_rate, settings.momentum)
     rates = learning_rates(settings, order)
@@ -119,11 +119,11 @@ def test_a_stack_trains_each_expert_as_if_alone_on_its_own_order() -> None:
     images, labels = data()
     together = ExpertState.initial(networks)
     functions = StackFunctions(networks[0], stacked=3, compile_=False)
-    losses = list(train_experts(functions, images, labels, SETTINGS, seeds, together, order))
+    losses = list(expert_epochs(functions, images, labels, SETTINGS, seeds, together, order))
     for number, (network, seed) in enumerate(zip(networks, seeds, strict=True)):
         alone = ExpertState.initial([network])
         single = StackFunctions(network, stacked=1, compile_=False)
-        own = list(train_experts(single, images, labels, SETTINGS, [seed], alone, order))
+        own = list(expert_epochs(single, images, labels, SETTINGS, [seed], alone, order))
         torch.testing.assert_close(together.parameters[number], alone.parameters[0], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(torch.stack(losses)[:, number], torch.cat(own), rtol=1e-9, atol=1e-12)
 
@@ -135,10 +135,10 @@ def test_training_resumes_from_any_epoch_with_the_same_bits(stop: int) -> None:
     images, labels = data()
     functions = StackFunctions(networks[0], stacked=2, compile_=False)
     whole, cut = ExpertState.initial(networks), ExpertState.initial(networks)
-    list(train_experts(functions, images, labels, SETTINGS, [1, 2], whole, order))
-    list(itertools.islice(train_experts(functions, images, labels, SETTINGS, [1, 2], cut, order), stop))
+    list(expert_epochs(functions, images, labels, SETTINGS, [1, 2], whole, order))
+    list(itertools.islice(expert_epochs(functions, images, labels, SETTINGS, [1, 2], cut, order), stop))
     assert cut.epoch == stop
-    list(train_experts(functions, images, labels, SETTINGS, [1, 2], cut, order))
+    list(expert_epochs(functions, images, labels, SETTINGS, [1, 2], cut, order))
     assert torch.equal(cut.parameters, whole.parameters)
     assert cut.step == whole.step == steps_of(SETTINGS, COUNT, 5, order)
 
@@ -151,7 +151,7 @@ def test_all_images_in_every_epoch_are_the_training_without_a_curriculum() -> No
     states = [ExpertState.initial([network]) for _ in range(2)]
     functions = StackFunctions(network, stacked=1, compile_=False)
     for state, order in zip(states, (None, every), strict=True):
-        list(train_experts(functions, images, labels, SETTINGS, [3], state, order))
+        list(expert_epochs(functions, images, labels, SETTINGS, [3], state, order))
     assert torch.equal(states[0].parameters, states[1].parameters)
 
 

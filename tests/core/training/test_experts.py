@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.epochs import expert_epochs
 from datm_ray.config import ExpertConfig, NetworkSpec
 from datm_ray.core.compute import compilation
 from datm_ray.core.images.augment import augment, draw_augmentation
@@ -22,7 +23,6 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training.experts import ExpertState, descent, perturbation, stack_steps
-from tests.training import train_experts
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
@@ -50,7 +50,7 @@ def trained(
     assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
     images, labels = data(state.parameters.dtype)
-    return state, list(train_experts(functions, images, labels, settings, seeds, state))
+    return state, list(expert_epochs(functions, images, labels, settings, seeds, state))
 
 
 def plainly(network: nn.Module, settings: ExpertConfig, seed: int, step: Callable[..., None]) -> nn.Module:
@@ -212,7 +212,7 @@ def test_batches_in_parts_equal_whole_batches(chunk: int, monkeypatch: pytest.Mo
     state = ExpertState.initial(networks)
     functions = StackFunctions(networks[0], stacked=2, compile_=False)
     monkeypatch.setattr(StackFunctions, "_in_cache", lambda *_: chunk)
-    list(train_experts(functions, images, labels, GSAM, seeds, state))
+    list(expert_epochs(functions, images, labels, GSAM, seeds, state))
     assert_close(state.parameters, whole.parameters)
 
 
@@ -344,7 +344,7 @@ def test_a_schedule_compiles_nothing_anew() -> None:
     functions = StackFunctions(networks[0], stacked=2)
     assert functions.note == ""
     state = ExpertState.initial(networks)
-    list(train_experts(functions, *data(), COSINE, seeds, state))
+    list(expert_epochs(functions, *data(), COSINE, seeds, state))
     assert isinstance(functions._function, compilation.CompiledForShapes)
     assert len(functions._function.built) == 1
     plain, _ = trained(networks, COSINE, seeds)
@@ -389,11 +389,11 @@ def test_training_resumes_from_any_epoch_with_the_same_bits(change: dict[str, An
     lowered = settings.precision == "bfloat16"
     functions = StackFunctions(networks[0], stacked=2, compile_=False, in_bfloat16=lowered)
     half = ExpertState.initial(networks)
-    for _ in zip(range(2), train_experts(functions, *data(torch.float32), settings, seeds, half), strict=False):
+    for _ in zip(range(2), expert_epochs(functions, *data(torch.float32), settings, seeds, half), strict=False):
         pass
     resumed = copy.deepcopy(half)
     assert (resumed.epoch, resumed.step) == (2, 6)
-    assert len(list(train_experts(functions, *data(torch.float32), settings, seeds, resumed))) == 2
+    assert len(list(expert_epochs(functions, *data(torch.float32), settings, seeds, resumed))) == 2
     assert torch.equal(resumed.parameters, undisturbed.parameters)
     assert torch.equal(resumed.velocity, undisturbed.velocity)  # type: ignore[arg-type]
     assert np.isfinite(resumed.parameters.numpy()).all()
